@@ -1,0 +1,1 @@
+"""gt_jax: language models that decide their own depth, and grow."""

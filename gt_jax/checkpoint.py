@@ -1,0 +1,361 @@
+"""Checkpoints on disk: one Orbax pytree with a JSON object beside it, whole or not there at all.
+
+- Trees are stored as nested dicts of arrays under the names of their paths, `params/segment0/layer0/gain`; named tuples
+  and tuples become dicts, empty nodes vanish. A restore is told the structure, so it gives back what was saved.
+- Everything is written under NAME.unfinished and renamed once complete; a killed save leaves only that name.
+- The metadata (`config`, `step`, `kind`, ...) and files.json, every file with its size, are in the same rename: half a
+  copy of a checkpoint is found out before a value is read.
+- The only file that imports Orbax; its logging stays silent, its errors become `Refused`, `Damaged` or `OSError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from gt_jax.checkpoint_files import (
+    PARTIAL,
+    TEMPORARY,
+    UNFINISHED,
+    Damaged,
+    StrPath,
+    damage,
+    prepare_parent,
+    publish,
+    remove,
+    resolve,
+    set_aside,
+    step_folders,
+)
+from gt_jax.config import ModelConfig
+from gt_jax.errors import Refused, refuse_all
+from gt_jax.tree_paths import combine_digests, differences, flatten, leaf_digest, nest, storable
+
+_BROKEN = (ValueError, KeyError, TypeError, OSError)  # what Orbax and TensorStore raise on a broken file
+_MOMENT = 0.2  # seconds
+
+T = TypeVar("T")
+
+
+class Model(NamedTuple):
+    """What `load_model` gives."""
+
+    config: ModelConfig
+    params: dict[str, Any]
+    statistics: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+def save(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> None:
+    """Write `tree` and the JSON object `metadata` at `path`; its parent folders are made.
+
+    Raises `Refused` when the path exists or its place is not writable, OSError when the disk is full; then nothing is
+    left at `path`. On several processes every process calls it.
+    """
+    target = Path(os.path.abspath(path))
+    if os.path.lexists(target):
+        raise Refused(f"{target} exists; a checkpoint is never overwritten, choose another path")
+    json.dumps(metadata)  # Orbax would find out too late
+    leaves = storable(tree)
+    prepare_parent(target)
+    unfinished = target.with_name(target.name + UNFINISHED)
+    _on_primary(functools.partial(remove, unfinished))
+
+    def work() -> None:
+        ocp.save(unfinished, nest(leaves), custom_metadata=dict(metadata))
+        _on_primary(functools.partial(publish, unfinished, target))
+
+    _write(target, unfinished, work)
+
+
+def write_group(target: Path, leaves: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Add leaves, by path, to the groups that wait in `target`.partial_save: the whole group or nothing of it.
+
+    A path may be written once, and every group carries the same metadata (Orbax merges both at the end).
+    """
+    tree = nest(storable(nest(leaves)))
+    _write(target, target.with_name(target.name + PARTIAL + TEMPORARY),
+           lambda: ocp.partial.save(target, tree, custom_metadata=dict(metadata)))
+
+
+def merge_groups(target: Path) -> Path:
+    """Make one checkpoint, `target`.unfinished, of the groups; the caller has `publish` give it its name.
+
+    Orbax cannot take up a merge that was interrupted: then `target`.unfinished.partial_save is all there is.
+    """
+    unfinished = target.with_name(target.name + UNFINISHED)
+    merging = unfinished.with_name(unfinished.name + PARTIAL)
+    _on_primary(functools.partial(os.rename, target.with_name(target.name + PARTIAL), merging))
+    _write(target, merging, lambda: ocp.partial.finalize(unfinished))
+    return unfinished
+
+
+def load(path: StrPath, abstract: Any = None) -> Any:
+    """The arrays of a checkpoint or of a run's newest step.
+
+    Without `abstract`: nested dicts of numpy arrays. With it (a pytree of `jax.ShapeDtypeStruct`, their shardings, or
+    of numpy arrays): the same structure, each leaf restored as its stand-in says; leaves it does not name stay unread.
+    Raises `Refused` that lists every leaf whose path, shape or dtype the checkpoint does not have.
+    """
+    where = resolve(path)
+    stored, _ = describe(where)
+    if abstract is None:
+        return nest(_read(where, {name: _on_host(leaf) for name, leaf in stored.items()}))
+    wanted = flatten(abstract)
+    refuse_all(differences(wanted, stored), f"checkpoint {where} does not hold what is asked for:")
+    values = _read(where, {name: _on_device(leaf) for name, leaf in wanted.items()})
+    return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in wanted])
+
+
+def load_paths(path: StrPath, paths: Collection[str]) -> dict[str, np.ndarray]:
+    """Only the named leaves, as numpy arrays by path; raises `Refused` listing the ones that are not there."""
+    where = resolve(path)
+    stored, _ = describe(where)
+    missing = [f"{name} is not in the checkpoint" for name in paths if name not in stored]
+    refuse_all(missing, f"checkpoint {where}:")
+    return _read(where, {name: _on_host(stored[name]) for name in paths})
+
+
+def read_leaves(path: StrPath, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    """`load_paths` for a caller that keeps the description: no look at the folder before the read."""
+    return _read(Path(path), {name: _on_host(leaf) for name, leaf in leaves.items()})
+
+
+def describe(path: StrPath) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
+    """Shapes and dtypes by path, `params/segment0/...`, and the metadata; no values are read."""
+    where = resolve(path)
+    found = _look(where, lambda: ocp.metadata(where))
+    leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(found.metadata).items()}
+    return dict(sorted(leaves.items())), dict(found.custom_metadata)
+
+
+def load_model(path: StrPath, abstract: Any = None) -> Model:
+    """Config, `params`, `statistics` and metadata of a model or training checkpoint, or of a run's newest step.
+
+    `abstract` is {"params": ..., "statistics": ...} as for `load`. Raises `Refused` when the stored config does not
+    parse or does not fit the tensors beside it.
+    """
+    where = resolve(path)
+    leaves, metadata = describe(where)
+    config = model_config(where, leaves, metadata)
+    if abstract is not None:
+        tree = load(where, abstract)
+    else:
+        own = {name: _on_host(leaf) for name, leaf in leaves.items() if name.startswith(("params/", "statistics/"))}
+        tree = nest(_read(where, own))
+    return Model(config, tree["params"], tree.get("statistics", {}), metadata)
+
+
+def model_config(path: StrPath, leaves: Mapping[str, Any], metadata: Mapping[str, Any]) -> ModelConfig:
+    """The config stored beside the tensors; raises `Refused` when it does not parse or the tensors contradict it."""
+    if not isinstance(metadata.get("config"), Mapping):
+        raise Refused(f"checkpoint {path} carries no model config; was it written by another program?")
+    try:
+        config = ModelConfig.from_json(metadata["config"])
+    except Refused as error:
+        raise Refused(f"checkpoint {path}: {error}") from error
+    expected: dict[str, tuple[int, ...]] = {"params/embedding/table": (config.vocab, config.width)}
+    problems = []
+    for index, segment in enumerate(config.depth.segments):
+        for slot in range(len(segment.pattern)):
+            name = f"params/segment{index}/layer{slot}/gain"
+            expected[name] = (segment.repeats,)
+    for name, shape in expected.items():
+        if name not in leaves:
+            problems.append(f"{name} is missing; the config's layout {config.layout} has it")
+        elif tuple(leaves[name].shape) != shape:
+            problems.append(f"{name} has shape {tuple(leaves[name].shape)}; the config says {shape}")
+    refuse_all(problems, f"checkpoint {path} does not fit its own config:")
+    return config
+
+
+def content_hash(path: StrPath, under: Collection[str] | None = None) -> str:
+    """SHA-256 over sorted paths, shapes, dtypes and values, the same however the checkpoint is laid out on disk.
+
+    `under` limits it to top-level keys, for example ("params", "statistics"). One leaf is in memory at a time.
+    """
+    where = resolve(path)
+    leaves, _ = describe(where)
+    chosen = [name for name in leaves if under is None or name.split("/")[0] in under]
+    return combine_digests({n: leaf_digest(n, read_leaves(where, {n: leaves[n]})[n]) for n in chosen})
+
+
+class RunCheckpoints:
+    """The steps of one run, RUN/<step>/, the newest `keep` of them.
+
+    An older step goes only after a newer one is complete; what killed saves left behind is ignored and cleared away by
+    the next save. `warn` hears of damaged steps.
+    """
+
+    def __init__(self, root: StrPath, keep: int = 2, warn: Callable[[str], None] | None = None) -> None:
+        if keep < 1:
+            raise Refused(f"keep is {keep}; at least one checkpoint must stay")
+        self.root = Path(os.path.abspath(root))
+        self.keep = keep
+        self._warn = warn or (lambda message: None)
+
+    def save(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
+        """Write RUN/<step>, then forget the steps that are too old; raises as `checkpoint.save` does."""
+        prepare_parent(self.root / str(step))
+        _on_primary(self._clear_leftovers)
+        save(self.root / str(step), tree, {**metadata, "step": step})
+        _on_primary(self._forget_old)
+
+    def steps(self) -> list[int]:
+        """The complete steps, oldest first."""
+        if not self.root.is_dir():
+            return []
+        return [step for step, folder in sorted(step_folders(self.root).items()) if damage(folder) is None]
+
+    def latest(self) -> int | None:
+        """The newest complete step; damaged newer ones are named to `warn`."""
+        if not self.root.is_dir() or not step_folders(self.root):
+            return None
+        return int(resolve(self.root, self._warn).name)
+
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """(tree, metadata) of one step; raises `Damaged` when it cannot be read, `Refused` when it does not fit."""
+        folder = self.root / str(step)
+        return load(folder, abstract), describe(folder)[1]
+
+    def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, tree, metadata) of the newest step whose values can be read, None for a run without steps.
+
+        A step that cannot be read is named to `warn` and set aside as RUN/<step>.damaged, so that the run can write
+        that step again. Raises `Damaged` when steps are there and none is readable.
+        """
+        folders = step_folders(self.root) if self.root.is_dir() else {}
+        if not folders:
+            return None
+        problems = []
+        for step in sorted(folders, reverse=True):
+            try:
+                return step, *self.restore(step, abstract)
+            except Damaged as error:
+                problems.append(str(error))
+                aside = folders[step].with_name(f"{step}.damaged")
+                self._warn(f"{error}; set aside as {aside}, the step before it is used")
+                _on_primary(functools.partial(set_aside, folders[step], aside))
+        raise Damaged("\n".join([f"no step of the run {self.root} can be read:", *problems]))
+
+    def _forget_old(self) -> None:
+        for step in self.steps()[: -self.keep]:
+            old = self.root / f"{step}{UNFINISHED}"
+            os.rename(self.root / str(step), old)  # a kill while deleting must not leave half a step
+            shutil.rmtree(old)
+
+    def _clear_leftovers(self) -> None:
+        for leftover in self.root.glob(f"*{UNFINISHED}*"):
+            shutil.rmtree(leftover)
+
+
+def _context() -> ocp.Context:
+    """Raw bytes (weights do not compress), no second copy in memory, and leaves that were not asked for stay unread."""
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.memory.deepcopy_host_arrays = False
+    context.pytree.loading.partial_load = True
+    context.asynchronous.create_directories_asynchronously = False  # else a failure is a wait of five minutes
+    return context
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs every save, and prints whole stacks for an error that it raises anyway."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    hook = sys.unraisablehook
+
+    def unless_closed(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    sys.unraisablehook = unless_closed
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _with_orbax(work: Callable[[], T], failed: Callable[[Exception], Exception]) -> T:
+    """`work()` in Orbax's context; what it raises for a broken file or disk is raised as `failed` says it.
+
+    After an error, other reads and writes of the same call find their event loop closed, and futures and coroutines go
+    unheard; Python prints each of them when the error is forgotten. So that happens here, where it is quiet.
+    """
+    with _quiet(), _context():
+        try:
+            return work()
+        except _BROKEN as error:
+            failure = failed(error)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            time.sleep(_MOMENT)
+            gc.collect()
+    raise failure
+
+
+def _write(target: Path, unfinished: Path, work: Callable[[], None]) -> None:
+    """Run `work`; what fails leaves nothing `unfinished`, and is an OSError if the operating system said so."""
+
+    def failed(error: Exception) -> Exception:
+        remove(unfinished)
+        code = re.search(r"os_error_code='?(\d+)", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number is None:
+            return error
+        return OSError(number, f"{os.strerror(number)} while writing {target}; nothing is left there")
+
+    _with_orbax(work, failed)
+
+
+def _look(path: Path, work: Callable[[], T]) -> T:
+    return _with_orbax(work, lambda error: Damaged(f"checkpoint {path} cannot be read: {error}"))
+
+
+def _read(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    return _look(path, lambda: flatten(ocp.load(path, nest(abstract)))) if abstract else {}
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """Orbax restores where a numpy array stands as numpy; this one takes no memory."""
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+
+def _on_device(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return _on_host(leaf)
+    sharding = getattr(leaf, "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if sharding is None or (mesh is not None and mesh.empty):
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _on_primary(work: Callable[[], None]) -> None:
+    """Run `work` on one process only; the others wait for it."""
+    if jax.process_index() == 0:
+        work()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("gt_jax.checkpoint")

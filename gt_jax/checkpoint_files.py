@@ -1,0 +1,131 @@
+"""A checkpoint as files: whether it is complete, what an unfinished one is called, which step of a run is the newest.
+
+Nothing here reads values, so that a look at a folder costs a few small files.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from gt_jax.errors import Refused
+
+UNFINISHED = ".unfinished"  # a save that is under way, or was killed
+PARTIAL = ".partial_save"  # Orbax's name for groups of leaves that wait to be merged
+TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for what it writes at this moment
+_FILES = "files.json"
+_NEEDED = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt")
+
+StrPath = str | os.PathLike[str]
+
+
+class Damaged(Refused):
+    """A checkpoint that is incomplete or cannot be read; another one may do."""
+
+
+def resolve(path: StrPath, warn: Callable[[str], None] | None = None) -> Path:
+    """The checkpoint at `path`, or the newest complete step of the run directory there.
+
+    `warn` hears of newer steps that are damaged. Raises `Refused` (`Damaged` when a checkpoint was begun) with what
+    was found instead of a checkpoint.
+    """
+    place = Path(os.path.abspath(path))
+    if not place.exists():
+        unfinished = place.with_name(place.name + PARTIAL)
+        hint = f"; {unfinished} is an unfinished growth, --resume completes it" if unfinished.exists() else ""
+        raise Refused(f"checkpoint {place} does not exist{hint}")
+    if not place.is_dir():
+        raise Refused(f"{place} is a file; a checkpoint is a folder")
+    if place.name.endswith((UNFINISHED, PARTIAL, TEMPORARY)):
+        raise Damaged(f"{place} is a save that was interrupted, not a checkpoint")
+    if any((place / part).exists() for part in ("orbax.checkpoint", "_CHECKPOINT_METADATA", "state")):
+        problem = damage(place)
+        if problem:
+            raise Damaged(f"checkpoint {place} is not usable: {problem}")
+        return place
+    steps = step_folders(place)
+    if not steps:
+        state = "is an empty folder" if not any(place.iterdir()) else "holds neither a checkpoint nor steps of a run"
+        raise Refused(f"{place} {state}; give a checkpoint or a run directory")
+    problems: list[str] = []
+    for step in sorted(steps, reverse=True):
+        problem = damage(steps[step])
+        if problem is None:
+            for line in problems if warn else ():
+                warn(f"{line}; step {step} is used")  # type: ignore[misc]
+            return steps[step]
+        problems.append(f"step {step} in {place} is not usable: {problem}")
+    raise Damaged("\n".join(["no step of this run is complete:", *problems]))
+
+
+def publish(unfinished: Path, target: Path) -> None:
+    """Note every file's size beside the files, then rename: from here on the checkpoint exists."""
+    files = {str(file.relative_to(unfinished)): file.stat().st_size
+             for file in sorted(unfinished.rglob("*")) if file.is_file() and file.name != _FILES}
+    with open(unfinished / _FILES, "w") as stream:
+        json.dump(files, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.rename(unfinished, target)
+
+
+def prepare_parent(target: Path) -> None:
+    """Make the folder `target` will lie in; raises `Refused` when that is not possible or it is not writable."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Refused(f"{target.parent} cannot be made ({error.strerror}); choose a folder that is writable") from error
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise Refused(f"{target.parent} is not writable; choose another place for {target.name}")
+
+
+def damage(path: Path) -> str | None:
+    """Why a folder is not a complete checkpoint of ours, as far as its small files tell."""
+    missing = [name for name in _NEEDED if not (path / name).is_file()]
+    if missing:
+        return f"half a checkpoint, without {', '.join(missing)}"
+    try:
+        metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())
+        json.loads((path / "state/_METADATA").read_text())
+    except (OSError, ValueError) as error:
+        return f"its metadata cannot be read ({error})"
+    if not isinstance(metadata, dict) or "config" not in (metadata.get("custom_metadata") or {}):
+        return "it has no gt_jax metadata (no model config); it was written by another program"
+    return _changed_files(path)
+
+
+def _changed_files(path: Path) -> str | None:
+    """Which files are not as they were when the checkpoint was complete."""
+    try:
+        files = dict(json.loads((path / _FILES).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        return f"its list of files cannot be read ({error})"
+    for name, size in files.items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            return f"{name} " + ("is missing" if found is None else f"has {found} bytes instead of {size}")
+    return None
+
+
+def step_folders(root: Path) -> dict[int, Path]:
+    """The folders of a run that are named like steps, complete or not."""
+    return {int(entry.name): entry for entry in root.iterdir() if entry.name.isdecimal() and entry.is_dir()}
+
+
+def remove(unfinished: Path) -> None:
+    """Delete what a save left under its temporary names."""
+    for folder in (unfinished, unfinished.with_name(unfinished.name + TEMPORARY)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(source: Path, target: Path) -> None:
+    """Rename a damaged checkpoint, in place of one that was set aside before."""
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(source, target)

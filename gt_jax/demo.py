@@ -1,0 +1,256 @@
+"""`make demo`: the whole idea on real text in a few minutes: train shallow and adaptive, measure, grow, train on.
+
+- The source is the preset `tiny`: 8 layers that may run up to four times a token, trained on the Python library's own
+  sources as bytes (`--text` for other text).
+- It is grown to 20 layers in three ways, and set beside two baselines: its own eight layers run once each, and twenty
+  layers of random weights. Every model then trains on for the same number of steps, same batches, fresh optimizer.
+- Interrupted, it goes on where it stopped; run again, it gives the same table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from gt_jax import checkpoint
+from gt_jax.config import ModelConfig, tiny
+from gt_jax.data import DataConfig, Text, open_text
+from gt_jax.errors import Refused, run_command
+from gt_jax.growth import repetition
+from gt_jax.growth.plan import Plan, block_plan, identity_plan
+from gt_jax.growth.stream import grow_checkpoint
+from gt_jax.growth.transform import grow, target_config
+from gt_jax.loading import load_model
+from gt_jax.measure import measure
+from gt_jax.metrics import Recorder, plot_depth, plot_growth, read_metrics, table
+from gt_jax.model import abstract, initialise
+from gt_jax.sharding import lay_out, make_mesh
+from gt_jax.training.config import RunConfig, TrainConfig
+from gt_jax.training.loop import Trainer, fit, make_trainer, train_run, variables_of
+from gt_jax.training.optimizer import OptimizerConfig
+from gt_jax.training.step import evaluate
+from gt_jax.typing import Tree
+
+TARGET_LAYERS = 20
+EVALUATION_BATCHES = 12
+RANDOM_SEED = 1
+
+
+class Contender(NamedTuple):
+    """A model that trains on: what it is called, what it is, where it starts."""
+
+    name: str
+    config: ModelConfig
+    variables: Tree
+
+
+class Outcome(NamedTuple):
+    """What became of one: held-out losses before and after training on, its curve, the seconds that took."""
+
+    name: str
+    layers: int
+    parameters: int
+    before: float
+    after: float
+    curve: list[tuple[float, float]]
+    seconds: float
+
+
+def source_config(text: Sequence[str], steps: int) -> RunConfig:
+    """The adaptive source's run."""
+    optimizer = OptimizerConfig(learning_rate=3e-3)
+    train = TrainConfig(steps=steps, evaluate_every=0, checkpoint_every=100, optimizer=optimizer)
+    data = DataConfig(text=tuple(text), sequence_length=128, batch_size=4)
+    return RunConfig(model=tiny(), train=train, data=data)
+
+
+def further(steps: int) -> TrainConfig:
+    """Training after the growth: the same for every contender, a short re-warm, a lower peak."""
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup=0.1)
+    return TrainConfig(steps=steps, optimizer=optimizer)
+
+
+def say(line: str) -> None:
+    """One line of the story, on standard error: standard output has the table only."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def plans(measured: repetition.Repetition, config: ModelConfig) -> dict[str, tuple[Plan, str]]:
+    """The three growths to `TARGET_LAYERS` and the eight layers run once: name -> (plan, carry)."""
+
+    def to_target(coefficient: str) -> Plan:
+        return block_plan(
+            measured, config.depth, round="balance", target_layers=TARGET_LAYERS, coefficient=coefficient
+        )
+
+    return {
+        "grown, readme": (to_target("schedule"), "weights"),
+        "grown, output": (to_target("schedule"), "output"),
+        "grown, gain + expected": (to_target("expected"), "gain"),
+        "eight layers, once each": (identity_plan(config.depth), "gain"),
+    }
+
+
+def contenders(
+    source: Path, output: Path, config: ModelConfig, variables: Tree, measured: repetition.Repetition
+) -> list[Contender]:
+    """All that trains on. The last growth is the command's default; it is written to OUTPUT/grown by the real thing."""
+    found = []
+    for name, (plan, carry) in plans(measured, config).items():
+        child = target_config(config, plan)
+        if name == "grown, gain + expected":
+            _, grown, _ = load_model(_grow_once(source, output / "grown", plan, carry))
+        else:
+            grown = grow(variables, plan, config, carry=carry, noise_std=1e-4 if "grown" in name else 0.0)
+        found.append(Contender(name, child, grown))
+    deep = found[0].config
+    return [*found, Contender("twenty random layers", deep, initialise(deep, RANDOM_SEED))]
+
+
+def _grow_once(source: Path, target: Path, plan: Plan, carry: str) -> Path:
+    """Grow to `target`, or find there what an earlier run of the demo grew by the same plan."""
+    if target.exists():
+        _, metadata = checkpoint.describe(target)
+        if metadata.get("grown_from", {}).get("plan") != json.loads(json.dumps(plan.to_json())):
+            raise Refused(f"{target} was grown by another plan; give another --output, or remove it")
+        return target
+    grow_checkpoint(
+        source, target, plan=plan, carry=carry, noise_std=1e-4, seed=0, resume=True, progress=lambda line: None
+    )
+    return target
+
+
+def train_on(one: Contender, trainer: Trainer, text: Text, position: dict[str, Any], train: TrainConfig) -> Outcome:
+    """Evaluate, train `train.steps` more with a fresh optimizer on the batches after `position`, evaluate again."""
+    held_out = text.held_out(EVALUATION_BATCHES)
+    curve: list[tuple[float, float]] = []
+    state = trainer.new_state(lay_out(one.variables, abstract(one.config)))  # a copy: the step donates its state
+    before = evaluate(trainer.evaluation, variables_of(state), held_out)
+    start = time.monotonic()
+    with Recorder(total_steps=train.steps, every=50) as recorder:
+        recorder.message(f"training on: {one.name}")
+
+        def record(step: int, metrics: dict[str, Any]) -> None:
+            curve.append((step, float(metrics["loss"])))
+            recorder.log(step, loss=metrics["loss"])
+
+        state = fit(trainer, state, text.train(position), train.steps, record=record)
+    seconds = time.monotonic() - start
+    after = evaluate(trainer.evaluation, variables_of(state), held_out)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(one.variables["params"]))
+    return Outcome(one.name, len(one.config.depth), parameters, before, after, curve, seconds)
+
+
+def report(source: dict[str, Any], outcomes: Sequence[Outcome], steps: int) -> str:
+    """The table: every model's held-out loss at the moment of growth, and after training on."""
+    after = f"after {steps} steps"
+    headers = ["model", "layers", "passes a token", "parameters", "loss at growth", "gap", after, "seconds"]
+    rows = [[
+        "source, adaptive", source["layers"], f"{source['passes']:.1f}", f"{source['parameters']:,}",
+        f"{source['loss']:.4f}", "", "", f"{source['seconds']:.0f}",
+    ]]  # fmt: skip
+    for one in outcomes:
+        gap = f"{100 * (one.before / source['loss'] - 1):+.1f} %"
+        rows.append([
+            one.name, one.layers, f"{one.layers:.1f}", f"{one.parameters:,}", f"{one.before:.4f}", gap,
+            f"{one.after:.4f}", f"{one.seconds:.0f}",
+        ])  # fmt: skip
+    return table(rows, headers)
+
+
+def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
+    """The demo; returns the table. Writes OUTPUT/source, grown, growth.png, depth.png, report.json and the counts."""
+    began = time.monotonic()
+    config = source_config(text, steps)
+    place = output / "source"
+    say(f"1. training the adaptive source, {config.model.layout}: eight layers, up to four passes each")
+    state = train_run(place, config, resume=place.exists())
+    trained = read_metrics(place / "metrics.jsonl")
+    model, variables = config.model, variables_of(state)
+
+    say("2. measuring how deep every layer wants to be")
+    trainer = make_trainer(model, config.train)
+    reading = open_text(config.data)
+    held_out = reading.held_out(EVALUATION_BATCHES)
+    price = float(state.price.value)
+    found = measure(trainer.evaluation, variables, held_out, model, source=str(place), lambda_p=price)
+    counts = output / "layer_repetition_factor.json"
+    _write(counts, json.dumps(found, indent=1) + "\n")
+    measured = repetition.read(counts)
+    layers = [found[f"layer{layer}"] for layer in range(len(model.depth))]
+    say(f"   k_exec {' '.join(str(layer['k_exec']) for layer in layers)}, "
+        f"mean passes {sum(layer['expected_k'] for layer in layers):.1f} for {len(layers)} layers")
+
+    say(f"3. growing to {TARGET_LAYERS} layers, and training on")
+    _, metadata = checkpoint.describe(place)
+    train = further(more)
+    trainers: dict[str, Trainer] = {}
+    outcomes = []
+    for one in contenders(place, output, model, variables, measured):
+        shared = trainers.setdefault(one.config.layout, make_trainer(one.config, train))
+        outcomes.append(train_on(one, shared, reading, metadata["data"], train))
+
+    source = {
+        "layers": len(model.depth), "passes": sum(layer["expected_k"] for layer in layers),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "loss": found["_meta"]["loss"], "seconds": trained[-1]["time_elapsed"],
+    }  # fmt: skip
+    _pictures(output, trained, layers, model, outcomes, steps)
+    summary = {"source": source, "outcomes": [one._asdict() for one in outcomes], "seconds": time.monotonic() - began}
+    _write(output / "report.json", json.dumps(summary, indent=1) + "\n")
+    say(f"pictures: {output / 'growth.png'}, {output / 'depth.png'}; {time.monotonic() - began:.0f} seconds in all")
+    return report(source, outcomes, more)
+
+
+def _pictures(
+    output: Path, trained: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]], model: ModelConfig,
+    outcomes: Sequence[Outcome], steps: int,
+) -> None:  # fmt: skip
+    curves: dict[str, Sequence[tuple[float, float]]] = {
+        "source, adaptive": [(line["step"], line["loss"]) for line in trained if "loss" in line]
+    }
+    for one in outcomes:
+        curves[one.name] = [(steps + step, loss) for step, loss in one.curve]
+    plot_growth(
+        curves, output / "growth.png", growth_at=steps, smooth=15, title="A shallow adaptive model, grown to 20 layers",
+        xlabel="step", ylabel="training loss (nats a byte)",
+    )  # fmt: skip
+    names = [f"{kind}{layer}" for layer, kind in enumerate(model.depth.types)]
+    passes = {
+        "mean passes (expected_k)": [layer["expected_k"] for layer in layers],
+        "k_exec": [float(layer["k_exec"]) for layer in layers],
+    }
+    plot_depth(names, passes, output / "depth.png", title="Passes each layer uses")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo and print its table."""
+    p = argparse.ArgumentParser(prog="python -m gt_jax.demo", description=(__doc__ or "").partition("\n")[0])
+    p.add_argument("--output", type=Path, default=Path("demo"), help="folder for the run, the counts and the pictures")
+    p.add_argument("--text", nargs="+", default=(), help="text files instead of the Python library's sources")
+    p.add_argument("--steps", type=int, default=400, help="of the source")
+    p.add_argument("--more", type=int, default=60, help="steps each model trains on")
+    arguments = p.parse_args(argv)
+    if arguments.steps < 1 or arguments.more < 1:
+        raise Refused(f"--steps {arguments.steps} and --more {arguments.more} must be at least 1")
+    with jax.set_mesh(make_mesh()):
+        print(run(arguments.output, arguments.text, arguments.steps, arguments.more))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

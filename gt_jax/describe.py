@@ -1,0 +1,77 @@
+"""`python -m gt_jax.describe PRESET_OR_CHECKPOINT`: config, layout, and every tensor with shape, dtype, parameters."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gt_jax import config as configs
+from gt_jax.errors import Refused, run_command
+
+
+def tensor_rows(leaves: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One object a tensor of `params` and `statistics`, by path."""
+    chosen = sorted((path, leaf) for path, leaf in leaves.items() if path.startswith(("params/", "statistics/")))
+    return [
+        {"path": path, "shape": list(leaf.shape), "dtype": str(leaf.dtype), "parameters": math.prod(leaf.shape)}
+        for path, leaf in chosen
+    ]
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What a preset, or the checkpoint or run directory at a path, is made of; raises `Refused` for neither."""
+    if name in configs.PRESETS:
+        from gt_jax.model import abstract
+        from gt_jax.tree_paths import flatten
+
+        config, origin = configs.preset(name), {"preset": name}
+        leaves = flatten(abstract(config))
+    elif Path(name).exists():
+        from gt_jax import checkpoint
+
+        place = checkpoint.resolve(name)
+        leaves, metadata = checkpoint.describe(place)
+        config = checkpoint.model_config(place, leaves, metadata)
+        kept = {key: metadata[key] for key in ("kind", "step", "grown_from") if key in metadata}
+        origin = {"preset": None, "checkpoint": str(place), **kept}
+    else:
+        raise Refused(f"{name!r} is neither a preset ({', '.join(sorted(configs.PRESETS))}) nor a path that exists")
+    tensors = tensor_rows(leaves)
+    trained = sum(row["parameters"] for row in tensors if row["path"].startswith("params/"))
+    return {**origin, "layout": config.layout, "parameters": trained, "config": config.to_json(), "tensors": tensors}
+
+
+def report_lines(result: dict[str, Any]) -> list[str]:
+    """The result as lines for a reader."""
+    from gt_jax.layout import parse
+    from gt_jax.metrics import table
+
+    layout = parse(result["layout"])
+    rows = [[t["path"], "x".join(map(str, t["shape"])), t["dtype"], f"{t['parameters']:,}"] for t in result["tensors"]]
+    return [
+        f"{result['preset'] or result['checkpoint']}: {result['parameters']:,} parameters",
+        f"layout {layout}: {len(layout)} layers {layout.types}",
+        *([f"grown from {result['grown_from']['source']}"] if "grown_from" in result else []),
+        "config " + json.dumps(result["config"]),
+        "",
+        table(rows, ["tensor", "shape", "dtype", "parameters"]),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the description."""
+    p = argparse.ArgumentParser(prog="python -m gt_jax.describe", description="Describe a preset or a checkpoint.")
+    p.add_argument("name", help=f"preset ({', '.join(sorted(configs.PRESETS))}), checkpoint or run directory")
+    p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    arguments = p.parse_args(argv)
+    result = describe(arguments.name)
+    print(json.dumps(result) if arguments.json else "\n".join(report_lines(result)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

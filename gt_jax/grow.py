@@ -1,0 +1,215 @@
+"""Grow an adaptive checkpoint into a deep feed-forward one, or print the plan with --dry-run.
+
+    python -m gt_jax.grow SRC DST --repetition layer_repetition_factor.json
+    python -m gt_jax.grow --dry-run --json
+
+- Without --repetition the reference counts 2,1,2,3,2,3,4,3 stand in.
+- Defaults: --plan block --round up --coefficient expected --correct none --carry gain. --recipe readme is the growth
+  README's rule: schedule, none, weights.
+- A dry run without SRC reads no checkpoint and loads no array library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.growth import report
+from gt_jax.growth.plan import COEFFICIENTS, CORRECTIONS, ROUNDS, Plan, block_plan, default_layout, identity_plan
+from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, read, reference
+from gt_jax.growth.rules import CARRIES, check_noise
+
+if TYPE_CHECKING:
+    import jax
+
+    from gt_jax.config import ModelConfig
+
+DEFAULTS = {"coefficient": "expected", "correct": "none", "carry": "gain"}
+RECIPES = {"readme": {"coefficient": "schedule", "correct": "none", "carry": "weights"}}
+_UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m gt_jax.grow", description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("source", nargs="?", type=Path, metavar="SRC", help="checkpoint or run directory to grow from")
+    made.add_argument("target", nargs="?", type=Path, metavar="DST", help="checkpoint to write; must not exist")
+    made.add_argument("--repetition", type=Path, metavar="FILE", help="pass counts written by gt_jax.measure")
+    made.add_argument("--plan", choices=("block", "identity"), default="block",
+                      help="block: copy whole blocks as often as their passes ask; identity: every layer once")
+    made.add_argument("--round", choices=ROUNDS, help="when a block's passes do not divide by its layers (up)")
+    made.add_argument("--target-layers", type=int, metavar="N", help="the depth that must come out")
+    made.add_argument("--coefficient", choices=COEFFICIENTS,
+                      help="schedule: alpha of the pass; expected: alpha times the pass's mean survival (expected)")
+    made.add_argument("--correct", choices=CORRECTIONS, help="correction of the coefficients (none)")
+    made.add_argument("--carry", choices=CARRIES, help="how a coefficient enters the child (gain)")
+    made.add_argument("--recipe", choices=sorted(RECIPES), help="readme: schedule, none, weights")
+    made.add_argument("--noise-std", type=float, default=1e-4, metavar="SIGMA", help="noise for diversity (1e-4)")
+    made.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the child's weights (the source's)")
+    made.add_argument("--memory", default="2GiB", metavar="SIZE", help="memory budget (2GiB)")
+    made.add_argument("--dry-run", action="store_true", help="print the plan, with SRC every tensor; write nothing")
+    made.add_argument("--resume", action="store_true", help="finish an interrupted growth of the same plan")
+    made.add_argument("--verify-text", type=Path, action="append", metavar="FILE",
+                      help="compare source and grown model on this text afterwards; may be repeated")
+    made.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, or raises `Refused` with what would be right."""
+    args = parser().parse_intermixed_args(argv)
+    _check(args)
+    options = _recipe(args)
+    source = _Source(args.source) if args.source else None
+    plan, warnings = _plan(args, options, source)
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    settings = {"carry": options["carry"], "recipe": args.recipe, "noise_std": args.noise_std, "seed": args.seed,
+                "dtype": args.dtype}
+    if args.dry_run:
+        _show(*_dry_run(plan, settings, source, warnings), args.json)
+    else:
+        _grow(args, plan, settings)
+    return 0
+
+
+class _Source:
+    """What a checkpoint says without its values: config, and shape and dtype of the model's tensors by path."""
+
+    config: ModelConfig
+    tensors: dict[str, jax.ShapeDtypeStruct]
+
+    def __init__(self, path: Path) -> None:
+        from gt_jax import checkpoint
+        where = checkpoint.resolve(path)
+        leaves, metadata = checkpoint.describe(where)
+        self.config = checkpoint.model_config(where, leaves, metadata)
+        self.tensors = {name: leaf for name, leaf in leaves.items() if name.startswith(("params/", "statistics/"))}
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse, before anything is read, arguments that contradict each other or have impossible values."""
+    wrong = []
+    if args.dry_run:
+        wrong += [f"{flag} has no meaning in a --dry-run" for flag, value in
+                  (("--resume", args.resume), ("--verify-text", args.verify_text)) if value]
+    elif args.target is None:
+        wrong.append("SRC and DST are needed; to see the plan alone use --dry-run")
+    if args.target is not None and args.source.resolve() == args.target.resolve():
+        wrong.append(f"DST {args.target} is the source itself; name a new folder")
+    elif args.target is not None and args.target.exists():
+        wrong.append(f"DST {args.target} exists; name a new folder, or move it away")
+    if args.target_layers is not None and args.target_layers < 1:
+        wrong.append(f"--target-layers {args.target_layers}: at least 1 is needed")
+    for path in args.verify_text or []:
+        if not path.is_file() or path.stat().st_size == 0:
+            wrong.append(f"--verify-text {path} is {'empty' if path.is_file() else 'not a file'}")
+    if args.plan == "identity":
+        flags = ("repetition", "round", "target_layers", "coefficient", "correct", "recipe")
+        wrong += [f"--{flag.replace('_', '-')} has no meaning for --plan identity" for flag in flags
+                  if getattr(args, flag) is not None]
+    refuse_all(wrong, "these arguments do not go together:")
+    check_noise(args.noise_std, args.seed)
+    memory(args.memory)
+
+
+def memory(text: str) -> int:
+    """Bytes of a size such as 2GiB, 512MiB, 1.5 GB or 100000; raises `Refused`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    count = int(float(match[1]) * _UNITS.get(match[2].lower() or "b", 0)) if match else 0
+    if count < 1:
+        raise Refused(f"--memory {text!r} is not a size; write for example 2GiB or 512MiB")
+    return count
+
+
+def _recipe(args: argparse.Namespace) -> dict[str, str]:
+    """Coefficient, correction and carry: the recipe's, else the flags', else the defaults."""
+    given = {name: value for name in DEFAULTS if (value := getattr(args, name)) is not None}
+    if args.recipe is None:
+        return DEFAULTS | given
+    fixed = RECIPES[args.recipe]
+    refuse_all([f"--{name} {value} contradicts it, it means --{name} {fixed[name]}" for name, value in given.items()
+                if value != fixed[name]], f"--recipe {args.recipe} is a fixed rule:")
+    return dict(fixed)
+
+
+def _plan(args: argparse.Namespace, options: Mapping[str, str],
+          source: _Source | None) -> tuple[Plan, tuple[str, ...]]:
+    """The plan, and what the user should know about the counts behind it."""
+    if args.plan == "identity":
+        return identity_plan(source.config.depth if source else default_layout(reference())), ()
+    adaptive = source.config.adaptive if source else None
+    alpha = adaptive.alpha if adaptive else ALPHA
+    counts = read(args.repetition, alpha) if args.repetition else reference(alpha)
+    warnings = list(counts.warnings)
+    if source and not args.repetition:
+        warnings.append(f"no --repetition: the reference counts {','.join(map(str, REFERENCE_COUNTS))} are used, not "
+                        "this source's own; `python -m gt_jax.measure` writes those")
+    if adaptive and counts.alpha != alpha:
+        raise Refused(f"{counts.origin}: _meta.alpha is {list(counts.alpha)}, the source has {list(alpha)}; "
+                      "measure this source")
+    plan = block_plan(counts, source.config.depth if source else default_layout(counts), round=args.round or "up",
+                      target_layers=args.target_layers, coefficient=options["coefficient"],
+                      correct=options["correct"])
+    silent = [str(target) for target, entry in enumerate(plan.entries) if entry.coefficient == 0]
+    if silent and options["carry"] == "weights":
+        warnings.append(f"carry weights at coefficient 0 makes every weight of target layers {', '.join(silent)} 0; "
+                        "such layers get no gradient (carry gain or output does not have this)")
+    return plan, tuple(warnings)
+
+
+def _dry_run(plan: Plan, settings: Mapping[str, Any], source: _Source | None,
+             warnings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The dry run's JSON object, and its lines."""
+    shown = {**plan.to_json(), **settings, "warnings": list(warnings)}
+    lines = [*report.plan_lines(plan), f"carry {settings['carry']}, noise {settings['noise_std']:g} with seed "
+             f"{settings['seed']}, recipe {settings['recipe'] or 'none'}"]
+    if source is not None:
+        tensors, dropped = _tensors(plan, settings, source)
+        shown |= {"tensors": tensors, "dropped": list(dropped), "bytes": sum(row["bytes"] for row in tensors)}
+        lines += ["", *report.tensor_lines(tensors, dropped)]
+    return shown, lines
+
+
+def _tensors(plan: Plan, settings: Mapping[str, Any], source: _Source) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """Every tensor of the child as a JSON object, and the names of the source's tensors that it does not have."""
+    from gt_jax.growth import transform
+    target = transform.child_abstract(source.config, plan, settings["dtype"])
+    matched = transform.match(source.tensors, target, plan, settings["carry"])
+    rows = [{"path": leaf.path, "old_shape": list(leaf.old_shape), "shape": list(leaf.shape),
+             "dtype": str(leaf.dtype), "rule": leaf.rule, "bytes": leaf.nbytes} for leaf in matched.leaves]
+    return rows, matched.dropped
+
+
+def _grow(args: argparse.Namespace, plan: Plan, settings: Mapping[str, Any]) -> None:
+    """Grow, then verify where text is given, and show both."""
+    from gt_jax.growth import stream
+    result = stream.grow_checkpoint(
+        args.source, args.target, plan=plan, carry=settings["carry"], noise_std=settings["noise_std"],
+        seed=settings["seed"], dtype=settings["dtype"], memory=memory(args.memory), resume=args.resume,
+        progress=lambda line: print(line, file=sys.stderr, flush=True))
+    shown: dict[str, Any] = {"source": str(args.source), "target": str(args.target), "plan": plan.to_json(),
+                             **settings, "report": result}
+    lines = [*report.plan_lines(plan), "", f"{args.target}: {result['tensors']} tensors, "
+             f"{report.size(result['bytes'])}, {result['seconds']:.1f} s; {len(result['dropped'])} tensors dropped"]
+    if args.verify_text:
+        from gt_jax import verify
+        shown["verify"] = verify.verify(args.source, args.target, text=[str(path) for path in args.verify_text])
+        lines += ["", *verify.report_lines(shown["verify"])]
+    _show(shown, lines, args.json)
+
+
+def _show(shown: Mapping[str, Any], lines: Sequence[str], as_json: bool) -> None:
+    print(json.dumps(shown, allow_nan=False) if as_json else "\n".join(lines))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,244 @@
+"""How much depth each layer of an adaptive model really used: `layer_repetition_factor.json`, read and checked.
+
+A file has `_meta` and one object a layer, `layer0` to `layer{N-1}` (GROWTH.md 1). Only `k_exec` is needed; files from
+before `survival` was measured, also those named `layer_repitation_factor.json`, get it rebuilt, with a warning:
+- from `p_mu`: s_k = p_mu^(k-1), cut at k_exec;
+- without `p_mu`: s_k = p^(k-1) with p = 0.10^(1/k_exec), cut at k_exec: the geometric decay that reaches the halting
+  threshold 0.10 exactly when pass k_exec is done.
+A whole number written as a float (2.0) is accepted, JSON has one kind of number. Other keys of a layer are not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from gt_jax.errors import Refused, refuse_all
+
+ALPHA = (1.0, 0.7, 0.5, 0.35)
+THRESHOLD = 0.10
+MOST_PASSES = 64
+REFERENCE_COUNTS = (2, 1, 2, 3, 2, 3, 4, 3)
+FILE_NAME = "layer_repetition_factor.json"
+EARLIER_FILE_NAME = "layer_repitation_factor.json"
+_LAYER_KEY = re.compile(r"layer(0|[1-9]\d*)")
+_ROUNDING = 1e-6  # how far a mean of float32 probabilities may lie above 1, or above the mean before it
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRepetition:
+    """One layer's use of depth. `survival[j]` is the mean of s entering pass j + 1; figures not measured are None."""
+
+    k_exec: int
+    survival: tuple[float, ...]
+    expected_k: float
+    p_mu: float | None = None
+    s_fin: float | None = None
+    entropy: float | None = None
+    ponder: float | None = None
+    note: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The layer's object in the file, without the figures that were not measured."""
+        return {name: list(value) if isinstance(value, tuple) else value
+                for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Repetition:
+    """All layers of one adaptive model, its strengths alpha by pass, and where the counts come from.
+
+    `warnings` says what was not in the file and had to be assumed; it does not count in comparisons.
+    """
+
+    layers: tuple[LayerRepetition, ...]
+    alpha: tuple[float, ...] = ALPHA
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    origin: str = dataclasses.field(default="repetition", compare=False)
+    warnings: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    @property
+    def k_exec(self) -> tuple[int, ...]:
+        """Passes by layer."""
+        return tuple(layer.k_exec for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """The file's object; `from_json` reads it back to an equal value."""
+        layers = {f"layer{index}": layer.to_json() for index, layer in enumerate(self.layers)}
+        return {"_meta": {**self.meta, "alpha": list(self.alpha)}, **layers}
+
+
+def read(path: str | Path, alpha: Sequence[float] = ALPHA) -> Repetition:
+    """Read a file of pass counts; raises `Refused` naming the file and every key that is wrong.
+
+    `alpha` are the strengths by pass for a file that does not say them in `_meta.alpha`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise Refused(f"repetition file {path} is a directory; name a JSON file, for example {path / FILE_NAME}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        earlier = path.with_name(EARLIER_FILE_NAME)
+        hint = f"; there is a {earlier}" if earlier.is_file() else ""
+        raise Refused(f"repetition file {path} does not exist{hint}; "
+                      f"`python -m gt_jax.measure` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"repetition file {path} cannot be read: {error}") from None
+    repeated: list[str] = []
+    try:
+        data = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, repeated))
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"repetition file {path} is not JSON: {error}") from None
+    refuse_all([f"key {key!r} appears twice" for key in repeated], f"repetition file {path} is not valid:")
+    return from_json(data, f"repetition file {path}", alpha)
+
+
+def _object(pairs: Sequence[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    repeated += sorted({key for key in keys if keys.count(key) > 1})
+    return dict(pairs)
+
+
+def from_json(data: Any, origin: str = "repetition", alpha: Sequence[float] = ALPHA) -> Repetition:
+    """Check a parsed file as `read` does; `origin` opens the messages."""
+    if not isinstance(data, Mapping):
+        raise Refused(f"{origin} is not an object with the keys layer0, layer1, ...")
+    wrong: list[str] = []
+    warnings: list[str] = []
+    meta = data.get("_meta", {})
+    if not isinstance(meta, Mapping):
+        wrong.append(f"_meta is {meta!r}; an object is needed")
+        meta = {}
+    strengths = _alpha(meta.get("alpha", list(alpha)), wrong)
+    layers = []
+    for index in range(_layer_count(data, wrong)):
+        if (key := f"layer{index}") in data:
+            layers.append(_layer(key, data[key], len(strengths), wrong, warnings))
+    refuse_all(wrong, f"{origin} is not valid:")
+    rest = {name: value for name, value in meta.items() if name != "alpha"}
+    complete = tuple(layer for layer in layers if layer is not None)
+    return Repetition(complete, strengths, rest, origin, tuple(warnings))
+
+
+def reference(alpha: Sequence[float] = ALPHA) -> Repetition:
+    """The counts every example uses, 2,1,2,3 | 2,3,4,3, with the survival that `survival_from_threshold` gives."""
+    layers = []
+    for count in REFERENCE_COUNTS:
+        survival = _padded(survival_from_threshold(count), len(alpha))
+        layers.append(LayerRepetition(count, survival, math.fsum(survival)))
+    return Repetition(tuple(layers), tuple(alpha), {"source": "reference"}, "the reference counts")
+
+
+def survival_from_threshold(k_exec: int) -> tuple[float, ...]:
+    """s_k = 0.10^((k-1)/k_exec) for k = 1..k_exec: what remains is the threshold 0.10 once the last pass is done."""
+    return tuple(THRESHOLD ** (k / k_exec) for k in range(k_exec))
+
+
+def survival_from_probability(p: float, k_exec: int) -> tuple[float, ...]:
+    """s_k = p^(k-1) for k = 1..k_exec: every gate continues with the first gate's mean probability."""
+    return tuple(float(p) ** k for k in range(k_exec))
+
+
+def _padded(survival: Sequence[float], passes: int) -> tuple[float, ...]:
+    return (*survival, *[0.0] * (passes - len(survival)))
+
+
+def _alpha(values: Any, wrong: list[str]) -> tuple[float, ...]:
+    if isinstance(values, list) and values and all(_number(value) and value > 0 for value in values):
+        return tuple(float(value) for value in values)
+    wrong.append(f"_meta.alpha is {values!r}; a list of positive numbers is needed, for example {list(ALPHA)}")
+    return ALPHA
+
+
+def _layer_count(data: Mapping[str, Any], wrong: list[str]) -> int:
+    """One past the highest layer; names the layers missing below it and the keys that mean nothing."""
+    found = {int(match[1]) for key in data if (match := _LAYER_KEY.fullmatch(key))}
+    unknown = [key for key in data if not _LAYER_KEY.fullmatch(key) and not key.startswith("_")]
+    wrong += [f"unknown key {key!r}; keys are layer0, layer1, ... and _meta" for key in unknown]
+    count = max(found, default=-1) + 1
+    looked_at = min(count, len(found) + 8)  # "layer999999999" must not list a billion missing ones
+    missing = [f"layer{index}" for index in range(looked_at) if index not in found]
+    if missing or not found:
+        wrong.append(f"{', '.join(missing) or 'layer0'} missing; layers are layer0 to layer{{N-1}} without a gap")
+    return looked_at
+
+
+def _layer(key: str, data: Any, passes: int, wrong: list[str], warnings: list[str]) -> LayerRepetition | None:
+    if not isinstance(data, Mapping):
+        wrong.append(f"{key} is {data!r}; an object with k_exec is needed")
+        return None
+    before = len(wrong)
+    k_exec = _count(f"{key}.k_exec", data, wrong)
+    figures = {name: _figure(f"{key}.{name}", data.get(name), name == "p_mu", wrong)
+               for name in ("expected_k", "p_mu", "s_fin", "entropy", "ponder")}
+    note = data.get("note")
+    if note is not None and not isinstance(note, str):
+        wrong.append(f"{key}.note is {note!r}; a text is needed")
+    if k_exec is None or len(wrong) > before:
+        return None
+    length = max(passes, k_exec)
+    if data.get("survival") is None:
+        survival = _padded(_rebuilt(key, k_exec, figures["p_mu"], warnings), length)
+    else:
+        survival = _survival(f"{key}.survival", data["survival"], length, wrong)
+    expected = figures.pop("expected_k")
+    return LayerRepetition(k_exec, survival, math.fsum(survival) if expected is None else expected, note=note,
+                           **figures)
+
+
+def _rebuilt(key: str, k_exec: int, p_mu: float | None, warnings: list[str]) -> tuple[float, ...]:
+    if p_mu is None:
+        warnings.append(f"{key} has neither survival nor p_mu: survival rebuilt as 0.10^((k-1)/{k_exec}), "
+                        f"cut at k_exec {k_exec}")
+        return survival_from_threshold(k_exec)
+    warnings.append(f"{key} has no survival: rebuilt from p_mu as {p_mu}^(k-1), cut at k_exec {k_exec}")
+    return survival_from_probability(p_mu, k_exec)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(key: str, data: Mapping[str, Any], wrong: list[str]) -> int | None:
+    if "k_exec" not in data:
+        wrong.append(f"{key} is missing; a whole number from 1 to {MOST_PASSES} is needed")
+        return None
+    value = data["k_exec"]
+    if _number(value) and value == int(value) and 1 <= value <= MOST_PASSES:
+        return int(value)
+    wrong.append(f"{key} is {value!r}; a whole number from 1 to {MOST_PASSES} is needed")
+    return None
+
+
+def _share(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 1 + _ROUNDING
+
+
+def _figure(key: str, value: Any, share: bool, wrong: list[str]) -> float | None:
+    if value is None:
+        return None
+    if _share(value) if share else _number(value):
+        return min(float(value), 1.0) if share else float(value)
+    wrong.append(f"{key} is {value!r}; a {'number from 0 to 1' if share else 'finite number'} is needed")
+    return None
+
+
+def _survival(key: str, values: Any, length: int, wrong: list[str]) -> tuple[float, ...]:
+    if not isinstance(values, list) or len(values) != length:
+        count = f"{len(values)} values" if isinstance(values, list) else repr(values)
+        wrong.append(f"{key} is {count}; a list of {length} numbers is needed, one a pass")
+        return ()
+    outside = [f"{key}[{index}] is {value!r}; a number from 0 to 1 is needed"
+               for index, value in enumerate(values) if not _share(value)]
+    rising = [] if outside else [f"{key}[{index + 1}] is {after}, above the {before} before it; survival cannot rise"
+                                 for index, (before, after) in enumerate(pairwise(values))
+                                 if after > before + _ROUNDING]
+    wrong += outside + rising
+    return tuple(min(float(value), 1.0) for value in values) if not outside else ()

@@ -1,0 +1,79 @@
+"""What a plan does, in lines for a reader: layer by layer, asked for and granted, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gt_jax.growth.plan import Plan
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan as two tables: every target layer, and every source layer's request beside what it was granted.
+
+    `mass` is the sum of a layer's coefficients: what the recurrence would add over its k_exec passes, what the copies
+    add, and their ratio.
+    """
+    layers = [[target, kind, entry.source, entry.copy, f"{entry.coefficient:.4f}"]
+              for target, (kind, entry) in enumerate(zip(plan.target_layout.types, plan.entries, strict=True))]
+    served = zip(plan.source_layout.types, plan.requested, plan.granted, plan.mass_requested, plan.mass_granted,
+                 plan.mass_kept, strict=True)
+    asked = [[source, kind, want, got, f"{mass:.3f}", f"{given:.3f}", f"{kept:.0%}", _remark(want, got)]
+             for source, (kind, want, got, mass, given, kept) in enumerate(served)]
+    options = ", ".join(f"{name} {value}" for name, value in plan.options.items()
+                        if value is not None)
+    return [
+        f"{plan.kind} plan: {plan.source_layout} ({len(plan.source_layout)} layers) -> "
+        f"{plan.target_layout} ({len(plan.target_layout)} layers)",
+        *([options] if options else []), "",
+        *table(["target", "type", "source", "copy", "coefficient"], layers), "",
+        *table(["source", "type", "asked", "got", "mass asked", "mass got", "kept", ""], asked),
+        f"asked for {sum(plan.requested)} passes, got {sum(plan.granted)} layers; "
+        f"coefficient mass kept in all: {plan.total_mass_kept:.0%}",
+    ]
+
+
+def tensor_lines(tensors: Sequence[dict[str, Any]], dropped: Sequence[str]) -> list[str]:
+    """Every target tensor with its source shape, its shape, rule and bytes, then the dropped tensors by name."""
+    rows = [[row["path"], _shape(row["old_shape"]), _shape(row["shape"]), row["dtype"], row["rule"],
+             size(row["bytes"])] for row in tensors]
+    total = sum(row["bytes"] for row in tensors)
+    return [*table(["tensor", "old shape", "new shape", "dtype", "rule", "bytes"], rows),
+            f"{len(tensors)} tensors, {size(total)}", f"dropped: {len(dropped)} tensors",
+            *[f"  {path}" for path in dropped]]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Columns of equal width; a column whose cells are all numbers is set to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    right = [all(_numeric(row[index]) for row in cells) for index in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [cell.rjust(width) if to_right else cell.ljust(width)
+                  for cell, width, to_right in zip(row, widths, right, strict=True)]
+        return "  ".join(padded).rstrip()
+
+    return [line(head), *map(line, cells)]
+
+
+def size(count: int) -> str:
+    """Bytes for a reader: 640 B, 1.5 KiB, 15.5 GiB."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def _remark(asked: int, got: int) -> str:
+    if asked == got:
+        return ""
+    return f"{asked - got} pass{'es' if asked - got > 1 else ''} short" if got < asked else f"{got - asked} more"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _numeric(cell: str) -> bool:
+    return bool(cell) and set(cell) <= set("0123456789.%-")

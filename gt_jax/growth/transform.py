@@ -1,0 +1,315 @@
+"""Growth as a pure function on a pytree: match every tensor first, then gather, add noise, scale.
+
+- A tensor is known by its path, `params/segment0/layer0/mixer/query/w` (gt_jax.tree_paths). Layers of a
+  segment are stacked along one leading, unsharded block axis.
+- `match` works on shapes alone and refuses with a list of everything that does not fit; after it nothing can surprise.
+- One slice of one block is the unit of work: child = c * (W + N) in float32, cast to the child's dtype. The noise N
+  depends on (seed, tensor name within the layer, target layer) only, so that neither the order of work, nor slicing,
+  nor sharding changes a bit of the result. Without noise and scale a slice is copied as it is.
+- Other axes keep their sharding; everything runs under `jax.jit` and `jax.eval_shape`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, ShapeDtypeStruct
+
+from gt_jax.config import ModelConfig
+from gt_jax.errors import Refused, refuse_all
+from gt_jax.growth import rules
+from gt_jax.growth.plan import Plan
+from gt_jax.tree_paths import flatten, nest
+
+Abstract = Mapping[str, ShapeDtypeStruct]
+_CARRIER = {"weights": rules.SCALED, "output": rules.OUTPUT, "gain": rules.GAIN}
+_FOUR_BYTES_STD = float(np.sqrt(4 * (256**2 - 1) / 12))
+
+
+class Part(NamedTuple):
+    """Where one block of a target tensor comes from. A tensor of the whole model has neither block nor layer."""
+
+    source: str
+    block: int | None
+    coefficient: float
+    layer: int | None
+
+
+class Leaf(NamedTuple):
+    """One target tensor: its rule, its parts in block order, its shape and dtype, and its first source's shape."""
+
+    path: str
+    rule: str
+    parts: tuple[Part, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    old_shape: tuple[int, ...]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leading axis is the block axis (`parts[b]` makes block b)."""
+        return self.parts[0].block is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the target tensor."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class Match(NamedTuple):
+    """All target tensors by path, and the source tensors that the child does not have."""
+
+    leaves: tuple[Leaf, ...]
+    dropped: tuple[str, ...]
+
+
+def abstract(tree: Mapping[str, Any]) -> dict[str, ShapeDtypeStruct]:
+    """Shapes and dtypes by path of a nested dict of arrays (or of anything with shape and dtype)."""
+    return {path: ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten(tree).items()}
+
+
+def target_config(source_config: ModelConfig, plan: Plan, dtype: str | None = None) -> ModelConfig:
+    """The child's config: the source's plain form with the plan's layout, and `dtype` as param_dtype where given.
+
+    Raises `Refused` when the plan was made for another layout.
+    """
+    if source_config.depth != plan.source_layout:
+        raise Refused(f"the plan is for a source of layout {plan.source_layout}, "
+                      f"this source's config says {source_config.layout}")
+    config = source_config.plain.replace(layout=str(plan.target_layout))
+    return config if dtype is None else config.replace(param_dtype=dtype)
+
+
+def child_abstract(source_config: ModelConfig, plan: Plan, dtype: str | None = None) -> dict[str, ShapeDtypeStruct]:
+    """The child's tensors as the model code declares them for `target_config`: what a checkpoint must fill.
+
+    Raises `Refused` as `target_config` does. This is the `target` to match a checkpoint against: it knows which tensors
+    stay float32 under a narrower param_dtype, and shows what half a checkpoint lacks.
+    """
+    from gt_jax import model  # loads Flax, which the pure part does without
+
+    return abstract(model.abstract(target_config(source_config, plan, dtype)))
+
+
+def target_abstract(source: Abstract, plan: Plan) -> dict[str, ShapeDtypeStruct]:
+    """The child's tensors as they follow from the source's and the plan: halting dropped, leading axis replaced."""
+    kept = {path: old for path, old in source.items() if rules.rule(path) != rules.DROPPED}
+    places = {path: place for path in kept if (place := rules.place(path))}
+    flat = {path: old for path, old in kept.items() if path not in places}
+    for target, entry in enumerate(plan.entries):
+        segment, _, slot = plan.target_layout.position(target)
+        origin = plan.source_layout.position(entry.source)
+        blocks = plan.target_layout.segments[segment].repeats
+        for path, place in places.items():
+            if (place.segment, place.slot) == (origin[0], origin[2]):
+                shape = (blocks, *kept[path].shape[1:])
+                flat.setdefault(str(place._replace(segment=segment, slot=slot)),
+                                ShapeDtypeStruct(shape, kept[path].dtype))
+    return dict(sorted(flat.items()))
+
+
+def match(source: Abstract, target: Abstract, plan: Plan, carry: str) -> Match:
+    """Say for every target tensor where each of its blocks comes from.
+
+    Raises `Refused` with one list of all tensors that match no rule, are missing, are left over, or have the wrong
+    shape or kind of dtype, and of all layers that have no tensor to carry their coefficient.
+    """
+    if carry not in rules.CARRIES:
+        raise Refused(f"carry {carry!r} is not one of {', '.join(rules.CARRIES)}")
+    wrong = [f"source tensor {path} matches no rule" for path in sorted(source) if rules.rule(path) is None]
+    wrong += _misplaced(source, plan)
+    leaves = []
+    for path in sorted(target):
+        leaf = _leaf(path, source, target[path], plan, wrong)
+        if leaf is not None:
+            leaves.append(leaf)
+    used = {part.source for leaf in leaves for part in leaf.parts}
+    dropped, left_over = _unused(source, used, plan)
+    if not wrong:  # a tensor already named above would be named here a second time
+        wrong += [f"source tensor {path} has no place in the target" for path in left_over]
+        wrong += _without_carrier(leaves, plan, carry)
+    refuse_all(wrong, f"the source does not grow from {plan.source_layout} to {plan.target_layout}:")
+    return Match(tuple(leaves), dropped)
+
+
+def _misplaced(source: Abstract, plan: Plan) -> list[str]:
+    """Stacked source tensors outside the plan's source layout, or with another number of blocks."""
+    wrong = []
+    segments = plan.source_layout.segments
+    for path in sorted(source):
+        place = rules.place(path)
+        if place is None or rules.rule(path) is None:
+            continue
+        if place.segment >= len(segments) or place.slot >= len(segments[place.segment].pattern):
+            wrong.append(f"source tensor {path} is outside the layout {plan.source_layout}")
+        elif (shape := tuple(source[path].shape))[:1] != (segments[place.segment].repeats,):
+            wrong.append(f"source tensor {path} has shape {shape}; its leading axis must be the "
+                         f"{segments[place.segment].repeats} blocks of segment {place.segment}")
+    return wrong
+
+
+def _leaf(path: str, source: Abstract, new: ShapeDtypeStruct, plan: Plan, wrong: list[str]) -> Leaf | None:
+    """The leaf of one target tensor, or None with the reasons added to `wrong`."""
+    rule, place = rules.rule(path), rules.place(path)
+    if rule is None or rule == rules.DROPPED:
+        wrong.append(f"target tensor {path} " + ("matches no rule" if rule is None else
+                                                 "belongs to adaptive depth, which a grown model does not have"))
+        return None
+    if place is None:
+        parts: tuple[Part, ...] = (Part(path, None, 1.0, None),)
+    else:
+        segments = plan.target_layout.segments
+        if place.segment >= len(segments) or place.slot >= len(segments[place.segment].pattern):
+            wrong.append(f"target tensor {path} is outside the layout {plan.target_layout}")
+            return None
+        parts = _parts(place, plan)
+    if missing := sorted({part.source for part in parts if part.source not in source}):
+        wrong.append(f"source tensor {', '.join(missing)} is missing; target tensor {path} needs it")
+        return None
+    before = len(wrong)
+    for name in dict.fromkeys(part.source for part in parts):
+        wrong += _unfit(name, source[name], path, new, rule, len(parts) if place else None)
+    if len(wrong) > before:
+        return None
+    return Leaf(path, rule, parts, tuple(new.shape), np.dtype(new.dtype), tuple(source[parts[0].source].shape))
+
+
+def _parts(place: rules.Place, plan: Plan) -> tuple[Part, ...]:
+    parts = []
+    for block in range(plan.target_layout.segments[place.segment].repeats):
+        layer = plan.target_layout.layer(place.segment, block, place.slot)
+        entry = plan.entries[layer]
+        segment, source_block, slot = plan.source_layout.position(entry.source)
+        name = str(place._replace(segment=segment, slot=slot))
+        parts.append(Part(name, source_block, entry.coefficient, layer))
+    return tuple(parts)
+
+
+def _unfit(name: str, old: ShapeDtypeStruct, path: str, new: ShapeDtypeStruct, rule: str,
+           blocks: int | None) -> list[str]:
+    """What keeps source tensor `name` from filling target tensor `path` (`blocks` None: not stacked)."""
+    wrong = []
+    want = tuple(old.shape) if blocks is None else (blocks, *old.shape[1:])
+    if tuple(new.shape) != want:
+        wrong.append(f"source tensor {name} of shape {tuple(old.shape)} gives shape {want}, "
+                     f"target tensor {path} has {tuple(new.shape)}")
+    floating = [bool(jnp.issubdtype(side.dtype, jnp.floating)) for side in (old, new)]
+    computed = rule in (rules.SCALED, rules.OUTPUT, rules.GAIN)
+    if floating[0] != floating[1] or (computed and not floating[0]):
+        wrong.append(f"source tensor {name} is {old.dtype}, target tensor {path} is {new.dtype}; "
+                     + ("both must be floating" if computed else "one is floating, the other is not"))
+    return wrong
+
+
+def _unused(source: Abstract, used: set[str], plan: Plan) -> tuple[tuple[str, ...], list[str]]:
+    """Source tensors without a place, split into dropped ones (halting; layers not in the plan) and left-overs."""
+    positions = [plan.source_layout.position(entry.source) for entry in plan.entries]
+    planned = {(segment, slot) for segment, _, slot in positions}
+    dropped: list[str] = []
+    left_over: list[str] = []
+    for path in sorted(set(source) - used):
+        place = rules.place(path)
+        absent = place is not None and (place.segment, place.slot) not in planned
+        (dropped if absent or rules.rule(path) == rules.DROPPED else left_over).append(path)
+    return tuple(dropped), left_over
+
+
+def _without_carrier(leaves: Iterable[Leaf], plan: Plan, carry: str) -> list[str]:
+    carried = {(place.segment, place.slot) for leaf in leaves
+               if leaf.rule == _CARRIER[carry] and (place := rules.place(leaf.path))}
+    return [f"target layers params/segment{segment}/layer{slot} have no tensor of rule {_CARRIER[carry]!r}, "
+            f"so carry {carry!r} would lose their coefficients"
+            for segment, part in enumerate(plan.target_layout.segments) for slot in range(len(part.pattern))
+            if (segment, slot) not in carried]
+
+
+def stable_hash(text: str) -> int:
+    """The first 32 bits of SHA-256: the same number on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def grow_block(leaf: Leaf, block: int, source_slice: Array | np.ndarray, *, carry: str, noise_std: float,
+               seed: int) -> Array:
+    """Block `block` of a target tensor from its source block's slice: c * (W + N), N of standard deviation noise_std.
+
+    For a tensor of the whole model the slice is the tensor and `block` is 0. Returns the leaf's dtype; float32 inside.
+    """
+    part = leaf.parts[block]
+    how = rules.treatment(leaf.rule, carry)
+    place = rules.place(leaf.path)
+    noisy = how.noisy and noise_std > 0
+    if not noisy and not how.scaled:
+        return jnp.asarray(source_slice, leaf.dtype)
+    names = np.asarray([seed, stable_hash(place.name if place else leaf.path), part.layer or 0], np.uint32)
+    # Noise goes by position in row-major order, so off a mesh one program serves all tensors of one size.
+    on_mesh = not jax.typeof(source_slice).sharding.mesh.empty
+    values = source_slice if on_mesh else source_slice.reshape(-1)
+    value = _slice(values, names, np.float32(part.coefficient), _noise_step(noise_std), dtype=leaf.dtype,
+                   noisy=noisy, scaled=how.scaled)
+    return value.reshape(source_slice.shape)
+
+
+def _noise_step(noise_std: float) -> np.float32:
+    """noise_std in units of one step of the sum of four bytes, cut to 14 significant bits (see `_slice`)."""
+    mantissa, exponent = np.frexp(noise_std / _FOUR_BYTES_STD)
+    return np.float32(np.ldexp(np.round(mantissa * 2**14), exponent - 14))
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "noisy", "scaled"))
+def _slice(weights: Array, names: Array, coefficient: Array, noise_step: Array, *, dtype: np.dtype, noisy: bool,
+           scaled: bool) -> Array:
+    """coefficient * (weights + noise), the noise keyed by names = (seed, tensor, target layer).
+
+    The noise is the centred sum of four random bytes, a bell with tails cut at 3.45 sigma, in steps of `noise_step`. A
+    Normal(0, 1) through erf_inv differs in its last bit from one compiled program to the next; this sum is an integer
+    of 10 bits, its product with a step of 14 bits is exact in float32, and so every program adds the same number,
+    whether or not it fuses the multiplication and the addition.
+    """
+    wide = jnp.promote_types(weights.dtype, jnp.float32)
+    value = weights.astype(wide)
+    if noisy:
+        key = jax.random.key(names[0], impl="threefry2x32")
+        key = jax.random.fold_in(jax.random.fold_in(key, names[1]), names[2])
+        bits = jax.random.bits(key, weights.shape, jnp.uint32, out_sharding=jax.typeof(weights).sharding)
+        total = (bits & 255) + (bits >> 8 & 255) + (bits >> 16 & 255) + (bits >> 24)
+        value += ((total.astype(jnp.int32) - 510).astype(jnp.float32) * noise_step).astype(wide)
+    if scaled:
+        value *= coefficient.astype(wide)
+    return value.astype(dtype)
+
+
+def grow_leaf(leaf: Leaf, sources: Mapping[str, Array | np.ndarray], *, carry: str, noise_std: float,
+              seed: int) -> Array:
+    """A whole target tensor from the source tensors by path: `grow_block` for every block, stacked along axis 0."""
+    if not leaf.stacked:
+        return grow_block(leaf, 0, sources[leaf.path], carry=carry, noise_std=noise_std, seed=seed)
+    slices = [grow_block(leaf, index, jax.lax.index_in_dim(jnp.asarray(sources[part.source]), part.block or 0,
+                                                           keepdims=False),
+                         carry=carry, noise_std=noise_std, seed=seed)
+              for index, part in enumerate(leaf.parts)]
+    return jnp.stack(slices)
+
+
+def grow(tree: Mapping[str, Any], plan: Plan, source_config: ModelConfig | None = None, *, carry: str = "gain",
+         noise_std: float = 0.0, seed: int = 0, dtype: str | None = None) -> dict[str, Any]:
+    """The grown tree {"params", "statistics"} of a source tree; runs under `jax.jit` and `jax.eval_shape`.
+
+    With `source_config` the result is what the model code declares for the child, in its `dtype`; without, the tensors
+    follow from the source's own and keep their dtypes. Raises `Refused` as `match` and `target_config` do, for noise
+    that is negative or not finite, for a seed outside 0..2^32-1, and for a dtype without a config.
+    """
+    rules.check_noise(noise_std, seed)
+    if dtype is not None and source_config is None:
+        raise Refused(f"dtype {dtype} needs the source's config, which says which tensors stay float32")
+    source = abstract(tree)
+    target = target_abstract(source, plan) if source_config is None else child_abstract(source_config, plan, dtype)
+    matched = match(source, target, plan, carry)
+    flat = flatten(tree)
+    return nest({leaf.path: grow_leaf(leaf, flat, carry=carry, noise_std=noise_std, seed=seed)
+                 for leaf in matched.leaves})

@@ -1,0 +1,191 @@
+"""Adaptive depth: several passes of one layer, as many as each token asks for (ACT, arXiv 1603.08983).
+
+s_1 = 1; for k = 1 … K:  X <- X + w_k alpha_k Delta(X);  s_{k+1} = s_k p_k;  w_k = s_k while s_k >= threshold, else 0.
+
+- A token below the threshold is finished: its weight is 0 from then on, yet it still writes states and keys in the
+  passes that run. So skipping a pass in which nobody is alive changes no value, and no token depends on its batch.
+- A dead pass costs nothing: `lax.scan` over passes with a `lax.cond` on "anyone alive", forward and backward.
+- With a cache (decoding) every pass runs, because a later token may read what this one wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gt_jax.config import AdaptiveConfig
+from gt_jax.layers.mixer import MixerOutput
+from gt_jax.layers.primitives import INIT, widen
+from gt_jax.sharding import Rules, on_mesh
+from gt_jax.typing import Activations, PerToken, Tree
+
+FEATURES = 5
+RATIO_CLIP = 10.0
+
+
+class PassControl(NamedTuple):
+    """How many passes: `forced` [] or [l] int32, 0 for the halting heads' choice; `p_max` [] caps the continue gate."""
+
+    forced: Array
+    p_max: Array
+
+
+class PassStatistics(NamedTuple):
+    """Per pass [p], float32, means over tokens: what `measure` and the training metrics read.
+
+    `survival` is the mean weight w_k, `alive` the share of tokens with w_k > 0, `s_after` the mean s after the pass
+    (finished tokens keep theirs), `p_mean`, `p_std` and `p_floored` (share at the floor) are of the continue gate over
+    alive tokens, `delta_ratio` is |dh|/|h|, the rest comes from the mixer.
+    """
+
+    survival: Array
+    alive: Array
+    s_after: Array
+    p_mean: Array
+    p_std: Array
+    p_floored: Array
+    delta_ratio: Array
+    auxiliary_loss: Array
+    entropy: Array
+    score_variance: Array
+
+
+class _Carry(NamedTuple):
+    x: Array
+    s: Array
+    previous: Array
+    first: Array
+
+
+class HaltingHead(nn.Module):
+    """p = sigmoid(MLP([features, embedding])), the probability to continue; float32; gradient to its own weights."""
+
+    config: AdaptiveConfig
+    rules: Rules
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "b t f"]) -> PerToken:
+        c = self.config
+        embedding = self.param("embedding", INIT, (c.embedding,), jnp.float32, on_mesh(self.rules.spec(None)))
+        tiled = jnp.broadcast_to(embedding[None, None], (*features.shape[:2], c.embedding))
+        tiled = tiled + jnp.zeros_like(features[..., :1])  # takes the rows' sharding
+        hidden = Affine((FEATURES + c.embedding, c.hidden), 0.0, self.rules, name="hidden")
+        output = Affine((c.hidden, 1), c.initial_bias, self.rules, name="output")
+        inner = jax.nn.gelu(hidden(jnp.concatenate([features, tiled], axis=-1)))
+        return jax.nn.sigmoid(output(inner)[..., 0])
+
+
+class Affine(nn.Module):
+    """x W + b in float32, whole on every device (the halting heads are tiny)."""
+
+    shape: tuple[int, int]
+    bias: float
+    rules: Rules
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t f"]) -> Float[Array, "b t g"]:
+        init = nn.initializers.lecun_normal()
+        w = self.param("w", init, self.shape, jnp.float32, on_mesh(self.rules.spec(None, None)))
+        bias = nn.initializers.constant(self.bias)
+        b = self.param("b", bias, self.shape[1:], jnp.float32, on_mesh(self.rules.spec(None)))
+        out = on_mesh(self.rules.spec("batch", None, None))
+        return jnp.einsum("btf,fg->btg", x, w, out_sharding=out) + b[None, None]
+
+
+def _rms(x: Activations) -> PerToken:
+    return jnp.sqrt(jnp.mean(jnp.square(widen(x)), axis=-1))
+
+
+def delta_ratio(delta: Activations, x: Activations) -> PerToken:
+    """|delta| / |x| per token, root mean squares, clipped at 10."""
+    return jnp.minimum(_rms(delta) / jnp.maximum(_rms(x), 1e-6), RATIO_CLIP)
+
+
+def halting_features(x: Activations, delta: Activations, previous: Activations, mixer: MixerOutput) -> Array:
+    """[|dh|/|h|, cos(dh, previous dh), write gate, output gate, spread of head query norms], no gradient: [b, t, 5]."""
+    x, delta, previous = jax.lax.stop_gradient((x, delta, previous))
+    a, b = widen(delta), widen(previous)
+    norms = jnp.sqrt(jnp.sum(a * a, axis=-1) * jnp.sum(b * b, axis=-1))
+    cosine = jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-12)
+    parts = [delta_ratio(delta, x), cosine, mixer.write_gate, mixer.output_gate, mixer.head_spread]
+    return jax.lax.stop_gradient(jnp.stack(parts, axis=-1))
+
+
+def continue_probability(p: PerToken, k: Array, control: PassControl, floor: float) -> PerToken:
+    """The gate in use: clipped to [floor, p_max]; with forced passes 1 before the last of them and 0 after it."""
+    free = jnp.clip(p, floor, control.p_max)
+    return jnp.where(control.forced > 0, jnp.where(k + 1 < control.forced, 1.0, 0.0), free)
+
+
+def _masked_moments(x: PerToken, mask: PerToken) -> tuple[Array, Array]:
+    """Mean and standard deviation over tokens with mask 1; zeros where there is none."""
+    count = jnp.maximum(jnp.sum(mask), 1.0)
+    mean = jnp.sum(x * mask) / count
+    return mean, jnp.sqrt(jnp.sum(jnp.square(x - mean) * mask) / count)
+
+
+def run_passes(
+    layer: Any,
+    x: Activations,
+    config: AdaptiveConfig,
+    control: PassControl,
+    cache: Tree,
+    *,
+    delta: Callable[[Any, Activations, Tree], tuple[Activations, MixerOutput]],
+    gain: Array,
+    remat: bool,
+) -> tuple[Activations, Activations, PassStatistics, Tree]:
+    """Run `layer` up to K times per token: (X, X after pass 1, statistics and caches with a leading pass axis).
+
+    `layer` is a bound Linen module with a submodule `halting`; `delta(layer, x, cache)` is its update, whatever it is.
+    """
+    decoding = cache is not None
+
+    def run(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
+        x, s, previous, first = carry
+        weight = jnp.where(s >= config.threshold, s, 0.0)
+        step, mixer = delta(layer, x, cache)
+        p_free = layer.halting(halting_features(x, step, previous, mixer))
+        p = continue_probability(p_free, k, control, config.p_floor)
+        alive = (weight > 0).astype(jnp.float32)
+        p_mean, p_std = _masked_moments(p, alive)
+        floored, _ = _masked_moments((p <= config.p_floor).astype(jnp.float32), alive)
+        ratio, _ = _masked_moments(delta_ratio(step, x), alive)
+        s = jnp.where(s >= config.threshold, s * p, s)
+        statistics = PassStatistics(
+            jnp.mean(weight), jnp.mean(alive), jnp.mean(s), p_mean, p_std, floored, ratio,
+            mixer.auxiliary_loss, mixer.entropy, mixer.score_variance,
+        )  # fmt: skip
+        moved = x + (gain * alpha * weight)[..., None].astype(x.dtype) * step
+        first = jnp.where(k == 0, jax.lax.stop_gradient(moved), first)
+        return _Carry(moved, s, jax.lax.stop_gradient(step), first), statistics, mixer.cache
+
+    def skip(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
+        zero = jnp.zeros((), jnp.float32)
+        nothing = PassStatistics(*[zero] * len(PassStatistics._fields))
+        return carry, nothing._replace(s_after=jnp.mean(carry.s)), cache
+
+    def one_pass(layer: Any, carry: _Carry, xs: tuple[Array, Array, Tree]) -> tuple[_Carry, Any]:
+        if decoding:
+            carry, statistics, new_cache = run(layer, carry, *xs)
+        else:
+            anyone = jnp.any(carry.s >= config.threshold)
+            carry, statistics, new_cache = nn.cond(anyone, run, skip, layer, carry, *xs)
+        return carry, (statistics, new_cache)
+
+    start = _Carry(x, jnp.ones_like(x[..., 0], jnp.float32), jnp.zeros_like(x), jnp.zeros_like(x))
+    passes = config.max_passes
+    scanned = nn.scan(
+        nn.remat(one_pass, prevent_cse=False) if remat else one_pass,
+        variable_broadcast=("params", "statistics"),
+        split_rngs={"params": False},
+        length=passes,
+    )
+    xs = (jnp.arange(passes, dtype=jnp.int32), jnp.asarray(config.alpha, jnp.float32), cache)
+    last, (statistics, caches) = scanned(layer, start, xs)
+    return last.x, last.first, statistics, caches

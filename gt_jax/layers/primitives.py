@@ -1,0 +1,129 @@
+"""Small parts every layer is made of: weights, RMSNorm, short convolution, rotary embedding, SwiGLU.
+
+Pure functions first, a thin Linen module after. No `nn.Dense`: shape, sharding and initializer stand in sight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gt_jax.sharding import Rules, on_mesh, reshard
+from gt_jax.typing import Activations
+
+Initializer = jax.nn.initializers.Initializer
+INIT = nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSpec:
+    """How matrices are stored, in which dtype their products run, and the deviation they are drawn with."""
+
+    param: str = "float32"
+    compute: str = "float32"
+    std: float = 0.02
+
+    @property
+    def init(self) -> Initializer:
+        """Normal with deviation `std`."""
+        return nn.initializers.normal(self.std)
+
+
+def widen(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """At least float32: what states, gates, norms and softmax are computed in (float64 stays, for the tests)."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def rms_norm(x: Float[Array, "... d"], scale: Float[Array, "d"], epsilon: float) -> Float[Array, "... d"]:
+    """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32, returned in x's dtype (arXiv 1910.07467)."""
+    wide = widen(x)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (wide * inverse * widen(scale).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def short_convolution(
+    x: Float[Array, "b t *c"],
+    weight: Float[Array, "w *c"],
+    segment_ids: Int[Array, "b t"],
+    window: Float[Array, "b r *c"],
+    window_segments: Int[Array, "b r"],
+) -> Float[Array, "b t *c"]:
+    """Causal depthwise convolution y_t = sum_j w_j x_{t-(W-1)+j}, j = 0 … W-1, in float32.
+
+    `window` holds the r = W-1 inputs before the row with their segment ids; an input of another segment counts as 0.
+    """
+    taps = weight.shape[0]
+    tokens = x.shape[1]
+    padded = widen(jnp.concatenate([window.astype(x.dtype), x], axis=1))
+    segments = jnp.concatenate([window_segments, segment_ids], axis=1)
+    trailing = (1,) * (x.ndim - 2)
+    total = jnp.zeros_like(padded[:, taps - 1 :])
+    for j in range(taps):
+        same = (segments[:, j : j + tokens] == segment_ids).reshape(*segment_ids.shape, *trailing)
+        total += jnp.where(same, padded[:, j : j + tokens], 0.0) * widen(weight[j])[None, None]
+    return total.astype(x.dtype)
+
+
+def rope(x: Float[Array, "b t h k"], positions: Int[Array, "b t"], base: float) -> Float[Array, "b t h k"]:
+    """Rotary embedding: halves (x_i, x_{i+k/2}) turn by positions * base^(-2i/k), in float32 (arXiv 2104.09864)."""
+    half = x.shape[-1] // 2
+    a, b = jnp.split(widen(x), 2, axis=-1)
+    frequency = base ** (-jnp.arange(half, dtype=a.dtype) / half)
+    angle = positions.astype(a.dtype)[..., None, None] * frequency[None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+
+
+class Einsum(nn.Module):
+    """A weight of `shape` with one logical axis name each, applied by an einsum whose output sharding is stated."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    rules: Rules
+    weights: WeightSpec
+
+    @nn.compact
+    def __call__(self, equation: str, x: Array, out: tuple[str | None, ...]) -> Array:
+        """einsum(equation, x, w) with the logical axes `out`."""
+        spec = on_mesh(self.rules.spec(*self.axes))
+        weight = self.param("w", self.weights.init, self.shape, jnp.dtype(self.weights.param), spec)
+        dtype = jnp.dtype(self.weights.compute)
+        weight = reshard(weight.astype(dtype), self.rules.gathered(*self.axes))
+        return jnp.einsum(equation, x.astype(dtype), weight, out_sharding=on_mesh(self.rules.spec(*out)))
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned float32 scale, 1 at init."""
+
+    width: int
+    rules: Rules
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        scale = self.param("scale", nn.initializers.ones, (self.width,), jnp.float32, on_mesh(self.rules.spec(None)))
+        return rms_norm(x, scale, self.epsilon)
+
+
+class SwiGLU(nn.Module):
+    """y = W_down( SiLU(W_gate x) * W_up x ) (arXiv 2002.05202)."""
+
+    width: int
+    hidden: int
+    rules: Rules
+    weights: WeightSpec
+
+    def setup(self) -> None:
+        inward = ((self.width, self.hidden), ("embed", "mlp"), self.rules, self.weights)
+        self.gate = Einsum(*inward)
+        self.up = Einsum(*inward)
+        self.down = Einsum((self.hidden, self.width), ("mlp", "embed"), self.rules, self.weights)
+
+    def __call__(self, x: Activations) -> Activations:
+        inner = ("batch", None, "mlp")
+        hidden = jax.nn.silu(self.gate("btd,df->btf", x, inner)) * self.up("btd,df->btf", x, inner)
+        return self.down("btf,fd->btd", hidden, ("batch", None, None))

@@ -1,0 +1,66 @@
+"""What the commands that look at a trained model share: a checkpoint on the mesh, and held-out text to run it on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gt_jax.errors import Refused
+
+
+class Loaded(NamedTuple):
+    """A model ready to apply, with held-out batches."""
+
+    config: Any
+    variables: Any
+    metadata: dict[str, Any]
+    rules: Any
+    batches: list[Any]
+    text: str
+
+
+def add_text_arguments(p: argparse.ArgumentParser) -> None:
+    """The flags that name the text."""
+    p.add_argument("--text", nargs="+", help="text files; their held-out part is used (default: the training text)")
+    p.add_argument("--tfds", help="prepared TFDS dataset")
+    p.add_argument("--tfds-dir", help="where TFDS datasets lie")
+    p.add_argument("--batches", type=int, default=8, help="held-out batches to run")
+
+
+def text_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The DataConfig fields that name the text, None when no flag does."""
+    named = {"text": tuple(arguments.text or ()), "tfds": arguments.tfds, "tfds_dir": arguments.tfds_dir}
+    return named if any(named.values()) else None
+
+
+def data_config(metadata: dict[str, Any], named: dict[str, Any] | None) -> Any:
+    """The data of a run, or other text in the same shape; a checkpoint without a run reads the embedded default."""
+    from gt_jax.data import DataConfig
+
+    stored = metadata.get("run", {}).get("data")
+    base = DataConfig() if stored is None else DataConfig.from_json(stored)
+    return base if named is None else base.replace(**named)
+
+
+def load_model(source: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """(ModelConfig, variables on the current mesh, metadata) of a checkpoint."""
+    from gt_jax import checkpoint
+    from gt_jax.model import abstract
+
+    place = checkpoint.resolve(source)
+    leaves, metadata = checkpoint.describe(place)
+    config = checkpoint.model_config(place, leaves, metadata)
+    return config, checkpoint.load(place, abstract(config)), metadata
+
+
+def load_for_text(source: Path, named: dict[str, Any] | None, batches: int) -> Loaded:
+    """A checkpoint and `batches` held-out batches of the named text (None: the text it was trained on)."""
+    from gt_jax.data import open_text
+    from gt_jax.sharding import Rules
+
+    if batches < 1:
+        raise Refused(f"--batches is {batches}; at least one is needed")
+    config, variables, metadata = load_model(source)
+    text = open_text(data_config(metadata, named))
+    return Loaded(config, variables, metadata, Rules(), text.held_out(batches), text.summary())

@@ -1,0 +1,165 @@
+"""The two pictures of a run: losses around the moment of growth, and passes per layer. PNG, the same bytes every time.
+
+matplotlib is imported where a picture is drawn, and drawn on a figure of its own: no pyplot, no display, no state.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Number = float | int | np.number
+# Okabe and Ito's palette, told apart by colour-blind readers; the first curve, the source, is dark grey.
+_COLOURS = ("#333333", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_TYPE_COLOURS = {"D": "#0072B2", "G": "#E69F00"}
+_LIGHT = "G"  # types whose bars are light enough for dark letters
+_MARKERS = "Dosv^"
+_GREY = "#777777"
+_LABEL_GAP = 0.055  # of the height of the axes: one line of text
+
+
+def plot_growth(curves: Mapping[str, Sequence[tuple[Number, Number]]], path: str | os.PathLike[str], *,
+                growth_at: Number, title: str = "", xlabel: str = "step", ylabel: str = "loss", smooth: int = 0,
+                growth_label: str = "growth", ylim: tuple[Number, Number] | None = None) -> None:
+    """Curves of (x, y) points with the moment of growth as a vertical line; the name and last value beside each.
+
+    `smooth` > 0 draws the mean over a window of about that many points, and the points themselves faintly behind.
+    Points that are not finite are left out. Raises ValueError where no curve has a point.
+    """
+    drawn = {name: [(float(x), float(y)) for x, y in points if math.isfinite(y)] for name, points in curves.items()}
+    drawn = {name: points for name, points in drawn.items() if points}
+    if not drawn:
+        raise ValueError(f"no curve has a finite point; curves are {', '.join(curves) or 'none'}")
+    figure, axes = _figure(9.0, 5.0, title)
+    axes.axvline(growth_at, color=_GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate(growth_label, (growth_at, 1), xycoords=("data", "axes fraction"), xytext=(5, -4),
+                  textcoords="offset points", va="top", color=_GREY, fontsize=9)
+    last = max(x for points in drawn.values() for x, _ in points)
+    ends, early = [], 0
+    for number, (name, points) in enumerate(drawn.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        x, y = [point[0] for point in points], [point[1] for point in points]
+        line = _average(y, smooth)
+        if smooth:
+            axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.2, zorder=2)
+        axes.plot(x, line, color=colour, linewidth=1.9, zorder=3, marker="o" if len(points) == 1 else None,
+                  linestyle="-" if number < len(_COLOURS) else "--")
+        if x[-1] <= growth_at < last:  # it ends where the others begin: the label goes above its second half
+            axes.annotate(f"{name}  {line[-1]:.3f}", (x[-1], max(y[len(y) // 2:])), xytext=(-8, 6 + 14 * early),
+                          textcoords="offset points", ha="right", color=colour, fontsize=9.5, zorder=4)
+            early += 1
+        else:
+            ends.append((f"{name}  {line[-1]:.3f}", colour, x[-1], line[-1]))
+    if ylim is not None:
+        axes.set_ylim(*ylim)
+    axes.margins(x=0.01)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    _label_ends(axes, ends)
+    _save(figure, path)
+
+
+def plot_depth(layers: Sequence[str], passes: Mapping[str, Sequence[Number]], path: str | os.PathLike[str],
+               title: str = "") -> None:
+    """Passes per layer: the first entry of `passes` as bars coloured by layer type, the others as markers.
+
+    `layers` are labels such as `D0`, whose first letter is the type. Raises ValueError where lengths differ.
+    """
+    wrong = [f"{name} has {len(values)} values" for name, values in passes.items() if len(values) != len(layers)]
+    if wrong or not passes or not layers:
+        raise ValueError(f"{len(layers)} layers, but {'; '.join(wrong) or 'no passes'}")
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(max(6.5, 1.5 + 0.55 * len(layers)), 4.0, title)
+    (bars, heights), *markers = passes.items()
+    types = list(dict.fromkeys(label[:1] for label in layers))
+    colours = {kind: _TYPE_COLOURS.get(kind, _COLOURS[3 + n % 4]) for n, kind in enumerate(types)}
+    places = list(range(len(layers)))
+    axes.bar(places, [float(h) for h in heights], color=[colours[label[:1]] for label in layers], width=0.72, zorder=2)
+    handles: list[Any] = [Patch(color=colours[kind], label=f"{bars}, {kind} layers") for kind in types]
+    for number, (name, values) in enumerate(markers):
+        shift = 0.3 * (number - (len(markers) - 1) / 2) if len(markers) <= 3 else 0  # side by side, not hidden
+        handles += axes.plot([place + shift for place in places], [float(v) for v in values], linestyle="none",
+                             marker=_MARKERS[number % 5], markersize=7.5, markerfacecolor="white",
+                             markeredgecolor="#222222", markeredgewidth=1.6, label=name, zorder=3)
+    top = max(float(value) for values in passes.values() for value in values)
+    axes.set_ylim(0, 1.12 * max(top, 1e-9))
+    for place, height, label in zip(places, heights, layers, strict=True):
+        # At the foot of the bar, where no marker is; above it where the bar is too low to hold a line of text.
+        low = height < 0.12 * top
+        axes.text(place, height + 0.02 * top if low else 0.03 * top, f"{height:.2f}", ha="center", va="bottom",
+                  fontsize=8.5, color="#222222" if low or label[:1] in _LIGHT else "white", zorder=4)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xticks(places, layers)
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-0.6, len(layers) - 0.4)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("passes")
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10)
+    return figure, axes
+
+
+def _average(values: Sequence[float], points: int) -> list[float]:
+    """The mean over a window of about `points`; unchanged for 0.
+
+    Even-sided where the curve begins, so that neither a steep start nor the jump at growth is smoothed away; one-sided
+    where it ends, so that the last value is a mean too.
+    """
+    sums = [0.0, *itertools.accumulate(values)]
+    result = []
+    for place in range(len(values)):
+        half = min(points // 2, place)
+        first, stop = place - half, min(place + half + 1, len(values))
+        result.append((sums[stop] - sums[first]) / (stop - first))
+    return result
+
+
+def _label_ends(axes: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
+    """Labels in the right margin beside the ends of the curves, pushed apart where they would overlap."""
+    low, high = axes.get_ylim()
+    wanted = [min(1.0, max(0.0, (y - low) / (high - low))) for *_, y in ends]
+    order = sorted(range(len(ends)), key=lambda i: wanted[i])
+    placed = _spread([wanted[i] for i in order], _LABEL_GAP)
+    for i, height in zip(order, placed, strict=True):
+        label, colour, x, y = ends[i]
+        axes.annotate(label, (x, y), xycoords="data", xytext=(1.03, height), textcoords="axes fraction", color=colour,
+                      va="center", fontsize=9.5, annotation_clip=False,
+                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.5,
+                                  "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)})
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights moved as little as needed to be at least `gap` apart."""
+    groups: list[list[float]] = []  # [centre, members]; groups that touch are merged around their common centre
+    for height in heights:
+        groups.append([height, 1])
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
+            centre, members = groups.pop()
+            before, count = groups.pop()
+            groups.append([(before * count + centre * members) / (count + members), count + members])
+    return [centre + gap * (n - (members - 1) / 2) for centre, members in groups for n in range(int(members))]
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+    # No version and no date in the file: the same picture is the same bytes.
+    figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})

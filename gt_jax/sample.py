@@ -1,0 +1,113 @@
+"""`python -m gt_jax.sample CHECKPOINT --prompt "def "`: continue a text, one token at a time.
+
+Decodes with the recurrent state of the D layers and a key/value cache of the G layers; the logits equal those of the
+full forward pass. An adaptive model keeps one of each per pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from gt_jax.config import ModelConfig
+from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.model import LanguageModel, empty_cache
+from gt_jax.sharding import Rules
+from gt_jax.typing import Tree
+
+
+def choose(key: Array, logits: Float[Array, "b v"], temperature: float, top_k: int | None) -> Int[Array, "b"]:
+    """A token from softmax(logits / temperature) over the `top_k` most likely; the most likely at temperature 0."""
+    if top_k is not None:
+        floor = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < floor, -jnp.inf, logits)
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, logits / temperature, axis=-1).astype(jnp.int32)
+
+
+def generate(
+    config: ModelConfig,
+    variables: Tree,
+    prompt: Int[np.ndarray, "b p"],
+    length: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = 40,
+    seed: int = 0,
+    tokens: int | None = None,
+    rules: Rules | None = None,
+) -> Int[np.ndarray, "b n"]:
+    """`length` tokens after each row of `prompt`; only the first `tokens` ids of the vocabulary are drawn.
+
+    Raises `Refused` for an empty prompt, a length below 1, a negative temperature or a top_k outside 1 … tokens.
+    """
+    tokens = config.vocab if tokens is None else tokens
+    wrong = [] if prompt.shape[1] else ["the prompt is empty; give at least one token"]
+    wrong += [] if length >= 1 else [f"length is {length}; it must be at least 1"]
+    wrong += [] if temperature >= 0 else [f"temperature is {temperature}; it must be 0 or more"]
+    if top_k is not None and not 1 <= top_k <= tokens:
+        wrong.append(f"top_k is {top_k}; it must lie in 1 … {tokens}")
+    refuse_all(wrong, "cannot sample:")
+    model = LanguageModel(config, rules or Rules())
+
+    def run(variables: Tree, prompt: Array, key: Array) -> Array:
+        cache = empty_cache(config, prompt.shape[0], prompt.shape[1] + length)
+        first = model.apply(variables, prompt, cache=cache)
+
+        def step(carry: tuple[Tree, Array], key: Array) -> tuple[tuple[Tree, Array], Array]:
+            cache, logits = carry
+            drawn = choose(key, logits[:, :tokens], temperature, top_k)
+            output = model.apply(variables, drawn[:, None], cache=cache)
+            return (output.cache, output.logits[:, -1]), drawn
+
+        start = (first.cache, first.logits[:, -1])
+        _, drawn = jax.lax.scan(step, start, jax.random.split(key, length))
+        return jnp.moveaxis(drawn, 0, 1)
+
+    return np.asarray(jax.jit(run)(variables, jnp.asarray(prompt, jnp.int32), jax.random.key(seed)))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m gt_jax.sample", description="Continue a text with a trained model.")
+    p.add_argument("checkpoint", type=Path, help="checkpoint or run directory")
+    p.add_argument("--prompt", default="def ", help="text to continue")
+    p.add_argument("--length", type=int, default=200, help="bytes to write")
+    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely byte")
+    p.add_argument("--top-k", type=int, default=40)
+    p.add_argument("--seed", type=int, default=0)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the prompt and its continuation up to the end of the document."""
+    from gt_jax.data import ByteTokenizer
+    from gt_jax.loading import load_model
+
+    arguments = parser().parse_args(argv)
+    if not arguments.prompt:
+        raise Refused("--prompt is empty; give at least one character")
+    config, variables, _ = load_model(arguments.checkpoint)
+    tokenizer = ByteTokenizer()
+    prompt = np.asarray(tokenizer.encode(arguments.prompt.encode()), np.int32)[None]
+    drawn = generate(
+        config, variables, prompt, arguments.length, temperature=arguments.temperature, top_k=arguments.top_k,
+        seed=arguments.seed, tokens=tokenizer.vocab_size,
+    )[0]  # fmt: skip
+    ends = np.flatnonzero(drawn == tokenizer.end_of_document)
+    drawn = drawn[: ends[0]] if len(ends) else drawn
+    text = arguments.prompt.encode() + tokenizer.decode(drawn)
+    sys.stdout.write(text.decode("utf-8", "replace") + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,107 @@
+"""Where every array lives: one frozen `Rules` dataclass maps logical axes to mesh axes.
+
+- Layers name logical axes ("batch", "heads", "mlp" …) and never a mesh axis.
+- The mesh has Explicit axes: a contraction that nobody thought about is an error at trace time.
+- A weight is stored sharded over "embed" too and gathered just before use; its gradient is scattered back by the
+  transpose of that gather (fully sharded data parallelism).
+- Without a mesh in context every helper is the identity, so a model runs on one device with no ceremony.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from gt_jax.errors import Refused
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Logical axis -> mesh axes. Change a field to change the strategy of the whole model."""
+
+    batch: MeshAxes = ("data", "fsdp")
+    embed: MeshAxes = "fsdp"  # the model-width axis of weights; activations keep theirs whole
+    heads: MeshAxes = "tensor"
+    mlp: MeshAxes = "tensor"
+    vocab: MeshAxes = "tensor"
+
+    def spec(self, *axes: str | None) -> P:
+        """The stored partition of an array whose axes have these logical names (None: not sharded)."""
+        return P(*(None if axis is None else getattr(self, axis) for axis in axes))
+
+    def mesh_axes(self, axis: str) -> tuple[str, ...]:
+        """The mesh axes of a logical axis, as a tuple."""
+        names = getattr(self, axis)
+        return names if isinstance(names, tuple) else () if names is None else (names,)
+
+    def shards(self, axis: str) -> int:
+        """Into how many pieces the current mesh cuts a logical axis; 1 without a mesh."""
+        sizes = jax.sharding.get_abstract_mesh().shape
+        return math.prod(sizes.get(name, 1) for name in self.mesh_axes(axis))
+
+    def gathered(self, *axes: str | None) -> P:
+        """The partition of a weight at the moment of use: as `spec`, with "embed" whole."""
+        return self.spec(*(None if axis == "embed" else axis for axis in axes))
+
+
+def make_mesh(
+    data: int | None = None, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
+    """A mesh with the four named axes; `data=None` takes the devices that the others leave.
+
+    Raises `Refused` when the sizes do not multiply to the number of devices.
+    """
+    available = list(devices) if devices is not None else jax.devices()
+    rest = fsdp * expert * tensor
+    data = len(available) // max(rest, 1) if data is None else data
+    shape = (data, fsdp, expert, tensor)
+    if min(shape) < 1 or math.prod(shape) != len(available):
+        wanted = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, shape, strict=True))
+        raise Refused(f"mesh {wanted} does not use exactly the {len(available)} devices there are")
+    return jax.make_mesh(shape, MESH_AXES, devices=available)
+
+
+def has_mesh() -> bool:
+    """Whether a mesh is set in this context."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def on_mesh(spec: P) -> P | None:
+    """`spec` for `out_sharding=`; None where no mesh is set."""
+    return spec if has_mesh() else None
+
+
+def reshard(x: Array, spec: P) -> Array:
+    """`x` laid out as `spec` (all-gather or slice; the transpose scatters the gradient back)."""
+    return jax.sharding.reshard(x, spec) if has_mesh() else x
+
+
+def with_devices(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """`shape` laid out over the devices of the current mesh: a restore needs devices, tracing gives axes only."""
+    if not has_mesh():
+        return shape
+    spec = P() if shape.sharding is None else shape.sharding.spec
+    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def lay_out(tree: Any, shapes: Any) -> Any:
+    """A copy of the arrays of `tree`, each where its stand-in in `shapes` (`model.abstract`) says."""
+    return jax.tree.map(lambda leaf, shape: jax.device_put(np.array(leaf), shape.sharding), tree, shapes)
+
+
+def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` on each device's own shard: for operations that have no sharding rule and need none."""
+    if not has_mesh():
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -1,0 +1,119 @@
+"""Where text comes from: files, a TFDS data source, or the Python standard library. Nothing is ever downloaded.
+
+Every source is a list of documents as bytes, in an order that depends on nothing but the source.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gt_jax.errors import Refused, refuse_all
+
+EMBEDDED_LIMIT = 10_000_000
+# Tests repeat themselves, the others are not the library itself; `config-*` and `_sysconfigdata*` describe one machine.
+_NOT_LIBRARY = re.compile(r"site-packages|dist-packages|tests?|idlelib|lib2to3|__pycache__|config-.*|_sysconfigdata.*")
+_DOCUMENT_END = re.compile(rb"^<\|endoftext\|>[ \t]*(?:\r?\n|\Z)", re.MULTILINE)
+
+
+def standard_library() -> tuple[str, list[bytes]]:
+    """The name and the sources of Python's standard library, one document a file, sorted by path.
+
+    At most `EMBEDDED_LIMIT` bytes: the first file that would pass it ends the list. Raises `Refused` where Python is
+    installed without sources.
+    """
+    name = f"the standard library of Python {platform.python_version()}"
+    root = sysconfig.get_path("stdlib")
+    documents, size = [], 0
+    for path in sorted(_sources(root)):
+        document = Path(root, path).read_bytes()
+        size += len(document)
+        if size > EMBEDDED_LIMIT:
+            break
+        if document:
+            documents.append(document)
+    if not documents:
+        raise Refused(f"{name} has no .py files under {root}; name a text file instead")
+    return name, documents
+
+
+def _sources(root: str) -> list[str]:
+    """Paths of the library's .py files, relative and with forward slashes, so that they sort alike on any system."""
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not _NOT_LIBRARY.fullmatch(name)]
+        found += [Path(folder, name).relative_to(root).as_posix() for name in files
+                  if name.endswith(".py") and not _NOT_LIBRARY.fullmatch(name)]
+    return found
+
+
+def text_files(paths: Sequence[str]) -> tuple[str, list[bytes]]:
+    """The name and the documents of text files: one a file, or several where lines `<|endoftext|>` divide it.
+
+    Any bytes will do, UTF-8 or not. Raises `Refused` that lists every file that is missing, unreadable or empty.
+    """
+    documents: list[bytes] = []
+    problems = []
+    for path in paths:
+        try:
+            found = [part for part in _DOCUMENT_END.split(Path(path).read_bytes()) if part]
+        except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte
+            problems.append(f"text file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}")
+            continue
+        if not found:
+            problems.append(f"text file {path!r} is empty (0 bytes of text)")
+        documents += found
+    refuse_all(problems, "the text cannot be used:")
+    name = f"text file {paths[0]!r}" if len(paths) == 1 else f"{len(paths)} text files ({paths[0]!r} and others)"
+    return name, documents
+
+
+def tfds_text(dataset: str, data_dir: str | None) -> tuple[str, list[bytes]]:
+    """The name and the documents of split `train` of a prepared TFDS dataset, for example `tiny_shakespeare`.
+
+    `data_dir` None is TFDS' own default. The files are read through array_record, without TensorFlow; a dataset that
+    is not on this machine is refused, never fetched. Raises `Refused` naming what was looked for.
+    """
+    # Imported here: most runs read no TFDS dataset, and the import takes a third of a second.
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+
+    place = f"under {data_dir!r}" if data_dir else "in the default TFDS folder"
+    name = f"TFDS dataset {dataset!r}"
+    try:
+        # Unlike tfds.data_source(name), this reads the folder alone and asks no server about the dataset.
+        builder = read_only_builder.builder_from_files(dataset, data_dir=data_dir)
+        examples: Sequence[Any] = builder.as_data_source(split="train")
+    except tfds.core.DatasetNotFoundError as error:
+        raise Refused(f"{name} is not {place}; nothing is downloaded here: prepare it with "
+                      f"tfds.builder({dataset!r}, file_format='array_record').download_and_prepare()") from error
+    except (NotImplementedError, ValueError, OSError) as error:
+        raise Refused(f"{name} {place} cannot be read as a data source; it needs a split 'train' in "
+                      f"file_format='array_record': {_first_line(error)}") from error
+    feature = _text_feature(name, dict(builder.info.features), tfds.features.Text)
+    documents = [document for document in (_as_bytes(example[feature]) for example in examples) if document]
+    if not documents:
+        raise Refused(f"{name} has no text in feature {feature!r} of its {len(examples)} examples")
+    return name, documents
+
+
+def _text_feature(name: str, features: Mapping[str, Any], text_type: type) -> str:
+    """`text` if it is there, else the only feature of type Text."""
+    found = [key for key, feature in features.items() if isinstance(feature, text_type)]
+    if "text" in found or len(found) == 1:
+        return "text" if "text" in found else found[0]
+    raise Refused(f"{name} has no feature 'text' and {len(found)} others of type Text; "
+                  f"its features are {', '.join(sorted(features))}")
+
+
+def _as_bytes(value: Any) -> bytes:
+    return value.encode() if isinstance(value, str) else bytes(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

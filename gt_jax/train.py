@@ -1,0 +1,112 @@
+"""`python -m gt_jax.train RUN`: train a model, by default the adaptive `tiny` on the Python library's sources.
+
+python -m gt_jax.train runs/a --preset tiny --steps 400
+python -m gt_jax.train runs/a --resume
+python -m gt_jax.train runs/b --start grown --steps 200 --text story.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gt_jax.errors import Refused, run_command
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; a flag that is not given leaves the default, or with --resume the run's own value."""
+    p = argparse.ArgumentParser(
+        prog="python -m gt_jax.train", description="Train a language model that decides its depth."
+    )
+    p.add_argument("run", type=Path, help="directory of the run: config, metrics, checkpoints")
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
+    model = p.add_argument_group("model")
+    model.add_argument("--preset", help="tiny (default) or small")
+    model.add_argument("--layout", help="another depth, for example DDDG*3")
+    model.add_argument("--plain", action="store_true", help="no adaptive depth: every layer runs once")
+    model.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
+    model.add_argument("--start", help="checkpoint to start from, for example a grown one; brings its own config")
+    data = p.add_argument_group("data")
+    data.add_argument("--text", nargs="+", help="text files (default: the Python library's sources)")
+    data.add_argument("--tfds", help="prepared TFDS dataset, for example tiny_shakespeare")
+    data.add_argument("--tfds-dir", help="where TFDS datasets lie")
+    data.add_argument("--sequence-length", type=int)
+    data.add_argument("--batch-size", type=int, help="rows a step")
+    data.add_argument("--held-out", type=float, help="share of the text that is only evaluated on")
+    train = p.add_argument_group("training")
+    train.add_argument("--steps", type=int)
+    train.add_argument("--seed", type=int, help="of initial weights and data order")
+    train.add_argument("--learning-rate", type=float)
+    train.add_argument("--schedule", choices=("cosine", "wsd"))
+    train.add_argument("--warmup", type=float, help="fraction of the run")
+    train.add_argument("--weight-decay", type=float)
+    train.add_argument("--target", type=float, help="mean passes a layer that the compute price aims at")
+    train.add_argument("--evaluate-every", type=int)
+    train.add_argument("--checkpoint-every", type=int)
+    train.add_argument("--keep", type=int, help="checkpoints kept")
+    mesh = p.add_argument_group("mesh (default: all devices on data)")
+    for axis in ("data", "fsdp", "tensor"):
+        mesh.add_argument(f"--{axis}", type=int, dest=f"mesh_{axis}", help=f"size of the mesh axis {axis}")
+    return p
+
+
+def run_config(arguments: argparse.Namespace, base: Any) -> Any:
+    """`base` (a RunConfig) with the flags that were given."""
+    given = {name: value for name, value in vars(arguments).items() if value not in (None, False)}
+
+    def pick(*names: str) -> dict[str, Any]:
+        return {name: tuple(given[name]) if name == "text" else given[name] for name in names if name in given}
+
+    model, train = base.model, base.train
+    model = model.replace(**pick("layout"), **({"compute_dtype": given["dtype"]} if "dtype" in given else {}))
+    model = model.plain if "plain" in given else model
+    optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
+    price = train.price.replace(**pick("target"))
+    names = ("steps", "seed", "evaluate_every", "checkpoint_every", "keep")
+    train = train.replace(**pick(*names), optimizer=optimizer, price=price)
+    names = ("text", "tfds", "tfds_dir", "sequence_length", "batch_size", "held_out", "seed")
+    return base.replace(model=model, train=train, data=base.data.replace(**pick(*names)), **pick("start"))
+
+
+def default_config(arguments: argparse.Namespace) -> Any:
+    """What a run is before its flags: its own config when resuming, else the preset's or the starting checkpoint's."""
+    from gt_jax import checkpoint
+    from gt_jax.config import preset
+    from gt_jax.training.config import RunConfig
+    from gt_jax.training.loop import read_run_config
+
+    if arguments.resume:
+        stored = read_run_config(arguments.run)
+        if arguments.preset and preset(arguments.preset) != stored.model:
+            raise Refused(f"{arguments.run} does not train preset {arguments.preset}; leave --preset out to resume it")
+        return stored
+    if arguments.start is None:
+        return RunConfig(model=preset(arguments.preset or "tiny"))
+    if arguments.preset or arguments.layout or arguments.plain:
+        raise Refused("--start brings its own model; leave out --preset, --layout and --plain")
+    place = checkpoint.resolve(arguments.start)
+    leaves, metadata = checkpoint.describe(place)
+    return RunConfig(model=checkpoint.model_config(place, leaves, metadata))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; 0 when the last step is done and saved."""
+    arguments = parser().parse_args(argv)
+    base = default_config(arguments)
+    config = run_config(arguments, base)
+
+    import jax
+
+    from gt_jax.sharding import make_mesh
+    from gt_jax.training.loop import train_run
+
+    mesh = make_mesh(arguments.mesh_data, arguments.mesh_fsdp or 1, tensor=arguments.mesh_tensor or 1)
+    with jax.set_mesh(mesh):
+        train_run(arguments.run, config, resume=arguments.resume)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,55 @@
+"""What a training run is: steps, evaluation, checkpoints, optimizer, compute price. Stored as RUN/config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gt_jax.config import Config, ModelConfig, below
+from gt_jax.data import DataConfig
+from gt_jax.training.optimizer import OptimizerConfig
+from gt_jax.training.price import PriceConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """`seed` draws the initial weights; 0 for `evaluate_every` or `checkpoint_every` means only at the end."""
+
+    steps: int = 400
+    seed: int = 0
+    evaluate_every: int = 50
+    evaluation_batches: int = 8
+    checkpoint_every: int = 100
+    keep: int = 2
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    price: PriceConfig = dataclasses.field(default_factory=PriceConfig)
+
+    def problems(self) -> list[str]:
+        wrong = below(self, 1, "steps", "evaluation_batches", "keep")
+        return wrong + below(self, 0, "seed", "evaluate_every", "checkpoint_every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """All that determines a run: the same RunConfig on the same device count gives the same bytes."""
+
+    model: ModelConfig
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    start: str | None = None
+
+    def problems(self) -> list[str]:
+        if self.model.vocab < 257:
+            return [f"model.vocab is {self.model.vocab}; bytes and the end of a document need 257"]
+        return []
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """The fields in which two configs differ, `data.seed: 0 and 1`, nested ones by their path."""
+    lines = []
+    for field in dataclasses.fields(a):  # type: ignore[arg-type]
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(left, Config) and isinstance(right, Config):
+            lines += [f"{field.name}.{line}" for line in differences(left, right)]
+        elif left != right:
+            lines.append(f"{field.name}: {left!r} and {right!r}")
+    return lines

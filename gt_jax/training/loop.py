@@ -1,0 +1,198 @@
+"""The training loop: batches in, steps out, metrics one step late so that the device never waits; resumable.
+
+A run directory holds config.json, metrics.jsonl and one folder a checkpoint, RUN/<step>. The checkpoint carries the
+data position; resuming drops the metric lines after it, so a killed run ends with the bytes of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from gt_jax import checkpoint
+from gt_jax.config import ModelConfig
+from gt_jax.data import Text, open_text
+from gt_jax.errors import Refused, refuse_all
+from gt_jax.metrics import Recorder
+from gt_jax.model import initialise
+from gt_jax.sharding import Rules
+from gt_jax.training.config import RunConfig, TrainConfig, differences
+from gt_jax.training.optimizer import make_optimizer
+from gt_jax.training.state import TrainState, new_state
+from gt_jax.training.step import Batch, evaluate, make_evaluation, make_step
+from gt_jax.typing import Tree
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+class Trainer(NamedTuple):
+    """The compiled pieces of one model's training; models of one shape share them."""
+
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+    evaluation: Callable[..., Any]
+    new_state: Callable[[Tree], TrainState]
+
+
+def make_trainer(model: ModelConfig, train: TrainConfig, rules: Rules | None = None) -> Trainer:
+    """Optimizer, step and evaluation of a model."""
+    rules = rules or Rules()
+    optimizer = make_optimizer(train.optimizer, train.steps)
+    return Trainer(
+        make_step(model, train.price, optimizer, train.steps, rules),
+        make_evaluation(model, rules),
+        lambda variables: new_state(variables, optimizer, train.price),
+    )
+
+
+def fit(
+    trainer: Trainer,
+    state: TrainState,
+    batches: Iterator[Batch],
+    steps: int,
+    *,
+    record: Callable[[int, dict[str, Any]], None],
+    due: Callable[[int], bool] = lambda step: False,
+    after: Callable[[int, TrainState], None] = lambda step, state: None,
+) -> TrainState:
+    """Train until `steps` updates are applied; raises `Diverged` at the first loss that is not finite.
+
+    `record(step, metrics)` hears of step k once step k + 1 is under way, or before `after(k, state)`, which runs at the
+    steps that are `due`: what a checkpoint follows is recorded before the checkpoint is written.
+    """
+    pending: tuple[int, dict[str, Any]] | None = None
+    for step in range(int(state.step) + 1, steps + 1):
+        state, metrics = trainer.step(state, next(batches))
+        if pending is not None:
+            _report(*pending, record)
+        pending = (step, metrics)
+        if due(step):
+            _report(*pending, record)
+            pending = None
+            after(step, state)
+    if pending is not None:
+        _report(*pending, record)
+    return state
+
+
+def _report(step: int, metrics: dict[str, Any], record: Callable[[int, dict[str, Any]], None]) -> None:
+    metrics = jax.device_get(metrics)
+    record(step, metrics)
+    if not math.isfinite(metrics["total_loss"]):
+        raise Diverged(f"step {step}: loss is {metrics['total_loss']}; lower --learning-rate, or look at the batch")
+
+
+def variables_of(state: TrainState) -> Tree:
+    """{"params", "statistics"} as the model applies them."""
+    return {"params": state.params, "statistics": state.statistics}
+
+
+def train_run(
+    run: Path, config: RunConfig, *, resume: bool = False, show: bool = True, rules: Rules | None = None
+) -> TrainState:
+    """Train `config` in the directory `run`; with `resume` go on from its newest checkpoint.
+
+    Raises `Refused` when `run` is already a run (without `resume`), is none (with it), or was of another config.
+    """
+    _prepare(run, config, resume)
+    text = open_text(config.data)
+    trainer = make_trainer(config.model, config.train, rules)
+    held_out = text.held_out(config.train.evaluation_batches)
+    notes: list[str] = []
+    steps = checkpoint.RunCheckpoints(run, config.train.keep, notes.append)
+    state, position = _start(config, trainer, steps, rules)
+    stream = text.train(position)
+    tokens = config.data.batch_size * config.data.sequence_length
+    recorder = Recorder(
+        run / "metrics.jsonl", total_steps=config.train.steps, tokens_per_step=tokens, show=show,
+        resume_step=int(state.step) if resume else None,
+    )  # fmt: skip
+    with recorder:
+        for note in [*notes, text.summary()]:
+            recorder.message(note)
+        train = config.train
+
+        def after(step: int, state: TrainState) -> None:
+            if _due(step, train.evaluate_every, train.steps):
+                loss = evaluate(trainer.evaluation, variables_of(state), held_out)
+                recorder.log(step, held_out_loss=loss)
+            if _due(step, train.checkpoint_every, train.steps):
+                steps.save(step, state._asdict(), _metadata(config, text, stream.state(), state))
+
+        def due(step: int) -> bool:
+            return any(_due(step, every, train.steps) for every in (train.evaluate_every, train.checkpoint_every))
+
+        def record(step: int, metrics: dict[str, Any]) -> None:
+            recorder.log(step, **metrics)
+
+        return fit(trainer, state, stream, train.steps, record=record, due=due, after=after)
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _metadata(config: RunConfig, text: Text, position: dict[str, Any], state: TrainState) -> dict[str, Any]:
+    return {
+        "kind": "train",
+        "config": config.model.to_json(),
+        "run": config.to_json(),
+        "text": text.summary(),
+        "data": position,
+        "price": float(state.price.value),
+    }
+
+
+def _start(
+    config: RunConfig, trainer: Trainer, steps: checkpoint.RunCheckpoints, rules: Rules | None
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """The state to go on from and its data position: the newest checkpoint, `config.start`, or fresh weights."""
+    if config.start is not None:
+        abstract = jax.eval_shape(lambda: initialise(config.model, config.train.seed, rules))
+        variables = checkpoint.load(config.start, abstract)
+    else:
+        variables = initialise(config.model, config.train.seed, rules)
+    fresh = trainer.new_state(variables)
+    restored = steps.restore_latest(jax.tree.map(_stand_in, fresh._asdict()))
+    if restored is None:
+        return fresh, None
+    _, tree, metadata = restored
+    return TrainState(**tree), metadata["data"]
+
+
+def _stand_in(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _prepare(run: Path, config: RunConfig, resume: bool) -> None:
+    """Write or compare RUN/config.json, the mark of a run directory."""
+    file = run / "config.json"
+    if not resume:
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise Refused(f"{run} exists; resume it with --resume, or give another directory")
+        checkpoint.prepare_parent(file)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(config.to_json(), indent=1) + "\n")
+        os.replace(temporary, file)
+        return
+    wrong = differences(read_run_config(run), config)
+    refuse_all(wrong, f"{run} was started with another config (there and here):")
+
+
+def read_run_config(run: Path) -> RunConfig:
+    """The config of a run directory; raises `Refused` where there is none or it does not parse."""
+    file = run / "config.json"
+    try:
+        data = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise Refused(f"{run} is no run directory (it has no config.json); start one without --resume") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError, IsADirectoryError) as error:
+        raise Refused(f"{file} cannot be read as a run's config: {error}") from error
+    return RunConfig.from_json(data)

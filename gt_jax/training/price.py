@@ -1,0 +1,111 @@
+"""The compute price (OuroSpec): what a pass costs, and the controller that keeps the mean depth at its target.
+
+price loss = lambda * sum_l relu( 0.85 ponder_l + 0.15 (executed_l - 1)/(K - 1) - coupon ),
+ponder_l = relu(expected_k_l - 1)/(K - 1),  coupon = 2.0 relu(CE after pass 1 - CE), without gradient.
+
+- "CE after pass 1" is read where the last layer has run one pass: the loss the model would have had without the rest.
+- lambda is a dual variable: lambda += rate/steps * (mean expected_k - target), clipped; the reference moves by 5e-5 a
+  step over 20,000 steps, hence rate 1.0.
+- Every phase is a fraction of the run, so a run of 300 steps has all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gt_jax.config import Config
+from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.typing import Scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class PriceConfig(Config):
+    """Target depth, bounds of lambda, and the phases as fractions of the run."""
+
+    target: float = 1.30
+    rate: float = 1.0
+    lowest: float = 1e-4
+    highest: float = 5e-2
+    coupon: float = 2.0
+    forced_until: float = 0.04
+    price_from: float = 0.06
+    clipped_until: float = 0.20
+    p_max: float = 0.95
+    forced_passes: int = 2
+    audit_every: int = 20
+    settled_after: float = 0.005
+
+    def problems(self) -> list[str]:
+        wrong = []
+        if self.target < 1:
+            wrong.append(f"target is {self.target}; a layer runs at least once, so it must be at least 1")
+        if not 0 < self.lowest <= self.highest:
+            wrong.append(f"0 < lowest {self.lowest} <= highest {self.highest} does not hold")
+        if not 0 <= self.forced_until <= self.price_from <= self.clipped_until <= 1:
+            wrong.append(
+                f"0 <= forced_until {self.forced_until} <= price_from {self.price_from} <= "
+                f"clipped_until {self.clipped_until} <= 1 does not hold"
+            )
+        if self.audit_every < 2:
+            wrong.append(f"audit_every is {self.audit_every}; it must be at least 2")
+        return wrong
+
+
+class PriceState(NamedTuple):
+    """`value` is lambda; `high_steps` counts the steps in a row it has spent above half its bound."""
+
+    value: Float[Array, ""]
+    high_steps: Int[Array, ""]
+
+
+def initial_price(config: PriceConfig) -> PriceState:
+    """Lambda at its lower bound."""
+    return PriceState(jnp.asarray(config.lowest, jnp.float32), jnp.zeros((), jnp.int32))
+
+
+class Phase(NamedTuple):
+    """What the schedule says of one step: pass control, whether the price is charged, whether lambda moves."""
+
+    control: PassControl
+    charged: Array
+    moves: Array
+
+
+def phase(config: PriceConfig, step: Int[Array, ""], steps: int) -> Phase:
+    """Two forced passes first, then free ones with p capped, then the price; every 20th step audits: forced passes."""
+    done = step.astype(jnp.float32) / steps
+    warming = done < config.forced_until
+    audit = jnp.logical_not(warming) & (step % config.audit_every == config.audit_every - 1)
+    forced = jnp.where(warming | audit, config.forced_passes, 0).astype(jnp.int32)
+    p_max = jnp.where(done < config.clipped_until, config.p_max, 1.0).astype(jnp.float32)
+    charged = (done >= config.price_from) & jnp.logical_not(audit)
+    return Phase(PassControl(forced, p_max), charged, charged)
+
+
+def price_loss(
+    config: PriceConfig, value: Scalar, statistics: PassStatistics, cross_entropy: Scalar, first_pass: Scalar
+) -> Scalar:
+    """lambda * sum over layers of relu(0.85 ponder + 0.15 executed share - coupon); differentiable through survival."""
+    passes = statistics.survival.shape[-1]
+    scale = max(passes - 1, 1)
+    ponder = jax.nn.relu(jnp.sum(statistics.survival, axis=-1) - 1.0) / scale
+    executed = (jnp.sum(statistics.alive, axis=-1) - 1.0) / scale
+    coupon = config.coupon * jax.nn.relu(jax.lax.stop_gradient(first_pass - cross_entropy))
+    return value * jnp.sum(jax.nn.relu(0.85 * ponder + 0.15 * executed - coupon))
+
+
+def move_price(config: PriceConfig, state: PriceState, expected_k: Scalar, moves: Array, steps: int) -> PriceState:
+    """One dual step. Once high for `settled_after` of the run: only outside [-2 %, +5 %] of the target, half speed."""
+    settled = state.high_steps >= max(1, round(config.settled_after * steps))
+    excess = expected_k - config.target
+    outside = (excess < -0.02 * config.target) | (excess > 0.05 * config.target)
+    speed = jnp.where(settled, jnp.where(outside, 0.5, 0.0), 1.0)
+    moved = jnp.clip(state.value + speed * (config.rate / steps) * excess, config.lowest, config.highest)
+    value = jnp.where(moves, moved, state.value)
+    high = value >= 0.5 * config.highest
+    return PriceState(value, jnp.where(high, state.high_steps + 1, jnp.where(settled, state.high_steps, 0)))

@@ -1,0 +1,1 @@
+"""Kernels that stand alone: they import nothing of gt_jax."""

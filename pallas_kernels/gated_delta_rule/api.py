@@ -1,0 +1,133 @@
+"""The public face of the gated delta rule: arguments are checked here, the work is done by an implementation."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.gated_delta_rule import reference, xla
+from pallas_kernels.gated_delta_rule.reference import gated_delta_rule_step as _step
+
+IMPLEMENTATIONS = {"reference": reference.gated_delta_rule, "xla": xla.gated_delta_rule}
+
+
+def gated_delta_rule(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t hv v"],
+    g: Float[Array, "b t hv"],
+    beta: Float[Array, "b t hv"],
+    *,
+    initial_state: Float[Array, "b hv k v"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    scale: float | None = None,
+    chunk_size: int = 64,
+    return_state: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "b t hv v"] | tuple[Float[Array, "b t hv v"], Float[Array, "b hv k v"]]:
+    """Gated delta rule over a whole sequence: a linear-attention state that decays and corrects itself.
+
+    Per token S <- e^g S;  S <- S + beta k (v - S^T k)^T;  o = scale S^T q.  Differentiable in reverse mode, in all
+    array arguments and through both results.
+
+    Args:
+        q: queries, float32 or bfloat16 (or float64; the state then has it too).
+        k: keys, normalised by the caller.
+        v: values; hv is a multiple of h, consecutive value heads share one query/key head.
+        g: log decay, at most 0.
+        beta: writing strength in [0, 2].
+        initial_state: float32, what the segment of the first token starts from; None is zeros.
+        segment_ids: the state is emptied wherever the id differs from that of the token before.
+        scale: of the read; None is k^-0.5.
+        chunk_size: tokens a chunk of the chunked implementations, a power of two; 32 is as fast for heads of 32.
+        return_state: also return the float32 state after the last token.
+        implementation: a name out of `IMPLEMENTATIONS`; None is the best one for the platform and the length.
+
+    Returns:
+        o in v's dtype, or (o, state).
+
+    Raises:
+        ValueError: listing every argument that does not fit.
+
+    Source: arXiv 2412.06464, equation 10; the chunk form is section 3.3 there.
+    """
+    check_arguments(q, k, v, g, beta, initial_state, segment_ids, chunk_size, implementation)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if initial_state is None:
+        shape = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
+        initial_state = jnp.zeros(shape, jnp.promote_types(q.dtype, jnp.float32))
+    if implementation is None and q.shape[1] == 1:
+        token, state = _step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], initial_state, scale)
+        output = token[:, None]
+    else:
+        run = IMPLEMENTATIONS[implementation or "xla"]
+        output, state = run(q, k, v, g, beta, initial_state, segment_ids, scale, chunk_size)
+    return (output, state) if return_state else output
+
+
+def gated_delta_rule_step(
+    q: Float[Array, "b h k"],
+    k: Float[Array, "b h k"],
+    v: Float[Array, "b hv v"],
+    g: Float[Array, "b hv"],
+    beta: Float[Array, "b hv"],
+    state: Float[Array, "b hv k v"],
+    scale: float | None = None,
+) -> tuple[Float[Array, "b hv v"], Float[Array, "b hv k v"]]:
+    """One token of `gated_delta_rule`, for generation: returns o in v's dtype and the float32 state after it.
+
+    S <- e^g S;  S <- S + beta k (v - S^T k)^T;  o = scale S^T q.  Raises ValueError listing every argument that does
+    not fit. Source: arXiv 2412.06464, equation 10.
+    """
+    check_arguments(q[:, None], k[:, None], v[:, None], g[:, None], beta[:, None], state)
+    return _step(q, k, v, g, beta, state, None if scale is None else float(scale))
+
+
+def check_arguments(
+    q: Float[Array, "..."],
+    k: Float[Array, "..."],
+    v: Float[Array, "..."],
+    g: Float[Array, "..."],
+    beta: Float[Array, "..."],
+    initial_state: Float[Array, "..."] | None = None,
+    segment_ids: Int[Array, "..."] | None = None,
+    chunk_size: int = 64,
+    implementation: str | None = None,
+) -> None:
+    """Raise one ValueError that lists every argument of `gated_delta_rule` that does not fit."""
+    problems = []
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        problems.append(f"implementation {implementation!r} is not available, there are {', '.join(IMPLEMENTATIONS)}")
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        problems.append(f"chunk_size {chunk_size} must be a power of two")
+    if q.ndim != 4 or v.ndim != 4:
+        problems.append(f"q must be [b, t, h, k] and v [b, t, hv, v], got {q.shape} and {v.shape}")
+    else:
+        problems += _shape_problems(q, k, v, g, beta, initial_state, segment_ids)
+    if problems:
+        raise ValueError("gated_delta_rule:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _shape_problems(
+    q: Array, k: Array, v: Array, g: Array, beta: Array, initial_state: Array | None, segment_ids: Array | None
+) -> list[str]:
+    batch, length, heads, key_width = q.shape
+    value_heads, value_width = v.shape[2:]
+    expected = [
+        ("k", k, "b, t, h, k", q.shape),
+        ("v", v, "b, t, hv, v", (batch, length, value_heads, value_width)),
+        ("g", g, "b, t, hv", (batch, length, value_heads)),
+        ("beta", beta, "b, t, hv", (batch, length, value_heads)),
+        ("initial_state", initial_state, "b, hv, k, v", (batch, value_heads, key_width, value_width)),
+        ("segment_ids", segment_ids, "b, t", (batch, length)),
+    ]
+    problems = [
+        f"{name} must be [{letters}] = {shape}, got {array.shape}"
+        for name, array, letters, shape in expected
+        if array is not None and array.shape != shape
+    ]
+    if length < 1:
+        problems.append(f"q must have at least one token, got {q.shape}")
+    if heads < 1 or value_heads < 1 or value_heads % heads:
+        problems.append(f"value heads must be a multiple of query/key heads, got {value_heads} and {heads}")
+    return problems

@@ -1,0 +1,1 @@
+"""Gated sparse attention: see `api`."""

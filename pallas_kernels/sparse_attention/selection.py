@@ -1,0 +1,96 @@
+"""Which keys a query attends to: scores of the indexer, the adaptive budget, the exact threshold, ties by index.
+
+The threshold of the k-th largest score is found by bisection on the bits of the score, which order like the scores
+because these are positive floats: thirty counting passes, no sort, no index list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+KEY_BITS = 30  # scores lie in [0, 1], so their float32 bits are at most 0x3F800000 < 2^30
+_SINK_KEY = (1 << KEY_BITS) - 1
+
+
+def accumulator(x: Array) -> jnp.dtype:
+    """Float32, or float64 for float64 inputs: the dtype of scores, softmax and sums."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def indexer_scores(
+    query: Float[Array, "b t n i"],
+    key: Float[Array, "b s n i"],
+    weight: Float[Array, "b t n"],
+    bias: Float[Array, "n"],
+) -> Float[Array, "b n t s"]:
+    """w_t * sigmoid(qI_t . kI_s * width^-0.5 + bias) per indexer head, float32, in [0, 1] for w in [0, 1]."""
+    wide = accumulator(query)
+    logits = jnp.einsum("btni,bsni->bnts", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
+    gate = jnp.moveaxis(weight.astype(wide), 2, 1)[..., None]
+    return gate * jax.nn.sigmoid(logits + bias.astype(wide)[None, :, None, None])
+
+
+def visible_variance(scores: Float[Array, "b n t s"], visible: Bool[Array, "b t s"]) -> Float[Array, "b n t"]:
+    """Population variance of the scores over the visible keys only, so that a prefix gives the same answer."""
+    mask = visible[:, None]
+    count = jnp.maximum(jnp.sum(mask, axis=-1, dtype=jnp.float32), 1.0)
+    mean = jnp.sum(jnp.where(mask, scores, 0.0), axis=-1) / count
+    return jnp.sum(jnp.where(mask, jnp.square(scores - mean[..., None]), 0.0), axis=-1) / count
+
+
+def budget(
+    variance: Float[Array, "b h t"],
+    variance_ema: Float[Array, ""],
+    visible_count: Int[Array, "b t"],
+    *,
+    k_base: int,
+    k_min: int,
+    k_max: int,
+) -> Int[Array, "b h t"]:
+    """k_t = clip(floor(k_base Var_t / EMA), k_min, k_max), never more than the visible keys (arXiv 2601.15305).
+
+    An EMA of 0 has not seen a training step yet: then the budget is k_base.
+    """
+    ratio = jnp.where(variance_ema > 0, variance / jnp.maximum(variance_ema, 1e-30), 1.0)
+    wanted = jnp.floor(jnp.clip(k_base * ratio, k_min, k_max)).astype(jnp.int32)
+    return jnp.minimum(wanted, visible_count[:, None])
+
+
+def select(
+    scores: Float[Array, "b n t s"],
+    visible: Bool[Array, "b t s"],
+    sink: Bool[Array, "b t s"],
+    count: Int[Array, "b h t"],
+) -> Bool[Array, "b h t s"]:
+    """The `count` best visible keys of each query: sinks first, then by score, ties to the smaller index.
+
+    Heads h read the scores of indexer head h // (h/n). The selection has no gradient.
+    """
+    scores = jax.lax.stop_gradient(scores)
+    b, n, t, s = scores.shape
+    count = count.reshape(b, n, -1, t)
+    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32) + 1
+    keys = jnp.where(visible[:, None], jnp.where(sink[:, None], _SINK_KEY, bits), 0)[:, :, None]
+    entries = lambda mask: jnp.sum(mask, axis=-1, dtype=jnp.int32)  # noqa: E731 - one expression, used three times
+    threshold = _largest(KEY_BITS, count.shape, lambda c: entries(keys >= c[..., None]) >= count)
+    above = keys > threshold[..., None]
+    tied = keys == threshold[..., None]
+    missing = count - entries(above)
+    index = jnp.arange(s, dtype=jnp.int32)[None, None, None, None]
+    end = _largest(s.bit_length(), count.shape, lambda c: entries(tied & (index < c[..., None])) <= missing)
+    chosen = above | (tied & (index < end[..., None]))
+    return (chosen & visible[:, None, None]).reshape(b, -1, t, s)
+
+
+def _largest(bits: int, shape: tuple[int, ...], holds: Callable[[Array], Array]) -> Int[Array, "b n r t"]:
+    """The largest c below 2^bits at which `holds(c)`, a predicate true up to some c; bisection bit by bit."""
+
+    def body(i: Array | int, found: Array) -> Array:
+        candidate = found | (1 << (bits - 1 - i))
+        return jnp.where(holds(candidate), candidate, found)
+
+    return jax.lax.fori_loop(0, bits, body, jnp.zeros(shape, jnp.int32))

@@ -1,0 +1,238 @@
+"""`python -m gt_jax.grow`: the dry run's contract, and exit code 2 with a clear message for everything impossible."""
+
+import json
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from gt_jax import checkpoint, config, grow, model
+from gt_jax.errors import Refused
+from gt_jax.growth.plan import Plan
+from gt_jax.tree_paths import flatten, nest
+
+REFERENCE = [2, 1, 2, 3, 2, 3, 4, 3]
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "gt_jax.grow", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def counts(folder, values, name="counts.json"):
+    path = folder / name
+    path.write_text(json.dumps({f"layer{index}": {"k_exec": value} for index, value in enumerate(values)}))
+    return path
+
+
+def refusal(*arguments):
+    with pytest.raises(Refused) as caught:
+        grow.main([str(argument) for argument in arguments])
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A checkpoint of the tiny model, narrowed; zeros, because a dry run reads no value."""
+    small = config.tiny().replace(width=16, mlp_width=16)
+    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract(small))
+    path = tmp_path_factory.mktemp("grow") / "source"
+    checkpoint.save(path, tree, {"config": small.to_json(), "step": 3, "kind": "train"})
+    return path
+
+
+def test_dry_run_without_files_prints_one_json_object():
+    done = run("--dry-run", "--json", "--recipe", "readme")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["layout"] == "DDDG*5"
+    assert found["requested"] == REFERENCE and found["granted"] == [2, 2, 2, 2, 3, 3, 3, 3]
+    order = [(block, copy) for block, copies in ((0, 2), (1, 3)) for copy in range(1, copies + 1)]
+    assert found["layers"] == [
+        {"target": 4 * index + slot, "type": "DDDG"[slot], "source": 4 * block + slot, "copy": copy,
+         "coefficient": [1.0, 0.7, 0.5][copy - 1]}
+        for index, (block, copy) in enumerate(order) for slot in range(4)]
+    assert str(Plan.from_json(found).target_layout) == "DDDG*5"
+
+
+def test_dry_run_loads_no_array_library():
+    code = "import sys; from gt_jax import grow; grow.main(['--dry-run']); print(sorted({'jax'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_default_coefficients_are_alpha_times_survival(capsys):
+    assert grow.main(["--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["carry"] == "gain" and found["options"]["coefficient"] == "expected"
+    assert [row["coefficient"] for row in found["layers"][:4]] == [1.0] * 4
+    assert found["layers"][4]["coefficient"] == pytest.approx(0.7 * 0.1**0.5)
+
+
+def test_dry_run_for_a_reader_names_what_each_layer_asked_for_and_got(capsys):
+    grow.main(["--dry-run", "--recipe", "readme"])
+    out = capsys.readouterr().out
+    assert "DDDG*2 (8 layers) -> DDDG*5 (20 layers)" in out
+    row = next(line for line in out.splitlines() if line.split()[:4] == ["6", "D", "4", "3"])
+    assert "86%" in row and "1 pass short" in row
+
+
+def test_counts_from_a_file_with_the_earlier_name_and_its_warning(tmp_path, capsys):
+    path = counts(tmp_path, [2, 1, 2, 4] * 2, "layer_repitation_factor.json")
+    assert grow.main(["--dry-run", "--json", "--repetition", str(path), "--round", "down"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["layout"] == "DDDG*4" and found["requested"] == [2, 1, 2, 4] * 2
+    assert "warning: layer0 has neither survival nor p_mu" in err and len(found["warnings"]) == 8
+
+
+def test_every_flag_of_the_plan_takes_effect(tmp_path, capsys):
+    path = counts(tmp_path, [2, 1, 2, 4] * 2)
+    grow.main(["--dry-run", "--json", "--repetition", str(path), "--round", "balance", "--target-layers", "28",
+               "--coefficient", "schedule", "--correct", "ratio", "--carry", "output", "--noise-std", "0",
+               "--seed", "5", "--dtype", "bfloat16"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["layout"] == "DDDG*7"
+    assert found["layers"][0]["coefficient"] == pytest.approx(2 / 2.25)
+    assert [found[name] for name in ("carry", "noise_std", "seed", "dtype")] == ["output", 0.0, 5, "bfloat16"]
+    grow.main(["--dry-run", "--json", "--plan", "identity"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["layout"] == "DDDG*2" and {row["coefficient"] for row in found["layers"]} == {1.0}
+
+
+def test_dry_run_with_a_source_adds_every_tensor(source, capsys):
+    assert grow.main([str(source), "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert "reference counts" in err
+    rows = {row["path"]: row for row in found["tensors"]}
+    small = config.tiny().replace(width=16, mlp_width=16, layout="DDDG*5", adaptive=None)
+    assert {path: list(leaf.shape) for path, leaf in flatten(model.abstract(small)).items()} == {
+        path: row["shape"] for path, row in rows.items()}
+    assert rows["params/segment0/layer0/mlp/up/w"] == {
+        "path": "params/segment0/layer0/mlp/up/w", "old_shape": [2, 16, 16], "shape": [5, 16, 16],
+        "dtype": "float32", "rule": "scaled", "bytes": 5 * 16 * 16 * 4}
+    assert len(found["dropped"]) == 20 and all("/halting/" in path for path in found["dropped"])
+    assert found["bytes"] == sum(row["bytes"] for row in rows.values())
+    assert grow.main([str(source), "--dry-run"]) == 0
+    assert "params/segment0/layer0/mlp/up/w" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "what"), [
+    ((), "SRC and DST are needed"), (("--dry-run", "--repetition", "nowhere.json"), "nowhere.json does not exist"),
+    (("--dry-run", "--target-layers", "21"), "cannot be reached"), (("--dry-run", "--round", "sideways"), "sideways"),
+    (("nowhere", "new", "--noise-std", "nan"), "--noise-std nan"), (("nowhere", "new"), "nowhere does not exist"),
+], ids=str)
+def test_exit_code_two_nothing_on_stdout_one_message_on_stderr(arguments, what):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert what in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("values", "what"), [
+    ([1] * 6, "6 layers are not a multiple of the pattern DDDG"), ([0] + [1] * 7, "layer0.k_exec is 0"),
+    ([-1] + [1] * 7, "layer0.k_exec is -1"), ([1.5] + [1] * 7, "layer0.k_exec is 1.5"),
+    ([65] + [1] * 7, "layer0.k_exec is 65"),
+], ids=str)
+def test_bad_counts(tmp_path, values, what):
+    path = counts(tmp_path, values)
+    message = refusal("--dry-run", "--repetition", path)
+    assert what in message and str(path) in message
+
+
+def test_a_sum_that_does_not_divide_and_a_depth_that_cannot_be_reached(tmp_path):
+    message = refusal("--dry-run", "--repetition", counts(tmp_path, [2, 1, 2, 4, 2, 3, 4, 3]), "--target-layers", "22")
+    assert "up gives 24" in message and "any multiple of 4 from 8" in message
+
+
+@pytest.mark.parametrize(("arguments", "what"), [
+    (("--dry-run", "--recipe", "readme", "--carry", "gain"), "--carry gain contradicts it"),
+    (("--dry-run", "--resume"), "--resume has no meaning"), (("--dry-run", "--seed", "-1"), "--seed -1"),
+    (("--dry-run", "--verify-text", "x"), "--verify-text has no meaning"),
+    (("--dry-run", "--memory", "much"), "--memory 'much'"), (("--dry-run", "--memory", "0GiB"), "--memory"),
+    (("--dry-run", "--target-layers", "0"), "--target-layers 0"), (("only",), "SRC and DST are needed"),
+    (("--dry-run", "--plan", "identity", "--round", "up"), "--round has no meaning"),
+    (("same", "same"), "is the source itself"),
+    (("a", "b", "--verify-text", "nowhere.txt"), "nowhere.txt is not a file"),
+    (("--dry-run", "--repetition", "."), "is a directory"),
+], ids=str)
+def test_arguments_that_do_not_go_together(arguments, what):
+    assert what in refusal(*arguments)
+
+
+def test_recipe_and_the_same_flag_agree(capsys):
+    assert grow.main(["--dry-run", "--recipe", "readme", "--carry", "weights"]) == 0
+    assert "recipe readme" in capsys.readouterr().out
+
+
+def test_sizes():
+    assert [grow.memory(text) for text in ("2GiB", "512 MiB", "1.5GB", "100", "1KiB")] == [
+        2**31, 2**29, 1_500_000_000, 100, 1024]
+
+
+def test_bad_sources_and_targets(source, tmp_path):
+    (tmp_path / "there").mkdir()
+    assert "there exists" in refusal(source, tmp_path / "there")
+    assert "is the source itself" in refusal(source, source.parent / "." / source.name)
+    (tmp_path / "file").write_text("no checkpoint")
+    assert "is a file" in refusal(tmp_path / "file", "--dry-run")
+    (tmp_path / "folder").mkdir()
+    assert "empty folder" in refusal(tmp_path / "folder", "--dry-run")
+    assert "counts 4 layers, the source layout DDDG*2 has 8" in refusal(
+        source, "--dry-run", "--repetition", counts(tmp_path, [1] * 4))
+    other = tmp_path / "alpha.json"
+    other.write_text(json.dumps({"_meta": {"alpha": [1.0, 0.5]}} | {f"layer{i}": {"k_exec": 1} for i in range(8)}))
+    assert "_meta.alpha is [1.0, 0.5]" in refusal(source, "--dry-run", "--repetition", other)
+
+
+def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch, capsys):
+    given = {}
+
+    def grow_checkpoint(source, target, **options):
+        given.update(options, source=source, target=target)
+        options["progress"]("half way")
+        return {"tensors": 3, "bytes": 2048, "seconds": 0.5, "dropped": ["a"]}
+
+    def verify(source, target, *, text):
+        return {"text": list(text)}
+
+    for name, members in (("gt_jax.growth.stream", {"grow_checkpoint": grow_checkpoint}),
+                          ("gt_jax.verify", {"verify": verify, "report_lines": lambda result: [f"verified {result}"]})):
+        module = types.SimpleNamespace(**members)
+        monkeypatch.setitem(sys.modules, name, module)
+        package, _, leaf = name.rpartition(".")
+        monkeypatch.setattr(sys.modules[package], leaf, module, raising=False)
+    text = tmp_path / "held_out.txt"
+    text.write_text("held out")
+    arguments = [str(source), str(tmp_path / "new"), "--repetition", str(counts(tmp_path, REFERENCE)), "--recipe",
+                 "readme", "--seed", "4", "--memory", "1MiB", "--resume", "--verify-text", str(text)]
+    assert grow.main([*arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["report"]["tensors"] == 3 and found["verify"] == {"text": [str(text)]}
+    assert "half way" in err
+    assert given.pop("progress") and str(given.pop("plan").target_layout) == "DDDG*5"
+    assert given == {"source": source, "target": tmp_path / "new", "carry": "weights", "noise_std": 1e-4, "seed": 4,
+                     "dtype": None, "memory": 2**20, "resume": True}
+    assert grow.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "3 tensors, 2.0 KiB" in out and "verified" in out
+
+
+def test_half_a_checkpoint_names_every_missing_tensor(source, tmp_path):
+    flat = dict(flatten(checkpoint.load(source)))
+    missing = ["params/segment0/layer1/mlp/up/w", "params/segment0/layer3/mixer/output/w"]
+    for path in missing:
+        del flat[path]
+    _, metadata = checkpoint.describe(source)
+    checkpoint.save(tmp_path / "half", nest(flat), {"config": metadata["config"], "step": 0, "kind": "train"})
+    message = refusal(tmp_path / "half", "--dry-run")
+    assert all(path in message for path in missing)
+
+
+def test_all_zero_layers_under_weights_are_pointed_out(capsys):
+    grow.main(["--dry-run", "--carry", "weights"])
+    assert "target layers 5, 16 0" in capsys.readouterr().err

@@ -1,0 +1,124 @@
+"""Adaptive depth: the recurrence as written, nothing changed by skipping, no token bound to its batch."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.support import random_tree, small_model
+
+from gt_jax.layers.adaptive_depth import HaltingHead, PassControl, halting_features
+from gt_jax.layers.residual import Layer, Place
+from gt_jax.sharding import Rules
+
+CONFIG = small_model()
+IDS = jnp.zeros((2, 10), jnp.int32)
+FREE = PassControl(jnp.zeros((), jnp.int32), jnp.ones(()))
+
+
+def layer(kind: str, config=CONFIG) -> Layer:
+    return Layer(kind, config, Rules())
+
+
+@functools.cache
+def variables(kind: str):
+    fresh = dict(layer(kind).init(jax.random.key(0), jnp.zeros((2, 10, 32)), Place(IDS, None), FREE))
+    params = random_tree(fresh["params"], seed=5, scale=0.15)
+    params["halting"]["output"]["b"] = jnp.zeros(1)  # p spread around a half, so that tokens differ in depth
+    params["halting"]["output"]["w"] *= 6
+    return {**fresh, "params": params}
+
+
+@functools.cache
+def run(kind: str):
+    return jax.jit(lambda v, x, control: layer(kind).apply(v, x, Place(IDS, None), control))
+
+
+def inputs(seed: int = 6) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (2, 10, 32))
+
+
+def by_hand(kind: str, x: jax.Array):
+    """The recurrence as an unrolled loop over passes that all run."""
+    v = variables(kind)
+    head = HaltingHead(CONFIG.adaptive, Rules())
+    s, previous, weights = np.ones((2, 10), np.float32), jnp.zeros_like(x), []
+    for alpha in CONFIG.adaptive.alpha:
+        delta, mixed = layer(kind).apply(v, x, Place(IDS, None), method=Layer.delta)
+        features = halting_features(x, delta, previous, mixed)
+        p = np.asarray(head.apply({"params": v["params"]["halting"]}, features)).clip(0.01, 1.0)
+        weight = np.where(s >= 0.1, s, 0.0)
+        x = x + v["params"]["gain"] * alpha * weight[..., None] * delta
+        s, previous = np.where(s >= 0.1, s * p, s), delta
+        weights.append(weight)
+    return x, np.stack(weights)
+
+
+@pytest.mark.parametrize("kind", ["D", "G"])
+def test_equals_the_recurrence_written_out(kind):
+    x = inputs()
+    got, _, seen, _ = run(kind)(variables(kind), x, FREE)
+    wanted, weights = by_hand(kind, x)
+    np.testing.assert_allclose(got, wanted, atol=2e-5)
+    np.testing.assert_allclose(seen.survival, weights.mean((1, 2)), atol=1e-6)
+    np.testing.assert_allclose(seen.alive, (weights > 0).mean((1, 2)), atol=1e-6)
+    assert 0 < seen.alive[1] < 1 or 0 < seen.alive[2] < 1, "tokens should differ in depth, or the test is empty"
+
+
+@pytest.mark.parametrize("kind", ["D", "G"])
+def test_a_token_does_not_depend_on_its_batch(kind):
+    x = inputs()
+    together = run(kind)(variables(kind), x, FREE)[0]
+    other = x.at[1].set(jax.random.normal(jax.random.key(7), (10, 32)) * 5)
+    assert np.array_equal(run(kind)(variables(kind), other, FREE)[0][0], together[0])
+
+
+def test_forced_passes_run_at_full_strength_and_no_further():
+    x = inputs()
+    for passes in (1, 2, 4):
+        _, _, seen, _ = run("D")(variables("D"), x, FREE._replace(forced=jnp.asarray(passes, jnp.int32)))
+        np.testing.assert_array_equal(seen.survival, [1.0] * passes + [0.0] * (4 - passes))
+    once = run("D")(variables("D"), x, FREE._replace(forced=jnp.ones((), jnp.int32)))
+    plain = {"params": {k: v for k, v in variables("D")["params"].items() if k != "halting"}}
+    same = layer("D", CONFIG.plain).apply(plain, x, Place(IDS, None), FREE)[0]
+    np.testing.assert_allclose(once[0], same, atol=1e-6)
+    np.testing.assert_allclose(once[1], once[0], atol=0)  # after the first pass = after all of them
+
+
+def test_the_price_reaches_the_halting_head_and_only_through_survival():
+    def expected_k(params):
+        seen = run("D")({**variables("D"), "params": params}, inputs(), FREE)[2]
+        return jnp.sum(seen.survival)
+
+    gradient = jax.jit(jax.grad(expected_k))(variables("D")["params"])
+    assert float(jnp.abs(gradient["halting"]["output"]["b"]).sum()) > 0
+    rest = [g for name, part in gradient.items() if name != "halting" for g in jax.tree.leaves(part)]
+    assert all(float(jnp.abs(g).max()) == 0 for g in rest)
+
+
+@pytest.mark.parametrize("remat", ["none", "pass"])
+def test_gradients_do_not_depend_on_rematerialisation_or_skipping(remat):
+    """Against the loop without `cond`: a skipped pass contributes exactly nothing, forward and backward."""
+    config = CONFIG.replace(remat=remat)
+
+    def loss(params):
+        out = layer("D", config).apply({"params": params}, inputs(), Place(IDS, None), FREE._replace(p_max=jnp.asarray(0.4)))
+        return jnp.sum(out[0] ** 2)
+
+    def reference(params):
+        x, previous, s = inputs(), jnp.zeros_like(inputs()), jnp.ones((2, 10))
+        head = HaltingHead(config.adaptive, Rules())
+        for alpha in config.adaptive.alpha:
+            delta, mixed = layer("D").apply({"params": params}, x, Place(IDS, None), method=Layer.delta)
+            p = head.apply({"params": params["halting"]}, halting_features(x, delta, previous, mixed)).clip(0.01, 0.4)
+            alive = s >= 0.1
+            x = x + (params["gain"] * alpha * jnp.where(alive, s, 0.0))[..., None] * delta
+            s, previous = jnp.where(alive, s * p, s), jax.lax.stop_gradient(delta)
+        return jnp.sum(x**2)
+
+    params = variables("D")["params"]
+    got, wanted = jax.jit(jax.grad(loss))(params), jax.jit(jax.grad(reference))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), got, wanted)

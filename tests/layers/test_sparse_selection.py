@@ -1,0 +1,116 @@
+"""The selection of keys: exact counts, sinks, ties, budget; the indexer learns from its KL loss and from nothing else."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support import GSA, WIDTH, random_tree, segments
+
+from gt_jax.layers.gsa import GatedSparseAttention
+from gt_jax.layers.primitives import WeightSpec
+from gt_jax.sharding import Rules
+from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
+from pallas_kernels.sparse_attention.selection import budget, select, visible_variance
+
+TOKENS = 12
+_select = jax.jit(select)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, 1e-30, 0.25, 0.5, 0.75, 1.0]), min_size=TOKENS, max_size=TOKENS),
+    st.integers(1, TOKENS),
+    st.integers(0, 4),
+)
+def test_selection_equals_a_stable_sort(scores, count, sinks):
+    visible = np.arange(TOKENS) <= TOKENS - 2  # the last key is in the future
+    sink = np.arange(TOKENS) < sinks
+    count = min(count, visible.sum())
+    got = _select(
+        jnp.asarray(scores, jnp.float32)[None, None, None],
+        jnp.asarray(visible)[None, None],
+        jnp.asarray(visible & sink)[None, None],
+        jnp.full((1, 2, 1), count, jnp.int32),
+    )
+    order = sorted(np.flatnonzero(visible), key=lambda s: (not sink[s], 0.0 if sink[s] else -scores[s], s))
+    for head in range(2):
+        assert set(np.flatnonzero(np.asarray(got)[0, head, 0])) == set(order[:count])
+
+
+def test_budget_follows_the_variance_and_never_leaves_its_bounds():
+    variance = jnp.asarray([[[0.0, 0.5, 1.0, 2.0, 100.0, 1.0]]])
+    seen = jnp.asarray([[50, 50, 50, 50, 50, 3]])
+    got = budget(variance, jnp.ones(()), seen, k_base=8, k_min=2, k_max=20)
+    assert got.tolist() == [[[2, 4, 8, 16, 20, 3]]]
+    assert budget(variance, jnp.zeros(()), seen, k_base=8, k_min=2, k_max=20).tolist() == [[[8] * 5 + [3]]]
+
+
+def test_variance_sees_only_visible_keys():
+    scores = jax.random.uniform(jax.random.key(0), (1, 1, 1, 6))
+    visible = jnp.arange(6)[None, None] < 4
+    np.testing.assert_allclose(visible_variance(scores, visible)[0, 0, 0], np.var(scores[0, 0, 0, :4]), rtol=1e-6)
+
+
+def test_all_keys_selected_is_full_attention():
+    keys = jax.random.split(jax.random.key(1), 6)
+    q, k, v = (jax.random.normal(key, (2, TOKENS, 4, 8)) for key in keys[:3])
+    index = [jax.random.normal(key, (2, TOKENS, 2, 4)) for key in keys[3:5]]
+    weight = jax.nn.sigmoid(jax.random.normal(keys[5], (2, TOKENS, 2)))
+    indexer = Indexer(*index, weight, jnp.zeros(2), jnp.zeros(4), jnp.zeros(()))
+    rows = jnp.broadcast_to(jnp.arange(TOKENS, dtype=jnp.int32)[None], (2, TOKENS))
+    ids = jnp.zeros_like(rows)
+    positions = Positions(rows, ids, rows, ids)
+    o, seen = sparse_attention(q, k, v, indexer, positions, k_base=TOKENS, k_min=TOKENS, k_max=TOKENS)
+    np.testing.assert_allclose(o, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
+    np.testing.assert_array_equal(seen.selected, rows + 1)
+    assert np.all(np.asarray(seen.kl) >= -1e-6)
+
+
+def test_an_unknown_implementation_is_named():
+    x = jnp.zeros((1, 2, 2, 4))
+    rows = jnp.zeros((1, 2), jnp.int32)
+    indexer = Indexer(x, x, jnp.zeros((1, 2, 2)), jnp.zeros(2), jnp.zeros(2), jnp.zeros(()))
+    with pytest.raises(ValueError, match=r"'pallas_gpu' is not one of reference"):
+        sparse_attention(
+            x, x, x, indexer, Positions(rows, rows, rows, rows), k_base=1, k_min=1, k_max=1, implementation="pallas_gpu"
+        )
+
+
+def _layer():
+    layer = GatedSparseAttention(GSA, WIDTH, Rules(), WeightSpec())
+    x = jax.random.normal(jax.random.key(2), (2, 32, WIDTH))
+    ids = jnp.concatenate([segments(32), segments(20, 12)])
+    fresh = layer.init(jax.random.key(3), x, ids)
+    return layer, random_tree(fresh["params"], seed=4), fresh["statistics"], x, ids
+
+
+def test_the_indexer_learns_from_its_loss_alone():
+    layer, params, statistics, x, ids = _layer()
+
+    def output(params):
+        return layer.apply({"params": params, "statistics": statistics}, x, ids)
+
+    indexer = ("indexer_query", "indexer_key", "indexer_weight", "indexer_bias", "head_importance")
+    from_value = jax.jit(jax.grad(lambda p: jnp.sum(output(p).y ** 2)))(params)
+    from_loss = jax.jit(jax.grad(lambda p: output(p).auxiliary_loss))
+    loss_gradient = from_loss(params)
+    size = lambda tree: sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(tree))  # noqa: E731
+    for name in indexer:
+        assert size(from_value[name]) == 0, name
+        assert size(loss_gradient[name]) > 0, name
+    for name in set(params) - set(indexer):
+        assert size(loss_gradient[name]) == 0, name
+        assert size(from_value[name]) > 0, name
+
+    optimizer = optax.adam(1e-2)
+    state, trained = optimizer.init(params), params
+    before = float(output(params).auxiliary_loss)
+    for _ in range(40):
+        updates, state = optimizer.update(from_loss(trained), state)
+        trained = optax.apply_updates(trained, updates)
+    assert float(output(trained).auxiliary_loss) < 0.8 * before

@@ -141,7 +141,7 @@ def read_leaves(path: StrPath, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> di
 def describe(path: StrPath) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
     """Shapes and dtypes by path, `params/segment0/...`, and the metadata; no values are read."""
     where = resolve(path)
-    found = _look(where, lambda: ocp.metadata(where))
+    found = _look(where, functools.partial(_metadata, where))
     leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(found.metadata).items()}
     return dict(sorted(leaves.items())), dict(found.custom_metadata)
 
@@ -332,6 +332,13 @@ def _write(target: Path, unfinished: Path, work: Callable[[], None]) -> None:
 
 def _look(path: Path, work: Callable[[], T]) -> T:
     return _with_orbax(work, lambda error: Damaged(f"checkpoint {path} cannot be read: {error}"))
+
+
+def _metadata(path: Path) -> Any:
+    found = ocp.metadata(path)
+    if found.metadata is None:  # Orbax logs why, and goes on
+        raise ValueError("the values are not where its metadata says")
+    return found
 
 
 def _read(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def tiny() -> ModelConfig:
         init_std=0.08,
         vocab=264,
         mlp_width=256,
-        deltanet=DeltaNetConfig(heads=4, value_heads=4, key_width=32, value_width=32),
+        deltanet=DeltaNetConfig(heads=4, value_heads=4, key_width=32, value_width=32, chunk_size=32),
         gsa=GSAConfig(heads=4, head_width=32, indexer_heads=2, indexer_width=16, k_base=64, k_min=16, k_max=128),
         adaptive=AdaptiveConfig(),
     )

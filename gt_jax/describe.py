@@ -28,7 +28,8 @@ def describe(name: str) -> dict[str, Any]:
         from gt_jax.model import abstract
         from gt_jax.tree_paths import flatten
 
-        config, origin = configs.preset(name), {"preset": name}
+        config = configs.preset(name)
+        origin: dict[str, Any] = {"preset": name}
         leaves = flatten(abstract(config))
     elif Path(name).exists():
         from gt_jax import checkpoint
@@ -36,7 +37,7 @@ def describe(name: str) -> dict[str, Any]:
         place = checkpoint.resolve(name)
         leaves, metadata = checkpoint.describe(place)
         config = checkpoint.model_config(place, leaves, metadata)
-        kept = {key: metadata[key] for key in ("kind", "step", "grown_from") if key in metadata}
+        kept: dict[str, Any] = {key: metadata[key] for key in ("kind", "step", "grown_from") if key in metadata}
         origin = {"preset": None, "checkpoint": str(place), **kept}
     else:
         raise Refused(f"{name!r} is neither a preset ({', '.join(sorted(configs.PRESETS))}) nor a path that exists")

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -125,6 +125,19 @@ class LanguageModel(nn.Module):
         """Final norm and unembedding: float32 logits."""
         logits = self.unembedding("btd,dv->btv", self.final_norm(x), ("batch", None, "vocab"))
         return logits.astype(jnp.float32)
+
+
+def forward(
+    network: LanguageModel,
+    variables: Tree,
+    tokens: Tokens,
+    segment_ids: Tokens | None = None,
+    *,
+    control: PassControl | None = None,
+    cache: Tree = None,
+) -> ModelOutput:
+    """`network` applied to frozen variables: nothing is updated."""
+    return cast(ModelOutput, network.apply(variables, tokens, segment_ids, control=control, cache=cache))
 
 
 def free_passes() -> PassControl:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from gt_jax.config import ModelConfig
 from gt_jax.errors import Refused, refuse_all, run_command
-from gt_jax.model import LanguageModel, empty_cache
+from gt_jax.model import LanguageModel, empty_cache, forward
 from gt_jax.sharding import Rules
 from gt_jax.typing import Tree
 
@@ -60,12 +60,12 @@ def generate(
 
     def run(variables: Tree, prompt: Array, key: Array) -> Array:
         cache = empty_cache(config, prompt.shape[0], prompt.shape[1] + length)
-        first = model.apply(variables, prompt, cache=cache)
+        first = forward(model, variables, prompt, cache=cache)
 
         def step(carry: tuple[Tree, Array], key: Array) -> tuple[tuple[Tree, Array], Array]:
             cache, logits = carry
             drawn = choose(key, logits[:, :tokens], temperature, top_k)
-            output = model.apply(variables, drawn[:, None], cache=cache)
+            output = forward(model, variables, drawn[:, None], cache=cache)
             return (output.cache, output.logits[:, -1]), drawn
 
         start = (first.cache, first.logits[:, -1])

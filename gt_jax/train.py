@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     """`base` (a RunConfig) with the flags that were given."""
-    given = {name: value for name, value in vars(arguments).items() if value not in (None, False)}
+    given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
 
     def pick(*names: str) -> dict[str, Any]:
         return {name: tuple(given[name]) if name == "text" else given[name] for name in names if name in given}
@@ -64,10 +64,10 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     model = model.plain if "plain" in given else model
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
     price = train.price.replace(**pick("target"))
-    names = ("steps", "seed", "evaluate_every", "checkpoint_every", "keep")
-    train = train.replace(**pick(*names), optimizer=optimizer, price=price)
-    names = ("text", "tfds", "tfds_dir", "sequence_length", "batch_size", "held_out", "seed")
-    return base.replace(model=model, train=train, data=base.data.replace(**pick(*names)), **pick("start"))
+    own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep")
+    train = train.replace(**own, optimizer=optimizer, price=price)
+    own = pick("text", "tfds", "tfds_dir", "sequence_length", "batch_size", "held_out", "seed")
+    return base.replace(model=model, train=train, data=base.data.replace(**own), **pick("start"))
 
 
 def default_config(arguments: argparse.Namespace) -> Any:

@@ -22,7 +22,7 @@ from gt_jax.errors import Refused, run_command
 from gt_jax.growth.plan import Plan
 from gt_jax.loading import add_text_arguments, load_for_text, load_model, text_config
 from gt_jax.metrics import table
-from gt_jax.model import LanguageModel, fixed_passes, free_passes
+from gt_jax.model import LanguageModel, fixed_passes, forward, free_passes
 from gt_jax.sharding import Rules, reshard
 from gt_jax.training.step import Batch, cross_entropy
 from gt_jax.typing import Tree
@@ -39,7 +39,7 @@ class Agreement(NamedTuple):
     kl: Array
     same_top1: Array
     cosine: Array
-    count: Array
+    tokens: Array
 
 
 def agreement(
@@ -58,8 +58,12 @@ def agreement(
     b = target - jnp.mean(target, axis=-1, keepdims=True)
     norms = jnp.sqrt(jnp.sum(a * a, axis=-1) * jnp.sum(b * b, axis=-1))
     cosine = jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-30)
-    sums = [jnp.sum(jnp.where(counted, x.astype(jnp.float32), 0.0)) for x in (kl, same, cosine)]
-    return Agreement(*(loss for loss, _ in losses), *sums, count=losses[0][1])
+
+    def total(x: Array) -> Array:
+        return jnp.sum(jnp.where(counted, x.astype(jnp.float32), 0.0))
+
+    source_loss, fixed_loss, target_loss = (loss for loss, _ in losses)
+    return Agreement(source_loss, fixed_loss, target_loss, total(kl), total(same), total(cosine), losses[0][1])
 
 
 def make_comparison(
@@ -73,9 +77,9 @@ def make_comparison(
     def compare(source_variables: Tree, target_variables: Tree, batch: Batch) -> tuple[Agreement, Array, Array]:
         placed = {name: reshard(jnp.asarray(x), rules.spec("batch", None)) for name, x in batch.items()}
         rows = (placed["tokens"], placed["segment_ids"])
-        free = shallow.apply(source_variables, *rows, control=free_passes())
-        fixed = shallow.apply(source_variables, *rows, control=fixed_control)
-        grown = deep.apply(target_variables, *rows)
+        free = forward(shallow, source_variables, *rows, control=free_passes())
+        fixed = forward(shallow, source_variables, *rows, control=fixed_control)
+        grown = forward(deep, target_variables, *rows)
         sums = agreement(free.logits, fixed.logits, grown.logits, placed["targets"])
         return sums, fixed.statistics.delta_ratio, grown.statistics.delta_ratio[:, 0]
 
@@ -90,8 +94,8 @@ def compare_models(
     compare = make_comparison(source, target, plan.requested, rules)
     results = [jax.device_get(compare(source_variables, target_variables, batch)) for batch in batches]
     sums = Agreement(*(sum(float(r[0][i]) for r in results) for i in range(len(Agreement._fields))))  # type: ignore[arg-type]
-    count = max(float(sums.count), 1.0)
-    mean = {name: float(value) / count for name, value in sums._asdict().items() if name != "count"}
+    count = max(float(sums.tokens), 1.0)
+    mean = {name: float(value) / count for name, value in sums._asdict().items() if name != "tokens"}
     source_ratio = np.mean([r[1] for r in results], axis=0)
     target_ratio = np.mean([r[2] for r in results], axis=0)
     gap = mean["target_loss"] / mean["source_loss"] - 1

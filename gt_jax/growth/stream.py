@@ -87,6 +87,7 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str,
 
 @contextlib.contextmanager
 def _room_matters(place: Path) -> Iterator[None]:
+    """Say of a full disk what to do about it."""
     try:
         yield
     except OSError as error:
@@ -165,18 +166,19 @@ class _Growth:
 
     def inspect(self, memory: int, say: Progress) -> str:
         """The content hash of the source's model; raises `Refused` naming every tensor that is not finite."""
-        digests, wrong = {}, []
+        digests: dict[str, str] = {}
+        wrong: list[str] = []
         say(f"checking {len(self.model)} source tensors, {_gib(sum(map(_nbytes, self.model.values())))}")
         for names in _batches({name: _nbytes(leaf) for name, leaf in self.model.items()}, memory // 4):
-            for name, value in self._read(names).items():
-                if (first := _first_not_finite(value)) is not None:
-                    wrong.append(f"{name} holds {value[first]} at {list(map(int, first))}")
-                digests[name] = leaf_digest(name, value)
+            values = self._read(names)
+            wrong += [f"{name} holds {problem}" for name in names if (problem := _not_finite(values[name]))]
+            digests |= {name: leaf_digest(name, values[name]) for name in names}
+            del values  # before the next ones are read
         refuse_all(wrong, f"source {self.where} has values that are not finite; grow from an earlier step:")
         return combine_digests(digests)
 
     def tensors(self, leaves: Sequence[Leaf]) -> dict[str, np.ndarray]:
-        """Target tensors by path; raises `Refused` where a dtype overflows."""
+        """Target tensors by path."""
         sources = self._read(_sources(leaves))
         made = {}
         for leaf in leaves:
@@ -186,9 +188,6 @@ class _Growth:
                 piece = origin if part.block is None else origin[part.block, ...]
                 block = grow_block(leaf, index, piece, carry=self.carry, noise_std=self.noise_std, seed=self.seed)
                 value[index if leaf.stacked else ...] = np.asarray(block)
-            if (first := _first_not_finite(value)) is not None:
-                raise Refused(f"target tensor {leaf.path} would hold {value[first]} at {list(map(int, first))}: "
-                              f"{leaf.dtype} cannot hold the value; nothing is left of this growth")
             made[leaf.path] = value
         return made
 
@@ -203,12 +202,14 @@ def _write(growth: _Growth, leftovers: Leftovers, metadata: Mapping[str, Any], m
     total, started = sum(leaf.nbytes for leaf in work), time.monotonic()
     done = written = 0
     for group in growth.groups(work, memory):
-        try:
-            made = growth.tensors(group)
-        except Refused:
+        made = growth.tensors(group)
+        wrong = [f"{leaf.path} would hold {problem}, {leaf.dtype} cannot hold the value"
+                 for leaf in group if (problem := _not_finite(made[leaf.path]))]
+        if wrong:
             leftovers.discard()
-            raise
+        refuse_all(wrong, "the target's values are not finite; nothing is left of this growth:")
         checkpoint.write_group(leftovers.target, made, metadata)
+        del made  # before the next ones are made
         done, written = done + len(group), written + sum(leaf.nbytes for leaf in group)
         rate = written / max(time.monotonic() - started, 1e-9)
         say(f"{len(kept) + done}/{len(growth.leaves)} tensors, {_gib(written)} of {_gib(total)}, {_gib(rate)}/s, "
@@ -232,14 +233,16 @@ def _batches(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _first_not_finite(value: np.ndarray) -> tuple[np.intp, ...] | None:
+def _not_finite(value: np.ndarray) -> str | None:
+    """The first NaN or infinity and where it stands, for example "nan at [1, 2, 3]"."""
     if not jax.dtypes.issubdtype(value.dtype, np.inexact):
         return None
     flat = value.reshape(-1)
     for start in range(0, flat.size, _CHUNK):
         finite = np.isfinite(flat[start : start + _CHUNK])
         if not finite.all():
-            return np.unravel_index(start + int(np.argmin(finite)), value.shape)
+            where = np.unravel_index(start + int(np.argmin(finite)), value.shape)
+            return f"{value[where]} at {list(map(int, where))}"
     return None
 
 

@@ -160,7 +160,7 @@ class GatedDeltaNet(nn.Module):
         """The gated delta rule on each device's own rows and heads."""
         config = self.config
 
-        def local(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, segments: Array):  # type: ignore[no-untyped-def]
+        def local(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, segments: Array):
             return gated_delta_rule(
                 q, k, v, g, beta, initial_state=state, segment_ids=segments, chunk_size=config.chunk_size,
                 return_state=True, implementation=config.implementation,

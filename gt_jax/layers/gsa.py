@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -99,12 +101,13 @@ class GatedSparseAttention(nn.Module):
         """The kernel on each device's own rows and heads."""
         c, rules = self.config, self.rules
         tokens, gates = rules.spec("batch", None, "heads", None), rules.spec("batch", None, "heads")
-        rows, per_head = rules.spec("batch", None), rules.spec("heads")
+        per_head = rules.spec("heads")
+        rows: Any = rules.spec("batch", None)
         head_axes = rules.mesh_axes("heads") if has_mesh() else ()
 
-        def local(q, k, v, index_q, index_k, weight, bias, importance, ema, *place):  # type: ignore[no-untyped-def]
+        def local(q, k, v, index_q, index_k, weight, bias, importance, ema, *place):
             indexer = Indexer(index_q, index_k, weight, bias, importance, ema)
-            budget = {"k_base": c.k_base, "k_min": c.k_min, "k_max": c.k_max, "sinks": c.sinks}
+            budget: dict[str, Any] = {"k_base": c.k_base, "k_min": c.k_min, "k_max": c.k_max, "sinks": c.sinks}
             return sparse_attention(q, k, v, indexer, Positions(*place), **budget, head_axes=head_axes)
 
         run = per_device(

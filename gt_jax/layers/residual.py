@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -40,6 +40,7 @@ class Layer(nn.Module):
         c, rules = self.config, self.rules
         weights = WeightSpec(c.param_dtype, c.compute_dtype, c.init_std)
         self.mixer_norm = RMSNorm(c.width, rules, c.norm_epsilon)
+        self.mixer: Any
         if self.kind == "D":
             self.mixer = GatedDeltaNet(c.deltanet, c.width, rules, weights, c.norm_epsilon)
         else:

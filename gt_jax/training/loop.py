@@ -101,7 +101,7 @@ def train_run(
 
     Raises `Refused` when `run` is already a run (without `resume`), is none (with it), or was of another config.
     """
-    _prepare(run, config, resume)
+    _check(run, config, resume)
     text = open_text(config.data)
     trainer = make_trainer(config.model, config.train, rules)
     held_out = text.held_out(config.train.evaluation_batches)
@@ -109,6 +109,8 @@ def train_run(
     steps = checkpoint.RunCheckpoints(run, config.train.keep, notes.append)
     state, position = _start(config, trainer, steps, rules)
     stream = text.train(position)
+    if not resume:
+        _mark(run, config)  # all that can be refused has been: from here on the directory is a run
     tokens = config.data.batch_size * config.data.sequence_length
     recorder = Recorder(
         run / "metrics.jsonl", total_steps=config.train.steps, tokens_per_step=tokens, show=show,
@@ -171,19 +173,22 @@ def _stand_in(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
-def _prepare(run: Path, config: RunConfig, resume: bool) -> None:
-    """Write or compare RUN/config.json, the mark of a run directory."""
+def _check(run: Path, config: RunConfig, resume: bool) -> None:
+    """Refuse a directory that is taken, or to resume with another config."""
+    if resume:
+        wrong = differences(read_run_config(run), config)
+        refuse_all(wrong, f"{run} was started with another config (there and here):")
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise Refused(f"{run} exists; resume it with --resume, or give another directory")
+
+
+def _mark(run: Path, config: RunConfig) -> None:
+    """Write RUN/config.json, the mark of a run directory, whole or not at all."""
     file = run / "config.json"
-    if not resume:
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise Refused(f"{run} exists; resume it with --resume, or give another directory")
-        checkpoint.prepare_parent(file)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(config.to_json(), indent=1) + "\n")
-        os.replace(temporary, file)
-        return
-    wrong = differences(read_run_config(run), config)
-    refuse_all(wrong, f"{run} was started with another config (there and here):")
+    checkpoint.prepare_parent(file)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config.to_json(), indent=1) + "\n")
+    os.replace(temporary, file)
 
 
 def read_run_config(run: Path) -> RunConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from gt_jax.config import ModelConfig
 from gt_jax.layers.adaptive_depth import PassControl
-from gt_jax.model import LanguageModel, ModelOutput, free_passes
+from gt_jax.model import LanguageModel, ModelOutput, forward, free_passes
 from gt_jax.sharding import Rules
 from gt_jax.training.price import Phase, PriceConfig, move_price, phase, price_loss
 from gt_jax.training.state import TrainState
@@ -61,7 +61,7 @@ def make_loss(model: ModelConfig, price: PriceConfig, rules: Rules) -> Callable[
         charge = jnp.zeros((), jnp.float32)
         if model.adaptive is not None:
             hidden = jax.lax.stop_gradient(output.first_pass_hidden)
-            logits = network.apply(jax.lax.stop_gradient(variables), hidden, method=LanguageModel.unembed)
+            logits: Any = network.apply(jax.lax.stop_gradient(variables), hidden, method=LanguageModel.unembed)
             first = mean_cross_entropy(logits, batch["targets"])
             charge = jnp.where(now.charged, price_loss(price, value, output.statistics, ce, first), 0.0)
         report = {"cross_entropy": ce, "price_loss": charge, "passes": output.statistics}
@@ -91,7 +91,7 @@ def make_step(
             "total_loss": total,
             "price_loss": report["price_loss"],
             "indexer_loss": jnp.sum(report["passes"].auxiliary_loss),
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             "price": state.price.value,
             "expected_k": expected,
             "executed": jnp.sum(report["passes"].alive, axis=-1),
@@ -110,14 +110,14 @@ def make_evaluation(
 
     def evaluation(variables: Tree, batch: Batch, control: PassControl | None = None) -> tuple[Scalar, Scalar, Any]:
         placed = _place(batch, rules)
-        output = network.apply(variables, placed["tokens"], placed["segment_ids"], control=control or free_passes())
+        output = forward(network, variables, placed["tokens"], placed["segment_ids"], control=control or free_passes())
         total, count = cross_entropy(output.logits, placed["targets"])
         return total, count, output.statistics
 
     return jax.jit(evaluation)
 
 
-def evaluate(evaluation: Callable[..., Any], variables: Tree, batches: list[Batch], control: Any = None) -> float:
+def evaluate(evaluation: Callable[..., Any], variables: Tree, batches: Sequence[Batch], control: Any = None) -> float:
     """Mean cross-entropy in nats a token over the batches."""
     sums = [evaluation(variables, batch, control)[:2] for batch in batches]
     total, count = (sum(float(pair[i]) for pair in sums) for i in range(2))

@@ -31,7 +31,7 @@ PLAN = block_plan(from_json({f"layer{layer}": {"k_exec": k, "p_mu": 0.5} for lay
                   CONFIG.depth)
 OPTIONS: dict[str, Any] = {"carry": "gain", "noise_std": 1e-4, "seed": 7}
 QUIET = {**OPTIONS, "noise_std": 0.0}  # compiles little: for the growths that are killed
-SMALL = 60_000  # bytes: several groups
+SMALL = 45_000  # bytes: several groups
 
 
 class Case(NamedTuple):
@@ -85,7 +85,7 @@ def test_equals_the_pure_transform_bit_for_bit(case: Case, tmp_path: Path, memor
     assert checkpoint.content_hash(tmp_path / "target") == case.hash
     assert files(case.source) == before
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
-    assert (len(lines) > 5) == (memory == SMALL) and f"{len(found)}/{len(found)} tensors" in lines[-1]
+    assert (len(lines) > 4) == (memory == SMALL) and f"{len(found)}/{len(found)} tensors" in lines[-1]
     assert all(word in lines[-1] for word in ("MiB", "/s", "resident"))
     assert report["tensors"] == len(found) and report["bytes"] == sum(value.nbytes for value in found.values())
     assert report["kept"] == 0 and report["dropped"][-3:] == ["optimizer", "price", "step"]
@@ -177,7 +177,7 @@ def test_an_overflow_of_the_target_is_refused_and_leaves_nothing(case: Case, tmp
     flat = {name: value.copy() for name, value in flatten(case.tree).items()}
     flat["params/unembedding/w"][1, 2] = np.finfo(np.float32).max  # rounds to infinity in bfloat16
     checkpoint.save(tmp_path / "source", nest(flat), {"config": CONFIG.to_json()})
-    with pytest.raises(Refused, match=r"params/unembedding/w would hold inf at \[1, 2\]: bfloat16"):
+    with pytest.raises(Refused, match=r"params/unembedding/w would hold inf at \[1, 2\], bfloat16"):
         grow(tmp_path / "source", tmp_path / "target", dtype="bfloat16", memory=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -187,6 +187,25 @@ def test_a_budget_below_one_leaf_is_refused(case: Case, tmp_path: Path) -> None:
         grow(case.source, tmp_path / "target", memory=2000)
     least = int(str(refused.value).split("at least ")[1].split()[0])
     grow(case.source, tmp_path / "target", memory=least)
+    assert checkpoint.content_hash(tmp_path / "target") == case.hash
+
+
+def test_a_source_that_cannot_be_read_half_way_keeps_the_groups(
+        case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = checkpoint.read_leaves
+    calls = iter(range(5))  # two for the check of the source
+
+    def read_until(path: Path, leaves: Any) -> Any:
+        if next(calls, None) is None:
+            raise checkpoint.Damaged(f"{path} cannot be read")
+        return read(path, leaves)
+
+    monkeypatch.setattr(checkpoint, "read_leaves", read_until)
+    with pytest.raises(checkpoint.Damaged):
+        grow(case.source, tmp_path / "target", memory=SMALL)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["target.partial_save"]
+    assert grow(case.source, tmp_path / "target", memory=SMALL, resume=True)["kept"] > 0
     assert checkpoint.content_hash(tmp_path / "target") == case.hash
 
 

@@ -1,4 +1,4 @@
-"""Mixers computed token by token in float64 numpy from the equations of the reference, sharing no code with the layers."""
+"""Mixers computed token by token in float64 numpy from the equations, sharing no code with the layers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def gsa(p, config, x, segment_ids, ema):
             score = weight[i, n] * sigmoid(logits) * importance[h]
             budget = config.k_base if ema == 0 else np.floor(config.k_base * score.var() / ema)
             budget = min(int(np.clip(budget, config.k_min, config.k_max)), len(visible))
-            order = sorted(range(len(visible)), key=lambda j: (j >= config.sinks, -score[j], j))  # noqa: B023
+            order = sorted(range(len(visible)), key=lambda j: (j >= config.sinks, -score[j], j))
             keys = [visible[j] for j in order[:budget]]
             chosen[i, h] = set(keys)
             attention = np.exp(k[keys, h] @ q[i, h] * config.head_width**-0.5)

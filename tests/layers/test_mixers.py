@@ -1,4 +1,4 @@
-"""What every mixer must pass: causal by gradient, prefix, segments apart, rows apart, odd lengths, float64 agreement."""
+"""What every mixer must pass: causal by gradient, prefix, segments apart, rows apart, odd lengths, float64."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.layers import oracle
-from tests.support import DELTANET, GSA, WIDTH, random_tree, segments
 
 from gt_jax.layers import deltanet, gsa
 from gt_jax.layers.primitives import WeightSpec
 from gt_jax.sharding import Rules
+from tests.layers import oracle
+from tests.support import DELTANET, GSA, WIDTH, random_tree, segments
 
 KINDS = ("D", "G")
 

@@ -1,4 +1,4 @@
-"""The selection of keys: exact counts, sinks, ties, budget; the indexer learns from its KL loss and from nothing else."""
+"""The selection of keys: exact counts, sinks, ties, budget; the indexer learns from its KL loss alone."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support import GSA, WIDTH, random_tree, segments
 
 from gt_jax.layers.gsa import GatedSparseAttention
 from gt_jax.layers.primitives import WeightSpec
 from gt_jax.sharding import Rules
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
 from pallas_kernels.sparse_attention.selection import budget, select, visible_variance
+from tests.support import GSA, WIDTH, random_tree, segments
 
 TOKENS = 12
 _select = jax.jit(select)

@@ -1,0 +1,192 @@
+"""The commands as a user types them: train, kill, resume, measure, grow, verify, sample, describe; and wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gt_jax import checkpoint
+from gt_jax.metrics import read_metrics
+
+TRAIN = ["--layout", "DG", "--steps", "24", "--checkpoint-every", "4", "--evaluate-every", "12", "--batch-size", "2",
+         "--sequence-length", "32"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("commands")
+    (place / "story.txt").write_bytes(b"Once upon a time a small net grew deep and was glad of it.\n" * 400)
+    return place
+
+
+def command(folder: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", *words]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """One CPU device, and one compilation cache for all the processes of these tests."""
+    keep = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    root = str(Path(__file__).parents[1])
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {**keep, **cache, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+
+
+def call(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(folder, *words), cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300
+    )
+
+
+def done(folder: Path, *words: str) -> str:
+    result = call(folder, *words)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    done(folder, "gt_jax.train", "run", "--text", "story.txt", *TRAIN)
+    return folder / "run"
+
+
+def lines_without_time(run: Path) -> list[dict]:
+    lines = read_metrics(run / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if not key.startswith("time_")} for line in lines]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_with_the_bytes_of_an_uninterrupted_one(folder, run):
+    killed = folder / "killed"
+    words = command(folder, "gt_jax.train", "killed", "--text", "story.txt", *TRAIN)
+    rng = np.random.default_rng(0)
+    kills = 0
+    for _ in range(4):
+        resume = ["--resume"] if (killed / "config.json").exists() else []
+        before = checkpoint.RunCheckpoints(killed).steps()
+        process = subprocess.Popen(words + resume, cwd=folder, env=environment(folder), stderr=subprocess.DEVNULL)
+        # kill at once after a new checkpoint begins to appear, or a random while later
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            names = [p.name for p in killed.glob("*")] if killed.exists() else []
+            if any("unfinished" in name or "tmp" in name for name in names) or len(
+                checkpoint.RunCheckpoints(killed).steps() if killed.exists() else []
+            ) > len(before):
+                break
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    done(folder, "gt_jax.train", "killed", "--resume")
+    assert checkpoint.content_hash(killed) == checkpoint.content_hash(run)
+    assert lines_without_time(killed) == lines_without_time(run)
+    assert checkpoint.describe(killed)[1]["data"] == checkpoint.describe(run)[1]["data"]
+
+
+@pytest.mark.slow
+def test_measure_grow_verify_sample_describe(folder, run):
+    done(folder, "gt_jax.measure", "run", "-o", "counts.json", "--batches", "2")
+    counts = json.loads((folder / "counts.json").read_text())
+    assert set(counts) == {"_meta", "layer0", "layer1"} and counts["_meta"]["tokens"] > 0
+    for layer in ("layer0", "layer1"):
+        assert counts[layer]["expected_k"] == pytest.approx(sum(counts[layer]["survival"]))
+        assert 1 <= counts[layer]["k_exec"] <= 4
+    growth = ["--repetition", "counts.json", "--round", "balance", "--target-layers", "6"]
+    done(folder, "gt_jax.grow", "run", "grown", *growth)
+    done(folder, "gt_jax.grow", "run", "again", *growth)
+    assert checkpoint.content_hash(folder / "grown") == checkpoint.content_hash(folder / "again")
+    assert checkpoint.describe(folder / "grown")[1]["grown_from"]["step"] == 24
+
+    result = json.loads(done(folder, "gt_jax.verify", "run", "grown", "--json", "--batches", "2"))
+    assert result["gap"] < 0.1 and len(result["layers"]) == 6
+    one, two = (done(folder, "gt_jax.sample", "grown", "--prompt", "Once", "--length", "20") for _ in range(2))
+    assert one == two and one.startswith("Once")
+    described = json.loads(done(folder, "gt_jax.describe", "grown", "--json"))
+    assert described["layout"] == "DG*3" and described["grown_from"]["source"]
+    done(folder, "gt_jax.train", "on", "--start", "grown", "--text", "story.txt", "--steps", "2", "--batch-size", "2",
+         "--sequence-length", "32")  # fmt: skip
+    assert checkpoint.describe(folder / "on")[1]["config"] == described["config"]
+
+
+def test_describe_a_preset(folder):
+    result = json.loads(done(folder, "gt_jax.describe", "tiny", "--json"))
+    assert result["preset"] == "tiny" and result["layout"] == "DDDG*2" and result["parameters"] == 1_582_908
+    trained = [t for t in result["tensors"] if t["path"].startswith("params/")]
+    assert sum(t["parameters"] for t in trained) == result["parameters"]
+    assert all(np.prod(t["shape"], dtype=int) == t["parameters"] for t in trained)
+
+
+def refused(capsys, main, *words: str) -> str:
+    """The message of a command that must refuse; run in this process, which is quicker than one of its own."""
+    from gt_jax.errors import Refused
+
+    with pytest.raises(Refused) as error:
+        main([str(word) for word in words])
+    assert capsys.readouterr().out == ""
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--preset", "huge"), "unknown preset 'huge'"),
+        (("--layout", "DDXG"), "'X'"),
+        (("--layout", "DDDG*0"), "at least 1"),
+        (("--sequence-length", "1"), "sequence_length is 1"),
+        (("--text", "missing.txt"), "missing.txt"),
+        (("--text", "empty.txt"), "empty"),
+        (("--text", "short.txt"), "too short"),
+        (("--resume",), "no run directory"),
+        (("--start", "missing"), "does not exist"),
+        (("--start", "story.txt"), "is a file"),
+        (("--steps", "0"), "steps is 0"),
+        (("--learning-rate", "-1"), "learning_rate"),
+        (("--tensor", "3"), "8 devices"),
+    ],
+)
+def test_train_refuses_and_leaves_nothing(folder, capsys, monkeypatch, words, says):
+    from gt_jax import train
+
+    monkeypatch.chdir(folder)
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "short.txt").write_bytes(b"too short")
+    assert says in refused(capsys, train.main, "new", *words)
+    assert not list((folder / "new").glob("[0-9]*")) and not (folder / "new" / "metrics.jsonl").exists()
+    assert not (folder / "new").exists()
+
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, run, capsys, monkeypatch):
+    from gt_jax import grow, measure, sample, train, verify
+
+    monkeypatch.chdir(folder)
+    before = checkpoint.content_hash(run)
+    assert "exists" in refused(capsys, train.main, "run", *TRAIN)
+    message = refused(capsys, train.main, "run", "--resume", "--steps", "99", "--batch-size", "4")
+    assert "train.steps: 24 and 99" in message and "data.batch_size: 2 and 4" in message
+    assert "exists" in refused(capsys, grow.main, "run", "run/24", "--plan", "identity")
+    (folder / "counts2.json").write_text("{}")
+    assert "exists" in refused(capsys, measure.main, "run", "-o", "counts2.json")
+    assert "was not grown" in refused(capsys, verify.main, "run", "run", "--text", "story.txt")
+    assert "--prompt is empty" in refused(capsys, sample.main, "run", "--prompt", "")
+    assert checkpoint.content_hash(run) == before
+
+
+def test_exit_codes_and_streams(folder):
+    wrong = call(folder, "gt_jax.describe", "nothing")
+    assert wrong.returncode == 2 and wrong.stdout == "" and "neither a preset" in wrong.stderr
+    assert call(folder, "gt_jax.describe").returncode == 2
+
+
+def test_import_is_light(folder):
+    code = "import sys, gt_jax; sys.exit(any(name in sys.modules for name in ('jax', 'flax', 'tensorflow', 'torch')))"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(folder), timeout=60).returncode == 0

@@ -1,0 +1,86 @@
+"""Configs refuse what cannot be, go through JSON; the depth notation goes through text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gt_jax import config, layout
+from gt_jax.errors import Refused
+from gt_jax.training.config import RunConfig, TrainConfig, differences
+from tests.support import small_model
+
+segments = st.lists(st.tuples(st.text("DGS", min_size=1, max_size=5), st.integers(1, 40)), min_size=1, max_size=4)
+
+
+@given(segments)
+def test_notation_goes_there_and_back(parts):
+    depth = layout.Layout(tuple(layout.Segment(*part) for part in parts))
+    assert layout.parse(str(depth)) == depth
+    assert len(depth) == len(depth.types)
+    for layer, kind in enumerate(depth.types):
+        index, block, slot = depth.position(layer)
+        assert depth.segments[index].pattern[slot] == kind
+        assert depth.layer(index, block, slot) == layer
+    with pytest.raises(IndexError):
+        depth.position(len(depth))
+
+
+@given(st.text("DG", min_size=1, max_size=24))
+def test_types_find_their_notation(types):
+    assert layout.from_types(types).types == types
+
+
+def test_the_examples_of_the_design():
+    assert layout.parse("DDDG*5").types == "DDDG" * 5
+    assert str(layout.from_types("DDDG" * 5)) == "DDDG*5"
+    assert layout.parse("D*5,G*3").types == "DDDDDGGG"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("DDXG", "'X'"), ("DDDG*0", "at least 1"), ("DDDG*-1", "at least 1"), ("", "not a segment"), ("DDDG*", "DDDG\\*"),
+     ("DDDG*2,", "not a segment"), ("DDDG x2", "not a segment"), ("DDDG*2.5", "not a segment")],
+)  # fmt: skip
+def test_bad_notation_is_refused_with_the_part_that_is_wrong(text, says):
+    with pytest.raises(Refused, match=says):
+        layout.parse(text)
+
+
+@pytest.mark.parametrize("name", sorted(config.PRESETS))
+def test_presets_go_through_json(name):
+    preset = config.preset(name)
+    assert config.ModelConfig.from_json(json.loads(json.dumps(preset.to_json()))) == preset
+    assert config.ModelConfig.from_json(preset.plain.to_json()).adaptive is None
+
+
+def test_run_config_goes_through_json_and_differences_name_the_fields():
+    run = RunConfig(model=small_model())
+    assert RunConfig.from_json(json.loads(json.dumps(run.to_json()))) == run
+    other = run.replace(train=TrainConfig(steps=7), data=run.data.replace(seed=1))
+    assert differences(run, other) == ["train.steps: 400 and 7", "data.seed: 0 and 1"]
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(Refused) as refused:
+        config.DeltaNetConfig(heads=0, value_heads=4, key_width=8, value_width=0, beta_max=3.0)
+    assert all(name in str(refused.value) for name in ("heads", "value_width", "beta_max"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"width": "128"}, "'width'"), ({"colour": 1}, "'colour'"), ({"compute_dtype": "float16"}, "float16"),
+     ({"layout": "DDSG*2"}, "S is not built"), ({"gsa": {"heads": 4}}, "head_width"), ({"width": True}, "'width'")],
+)  # fmt: skip
+def test_json_that_does_not_fit_is_refused(change, says):
+    data = {**config.tiny().to_json(), **change}
+    with pytest.raises(Refused, match=says):
+        config.ModelConfig.from_json(data)
+
+
+def test_an_unknown_preset_names_the_known_ones():
+    with pytest.raises(Refused, match="small, tiny"):
+        config.preset("huge")

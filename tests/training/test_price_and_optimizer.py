@@ -1,0 +1,100 @@
+"""The compute price keeps mean depth at its target; the optimizer's groups and schedules are what they say."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gt_jax.errors import Refused
+from gt_jax.layers.adaptive_depth import PassStatistics
+from gt_jax.model import abstract
+from gt_jax.training.optimizer import OptimizerConfig, groups, learning_rate, make_optimizer
+from gt_jax.training.price import PriceConfig, initial_price, move_price, phase, price_loss
+from gt_jax.tree_paths import flatten
+from tests.support import small_model
+
+PRICE = PriceConfig()
+STEPS = 300
+move = jax.jit(lambda state, k, moves: move_price(PRICE, state, k, moves, STEPS))
+
+
+def statistics(survival, alive=None):
+    survival = jnp.asarray(survival, jnp.float32)
+    zero = jnp.zeros_like(survival)
+    alive = (survival > 0).astype(jnp.float32) if alive is None else jnp.asarray(alive, jnp.float32)
+    return PassStatistics(survival, alive, *[zero] * (len(PassStatistics._fields) - 2))
+
+
+def test_a_short_run_has_every_phase():
+    phases = [phase(PRICE, jnp.asarray(step), STEPS) for step in range(STEPS)]
+    forced = np.array([int(p.control.forced) for p in phases])
+    charged = np.array([bool(p.charged) for p in phases])
+    p_max = np.array([float(p.control.p_max) for p in phases])
+    assert np.all(forced[:90] == 2) and np.all(forced[90:99] == 0)
+    audits = np.flatnonzero(forced[90:]) + 90
+    assert audits.tolist() == list(range(99, STEPS, 20))
+    assert not charged[:105].any() and charged[105] and not charged[audits].any()
+    assert p_max[119] == pytest.approx(0.95) and p_max[120] == 1.0
+
+
+def test_lambda_rises_above_the_target_falls_below_it_and_stays_in_bounds():
+    yes, state = jnp.asarray(True), initial_price(PRICE)
+    rising = []
+    for _ in range(200):
+        state = move(state, jnp.asarray(2.0), yes)
+        rising.append(float(state.value))
+    assert np.all(np.diff(rising) >= 0) and rising[-1] == pytest.approx(PRICE.highest)
+    held = move(state, jnp.asarray(PRICE.target * 1.03), yes)
+    assert held.value == state.value, "settled: inside the dead band it does not move"
+    for _ in range(600):
+        state = move(state, jnp.asarray(1.0), yes)
+    assert float(state.value) == pytest.approx(PRICE.lowest)
+
+
+def test_audit_steps_do_not_move_lambda():
+    state = initial_price(PRICE)
+    assert move(state, jnp.asarray(3.0), jnp.asarray(False)).value == state.value
+
+
+def test_price_loss_by_hand():
+    seen = statistics([[1.0, 0.5, 0.1, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    no_gain = price_loss(PRICE, jnp.asarray(0.02), seen, jnp.asarray(2.0), jnp.asarray(1.9))
+    assert float(no_gain) == pytest.approx(0.02 * (0.85 * 0.6 / 3 + 0.15 * 2 / 3))
+    with_coupon = price_loss(PRICE, jnp.asarray(0.02), seen, jnp.asarray(2.0), jnp.asarray(2.05))
+    assert float(with_coupon) == pytest.approx(0.02 * (0.85 * 0.6 / 3 + 0.15 * 2 / 3 - 0.1), abs=1e-7)
+    assert float(price_loss(PRICE, jnp.asarray(0.02), seen, jnp.asarray(2.0), jnp.asarray(9.0))) == 0
+
+
+def test_every_matrix_is_decayed_and_no_scalar_is():
+    params = jax.tree.map(lambda s: jnp.ones(s.shape), abstract(small_model())["params"])
+    labels = flatten(groups(params))
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), steps=10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    for path, update in flatten(updates).items():
+        decayed = bool(jnp.any(update != 0))
+        assert decayed == (labels[path] == "matrix"), path
+    assert labels["segment0/layer0/gain"] == labels["segment0/layer0/mixer/a_log"] == "scalar"
+    assert labels["segment0/layer0/mixer/query_conv/w"] == labels["segment0/layer1/halting/hidden/w"] == "scalar"
+    assert labels["segment0/layer0/mixer/query/w"] == labels["embedding/table"] == "matrix"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_schedules_warm_up_and_come_down(schedule):
+    rate = learning_rate(OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup=0.1, final=0.1), 100)
+    values = np.array([float(rate(step)) for step in range(100)])
+    assert values[0] == pytest.approx(0.1) and values[10] == pytest.approx(1.0)
+    assert np.all(np.diff(values[10:]) <= 1e-7) and values[-1] == pytest.approx(0.1, abs=0.05)
+    if schedule == "wsd":
+        assert np.all(values[10:80] == 1.0)
+
+
+def test_impossible_configs_are_refused():
+    with pytest.raises(Refused, match="target"):
+        PriceConfig(target=0.5)
+    with pytest.raises(Refused, match="clipped_until"):
+        PriceConfig(clipped_until=0.01)
+    with pytest.raises(Refused, match="learning_rate"):
+        OptimizerConfig(learning_rate=0.0)

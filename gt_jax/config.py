@@ -238,7 +238,7 @@ def tiny() -> ModelConfig:
 
 
 def small() -> ModelConfig:
-    """A first model for one accelerator: 8 layers of width 768, about 77 million parameters, vocabulary 32768."""
+    """A first model for one accelerator: 8 layers of width 768, about 113 million parameters, vocabulary 32768."""
     return ModelConfig(
         layout="DDDG*2",
         width=768,

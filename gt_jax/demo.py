@@ -220,7 +220,8 @@ def _pictures(
     for one in outcomes:
         curves[one.name] = [(steps + step, loss) for step, loss in one.curve]
     plot_growth(
-        curves, output / "growth.png", growth_at=steps, smooth=15, title="A shallow adaptive model, grown to 20 layers",
+        curves, output / "growth.png", growth_at=steps, smooth=15, ylim=(1.0, 3.5),
+        title="A shallow adaptive model, grown to 20 layers",
         xlabel="step", ylabel="training loss (nats a byte)",
     )  # fmt: skip
     names = [f"{kind}{layer}" for layer, kind in enumerate(model.depth.types)]

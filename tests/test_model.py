@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,8 +90,8 @@ def test_every_mesh_gives_the_same_loss_and_gradients(axes):
         specs = jax.tree.map(lambda a: a.sharding.spec, placed["params"])
         assert jax.tree.map(lambda g: g.sharding.spec, gradient_there) == specs
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
-    for a, b in ((gradient_there, gradient), (moved_there, moved)):
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-4), a, b)
+    chex.assert_trees_all_close(jax.device_get(gradient_there), gradient, atol=2e-5, rtol=2e-4)
+    chex.assert_trees_all_close(jax.device_get(moved_there), moved, atol=2e-5, rtol=2e-4)
 
 
 _cached: dict = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -41,6 +42,9 @@ def mean_cross_entropy(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]
 
 
 def _place(batch: Batch, rules: Rules) -> dict[str, Array]:
+    """The batch on the mesh, rows with the batch axes; raises AssertionError for arrays that are not alike [b, t]."""
+    chex.assert_rank(list(batch.values()), 2)
+    chex.assert_equal_shape(list(batch.values()))
     from gt_jax.sharding import reshard
 
     return {name: reshard(jnp.asarray(array), rules.spec("batch", None)) for name, array in batch.items()}

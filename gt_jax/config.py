@@ -224,7 +224,7 @@ class ModelConfig(Config):
 
 
 def tiny() -> ModelConfig:
-    """The demo's source: bytes, 8 layers, about 1.5 million parameters."""
+    """The demo's source: bytes, 8 layers, 1.6 million parameters; so narrow that it starts from a larger deviation."""
     return ModelConfig(
         layout="DDDG*2",
         width=128,

@@ -16,6 +16,10 @@ class Refused(ValueError):
     """
 
 
+class Failed(RuntimeError):
+    """The work was begun and cannot be finished; the message says what happened. Commands print it and exit 1."""
+
+
 def refuse_all(problems: Sequence[str], heading: str) -> None:
     """Raise one `Refused` that lists every problem, or return when there is none."""
     if problems:
@@ -25,8 +29,8 @@ def refuse_all(problems: Sequence[str], heading: str) -> None:
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
     """Run a command's `main(argv)` and leave the process with its exit code.
 
-    `Refused` becomes a message on stderr and exit code 2; a full disk or another error of the operating system
-    becomes one line and exit code 1. Other exceptions keep their traceback (they are bugs) and exit 1.
+    `Refused` becomes a message on stderr and exit code 2; `Failed`, a full disk or another error of the operating
+    system one line and exit code 1. Other exceptions keep their traceback (they are bugs) and exit 1.
     """
     try:
         code = main(argv)
@@ -37,7 +41,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     except BrokenPipeError:
         sys.stderr.close()
         code = 1
-    except OSError as error:
+    except (Failed, OSError) as error:
         print(f"failed: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:

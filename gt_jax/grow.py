@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         _show(*_dry_run(plan, settings, source, warnings), args.json)
     else:
+        if args.verify_text and source is not None:
+            source.refuse_text(args.verify_text)
         _grow(args, plan, settings)
     return 0
 
@@ -86,6 +88,7 @@ class _Source:
 
     config: ModelConfig
     tensors: dict[str, jax.ShapeDtypeStruct]
+    metadata: dict[str, Any]
 
     def __init__(self, path: Path) -> None:
         from gt_jax import checkpoint
@@ -93,6 +96,13 @@ class _Source:
         leaves, metadata = checkpoint.describe(where)
         self.config = checkpoint.model_config(where, leaves, metadata)
         self.tensors = {name: leaf for name, leaf in leaves.items() if name.startswith(("params/", "statistics/"))}
+        self.metadata = metadata
+
+    def refuse_text(self, files: Sequence[Path]) -> None:
+        """Refuse, before anything is written, text that cannot be verified on."""
+        from gt_jax.data import open_text
+        from gt_jax.loading import data_config
+        open_text(data_config(self.metadata, {"text": tuple(map(str, files)), "tfds": None, "tfds_dir": None}))
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -48,6 +48,8 @@ def repetition(statistics: Any, types: str, meta: dict[str, Any]) -> dict[str, A
             "s_fin": float(s["s_after"][layer][-1]),
             "entropy": entropy,
             "p_mu": float(s["p_mean"][layer][0]),
+            "p_std": float(s["p_std"][layer][0]),
+            "p_floored": float(s["p_floored"][layer][0]),
             "ponder": max(expected - 1.0, 0.0) / max(passes - 1, 1),
             "survival": s["survival"][layer].tolist(),
             "alive": s["alive"][layer].tolist(),
@@ -112,8 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gt_jax.loading import text_config
 
     arguments = parser().parse_args(argv)
-    if arguments.output is not None and arguments.output.exists():
-        raise Refused(f"{arguments.output} exists; choose another -o")
+    if arguments.output is not None:
+        from gt_jax.checkpoint import prepare_parent
+
+        if arguments.output.exists():
+            raise Refused(f"{arguments.output} exists; choose another -o")
+        prepare_parent(arguments.output)
     result = measure_checkpoint(arguments.checkpoint, text_config(arguments), arguments.batches)
     text = json.dumps(result, indent=1) + "\n"
     if arguments.output is None:

@@ -94,11 +94,12 @@ class LanguageModel(nn.Module):
     ) -> ModelOutput:
         """Logits of every position; with a cache, of these tokens after those the cache has seen.
 
+        `segment_ids` number the documents of a row from 1, 0 is padding; None is one document a row.
         `control.forced` [] or [l] fixes the passes; None leaves them to the halting heads.
         """
         rows = self.rules.spec("batch", None)
         tokens = reshard(tokens, rows)
-        segment_ids = reshard(jnp.zeros_like(tokens) if segment_ids is None else segment_ids, rows)
+        segment_ids = reshard(jnp.ones_like(tokens) if segment_ids is None else segment_ids, rows)
         control = free_passes() if control is None else control
         forced = jnp.broadcast_to(jnp.asarray(control.forced, jnp.int32), (len(self.config.depth),))
         place = Place(segment_ids, None if cache is None else cache["position"])
@@ -123,8 +124,7 @@ class LanguageModel(nn.Module):
 
     def unembed(self, x: Activations) -> Float[Array, "b t vocab"]:
         """Final norm and unembedding: float32 logits."""
-        logits = self.unembedding("btd,dv->btv", self.final_norm(x), ("batch", None, "vocab"))
-        return logits.astype(jnp.float32)
+        return self.unembedding("btd,dv->btv", self.final_norm(x), ("batch", None, "vocab"), accumulate=True)
 
 
 def forward(

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from gt_jax.config import ModelConfig
 from gt_jax.errors import Refused
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
@@ -49,6 +50,26 @@ class Rules:
         sizes = jax.sharding.get_abstract_mesh().shape
         return math.prod(sizes.get(name, 1) for name in self.mesh_axes(axis))
 
+    def misfits(self, model: ModelConfig, batch_size: int) -> list[str]:
+        """What the current mesh cannot cut evenly, one line each: rows of a batch, heads, MLP width, vocabulary."""
+        sizes = {
+            "batch": {"batch_size": batch_size},
+            "heads": {
+                "deltanet.heads": model.deltanet.heads, "gsa.heads": model.gsa.heads,
+                "gsa.indexer_heads": model.gsa.indexer_heads,
+            },
+            "mlp": {"mlp_width": model.mlp_width},
+            "vocab": {"vocab": model.vocab},
+            "embed": {"width": model.width},
+        }  # fmt: skip
+        lines = []
+        for axis, named in sizes.items():
+            for name, size in named.items():
+                if size % self.shards(axis):
+                    over = " x ".join(self.mesh_axes(axis))
+                    lines.append(f"{name} is {size}; the mesh cuts it in {self.shards(axis)} ({over})")
+        return lines
+
     def gathered(self, *axes: str | None) -> P:
         """The partition of a weight at the moment of use: as `spec`, with "embed" whole."""
         return self.spec(*(None if axis == "embed" else axis for axis in axes))
@@ -69,6 +90,12 @@ def make_mesh(
         wanted = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, shape, strict=True))
         raise Refused(f"mesh {wanted} does not use exactly the {len(available)} devices there are")
     return jax.make_mesh(shape, MESH_AXES, devices=available)
+
+
+def mesh_for_rows(rows: int) -> jax.sharding.Mesh:
+    """As many devices on `data` as divide a batch of `rows` evenly."""
+    devices = jax.devices()[: math.gcd(rows, len(jax.devices()))]
+    return make_mesh(devices=devices)
 
 
 def has_mesh() -> bool:

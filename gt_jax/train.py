@@ -66,8 +66,9 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     price = train.price.replace(**pick("target"))
     own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep")
     train = train.replace(**own, optimizer=optimizer, price=price)
+    start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
     own = pick("text", "tfds", "tfds_dir", "sequence_length", "batch_size", "held_out", "seed")
-    return base.replace(model=model, train=train, data=base.data.replace(**own), **pick("start"))
+    return base.replace(model=model, train=train, data=base.data.replace(**own), **start)
 
 
 def default_config(arguments: argparse.Namespace) -> Any:

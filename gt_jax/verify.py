@@ -149,10 +149,12 @@ def plan_of(metadata: dict[str, Any], path: Path) -> Plan:
 
 
 def verify(
-    source: Path, target: Path, *, text: Sequence[str] = (), named: dict[str, Any] | None = None, batches: int = 8
-) -> dict[str, Any]:
+    source: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None, tfds_dir: str | None = None,
+    batches: int = 8,
+) -> dict[str, Any]:  # fmt: skip
     """Compare a source checkpoint with the one grown from it, on held-out text (default: the source's own)."""
-    shallow = load_for_text(source, {"text": tuple(text)} if text else named, batches)
+    named = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir}
+    shallow = load_for_text(source, named if any(named.values()) else None, batches)
     config, variables, metadata = load_model(target)
     plan = plan_of(metadata, target)
     if str(plan.source_layout) != shallow.config.layout:
@@ -192,11 +194,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare and print; 0 whatever the verdict."""
-    from gt_jax.sharding import make_mesh
+    from gt_jax.sharding import mesh_for_rows
 
     arguments = parser().parse_args(argv)
-    with jax.set_mesh(make_mesh()):
-        result = verify(arguments.source, arguments.target, named=text_config(arguments), batches=arguments.batches)
+    with jax.set_mesh(mesh_for_rows(1)):
+        named = text_config(arguments) or {}
+        result = verify(arguments.source, arguments.target, batches=arguments.batches, **named)
     print(json.dumps(result) if arguments.json else "\n".join(report_lines(result)))
     return 0
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.config import AdaptiveConfig
-from gt_jax.layers.mixer import MixerOutput
+from gt_jax.layers.mixer import MixerOutput, masked_mean
 from gt_jax.layers.primitives import INIT, widen
 from gt_jax.sharding import Rules, on_mesh
 from gt_jax.typing import Activations, PerToken, Tree
@@ -122,13 +122,6 @@ def continue_probability(p: PerToken, k: Array, control: PassControl, floor: flo
     return jnp.where(control.forced > 0, jnp.where(k + 1 < control.forced, 1.0, 0.0), free)
 
 
-def _masked_moments(x: PerToken, mask: PerToken) -> tuple[Array, Array]:
-    """Mean and standard deviation over tokens with mask 1; zeros where there is none."""
-    count = jnp.maximum(jnp.sum(mask), 1.0)
-    mean = jnp.sum(x * mask) / count
-    return mean, jnp.sqrt(jnp.sum(jnp.square(x - mean) * mask) / count)
-
-
 def run_passes(
     layer: Any,
     x: Activations,
@@ -136,6 +129,7 @@ def run_passes(
     control: PassControl,
     cache: Tree,
     *,
+    real: PerToken,
     delta: Callable[[Any, Activations, Tree], tuple[Activations, MixerOutput]],
     gain: Array,
     remat: bool,
@@ -143,6 +137,7 @@ def run_passes(
     """Run `layer` up to K times per token: (X, X after pass 1, statistics and caches with a leading pass axis).
 
     `layer` is a bound Linen module with a submodule `halting`; `delta(layer, x, cache)` is its update, whatever it is.
+    `real` is 1 for tokens of a document; padding keeps no pass alive and is in no statistic.
     """
     decoding = cache is not None
 
@@ -152,13 +147,14 @@ def run_passes(
         step, mixer = delta(layer, x, cache)
         p_free = layer.halting(halting_features(x, step, previous, mixer))
         p = continue_probability(p_free, k, control, config.p_floor)
-        alive = (weight > 0).astype(jnp.float32)
-        p_mean, p_std = _masked_moments(p, alive)
-        floored, _ = _masked_moments((p <= config.p_floor).astype(jnp.float32), alive)
-        ratio, _ = _masked_moments(delta_ratio(step, x), alive)
+        alive = (weight > 0).astype(jnp.float32) * real
+        p_mean = masked_mean(p, alive)
+        p_std = jnp.sqrt(masked_mean(jnp.square(p - p_mean), alive))
+        floored = masked_mean((p <= config.p_floor).astype(jnp.float32), alive)
+        ratio = masked_mean(delta_ratio(step, x), alive)
         s = jnp.where(s >= config.threshold, s * p, s)
         statistics = PassStatistics(
-            jnp.mean(weight), jnp.mean(alive), jnp.mean(s), p_mean, p_std, floored, ratio,
+            masked_mean(weight, real), masked_mean(alive, real), masked_mean(s, real), p_mean, p_std, floored, ratio,
             mixer.auxiliary_loss, mixer.entropy, mixer.score_variance,
         )  # fmt: skip
         moved = x + (gain * alpha * weight)[..., None].astype(x.dtype) * step
@@ -168,13 +164,13 @@ def run_passes(
     def skip(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
         zero = jnp.zeros((), jnp.float32)
         nothing = PassStatistics(*[zero] * len(PassStatistics._fields))
-        return carry, nothing._replace(s_after=jnp.mean(carry.s)), cache
+        return carry, nothing._replace(s_after=masked_mean(carry.s, real)), cache
 
     def one_pass(layer: Any, carry: _Carry, xs: tuple[Array, Array, Tree]) -> tuple[_Carry, Any]:
         if decoding:
             carry, statistics, new_cache = run(layer, carry, *xs)
         else:
-            anyone = jnp.any(carry.s >= config.threshold)
+            anyone = jnp.any((carry.s >= config.threshold) & (real > 0))
             carry, statistics, new_cache = nn.cond(anyone, run, skip, layer, carry, *xs)
         return carry, (statistics, new_cache)
 

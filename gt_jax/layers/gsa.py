@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from gt_jax.config import GSAConfig
-from gt_jax.layers.mixer import MixerOutput, gate_statistics
+from gt_jax.layers.mixer import MixerOutput, gate_statistics, masked_mean, real_tokens
 from gt_jax.layers.primitives import Einsum, WeightSpec, rope, widen
 from gt_jax.sharding import Rules, has_mesh, on_mesh, per_device, reshard
 from gt_jax.typing import Activations, Tokens, Tree
@@ -73,8 +73,8 @@ class GatedSparseAttention(nn.Module):
         frozen = jax.lax.stop_gradient(x)
         index_q = self.indexer_query("btd,dhk->bthk", frozen, heads)
         index_k = self.indexer_key("btd,dhk->bthk", frozen, heads)
-        logits = self.indexer_weight("btd,dh->bth", frozen, ("batch", None, "heads"))
-        weight = jax.nn.sigmoid(widen(logits))
+        logits = self.indexer_weight("btd,dh->bth", frozen, ("batch", None, "heads"), accumulate=True)
+        weight = jax.nn.sigmoid(logits)
         new_cache, key_positions, key_segments = None, positions, segment_ids
         if cache is not None:
             new_cache = self._write(cache, offset, k, v, index_k, segment_ids)
@@ -83,15 +83,16 @@ class GatedSparseAttention(nn.Module):
             key_positions = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
         place = Positions(positions, segment_ids, key_positions, key_segments)
         o, statistics = self._attend(q, k, v, index_q, index_k, weight, place)
+        real = real_tokens(segment_ids)
         gate_logits = self.output_gate("btd,dhk->bthk", x, heads)
         gated = o * jax.nn.sigmoid(widen(gate_logits)).astype(o.dtype)
         y = self.output("bthk,hkd->btd", gated, ("batch", None, None))
         return MixerOutput(
             y,
             *gate_statistics(weight, gate_logits, query),
-            auxiliary_loss=self.config.indexer_loss * jnp.mean(statistics.kl),
-            entropy=jnp.mean(statistics.entropy),
-            score_variance=jnp.mean(statistics.score_variance),
+            auxiliary_loss=self.config.indexer_loss * masked_mean(statistics.kl, real),
+            entropy=masked_mean(statistics.entropy, real),
+            score_variance=masked_mean(statistics.score_variance, real),
             cache=new_cache,
         )
 

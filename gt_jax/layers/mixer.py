@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.layers.primitives import widen
-from gt_jax.typing import Activations, PerToken, Scalar, Tree
+from gt_jax.typing import Activations, PerToken, Scalar, Tokens, Tree
 
 
 class MixerOutput(NamedTuple):
@@ -23,6 +23,16 @@ class MixerOutput(NamedTuple):
     entropy: Scalar
     score_variance: Scalar
     cache: Tree
+
+
+def real_tokens(segment_ids: Tokens) -> PerToken:
+    """1 for a token of a document, 0 for padding (segment id 0); float32."""
+    return (segment_ids > 0).astype(jnp.float32)
+
+
+def masked_mean(x: PerToken, mask: PerToken) -> Scalar:
+    """Mean of x over the tokens with mask 1; 0 where there is none."""
+    return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
 def gate_statistics(

@@ -16,14 +16,14 @@ from gt_jax.config import ModelConfig
 from gt_jax.layers.adaptive_depth import HaltingHead, PassControl, PassStatistics, delta_ratio, run_passes
 from gt_jax.layers.deltanet import GatedDeltaNet
 from gt_jax.layers.gsa import GatedSparseAttention
-from gt_jax.layers.mixer import MixerOutput
+from gt_jax.layers.mixer import MixerOutput, masked_mean, real_tokens
 from gt_jax.layers.primitives import RMSNorm, SwiGLU, WeightSpec
 from gt_jax.sharding import Rules, on_mesh
 from gt_jax.typing import Activations, Tokens, Tree
 
 
 class Place(NamedTuple):
-    """Where the tokens stand: segment ids [b, t], and in decoding the index [b] of the row's first token."""
+    """Where the tokens stand: segment ids [b, t] (0 is padding); in decoding the index [b] of the row's first token."""
 
     segment_ids: Tokens
     position: Array | None
@@ -65,18 +65,18 @@ class Layer(nn.Module):
         self, x: Activations, place: Place, control: PassControl, cache: Tree = None
     ) -> tuple[Activations, Activations, PassStatistics, Tree]:
         """(X, X after the first pass, statistics with a leading pass axis, cache)."""
-        adaptive = self.config.adaptive
+        adaptive, real = self.config.adaptive, real_tokens(place.segment_ids)
         if adaptive is None:
             step, mixed = self.delta(x, place, cache)
             moved = x + self.gain.astype(x.dtype) * step
             self._observe(mixed.score_variance)
-            return moved, moved, _single(step, x, mixed), mixed.cache
+            return moved, moved, _single(masked_mean(delta_ratio(step, x), real), mixed), mixed.cache
         if self.is_initializing():  # the lifted scan and cond need the parameters to exist
             _, mixed = self.delta(x, place, None if cache is None else jax.tree.map(lambda a: a[0], cache))
             self.halting(jnp.zeros((*x.shape[:2], 5), jnp.float32))
         moved, first, statistics, caches = run_passes(
             self, x, adaptive, control, cache,
-            delta=lambda layer, x, cache: layer.delta(x, place, cache),
+            real=real, delta=lambda layer, x, cache: layer.delta(x, place, cache),
             gain=self.gain, remat=self.config.remat == "pass",
         )  # fmt: skip
         self._observe(statistics.score_variance[0])
@@ -90,9 +90,8 @@ class Layer(nn.Module):
             self.mixer.variance_ema.value = jax.lax.stop_gradient(moved)
 
 
-def _single(step: Activations, x: Activations, mixed: MixerOutput) -> PassStatistics:
+def _single(ratio: Array, mixed: MixerOutput) -> PassStatistics:
     """The statistics of a layer that runs once: one pass, everyone alive."""
     one, zero = jnp.ones((1,), jnp.float32), jnp.zeros((1,), jnp.float32)
-    ratio = jax.lax.stop_gradient(jnp.mean(delta_ratio(step, x)))[None]
     mixer = (mixed.auxiliary_loss[None], mixed.entropy[None], mixed.score_variance[None])
-    return PassStatistics(one, one, zero, zero, zero, zero, ratio, *mixer)
+    return PassStatistics(one, one, zero, zero, zero, zero, jax.lax.stop_gradient(ratio)[None], *mixer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,10 @@ import jax
 from gt_jax import checkpoint
 from gt_jax.config import ModelConfig
 from gt_jax.data import Text, open_text
-from gt_jax.errors import Refused, refuse_all
+from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.metrics import Recorder
-from gt_jax.model import initialise
-from gt_jax.sharding import Rules
+from gt_jax.model import abstract, initialise
+from gt_jax.sharding import Rules, with_devices
 from gt_jax.training.config import RunConfig, TrainConfig, differences
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import TrainState, new_state
@@ -29,8 +29,8 @@ from gt_jax.training.step import Batch, evaluate, make_evaluation, make_step
 from gt_jax.typing import Tree
 
 
-class Diverged(RuntimeError):
-    """The loss is no longer a finite number."""
+class Diverged(Failed):
+    """The loss or its gradient is no longer a finite number."""
 
 
 class Trainer(NamedTuple):
@@ -85,8 +85,9 @@ def fit(
 def _report(step: int, metrics: dict[str, Any], record: Callable[[int, dict[str, Any]], None]) -> None:
     metrics = jax.device_get(metrics)
     record(step, metrics)
-    if not math.isfinite(metrics["total_loss"]):
-        raise Diverged(f"step {step}: loss is {metrics['total_loss']}; lower --learning-rate, or look at the batch")
+    for name in ("total_loss", "gradient_norm"):
+        if not math.isfinite(metrics[name]):
+            raise Diverged(f"step {step}: {name} is {metrics[name]}; lower --learning-rate, or look at the batch")
 
 
 def variables_of(state: TrainState) -> Tree:
@@ -102,13 +103,15 @@ def train_run(
     Raises `Refused` when `run` is already a run (without `resume`), is none (with it), or was of another config.
     """
     _check(run, config, resume)
+    rules = rules or Rules()
+    refuse_all(rules.misfits(config.model, config.data.batch_size), "the model does not fit this mesh:")
     text = open_text(config.data)
     trainer = make_trainer(config.model, config.train, rules)
     held_out = text.held_out(config.train.evaluation_batches)
     notes: list[str] = []
     steps = checkpoint.RunCheckpoints(run, config.train.keep, notes.append)
-    state, position = _start(config, trainer, steps, rules)
-    stream = text.train(position)
+    state, before = _start(config, trainer, steps, rules)
+    stream = text.train(before.get("data"))
     if not resume:
         _mark(run, config)  # all that can be refused has been: from here on the directory is a run
     tokens = config.data.batch_size * config.data.sequence_length
@@ -126,7 +129,8 @@ def train_run(
                 loss = evaluate(trainer.evaluation, variables_of(state), held_out)
                 recorder.log(step, held_out_loss=loss)
             if _due(step, train.checkpoint_every, train.steps):
-                steps.save(step, state._asdict(), _metadata(config, text, stream.state(), state))
+                here = _metadata(config, text, stream.state(), state)
+                steps.save(step, state._asdict(), {**_origin(before), **here})
 
         def due(step: int) -> bool:
             return any(_due(step, every, train.steps) for every in (train.evaluate_every, train.checkpoint_every))
@@ -152,25 +156,29 @@ def _metadata(config: RunConfig, text: Text, position: dict[str, Any], state: Tr
     }
 
 
+def _origin(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run that trains a grown model on keeps of it: where it came from."""
+    return {"grown_from": metadata["grown_from"]} if "grown_from" in metadata else {}
+
+
 def _start(
-    config: RunConfig, trainer: Trainer, steps: checkpoint.RunCheckpoints, rules: Rules | None
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """The state to go on from and its data position: the newest checkpoint, `config.start`, or fresh weights."""
-    if config.start is not None:
-        abstract = jax.eval_shape(lambda: initialise(config.model, config.train.seed, rules))
-        variables = checkpoint.load(config.start, abstract)
-    else:
-        variables = initialise(config.model, config.train.seed, rules)
-    fresh = trainer.new_state(variables)
-    restored = steps.restore_latest(jax.tree.map(_stand_in, fresh._asdict()))
-    if restored is None:
-        return fresh, None
-    _, tree, metadata = restored
-    return TrainState(**tree), metadata["data"]
+    config: RunConfig, trainer: Trainer, steps: checkpoint.RunCheckpoints, rules: Rules
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state to go on from, and the metadata it came with.
 
-
-def _stand_in(array: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+    The run's newest checkpoint; before there is one, `config.start` or fresh weights.
+    """
+    shapes = abstract(config.model, rules)
+    state = jax.eval_shape(trainer.new_state, shapes)
+    # the optimizer's moments are laid out like the parameters; scalars are whole everywhere
+    restored = steps.restore_latest(jax.tree.map(with_devices, state._asdict()))
+    if restored is not None:
+        _, tree, metadata = restored
+        return TrainState(**tree), metadata
+    if config.start is None:
+        return trainer.new_state(initialise(config.model, config.train.seed, rules)), {}
+    _, metadata = checkpoint.describe(config.start)
+    return trainer.new_state(checkpoint.load(config.start, shapes)), _origin(metadata)
 
 
 def _check(run: Path, config: RunConfig, resume: bool) -> None:
@@ -178,12 +186,12 @@ def _check(run: Path, config: RunConfig, resume: bool) -> None:
     if resume:
         wrong = differences(read_run_config(run), config)
         refuse_all(wrong, f"{run} was started with another config (there and here):")
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+    elif run.exists() and (not run.is_dir() or any(path.name != "config.tmp" for path in run.iterdir())):
         raise Refused(f"{run} exists; resume it with --resume, or give another directory")
 
 
 def _mark(run: Path, config: RunConfig) -> None:
-    """Write RUN/config.json, the mark of a run directory, whole or not at all."""
+    """Write RUN/config.json, the mark of a run directory, whole or not at all (a kill may leave config.tmp)."""
     file = run / "config.json"
     checkpoint.prepare_parent(file)
     temporary = file.with_suffix(".tmp")

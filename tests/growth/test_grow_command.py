@@ -206,7 +206,7 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
         package, _, leaf = name.rpartition(".")
         monkeypatch.setattr(sys.modules[package], leaf, module, raising=False)
     text = tmp_path / "held_out.txt"
-    text.write_text("held out")
+    text.write_text("held out " * 200)
     arguments = [str(source), str(tmp_path / "new"), "--repetition", str(counts(tmp_path, REFERENCE)), "--recipe",
                  "readme", "--seed", "4", "--memory", "1MiB", "--resume", "--verify-text", str(text)]
     assert grow.main([*arguments, "--json"]) == 0

@@ -1,0 +1,34 @@
+"""The demo, shortened: it tells its story to the end, leaves what it says it leaves, and can be run again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gt_jax import checkpoint, demo
+
+
+@pytest.mark.slow
+def test_the_demo_in_a_few_steps_and_again(tmp_path, capsys):
+    place = tmp_path / "demo"
+    words = ["--output", str(place), "--steps", "6", "--more", "2"]
+    assert demo.main(words) == 0
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if line.strip()]
+    assert len(rows) == 2 + 6 and "grown, gain + expected" in shown
+    for name in ("growth.png", "depth.png"):
+        assert (place / name).read_bytes().startswith(b"\x89PNG")
+    report = json.loads((place / "report.json").read_text())
+    assert [one["layers"] for one in report["outcomes"]] == [20, 20, 20, 8, 20]
+    source, grown = report["source"], report["outcomes"][2]
+    assert grown["before"] == pytest.approx(source["loss"], rel=0.05)
+    assert report["outcomes"][4]["before"] > 1.2 * source["loss"]
+    metadata = checkpoint.describe(place / "grown")[1]
+    assert metadata["grown_from"]["plan"]["layout"] == "DDDG*5"
+
+    before = checkpoint.content_hash(place / "source")
+    again = demo.run(place, (), 6, 2)
+    losses = [[row.split()[-5:-1] for row in text.splitlines()[3:]] for text in (shown.rstrip(), again)]
+    assert losses[0] == losses[1]
+    assert checkpoint.content_hash(place / "source") == before

@@ -110,7 +110,7 @@ def contenders(
         if name == "grown, gain + expected":
             _, grown, _ = load_model(_grow_once(source, output / "grown", plan, carry))
         else:
-            grown = grow(variables, plan, config, carry=carry, noise_std=1e-4 if "grown" in name else 0.0)
+            grown = grow(variables, plan, carry=carry, noise_std=1e-4 if "grown" in name else 0.0)
         found.append(Contender(name, child, grown))
     deep = found[0].config
     return [*found, Contender("twenty random layers", deep, initialise(deep, RANDOM_SEED))]
@@ -129,11 +129,18 @@ def _grow_once(source: Path, target: Path, plan: Plan, carry: str) -> Path:
     return target
 
 
-def train_on(one: Contender, trainer: Trainer, text: Text, position: dict[str, Any], train: TrainConfig) -> Outcome:
+class Stage(NamedTuple):
+    """What contenders of one shape share: compiled pieces, and where their arrays lie."""
+
+    trainer: Trainer
+    shapes: Tree
+
+
+def train_on(one: Contender, stage: Stage, text: Text, position: dict[str, Any], train: TrainConfig) -> Outcome:
     """Evaluate, train `train.steps` more with a fresh optimizer on the batches after `position`, evaluate again."""
-    held_out = text.held_out(EVALUATION_BATCHES)
+    held_out, trainer = text.held_out(EVALUATION_BATCHES), stage.trainer
     curve: list[tuple[float, float]] = []
-    state = trainer.new_state(lay_out(one.variables, abstract(one.config)))  # a copy: the step donates its state
+    state = trainer.new_state(lay_out(one.variables, stage.shapes))  # a copy: the step donates its state
     before = evaluate(trainer.evaluation, variables_of(state), held_out)
     start = time.monotonic()
     with Recorder(total_steps=train.steps, every=50) as recorder:
@@ -193,11 +200,12 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
     say(f"3. growing to {TARGET_LAYERS} layers, and training on")
     _, metadata = checkpoint.describe(place)
     train = further(more)
-    trainers: dict[str, Trainer] = {}
+    stages: dict[str, Stage] = {}
     outcomes = []
     for one in contenders(place, output, model, variables, measured):
-        shared = trainers.setdefault(one.config.layout, make_trainer(one.config, train))
-        outcomes.append(train_on(one, shared, reading, metadata["data"], train))
+        if one.config.layout not in stages:
+            stages[one.config.layout] = Stage(make_trainer(one.config, train), abstract(one.config))
+        outcomes.append(train_on(one, stages[one.config.layout], reading, metadata["data"], train))
 
     source = {
         "layers": len(model.depth), "passes": sum(layer["expected_k"] for layer in layers),

@@ -28,7 +28,8 @@ def test_the_demo_in_a_few_steps_and_again(tmp_path, capsys):
     assert metadata["grown_from"]["plan"]["layout"] == "DDDG*5"
 
     before = checkpoint.content_hash(place / "source")
-    again = demo.run(place, (), 6, 2)
-    losses = [[row.split()[-5:-1] for row in text.splitlines()[3:]] for text in (shown.rstrip(), again)]
+    assert demo.main(words) == 0
+    again = capsys.readouterr().out
+    losses = [[row.split()[-5:-1] for row in text.rstrip().splitlines()[3:]] for text in (shown, again)]
     assert losses[0] == losses[1]
     assert checkpoint.content_hash(place / "source") == before

@@ -63,8 +63,10 @@ class GatedSparseAttention(nn.Module):
     ) -> MixerOutput:
         """Attend within each segment; with a cache, write the new keys at `position` [b] on and attend to all of it."""
         heads = ("batch", None, "heads", None)
+        rows = self.rules.spec("batch", None)
         offset = jnp.zeros_like(segment_ids[:, 0]) if position is None else position
-        positions = offset[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        offset = reshard(offset, self.rules.spec("batch"))
+        positions = reshard(offset[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None], rows)
         query = self.query("btd,dhk->bthk", x, heads)
         q = rope(query, positions, self.config.rope_base)
         k = rope(self.key("btd,dhk->bthk", x, heads), positions, self.config.rope_base)
@@ -80,7 +82,8 @@ class GatedSparseAttention(nn.Module):
             new_cache = self._write(cache, offset, k, v, index_k, segment_ids)
             k, v, index_k = new_cache["key"], new_cache["value"], new_cache["indexer_key"]
             key_segments = new_cache["segments"]
-            key_positions = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
+            every = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+            key_positions = reshard(jnp.broadcast_to(every, k.shape[:2]), rows)
         place = Positions(positions, segment_ids, key_positions, key_segments)
         o, statistics = self._attend(q, k, v, index_q, index_k, weight, place)
         real = real_tokens(segment_ids)

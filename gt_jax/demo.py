@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from gt_jax import checkpoint
 from gt_jax.config import ModelConfig, tiny
 from gt_jax.data import DataConfig, Text, open_text
 from gt_jax.errors import Refused, run_command
+from gt_jax.files import write_whole
 from gt_jax.growth import repetition
 from gt_jax.growth.plan import Plan, block_plan, identity_plan
 from gt_jax.growth.stream import grow_checkpoint
@@ -191,7 +191,7 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
     price = float(state.price.value)
     found = measure(trainer.evaluation, variables, held_out, model, source=str(place), lambda_p=price)
     counts = output / "layer_repetition_factor.json"
-    _write(counts, json.dumps(found, indent=1) + "\n")
+    write_whole(counts, json.dumps(found, indent=1) + "\n")
     measured = repetition.read(counts)
     layers = [found[f"layer{layer}"] for layer in range(len(model.depth))]
     say(f"   k_exec {' '.join(str(layer['k_exec']) for layer in layers)}, "
@@ -214,7 +214,7 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
     }  # fmt: skip
     _pictures(output, trained, layers, model, outcomes, steps)
     summary = {"source": source, "outcomes": [one._asdict() for one in outcomes], "seconds": time.monotonic() - began}
-    _write(output / "report.json", json.dumps(summary, indent=1) + "\n")
+    write_whole(output / "report.json", json.dumps(summary, indent=1) + "\n")
     say(f"pictures: {output / 'growth.png'}, {output / 'depth.png'}; {time.monotonic() - began:.0f} seconds in all")
     return report(source, outcomes, more)
 
@@ -247,12 +247,6 @@ def _pictures(
         "k_exec": [float(layer["k_exec"]) for layer in layers],
     }
     plot_depth(names, passes, output / "depth.png", title="Passes each layer uses")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gt_jax.errors import Refused, run_command
+from gt_jax.files import write_whole
 
 ALIVE_SHARE = 0.02
 
@@ -125,9 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.output is None:
         print(text, end="")
         return 0
-    temporary = arguments.output.with_name(arguments.output.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, arguments.output)
+    write_whole(arguments.output, text)
     counts = [result[f"layer{i}"]["k_exec"] for i in range(len(result) - 1)]
     print(f"k_exec {' '.join(map(str, counts))} (sum {sum(counts)}) written to {arguments.output}")
     return 0

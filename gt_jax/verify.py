@@ -23,8 +23,8 @@ from gt_jax.growth.plan import Plan
 from gt_jax.loading import add_text_arguments, load_for_text, load_model, text_config
 from gt_jax.metrics import table
 from gt_jax.model import LanguageModel, fixed_passes, forward, free_passes
-from gt_jax.sharding import Rules, reshard
-from gt_jax.training.step import Batch, cross_entropy
+from gt_jax.sharding import Rules
+from gt_jax.training.step import Batch, cross_entropy, place
 from gt_jax.typing import Tree
 
 GOOD, USABLE, COSINE = 0.03, 0.10, 0.995
@@ -75,7 +75,7 @@ def make_comparison(
     shallow, deep = LanguageModel(source, rules), LanguageModel(target, rules)
 
     def compare(source_variables: Tree, target_variables: Tree, batch: Batch) -> tuple[Agreement, Array, Array]:
-        placed = {name: reshard(jnp.asarray(x), rules.spec("batch", None)) for name, x in batch.items()}
+        placed = place(batch, rules)
         rows = (placed["tokens"], placed["segment_ids"])
         free = forward(shallow, source_variables, *rows, control=free_passes())
         fixed = forward(shallow, source_variables, *rows, control=fixed_control)

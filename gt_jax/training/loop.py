@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from gt_jax import checkpoint
 from gt_jax.config import ModelConfig
 from gt_jax.data import Text, open_text
 from gt_jax.errors import Failed, Refused, refuse_all
+from gt_jax.files import write_whole
 from gt_jax.metrics import Recorder
 from gt_jax.model import abstract, initialise
 from gt_jax.sharding import Rules, with_devices
@@ -194,9 +194,7 @@ def _mark(run: Path, config: RunConfig) -> None:
     """Write RUN/config.json, the mark of a run directory, whole or not at all (a kill may leave config.tmp)."""
     file = run / "config.json"
     checkpoint.prepare_parent(file)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config.to_json(), indent=1) + "\n")
-    os.replace(temporary, file)
+    write_whole(file, json.dumps(config.to_json(), indent=1) + "\n")
 
 
 def read_run_config(run: Path) -> RunConfig:

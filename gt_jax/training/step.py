@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from gt_jax.config import ModelConfig
 from gt_jax.layers.adaptive_depth import PassControl
 from gt_jax.model import LanguageModel, ModelOutput, forward, free_passes
-from gt_jax.sharding import Rules
+from gt_jax.sharding import Rules, reshard
 from gt_jax.training.price import Phase, PriceConfig, move_price, phase, price_loss
 from gt_jax.training.state import TrainState
 from gt_jax.typing import Scalar, Tree
@@ -41,12 +41,10 @@ def mean_cross_entropy(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]
     return total / jnp.maximum(count, 1.0)
 
 
-def _place(batch: Batch, rules: Rules) -> dict[str, Array]:
+def place(batch: Batch, rules: Rules) -> dict[str, Array]:
     """The batch on the mesh, rows with the batch axes; raises AssertionError for arrays that are not alike [b, t]."""
     chex.assert_rank(list(batch.values()), 2)
     chex.assert_equal_shape(list(batch.values()))
-    from gt_jax.sharding import reshard
-
     return {name: reshard(jnp.asarray(array), rules.spec("batch", None)) for name, array in batch.items()}
 
 
@@ -83,7 +81,7 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         now = phase(price, state.step, steps)
         gradient = jax.value_and_grad(loss, has_aux=True)
-        placed = _place(batch, rules)
+        placed = place(batch, rules)
         (total, extra), grads = gradient(state.params, state.statistics, placed, state.price.value, now)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -113,7 +111,7 @@ def make_evaluation(
     network = LanguageModel(model, rules)
 
     def evaluation(variables: Tree, batch: Batch, control: PassControl | None = None) -> tuple[Scalar, Scalar, Any]:
-        placed = _place(batch, rules)
+        placed = place(batch, rules)
         output = forward(network, variables, placed["tokens"], placed["segment_ids"], control=control or free_passes())
         total, count = cross_entropy(output.logits, placed["targets"])
         return total, count, output.statistics

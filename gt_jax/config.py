@@ -6,100 +6,28 @@ One small config a layer type; a feature is a field of its layer's config, never
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from gt_jax import layout
-from gt_jax.errors import Refused, refuse_all
+from gt_jax.errors import Refused
+from gt_jax.json_config import Config, below
 
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "pass", "block"]
-C = TypeVar("C", bound="Config")
+Rope = Literal["none", "standard", "origin"]
 
 
-class Config:
-    """Shared behaviour of the dataclasses below: JSON both ways, all problems reported at once."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with the values, one line each, naming field, value and what would be right."""
-        return []
-
-    def __post_init__(self) -> None:
-        refuse_all(self.problems(), f"{type(self).__name__} is not valid:")
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` reads back to an equal config."""
-        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-
-    @classmethod
-    def from_json(cls: type[C], data: Mapping[str, Any]) -> C:
-        """Read `to_json`'s object; raises `Refused` that lists unknown fields and fields of the wrong type."""
-        hints = typing.get_type_hints(cls)
-        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        required = [
-            f.name
-            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        ]
-        wrong = [f"unknown field {key!r}" for key in data if key not in names]
-        wrong += [f"field {name!r} is missing" for name in required if name not in data]
-        values = {}
-        for name in names:
-            if name in data:
-                try:
-                    values[name] = _typed(hints[name], data[name])
-                except TypeError as error:
-                    wrong.append(f"field {name!r}: {error}")
-        refuse_all(wrong, f"{cls.__name__} does not read from this JSON (fields are {', '.join(names)}):")
-        return cls(**values)
-
-    def replace(self: C, **changes: Any) -> C:
-        """A copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Config):
-        return value.to_json()
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _typed(hint: Any, value: Any) -> Any:
-    """`value` from JSON as `hint` (a scalar type, Literal, tuple[float, ...], a config or config | None)."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if type(None) in args:
-        return None if value is None else _typed(next(a for a in args if a is not type(None)), value)
-    if origin is Literal:
-        if value in args:
-            return value
-        raise TypeError(f"{value!r} is not one of {', '.join(map(repr, args))}")
-    if origin is tuple:
-        if isinstance(value, (list, tuple)):
-            return tuple(_typed(args[0], item) for item in value)
-        raise TypeError(f"{value!r} is not a list")
-    if isinstance(hint, type) and issubclass(hint, Config):
-        if isinstance(value, Mapping):
-            return hint.from_json(value)
-        raise TypeError(f"{value!r} is not an object")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
-        return value
-    raise TypeError(f"{value!r} is not {hint.__name__}")
-
-
-def below(config: Config, minimum: int, *names: str) -> list[str]:
-    """One line for each named field below `minimum`."""
-    values = {name: getattr(config, name) for name in names}
-    return [f"{name} is {value}; it must be at least {minimum}" for name, value in values.items() if value < minimum]
+_GATED_ONLY = ("beta_max", "rope", "conv_bias", "read_scale", "skip", "activation_on", "decay_floor")
 
 
 @dataclasses.dataclass(frozen=True)
 class DeltaNetConfig(Config):
     """`D`, Gated DeltaNet (arXiv 2412.06464).
 
-    `value_heads` is a multiple of `heads`; `beta_max` 2 allows negative eigenvalues.
+    `value_heads` is a multiple of `heads`; `beta_max` 2 allows negative eigenvalues. The fields from `rope` on are what
+    the origin (PyTorch) system does otherwise: rotary embedding of q and k after the convolution, its bias, the read
+    at `read_scale` (None: key_width^-0.5), `skip` D_h (q.k) v, SiLU on the normalised output instead of the gate, and a
+    floor of the log decay. `variant` "groundthink" is another recurrence (gt_jax.layers.groundthink).
     """
 
     heads: int
@@ -110,6 +38,13 @@ class DeltaNetConfig(Config):
     beta_max: float = 1.0
     chunk_size: int = 64
     implementation: str | None = None
+    variant: Literal["gated", "groundthink"] = "gated"
+    rope: Rope = "none"
+    conv_bias: bool = False
+    read_scale: float | None = None
+    skip: bool = False
+    activation_on: Literal["gate", "output"] = "gate"
+    decay_floor: float | None = None
 
     def problems(self) -> list[str]:
         wrong = below(self, 1, "heads", "value_heads", "key_width", "value_width")
@@ -122,6 +57,16 @@ class DeltaNetConfig(Config):
             wrong.append(f"beta_max is {self.beta_max}; it must lie in (0, 2]")
         if self.chunk_size < 1 or self.chunk_size & (self.chunk_size - 1):
             wrong.append(f"chunk_size is {self.chunk_size}; it must be a power of two")
+        if self.variant == "groundthink":
+            fields = {field.name: field.default for field in dataclasses.fields(self)}
+            wrong += [f"{name} is {getattr(self, name)!r}; variant 'groundthink' has no such setting, leave it "
+                      f"{fields[name]!r}" for name in _GATED_ONLY if getattr(self, name) != fields[name]]
+        if self.rope != "none" and self.key_width % 4:
+            wrong.append(f"key_width is {self.key_width}; rotary embedding needs a multiple of 4")
+        if self.read_scale is not None and self.read_scale <= 0:
+            wrong.append(f"read_scale is {self.read_scale}; it must be positive")
+        if self.decay_floor is not None and self.decay_floor >= 0:
+            wrong.append(f"decay_floor is {self.decay_floor}; a log decay is negative")
         return wrong
 
 
@@ -129,7 +74,8 @@ class DeltaNetConfig(Config):
 class GSAConfig(Config):
     """`G`, gated sparse attention (arXiv 2601.15305).
 
-    An indexer selects `k_min` to `k_max` keys a token, around `k_base`; `indexer_loss` weighs its KL loss.
+    An indexer selects `k_min` to `k_max` keys a token, around `k_base`; `indexer_loss` weighs its KL loss. The origin
+    system uses its own rotary table, `score_scale` 1 (None: indexer_width^-0.5) and the variance over the whole row.
     """
 
     heads: int
@@ -143,12 +89,18 @@ class GSAConfig(Config):
     ema_decay: float = 0.99
     rope_base: float = 10000.0
     indexer_loss: float = 0.1
+    rope: Rope = "standard"
+    score_scale: float | None = None
+    variance: Literal["visible", "row"] = "visible"
 
     def problems(self) -> list[str]:
         wrong = below(self, 1, "heads", "head_width", "indexer_heads", "indexer_width", "k_base", "k_min")
         wrong += below(self, 0, "sinks", "indexer_loss")
-        if self.head_width % 2:
-            wrong.append(f"head_width is {self.head_width}; rotary embedding needs an even width")
+        if self.head_width % (4 if self.rope == "origin" else 2):
+            need = "a multiple of 4" if self.rope == "origin" else "an even width"
+            wrong.append(f"head_width is {self.head_width}; {self.rope} rotary embedding needs {need}")
+        if self.score_scale is not None and self.score_scale <= 0:
+            wrong.append(f"score_scale is {self.score_scale}; it must be positive")
         if self.indexer_heads >= 1 and self.heads % self.indexer_heads:
             wrong.append(f"heads is {self.heads}; it must be a multiple of indexer_heads {self.indexer_heads}")
         if not self.k_min <= self.k_base <= self.k_max:
@@ -160,7 +112,11 @@ class GSAConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveConfig(Config):
-    """Adaptive depth: up to `len(alpha)` passes a layer, pass k at strength alpha[k], while s >= `threshold`."""
+    """Adaptive depth: up to `len(alpha)` passes a layer, pass k at strength alpha[k], while s >= `threshold`.
+
+    `halting` "token": a token below the threshold is finished. "batch" (origin): all go on until at most `batch_share`
+    of the tokens are at or above it.
+    """
 
     alpha: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35)
     threshold: float = 0.10
@@ -168,6 +124,8 @@ class AdaptiveConfig(Config):
     hidden: int = 32
     embedding: int = 16
     initial_bias: float = -1.0
+    halting: Literal["token", "batch"] = "token"
+    batch_share: float = 0.02
 
     @property
     def max_passes(self) -> int:
@@ -181,20 +139,195 @@ class AdaptiveConfig(Config):
             wrong.append(f"threshold is {self.threshold}; it must lie in (0, 1)")
         if not 0 <= self.p_floor < self.threshold:
             wrong.append(f"p_floor is {self.p_floor}; it must lie in [0, threshold {self.threshold})")
+        if not 0 <= self.batch_share < 1:
+            wrong.append(f"batch_share is {self.batch_share}; it must lie in [0, 1)")
+        return wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class SlidingConfig(Config):
+    """`S`, causal attention over the last `window` tokens plus a read of the preceding D layer's state.
+
+    The local path is dropped for a whole row with probability `drop` in training and scaled by `evaluation_scale`
+    otherwise; `gate_bias` is where the gate of the state read starts.
+    """
+
+    heads: int
+    head_width: int
+    window: int = 64
+    drop: float = 0.7
+    evaluation_scale: float = 0.3
+    gate_bias: float = 1.0
+
+    def problems(self) -> list[str]:
+        wrong = below(self, 1, "heads", "head_width", "window")
+        if not 0 <= self.drop < 1:
+            wrong.append(f"drop is {self.drop}; it must lie in [0, 1)")
+        return wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig(Config):
+    """A mixture of `experts` SwiGLUs of width `expert_width` beside the shared one, `top_k` picks a token.
+
+    `real_share` is the share of the slots that are real experts, the rest are null experts; the last three fields weigh
+    the losses on balance, router logits and null rate.
+    """
+
+    experts: int
+    expert_width: int
+    top_k: int = 2
+    real_share: float = 0.5
+    balance_loss: float = 2e-2
+    router_z_loss: float = 1e-3
+    null_loss: float = 1e-2
+
+    @property
+    def null_experts(self) -> int:
+        """How many null slots there are: experts (1 - real_share) / real_share."""
+        return round(self.experts * (1 - self.real_share) / self.real_share)
+
+    def problems(self) -> list[str]:
+        wrong = below(self, 1, "experts", "expert_width", "top_k")
+        wrong += below(self, 0, "balance_loss", "router_z_loss", "null_loss")
+        if not 0 < self.real_share <= 1:
+            wrong.append(f"real_share is {self.real_share}; it must lie in (0, 1]")
+        elif abs(self.null_experts - self.experts * (1 - self.real_share) / self.real_share) > 1e-6:
+            wrong.append(f"real_share is {self.real_share}; experts (1 - real_share) / real_share must be whole, "
+                         f"it is {self.experts * (1 - self.real_share) / self.real_share:g}")
+        elif self.top_k > self.experts + self.null_experts:
+            wrong.append(f"top_k is {self.top_k}; there are {self.experts + self.null_experts} slots")
+        return wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class HyperConfig(Config):
+    """Hyper-connections (arXiv 2512.24880): `streams` residual streams, mixed by a doubly stochastic matrix a layer."""
+
+    streams: int = 4
+    sinkhorn_rounds: int = 20
+    sinkhorn_floor: float = 1e-6
+    initial_scale: float = 0.1
+
+    def problems(self) -> list[str]:
+        wrong = below(self, 1, "sinkhorn_rounds")
+        if not 1 <= self.streams <= 8:
+            wrong.append(f"streams is {self.streams}; it must lie in 1 to 8")
+        if not 0 < self.sinkhorn_floor < 1:
+            wrong.append(f"sinkhorn_floor is {self.sinkhorn_floor}; it must lie in (0, 1)")
+        return wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingConfig(Config):
+    """A table, the Kronecker code of each token's bytes (arXiv 2605.29459), or the sum of both.
+
+    A table may be `normed` (RMSNorm after the look-up) and `tied`: then it unembeds too.
+    """
+
+    kind: Literal["table", "kronecker", "kronecker+table"] = "table"
+    token_bytes: int = 32
+    normed: bool = False
+    tied: bool = False
+
+    def problems(self) -> list[str]:
+        wrong = below(self, 1, "token_bytes")
+        wrong += [f"{name} belongs to kind 'table'; kind is {self.kind!r}" for name in ("normed", "tied")
+                  if getattr(self, name) and self.kind != "table"]
+        return wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig(Config):
+    """How a layer's update enters the stream.
+
+    residual: x + gain Delta(x). lambda: first x <- a x + b x0, and the output of layer i is added before layer j for
+    every (i, j) of `skips`. midpoint: p_{l+1} = mixing p_{l-1} + (1 - mixing) p_l + 2 step Delta_l(p_l), reversible at
+    mixing 1.
+    """
+
+    kind: Literal["residual", "lambda", "midpoint"] = "residual"
+    initial_residual: float = 1.1
+    skips: tuple[tuple[int, ...], ...] = ()
+    mixing: float = 0.5
+    step: float = 0.25
+
+    def problems(self) -> list[str]:
+        wrong = []
+        for pair in self.skips:
+            if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
+                wrong.append(f"skips has {list(pair)}; it must be [from, to] with 0 <= from < to")
+        if self.skips and self.kind != "lambda":
+            wrong.append(f"skips belong to the lambda stack; kind is {self.kind!r}")
+        if not 0 <= self.mixing <= 1:
+            wrong.append(f"mixing is {self.mixing}; it must lie in [0, 1]")
+        if self.step <= 0:
+            wrong.append(f"step is {self.step}; it must be positive")
+        return wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPConfig(Config):
+    """Multi-token prediction: one more G layer predicts the token after the next; `weight` weighs its loss."""
+
+    weight: float = 0.3
+
+    def problems(self) -> list[str]:
+        return below(self, 0, "weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig(Config):
+    """Memory stream: the last token's hyper-connection stream `stream` of a chunk enters the next chunk of a document.
+
+    Rows are cut in chunks of `chunk` tokens. The strength of the entry starts at softplus(`initial_strength`).
+    """
+
+    chunk: int = 2048
+    stream: int = 3
+    initial_strength: float = -2.5
+
+    def problems(self) -> list[str]:
+        return below(self, 1, "chunk") + below(self, 0, "stream")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitConfig(Config):
+    """Depth-wise ACT: a token leaves the stack where its halting sum reaches `threshold`; `ponder` weighs N + R."""
+
+    threshold: float = 0.99
+    ponder: float = 0.001
+
+    def problems(self) -> list[str]:
+        wrong = below(self, 0, "ponder")
+        if not 0 < self.threshold < 1:
+            wrong.append(f"threshold is {self.threshold}; it must lie in (0, 1)")
         return wrong
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Config):
-    """A whole language model. `adaptive=None` is the plain feed-forward form of the same weights."""
+    """A whole language model. `adaptive=None` is the plain feed-forward form of the same weights.
+
+    With `moe` the SwiGLU of width `mlp_width` is the shared expert. A config of a layer type may be None where the
+    layout does without it; None elsewhere turns the component off.
+    """
 
     layout: str
     width: int
     vocab: int
     mlp_width: int
-    deltanet: DeltaNetConfig
-    gsa: GSAConfig
+    deltanet: DeltaNetConfig | None = None
+    gsa: GSAConfig | None = None
+    sliding: SlidingConfig | None = None
+    moe: MoEConfig | None = None
+    hyper: HyperConfig | None = None
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    stack: StackConfig = StackConfig()
     adaptive: AdaptiveConfig | None = None
+    exit: ExitConfig | None = None
+    mtp: MTPConfig | None = None
+    memory: MemoryConfig | None = None
     norm_epsilon: float = 1e-6
     init_std: float = 0.02
     param_dtype: DType = "float32"
@@ -204,12 +337,40 @@ class ModelConfig(Config):
     def problems(self) -> list[str]:
         wrong = below(self, 1, "width", "vocab", "mlp_width")
         try:
-            parsed = layout.parse(self.layout)
+            types = layout.parse(self.layout).types
         except Refused as error:
             return [*wrong, str(error)]
-        unsupported = sorted(set(parsed.types) - set("DG"))
-        if unsupported:
-            wrong.append(f"layout {self.layout}: layer type {', '.join(unsupported)} is not built yet; D and G are")
+        for kind, name in (("D", "deltanet"), ("G", "gsa"), ("S", "sliding")):
+            if kind in types and getattr(self, name) is None:
+                wrong.append(f"layout {self.layout} has {kind} layers; {name} must be given")
+        for segment in layout.parse(self.layout).segments:
+            if "S" in segment.pattern.split("D")[0]:
+                wrong.append(f"pattern {segment.pattern}: an S layer reads the D layer before it in its pattern")
+        if "S" in types and self.deltanet is not None and self.deltanet.variant != "groundthink":
+            wrong.append(f"layout {self.layout} has S layers, which read a state of deltanet.variant 'groundthink'; "
+                         f"it is {self.deltanet.variant!r}")
+        return wrong + self._clashes(types)
+
+    def _clashes(self, types: str) -> list[str]:
+        """Components that exclude each other or lack what they stand on."""
+        wrong = []
+        one_pass = {"exit": self.exit is not None, "stack 'midpoint'": self.stack.kind == "midpoint",
+                    "sliding": "S" in types}
+        wrong += [f"adaptive depth and {name} exclude each other" for name, on in one_pass.items()
+                  if on and self.adaptive is not None]
+        if self.exit is not None and self.stack.kind != "residual":
+            wrong.append(f"exit needs stack 'residual'; it is {self.stack.kind!r}")
+        if self.stack.kind == "midpoint" and "S" in types:
+            wrong.append("stack 'midpoint' and S layers exclude each other: an S layer reads beside the stream")
+        if self.exit is not None and "S" in types:
+            wrong.append("exit and S layers exclude each other: an S layer reads a state its D layer may have skipped")
+        if self.mtp is not None and self.gsa is None:
+            wrong.append("mtp adds a G layer; gsa must be given")
+        streams = 1 if self.hyper is None else self.hyper.streams
+        if self.memory is not None and self.memory.stream >= streams:
+            wrong.append(f"memory.stream is {self.memory.stream}; there are {streams} streams")
+        wrong += [f"stack.skips has {list(pair)}; the layout has {len(types)} layers"
+                  for pair in self.stack.skips if pair[1] >= len(types)]
         return wrong
 
     @property
@@ -221,41 +382,3 @@ class ModelConfig(Config):
     def plain(self) -> ModelConfig:
         """The same model with every layer run once: same weight names less the halting heads."""
         return self.replace(adaptive=None)
-
-
-def tiny() -> ModelConfig:
-    """The demo's source: bytes, 8 layers, 1.6 million parameters; so narrow that it starts from a larger deviation."""
-    return ModelConfig(
-        layout="DDDG*2",
-        width=128,
-        init_std=0.08,
-        vocab=264,
-        mlp_width=256,
-        deltanet=DeltaNetConfig(heads=4, value_heads=4, key_width=32, value_width=32, chunk_size=32),
-        gsa=GSAConfig(heads=4, head_width=32, indexer_heads=2, indexer_width=16, k_base=64, k_min=16, k_max=128),
-        adaptive=AdaptiveConfig(),
-    )
-
-
-def small() -> ModelConfig:
-    """A first model for one accelerator: 8 layers of width 768, about 113 million parameters, vocabulary 32768."""
-    return ModelConfig(
-        layout="DDDG*2",
-        width=768,
-        vocab=32768,
-        mlp_width=2048,
-        deltanet=DeltaNetConfig(heads=6, value_heads=6, key_width=128, value_width=128),
-        gsa=GSAConfig(heads=6, head_width=128, indexer_heads=2),
-        adaptive=AdaptiveConfig(),
-        compute_dtype="bfloat16",
-    )
-
-
-PRESETS: Mapping[str, Callable[[], ModelConfig]] = {"tiny": tiny, "small": small}
-
-
-def preset(name: str) -> ModelConfig:
-    """The named preset; raises `Refused` with the names there are."""
-    if name not in PRESETS:
-        raise Refused(f"unknown preset {name!r}; known are {', '.join(sorted(PRESETS))}")
-    return PRESETS[name]()

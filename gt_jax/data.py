@@ -25,8 +25,8 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt16
 
 from gt_jax import text_sources
-from gt_jax.config import Config, below
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.json_config import Config, below
 
 Batch = dict[str, Int32[np.ndarray, "b t"]]
 Row = dict[str, Int32[np.ndarray, "t"]]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gt_jax import checkpoint
-from gt_jax.config import ModelConfig, tiny
+from gt_jax.config import ModelConfig
 from gt_jax.data import DataConfig, Text, open_text
 from gt_jax.errors import Refused, run_command
 from gt_jax.files import write_whole
@@ -32,6 +32,7 @@ from gt_jax.loading import load_model
 from gt_jax.measure import measure
 from gt_jax.metrics import Recorder, plot_depth, plot_growth, read_metrics, table
 from gt_jax.model import abstract, initialise
+from gt_jax.presets import tiny
 from gt_jax.sharding import lay_out, mesh_for_rows
 from gt_jax.training.config import RunConfig, TrainConfig
 from gt_jax.training.loop import Trainer, fit, make_trainer, train_run, variables_of

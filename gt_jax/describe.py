@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gt_jax import config as configs
+from gt_jax import presets
 from gt_jax.errors import Refused, run_command
 
 
@@ -24,11 +24,11 @@ def tensor_rows(leaves: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def describe(name: str) -> dict[str, Any]:
     """What a preset, or the checkpoint or run directory at a path, is made of; raises `Refused` for neither."""
-    if name in configs.PRESETS:
+    if name in presets.PRESETS:
         from gt_jax.model import abstract
         from gt_jax.tree_paths import flatten
 
-        config = configs.preset(name)
+        config = presets.preset(name)
         origin: dict[str, Any] = {"preset": name}
         leaves = flatten(abstract(config))
     elif Path(name).exists():
@@ -40,7 +40,7 @@ def describe(name: str) -> dict[str, Any]:
         kept: dict[str, Any] = {key: metadata[key] for key in ("kind", "step", "grown_from") if key in metadata}
         origin = {"preset": None, "checkpoint": str(place), **kept}
     else:
-        raise Refused(f"{name!r} is neither a preset ({', '.join(sorted(configs.PRESETS))}) nor a path that exists")
+        raise Refused(f"{name!r} is neither a preset ({', '.join(sorted(presets.PRESETS))}) nor a path that exists")
     tensors = tensor_rows(leaves)
     trained = sum(row["parameters"] for row in tensors if row["path"].startswith("params/"))
     return {**origin, "layout": config.layout, "parameters": trained, "config": config.to_json(), "tensors": tensors}
@@ -66,7 +66,7 @@ def report_lines(result: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the description."""
     p = argparse.ArgumentParser(prog="python -m gt_jax.describe", description="Describe a preset or a checkpoint.")
-    p.add_argument("name", help=f"preset ({', '.join(sorted(configs.PRESETS))}), checkpoint or run directory")
+    p.add_argument("name", help=f"preset ({', '.join(sorted(presets.PRESETS))}), checkpoint or run directory")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     arguments = p.parse_args(argv)
     result = describe(arguments.name)

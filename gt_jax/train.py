@@ -74,7 +74,7 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
 def default_config(arguments: argparse.Namespace) -> Any:
     """What a run is before its flags: its own config when resuming, else the preset's or the starting checkpoint's."""
     from gt_jax import checkpoint
-    from gt_jax.config import preset
+    from gt_jax.presets import preset
     from gt_jax.training.config import RunConfig
     from gt_jax.training.loop import read_run_config
 

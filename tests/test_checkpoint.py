@@ -19,12 +19,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax import checkpoint, config
+from gt_jax import checkpoint, presets
 from gt_jax.checkpoint import Damaged, RunCheckpoints
 from gt_jax.errors import Refused
 from gt_jax.tree_paths import flatten
 
-CONFIG = config.tiny().replace(width=8, vocab=16)
+CONFIG = presets.tiny().replace(width=8, vocab=16)
 METADATA = {"config": CONFIG.to_json(), "kind": "train", "step": 3, "data": {"position": [1, 2], "epoch": None}}
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gt_jax import config, layout
+from gt_jax import config, layout, presets
 from gt_jax.errors import Refused
 from gt_jax.training.config import RunConfig, TrainConfig, differences
 from tests.support import small_model
@@ -50,9 +50,9 @@ def test_bad_notation_is_refused_with_the_part_that_is_wrong(text, says):
         layout.parse(text)
 
 
-@pytest.mark.parametrize("name", sorted(config.PRESETS))
+@pytest.mark.parametrize("name", sorted(presets.PRESETS))
 def test_presets_go_through_json(name):
-    preset = config.preset(name)
+    preset = presets.preset(name)
     assert config.ModelConfig.from_json(json.loads(json.dumps(preset.to_json()))) == preset
     assert config.ModelConfig.from_json(preset.plain.to_json()).adaptive is None
 
@@ -73,14 +73,15 @@ def test_all_problems_are_reported_at_once():
 @pytest.mark.parametrize(
     ("change", "says"),
     [({"width": "128"}, "'width'"), ({"colour": 1}, "'colour'"), ({"compute_dtype": "float16"}, "float16"),
-     ({"layout": "DDSG*2"}, "S is not built"), ({"gsa": {"heads": 4}}, "head_width"), ({"width": True}, "'width'")],
+     ({"layout": "DDSG*2"}, "sliding must be given"), ({"gsa": {"heads": 4}}, "head_width"),
+     ({"width": True}, "'width'")],
 )  # fmt: skip
 def test_json_that_does_not_fit_is_refused(change, says):
-    data = {**config.tiny().to_json(), **change}
+    data = {**presets.tiny().to_json(), **change}
     with pytest.raises(Refused, match=says):
         config.ModelConfig.from_json(data)
 
 
 def test_an_unknown_preset_names_the_known_ones():
     with pytest.raises(Refused, match="small, tiny"):
-        config.preset("huge")
+        presets.preset("huge")

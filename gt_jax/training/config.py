@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from gt_jax.config import Config, ModelConfig, below
+from gt_jax.config import ModelConfig
 from gt_jax.data import DataConfig
+from gt_jax.json_config import Config, below
 from gt_jax.training.optimizer import OptimizerConfig
 from gt_jax.training.price import PriceConfig
 
@@ -38,9 +39,14 @@ class RunConfig(Config):
     start: str | None = None
 
     def problems(self) -> list[str]:
+        wrong = []
         if self.model.vocab < 257:
-            return [f"model.vocab is {self.model.vocab}; bytes and the end of a document need 257"]
-        return []
+            wrong.append(f"model.vocab is {self.model.vocab}; bytes and the end of a document need 257")
+        memory, length = self.model.memory, self.data.sequence_length
+        if memory is not None and length > memory.chunk and length % memory.chunk:
+            wrong.append(f"data.sequence_length is {length}; with a memory stream it must be whole chunks of "
+                         f"model.memory.chunk {memory.chunk}")
+        return wrong
 
 
 def differences(a: Config, b: Config) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import optax
 
-from gt_jax.config import Config
+from gt_jax.json_config import Config
 from gt_jax.typing import Tree
 
 
@@ -54,24 +54,30 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warm, max(warm, steps - down)])
 
 
+SMALL_MODULES = ("halting", "exit", "memory", "beta", "decay")
+
+
 def is_scalar(path: str) -> bool:
     """Whether a parameter is a scalar: all that is not a matrix applied by an einsum or an embedding table."""
-    last = path.rsplit("/", 1)[-1]
-    in_recurrence = any(part.endswith("_conv") or part in ("beta", "decay") for part in path.split("/"))
-    return last not in ("w", "table") or in_recurrence or "halting" in path.split("/")
+    parts = path.split("/")
+    small = any(part.endswith("_conv") or part in SMALL_MODULES for part in parts)
+    return parts[-1] not in ("w", "table") or small
 
 
 def groups(params: Tree) -> Tree:
-    """ "matrix" or "scalar" for every leaf."""
+    """ "matrix", "scalar" or "residual_scale" for every leaf."""
 
     def group(path: tuple, _: object) -> str:
-        return "scalar" if is_scalar(jax.tree_util.keystr(path, simple=True, separator="/")) else "matrix"
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("/residual_scale"):
+            return "residual_scale"
+        return "scalar" if is_scalar(name) else "matrix"
 
     return jax.tree_util.tree_map_with_path(group, params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW on matrices and Adam on scalars."""
+    """Clip by global norm, then AdamW on matrices and Adam on scalars, those of the lambda stack's residual slower."""
     rate = learning_rate(config, steps)
 
     def scalar_rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
@@ -83,6 +89,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             {
                 "matrix": optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay),
                 "scalar": optax.adam(scalar_rate, config.b1, config.b2),
+                # a of the lambda stack acts on the whole stream: 1/100 of the rate of b (modded-nanogpt PR 159)
+                "residual_scale": optax.adam(lambda step: 0.01 * scalar_rate(step), config.b1, config.b2),
             },
             groups,
         ),

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gt_jax.config import Config
+from gt_jax.json_config import Config
 from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.typing import Scalar
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax import checkpoint, config, model
+from gt_jax import checkpoint, config, model, presets
 from gt_jax.errors import Refused
 from gt_jax.growth import stream, transform
 from gt_jax.growth.leftovers import only_writer
@@ -22,7 +22,7 @@ from gt_jax.growth.plan import Plan, block_plan, identity_plan
 from gt_jax.growth.repetition import from_json
 from gt_jax.tree_paths import flatten, nest
 
-CONFIG = config.tiny().replace(
+CONFIG = presets.tiny().replace(
     layout="DG*2", width=8, vocab=16, mlp_width=8,
     deltanet=config.DeltaNetConfig(heads=2, value_heads=2, key_width=4, value_width=4),
     gsa=config.GSAConfig(heads=2, head_width=4, indexer_heads=2, indexer_width=4, k_base=8, k_min=4, k_max=16))

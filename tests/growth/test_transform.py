@@ -7,7 +7,7 @@ import pytest
 from jax import ShapeDtypeStruct
 from jax.sharding import PartitionSpec as P
 
-from gt_jax import config, layout, model
+from gt_jax import layout, model, presets
 from gt_jax.errors import Refused
 from gt_jax.growth import transform
 from gt_jax.growth.plan import Entry, Plan, block_plan, default_layout, identity_plan
@@ -156,7 +156,7 @@ def test_noise_does_not_depend_on_order_slicing_or_compilation():
 
 
 def test_grows_under_eval_shape_into_what_the_model_declares():
-    tiny, plan = config.tiny(), readme_plan()
+    tiny, plan = presets.tiny(), readme_plan()
     tree = model.abstract(tiny)
     grow = jax.eval_shape(lambda tree: transform.grow(tree, plan, tiny, noise_std=1e-4, dtype="bfloat16"), tree)
     shapes = transform.abstract(grow)
@@ -246,10 +246,10 @@ def test_left_over_tensors_and_lost_coefficients_are_refused(source):
 
 
 def test_a_plan_or_dtype_for_another_source_is_refused(source):
-    other = config.tiny().replace(layout="DDDG*3")
+    other = presets.tiny().replace(layout="DDDG*3")
     with pytest.raises(Refused, match=r"source of layout DDDG\*2, this source's config says DDDG\*3"):
         transform.target_config(other, readme_plan())
     with pytest.raises(Refused, match="needs the source's config"):
         transform.grow(nest(source), readme_plan(), dtype="bfloat16")
-    child = transform.target_config(config.tiny(), readme_plan(), "bfloat16")
+    child = transform.target_config(presets.tiny(), readme_plan(), "bfloat16")
     assert (child.layout, child.adaptive, child.param_dtype) == ("DDDG*5", None, "bfloat16")

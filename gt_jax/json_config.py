@@ -1,0 +1,89 @@
+"""What every config of the library shares: JSON both ways, all problems of its fields reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from gt_jax.errors import refuse_all
+
+C = TypeVar("C", bound="Config")
+
+
+class Config:
+    """Shared behaviour of the dataclasses below: JSON both ways, all problems reported at once."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, one line each, naming field, value and what would be right."""
+        return []
+
+    def __post_init__(self) -> None:
+        refuse_all(self.problems(), f"{type(self).__name__} is not valid:")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads back to an equal config."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_json(cls: type[C], data: Mapping[str, Any]) -> C:
+        """Read `to_json`'s object; raises `Refused` that lists unknown fields and fields of the wrong type."""
+        hints = typing.get_type_hints(cls)
+        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        required = [
+            f.name
+            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        wrong = [f"unknown field {key!r}" for key in data if key not in names]
+        wrong += [f"field {name!r} is missing" for name in required if name not in data]
+        values = {}
+        for name in names:
+            if name in data:
+                try:
+                    values[name] = _typed(hints[name], data[name])
+                except TypeError as error:
+                    wrong.append(f"field {name!r}: {error}")
+        refuse_all(wrong, f"{cls.__name__} does not read from this JSON (fields are {', '.join(names)}):")
+        return cls(**values)
+
+    def replace(self: C, **changes: Any) -> C:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_json()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """`value` from JSON as `hint` (a scalar type, Literal, tuple[float, ...], a config or config | None)."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if type(None) in args:
+        return None if value is None else _typed(next(a for a in args if a is not type(None)), value)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise TypeError(f"{value!r} is not one of {', '.join(map(repr, args))}")
+    if origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_typed(args[0], item) for item in value)
+        raise TypeError(f"{value!r} is not a list")
+    if isinstance(hint, type) and issubclass(hint, Config):
+        if isinstance(value, Mapping):
+            return hint.from_json(value)
+        raise TypeError(f"{value!r} is not an object")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
+        return value
+    raise TypeError(f"{value!r} is not {hint.__name__}")
+
+
+def below(config: Config, minimum: int, *names: str) -> list[str]:
+    """One line for each named field below `minimum`."""
+    values = {name: getattr(config, name) for name in names}
+    return [f"{name} is {value}; it must be at least {minimum}" for name, value in values.items() if value < minimum]

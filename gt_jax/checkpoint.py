@@ -171,7 +171,11 @@ def model_config(path: StrPath, leaves: Mapping[str, Any], metadata: Mapping[str
         config = ModelConfig.from_json(metadata["config"])
     except Refused as error:
         raise Refused(f"checkpoint {path}: {error}") from error
-    expected: dict[str, tuple[int, ...]] = {"params/embedding/table": (config.vocab, config.width)}
+    expected: dict[str, tuple[int, ...]] = {}
+    if "table" in config.embedding.kind:
+        expected["params/embedding/table"] = (config.vocab, config.width)
+    if "kronecker" in config.embedding.kind:
+        expected["params/embedding/kronecker/w"] = (256, config.embedding.token_bytes, config.width)
     problems = []
     for index, segment in enumerate(config.depth.segments):
         for slot in range(len(segment.pattern)):

@@ -1,8 +1,11 @@
-"""The language model: Block (one pattern), the scanned stack, embedding and unembedding; nothing else.
+"""The language model: the scanned stack of blocks between embedding and unembedding; nothing else.
 
 - Blocks of a segment are scanned: every parameter carries one leading block axis, and compile time does not grow with
   depth.
-- The residual stream is kept in the compute dtype; norms, gates, states, softmax and loss are float32.
+- The stream X is [b, t, d], with hyper-connections [b, t, n, d], in the compute dtype; norms, gates, states, softmax
+  and loss are float32.
+- The stack is residual, lambda or midpoint (gt_jax.layers.stack); midpoint at mixing 1 runs backward by reconstruction
+  (gt_jax.layers.reversible).
 """
 
 from __future__ import annotations
@@ -16,49 +19,40 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.config import ModelConfig
-from gt_jax.layers import deltanet, gsa
-from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.layers import deltanet, early_exit, groundthink, gsa, sliding
+from gt_jax.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
+from gt_jax.layers.block import Block, Common, Stream, layer_delta, observed
+from gt_jax.layers.early_exit import ExitHead, even_bias
 from gt_jax.layers.embedding import Embedding
+from gt_jax.layers.hyper_connections import to_streams
+from gt_jax.layers.memory_stream import Memory, MemoryStream, carry_memory
+from gt_jax.layers.mixer import Place, place_rows, real_tokens
+from gt_jax.layers.mtp import MultiTokenPrediction
 from gt_jax.layers.primitives import Einsum, RMSNorm, WeightSpec
-from gt_jax.layers.residual import Layer, Place
-from gt_jax.sharding import Rules, reshard, with_devices
-from gt_jax.typing import Activations, Tokens, Tree
+from gt_jax.layers.reversible import reversible_stack
+from gt_jax.layers.reversible import start as start_pair
+from gt_jax.layers.stack import coefficients, empty_buffer
+from gt_jax.sharding import Rules, on_mesh, reshard, with_devices
+from gt_jax.typing import Activations, Scalar, State, Tokens, Tree
 
 
 class ModelOutput(NamedTuple):
     """`logits` float32 [b,t,vocab]; `first_pass_hidden` [b,t,d] is the final state had the last layer run one pass.
 
-    `statistics` have axes [l, p]; `cache` is what the next tokens go on from, None unless one was given.
+    `statistics` have axes [l, p]; `cache` is what the next tokens go on from, None unless one was given. `mtp_logits`
+    predict the token after the next, None unless asked for, with `mtp_loss`, what their layer's indexer learns from.
+    `memory` is what the next chunk of the row starts with, None without a memory stream. `ponder` is the mean N + R of
+    tokens that may leave the stack early, None where they may not.
     """
 
     logits: Float[Array, "b t vocab"]
     first_pass_hidden: Activations
     statistics: PassStatistics
     cache: Tree
-
-
-class Block(nn.Module):
-    """One pattern of layers, `layer0` … in order; the body of the scan over blocks."""
-
-    pattern: str
-    config: ModelConfig
-    rules: Rules
-
-    @nn.compact
-    def __call__(
-        self, carry: tuple[Activations, Activations], place: Place, p_max: Array, xs: tuple[Array, Tree]
-    ) -> tuple[tuple[Activations, Activations], tuple[PassStatistics, Tree]]:
-        x, first = carry
-        forced, caches = xs
-        statistics, new_caches = [], {}
-        for slot, kind in enumerate(self.pattern):
-            name = f"layer{slot}"
-            layer = Layer(kind, self.config, self.rules, name=name)
-            cache = None if caches is None else caches[name]
-            x, first, seen, new_caches[name] = layer(x, place, PassControl(forced[slot], p_max), cache)
-            statistics.append(seen)
-        stacked = jax.tree.map(lambda *a: jnp.stack(a), *statistics)
-        return (x, first), (stacked, None if caches is None else new_caches)
+    mtp_logits: Array | None = None
+    mtp_loss: Scalar | None = None
+    memory: Memory | None = None
+    ponder: Scalar | None = None
 
 
 class LanguageModel(nn.Module):
@@ -70,19 +64,29 @@ class LanguageModel(nn.Module):
     def setup(self) -> None:
         c, rules = self.config, self.rules
         weights = WeightSpec(c.param_dtype, c.compute_dtype, c.init_std)
-        self.embedding = Embedding(c.vocab, c.width, rules, weights)
+        self.embedding = Embedding(c.embedding, c.vocab, c.width, rules, weights, c.norm_epsilon)
+        if c.memory is not None:
+            self.memory = MemoryStream(c.width, c.memory.initial_strength, rules)
+        if c.stack.skips:
+            zeros = nn.initializers.zeros
+            self.skips = self.param("skips", zeros, (len(c.stack.skips),), jnp.float32, on_mesh(rules.spec(None)))
         block = nn.remat(Block, prevent_cse=False) if c.remat == "block" else Block
         for index, segment in enumerate(c.depth.segments):
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0, "statistics": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast, 0),
+                in_axes=(nn.broadcast, 0),
                 length=segment.repeats,
             )
             setattr(self, f"segment{index}", scanned(segment.pattern, c, rules))
         self.final_norm = RMSNorm(c.width, rules, c.norm_epsilon)
-        self.unembedding = Einsum((c.width, c.vocab), ("embed", "vocab"), rules, weights)
+        if not c.embedding.tied:
+            self.unembedding = Einsum((c.width, c.vocab), ("embed", "vocab"), rules, weights)
+        if c.exit is not None:
+            self.exit = ExitHead(c.width, rules, even_bias(len(c.depth)))
+        if c.mtp is not None:
+            self.mtp = MultiTokenPrediction(c, rules)
 
     def __call__(
         self,
@@ -91,40 +95,107 @@ class LanguageModel(nn.Module):
         *,
         control: PassControl | None = None,
         cache: Tree = None,
+        memory: Memory | None = None,
+        mtp: bool = False,
+        key: Array | None = None,
     ) -> ModelOutput:
         """Logits of every position; with a cache, of these tokens after those the cache has seen.
 
         `segment_ids` number the documents of a row from 1, 0 is padding; None is one document a row.
-        `control.forced` [] or [l] fixes the passes; None leaves them to the halting heads.
+        `control.forced` [] or [l] fixes the passes; None leaves them to the halting heads. `memory` is what the chunk
+        before gave; `mtp` asks for the logits of the token after the next; `key` is given in training and draws what
+        is dropped.
         """
-        rows = self.rules.spec("batch", None)
+        c, rows = self.config, self.rules.spec("batch", None)
         tokens = reshard(tokens, rows)
         segment_ids = reshard(jnp.ones_like(tokens) if segment_ids is None else segment_ids, rows)
-        control = free_passes() if control is None else control
-        forced = jnp.broadcast_to(jnp.asarray(control.forced, jnp.int32), (len(self.config.depth),))
-        place = Place(segment_ids, None if cache is None else cache["position"])
-        x = self.embedding(tokens)
-        carry = (x, x)
-        statistics, new_cache, layer = [], {}, 0
-        for index, segment in enumerate(self.config.depth.segments):
-            name = f"segment{index}"
-            passes = forced[layer : layer + len(segment)].reshape(segment.repeats, len(segment.pattern))
-            caches = None if cache is None else cache[name]
-            carry, (seen, new_cache[name]) = getattr(self, name)(carry, place, control.p_max, (passes, caches))
-            statistics.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), seen))
-            layer += len(segment)
-        if cache is not None:
+        start = None if cache is None else cache["position"]
+        place = place_rows(segment_ids, start, key, self.rules)
+        embedded = self.embedding(tokens)
+        x: State = embedded if c.hyper is None else to_streams(embedded, c.hyper.streams)
+        if c.memory is not None:
+            x = self.memory(x, embedded, segment_ids, memory, c.memory.stream)
+        if self._reversible(cache):
+            (stream, statistics), new_cache = self._run_reversible(x, place), None
+        else:
+            stream, statistics, new_cache = self._run(x, place, control or free_passes(), cache)
+        if new_cache is not None:
             new_cache["position"] = cache["position"] + tokens.shape[1]
-        return ModelOutput(
-            self.unembed(carry[0]),
-            carry[1],
-            jax.tree.map(lambda *a: jnp.concatenate(a), *statistics),
-            None if cache is None else new_cache,
-        )
+        hidden = self.final_norm(stream_mean(stream.x))
+        ahead: tuple[Array | None, Array | None] = (None, None)
+        if c.mtp is not None and (mtp or self.is_initializing()):
+            state, loss = self.mtp(hidden, embedded, place)
+            ahead = (self.unembed(state), loss)
+        carried = None if c.memory is None else carry_memory(stream.x, segment_ids, c.memory.stream)
+        ponder = None if stream.exit is None else early_exit.ponder(stream.exit, real_tokens(segment_ids))
+        return ModelOutput(self._logits(hidden), stream.first, statistics, new_cache, *ahead, carried, ponder)
+
+    def _run(self, x: State, place: Place, control: PassControl, cache: Tree) -> tuple[Stream, PassStatistics, Tree]:
+        """All layers, segment after segment."""
+        c = self.config
+        depth = len(c.depth)
+        forced = jnp.broadcast_to(jnp.asarray(control.forced, jnp.int32), (depth,))
+        numbers = jnp.arange(depth, dtype=jnp.int32)
+        mixing = jax.tree.map(jnp.asarray, coefficients(depth, c.stack.mixing, c.stack.step))
+        common = Common(place, control.p_max, x, self.skips if c.stack.skips else None, None)
+        previous = x if c.stack.kind == "midpoint" else None
+        stream = Stream(x, stream_mean(x), previous, empty_buffer(x, c.stack.skips), None)
+        if c.exit is not None:
+            common = common._replace(exit_weights=self.exit.weights())
+            stream = stream._replace(exit=early_exit.start(x, place.segment_ids))
+        statistics, new_cache, layer = [], {}, 0
+        for index, segment in enumerate(c.depth.segments):
+            name, shape = f"segment{index}", (segment.repeats, len(segment.pattern))
+            own = slice(layer, layer + len(segment))
+            cut = jax.tree.map(lambda a, own=own, shape=shape: a[own].reshape(shape), (forced, numbers, mixing))
+            caches = None if cache is None else cache[name]
+            stream, (seen, new_cache[name]) = getattr(self, name)(stream, common, (*cut, caches))
+            statistics.append(jax.tree.map(_by_layer, seen))
+            layer += len(segment)
+        together = jax.tree.map(lambda *a: jnp.concatenate(a), *statistics)
+        if stream.exit is not None:
+            left = stream.exit.output.astype(x.dtype)
+            stream = stream._replace(x=left, first=stream_mean(left))
+        return stream, together, None if cache is None else new_cache
+
+    def _reversible(self, cache: Tree) -> bool:
+        """Whether the backward pass reconstructs the stack: decoding has none."""
+        stack = self.config.stack
+        invertible = stack.kind == "midpoint" and stack.mixing == 1.0
+        return invertible and cache is None and not self.is_initializing()
+
+    def _run_reversible(self, x: State, place: Place) -> tuple[Stream, PassStatistics]:
+        """All layers of the midpoint stack at mixing 1, remembering nothing but the last pair of states."""
+        c, pair, statistics = self.config, start_pair(x), []
+        for index, segment in enumerate(c.depth.segments):
+            name = f"segment{index}"
+            stored = {kind: self.variables[kind][name] for kind in ("params", "statistics")
+                      if name in self.variables.get(kind, {})}  # fmt: skip
+            deltas = tuple(layer_delta(kind, slot, c, self.rules) for slot, kind in enumerate(segment.pattern))
+            pair, seen = reversible_stack(
+                deltas, stored, pair, place, c.stack.step, first=index == 0, dtype=x.dtype.name
+            )
+            if c.gsa is not None and "statistics" in stored and self.is_mutable_collection("statistics"):
+                moved = observed(stored["statistics"], seen, segment.pattern, c.gsa.ema_decay)
+                self.put_variable("statistics", name, moved)
+            statistics.append(jax.tree.map(_by_layer, seen))
+        last = pair.current.astype(x.dtype)
+        together = jax.tree.map(lambda *a: jnp.concatenate(a), *statistics)
+        return Stream(last, stream_mean(last), None, {}, None), together
 
     def unembed(self, x: Activations) -> Float[Array, "b t vocab"]:
         """Final norm and unembedding: float32 logits."""
-        return self.unembedding("btd,dv->btv", self.final_norm(x), ("batch", None, "vocab"), accumulate=True)
+        return self._logits(self.final_norm(x))
+
+    def _logits(self, hidden: Activations) -> Float[Array, "b t vocab"]:
+        if self.config.embedding.tied:
+            return cast(Array, self.embedding.unembed(hidden))
+        return self.unembedding("btd,dv->btv", hidden, ("batch", None, "vocab"), accumulate=True)
+
+
+def _by_layer(a: Array) -> Array:
+    """[blocks, slots, …] -> [layers, …]."""
+    return a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])
 
 
 def forward(
@@ -135,9 +206,12 @@ def forward(
     *,
     control: PassControl | None = None,
     cache: Tree = None,
+    memory: Memory | None = None,
+    mtp: bool = False,
 ) -> ModelOutput:
     """`network` applied to frozen variables: nothing is updated."""
-    return cast(ModelOutput, network.apply(variables, tokens, segment_ids, control=control, cache=cache))
+    given = {"control": control, "cache": cache, "memory": memory, "mtp": mtp}
+    return cast(ModelOutput, network.apply(variables, tokens, segment_ids, **given))
 
 
 def free_passes() -> PassControl:
@@ -157,10 +231,7 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> Tree:
     """
 
     def stacked(kind: str, repeats: int) -> Tree:
-        if kind == "D":
-            one = deltanet.empty_cache(config.deltanet, batch, config.compute_dtype)
-        else:
-            one = gsa.empty_cache(config.gsa, batch, length, config.compute_dtype)
+        one = _empty_layer_cache(kind, config, batch, length)
         lead = (repeats,) if config.adaptive is None else (repeats, config.adaptive.max_passes)
         return jax.tree.map(lambda a: jnp.broadcast_to(a.reshape((1,) * len(lead) + a.shape), (*lead, *a.shape)), one)
 
@@ -169,6 +240,20 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> Tree:
         slots = enumerate(segment.pattern)
         cache[f"segment{index}"] = {f"layer{slot}": stacked(kind, segment.repeats) for slot, kind in slots}
     return cache
+
+
+def _empty_layer_cache(kind: str, config: ModelConfig, batch: int, length: int) -> Tree:
+    """The cache of one pass of one layer."""
+    dtype = config.compute_dtype
+    if kind == "G":
+        assert config.gsa is not None
+        return gsa.empty_cache(config.gsa, batch, length, dtype)
+    if kind == "S":
+        assert config.sliding is not None
+        return sliding.empty_cache(config.sliding, batch, dtype)
+    assert config.deltanet is not None
+    room = groundthink if config.deltanet.variant == "groundthink" else deltanet
+    return room.empty_cache(config.deltanet, batch, dtype)
 
 
 def _initialiser(config: ModelConfig, rules: Rules) -> Callable[[Array], Tree]:

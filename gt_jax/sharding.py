@@ -35,6 +35,7 @@ class Rules:
     heads: MeshAxes = "tensor"
     mlp: MeshAxes = "tensor"
     vocab: MeshAxes = "tensor"
+    experts: MeshAxes = "expert"
 
     def spec(self, *axes: str | None) -> P:
         """The stored partition of an array whose axes have these logical names (None: not sharded)."""
@@ -52,15 +53,17 @@ class Rules:
 
     def misfits(self, model: ModelConfig, batch_size: int) -> list[str]:
         """What the current mesh cannot cut evenly, one line each: rows of a batch, heads, MLP width, vocabulary."""
+        heads = {"deltanet": model.deltanet, "gsa": model.gsa, "sliding": model.sliding}
+        named_heads = {f"{name}.heads": layer.heads for name, layer in heads.items() if layer is not None}
+        if model.gsa is not None:
+            named_heads["gsa.indexer_heads"] = model.gsa.indexer_heads
+        mlp, experts = {"mlp_width": model.mlp_width}, {}
+        if model.moe is not None:
+            mlp["moe.expert_width"] = model.moe.expert_width
+            experts["moe.experts"] = model.moe.experts
         sizes = {
-            "batch": {"batch_size": batch_size},
-            "heads": {
-                "deltanet.heads": model.deltanet.heads, "gsa.heads": model.gsa.heads,
-                "gsa.indexer_heads": model.gsa.indexer_heads,
-            },
-            "mlp": {"mlp_width": model.mlp_width},
-            "vocab": {"vocab": model.vocab},
-            "embed": {"width": model.width},
+            "batch": {"batch_size": batch_size}, "heads": named_heads, "mlp": mlp, "experts": experts,
+            "vocab": {"vocab": model.vocab}, "embed": {"width": model.width},
         }  # fmt: skip
         lines = []
         for axis, named in sizes.items():

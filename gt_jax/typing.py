@@ -8,7 +8,8 @@
 | h | heads; hv value heads (a multiple of h), hi indexer heads |
 | k, v | key and value width of a head |
 | f | hidden width of the MLP |
-| n | blocks of a segment (leading axis of every stacked parameter) |
+| n | blocks of a segment (leading axis of every stacked parameter); streams of hyper-connections |
+| e | experts |
 | l | layers |
 | p | passes of adaptive depth |
 
@@ -20,6 +21,7 @@ from typing import Any, TypeAlias
 from jaxtyping import Array, Float, Int
 
 Activations: TypeAlias = Float[Array, "b t d"]
+State: TypeAlias = Float[Array, "b t *n d"]
 Tokens: TypeAlias = Int[Array, "b t"]
 PerToken: TypeAlias = Float[Array, "b t"]
 Scalar: TypeAlias = Float[Array, ""]

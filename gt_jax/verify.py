@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gt_jax.chunks import forward_rows
 from gt_jax.config import ModelConfig
 from gt_jax.errors import Refused, run_command
 from gt_jax.growth.plan import Plan
 from gt_jax.loading import add_text_arguments, load_for_text, load_model, text_config
 from gt_jax.metrics import table
-from gt_jax.model import LanguageModel, fixed_passes, forward, free_passes
+from gt_jax.model import LanguageModel, fixed_passes, free_passes
 from gt_jax.sharding import Rules
 from gt_jax.training.step import Batch, cross_entropy, place
 from gt_jax.typing import Tree
@@ -77,11 +78,11 @@ def make_comparison(
     def compare(source_variables: Tree, target_variables: Tree, batch: Batch) -> tuple[Agreement, Array, Array]:
         placed = place(batch, rules)
         rows = (placed["tokens"], placed["segment_ids"])
-        free = forward(shallow, source_variables, *rows, control=free_passes())
-        fixed = forward(shallow, source_variables, *rows, control=fixed_control)
-        grown = forward(deep, target_variables, *rows)
-        sums = agreement(free.logits, fixed.logits, grown.logits, placed["targets"])
-        return sums, fixed.statistics.delta_ratio, grown.statistics.delta_ratio[:, 0]
+        free, _ = forward_rows(shallow, source_variables, *rows, free_passes())
+        fixed, source_passes = forward_rows(shallow, source_variables, *rows, fixed_control)
+        grown, target_passes = forward_rows(deep, target_variables, *rows, free_passes())
+        sums = agreement(free, fixed, grown, placed["targets"])
+        return sums, source_passes.delta_ratio, target_passes.delta_ratio[:, 0]
 
     return jax.jit(compare)
 

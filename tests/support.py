@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gt_jax.config import AdaptiveConfig, DeltaNetConfig, GSAConfig, ModelConfig
+from gt_jax.config import (
+    AdaptiveConfig,
+    DeltaNetConfig,
+    EmbeddingConfig,
+    GSAConfig,
+    HyperConfig,
+    MemoryConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+)
+from gt_jax.model import abstract
+from gt_jax.token_bytes import default_texts, token_table
+from gt_jax.tree_paths import flatten, nest
 
 WIDTH = 32
 DELTANET = DeltaNetConfig(heads=2, value_heads=4, key_width=8, value_width=8, chunk_size=16)
@@ -13,12 +29,42 @@ GSA = GSAConfig(heads=4, head_width=8, indexer_heads=2, indexer_width=8, k_base=
 
 
 def small_model(layout: str = "DG*2", adaptive: bool = True, **changes: object) -> ModelConfig:
-    """A model that compiles in seconds, with every component on."""
+    """A model that compiles in seconds."""
     config = ModelConfig(
         layout=layout, width=WIDTH, vocab=264, mlp_width=48, deltanet=DELTANET, gsa=GSA,
         adaptive=AdaptiveConfig() if adaptive else None,
     )  # fmt: skip
     return config.replace(**changes)
+
+
+def tokens(length: int, rows: int = 2, seed: int = 3) -> jax.Array:
+    """Random bytes, [rows, length]."""
+    return jax.random.randint(jax.random.key(seed), (rows, length), 0, 257)
+
+
+@functools.cache
+def perturbed(config: ModelConfig, std: float = 0.1) -> dict[str, object]:
+    """Variables drawn by numpy from the model's shapes: no parameter is at a special value, and nothing is compiled."""
+    random = np.random.default_rng(1)
+
+    def draw(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = path.rsplit("/", 1)[-1]
+        if not np.issubdtype(leaf.dtype, np.floating):
+            table = dict(zip(("token_bytes", "token_length"), token_table(default_texts(config.vocab)), strict=True))
+            return jnp.asarray(table[name])
+        middle = 1.0 if name in ("scale", "gain", "residual_scale") else 0.0
+        spread = 0.0 if name == "variance_ema" else std
+        return jnp.asarray(middle + spread * random.standard_normal(leaf.shape), leaf.dtype)
+
+    return nest({path: draw(path, leaf) for path, leaf in flatten(abstract(config)).items()})
+
+
+def full_model(layout: str = "DG", adaptive: bool = True, **changes: object) -> ModelConfig:
+    """`small_model` with streams, experts, the Kronecker code, multi-token prediction and a memory stream."""
+    return small_model(
+        layout, adaptive, moe=MoEConfig(experts=4, expert_width=16), hyper=HyperConfig(streams=2),
+        embedding=EmbeddingConfig("kronecker+table"), mtp=MTPConfig(), memory=MemoryConfig(chunk=12, stream=1),
+    ).replace(**changes)  # fmt: skip
 
 
 def random_tree(tree: object, seed: int, scale: float = 0.3) -> object:

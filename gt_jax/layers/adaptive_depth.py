@@ -4,6 +4,9 @@ s_1 = 1; for k = 1 … K:  X <- X + w_k alpha_k Delta(X);  s_{k+1} = s_k p_k;  w
 
 - A token below the threshold is finished: its weight is 0 from then on, yet it still writes states and keys in the
   passes that run. So skipping a pass in which nobody is alive changes no value, and no token depends on its batch.
+- That is `halting="token"`. The origin's `halting="batch"` has w_k = s_k for everyone and ends the loop for the whole
+  batch once at most `batch_share` of the tokens are at or above the threshold; there a token depends on its batch.
+- X is [b, t, d], or [b, t, n, d] under hyper-connections; features and norms are of the mean over streams.
 - A dead pass costs nothing: `lax.scan` over passes with a `lax.cond` on "anyone alive", forward and backward.
 - With a cache (decoding) every pass runs, because a later token may read what this one wrote.
 """
@@ -19,10 +22,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.config import AdaptiveConfig
+from gt_jax.layers.hyper_connections import from_streams
 from gt_jax.layers.mixer import MixerOutput, masked_mean
+from gt_jax.layers.moe import MLPOutput
 from gt_jax.layers.primitives import INIT, widen
 from gt_jax.sharding import Rules, on_mesh
-from gt_jax.typing import Activations, PerToken, Tree
+from gt_jax.typing import Activations, PerToken, State, Tree
 
 FEATURES = 5
 RATIO_CLIP = 10.0
@@ -40,7 +45,8 @@ class PassStatistics(NamedTuple):
 
     `survival` is the mean weight w_k, `alive` the share of tokens with w_k > 0, `s_after` the mean s after the pass
     (finished tokens keep theirs), `p_mean`, `p_std` and `p_floored` (share at the floor) are of the continue gate over
-    alive tokens, `delta_ratio` is |dh|/|h|, the rest comes from the mixer.
+    alive tokens, `delta_ratio` is |dh|/|h|, the rest comes from mixer and MLP; `experts` [p, e] is the share of the
+    real picks that went to each expert, e = 0 for a dense MLP.
     """
 
     survival: Array
@@ -53,6 +59,26 @@ class PassStatistics(NamedTuple):
     auxiliary_loss: Array
     entropy: Array
     score_variance: Array
+    router_loss: Array
+    router_entropy: Array
+    null_rate: Array
+    experts: Array
+
+
+class LayerOutput(NamedTuple):
+    """What mixer and MLP of one layer say beside the update."""
+
+    mixer: MixerOutput
+    mlp: MLPOutput
+
+    @property
+    def statistics(self) -> tuple[Array, ...]:
+        """The last fields of `PassStatistics`, from `auxiliary_loss` on."""
+        mixer, mlp = self.mixer, self.mlp
+        return (
+            mixer.auxiliary_loss, mixer.entropy, mixer.score_variance,
+            mlp.auxiliary_loss, mlp.router_entropy, mlp.null_rate, mlp.experts,
+        )  # fmt: skip
 
 
 class _Carry(NamedTuple):
@@ -101,6 +127,11 @@ def _rms(x: Activations) -> PerToken:
     return jnp.sqrt(jnp.mean(jnp.square(widen(x)), axis=-1))
 
 
+def stream_mean(x: State) -> Activations:
+    """h: X itself, under hyper-connections the mean over its streams."""
+    return x if x.ndim == 3 else from_streams(x)
+
+
 def delta_ratio(delta: Activations, x: Activations) -> PerToken:
     """|delta| / |x| per token, root mean squares, clipped at 10."""
     return jnp.minimum(_rms(delta) / jnp.maximum(_rms(x), 1e-6), RATIO_CLIP)
@@ -122,19 +153,34 @@ def continue_probability(p: PerToken, k: Array, control: PassControl, floor: flo
     return jnp.where(control.forced > 0, jnp.where(k + 1 < control.forced, 1.0, 0.0), free)
 
 
+def _goes_on(s: PerToken, config: AdaptiveConfig, real: PerToken) -> Array:
+    """Whether another pass runs: "token" while anyone is alive, "batch" while more than `batch_share` are."""
+    alive = (s >= config.threshold).astype(jnp.float32) * real
+    share = masked_mean(alive, real)
+    return share > (config.batch_share if config.halting == "batch" else 0.0)
+
+
+def _weight(s: PerToken, config: AdaptiveConfig, goes_on: Array) -> PerToken:
+    """w_k: what is left of s_k where this pass counts."""
+    if config.halting == "batch":
+        return jnp.where(goes_on, s, 0.0)
+    return jnp.where(s >= config.threshold, s, 0.0)
+
+
 def run_passes(
     layer: Any,
-    x: Activations,
+    x: State,
     config: AdaptiveConfig,
     control: PassControl,
     cache: Tree,
     *,
     real: PerToken,
-    delta: Callable[[Any, Activations, Tree], tuple[Activations, MixerOutput]],
+    delta: Callable[[Any, State, Tree], tuple[State, LayerOutput]],
     gain: Array,
     remat: bool,
-) -> tuple[Activations, Activations, PassStatistics, Tree]:
-    """Run `layer` up to K times per token: (X, X after pass 1, statistics and caches with a leading pass axis).
+    experts: int,
+) -> tuple[State, Activations, PassStatistics, Tree]:
+    """Run `layer` up to K times per token: (X, mean stream after pass 1, statistics and caches with a pass axis).
 
     `layer` is a bound Linen module with a submodule `halting`; `delta(layer, x, cache)` is its update, whatever it is.
     `real` is 1 for tokens of a document; padding keeps no pass alive and is in no statistic.
@@ -143,38 +189,41 @@ def run_passes(
 
     def run(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
         x, s, previous, first = carry
-        weight = jnp.where(s >= config.threshold, s, 0.0)
-        step, mixer = delta(layer, x, cache)
-        p_free = layer.halting(halting_features(x, step, previous, mixer))
+        weight = _weight(s, config, _goes_on(s, config, real))
+        step, seen = delta(layer, x, cache)
+        h, dh = stream_mean(x), stream_mean(step)
+        p_free = layer.halting(halting_features(h, dh, previous, seen.mixer))
         p = continue_probability(p_free, k, control, config.p_floor)
-        alive = (weight > 0).astype(jnp.float32) * real
+        counted = s >= config.threshold
+        alive = counted.astype(jnp.float32) * real
         p_mean = masked_mean(p, alive)
         p_std = jnp.sqrt(masked_mean(jnp.square(p - p_mean), alive))
         floored = masked_mean((p <= config.p_floor).astype(jnp.float32), alive)
-        ratio = masked_mean(delta_ratio(step, x), alive)
-        s = jnp.where(s >= config.threshold, s * p, s)
+        ratio = masked_mean(delta_ratio(dh, h), alive)
+        s = s * p if config.halting == "batch" else jnp.where(counted, s * p, s)
         statistics = PassStatistics(
             masked_mean(weight, real), masked_mean(alive, real), masked_mean(s, real), p_mean, p_std, floored, ratio,
-            mixer.auxiliary_loss, mixer.entropy, mixer.score_variance,
+            *seen.statistics,
         )  # fmt: skip
-        moved = x + (gain * alpha * weight)[..., None].astype(x.dtype) * step
-        first = jnp.where(k == 0, jax.lax.stop_gradient(moved), first)
-        return _Carry(moved, s, jax.lax.stop_gradient(step), first), statistics, mixer.cache
+        strength = (gain * alpha * weight).reshape(*weight.shape, *[1] * (x.ndim - 2))
+        moved = x + strength.astype(x.dtype) * step
+        first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(moved)), first)
+        return _Carry(moved, s, jax.lax.stop_gradient(dh), first), statistics, seen.mixer.cache
 
     def skip(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
-        zero = jnp.zeros((), jnp.float32)
-        nothing = PassStatistics(*[zero] * len(PassStatistics._fields))
+        nothing = no_statistics(experts)
         return carry, nothing._replace(s_after=masked_mean(carry.s, real)), cache
 
     def one_pass(layer: Any, carry: _Carry, xs: tuple[Array, Array, Tree]) -> tuple[_Carry, Any]:
         if decoding:
             carry, statistics, new_cache = run(layer, carry, *xs)
         else:
-            anyone = jnp.any((carry.s >= config.threshold) & (real > 0))
-            carry, statistics, new_cache = nn.cond(anyone, run, skip, layer, carry, *xs)
+            going = _goes_on(carry.s, config, real)
+            carry, statistics, new_cache = nn.cond(going, run, skip, layer, carry, *xs)
         return carry, (statistics, new_cache)
 
-    start = _Carry(x, jnp.ones_like(x[..., 0], jnp.float32), jnp.zeros_like(x), jnp.zeros_like(x))
+    h = stream_mean(x)
+    start = _Carry(x, jnp.ones_like(h[..., 0], jnp.float32), jnp.zeros_like(h), jnp.zeros_like(h))
     passes = config.max_passes
     scanned = nn.scan(
         nn.remat(one_pass, prevent_cse=False) if remat else one_pass,
@@ -185,3 +234,9 @@ def run_passes(
     xs = (jnp.arange(passes, dtype=jnp.int32), jnp.asarray(config.alpha, jnp.float32), cache)
     last, (statistics, caches) = scanned(layer, start, xs)
     return last.x, last.first, statistics, caches
+
+
+def no_statistics(experts: int) -> PassStatistics:
+    """The statistics of a pass that did not run: zeros."""
+    zeros = {name: jnp.zeros((), jnp.float32) for name in PassStatistics._fields}
+    return PassStatistics(**{**zeros, "experts": jnp.zeros((experts,), jnp.float32)})

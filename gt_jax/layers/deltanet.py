@@ -1,13 +1,14 @@
 """`D`: Gated DeltaNet (arXiv 2412.06464), linear attention that writes with the delta rule and forgets with a gate.
 
 - Decay comes before the prediction error, the read after the write.
+- What the origin system does otherwise is one field of `DeltaNetConfig` each and one pure function or argument here.
 - Short convolutions, recurrent state and decode window never cross a segment boundary.
 - The recurrence itself is `pallas_kernels.gated_delta_rule`, run on each device's own heads.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -15,11 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.config import DeltaNetConfig
-from gt_jax.layers.mixer import MixerOutput, gate_statistics
-from gt_jax.layers.primitives import INIT, Einsum, RMSNorm, WeightSpec, short_convolution, widen
+from gt_jax.layers.mixer import MixerOutput, Place, gate_statistics
+from gt_jax.layers.primitives import INIT, Einsum, RMSNorm, WeightSpec, rope, short_convolution, widen
 from gt_jax.sharding import Rules, on_mesh, per_device, reshard
 from gt_jax.typing import Activations, Tokens, Tree
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
+
+ROPE_BASE = 10000.0
 
 
 def l2_normalise(x: Float[Array, "... k"]) -> Float[Array, "... k"]:
@@ -29,11 +32,28 @@ def l2_normalise(x: Float[Array, "... k"]) -> Float[Array, "... k"]:
 
 
 def log_decay(
-    logits: Float[Array, "b t hv"], a_log: Float[Array, "hv"], dt_bias: Float[Array, "hv"]
+    logits: Float[Array, "b t hv"], a_log: Float[Array, "hv"], dt_bias: Float[Array, "hv"], floor: float | None = None
 ) -> Float[Array, "b t hv"]:
-    """g = -exp(A_log) softplus(logits + dt_bias) <= 0, float32."""
+    """g = max(-exp(A_log) softplus(logits + dt_bias), floor) <= 0, float32; None is no floor."""
     wide = widen(logits) + dt_bias[None, None]
-    return -jnp.exp(a_log)[None, None] * jax.nn.softplus(wide)
+    g = -jnp.exp(a_log)[None, None] * jax.nn.softplus(wide)
+    return g if floor is None else jnp.maximum(g, floor)
+
+
+def skip_read(
+    q: Float[Array, "b t h k"], k: Float[Array, "b t h k"], v: Float[Array, "b t hv v"], strength: Float[Array, "hv"]
+) -> Float[Array, "b t hv v"]:
+    """D_h (q.k) v, float32, with the q and k that value head h reads and writes with; not scaled like the read."""
+    match = jnp.repeat(jnp.sum(widen(q) * widen(k), axis=-1), v.shape[2] // q.shape[2], axis=2)
+    return (match * widen(strength)[None, None])[..., None] * widen(v)
+
+
+def gated(
+    normed: Float[Array, "b t hv v"], logits: Float[Array, "b t hv v"], activation_on: Literal["gate", "output"]
+) -> Float[Array, "b t hv v"]:
+    """normed * SiLU(logits), or with `activation_on` "output" SiLU(normed) * logits; SiLU in float32."""
+    plain, active = (normed, logits) if activation_on == "gate" else (logits, normed)
+    return plain.astype(normed.dtype) * jax.nn.silu(widen(active)).astype(normed.dtype)
 
 
 def init_a_log(key: Array, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Array:
@@ -81,10 +101,14 @@ class HeadGate(nn.Module):
 
 
 class Convolution(nn.Module):
-    """`short_convolution` with one learned tap vector a channel, float32, uniform in +-1/sqrt(taps) at init."""
+    """`short_convolution` with one learned tap vector a channel, float32, uniform in +-1/sqrt(taps) at init.
+
+    With `biased` each channel has a bias too, 0 at init.
+    """
 
     shape: tuple[int, int, int]
     rules: Rules
+    biased: bool = False
 
     @nn.compact
     def __call__(self, x: Array, segment_ids: Tokens, window_segments: Array, window: Array) -> Array:
@@ -94,7 +118,11 @@ class Convolution(nn.Module):
             return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
 
         weight = self.param("w", init, self.shape, jnp.float32, on_mesh(self.rules.spec(None, "heads", None)))
-        return short_convolution(x, weight, segment_ids, window, window_segments)
+        bias = None
+        if self.biased:
+            spec = on_mesh(self.rules.spec("heads", None))
+            bias = self.param("b", nn.initializers.zeros, self.shape[1:], jnp.float32, spec)
+        return short_convolution(x, weight, segment_ids, window, window_segments, bias)
 
 
 class GatedDeltaNet(nn.Module):
@@ -102,6 +130,8 @@ class GatedDeltaNet(nn.Module):
 
     q, k = normalise(SiLU(conv(W x))); v = SiLU(conv(W_v x)); beta = beta_max sigmoid(W_b x + b);
     g = -exp(A_log) softplus(W_a x + b_a + dt_bias);  S <- e^g S + k (beta (v - e^g S^T k))^T;  o = k_width^-0.5 S^T q.
+    Variants: rotary q and k before they are normalised (`rope`), a bias in conv, another scale of the read, `skip_read`
+    added to it, a floor of g, SiLU on the other factor of `gated`.
     """
 
     config: DeltaNetConfig
@@ -122,14 +152,17 @@ class GatedDeltaNet(nn.Module):
         per_head = on_mesh(rules.spec("heads"))
         self.a_log = self.param("a_log", init_a_log, (c.value_heads,), jnp.float32, per_head)
         self.dt_bias = self.param("dt_bias", init_dt_bias, (c.value_heads,), jnp.float32, per_head)
-        self.query_conv = Convolution((c.conv_width, c.heads, c.key_width), rules)
-        self.key_conv = Convolution((c.conv_width, c.heads, c.key_width), rules)
-        self.value_conv = Convolution((c.conv_width, c.value_heads, c.value_width), rules)
+        if c.skip:
+            self.skip = self.param("skip", nn.initializers.ones, (c.value_heads,), jnp.float32, per_head)
+        self.query_conv = Convolution((c.conv_width, c.heads, c.key_width), rules, c.conv_bias)
+        self.key_conv = Convolution((c.conv_width, c.heads, c.key_width), rules, c.conv_bias)
+        self.value_conv = Convolution((c.conv_width, c.value_heads, c.value_width), rules, c.conv_bias)
         self.output_norm = RMSNorm(c.value_width, rules, self.epsilon)
         self.output = Einsum((c.value_heads, c.value_width, d), ("heads", None, "embed"), rules, weights)
 
-    def __call__(self, x: Activations, segment_ids: Tokens, cache: Tree | None = None) -> MixerOutput:
+    def __call__(self, x: Activations, place: Place, cache: Tree | None = None) -> MixerOutput:
         """Mix the tokens of each segment; with a cache, go on from it and return the new one."""
+        segment_ids = place.segment_ids
         heads = ("batch", None, "heads", None)
         start = empty_cache(self.config, x.shape[0], self.weights.compute) if cache is None else cache
         start = self._place(start)
@@ -137,17 +170,18 @@ class GatedDeltaNet(nn.Module):
         k_in = self.key("btd,dhk->bthk", x, heads)
         v_in = self.value("btd,dhk->bthk", x, heads)
         before = (segment_ids, start["segments"])
-        q = l2_normalise(jax.nn.silu(self.query_conv(q_in, *before, start["query_window"])))
-        k = l2_normalise(jax.nn.silu(self.key_conv(k_in, *before, start["key_window"])))
+        turn = (place.positions, ROPE_BASE, self.config.rope)
+        q = l2_normalise(rope(jax.nn.silu(self.query_conv(q_in, *before, start["query_window"])), *turn))
+        k = l2_normalise(rope(jax.nn.silu(self.key_conv(k_in, *before, start["key_window"])), *turn))
         v = jax.nn.silu(self.value_conv(v_in, *before, start["value_window"]))
         beta = self.config.beta_max * jax.nn.sigmoid(self.beta(x))
-        g = log_decay(self.decay(x), self.a_log, self.dt_bias)
+        g = log_decay(self.decay(x), self.a_log, self.dt_bias, self.config.decay_floor)
         continues = start["segments"][:, -1] == segment_ids[:, 0]
         state = jnp.where(continues[:, None, None, None], start["state"], 0.0)
         o, state = self._recurrence(q, k, v, g, beta, state, segment_ids)
         gate_logits = self.gate("btd,dhv->bthv", x, heads)
-        gated = self.output_norm(o) * jax.nn.silu(widen(gate_logits)).astype(o.dtype)
-        y = self.output("bthv,hvd->btd", gated, ("batch", None, None))
+        read = gated(self.output_norm(o), gate_logits, self.config.activation_on)
+        y = self.output("bthv,hvd->btd", read, ("batch", None, None))
         zero = jnp.zeros((), jnp.float32)
         new_cache = None
         if cache is not None:
@@ -157,20 +191,26 @@ class GatedDeltaNet(nn.Module):
     def _recurrence(
         self, q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, segment_ids: Tokens
     ) -> tuple[Array, Array]:
-        """The gated delta rule on each device's own rows and heads."""
+        """The gated delta rule, with `skip` the direct read added, on each device's own rows and heads."""
         config = self.config
+        strength = (self.skip,) if config.skip else ()
 
-        def local(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, segments: Array):
-            return gated_delta_rule(
-                q, k, v, g, beta, initial_state=state, segment_ids=segments, chunk_size=config.chunk_size,
-                return_state=True, implementation=config.implementation,
+        def local(
+            q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, segments: Array, *strength: Array
+        ) -> tuple[Array, Array]:
+            o, new_state = gated_delta_rule(
+                q, k, v, g, beta, initial_state=state, segment_ids=segments, scale=config.read_scale,
+                chunk_size=config.chunk_size, return_state=True, implementation=config.implementation,
             )  # fmt: skip
+            if strength:
+                o = widen(o) + skip_read(q, k, v, *strength)
+            return o.astype(q.dtype), new_state
 
         tokens, gates = self.rules.spec("batch", None, "heads", None), self.rules.spec("batch", None, "heads")
         states = self.rules.spec("batch", "heads", None, None)
-        in_specs = (tokens, tokens, tokens, gates, gates, states, self.rules.spec("batch", None))
-        o, new_state = per_device(local, in_specs, (tokens, states))(q, k, v, g, beta, state, segment_ids)
-        return o.astype(q.dtype), new_state
+        rows, per_head = self.rules.spec("batch", None), [self.rules.spec("heads")] * len(strength)
+        in_specs = (tokens, tokens, tokens, gates, gates, states, rows, *per_head)
+        return per_device(local, in_specs, (tokens, states))(q, k, v, g, beta, state, segment_ids, *strength)
 
     def _advance(self, start: Tree, q_in: Array, k_in: Array, v_in: Array, segment_ids: Tokens, state: Array) -> Tree:
         """The cache after these tokens: the last inputs of the convolutions, their segments, the state."""

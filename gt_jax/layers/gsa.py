@@ -4,6 +4,8 @@
 - The budget of keys follows the variance of the scores against a running mean, `variance_ema`, a statistic that
   training updates and checkpoints keep. (The paper's repository lowers the budget with variance, the system
   re-implemented here raises it; so do we.)
+- With `variance` "row" the budget of a token depends on how many tokens its row has so far: a prefix, or a document
+  alone, no longer gives the same answer. What later tokens contain still makes no difference.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from gt_jax.config import GSAConfig
-from gt_jax.layers.mixer import MixerOutput, gate_statistics, masked_mean, real_tokens
+from gt_jax.layers.mixer import MixerOutput, Place, gate_statistics, masked_mean, real_tokens
 from gt_jax.layers.primitives import Einsum, WeightSpec, rope, widen
 from gt_jax.sharding import Rules, has_mesh, on_mesh, per_device, reshard
-from gt_jax.typing import Activations, Tokens, Tree
+from gt_jax.typing import Activations, Tree
 from pallas_kernels.sparse_attention.api import Indexer, Positions, Statistics, sparse_attention
 
 
@@ -58,18 +60,13 @@ class GatedSparseAttention(nn.Module):
         self.variance_ema = self.variable("statistics", "variance_ema", lambda: jnp.zeros((), jnp.float32))
         self.output = Einsum((c.heads, c.head_width, d), ("heads", None, "embed"), rules, weights)
 
-    def __call__(
-        self, x: Activations, segment_ids: Tokens, cache: Tree | None = None, position: Array | None = None
-    ) -> MixerOutput:
-        """Attend within each segment; with a cache, write the new keys at `position` [b] on and attend to all of it."""
+    def __call__(self, x: Activations, place: Place, cache: Tree | None = None) -> MixerOutput:
+        """Attend within each segment; with a cache, write the new keys at their positions and attend to all of it."""
         heads = ("batch", None, "heads", None)
-        rows = self.rules.spec("batch", None)
-        offset = jnp.zeros_like(segment_ids[:, 0]) if position is None else position
-        offset = reshard(offset, self.rules.spec("batch"))
-        positions = reshard(offset[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None], rows)
+        segment_ids, positions = place.segment_ids, place.positions
         query = self.query("btd,dhk->bthk", x, heads)
-        q = rope(query, positions, self.config.rope_base)
-        k = rope(self.key("btd,dhk->bthk", x, heads), positions, self.config.rope_base)
+        turn = (positions, self.config.rope_base, self.config.rope)
+        q, k = rope(query, *turn), rope(self.key("btd,dhk->bthk", x, heads), *turn)
         value_gate = jax.nn.sigmoid(widen(self.value_gate("btd,dhk->bthk", x, heads)))
         v = self.value("btd,dhk->bthk", x, heads) * value_gate.astype(q.dtype)
         frozen = jax.lax.stop_gradient(x)
@@ -79,13 +76,13 @@ class GatedSparseAttention(nn.Module):
         weight = jax.nn.sigmoid(logits)
         new_cache, key_positions, key_segments = None, positions, segment_ids
         if cache is not None:
-            new_cache = self._write(cache, offset, k, v, index_k, segment_ids)
+            new_cache = self._write(cache, place, k, v, index_k)
             k, v, index_k = new_cache["key"], new_cache["value"], new_cache["indexer_key"]
             key_segments = new_cache["segments"]
             every = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-            key_positions = reshard(jnp.broadcast_to(every, k.shape[:2]), rows)
-        place = Positions(positions, segment_ids, key_positions, key_segments)
-        o, statistics = self._attend(q, k, v, index_q, index_k, weight, place)
+            key_positions = reshard(jnp.broadcast_to(every, k.shape[:2]), self.rules.spec("batch", None))
+        where = Positions(positions, segment_ids, key_positions, key_segments)
+        o, statistics = self._attend(q, k, v, index_q, index_k, weight, where)
         real = real_tokens(segment_ids)
         gate_logits = self.output_gate("btd,dhk->bthk", x, heads)
         gated = o * jax.nn.sigmoid(widen(gate_logits)).astype(o.dtype)
@@ -111,8 +108,10 @@ class GatedSparseAttention(nn.Module):
 
         def local(q, k, v, index_q, index_k, weight, bias, importance, ema, *place):
             indexer = Indexer(index_q, index_k, weight, bias, importance, ema)
-            budget: dict[str, Any] = {"k_base": c.k_base, "k_min": c.k_min, "k_max": c.k_max, "sinks": c.sinks}
-            return sparse_attention(q, k, v, indexer, Positions(*place), **budget, head_axes=head_axes)
+            return sparse_attention(
+                q, k, v, indexer, Positions(*place), k_base=c.k_base, k_min=c.k_min, k_max=c.k_max, sinks=c.sinks,
+                score_scale=c.score_scale, variance=c.variance, head_axes=head_axes,
+            )  # fmt: skip
 
         run = per_device(
             local,
@@ -122,17 +121,19 @@ class GatedSparseAttention(nn.Module):
         bias, importance, ema = self.indexer_bias, self.head_importance, self.variance_ema.value
         return run(q, k, v, index_q, index_k, weight, bias, importance, ema, *positions)
 
-    def _write(self, cache: Tree, offset: Array, k: Array, v: Array, index_k: Array, segment_ids: Tokens) -> Tree:
-        """The cache with the new rows written at `offset` on, each batch row at its own position."""
+    def _write(self, cache: Tree, place: Place, k: Array, v: Array, index_k: Array) -> Tree:
+        """The cache with each new token at its own position; padding, and what lies past the room, is not written."""
         window, rows = self.rules.spec("batch", None, "heads", None), self.rules.spec("batch", None)
         specs = {"key": window, "value": window, "indexer_key": window, "segments": rows}
-        new = {"key": k, "value": v, "indexer_key": index_k, "segments": segment_ids}
+        new = {"key": k, "value": v, "indexer_key": index_k, "segments": place.segment_ids}
+        room = cache["segments"].shape[1]
+        index = jnp.where(place.segment_ids > 0, place.positions, room)
 
-        def local(old: Tree, new: Tree, offset: Array) -> Tree:
-            def row(old: Array, new: Array, start: Array) -> Array:
-                return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=0)
+        def local(old: Tree, new: Tree, index: Array) -> Tree:
+            def row(old: Array, new: Array, index: Array) -> Array:
+                return old.at[index].set(new.astype(old.dtype), mode="drop")
 
-            return jax.tree.map(lambda a, b: jax.vmap(row)(a, b, offset), old, new)
+            return jax.tree.map(lambda a, b: jax.vmap(row)(a, b, index), old, new)
 
         placed = {name: reshard(array, specs[name]) for name, array in cache.items()}
-        return per_device(local, (specs, specs, self.rules.spec("batch")), specs)(placed, new, offset)
+        return per_device(local, (specs, specs, rows), specs)(placed, new, index)

@@ -1,4 +1,8 @@
-"""What a mixer returns, whichever it is: the value, the statistics adaptive depth reads, losses, the new cache."""
+"""What a mixer is given and what it returns, whichever it is.
+
+`mixer(x, place, cache)`: `Place` says where the tokens stand; `MixerOutput` is the value, the statistics that adaptive
+depth reads, the losses and the new cache.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,31 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gt_jax.layers.primitives import widen
+from gt_jax.sharding import Rules, reshard
 from gt_jax.typing import Activations, PerToken, Scalar, Tokens, Tree
 
 
+class Place(NamedTuple):
+    """Where the tokens stand: segment ids (0 is padding) and the index of each token in its row, both [b, t].
+
+    With a cache `start` [b] is the index of the first of these tokens, None without one. Positions grow along a row but
+    may have gaps (a token that left the stack). `key` is what random numbers are drawn from, None for none.
+    """
+
+    segment_ids: Tokens
+    positions: Tokens
+    start: Int[Array, "b"] | None = None
+    key: Array | None = None
+
+
 class MixerOutput(NamedTuple):
-    """`write_gate`, `output_gate`, `head_spread` carry no gradient; the scalars are means over tokens, float32."""
+    """`write_gate`, `output_gate`, `head_spread` carry no gradient; the scalars are means over tokens, float32.
+
+    `link` is what a D layer hands to the S layers after it in its pattern, None where it hands nothing.
+    """
 
     y: Activations
     write_gate: PerToken
@@ -23,6 +44,20 @@ class MixerOutput(NamedTuple):
     entropy: Scalar
     score_variance: Scalar
     cache: Tree
+    link: Tree = None
+
+
+def place_rows(
+    segment_ids: Tokens, start: Int[Array, "b"] | None = None, key: Array | None = None, rules: Rules | None = None
+) -> Place:
+    """The place of whole rows, or with a cache of the tokens from index `start` on: positions = start + 0, 1, 2 …"""
+    rules = Rules() if rules is None else rules
+    segment_ids = reshard(segment_ids, rules.spec("batch", None))
+    offset = jnp.zeros_like(segment_ids[:, 0]) if start is None else start
+    offset = reshard(offset, rules.spec("batch"))  # said outright: jax 0.12 loses it on the way through zeros_like
+    positions = offset[:, None] + jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    positions = reshard(positions, rules.spec("batch", None))
+    return Place(segment_ids, positions, None if start is None else offset, key)
 
 
 def real_tokens(segment_ids: Tokens) -> PerToken:

@@ -1,10 +1,12 @@
-"""One layer of the residual stack: X <- X + gain * Delta(X), Delta(X) = MLP(Mixer(X)) - X, run once or adaptively.
+"""One layer: mixer and MLP sublayers around the stream, their update Delta, the gain, and adaptive depth around it.
 
-`gain` is one float32 parameter a layer, 1 at init: the exact carrier of an adaptive-depth coefficient (growth).
+Delta(X) = MLPblock(MixerBlock(X)) - X;  X <- X + gain Delta(X), or with adaptive depth gain times each pass's strength.
+A block is x + F(norm(x)), under hyper-connections H_res X + H_post (outer) F(norm(sum_n H_pre X)).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,20 +15,50 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gt_jax.config import ModelConfig
-from gt_jax.layers.adaptive_depth import HaltingHead, PassControl, PassStatistics, delta_ratio, run_passes
+from gt_jax.layers.adaptive_depth import (
+    FEATURES,
+    HaltingHead,
+    LayerOutput,
+    PassControl,
+    PassStatistics,
+    delta_ratio,
+    run_passes,
+    stream_mean,
+)
 from gt_jax.layers.deltanet import GatedDeltaNet
+from gt_jax.layers.groundthink import GroundThinkDeltaNet
 from gt_jax.layers.gsa import GatedSparseAttention
-from gt_jax.layers.mixer import MixerOutput, masked_mean, real_tokens
+from gt_jax.layers.hyper_connections import HyperConnection, read, write
+from gt_jax.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
+from gt_jax.layers.moe import MixtureOfExperts, MLPOutput
 from gt_jax.layers.primitives import RMSNorm, SwiGLU, WeightSpec
+from gt_jax.layers.sliding import SlidingAttention
+from gt_jax.layers.stack import mix
 from gt_jax.sharding import Rules, on_mesh
-from gt_jax.typing import Activations, Tokens, Tree
+from gt_jax.typing import Activations, State, Tree
 
 
-class Place(NamedTuple):
-    """Where the tokens stand: segment ids [b, t] (0 is padding); in decoding the index [b] of the row's first token."""
+class Update(NamedTuple):
+    """gain * Delta(X) of one pass, its statistics with a pass axis of one, cache and link of the mixer."""
 
-    segment_ids: Tokens
-    position: Array | None
+    value: State
+    statistics: PassStatistics
+    cache: Tree
+    link: Tree
+
+
+def make_mixer(kind: str, config: ModelConfig, rules: Rules, weights: WeightSpec) -> Any:
+    """The mixer module of a layer type."""
+    c = config
+    if kind == "D":
+        assert c.deltanet is not None
+        mixer = GroundThinkDeltaNet if c.deltanet.variant == "groundthink" else GatedDeltaNet
+        return mixer(c.deltanet, c.width, rules, weights, c.norm_epsilon)
+    if kind == "G":
+        assert c.gsa is not None
+        return GatedSparseAttention(c.gsa, c.width, rules, weights)
+    assert c.sliding is not None
+    return SlidingAttention(c.sliding, c.width, rules, weights)
 
 
 class Layer(nn.Module):
@@ -35,63 +67,123 @@ class Layer(nn.Module):
     kind: str
     config: ModelConfig
     rules: Rules
+    with_gain: bool = True
 
     def setup(self) -> None:
         c, rules = self.config, self.rules
         weights = WeightSpec(c.param_dtype, c.compute_dtype, c.init_std)
         self.mixer_norm = RMSNorm(c.width, rules, c.norm_epsilon)
-        self.mixer: Any
-        if self.kind == "D":
-            self.mixer = GatedDeltaNet(c.deltanet, c.width, rules, weights, c.norm_epsilon)
-        else:
-            self.mixer = GatedSparseAttention(c.gsa, c.width, rules, weights)
+        self.mixer = make_mixer(self.kind, c, rules, weights)
         self.mlp_norm = RMSNorm(c.width, rules, c.norm_epsilon)
-        self.mlp = SwiGLU(c.width, c.mlp_width, rules, weights)
-        self.gain = self.param("gain", nn.initializers.ones, (), jnp.float32, on_mesh(rules.spec()))
+        self.mlp: Any
+        if c.moe is None:
+            self.mlp = SwiGLU(c.width, c.mlp_width, rules, weights)
+        else:
+            self.mlp = MixtureOfExperts(c.moe, c.width, c.mlp_width, rules, weights)
+        if c.hyper is not None:
+            self.mixer_hyper = HyperConnection(c.hyper, c.width, rules, weights, c.norm_epsilon)
+            self.mlp_hyper = HyperConnection(c.hyper, c.width, rules, weights, c.norm_epsilon)
+        ones = nn.initializers.ones
+        if self.with_gain:
+            self.gain = self.param("gain", ones, (), jnp.float32, on_mesh(rules.spec()))
+        if c.stack.kind == "lambda":
+            start = nn.initializers.constant(c.stack.initial_residual)
+            self.residual_scale = self.param("residual_scale", start, (), jnp.float32, on_mesh(rules.spec()))
+            self.x0_scale = self.param("x0_scale", nn.initializers.zeros, (), jnp.float32, on_mesh(rules.spec()))
         if c.adaptive is not None:
             self.halting = HaltingHead(c.adaptive, rules)
 
-    def delta(self, x: Activations, place: Place, cache: Tree = None) -> tuple[Activations, MixerOutput]:
-        """Delta(X) = MLP(X + Mixer(X)) + Mixer(X), the update before gain and strength."""
-        normed = self.mixer_norm(x)
-        if self.kind == "D":
-            mixed = self.mixer(normed, place.segment_ids, cache)
-        else:
-            mixed = self.mixer(normed, place.segment_ids, cache, place.position)
-        inner = mixed.y.astype(x.dtype)
-        return inner + self.mlp(self.mlp_norm(x + inner)).astype(x.dtype), mixed
+    def delta(self, x: State, place: Place, cache: Tree = None, link: Tree = None) -> tuple[State, LayerOutput]:
+        """Delta(X) = MLPblock(MixerBlock(X)) - X, the update before gain and strength."""
+
+        def attend(u: Activations) -> tuple[Activations, MixerOutput]:
+            arguments = (link,) if self.kind == "S" else ()
+            mixed = self.mixer(self.mixer_norm(u), place, cache, *arguments)
+            return mixed.y.astype(u.dtype), mixed
+
+        def think(u: Activations) -> tuple[Activations, MLPOutput]:
+            normed = self.mlp_norm(u)
+            if self.config.moe is None:
+                return self.mlp(normed).astype(u.dtype), _dense(normed)
+            routed = self.mlp(normed, real_tokens(place.segment_ids))
+            return routed.y.astype(u.dtype), routed
+
+        if self.config.hyper is None:  # summing the two keeps the update exact where X is large
+            inner, mixed = attend(x)
+            outer, thought = think(x + inner)
+            return inner + outer, LayerOutput(mixed, thought)
+        middle, mixed = _connected(self.mixer_hyper, x, attend)
+        last, thought = _connected(self.mlp_hyper, middle, think)
+        return last - x, LayerOutput(mixed, thought)
+
+    def update(self, x: State, place: Place, cache: Tree = None, link: Tree = None) -> Update:
+        """One plain pass: gain * Delta(X)."""
+        step, seen = self.delta(x, place, cache, link)
+        self._observe(seen.mixer.score_variance)
+        value = self.gain.astype(x.dtype) * step if self.with_gain else step
+        ratio = masked_mean(delta_ratio(stream_mean(step), stream_mean(x)), real_tokens(place.segment_ids))
+        return Update(value, _single(ratio, seen), seen.mixer.cache, seen.mixer.link)
 
     def __call__(
-        self, x: Activations, place: Place, control: PassControl, cache: Tree = None
-    ) -> tuple[Activations, Activations, PassStatistics, Tree]:
-        """(X, X after the first pass, statistics with a leading pass axis, cache)."""
-        adaptive, real = self.config.adaptive, real_tokens(place.segment_ids)
+        self, x: State, place: Place, control: PassControl, cache: Tree = None, link: Tree = None
+    ) -> tuple[State, Activations, PassStatistics, Tree, Tree]:
+        """(X, mean stream after the first pass, statistics with a leading pass axis, cache, link)."""
+        adaptive = self.config.adaptive
         if adaptive is None:
-            step, mixed = self.delta(x, place, cache)
-            moved = x + self.gain.astype(x.dtype) * step
-            self._observe(mixed.score_variance)
-            return moved, moved, _single(masked_mean(delta_ratio(step, x), real), mixed), mixed.cache
+            one = self.update(x, place, cache, link)
+            moved = x + one.value
+            return moved, stream_mean(moved), one.statistics, one.cache, one.link
         if self.is_initializing():  # the lifted scan and cond need the parameters to exist
-            _, mixed = self.delta(x, place, None if cache is None else jax.tree.map(lambda a: a[0], cache))
-            self.halting(jnp.zeros((*x.shape[:2], 5), jnp.float32))
+            self.delta(x, place, None if cache is None else jax.tree.map(lambda a: a[0], cache))
+            self.halting(jnp.zeros((*x.shape[:2], FEATURES), jnp.float32))
         moved, first, statistics, caches = run_passes(
             self, x, adaptive, control, cache,
-            real=real, delta=lambda layer, x, cache: layer.delta(x, place, cache),
+            real=real_tokens(place.segment_ids), delta=lambda layer, x, cache: layer.delta(x, place, cache),
             gain=self.gain, remat=self.config.remat == "pass",
+            experts=0 if self.config.moe is None else self.config.moe.experts,
         )  # fmt: skip
         self._observe(statistics.score_variance[0])
-        return moved, first, statistics, caches
+        return moved, first, statistics, caches, None
+
+    def mixed(self, x: State, x0: State) -> State:
+        """a X + b X0, what the lambda stack does before the layer."""
+        return mix(x, x0, self.residual_scale, self.x0_scale)
 
     def _observe(self, score_variance: Array) -> None:
         """In training (collection `statistics` mutable): move the running variance of a G layer by one step."""
         if self.kind == "G" and self.is_mutable_collection("statistics") and not self.is_initializing():
-            old, keep = self.mixer.variance_ema.value, self.config.gsa.ema_decay
-            moved = jnp.where(old > 0, keep * old + (1 - keep) * score_variance, score_variance)
-            self.mixer.variance_ema.value = jax.lax.stop_gradient(moved)
+            assert self.config.gsa is not None
+            ema = self.mixer.variance_ema
+            ema.value = moved_variance(ema.value, score_variance, self.config.gsa.ema_decay)
 
 
-def _single(ratio: Array, mixed: MixerOutput) -> PassStatistics:
+def moved_variance(old: Array, score_variance: Array, keep: float) -> Array:
+    """The running variance one step on: keep * old + (1 - keep) * new; the first sets it, 0 says nothing was seen."""
+    moved = jnp.where(old > 0, keep * old + (1 - keep) * score_variance, score_variance)
+    return jax.lax.stop_gradient(jnp.where(score_variance > 0, moved, old))
+
+
+def _connected(
+    hyper: HyperConnection, x: State, branch: Callable[[Activations], tuple[Activations, Any]]
+) -> tuple[State, Any]:
+    """H_res X + H_post (outer) F(sum_n H_pre X), and what F says beside its value."""
+    coefficients = hyper(x)
+    with jax.named_scope("hyper_read"):
+        u = read(x, coefficients.pre)
+    y, seen = branch(u)
+    with jax.named_scope("hyper_write"):
+        return write(x, coefficients, y), seen
+
+
+def _dense(x: Activations) -> MLPOutput:
+    """A dense MLP routes nothing."""
+    zero = jnp.zeros((), jnp.float32)
+    none = jnp.zeros((0,), jnp.float32)
+    return MLPOutput(y=x, auxiliary_loss=zero, experts=none, null_rate=zero, router_entropy=zero)
+
+
+def _single(ratio: Array, seen: LayerOutput) -> PassStatistics:
     """The statistics of a layer that runs once: one pass, everyone alive."""
     one, zero = jnp.ones((1,), jnp.float32), jnp.zeros((1,), jnp.float32)
-    mixer = (mixed.auxiliary_loss[None], mixed.entropy[None], mixed.score_variance[None])
-    return PassStatistics(one, one, zero, zero, zero, zero, jax.lax.stop_gradient(ratio)[None], *mixer)
+    rest = [value[None] for value in seen.statistics]
+    return PassStatistics(one, one, zero, zero, zero, zero, jax.lax.stop_gradient(ratio)[None], *rest)

@@ -46,7 +46,7 @@ def make_trainer(model: ModelConfig, train: TrainConfig, rules: Rules | None = N
     rules = rules or Rules()
     optimizer = make_optimizer(train.optimizer, train.steps)
     return Trainer(
-        make_step(model, train.price, optimizer, train.steps, rules),
+        make_step(model, train.price, optimizer, train.steps, rules, train.seed),
         make_evaluation(model, rules),
         lambda variables: new_state(variables, optimizer, train.price),
     )

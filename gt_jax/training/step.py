@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from gt_jax.chunks import over_chunks
 from gt_jax.config import ModelConfig
-from gt_jax.layers.adaptive_depth import PassControl
+from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.layers.memory_stream import Memory
 from gt_jax.model import LanguageModel, ModelOutput, forward, free_passes
 from gt_jax.sharding import Rules, reshard
 from gt_jax.training.price import Phase, PriceConfig, move_price, phase, price_loss
@@ -35,12 +37,6 @@ def cross_entropy(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> 
     return jnp.sum(loss), jnp.sum(counted, dtype=jnp.float32)
 
 
-def mean_cross_entropy(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> Scalar:
-    """`cross_entropy` a target, 0 when there is none."""
-    total, count = cross_entropy(logits, targets)
-    return total / jnp.maximum(count, 1.0)
-
-
 def place(batch: Batch, rules: Rules) -> dict[str, Array]:
     """The batch on the mesh, rows with the batch axes; raises AssertionError for arrays that are not alike [b, t]."""
     chex.assert_rank(list(batch.values()), 2)
@@ -48,43 +44,99 @@ def place(batch: Batch, rules: Rules) -> dict[str, Array]:
     return {name: reshard(jnp.asarray(array), rules.spec("batch", None)) for name, array in batch.items()}
 
 
-def make_loss(model: ModelConfig, price: PriceConfig, rules: Rules) -> Callable[..., tuple[Scalar, dict[str, Any]]]:
-    """loss(params, statistics, batch, lambda, phase) -> (loss, everything worth reporting)."""
-    network = LanguageModel(model, rules)
+class Sums(NamedTuple):
+    """What one chunk of a batch contributes: totals and counts of the losses, and means over its tokens."""
 
-    def loss(params: Tree, statistics: Tree, batch: Batch, value: Scalar, now: Phase) -> tuple[Scalar, dict[str, Any]]:
-        variables = {"params": params, "statistics": statistics}
-        output: ModelOutput
-        output, moved = network.apply(
-            variables, batch["tokens"], batch["segment_ids"], control=now.control, mutable=["statistics"]
-        )
-        ce = mean_cross_entropy(output.logits, batch["targets"])
-        total = ce + jnp.sum(output.statistics.auxiliary_loss)
+    next_token: tuple[Scalar, Scalar]
+    first_pass: tuple[Scalar, Scalar]
+    after_next: tuple[Scalar, Scalar]
+    auxiliary: Scalar
+    passes: PassStatistics
+
+
+def after_next_targets(targets: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """The token after the next, where both are of the same document; else -1."""
+    ahead = jnp.concatenate([targets[:, 1:], jnp.full_like(targets[:, :1], -1)], axis=1)
+    return jnp.where(targets >= 0, ahead, -1)
+
+
+def chunk_sums(
+    network: LanguageModel, variables: Tree, memory: Memory | None, batch: Batch, control: PassControl,
+    key: Array | None,
+) -> tuple[tuple[Tree, Memory | None], Sums]:
+    """Run one chunk in training: ((moved statistics, memory for the next chunk), its sums)."""
+    model, targets = network.config, batch["targets"]
+    output: ModelOutput
+    output, moved = network.apply(
+        variables, batch["tokens"], batch["segment_ids"], control=control, memory=memory, mtp=model.mtp is not None,
+        key=key, mutable=["statistics"],
+    )  # fmt: skip
+    nothing = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+    first, ahead = nothing, nothing
+    auxiliary = jnp.sum(output.statistics.auxiliary_loss) + jnp.sum(output.statistics.router_loss)
+    if model.adaptive is not None:
+        hidden = jax.lax.stop_gradient(output.first_pass_hidden)
+        logits: Any = network.apply(jax.lax.stop_gradient(variables), hidden, method=LanguageModel.unembed)
+        first = cross_entropy(logits, targets)
+    if output.mtp_logits is not None and output.mtp_loss is not None:
+        ahead = cross_entropy(output.mtp_logits, after_next_targets(targets))
+        auxiliary += output.mtp_loss
+    if output.ponder is not None and model.exit is not None:
+        auxiliary += model.exit.ponder * output.ponder
+    sums = Sums(cross_entropy(output.logits, targets), first, ahead, auxiliary, output.statistics)
+    return (moved.get("statistics", variables["statistics"]), output.memory), sums
+
+
+def make_loss(
+    model: ModelConfig, price: PriceConfig, rules: Rules, seed: int = 0
+) -> Callable[..., tuple[Scalar, dict[str, Any]]]:
+    """loss(params, statistics, batch, lambda, phase, step) -> (loss, everything worth reporting)."""
+    network = LanguageModel(model, rules)
+    draws = model.sliding is not None
+
+    def loss(
+        params: Tree, statistics: Tree, batch: Batch, value: Scalar, now: Phase, step: Array
+    ) -> tuple[Scalar, dict[str, Any]]:
+        key = jax.random.fold_in(jax.random.key(seed), step) if draws else None
+
+        def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Sums]:
+            statistics, memory = carry
+            one = None if key is None else jax.random.fold_in(key, piece[1])
+            return chunk_sums(network, {"params": params, "statistics": statistics}, memory, piece[0], now.control, one)
+
+        (moved, _), sums = over_chunks(chunk, model, rules, statistics, batch)
+        ce, first, ahead = (_mean(pair) for pair in sums[:3])
+        passes = jax.tree.map(lambda a: jnp.mean(a, axis=0), sums.passes)
         charge = jnp.zeros((), jnp.float32)
         if model.adaptive is not None:
-            hidden = jax.lax.stop_gradient(output.first_pass_hidden)
-            logits: Any = network.apply(jax.lax.stop_gradient(variables), hidden, method=LanguageModel.unembed)
-            first = mean_cross_entropy(logits, batch["targets"])
-            charge = jnp.where(now.charged, price_loss(price, value, output.statistics, ce, first), 0.0)
-        report = {"cross_entropy": ce, "price_loss": charge, "passes": output.statistics}
-        return total + charge, {"report": report, "statistics": moved.get("statistics", statistics)}
+            charge = jnp.where(now.charged, price_loss(price, value, passes, ce, first), 0.0)
+        report = {"cross_entropy": ce, "price_loss": charge, "mtp_loss": ahead, "passes": passes}
+        total = ce + jnp.mean(sums.auxiliary) + (0.0 if model.mtp is None else model.mtp.weight) * ahead
+        return total + charge, {"report": report, "statistics": moved}
 
     return loss
 
 
+def _mean(pair: tuple[Array, Array]) -> Scalar:
+    """Total over count, both with a leading chunk axis; 0 where nothing was counted."""
+    return jnp.sum(pair[0]) / jnp.maximum(jnp.sum(pair[1]), 1.0)
+
+
 def make_step(
-    model: ModelConfig, price: PriceConfig, optimizer: optax.GradientTransformation, steps: int, rules: Rules
+    model: ModelConfig, price: PriceConfig, optimizer: optax.GradientTransformation, steps: int, rules: Rules,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The jitted step(state, batch) -> (state, metrics); the state is donated."""
-    loss = make_loss(model, price, rules)
+    loss = make_loss(model, price, rules, seed)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         now = phase(price, state.step, steps)
         gradient = jax.value_and_grad(loss, has_aux=True)
         placed = place(batch, rules)
-        (total, extra), grads = gradient(state.params, state.statistics, placed, state.price.value, now)
-        updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        (total, extra), grads = gradient(state.params, state.statistics, placed, state.price.value, now, state.step)
+        with jax.named_scope("optimizer"):
+            updates, moments = optimizer.update(grads, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
         report = extra["report"]
         expected = jnp.sum(report["passes"].survival, axis=-1)
         moved = move_price(price, state.price, jnp.mean(expected), now.moves, steps)
@@ -93,6 +145,7 @@ def make_step(
             "total_loss": total,
             "price_loss": report["price_loss"],
             "indexer_loss": jnp.sum(report["passes"].auxiliary_loss),
+            **_component_metrics(model, report),
             "gradient_norm": optax.tree.norm(grads),
             "price": state.price.value,
             "expected_k": expected,
@@ -104,6 +157,20 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
+def _component_metrics(model: ModelConfig, report: Mapping[str, Any]) -> dict[str, Array]:
+    """What the components that are on have to say: of pass 1 of each layer where a layer has several."""
+    passes, metrics = report["passes"], {}
+    if model.moe is not None:
+        metrics["router_loss"] = jnp.sum(passes.router_loss)
+        for name in ("router_entropy", "null_rate", "experts"):
+            metrics[name] = getattr(passes, name)[:, 0]
+    if model.exit is not None:
+        metrics["layers_used"] = jnp.sum(passes.alive)
+    if model.mtp is not None:
+        metrics["mtp_loss"] = report["mtp_loss"]
+    return metrics
+
+
 def make_evaluation(
     model: ModelConfig, rules: Rules
 ) -> Callable[[Tree, Batch, PassControl | None], tuple[Scalar, Scalar, Any]]:
@@ -112,9 +179,15 @@ def make_evaluation(
 
     def evaluation(variables: Tree, batch: Batch, control: PassControl | None = None) -> tuple[Scalar, Scalar, Any]:
         placed = place(batch, rules)
-        output = forward(network, variables, placed["tokens"], placed["segment_ids"], control=control or free_passes())
-        total, count = cross_entropy(output.logits, placed["targets"])
-        return total, count, output.statistics
+        passes = control or free_passes()
+
+        def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Any]:
+            one = piece[0]
+            output = forward(network, variables, one["tokens"], one["segment_ids"], control=passes, memory=carry[1])
+            return (carry[0], output.memory), (cross_entropy(output.logits, one["targets"]), output.statistics)
+
+        _, (sums, statistics) = over_chunks(chunk, model, rules, (), placed)
+        return jnp.sum(sums[0]), jnp.sum(sums[1]), jax.tree.map(lambda a: jnp.mean(a, axis=0), statistics)
 
     return jax.jit(evaluation)
 

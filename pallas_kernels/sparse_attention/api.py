@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Array, Float
 
 from pallas_kernels.sparse_attention import reference
 from pallas_kernels.sparse_attention.reference import Indexer, Positions, Statistics
+from pallas_kernels.sparse_attention.selection import Variance
 
 IMPLEMENTATIONS = {"reference": reference.sparse_attention}
 
-__all__ = ["IMPLEMENTATIONS", "Indexer", "Positions", "Statistics", "sparse_attention"]
+__all__ = ["IMPLEMENTATIONS", "Indexer", "Positions", "Statistics", "Variance", "sparse_attention"]
 
 
 def sparse_attention(
@@ -26,6 +29,8 @@ def sparse_attention(
     k_min: int,
     k_max: int,
     sinks: int = 4,
+    score_scale: float | None = None,
+    variance: Variance = "visible",
     head_axes: tuple[str, ...] = (),
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Statistics]:
@@ -39,5 +44,8 @@ def sparse_attention(
     heads, indexer_heads = q.shape[2], indexer.query.shape[2]
     if heads % indexer_heads:
         raise ValueError(f"sparse_attention: {heads} heads are no multiple of {indexer_heads} indexer heads")
-    budget = {"k_base": k_base, "k_min": k_min, "k_max": k_max, "sinks": sinks}
-    return IMPLEMENTATIONS[name](q, k, v, indexer, positions, **budget, head_axes=head_axes)
+    options: dict[str, Any] = {
+        "k_base": k_base, "k_min": k_min, "k_max": k_max, "sinks": sinks, "score_scale": score_scale,
+        "variance": variance, "head_axes": head_axes,
+    }  # fmt: skip
+    return IMPLEMENTATIONS[name](q, k, v, indexer, positions, **options)

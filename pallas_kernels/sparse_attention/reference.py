@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.sparse_attention.selection import accumulator, budget, indexer_scores, select, visible_variance
+from pallas_kernels.sparse_attention.selection import (
+    Variance,
+    accumulator,
+    budget,
+    indexer_scores,
+    row_variance,
+    select,
+    visible_variance,
+)
 
 
 class Indexer(NamedTuple):
@@ -57,10 +65,14 @@ def sparse_attention(
     k_min: int,
     k_max: int,
     sinks: int,
+    score_scale: float | None = None,
+    variance: Variance = "visible",
     head_axes: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "b t h v"], Statistics]:
     """o = softmax(q.k / sqrt(k) over the selected keys) v, selection per head by the indexer's scores.
 
+    `score_scale` is that of the indexer's logits (None: i^-0.5). The variance that sets the budget is over the visible
+    keys, or with `variance` "row" over the row up to the last query, other entries counted as 0.
     Inside a `shard_map` that splits the heads, `head_axes` names its axes, so that sums over heads are whole.
     """
     heads = q.shape[2]
@@ -69,11 +81,15 @@ def sparse_attention(
     )
     rank = jnp.cumsum(visible, axis=-1, dtype=jnp.int32)  # 1 for the first visible key of the query's document
     visible_count = rank[..., -1]
-    scores = indexer_scores(indexer.query, indexer.key, indexer.weight, indexer.bias)
+    scores = indexer_scores(indexer.query, indexer.key, indexer.weight, indexer.bias, score_scale)
     group = heads // scores.shape[1]
     importance = jax.nn.sigmoid(indexer.importance.astype(accumulator(q)))
-    variance = jax.lax.stop_gradient(visible_variance(scores, visible))
-    head_variance = jnp.repeat(variance, group, axis=1) * jax.lax.stop_gradient(importance**2)[None, :, None]
+    frozen_scores = jax.lax.stop_gradient(scores)
+    if variance == "row":
+        spread = row_variance(frozen_scores, visible, jnp.max(positions.query, axis=-1) + 1)
+    else:
+        spread = visible_variance(frozen_scores, visible)
+    head_variance = jnp.repeat(spread, group, axis=1) * jax.lax.stop_gradient(importance**2)[None, :, None]
     count = budget(head_variance, indexer.variance_ema, visible_count, k_base=k_base, k_min=k_min, k_max=k_max)
     chosen = select(scores, visible, visible & (rank <= sinks), count)
     logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=accumulator(q)) * q.shape[-1] ** -0.5

@@ -7,11 +7,13 @@ because these are positive floats: thirty counting passes, no sort, no index lis
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+Variance = Literal["visible", "row"]
 KEY_BITS = 30  # scores lie in [0, 1], so their float32 bits are at most 0x3F800000 < 2^30
 _SINK_KEY = (1 << KEY_BITS) - 1
 
@@ -26,10 +28,15 @@ def indexer_scores(
     key: Float[Array, "b s n i"],
     weight: Float[Array, "b t n"],
     bias: Float[Array, "n"],
+    scale: float | None = None,
 ) -> Float[Array, "b n t s"]:
-    """w_t * sigmoid(qI_t . kI_s * width^-0.5 + bias) per indexer head, float32, in [0, 1] for w in [0, 1]."""
+    """w_t * sigmoid(qI_t . kI_s * scale + bias) per indexer head, float32, in [0, 1] for w in [0, 1].
+
+    `scale` None is width^-0.5.
+    """
     wide = accumulator(query)
-    logits = jnp.einsum("btni,bsni->bnts", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = jnp.einsum("btni,bsni->bnts", query, key, preferred_element_type=wide) * scale
     gate = jnp.moveaxis(weight.astype(wide), 2, 1)[..., None]
     return gate * jax.nn.sigmoid(logits + bias.astype(wide)[None, :, None, None])
 
@@ -40,6 +47,21 @@ def visible_variance(scores: Float[Array, "b n t s"], visible: Bool[Array, "b t 
     count = jnp.maximum(jnp.sum(mask, axis=-1, dtype=jnp.float32), 1.0)
     mean = jnp.sum(jnp.where(mask, scores, 0.0), axis=-1) / count
     return jnp.sum(jnp.where(mask, jnp.square(scores - mean[..., None]), 0.0), axis=-1) / count
+
+
+def row_variance(
+    scores: Float[Array, "b n t s"], visible: Bool[Array, "b t s"], length: Int[Array, "b"]
+) -> Float[Array, "b n t"]:
+    """Population variance over all `length` entries of the row, those that are not visible counted as 0.
+
+    It shrinks as the row grows, so a prefix, or a document apart from its row, does not give the same answer.
+    """
+    mask = visible[:, None]
+    length = length.astype(jnp.float32)[:, None, None]
+    mean = jnp.sum(jnp.where(mask, scores, 0.0), axis=-1) / length
+    seen = jnp.sum(jnp.where(mask, jnp.square(scores - mean[..., None]), 0.0), axis=-1)
+    unseen = length - jnp.sum(mask, axis=-1, dtype=jnp.float32)
+    return (seen + unseen * jnp.square(mean)) / length
 
 
 def budget(

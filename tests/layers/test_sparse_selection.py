@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gt_jax.layers.gsa import GatedSparseAttention
+from gt_jax.layers.mixer import place_rows
 from gt_jax.layers.primitives import WeightSpec
 from gt_jax.sharding import Rules
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
-from pallas_kernels.sparse_attention.selection import budget, select, visible_variance
+from pallas_kernels.sparse_attention.selection import budget, indexer_scores, row_variance, select, visible_variance
 from tests.support import GSA, WIDTH, random_tree, segments
 
 TOKENS = 12
@@ -56,6 +57,25 @@ def test_variance_sees_only_visible_keys():
     np.testing.assert_allclose(visible_variance(scores, visible)[0, 0, 0], np.var(scores[0, 0, 0, :4]), rtol=1e-6)
 
 
+def test_row_variance_counts_every_other_entry_of_the_row_as_zero():
+    scores = jax.random.uniform(jax.random.key(0), (2, 1, 1, 6))
+    visible = jnp.broadcast_to((jnp.arange(6) < 4) & (jnp.arange(6) > 0), (2, 1, 6))
+    seen = np.where(visible[:, None], scores, 0.0)[:, 0, 0]
+    got = row_variance(scores, visible, jnp.asarray([6, 9]))[:, 0, 0]  # the second row is longer than its cache shows
+    np.testing.assert_allclose(got, [np.var(seen[0]), np.var(np.append(seen[1], [0.0] * 3))], rtol=1e-5)
+    everything = jnp.ones((2, 1, 6), bool)
+    np.testing.assert_allclose(
+        row_variance(scores, everything, jnp.asarray([6, 6])), visible_variance(scores, everything), rtol=1e-5
+    )
+
+
+def test_the_scale_of_the_scores():
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 3, 1, 4))
+    of = lambda scale: indexer_scores(query, key, jnp.ones((1, 3, 1)), jnp.zeros(1), scale)  # noqa: E731
+    np.testing.assert_allclose(of(1.0)[0, 0], jax.nn.sigmoid(query[0, :, 0] @ key[0, :, 0].T), rtol=1e-5)
+    np.testing.assert_array_equal(of(None), of(0.5))
+
+
 def test_all_keys_selected_is_full_attention():
     keys = jax.random.split(jax.random.key(1), 6)
     q, k, v = (jax.random.normal(key, (2, TOKENS, 4, 8)) for key in keys[:3])
@@ -85,15 +105,15 @@ def _layer():
     layer = GatedSparseAttention(GSA, WIDTH, Rules(), WeightSpec())
     x = jax.random.normal(jax.random.key(2), (2, 32, WIDTH))
     ids = jnp.concatenate([segments(32), segments(20, 12)])
-    fresh = layer.init(jax.random.key(3), x, ids)
-    return layer, random_tree(fresh["params"], seed=4), fresh["statistics"], x, ids
+    fresh = layer.init(jax.random.key(3), x, place_rows(ids))
+    return layer, random_tree(fresh["params"], seed=4), fresh["statistics"], x, place_rows(ids)
 
 
 def test_the_indexer_learns_from_its_loss_alone():
-    layer, params, statistics, x, ids = _layer()
+    layer, params, statistics, x, place = _layer()
 
     def output(params):
-        return layer.apply({"params": params, "statistics": statistics}, x, ids)
+        return layer.apply({"params": params, "statistics": statistics}, x, place)
 
     indexer = ("indexer_query", "indexer_key", "indexer_weight", "indexer_bias", "head_importance")
     from_value = jax.jit(jax.grad(lambda p: jnp.sum(output(p).y ** 2)))(params)

@@ -1,0 +1,58 @@
+"""Rows longer than a chunk: the chunks of a row in order, the memory stream going from each to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gt_jax.config import ModelConfig
+from gt_jax.errors import Refused
+from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.layers.memory_stream import Memory, no_memory
+from gt_jax.model import LanguageModel, forward
+from gt_jax.sharding import Rules, reshard
+from gt_jax.typing import Tokens, Tree
+
+
+def over_chunks(
+    body: Callable[..., tuple[Any, Any]], model: ModelConfig, rules: Rules, statistics: Tree,
+    batch: Mapping[str, Array],
+) -> tuple[tuple[Tree, Memory | None], Any]:
+    """`body` over the chunks of a batch in order, from an empty memory; what it returns gets a leading chunk axis.
+
+    Without a memory stream the batch is one chunk. Raises `Refused` for rows that are not whole chunks.
+    """
+    count, tokens = batch["tokens"].shape
+    memory = None
+    if model.memory is not None:
+        empty = no_memory(count, model.width, model.compute_dtype)
+        memory = Memory(reshard(empty.value, rules.spec("batch", None)), reshard(empty.segment, rules.spec("batch")))
+    size = tokens if model.memory is None else min(tokens, model.memory.chunk)
+    if tokens % size:
+        raise Refused(f"rows of {tokens} tokens are not whole chunks of memory.chunk {size}")
+    if tokens == size:
+        carry, one = body((statistics, memory), (batch, jnp.zeros((), jnp.int32)))
+        return carry, jax.tree.map(lambda a: a[None], one)
+    pieces = {name: jnp.moveaxis(a.reshape(count, -1, size), 1, 0) for name, a in batch.items()}
+    numbers = jnp.arange(tokens // size, dtype=jnp.int32)
+    return jax.lax.scan(body, (statistics, memory), (pieces, numbers))
+
+
+def forward_rows(
+    network: LanguageModel, variables: Tree, tokens: Tokens, segment_ids: Tokens, control: PassControl
+) -> tuple[Float[Array, "b t v"], PassStatistics]:
+    """Logits of whole rows, chunk by chunk where the model has a memory stream, and the mean statistics [l, p]."""
+
+    def chunk(carry: tuple[Tree, Any], piece: tuple[Mapping[str, Array], Array]) -> tuple[tuple[Tree, Any], Any]:
+        one = piece[0]
+        output = forward(network, variables, one["tokens"], one["segment_ids"], control=control, memory=carry[1])
+        return (carry[0], output.memory), (output.logits, output.statistics)
+
+    rows = {"tokens": tokens, "segment_ids": segment_ids}
+    _, (logits, statistics) = over_chunks(chunk, network.config, network.rules, (), rows)
+    whole = jnp.moveaxis(logits, 0, 1).reshape(*tokens.shape, logits.shape[-1])
+    return whole, jax.tree.map(lambda a: jnp.mean(a, axis=0), statistics)

@@ -1,0 +1,138 @@
+"""One block: a pattern of layers, and how each of them enters the stream; the body of the scan over blocks.
+
+- residual: X + gain Delta(X), the layer's own doing.
+- lambda: X <- a X + b X0 first, plus the named skips.
+- midpoint: p_{l+1} = mixing p_{l-1} + (1 - mixing) p_l + 2 step gain Delta(p_l).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from gt_jax.config import ModelConfig
+from gt_jax.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
+from gt_jax.layers.early_exit import alive_share, bucket_lengths, exit_step
+from gt_jax.layers.mixer import Place, real_tokens
+from gt_jax.layers.residual import Layer, Update, moved_variance
+from gt_jax.layers.reversible import Delta
+from gt_jax.layers.stack import Coefficients, SkipBuffer, advance, enter, record
+from gt_jax.sharding import Rules
+from gt_jax.typing import Activations, State, Tree
+
+
+class Stream(NamedTuple):
+    """What goes from layer to layer: X, the mean stream after a first pass, and what the kind of stack needs.
+
+    `previous` is p_{l-1} of the midpoint stack, `exit` the `ExitState`; None elsewhere.
+    """
+
+    x: State
+    first: Activations
+    previous: Any
+    skips: SkipBuffer
+    exit: Any
+
+
+class Common(NamedTuple):
+    """What every layer of the stack is given.
+
+    Place, cap of the continue gate, embedded X; weights of the skips [s] and `ExitWeights` of the unit that lets tokens
+    leave, None without them.
+    """
+
+    place: Place
+    p_max: Array
+    x0: State
+    skip_weights: Any
+    exit_weights: Any
+
+
+class Block(nn.Module):
+    """One pattern of layers, `layer0` … in order; the body of the scan over blocks."""
+
+    pattern: str
+    config: ModelConfig
+    rules: Rules
+
+    @nn.compact
+    def __call__(
+        self, stream: Stream, common: Common, xs: tuple[Array, Array, Coefficients, Tree]
+    ) -> tuple[Stream, tuple[PassStatistics, Tree]]:
+        forced, numbers, mixing, caches = xs
+        statistics, new_caches, link = [], {}, None
+        for slot, kind in enumerate(self.pattern):
+            name = f"layer{slot}"
+            layer = Layer(kind, self.config, self.rules, name=name)
+            cache = None if caches is None else caches[name]
+            if self.config.exit is not None:
+                stream, seen, new_caches[name] = self._leaving(layer, stream, common, numbers[slot], cache)
+            elif self.config.stack.kind == "midpoint":
+                one = layer.update(stream.x, common.place, cache, link)
+                x = advance(stream.previous, stream.x, one.value, [column[slot] for column in mixing])
+                stream = stream._replace(x=x, previous=stream.x, first=stream_mean(x))
+                seen, new_caches[name], link = one.statistics, one.cache, one.link or link
+            else:
+                x, skips = stream.x, self.config.stack.skips
+                if self.config.stack.kind == "lambda":
+                    x = enter(x, stream.skips, common.skip_weights, numbers[slot], skips)
+                    x = layer.mixed(x, common.x0)
+                control, place = PassControl(forced[slot], common.p_max), common.place
+                if place.key is not None:  # each layer draws for itself
+                    place = place._replace(key=jax.random.fold_in(place.key, numbers[slot]))
+                x, first, seen, new_caches[name], new_link = layer(x, place, control, cache, link)
+                kept = record(x, stream.skips, numbers[slot], skips)
+                stream, link = stream._replace(x=x, first=first, skips=kept), new_link or link
+            statistics.append(seen)
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), *statistics)
+        return stream, (stacked, None if caches is None else new_caches)
+
+    def _leaving(
+        self, layer: Layer, stream: Stream, common: Common, number: Array, cache: Tree
+    ) -> tuple[Stream, PassStatistics, Tree]:
+        """One layer of depth-wise ACT: on the tokens that have not left the stack, fewer in truth where none trains."""
+        place, real, exit = common.place, real_tokens(common.place.segment_ids), self.config.exit
+        assert exit is not None
+
+        def delta(layer: Layer, x: Array, segment_ids: Array, positions: Array, cache: Tree) -> tuple[Tree, ...]:
+            start = None if cache is None else positions[:, 0]
+            one = layer.update(x, Place(segment_ids, positions, start, place.key), cache)
+            return one.value, one.statistics, one.cache
+
+        training = self.is_mutable_collection("statistics")
+        share = alive_share(stream.exit, real)[None]
+        state, seen, new_cache = exit_step(
+            layer, delta, stream.exit, place.segment_ids, place.positions, cache, weights=common.exit_weights,
+            threshold=exit.threshold, last=number == len(self.config.depth) - 1, rules=self.rules,
+            buckets=None if training else bucket_lengths(place.segment_ids.shape[1]),
+        )  # fmt: skip
+        return stream._replace(x=state.x, exit=state), seen._replace(survival=share, alive=share), new_cache
+
+
+def layer_delta(kind: str, slot: int, config: ModelConfig, rules: Rules) -> Delta:
+    """A layer's update as a function of its block's variables, for `reversible_stack`; extras are the statistics."""
+    layer = Layer(kind, config, rules, parent=None)
+
+    def delta(variables: Tree, x: State, place: Place) -> tuple[State, PassStatistics]:
+        own = {name: block[f"layer{slot}"] for name, block in variables.items() if f"layer{slot}" in block}
+        one = cast(Update, layer.apply(own, x, place, method=Layer.update))
+        return one.value, one.statistics
+
+    return delta
+
+
+def observed(statistics: Tree, seen: PassStatistics, pattern: str, keep: float) -> Tree:
+    """The statistics of a segment after a training step: the running variance of its G layers moved by `seen`.
+
+    `seen.score_variance` is [blocks, slots, passes].
+    """
+    moved = dict(statistics)
+    for slot in (slot for slot, kind in enumerate(pattern) if kind == "G"):
+        old = statistics[f"layer{slot}"]["mixer"]["variance_ema"]
+        new = moved_variance(old, seen.score_variance[:, slot, 0], keep)
+        moved[f"layer{slot}"] = {"mixer": {"variance_ema": new}}
+    return moved

@@ -1,0 +1,298 @@
+"""Mixture of SwiGLU experts with null experts, dropless, beside a shared one.
+
+- A null expert is a slot that the router can pick and that does nothing: a token chooses how many experts it needs.
+- No capacity: picks are sorted by expert and each expert multiplies the run of rows it was given, however long.
+- Router, its softmax and its losses are float32 whatever the compute dtype.
+- Experts are cut over the mesh axis of "experts": a device handles the picks of its own experts, a sum over the
+  devices joins them. Tokens are not moved, so each device holds rows for the worst case, all picks its own.
+
+Letters: e experts, s slots (experts and null experts), k picks of a token, m picks in all, r rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gt_jax.config import MoEConfig
+from gt_jax.layers.mixer import masked_mean
+from gt_jax.layers.primitives import SwiGLU, WeightSpec, widen
+from gt_jax.sharding import Rules, has_mesh, on_mesh, per_device, reshard
+from gt_jax.typing import Activations, PerToken, Scalar
+
+LARGEST_BLOCK = 128  # rows: enough that a product is bound by arithmetic, not by reading the expert's weights
+
+
+class MLPOutput(NamedTuple):
+    """The value, the weighted router losses, and statistics over real tokens, which carry no gradient (float32).
+
+    `experts`: share of the real picks each expert got; `null_rate`: share of all picks that are null;
+    `router_entropy`: mean entropy of the softmax over the slots, divided by log(slots).
+    """
+
+    y: Activations
+    auxiliary_loss: Scalar
+    experts: Float[Array, "e"]
+    null_rate: Scalar
+    router_entropy: Scalar
+
+
+class Routing(NamedTuple):
+    """For each pick of each token the expert, or e for a null pick, and its weight, 0 for a null pick."""
+
+    experts: Int[Array, "b t k"]
+    weights: Float[Array, "b t k"]
+
+
+class Dispatch(NamedTuple):
+    """Picks in rows, sorted by expert; each expert's run is filled up with empty rows to a multiple of the block.
+
+    `pick`: which pick lies in a row, or the number of picks for an empty row. `sizes`: rows of each expert's run. Runs
+    follow one another from row 0; the rows after the last run are empty.
+    """
+
+    pick: Int[Array, "r"]
+    sizes: Int[Array, "e"]
+
+
+def route(slots: Float[Array, "b t s"], experts: int, top_k: int) -> Routing:
+    """The top_k largest slots of each token (ties: the smaller index); the first `experts` slots are the real ones.
+
+    Weights are softmax(slots) at the real picks, renormalised to sum 1; all 0 where every pick is null. Computed as the
+    softmax over the picked real slots alone: the same, and right where softmax(slots) underflows.
+    """
+    values, picks = jax.lax.top_k(slots, top_k)
+    real = picks < experts
+    largest = jnp.max(jnp.where(real, values, jnp.finfo(slots.dtype).min), axis=-1, keepdims=True)
+    above = jnp.where(real, values - jax.lax.stop_gradient(largest), 0.0)
+    parts = jnp.where(real, jnp.exp(above), 0.0)
+    total = jnp.sum(parts, axis=-1, keepdims=True)
+    return Routing(jnp.minimum(picks, experts), parts / jnp.where(total > 0, total, 1.0))
+
+
+def router_losses(
+    config: MoEConfig, slots: Float[Array, "b t s"], experts: Int[Array, "b t k"], real: PerToken
+) -> tuple[Scalar, Float[Array, "e"], Scalar, Scalar]:
+    """(auxiliary loss, shares of experts, null rate, entropy) over the tokens with real 1; see `MLPOutput`.
+
+    loss = balance_loss e sum_i f_i P_i + router_z_loss mean(logsumexp(slots)^2)
+         + null_loss (null_rate - (1 - real_share))^2
+
+    f_i is the share of real picks that went to expert i, P_i the mean over tokens of the softmax over the real slots.
+    The source writes (null_rate - real_share)^2, the same at its 0.5; 1 - real_share is what the number of null slots
+    says. Counts have no gradient. For the null rate, where the loss would then be a constant, the gradient is that of
+    the probability of the null slots (straight through); the value is the count.
+    """
+    e, picks = config.experts, experts.shape[-1]
+    tokens = jnp.maximum(jnp.sum(real), 1.0)
+    taken = jnp.sum(jax.nn.one_hot(experts, e, dtype=slots.dtype) * real[..., None, None], axis=(0, 1, 2))
+    shares = taken / jnp.maximum(jnp.sum(taken), 1.0)
+    mean_real = jnp.sum(jax.nn.softmax(slots[..., :e], axis=-1) * real[..., None], axis=(0, 1)) / tokens
+    balance = e * jnp.sum(shares * mean_real)
+    z = masked_mean(jnp.square(jax.nn.logsumexp(slots, axis=-1)), real)
+    log_p = jax.nn.log_softmax(slots, axis=-1)
+    p = jnp.exp(log_p)
+    null_rate = masked_mean(jnp.sum((experts == e).astype(slots.dtype), axis=-1) / picks, real)
+    probability = masked_mean(jnp.sum(p[..., e:], axis=-1), real)
+    through = null_rate + probability - jax.lax.stop_gradient(probability)
+    excess = jnp.square(through - (1 - config.real_share))
+    loss = config.balance_loss * balance + config.router_z_loss * z + config.null_loss * excess
+    entropy = masked_mean(-jnp.sum(p * log_p, axis=-1), real) / max(math.log(slots.shape[-1]), 1e-12)
+    return loss, *jax.lax.stop_gradient((shares, null_rate, entropy))
+
+
+def block_size(picks: int, experts: int) -> int:
+    """Rows of a block: a power of two, at most half an expert's fair share, so that at most half as many are empty."""
+    share = max(picks // (2 * experts), 1)
+    return min(1 << (share.bit_length() - 1), LARGEST_BLOCK)
+
+
+def dispatch(experts: Int[Array, "m"], count: int, block: int) -> Dispatch:
+    """Rows for the picks of experts 0 … count-1, in the order of the picks within each expert; others get no row."""
+    picks = experts.shape[0]
+    order = jnp.argsort(experts, stable=True).astype(jnp.int32)
+    owner = experts[order]
+    sizes = jnp.sum(jax.nn.one_hot(experts, count, dtype=jnp.int32), axis=0)
+    runs = -(-sizes // block) * block
+    moved = (jnp.cumsum(runs) - runs) - (jnp.cumsum(sizes) - sizes)  # by the empty rows of the experts before
+    rows = (picks + count * (block - 1)) // block * block
+    row = jnp.arange(picks, dtype=jnp.int32) + moved[jnp.minimum(owner, count - 1)]
+    row = jnp.where(owner < count, row, rows)
+    return Dispatch(jnp.full((rows,), picks, jnp.int32).at[row].set(order, mode="drop"), runs)
+
+
+def ragged_product(x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"]) -> Float[Array, "r f"]:
+    """Each expert's run of rows times its matrix by `jax.lax.ragged_dot`; 0 after the last run."""
+    product = jax.lax.ragged_dot(x, w, sizes)
+    inside = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
+    return jnp.where(inside[:, None], product, 0.0)  # a kernel may leave those rows unwritten
+
+
+def blocked_product(
+    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], block: int
+) -> Float[Array, "r f"]:
+    """`ragged_product` for runs that are multiples of `block`: each block of rows times its expert's matrix."""
+    blocks = x.shape[0] // block
+    start = block * jnp.arange(blocks, dtype=jnp.int32)
+    owner = jnp.sum(start[:, None] >= jnp.cumsum(sizes)[None], axis=1)
+    matrices = w.at[jnp.minimum(owner, w.shape[0] - 1)].get(mode="promise_in_bounds")
+    product = jnp.einsum("nbd,ndf->nbf", x.reshape(blocks, block, -1), matrices)
+    product = jnp.where((owner < w.shape[0])[:, None, None], product, 0.0)
+    return product.reshape(x.shape[0], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_product(
+    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], block: int
+) -> Float[Array, "r f"]:
+    """Each expert's run of rows times its matrix; runs are multiples of `block`.
+
+    `ragged_product`, but `blocked_product` on a CPU, where `ragged_dot` multiplies every row by every expert. The
+    choice falls at lowering, when the platform is known. Its own derivative rule, for what is kept: x and w as they
+    are, not what either way makes of them.
+    """
+    blocked = functools.partial(blocked_product, block=block)
+    return jax.lax.platform_dependent(x, w, sizes, cpu=blocked, default=ragged_product)
+
+
+def _grouped_forward(x: Array, w: Array, sizes: Array, block: int) -> tuple[Array, tuple[Array, Array, Array]]:
+    return grouped_product(x, w, sizes, block), (x, w, sizes)
+
+
+def _grouped_backward(block: int, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, None]:
+    def transpose(product, x, w, sizes, gradient):
+        return jax.vjp(lambda x, w: product(x, w, sizes), x, w)[1](gradient)
+
+    blocked = functools.partial(transpose, functools.partial(blocked_product, block=block))
+    ragged = functools.partial(transpose, ragged_product)
+    return *jax.lax.platform_dependent(*kept, gradient, cpu=blocked, default=ragged), None
+
+
+grouped_product.defvjp(_grouped_forward, _grouped_backward)
+
+
+def mix_experts(
+    x: Activations,
+    routing: Routing,
+    gate: Float[Array, "e d f"],
+    up: Float[Array, "e d f"],
+    down: Float[Array, "e f d"],
+) -> Activations:
+    """sum_i w_i SwiGLU_i(x) over the picks of experts 0 … e-1; picks of any other number add nothing.
+
+    The products run in x's dtype, the weighted sum in float32.
+    """
+    tokens, picks, count = x.shape[0] * x.shape[1], routing.experts.shape[-1], gate.shape[0]
+    block = block_size(tokens * picks, count)
+    rows = dispatch(routing.experts.reshape(-1), count, block)
+    token = rows.pick // picks  # an empty row: one past the last token
+    inner = x.reshape(tokens, -1).at[token].get(mode="fill", fill_value=0)
+    hidden = jax.nn.silu(grouped_product(inner, gate, rows.sizes, block))
+    hidden = hidden * grouped_product(inner, up, rows.sizes, block)
+    outer = widen(grouped_product(hidden, down, rows.sizes, block))
+    weight = routing.weights.reshape(-1).at[rows.pick].get(mode="fill", fill_value=0)
+    weighted = outer * weight[:, None]
+    total = jnp.zeros((tokens, x.shape[2]), weighted.dtype).at[token].add(weighted, mode="drop")
+    return total.astype(x.dtype).reshape(x.shape)
+
+
+class Router(nn.Module):
+    """[W x + b ; null_logit once for each null expert], float32: the slots a token picks from."""
+
+    config: MoEConfig
+    width: int
+    rules: Rules
+    weights: WeightSpec
+
+    @nn.compact
+    def __call__(self, x: Activations) -> Float[Array, "b t s"]:
+        shape, axes, whole = (self.width, self.config.experts), ("embed", None), on_mesh(self.rules.spec(None))
+        w = self.param("w", self.weights.init, shape, jnp.float32, on_mesh(self.rules.spec(*axes)))
+        b = self.param("b", nn.initializers.zeros, shape[1:], jnp.float32, whole)
+        null_logit = self.param("null_logit", nn.initializers.zeros, (), jnp.float32, on_mesh(self.rules.spec()))
+        w = reshard(w, self.rules.gathered(*axes))
+        place = self.rules.spec("batch", None, None)
+        # HIGHEST: by default a TPU would round both factors to bfloat16
+        logits = jnp.einsum("btd,de->bte", widen(x), w, precision="highest", out_sharding=on_mesh(place))
+        nulls = jnp.broadcast_to(null_logit, (*x.shape[:2], self.config.null_experts))
+        return jnp.concatenate([logits + b[None, None], reshard(nulls, place)], axis=-1)
+
+
+class ExpertWeight(nn.Module):
+    """One matrix an expert, in the compute dtype, whole along "embed" and still cut along the other axes."""
+
+    shape: tuple[int, int, int]
+    axes: tuple[str, str, str]
+    rules: Rules
+    weights: WeightSpec
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "e _ _"]:
+        spec = on_mesh(self.rules.spec(*self.axes))
+        w = self.param("w", self.weights.init, self.shape, jnp.dtype(self.weights.param), spec)
+        return reshard(w.astype(jnp.dtype(self.weights.compute)), self.rules.gathered(*self.axes))
+
+
+class Experts(nn.Module):
+    """`mix_experts` on each device's own tokens, experts and hidden units, summed over the devices."""
+
+    config: MoEConfig
+    width: int
+    rules: Rules
+    weights: WeightSpec
+
+    def setup(self) -> None:
+        e, d, f = self.config.experts, self.width, self.config.expert_width
+        inward = ((e, d, f), ("experts", "embed", "mlp"), self.rules, self.weights)
+        self.gate, self.up = ExpertWeight(*inward), ExpertWeight(*inward)
+        self.down = ExpertWeight((e, f, d), ("experts", "mlp", "embed"), self.rules, self.weights)
+
+    def __call__(self, x: Activations, routing: Routing) -> Activations:
+        rules = self.rules
+        expert_axes = rules.mesh_axes("experts") if has_mesh() else ()
+        summed = (*expert_axes, *rules.mesh_axes("mlp")) if has_mesh() else ()
+
+        def local(x: Array, routing: Routing, gate: Array, up: Array, down: Array) -> Array:
+            own = gate.shape[0]
+            mine = routing.experts - (jax.lax.axis_index(expert_axes) * own if expert_axes else 0)
+            mine = jnp.where((mine >= 0) & (mine < own), mine, own)
+            y = mix_experts(x, Routing(mine, routing.weights), gate, up, down)
+            return jax.lax.psum(y, summed) if summed else y
+
+        tokens: Any = rules.spec("batch", None, None)
+        inward, outward = rules.gathered("experts", "embed", "mlp"), rules.gathered("experts", "mlp", "embed")
+        run = per_device(local, (tokens, Routing(tokens, tokens), inward, inward, outward), tokens)
+        return run(x.astype(jnp.dtype(self.weights.compute)), routing, self.gate(), self.up(), self.down())
+
+
+class MixtureOfExperts(nn.Module):
+    """y = SwiGLU_shared(x) + sum over real picks i of w_i SwiGLU_i(x); the first term alone where all picks are null.
+
+    A token with `real` 0 (padding) goes to no expert and is in no loss or statistic.
+    """
+
+    config: MoEConfig
+    width: int
+    shared_width: int
+    rules: Rules
+    weights: WeightSpec
+
+    def setup(self) -> None:
+        parts = (self.config, self.width, self.rules, self.weights)
+        self.router, self.experts = Router(*parts), Experts(*parts)
+        self.shared = SwiGLU(self.width, self.shared_width, self.rules, self.weights)
+
+    def __call__(self, x: Activations, real: PerToken) -> MLPOutput:
+        config = self.config
+        slots = self.router(x)
+        routing = route(slots, config.experts, config.top_k)
+        loss, *statistics = router_losses(config, slots, routing.experts, real)
+        sent = jnp.where(real[..., None] > 0, routing.experts, config.experts)
+        y = self.shared(x) + self.experts(x, Routing(sent, routing.weights))
+        return MLPOutput(y, loss, *statistics)

@@ -1,0 +1,449 @@
+"""Depth-wise ACT: Graves' rule token by token, halted tokens as if deleted, and time that really falls."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gt_jax.config import ExitConfig
+from gt_jax.layers.early_exit import (
+    EXIT_PRESETS,
+    ExitHead,
+    alive,
+    alive_share,
+    bucket_lengths,
+    compact,
+    even_bias,
+    exit_step,
+    keep_where,
+    layers_used,
+    move_tokens,
+    observe,
+    ponder,
+    run_compacted,
+    start,
+)
+from gt_jax.sharding import Rules, make_mesh, on_mesh, reshard
+from gt_jax.tree_paths import flatten
+from tests.support import random_tree, segments
+
+RULES, WIDTH, LAYERS, THRESHOLD = Rules(), 8, 5, 0.9
+IDS = jnp.concatenate(
+    [segments(12), segments(3, 7, 2), jnp.concatenate([segments(4, 5), jnp.zeros((1, 3), jnp.int32)], 1)]
+)
+TOKENS = IDS.shape[1]
+
+
+class Toy(nn.Module):
+    """Delta(x)_t = tanh(W mean-free running sum of the document up to t) + sin(position): causal, order-dependent."""
+
+    rules: Rules
+
+    @nn.compact
+    def __call__(self, x, segment_ids, positions, cache):
+        rows = on_mesh(self.rules.spec("batch", None))
+        w = self.param(
+            "w", nn.initializers.normal(0.5), (WIDTH, WIDTH), jnp.float32, on_mesh(self.rules.spec(None, None))
+        )
+        cache_in = cache or {"total": jnp.zeros_like(x[:, 0]), "segment": jnp.full_like(segment_ids[:, 0], -1)}
+        total = reshard(cache_in["total"], self.rules.spec("batch", None))
+        segment = reshard(cache_in["segment"], self.rules.spec("batch"))
+
+        def step(carry, xs):
+            total, segment = carry
+            value, own = xs
+            total = 0.8 * jnp.where((own == segment)[:, None], total, 0.0) + value
+            return (total, own), jnp.einsum("bd,df->bf", total, w, out_sharding=rows)
+
+        (total, segment), mixed = jax.lax.scan(step, (total, segment), (jnp.moveaxis(x, 1, 0), segment_ids.T))
+        delta = jnp.tanh(jnp.moveaxis(mixed, 0, 1)) + jnp.sin(positions.astype(x.dtype))[..., None]
+        new = None if cache is None else {"total": total, "segment": segment}
+        return delta, {"size": jnp.sum(jnp.abs(delta) * (segment_ids > 0)[..., None])}, new
+
+
+class Block(nn.Module):
+    rules: Rules
+    buckets: tuple[int, ...] | None
+
+    @nn.compact
+    def __call__(self, state, weights, segment_ids, positions, xs):
+        last, cache = xs
+        share = alive_share(state, (segment_ids > 0).astype(jnp.float32))
+        layer = Toy(self.rules, name="layer0")
+        state, extras, cache = exit_step(
+            layer, lambda layer, *operands: layer(*operands), state, segment_ids, positions, cache,
+            weights=weights, threshold=THRESHOLD, last=last, rules=self.rules, buckets=self.buckets,
+        )  # fmt: skip
+        return state, ((share, extras), cache)
+
+
+class Stack(nn.Module):
+    rules: Rules = RULES
+    buckets: tuple[int, ...] | None = None
+
+    @nn.compact
+    def __call__(self, x, segment_ids, positions, cache=None):
+        weights = ExitHead(WIDTH, self.rules, 0.0, name="exit").weights()
+        blocks = nn.scan(
+            Block, variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0), length=LAYERS,
+        )  # fmt: skip
+        last = jnp.arange(LAYERS) == LAYERS - 1
+        scanned = blocks(self.rules, self.buckets, name="segment0")
+        return scanned(start(x, segment_ids), weights, segment_ids, positions, (last, cache))
+
+
+def inputs(ids=IDS, seed: int = 3):
+    x = jax.random.normal(jax.random.key(seed), (*ids.shape, WIDTH), jnp.float32)
+    return x, ids, jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape)
+
+
+@functools.cache
+def parameters():
+    fresh = Stack().init(jax.random.key(0), *inputs())
+    params = random_tree(fresh["params"], seed=0, scale=0.3)
+    params["exit"]["output"]["w"] *= 2  # p spread, so that tokens leave at every layer
+    params["exit"]["output"]["b"] = jnp.full((1,), 0.5)
+    return params
+
+
+@functools.cache
+def run(buckets: tuple[int, ...] | None = None):
+    return jax.jit(lambda params, *args: Stack(buckets=buckets).apply({"params": params}, *args))
+
+
+def train(params, args, buckets):
+    """Gradient of a loss of output and ponder cost, with the final state and the extras of each layer."""
+
+    def loss(params):
+        state, ((_, extras), _) = Stack(buckets=buckets).apply({"params": params}, *args)
+        real = (args[1] > 0).astype(jnp.float32)
+        return jnp.sum(jnp.sin(state.output)) + ponder(state, real), (state, extras["size"])
+
+    return jax.grad(loss, has_aux=True)(params)
+
+
+def by_hand(params, x, ids):
+    """Every row a list of the tokens that are left, each layer a loop over that list; float64."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    x, output = np.asarray(x, np.float64).copy(), np.zeros(x.shape)
+    used, remainder, halted = np.zeros(ids.shape), np.zeros(ids.shape), np.zeros(ids.shape)
+    weights = np.zeros((LAYERS, *ids.shape))
+    for row in range(ids.shape[0]):
+        left = [t for t in range(ids.shape[1]) if ids[row, t] > 0]
+        for layer in range(LAYERS):
+            total, before, stay = np.zeros(WIDTH), None, []
+            for t in left:
+                total = (0.8 * total if before == ids[row, t] else 0.0) + x[row, t]
+                before = ids[row, t]
+                x[row, t] = x[row, t] + np.tanh(total @ p["segment0"]["layer0"]["w"][layer]) + np.sin(t)
+                inner = x[row, t] @ p["exit"]["hidden"]["w"] + p["exit"]["hidden"]["b"]
+                inner = 0.5 * inner * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))
+                chance = 1 / (1 + np.exp(-(inner @ p["exit"]["output"]["w"] + p["exit"]["output"]["b"])[0]))
+                used[row, t] += 1
+                if halted[row, t] + chance >= THRESHOLD or layer == LAYERS - 1:
+                    weights[layer, row, t] = remainder[row, t] = 1 - halted[row, t]
+                else:
+                    weights[layer, row, t] = chance
+                    halted[row, t] += chance
+                    stay.append(t)
+                output[row, t] += weights[layer, row, t] * x[row, t]
+            left = stay
+    return x, output, used, remainder, weights
+
+
+# The rule
+
+
+def states(x_of_layers, p_of_layers, threshold=THRESHOLD, ids=IDS):
+    """`observe` over given streams and probabilities."""
+    state = start(x_of_layers[0], ids)
+    for layer, (x, p) in enumerate(zip(x_of_layers, p_of_layers, strict=True)):
+        state = observe(state._replace(x=x), p, threshold, jnp.asarray(layer == len(p_of_layers) - 1))
+    return state
+
+
+def test_weights_sum_to_one_and_the_last_layer_takes_the_rest():
+    ids = segments(6)
+    p = jnp.asarray([[[0.29, 0.9, 0.95, 1e-6, 0.5, 0.2]]] + [[[0.29, 0.3, 0.01, 1e-6, 0.5, 0.2]]] * 3)
+    x = jnp.broadcast_to(jnp.eye(4)[:, None, None], (4, 1, 6, 4))  # the output of layer l counts in component l
+    state = states(x, p, ids=ids)
+    wanted = [[0.29, 0.29, 0.29, 0.13], [1, 0, 0, 0], [1, 0, 0, 0], [1e-6, 1e-6, 1e-6, 1 - 3e-6], [0.5, 0.5, 0, 0]]
+    np.testing.assert_allclose(state.output[0, :5], wanted, atol=1e-6)
+    np.testing.assert_allclose(state.output.sum(-1), 1.0, atol=2e-7)
+    np.testing.assert_array_equal(state.halted, 1.0)
+    np.testing.assert_array_equal(state.layers[0], [4, 1, 1, 4, 2, 4])
+    np.testing.assert_allclose(state.remainder[0], [0.13, 1, 1, 1 - 3e-6, 0.5, 0.4], atol=1e-6)
+
+
+def test_a_token_halts_exactly_where_the_sum_reaches_the_threshold():
+    ids = segments(3)
+    p = jnp.asarray([[0.5, 0.5, 0.5]]), jnp.asarray([[0.25, 0.25 - 2**-20, 0.5]])
+    state = start(jnp.zeros((1, 3, 2)), ids)
+    for chance in p:
+        state = observe(state, chance, 0.75, False)
+    np.testing.assert_array_equal(alive(state)[0], [False, True, False])
+
+
+def test_ponder_is_layers_and_remainder_against_a_loop():
+    with jax.enable_x64():
+        p = np.random.default_rng(0).uniform(0, 0.6, (6, *IDS.shape))
+        wanted, n = 0.0, 0
+        for row, token in np.argwhere(np.asarray(IDS) > 0):
+            halted = 0.0
+            for layer in range(6):
+                if halted + p[layer, row, token] >= THRESHOLD or layer == 5:
+                    wanted, n = wanted + layer + 1 + 1 - halted, n + 1
+                    break
+                halted += p[layer, row, token]
+        x = jnp.zeros((6, *IDS.shape, 2), jnp.float64)
+        real = (IDS > 0).astype(jnp.float64)
+        state = states(x, jnp.asarray(p))
+        np.testing.assert_allclose(float(ponder(state, real)), wanted / n, rtol=1e-12)
+        assert float(layers_used(state, real)) < float(ponder(state, real)) < float(layers_used(state, real)) + 1
+
+
+def test_the_gradient_of_ponder_raises_the_early_probabilities_and_agrees_with_differences():
+    with jax.enable_x64():
+        rng = np.random.default_rng(1)
+        p = jnp.asarray(rng.uniform(0.05, 0.45, (5, *IDS.shape)))
+        x = jnp.asarray(rng.normal(size=(5, *IDS.shape, 3)))
+        real = (IDS > 0).astype(jnp.float64)
+
+        def price(p):
+            return ponder(states(x, p), real)
+
+        def both(p):
+            state = states(x, p)
+            return price(p) + jnp.sum(jnp.sin(state.output))
+
+        gradient = np.asarray(jax.grad(price)(p))
+        used = np.asarray(states(x, p).layers)
+        before = (np.arange(5)[:, None, None] < used - 1) & (np.asarray(real) > 0)
+        np.testing.assert_allclose(gradient, np.where(before, -1 / real.sum(), 0.0), atol=1e-15)
+        cheaper = p - 2.0 * gradient  # a step downhill: fewer layers as well, though N has no gradient
+        assert layers_used(states(x, cheaper), real) < layers_used(states(x, p), real)
+        gradient, step = np.asarray(jax.grad(both)(p)), 1e-6
+        for index in rng.integers(0, [5, *IDS.shape], (12, 3)):
+            nudge = jnp.zeros_like(p).at[tuple(index)].set(step)
+            slope = (both(p + nudge) - both(p - nudge)) / (2 * step)
+            np.testing.assert_allclose(gradient[tuple(index)], float(slope), atol=1e-7)
+
+
+def test_padding_is_never_alive_and_in_no_statistic():
+    x, ids, _ = inputs()
+    state, real = start(x, ids), (ids > 0).astype(jnp.float32)
+    np.testing.assert_array_equal(alive(state), ids > 0)
+    assert float(alive_share(state, real)) == 1
+    state = observe(state, jnp.full(ids.shape, 0.95), THRESHOLD, False)
+    np.testing.assert_array_equal(state.layers, real)
+    np.testing.assert_array_equal(state.output[2, 9:], x[2, 9:])
+
+
+def test_head_reads_the_mean_of_the_streams_in_float32():
+    head = ExitHead(WIDTH, RULES)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, WIDTH))
+    params = head.init(jax.random.key(1), x)["params"]
+    assert {path: leaf.shape for path, leaf in flatten(params).items()} == {
+        "hidden/w": (8, 4), "hidden/b": (4,), "output/w": (4, 1), "output/b": (1,),
+    }  # fmt: skip
+    p = head.apply({"params": params}, x)
+    np.testing.assert_allclose(p, head.apply({"params": params}, x.mean(2)), atol=1e-6)
+    assert head.apply({"params": params}, x.astype(jnp.bfloat16)).dtype == jnp.float32
+    np.testing.assert_allclose(jax.nn.sigmoid(even_bias(20)), 1 / 20, atol=1e-6)
+
+
+def test_presets_are_those_of_the_study():
+    pairs = {name: (config.threshold, config.ponder) for name, config in EXIT_PRESETS.items()}
+    assert pairs == {"accuracy": (0.99, 0.001), "balanced": (0.95, 0.01), "speed": (0.80, 0.1)}
+    assert EXIT_PRESETS["accuracy"] == ExitConfig()
+
+
+# Skipping
+
+
+def test_compact_is_stable_and_moves_back():
+    living = jax.random.bernoulli(jax.random.key(0), 0.4, IDS.shape).at[1].set(False)
+    packing = compact(living, RULES)
+    for row in range(3):
+        there = np.flatnonzero(living[row])
+        np.testing.assert_array_equal(packing.order[row, : len(there)], there)
+        np.testing.assert_array_equal(np.sort(packing.order[row]), np.arange(TOKENS))
+    np.testing.assert_array_equal(jnp.take_along_axis(packing.order, packing.place, axis=1), inputs()[2])
+    x = inputs()[0]
+    back = move_tokens(move_tokens(x, packing.order, packing.place, RULES), packing.place, packing.order, RULES)
+    np.testing.assert_array_equal(back, x)
+
+
+def test_equals_the_stack_with_halted_tokens_deleted():
+    with jax.enable_x64():
+        x, ids, positions = inputs()
+        x = x.astype(jnp.float64)
+        state, ((shares, _), _) = run()(parameters(), x, ids, positions)
+        wanted_x, output, used, remainder, weights = by_hand(parameters(), x, np.asarray(ids))
+        real = np.asarray(ids) > 0
+        assert set(used[real]) == set(range(1, LAYERS + 1)), "tokens should leave at every layer, or the test is weak"
+        np.testing.assert_allclose(weights.sum(0)[real], 1.0, atol=1e-12)
+        np.testing.assert_array_equal(np.asarray(state.layers), used)
+        for got, wanted in ((state.x, wanted_x), (state.output, output)):
+            np.testing.assert_allclose(got[real], wanted[real], atol=1e-10)
+        np.testing.assert_allclose(state.remainder, remainder, atol=1e-10)
+        entering = [(used > layer)[real].mean() for layer in range(LAYERS)]
+        np.testing.assert_allclose(shares, entering, atol=1e-6)
+        np.testing.assert_allclose(shares.sum(), used[real].mean(), atol=1e-5)
+
+
+def test_a_halted_token_changes_nothing_in_deeper_layers():
+    """Its stream is replaced after it left; only its own place may notice."""
+    x, ids, positions = inputs()
+    living = (ids > 0).at[0, 4].set(False)
+    params = jax.tree.map(lambda leaf: leaf[0], parameters()["segment0"]["layer0"])
+
+    @jax.jit
+    def update(x):
+        def delta(layer, x, ids, positions):
+            return layer(x, ids, positions, None)[:2]
+
+        def call(layer, *args):
+            return run_compacted(layer, delta, *args, living, rules=RULES)
+
+        return nn.apply(call, Toy(RULES))({"params": params}, x, ids, positions)[0]
+
+    np.testing.assert_array_equal(update(x), update(x.at[0, 4].set(7.0)))
+    assert not update(x)[0, 4].any()
+    reach = jax.grad(lambda x: jnp.sum(update(x) ** 2))(x)
+    assert not reach[0, 4].any() and reach[0, 3].any()
+
+
+def test_buckets_change_no_bit_and_no_gradient():
+    buckets = bucket_lengths(TOKENS)
+    assert buckets == (0, 2, 3, 6, 12) and bucket_lengths(1) == (0, 1) and bucket_lengths(9) == (0, 2, 3, 5, 9)
+    compiled = jax.jit(train, static_argnums=2)
+    full, cut = compiled(parameters(), inputs(), None), compiled(parameters(), inputs(), buckets)
+    fullest = [int((full[1][0].layers > layer).sum(1).max()) for layer in range(LAYERS)]
+    assert fullest[0] == TOKENS and fullest[-1] <= 6, "a shorter bucket should run, or the test is empty"
+    jax.tree.map(np.testing.assert_array_equal, full[1][0], cut[1][0])
+    # extras are sums over a row, and sums of another length may be added in another order
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), full[1][1:], cut[1][1:])
+    for path, gradient in flatten(full[0]).items():
+        assert np.abs(gradient).max() > 1e-3, path
+        np.testing.assert_allclose(flatten(cut[0])[path], gradient, atol=1e-5 * np.abs(gradient).max(), err_msg=path)
+
+
+def test_a_skipped_layer_gives_zeros_and_wrong_buckets_are_refused():
+    x, ids, positions = inputs()
+    layer, params = Toy(RULES), jax.tree.map(lambda leaf: leaf[0], parameters()["segment0"]["layer0"])
+
+    def call(layer, living, buckets):
+        delta = lambda layer, *args: layer(*args, None)[:2]  # noqa: E731
+        return run_compacted(layer, delta, x, ids, positions, living, rules=RULES, buckets=buckets)
+
+    skip = functools.partial(nn.apply(call, layer), {"params": params}, jnp.zeros(ids.shape, bool))
+    update, extras = skip((0, TOKENS))
+    assert not update.any() and float(extras["size"]) == 0
+    assert all(np.array_equal(a, b) for a, b in zip((update, extras["size"]), (skip(None)[0], 0.0), strict=True))
+    for wrong in ((), (0, 3), (6, 3, TOKENS), (-1, TOKENS)):
+        with pytest.raises(ValueError, match="buckets"):
+            skip(wrong)
+
+
+# Decoding
+
+
+def empty(rows: int):
+    return {"total": jnp.zeros((LAYERS, rows, WIDTH)), "segment": jnp.full((LAYERS, rows), -1, jnp.int32)}
+
+
+@pytest.mark.parametrize("parts", [(1,) * TOKENS, (5, 1, 6)])
+def test_decoding_equals_the_whole(parts):
+    x, ids, positions = inputs()
+    whole, begin, cache, outputs = run()(parameters(), x, ids, positions)[0], 0, empty(3), []
+    for size in parts:
+        ends = slice(begin, begin + size)
+        state, (_, cache) = run()(parameters(), x[:, ends], ids[:, ends], positions[:, ends], cache)
+        outputs.append((state.output, state.layers))
+        begin += size
+    np.testing.assert_allclose(jnp.concatenate([o for o, _ in outputs], 1), whole.output, atol=1e-5)
+    np.testing.assert_array_equal(jnp.concatenate([n for _, n in outputs], 1), whole.layers)
+
+
+def test_a_halted_row_leaves_its_cache_untouched():
+    x, ids, positions = inputs()
+    cache = jax.tree.map(lambda leaf: leaf + 3, empty(3))
+    first = (x[:, :1], ids[:, :1], positions[:, :1])
+    state, (_, new) = run()(parameters(), *first, cache)
+    deep = np.arange(LAYERS)[:, None] < np.asarray(state.layers)[:, 0]  # [layer, row]
+    assert deep.any() and not deep.all()
+    np.testing.assert_array_equal((np.asarray(new["total"]) != np.asarray(cache["total"])).any(-1), deep)
+    np.testing.assert_array_equal(np.asarray(new["segment"]) != np.asarray(cache["segment"]), deep)
+    kept = keep_where(jnp.asarray([True, False]), {"a": jnp.ones((2, 3, 1))}, {"a": jnp.zeros((2, 3, 1))})
+    np.testing.assert_array_equal(kept["a"][:, :, 0], [[1, 1, 1], [0, 0, 0]])
+
+
+# Devices and time
+
+
+def test_a_mesh_changes_nothing():
+    x, ids, positions = (jnp.concatenate([leaf, leaf[:1]]) for leaf in inputs())
+    first = (x[:, :1], ids[:, :1], positions[:, :1])
+
+    @jax.jit
+    def everything(params, args, first, cache):
+        decoded, (_, new) = Stack().apply({"params": params}, *first, cache)
+        return train(params, args, (0, 6, TOKENS)), decoded, new
+
+    alone = everything(parameters(), (x, ids, positions), first, empty(4))
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        args, first = placed(x, ids, positions), placed(*first)
+        shapes = jax.eval_shape(lambda key: Stack().init(key, *args), jax.random.key(0))["params"]
+        params = jax.tree.map(lambda leaf, shape: reshard(leaf, shape.sharding.spec), parameters(), shapes)
+        spread = everything(params, args, first, empty(4))
+    (gradient, (state, _)), _, _ = spread
+    assert state.output.sharding.spec == RULES.spec("batch", None, None)
+    assert state.halted.sharding.spec == RULES.spec("batch", None)
+    assert gradient["exit"]["hidden"]["w"].sharding.spec == RULES.spec("embed", None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), alone, spread)
+
+
+def placed(x, ids, positions):
+    rows = RULES.spec("batch", None)
+    return reshard(x, RULES.spec("batch", None, None)), reshard(ids, rows), reshard(positions, rows)
+
+
+class Wide(nn.Module):
+    """A layer whose time is its matrices': [d, 4d] and back."""
+
+    @nn.compact
+    def __call__(self, x, segment_ids, positions):
+        init = nn.initializers.normal(0.02)
+        up, down = self.param("up", init, (256, 1024)), self.param("down", init, (1024, 256))
+        return jax.nn.silu(x @ up) @ down, {}
+
+
+def test_time_falls_with_the_tokens():
+    ids = jnp.ones((2, 512), jnp.int32)
+    x, positions = jnp.ones((2, 512, 256)), jnp.zeros_like(ids)
+    layer, params = Wide(), Wide().init(jax.random.key(0), x, ids, positions)
+    call = lambda layer, *args: run_compacted(  # noqa: E731
+        layer, lambda layer, *a: layer(*a), *args, rules=RULES, buckets=bucket_lengths(512)
+    )
+    program = jax.jit(nn.apply(call, layer))
+    eighth = ids * jnp.arange(512)[None] % 8 == 0
+
+    def seconds(living) -> float:
+        best = np.inf
+        for _ in range(12):
+            begun = time.perf_counter()
+            jax.block_until_ready(program(params, x, ids, positions, living))
+            best = min(best, time.perf_counter() - begun)
+        return best
+
+    seconds(eighth)
+    whole, part, nothing = seconds(ids > 0), seconds(eighth), seconds(ids < 0)
+    assert part < whole / 2 and nothing < whole / 4, (whole, part, nothing)

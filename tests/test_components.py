@@ -1,0 +1,177 @@
+"""Every component in the whole model: causal, decoding equals the forward pass, chunks, stacks, early leaving."""
+
+from __future__ import annotations
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gt_jax.chunks import forward_rows, over_chunks
+from gt_jax.config import (
+    AdaptiveConfig,
+    DeltaNetConfig,
+    ExitConfig,
+    HyperConfig,
+    ModelConfig,
+    SlidingConfig,
+    StackConfig,
+)
+from gt_jax.errors import Refused
+from gt_jax.model import LanguageModel, abstract, empty_cache, forward, free_passes
+from gt_jax.sharding import Rules, lay_out, make_mesh
+from gt_jax.training.price import PriceConfig, phase
+from gt_jax.training.step import after_next_targets, make_loss
+from tests.support import full_model, perturbed, small_model, tokens
+
+FULL = full_model()
+PLAIN = full_model(adaptive=False)
+GROUNDTHINK = ModelConfig(
+    "DS", 32, 264, 48, deltanet=DeltaNetConfig(2, 2, 8, 8, variant="groundthink"),
+    sliding=SlidingConfig(2, 8, window=5),
+)  # fmt: skip
+MODELS = {
+    "all components": FULL,
+    "batch halting": full_model(adaptive=True).replace(adaptive=AdaptiveConfig(halting="batch")),
+    "lambda": small_model("DG*2", False, stack=StackConfig("lambda", skips=((0, 2), (1, 3)))),
+    "midpoint": small_model("DG*2", False, stack=StackConfig("midpoint")),
+    "reversible": small_model("DG*2", False, stack=StackConfig("midpoint", mixing=1.0)),
+    "exit": small_model("DG*2", False, exit=ExitConfig(threshold=0.6), hyper=HyperConfig(streams=2)),
+    "groundthink": GROUNDTHINK,
+}
+CAUSAL = [name for name in MODELS if name != "batch halting"]  # there a token's passes depend on its batch
+
+
+def variables(name):
+    return perturbed(MODELS[name])
+
+
+@functools.cache
+def run(name):
+    return jax.jit(lambda v, x, ids=None: forward(LanguageModel(MODELS[name]), v, x, ids, mtp=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAUSAL)
+def test_no_logit_depends_on_a_later_token(name):
+    x = tokens(12)
+    changed = x.at[:, 7].set((x[:, 7] + 1) % 257)
+    a, b = (run(name)(variables(name), t) for t in (x, changed))
+    assert np.array_equal(a.logits[:, :7], b.logits[:, :7])
+    assert not np.allclose(a.logits[:, 7:], b.logits[:, 7:])
+    if a.mtp_logits is not None:  # they look one token ahead, no further
+        assert np.array_equal(a.mtp_logits[:, :6], b.mtp_logits[:, :6])
+        assert not np.allclose(a.mtp_logits[:, 6], b.mtp_logits[:, 6])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "reversible"])
+def test_decoding_equals_the_forward_pass(name):
+    x, v = tokens(12), variables(name)
+    whole = run(name)(v, x).logits
+    go_on = jax.jit(lambda v, t, cache: forward(LanguageModel(MODELS[name]), v, t, cache=cache))
+    first = go_on(v, x[:, :9], empty_cache(MODELS[name], 2, 12))
+    cache, parts = first.cache, [first.logits]
+    for i in range(9, 12):
+        output = go_on(v, x[:, i : i + 1], cache)
+        cache = output.cache
+        parts.append(output.logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["all components", "groundthink", "exit"])
+def test_documents_of_a_row_are_apart(name):
+    x = tokens(12)
+    ids = jnp.asarray([[1] * 7 + [2] * 5] * 2, jnp.int32)
+    together = run(name)(variables(name), x, ids).logits
+    changed = x.at[:, 3].set((x[:, 3] + 1) % 257)
+    again = run(name)(variables(name), changed, ids).logits
+    np.testing.assert_allclose(again[:, 7:], together[:, 7:], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_reversible_stack_has_the_gradients_of_the_scan():
+    config = PLAIN.replace(stack=StackConfig("midpoint", mixing=1.0), mtp=None)
+    v, x = perturbed(config), tokens(12)
+
+    def loss(params, model):
+        output, moved = model.apply({**v, "params": params}, x, mutable=["statistics"])
+        return jnp.mean(output.logits**2) + jnp.sum(output.statistics.router_loss), (output.logits, moved)
+
+    scan = jax.jit(jax.grad(lambda p: loss(p, _Scanned(config)), has_aux=True))
+    backwards = jax.jit(jax.grad(lambda p: loss(p, LanguageModel(config)), has_aux=True))
+    (wanted, (logits, moved)), (got, (logits_there, moved_there)) = scan(v["params"]), backwards(v["params"])
+    np.testing.assert_allclose(logits_there, logits, atol=1e-5)
+    chex.assert_trees_all_close(got, wanted, atol=1e-4, rtol=2e-3)
+    chex.assert_trees_all_close(moved_there, moved, rtol=1e-4)
+
+
+class _Scanned(LanguageModel):
+    def _reversible(self, cache):
+        return False
+
+
+@pytest.mark.slow
+def test_chunks_hand_their_memory_on_and_only_to_their_own_document():
+    v, x = variables("all components"), tokens(24)
+    network = LanguageModel(FULL)
+    one_document = jnp.ones_like(x)
+    two = jnp.asarray([[1] * 12 + [2] * 12] * 2, jnp.int32)
+    rows = jax.jit(lambda ids: forward_rows(network, v, x, ids, free_passes())[0])
+    first = run("all components")(v, x[:, :12])
+    second = jax.jit(lambda m: forward(network, v, x[:, 12:], memory=m))(first.memory)
+    np.testing.assert_allclose(rows(one_document)[:, 12:], second.logits, atol=1e-5)
+    apart = run("all components")(v, x[:, 12:]).logits
+    np.testing.assert_allclose(rows(two)[:, 12:], apart, atol=1e-5)
+    assert not np.allclose(rows(one_document)[:, 12:], apart, atol=1e-4)
+
+
+def test_rows_that_are_no_whole_chunks_are_refused():
+    batch = {"tokens": jnp.zeros((2, 18), jnp.int32)}
+    with pytest.raises(Refused, match=r"18 tokens.*chunk 12"):
+        over_chunks(lambda carry, piece: (carry, ()), FULL, Rules(), (), batch)
+
+
+def test_the_token_after_the_next_is_of_the_same_document():
+    targets = jnp.asarray([[5, 6, -1, 8, 9, -1]])
+    assert after_next_targets(targets).tolist() == [[6, -1, -1, 9, -1, -1]]
+
+
+@pytest.mark.slow
+def test_tokens_leave_the_stack_and_pay_for_what_they_use():
+    def used(threshold):
+        config = MODELS["exit"].replace(exit=ExitConfig(threshold=threshold))
+        output = jax.jit(lambda v, x: forward(LanguageModel(config), v, x))(variables("exit"), tokens(12))
+        return float(jnp.sum(output.statistics.alive)), float(output.ponder)
+
+    (few, cheap), (many, dear) = used(0.2), used(0.999)
+    assert 1 <= few < many <= 4
+    assert few <= cheap <= few + 1 and many <= dear <= many + 1
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_same_loss_and_gradients():
+    config = FULL
+    x = tokens(24, rows=8)
+    batch = {"tokens": x, "targets": (x + 1) % 257, "segment_ids": jnp.ones_like(x)}
+    price = PriceConfig()
+    loss = make_loss(config, price, Rules())
+
+    def step(params, statistics):
+        now = phase(price, jnp.asarray(50), 100)
+        return jax.value_and_grad(loss, has_aux=True)(
+            params, statistics, batch, jnp.asarray(0.01), now, jnp.asarray(50)
+        )
+
+    v = perturbed(config)
+    (wanted, extra), gradient = jax.device_get(jax.jit(step)(v["params"], v["statistics"]))
+    with jax.set_mesh(make_mesh(data=2, expert=2, tensor=2)):
+        placed = lay_out(v, abstract(config))
+        (got, extra_there), gradient_there = jax.device_get(jax.jit(step)(placed["params"], placed["statistics"]))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    chex.assert_trees_all_close(gradient_there, gradient, atol=5e-5, rtol=1e-3)
+    chex.assert_trees_all_close(extra_there["statistics"], extra["statistics"], atol=2e-5, rtol=2e-4)

@@ -27,15 +27,24 @@ STATISTICS, DROPPED, GLOBAL = "statistics", "dropped", "global"
 RULES: tuple[tuple[str, str], ...] = (
     (rf"{_LAYER}/halting/.+", DROPPED),
     (rf"{_LAYER}/gain", GAIN),
+    (rf"{_LAYER}/(residual_scale|x0_scale)", COPIED),
     (rf"{_LAYER}/(mixer_norm|mlp_norm|mixer/\w+_norm)/(scale|b)", COPIED),
-    (rf"{_LAYER}/(mixer/output|mlp/down)/(w|b)", OUTPUT),
-    (rf"{_LAYER}/mlp/(gate|up)/(w|b)", SCALED),
+    (rf"{_LAYER}/(mixer|mlp)_hyper/norm/scale", COPIED),
+    (rf"{_LAYER}/(mixer|mlp)_hyper/(pre|post|res)/(w|b|alpha)", SCALED),
+    (rf"{_LAYER}/(mixer/output|mlp/((shared|experts)/)?down)/(w|b)", OUTPUT),
+    (rf"{_LAYER}/mlp/((shared|experts)/)?(gate|up)/(w|b)", SCALED),
+    (rf"{_LAYER}/mlp/router/(w|b|null_logit)", SCALED),
     (rf"{_LAYER}/mixer/(query|key|value)(_conv)?/(w|b)", SCALED),
     (rf"{_LAYER}/mixer/(gate|value_gate|output_gate|beta|decay)/(w|b)", SCALED),
-    (rf"{_LAYER}/mixer/(a_log|dt_bias|head_importance)", SCALED),
+    (rf"{_LAYER}/mixer/(a_log|dt_bias|skip|head_importance)", SCALED),
+    (rf"{_LAYER}/mixer/(state_output/w|state_gate/(w|b))", SCALED),
+    (rf"{_LAYER}/mixer/(cue_query|cue_query_bias|state_query)", COPIED),
     (rf"{_LAYER}/mixer/(indexer_(query|key|weight)/w|indexer_bias)", SCALED),
     (r"statistics/segment\d+/layer\d+/.+", STATISTICS),
-    (r"params/(embedding/table|final_norm/scale|unembedding/w)", GLOBAL),
+    (r"statistics/(embedding/token_(bytes|length)|mtp/layer/mixer/variance_ema)", GLOBAL),
+    (r"params/(embedding/(table|kronecker/w|norm/scale)|final_norm/scale|unembedding/w)", GLOBAL),
+    (r"params/memory/(strength|norm/(scale|bias)|gate/(w|b))", GLOBAL),
+    (r"params/mtp/(fusion/w|layer/.+)", GLOBAL),
 )
 _COMPILED = tuple((re.compile(pattern), rule) for pattern, rule in RULES)
 _STACKED = re.compile(r"(params|statistics)/segment(\d+)/layer(\d+)/(.+)")

@@ -77,11 +77,18 @@ def abstract(tree: Mapping[str, Any]) -> dict[str, ShapeDtypeStruct]:
 def target_config(source_config: ModelConfig, plan: Plan, dtype: str | None = None) -> ModelConfig:
     """The child's config: the source's plain form with the plan's layout, and `dtype` as param_dtype where given.
 
-    Raises `Refused` when the plan was made for another layout.
+    Raises `Refused` when the plan was made for another layout, and for stacks that growth is not defined for: a copy of
+    a layer continues its recurrence only where layers add their update to one residual stream.
     """
+    wrong = []
     if source_config.depth != plan.source_layout:
-        raise Refused(f"the plan is for a source of layout {plan.source_layout}, "
-                      f"this source's config says {source_config.layout}")
+        wrong.append(f"the plan is for a source of layout {plan.source_layout}, "
+                     f"this source's config says {source_config.layout}")
+    if source_config.stack.kind != "residual":
+        wrong.append(f"the source's stack is {source_config.stack.kind!r}; only 'residual' can be grown")
+    if source_config.exit is not None:
+        wrong.append("the source's tokens leave the stack early (exit); a deeper stack would be another model")
+    refuse_all(wrong, "the source cannot be grown:")
     config = source_config.plain.replace(layout=str(plan.target_layout))
     return config if dtype is None else config.replace(param_dtype=dtype)
 

@@ -1,0 +1,104 @@
+"""Convert a checkpoint of the origin (PyTorch) system to one of ours, and back.
+
+    python -m gt_jax.convert SRC... DST [--config FILE]
+    python -m gt_jax.convert CHECKPOINT FILE --to safetensors
+
+- SRC: .pt with `model_state_dict` or a bare state dict, .safetensors, one file or shards, a folder of them, or an
+  *.index.json. `.pt` is read with weights_only, nothing in it runs; it needs PyTorch (pip install 'gt-jax[torch]').
+- Widths come from the shapes. --config is a JSON object of config fields for the rest (gsa.k_base, moe.top_k,
+  adaptive.threshold, ...), nested as in our metadata; its defaults are the `3b` preset's.
+- DST is never overwritten, and does not exist before it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gt_jax.errors import Refused, refuse_all, run_command
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m gt_jax.convert", description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("source", nargs="+", type=Path, metavar="SRC", help="files or a folder; a checkpoint to go back")
+    made.add_argument("target", type=Path, metavar="DST", help="checkpoint or file to write; must not exist")
+    made.add_argument("--to", choices=("orbax", "safetensors"), default="orbax", help="what DST becomes (orbax)")
+    made.add_argument("--config", type=Path, metavar="FILE", help="config fields that the tensors do not tell")
+    made.add_argument("--step", type=int, metavar="N", help="the step to note (what SRC says, else 0)")
+    made.add_argument("--tokens", type=Path, metavar="FILE",
+                      help="the tokens' texts for a Kronecker embedding: a JSON list, or a tokenizer.json")
+    made.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, or raises `Refused` with what would be right."""
+    args = parser().parse_args(argv)
+    _check(args)
+    if args.to == "orbax":
+        report = _import(args)
+    else:
+        from gt_jax.interop.to_safetensors import to_safetensors
+        report = to_safetensors(args.source[0], args.target, progress=_say)
+    for line in report.get("warnings", ()):
+        print(f"warning: {line}", file=sys.stderr)
+    print(json.dumps(report) if args.json else "\n".join(report_lines(report)))
+    return 0
+
+
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """The report as lines for a reader."""
+    config = report["config"]
+    lines = [f"{report['target']}: step {report['step']}, layout {config['layout']}, width {config['width']}, "
+             f"{report['tensors']} tensors of the origin, {report['bytes'] / 2**20:.1f} MiB, {report['seconds']:.1f} s"]
+    if report.get("aliases") or report.get("ignored"):
+        lines.append(f"{report['aliases']} second names agree with the first, {report['ignored']} rotary buffers are "
+                     "ignored")
+    if report.get("dropped"):
+        lines.append(f"without counterpart in the origin, left out: {', '.join(report['dropped'])}")
+    return [*lines, "config " + json.dumps(config)]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The overrides in a JSON file; raises `Refused` for anything but an object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refused(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise Refused(f"--config {path} is not a JSON object of config fields")
+    return data
+
+
+def _import(args: argparse.Namespace) -> dict[str, Any]:
+    from gt_jax.interop.to_orbax import to_orbax
+    from gt_jax.interop.token_files import read_tokens
+    return to_orbax(args.source, args.target, overrides=read_config(args.config) if args.config else None,
+                    step=args.step, tokens=read_tokens(args.tokens) if args.tokens else None, progress=_say)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse, before anything is read, arguments that contradict each other."""
+    wrong = []
+    if args.to == "safetensors":
+        wrong += [f"{flag} has no meaning with --to safetensors" for flag, value in
+                  (("--config", args.config), ("--step", args.step), ("--tokens", args.tokens)) if value is not None]
+        if len(args.source) > 1:
+            wrong.append(f"--to safetensors writes one checkpoint; there are {len(args.source)}")
+    if args.step is not None and args.step < 0:
+        wrong.append(f"--step is {args.step}; it must be at least 0")
+    refuse_all(wrong, "these arguments do not go together:")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,180 @@
+"""The safetensors format: a JSON header of names, dtypes, shapes and byte ranges, then the bytes.
+
+Written here and not taken from the package of that name, which has to hold every tensor of a file in memory to write
+it. The format is small: u64 length of the header, the header, the tensors without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gt_jax.interop.tensor_files import Info, TensorFile, Unreadable, pieces
+
+DTYPES = {name: np.dtype(dtype) for name, dtype in {
+    "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64, "BOOL": np.bool_,
+    "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "U8": np.uint8, "U16": np.uint16,
+    "U32": np.uint32, "U64": np.uint64,
+}.items()}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CONFIG, _STEP = "gt_jax.config", "gt_jax.step"  # what our own files say of the model
+_LENGTH = struct.Struct("<Q")
+_MOST = 100_000_000  # bytes of a header, as in the reference implementation
+
+
+class SafetensorsFile(TensorFile):
+    """One .safetensors file, open for reading; raises `Unreadable` when header and file do not agree."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        size = path.stat().st_size
+        header, self._start = _header(path, size)
+        about = header.pop("__metadata__", None) or {}
+        self._ranges: dict[str, tuple[int, int]] = {}
+        self.tensors: dict[str, Info] = {}
+        for name, entry in header.items():
+            self.tensors[name], self._ranges[name] = _entry(path, name, entry)
+        _refuse_gaps(path, sorted(self._ranges.values()), size - self._start)
+        self.step, self.config = _about(path, about)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, read-only, mapped from the file."""
+        shape, dtype = self.tensors[name]
+        begin = self._start + self._ranges[name][0]
+        count = math.prod(shape)
+        if count == 0:
+            return np.empty(shape, dtype)
+        if begin % dtype.itemsize:  # allowed, but no array may lie like that
+            return np.fromfile(self.path, dtype, count, offset=begin).reshape(shape)
+        return np.asarray(np.memmap(self.path, dtype, "r", begin, (count,))).reshape(shape)
+
+
+class Writer:
+    """Writes a .safetensors file whose tensors come in any order, one at a time: `with Writer(...) as w: w.put(...)`.
+
+    Leaving the block without an error demands that every tensor came; the bytes are then on disk.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Info], config: Mapping[str, Any] | None = None,
+                 step: int | None = None) -> None:
+        order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so every tensor is aligned
+        about = {_CONFIG: json.dumps(config)} if config is not None else {}
+        about |= {_STEP: str(step)} if step is not None else {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
+        self._left: dict[str, tuple[int, Info]] = {}
+        end = 0
+        for name in order:
+            info = tensors[name]
+            begin, end = end, end + math.prod(info.shape) * info.dtype.itemsize
+            self._left[name] = begin, info
+            header[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._start, self.nbytes = _LENGTH.size + len(text), end
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        self._write_all(0, np.frombuffer(_LENGTH.pack(len(text)) + text, np.uint8))
+
+    def put(self, name: str, value: np.ndarray) -> None:
+        """Write one tensor; its strides may be any."""
+        begin, info = self._left.pop(name)
+        if (value.shape, value.dtype) != info:
+            raise ValueError(f"{name} is {Info(value.shape, value.dtype)}; the header says {info}")
+        place = self._start + begin
+        for piece in pieces(value):
+            self._write_all(place, piece)
+            place += piece.nbytes
+
+    def _write_all(self, place: int, data: np.ndarray) -> None:
+        view = memoryview(data.data)
+        while view:
+            written = os.pwrite(self._file.fileno(), view, place)
+            view, place = view[written:], place + written
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        with self._file:
+            if kind is None:
+                if self._left:
+                    raise ValueError(f"not written: {', '.join(self._left)}")
+                os.fsync(self._file.fileno())
+
+
+def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """The header's JSON object and where the tensors begin."""
+    with open(path, "rb") as stream:
+        start = stream.read(_LENGTH.size)
+        if len(start) < _LENGTH.size:
+            raise Unreadable(f"{path} has {size} bytes, too few for a safetensors header; it is truncated")
+        (length,) = _LENGTH.unpack(start)
+        if length > _MOST:
+            raise Unreadable(f"{path} is not a safetensors file (its header would have {length} bytes)")
+        text = stream.read(length)
+    if len(text) < length:
+        raise Unreadable(f"{path} is truncated: its header has {length} bytes, the file {size}")
+    try:
+        header = json.loads(text, object_pairs_hook=_once)
+    except ValueError as error:
+        raise Unreadable(f"{path} is not a safetensors file: its header is no JSON object ({error})") from error
+    if not isinstance(header, dict):
+        raise Unreadable(f"{path} is not a safetensors file: its header is no JSON object")
+    return header, _LENGTH.size + length
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different; what a later one would silently replace is an error."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return made
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[Info, tuple[int, int]]:
+    """Shape, dtype and byte range of one tensor."""
+    try:
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, begin, end)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+            raise ValueError("sizes and offsets must be whole numbers of at least 0")
+    except (TypeError, KeyError, ValueError) as error:
+        raise Unreadable(f"{path}: the header's entry of {name} does not parse ({error})") from error
+    if code not in DTYPES:
+        raise Unreadable(f"{path}: {name} has dtype {code}; known are {', '.join(DTYPES)}")
+    info = Info(shape, DTYPES[code])
+    needed = math.prod(shape) * info.dtype.itemsize
+    if end - begin != needed:
+        raise Unreadable(f"{path}: {name} is {info}, {needed} bytes; the header gives it {end - begin}")
+    return info, (begin, end)
+
+
+def _refuse_gaps(path: Path, ranges: list[tuple[int, int]], size: int) -> None:
+    """Raise `Unreadable` unless the byte ranges follow each other and fill the file."""
+    place = 0
+    for begin, end in ranges:
+        if begin != place:
+            raise Unreadable(f"{path}: the header's byte ranges overlap or leave a gap at byte {place}")
+        place = end
+    if place > size:
+        raise Unreadable(f"{path} is truncated: its header needs {place} bytes of tensors, the file has {size}")
+    if place < size:
+        raise Unreadable(f"{path} has {size - place} bytes after its last tensor; it is not a safetensors file")
+
+
+def _about(path: Path, about: Any) -> tuple[int | None, Any]:
+    """(step, config) that a file of ours carries; None for what it does not say."""
+    try:
+        return (int(about[_STEP]) if _STEP in about else None), json.loads(about.get(_CONFIG, "null"))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise Unreadable(f"{path}: its __metadata__ does not parse ({error})") from error

@@ -1,0 +1,139 @@
+"""From the origin's files to a checkpoint of ours, leaf by leaf.
+
+- Everything is checked before anything is written: names, shapes, dtypes, aliases, config; one refusal lists it all.
+- Held at a time: the leaves of one group, 256 MiB, or one larger leaf (the tensors of all blocks of one name); the
+  sources are mapped, never read as a whole. `3b` needs 1 GiB, for its unembedding, beside the program.
+- TARGET is there when it is whole; a kill leaves names that begin with TARGET.converting, which the next try clears.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gt_jax import checkpoint
+from gt_jax.checkpoint_files import StrPath, prepare_parent, publish
+from gt_jax.config import ModelConfig
+from gt_jax.errors import Refused, refuse_all
+from gt_jax.growth.leftovers import Leftovers, only_writer
+from gt_jax.interop.expected import TOKENS, Expected, block_shape, expect, mismatches, origin_infos, pass_strengths
+from gt_jax.interop.infer import infer
+from gt_jax.interop.names import Leaf
+from gt_jax.interop.sources import Source, summary
+from gt_jax.interop.tensor_files import Info, groups
+
+STAGE = ".converting"
+
+Progress = Callable[[str], None]
+
+
+def to_orbax(sources: Sequence[StrPath], target: StrPath, *, overrides: Mapping[str, Any] | None = None,
+             step: int | None = None, tokens: Sequence[bytes] | None = None,
+             progress: Progress | None = None) -> dict[str, Any]:
+    """Write the checkpoint `target` from the origin's files; returns a report.
+
+    `overrides` are config fields; `step` is what the metadata say (else what the file says, else 0); `tokens` the
+    bytes of every token, for a Kronecker embedding (else the default of `gt_jax.token_bytes`). Raises `Refused` that
+    lists everything that does not fit, with nothing written.
+    """
+    say = progress or (lambda line: None)
+    started = time.monotonic()
+    place = refuse_existing(target)
+    source = Source([Path(path) for path in sources])
+    config, expected = _check(source, overrides, say)
+    forms = _forms(source, origin_infos(expected, config))
+    found = source.step or 0
+    metadata = {"config": config.to_json(), "kind": "converted", "step": found if step is None else step,
+                "converted_from": {**summary(source), "forms": forms}}
+    own = _own(expected, config, tokens)
+    prepare_parent(place)
+    with only_writer(place):
+        refuse_existing(place)  # another process may have finished it meanwhile
+        _write(source, place, expected, own, metadata, say)
+    return {"source": [str(path) for path in sources], "target": str(place), "step": metadata["step"],
+            "tensors": len(source.places), "aliases": source.aliases(), "ignored": len(source.ignored),
+            "leaves": len(expected.tensors), "bytes": sum(map(_nbytes, expected.tensors.values())),
+            "seconds": time.monotonic() - started, "config": config.to_json()}
+
+
+def refuse_existing(target: StrPath) -> Path:
+    """The absolute path of a target that is not there yet."""
+    place = Path(os.path.abspath(target))
+    if os.path.lexists(place):
+        raise Refused(f"target {place} exists; nothing is ever overwritten, choose another target")
+    return place
+
+
+def _check(source: Source, overrides: Mapping[str, Any] | None, say: Progress) -> tuple[ModelConfig, Expected]:
+    """Config and leaves of the model in `source`; raises `Refused` that lists all that is wrong."""
+    alpha, problems = pass_strengths(source)
+    config, wrong = infer(source.tensors, alpha, overrides, source.config)
+    say(f"{len(source.places)} tensors of layout {config.layout}, width {config.width}")
+    expected = expect(config)
+    problems += wrong + mismatches(source, expected, config)
+    problems += [f"{path} of this config has no counterpart in the origin" for path in expected.foreign]
+    if source.aliases():
+        say(f"comparing {source.aliases()} tensors that came under a second name")
+    problems += source.differing_aliases()
+    refuse_all(problems, f"{', '.join(str(file.path) for file in source.files)} cannot be converted as layout "
+                         f"{config.layout}, width {config.width}:")
+    return config, expected
+
+
+def _forms(source: Source, written: Mapping[str, Info]) -> dict[str, list[Any]]:
+    """[dtype, shape] of every tensor that is not as we would write it: what the way back needs to be bit-exact."""
+    return {name: [str(info.dtype), list(info.shape)] for name, info in source.tensors.items() if info != written[name]}
+
+
+def _own(expected: Expected, config: ModelConfig, tokens: Sequence[bytes] | None) -> dict[str, np.ndarray]:
+    """The leaves that the origin does not have: gains of 1, and the bytes of the tokens."""
+    made = {path: np.ones(expected.tensors[path].shape, expected.tensors[path].dtype) for path in expected.gains}
+    if not expected.tokens:
+        if tokens is not None:
+            raise Refused("token texts have no meaning for this model; its embedding is a plain table")
+        return made
+    from gt_jax.token_bytes import default_texts, token_table
+
+    if tokens is not None and len(tokens) != config.vocab:
+        raise Refused(f"there are {len(tokens)} token texts; the model has a vocabulary of {config.vocab}")
+    texts = default_texts(config.vocab) if tokens is None else tokens
+    return made | dict(zip(TOKENS, map(np.asarray, token_table(texts, config.embedding.token_bytes)), strict=True))
+
+
+def _write(source: Source, place: Path, expected: Expected, own: Mapping[str, np.ndarray],
+           metadata: Mapping[str, Any], say: Progress) -> None:
+    """Group by group under the stage's names, then one rename; whatever fails leaves nothing."""
+    stage = Leftovers(place.with_name(place.name + STAGE))
+    stage.discard()
+    total, done = sum(map(_nbytes, expected.tensors.values())), sum(value.nbytes for value in own.values())
+    started = time.monotonic()
+    try:
+        checkpoint.write_group(stage.target, own, metadata)
+        for group in groups(expected.leaves, lambda leaf: _nbytes(expected.tensors[leaf.path])):
+            made = {leaf.path: _value(source, leaf, expected.tensors[leaf.path]) for leaf in group}
+            checkpoint.write_group(stage.target, made, metadata)
+            done += sum(value.nbytes for value in made.values())
+            del made  # before the next ones are made
+            rate = done / max(time.monotonic() - started, 1e-9) / 2**20
+            say(f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB, {rate:.0f} MiB/s")
+        publish(checkpoint.merge_groups(stage.target), place)
+    finally:
+        stage.discard()
+
+
+def _value(source: Source, leaf: Leaf, tensor: Any) -> np.ndarray:
+    """One leaf of ours from the tensors of its blocks."""
+    value = np.empty(tensor.shape, tensor.dtype)
+    shape = block_shape(leaf, tensor)
+    for block, name in enumerate(leaf.origins):
+        value[block if leaf.stacked else ...] = leaf.form.to_ours(source.read(name), shape)
+    return value
+
+
+def _nbytes(tensor: Any) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize

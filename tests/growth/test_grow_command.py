@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint, config, grow, model
+from gt_jax import checkpoint, grow, model, presets
 from gt_jax.errors import Refused
 from gt_jax.growth.plan import Plan
 from gt_jax.tree_paths import flatten, nest
@@ -37,7 +37,7 @@ def refusal(*arguments):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A checkpoint of the tiny model, narrowed; zeros, because a dry run reads no value."""
-    small = config.tiny().replace(width=16, mlp_width=16)
+    small = presets.tiny().replace(width=16, mlp_width=16)
     tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract(small))
     path = tmp_path_factory.mktemp("grow") / "source"
     checkpoint.save(path, tree, {"config": small.to_json(), "step": 3, "kind": "train"})
@@ -109,7 +109,7 @@ def test_dry_run_with_a_source_adds_every_tensor(source, capsys):
     found = json.loads(out)
     assert "reference counts" in err
     rows = {row["path"]: row for row in found["tensors"]}
-    small = config.tiny().replace(width=16, mlp_width=16, layout="DDDG*5", adaptive=None)
+    small = presets.tiny().replace(width=16, mlp_width=16, layout="DDDG*5", adaptive=None)
     assert {path: list(leaf.shape) for path, leaf in flatten(model.abstract(small)).items()} == {
         path: row["shape"] for path, row in rows.items()}
     assert rows["params/segment0/layer0/mlp/up/w"] == {

@@ -4,8 +4,9 @@
     python -m gt_jax.grow --dry-run --json
 
 - Without --repetition the reference counts 2,1,2,3,2,3,4,3 stand in.
-- Defaults: --plan block --round up --coefficient expected --correct none --carry gain. --recipe readme is the growth
-  README's rule: schedule, none, weights.
+- Defaults: --plan block --from k_exec --round up --coefficient expected --correct none --carry gain. --recipe readme is
+  the growth README's rule: schedule, none, weights.
+- --plan FILE.json takes a plan that --plan-out, or a dry run with --json, wrote; it may be edited by hand.
 - A dry run without SRC reads no checkpoint and loads no array library.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,10 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.files import write_whole
 from gt_jax.growth import report
-from gt_jax.growth.plan import COEFFICIENTS, CORRECTIONS, ROUNDS, Plan, block_plan, default_layout, identity_plan
-from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, read, reference
+from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
+from gt_jax.growth.entries import Plan, read_plan
+from gt_jax.growth.layer_map import EXAMPLE, read_map
+from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, fitted, identity_plan, make_plan
+from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, reference
+from gt_jax.growth.rounding import ROUNDS
 from gt_jax.growth.rules import CARRIES, check_noise
+from gt_jax.layout import Layout, parse
 
 if TYPE_CHECKING:
     import jax
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = {"coefficient": "expected", "correct": "none", "carry": "gain"}
 RECIPES = {"readme": {"coefficient": "schedule", "correct": "none", "carry": "weights"}}
+KINDS = (*PLANS, "identity")
 _UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 
 
@@ -42,10 +51,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("source", nargs="?", type=Path, metavar="SRC", help="checkpoint or run directory to grow from")
     made.add_argument("target", nargs="?", type=Path, metavar="DST", help="checkpoint to write; must not exist")
     made.add_argument("--repetition", type=Path, metavar="FILE", help="pass counts written by gt_jax.measure")
-    made.add_argument("--plan", choices=("block", "identity"), default="block",
-                      help="block: copy whole blocks as often as their passes ask; identity: every layer once")
-    made.add_argument("--round", choices=ROUNDS, help="when a block's passes do not divide by its layers (up)")
+    made.add_argument("--plan", metavar="KIND|FILE.json",
+                      help="block (default): whole blocks as often as their passes ask; layer: each layer as often as "
+                      "it asks, in a row; split: the same, dealt into groups of the pattern; map: the list of --map; "
+                      "stack: the whole stack; identity: every layer once; or a plan file")
+    made.add_argument("--map", metavar="LIST|FILE.csv", help=f"source layers from 1, for example {EXAMPLE}")
+    made.add_argument("--from", dest="passes_from", choices=PASSES_FROM,
+                      help="what a layer asks for: k_exec, the passes that nearly all tokens need, or expected_k, "
+                      "their mean (k_exec)")
+    made.add_argument("--round", choices=ROUNDS, help="when the passes make no whole copies (up)")
     made.add_argument("--target-layers", type=int, metavar="N", help="the depth that must come out")
+    made.add_argument("--target-layout", metavar="LAYOUT", help="the layout that must come out, for example DDDG*5")
     made.add_argument("--coefficient", choices=COEFFICIENTS,
                       help="schedule: alpha of the pass; expected: alpha times the pass's mean survival (expected)")
     made.add_argument("--correct", choices=CORRECTIONS, help="correction of the coefficients (none)")
@@ -59,6 +75,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resume", action="store_true", help="finish an interrupted growth of the same plan")
     made.add_argument("--verify-text", type=Path, action="append", metavar="FILE",
                       help="compare source and grown model on this text afterwards; may be repeated")
+    made.add_argument("--plan-out", type=Path, metavar="FILE", help="write the plan as JSON")
+    made.add_argument("--picture", type=Path, metavar="FILE.png",
+                      help="draw the plan: its order, passes asked for and granted, coefficient mass kept")
     made.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return made
 
@@ -75,11 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {"carry": options["carry"], "recipe": args.recipe, "noise_std": args.noise_std, "seed": args.seed,
                 "dtype": args.dtype}
     if args.dry_run:
-        _show(*_dry_run(plan, settings, source, warnings), args.json)
+        shown, lines = _dry_run(plan, settings, source, warnings)
     else:
         if args.verify_text and source is not None:
             source.refuse_text(args.verify_text)
-        _grow(args, plan, settings)
+        shown, lines = _grow(args, plan, settings)
+    _keep(plan, args.plan_out, args.picture)
+    print(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines))
     return 0
 
 
@@ -122,13 +143,48 @@ def _check(args: argparse.Namespace) -> None:
     for path in args.verify_text or []:
         if not path.is_file() or path.stat().st_size == 0:
             wrong.append(f"--verify-text {path} is {'empty' if path.is_file() else 'not a file'}")
-    if args.plan == "identity":
-        flags = ("repetition", "round", "target_layers", "coefficient", "correct", "recipe")
-        wrong += [f"--{flag.replace('_', '-')} has no meaning for --plan identity" for flag in flags
-                  if getattr(args, flag) is not None]
+    wrong += _wrong_plan(args) + _wrong_files(args)
     refuse_all(wrong, "these arguments do not go together:")
     check_noise(args.noise_std, args.seed)
     memory(args.memory)
+
+
+def _wrong_plan(args: argparse.Namespace) -> list[str]:
+    """What is wrong with --plan itself, and the flags that its kind has no use for."""
+    kind, wrong = _kind(args), []
+    if kind == "file" and not args.plan.endswith(".json") and not Path(args.plan).exists():
+        return [f"--plan {args.plan} is none of {', '.join(KINDS)}, and no file of that name exists"]
+    if kind == "map" and args.map is None:
+        wrong.append(f"--plan map needs its list: --map {EXAMPLE}, or --map FILE.csv")
+    all_made = ("map", "repetition", "passes_from", "round", "target_layers", "coefficient", "correct", "recipe")
+    without = {"file": all_made, "identity": all_made, "map": ("round",)}.get(kind, ("map",))
+    return wrong + [f"--{'from' if flag == 'passes_from' else flag.replace('_', '-')} has no meaning for --plan "
+                    f"{args.plan or kind}" for flag in without if getattr(args, flag) is not None]
+
+
+def _kind(args: argparse.Namespace) -> str:
+    """The kind of plan, `file` for everything that is no kind."""
+    if args.plan is None:
+        return "block" if args.map is None else "map"
+    return args.plan if args.plan in KINDS else "file"
+
+
+def _wrong_files(args: argparse.Namespace) -> list[str]:
+    """What keeps --plan-out and --picture from being written; they come last, when everything else is done."""
+    wrong, taken = [], {args.target.resolve()} if args.target else set()
+    for flag, path in (("--plan-out", args.plan_out), ("--picture", args.picture)):
+        if path is None:
+            continue
+        if path.exists():
+            wrong.append(f"{flag} {path} exists; name a new file")
+        elif not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
+            wrong.append(f"{flag} {path}: {path.parent} is not a folder that can be written to")
+        elif path.resolve() in taken:
+            wrong.append(f"{flag} {path} is also the name of another output")
+        elif flag == "--picture" and path.suffix.lower() != ".png":
+            wrong.append(f"--picture {path}: pictures are PNG; name it {path.with_suffix('.png').name}")
+        taken.add(path.resolve())
+    return wrong
 
 
 def memory(text: str) -> int:
@@ -154,8 +210,26 @@ def _recipe(args: argparse.Namespace) -> dict[str, str]:
 def _plan(args: argparse.Namespace, options: Mapping[str, str],
           source: _Source | None) -> tuple[Plan, tuple[str, ...]]:
     """The plan, and what the user should know about the counts behind it."""
-    if args.plan == "identity":
-        return identity_plan(source.config.depth if source else default_layout(reference())), ()
+    kind, warnings = _kind(args), list[str]()
+    wanted = _target_layout(args.target_layout)
+    if kind == "file":
+        plan = _plan_from_file(Path(args.plan), source)
+    elif kind == "identity":
+        plan = identity_plan(source.config.depth if source else default_layout(reference()))
+    else:
+        counts, warnings = _counts(args, source)
+        depth = source.config.depth if source else default_layout(counts)
+        layers = read_map(args.map, len(depth)) if kind == "map" else ()
+        plan = make_plan(kind, counts, depth, round=args.round or "up", target_layers=args.target_layers,
+                         coefficient=options["coefficient"], correct=options["correct"],
+                         passes_from=args.passes_from or "k_exec", layers=layers, target_layout=wanted)
+    if wanted is not None and kind in ("file", "identity"):
+        plan = fitted(plan, wanted)
+    return plan, (*warnings, *_silent(plan, options["carry"], source))
+
+
+def _counts(args: argparse.Namespace, source: _Source | None) -> tuple[Repetition, list[str]]:
+    """The pass counts, and what had to be assumed; raises `Refused` for counts measured at other strengths."""
     adaptive = source.config.adaptive if source else None
     alpha = adaptive.alpha if adaptive else ALPHA
     counts = read(args.repetition, alpha) if args.repetition else reference(alpha)
@@ -166,14 +240,48 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
     if adaptive and counts.alpha != alpha:
         raise Refused(f"{counts.origin}: _meta.alpha is {list(counts.alpha)}, the source has {list(alpha)}; "
                       "measure this source")
-    plan = block_plan(counts, source.config.depth if source else default_layout(counts), round=args.round or "up",
-                      target_layers=args.target_layers, coefficient=options["coefficient"],
-                      correct=options["correct"])
-    silent = [str(target) for target, entry in enumerate(plan.entries) if entry.coefficient == 0]
-    if silent and options["carry"] == "weights":
-        warnings.append(f"carry weights at coefficient 0 makes every weight of target layers {', '.join(silent)} 0; "
+    return counts, warnings
+
+
+def _plan_from_file(path: Path, source: _Source | None) -> Plan:
+    plan = read_plan(path)
+    if source is not None and source.config.depth != plan.source_layout:
+        raise Refused(f"plan file {path} is for a source of layout {plan.source_layout} ({len(plan.source_layout)} "
+                      f"layers); this source is {source.config.layout} ({len(source.config.depth)} layers)")
+    return plan
+
+
+def _target_layout(text: str | None) -> Layout | None:
+    if text is None:
+        return None
+    try:
+        return parse(text)
+    except Refused as error:
+        raise Refused(f"--target-layout: {error}") from None
+
+
+def _silent(plan: Plan, carry: str, source: _Source | None) -> list[str]:
+    """What a coefficient of 0 means where the gain does not carry it."""
+    silent = ", ".join(str(target) for target, entry in enumerate(plan.entries) if entry.coefficient == 0)
+    if not silent or carry == "gain":
+        return []
+    warnings = []
+    if carry == "weights":
+        warnings.append(f"carry weights at coefficient 0 makes every weight of target layers {silent} 0; "
                         "such layers get no gradient (carry gain or output does not have this)")
-    return plan, tuple(warnings)
+    if source is not None and source.config.hyper is not None:
+        warnings.append(f"carry {carry} at coefficient 0 does not make target layers {silent} the identity: they still "
+                        "mix the streams of the hyper-connections (carry gain does make them)")
+    return warnings
+
+
+def _keep(plan: Plan, plan_out: Path | None, picture: Path | None) -> None:
+    """Write the plan and its picture where they are asked for."""
+    if plan_out is not None:
+        write_whole(plan_out, json.dumps(plan.to_json(), indent=1, allow_nan=False) + "\n")
+    if picture is not None:
+        from gt_jax.plots import plot_plan
+        plot_plan(plan, picture)
 
 
 def _dry_run(plan: Plan, settings: Mapping[str, Any], source: _Source | None,
@@ -199,8 +307,8 @@ def _tensors(plan: Plan, settings: Mapping[str, Any], source: _Source) -> tuple[
     return rows, matched.dropped
 
 
-def _grow(args: argparse.Namespace, plan: Plan, settings: Mapping[str, Any]) -> None:
-    """Grow, then verify where text is given, and show both."""
+def _grow(args: argparse.Namespace, plan: Plan, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Grow, then verify where text is given; the JSON object and the lines that show both."""
     from gt_jax.growth import stream
     result = stream.grow_checkpoint(
         args.source, args.target, plan=plan, carry=settings["carry"], noise_std=settings["noise_std"],
@@ -214,11 +322,7 @@ def _grow(args: argparse.Namespace, plan: Plan, settings: Mapping[str, Any]) -> 
         from gt_jax import verify
         shown["verify"] = verify.verify(args.source, args.target, text=[str(path) for path in args.verify_text])
         lines += ["", *verify.report_lines(shown["verify"])]
-    _show(shown, lines, args.json)
-
-
-def _show(shown: Mapping[str, Any], lines: Sequence[str], as_json: bool) -> None:
-    print(json.dumps(shown, allow_nan=False) if as_json else "\n".join(lines))
+    return shown, lines
 
 
 if __name__ == "__main__":

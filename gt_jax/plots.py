@@ -1,4 +1,4 @@
-"""The two pictures of a run: losses around the moment of growth, and passes per layer. PNG, the same bytes every time.
+"""The pictures of a run: losses around growth, passes per layer, a growth plan. PNG, the same bytes every time.
 
 matplotlib is imported where a picture is drawn, and drawn on a figure of its own: no pyplot, no display, no state.
 """
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from gt_jax.growth.entries import Plan
 
 Number = float | int | np.number
 # Okabe and Ito's palette, told apart by colour-blind readers; the first curve, the source, is dark grey.
@@ -74,7 +76,6 @@ def plot_depth(layers: Sequence[str], passes: Mapping[str, Sequence[Number]], pa
     if wrong or not passes or not layers:
         raise ValueError(f"{len(layers)} layers, but {'; '.join(wrong) or 'no passes'}")
     from matplotlib.patches import Patch
-    from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure(max(6.5, 1.5 + 0.55 * len(layers)), 4.0, title)
     (bars, heights), *markers = passes.items()
@@ -95,7 +96,7 @@ def plot_depth(layers: Sequence[str], passes: Mapping[str, Sequence[Number]], pa
         low = height < 0.12 * top
         axes.text(place, height + 0.02 * top if low else 0.03 * top, f"{height:.2f}", ha="center", va="bottom",
                   fontsize=8.5, color="#222222" if low or label[:1] in _LIGHT else "white", zorder=4)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _whole_numbers(axes.yaxis)
     axes.set_xticks(places, layers)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(layers) - 0.4)
@@ -105,18 +106,93 @@ def plot_depth(layers: Sequence[str], passes: Mapping[str, Sequence[Number]], pa
     _save(figure, path)
 
 
-def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
+def plot_plan(plan: Plan, path: str | os.PathLike[str], title: str = "") -> None:
+    """A growth plan in three panels: its order, the passes asked for and granted, and the coefficient mass kept.
+
+    In the order each target layer is a field at its source layer, the fuller the stronger, with the number of the pass;
+    an empty field is the identity.
+    """
+    count, depth = len(plan.source_layout), len(plan.entries)
+    width = min(26.0, max(7.5, 2.0 + 0.38 * max(depth, 1.6 * count)))
+    figure, order = _figure(width, 6.2 + 0.26 * count, title or _plan_title(plan), rows=(0.26 * count + 0.6, 2.2, 2.2))
+    passes, mass = figure.axes[1:]
+    types = plan.source_layout.types
+    colours = [_TYPE_COLOURS.get(kind, _COLOURS[3]) for kind in types]
+    strongest = max([1.0, *(abs(entry.coefficient) for entry in plan.entries)])
+    for target, entry in enumerate(plan.entries):
+        strength = min(1.0, abs(entry.coefficient) / strongest)
+        order.add_patch(_field(target, entry.source, colours[entry.source], strength))
+        if entry.copy and depth <= 64:
+            dark = strength < 0.6 or types[entry.source] in _LIGHT
+            order.text(target, entry.source, str(entry.copy), ha="center", va="center", fontsize=7.5,
+                       color="#222222" if dark else "white")
+    order.set_xlim(-0.6, depth - 0.4)
+    order.set_ylim(count - 0.4, -0.6)
+    _whole_numbers(order.xaxis)
+    order.set_xlabel("target layer")
+    labels = [f"{kind}{layer}" for layer, kind in enumerate(types)]
+    order.set_yticks(range(count), labels)
+    order.set_ylabel("source layer")
+    _beside(passes, labels, colours, plan.asked, [float(got) for got in plan.granted], "passes")
+    _whole_numbers(passes.yaxis)
+    _beside(mass, labels, colours, plan.mass_requested, plan.mass_granted, "sum of coefficients")
+    top = max(*plan.mass_requested, *plan.mass_granted, 1e-9)
+    mass.set_ylim(0, 1.2 * top)
+    for layer, (want, got, kept) in enumerate(zip(plan.mass_requested, plan.mass_granted, plan.mass_kept,
+                                                  strict=True)):
+        mass.text(layer, max(want, got) + 0.03 * top, f"{kept:.0%}", ha="center", va="bottom", fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _plan_title(plan: Plan) -> str:
+    return f"{plan.kind} plan: {plan.source_layout} to {plan.target_layout}, {plan.total_mass_kept:.0%} of the mass"
+
+
+def _field(x: int, y: int, colour: str, strength: float) -> Any:
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - 0.45, y - 0.42), 0.9, 0.84, facecolor=to_rgba(colour, strength), edgecolor=colour,
+                     linewidth=1.0, zorder=2)
+
+
+def _beside(axes: Any, labels: Sequence[str], colours: Sequence[str], asked: Sequence[float], got: Sequence[float],
+            what: str) -> None:
+    """What each layer asked for, as an empty bar, beside what it got."""
+    places = list(range(len(labels)))
+    left = axes.bar([place - 0.2 for place in places], asked, width=0.38, facecolor="white", edgecolor=list(colours),
+                    linewidth=1.4, zorder=2)
+    right = axes.bar([place + 0.2 for place in places], got, width=0.38, color=list(colours), edgecolor=list(colours),
+                     linewidth=1.4, zorder=2)
+    axes.set_xticks(places, labels)
+    axes.set_xlim(-0.6, len(labels) - 0.4)
+    axes.set_ylabel(what)
+    axes.legend([left, right], ["asked for", "granted"], loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2,
+                frameon=False, fontsize=9, borderaxespad=0.1)
+
+
+def _whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _figure(width: float, height: float, title: str, rows: Sequence[float] = (1.0,)) -> tuple[Any, Any]:
+    """A figure and the first of its axes, which lie below one another; `rows` are their heights to each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10)
-    return figure, axes
+    grid = figure.add_gridspec(len(rows), height_ratios=list(rows))
+    for row in range(len(rows)):
+        axes = figure.add_subplot(grid[row])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+        axes.set_axisbelow(True)
+    figure.axes[0].set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10)
+    return figure, figure.axes[0]
 
 
 def _average(values: Sequence[float], points: int) -> list[float]:

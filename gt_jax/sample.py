@@ -1,7 +1,8 @@
 """`python -m gt_jax.sample CHECKPOINT --prompt "def "`: continue a text, one token at a time.
 
 Decodes with the recurrent state of the D layers and a key/value cache of the G layers; the logits equal those of the
-full forward pass. An adaptive model keeps one of each per pass.
+full forward pass. An adaptive model keeps one of each per pass. With a memory stream the text goes on chunk by chunk as
+it was trained: states start empty, the memory is handed on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from gt_jax.config import ModelConfig
 from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.layers.memory_stream import no_memory
 from gt_jax.model import LanguageModel, empty_cache, forward
 from gt_jax.sharding import Rules
 from gt_jax.typing import Tree
@@ -59,20 +62,51 @@ def generate(
     model = LanguageModel(config, rules or Rules())
 
     def run(variables: Tree, prompt: Array, key: Array) -> Array:
-        cache = empty_cache(config, prompt.shape[0], prompt.shape[1] + length)
-        first = forward(model, variables, prompt, cache=cache)
+        chunk = prompt.shape[1] + length if config.memory is None else config.memory.chunk
+        state, filled = _read(model, variables, prompt, chunk, length)
+        keys, done, drawn = jax.random.split(key, length), 0, []
 
-        def step(carry: tuple[Tree, Array], key: Array) -> tuple[tuple[Tree, Array], Array]:
-            cache, logits = carry
-            drawn = choose(key, logits[:, :tokens], temperature, top_k)
-            output = forward(model, variables, drawn[:, None], cache=cache)
-            return (output.cache, output.logits[:, -1]), drawn
+        def step(state: _State, key: Array) -> tuple[_State, Array]:
+            token = choose(key, state.logits[:, :tokens], temperature, top_k)
+            output = forward(model, variables, token[:, None], cache=state.cache, memory=state.entered)
+            return _State(output.cache, output.logits[:, -1], state.entered, output.memory), token
 
-        start = (first.cache, first.logits[:, -1])
-        _, drawn = jax.lax.scan(step, start, jax.random.split(key, length))
-        return jnp.moveaxis(drawn, 0, 1)
+        while done < length:
+            if filled == chunk:  # the next token opens a chunk: states start empty, the memory goes on
+                empty = empty_cache(config, prompt.shape[0], min(chunk, length - done))
+                state, filled = state._replace(cache=empty, entered=state.left), 0
+            steps = min(chunk - filled, length - done)
+            state, piece = jax.lax.scan(step, state, keys[done : done + steps])
+            filled, done = filled + steps, done + steps
+            drawn.append(piece)
+        return jnp.moveaxis(jnp.concatenate(drawn), 0, 1)
 
     return np.asarray(jax.jit(run)(variables, jnp.asarray(prompt, jnp.int32), jax.random.key(seed)))
+
+
+class _State(NamedTuple):
+    """Where decoding stands: the cache of this chunk, logits of the next token, the memory it began with and leaves.
+
+    Both memories are None without a memory stream.
+    """
+
+    cache: Tree
+    logits: Array
+    entered: Any
+    left: Any
+
+
+def _read(model: LanguageModel, variables: Tree, prompt: Array, chunk: int, length: int) -> tuple[_State, int]:
+    """The state after the prompt and how many tokens of its last chunk it fills; chunks before leave their memory."""
+    c, start = model.config, 0
+    memory = None if c.memory is None else no_memory(prompt.shape[0], c.width, c.compute_dtype)
+    while prompt.shape[1] - start > chunk:
+        memory = forward(model, variables, prompt[:, start : start + chunk], memory=memory).memory
+        start += chunk
+    rest = prompt[:, start:]
+    cache = empty_cache(model.config, prompt.shape[0], min(chunk, rest.shape[1] + length))
+    output = forward(model, variables, rest, cache=cache, memory=memory)
+    return _State(output.cache, output.logits[:, -1], memory, output.memory), rest.shape[1]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -126,7 +126,7 @@ def _layers(
     before, after = _gains(source, source_variables), _gains(target, target_variables)
     layers = []
     for layer, entry in enumerate(plan.entries):
-        ran = entry.copy <= min(plan.requested[entry.source], len(alpha))
+        ran = 0 < entry.copy <= min(plan.requested[entry.source], len(alpha))  # copy 0 is an identity entry
         stood_for = None
         if ran:
             strength = before[entry.source] * alpha[entry.copy - 1]
@@ -176,9 +176,10 @@ def report_lines(result: dict[str, Any]) -> list[str]:
     rows = []
     for layer in result["layers"]:
         stood_for = layer["source_delta_ratio"]
+        stands_for = f"{layer['source']}, pass {layer['copy']}" if layer["copy"] else "identity"
         rows.append([
-            layer["target"], layer["type"], f"{layer['source']}, pass {layer['copy']}", f"{layer['coefficient']:.3f}",
-            f"{layer['delta_ratio']:.3f}", "did not run" if stood_for is None else f"{stood_for:.3f}",
+            layer["target"], layer["type"], stands_for, f"{layer['coefficient']:.3f}", f"{layer['delta_ratio']:.3f}",
+            "did not run" if stood_for is None else f"{stood_for:.3f}",
         ])  # fmt: skip
     return [*lines, "", table(rows, ["layer", "type", "source", "coefficient", "|dh|/|h|", "of the source pass"])]
 

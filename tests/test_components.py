@@ -22,9 +22,11 @@ from gt_jax.config import (
 )
 from gt_jax.errors import Refused
 from gt_jax.model import LanguageModel, abstract, empty_cache, forward, free_passes
+from gt_jax.sample import generate
 from gt_jax.sharding import Rules, lay_out, make_mesh
 from gt_jax.training.price import PriceConfig, phase
 from gt_jax.training.step import after_next_targets, make_loss
+from gt_jax.tree_paths import flatten, nest
 from tests.support import full_model, perturbed, small_model, tokens
 
 FULL = full_model()
@@ -128,6 +130,19 @@ def test_chunks_hand_their_memory_on_and_only_to_their_own_document():
     apart = run("all components")(v, x[:, 12:]).logits
     np.testing.assert_allclose(rows(two)[:, 12:], apart, atol=1e-5)
     assert not np.allclose(rows(one_document)[:, 12:], apart, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", [4, 14])
+def test_sampling_goes_on_from_chunk_to_chunk(prompt):
+    v, config = variables("all components"), FULL.replace(adaptive=None)
+    v = nest({path: leaf for path, leaf in flatten(v).items() if "/halting/" not in path})
+    x = np.asarray(tokens(prompt), np.int32)
+    drawn = generate(config, v, x, 24 - prompt, temperature=0.0, top_k=None)
+    whole = jnp.concatenate([x, drawn], axis=1)
+    rows = jax.jit(lambda x: forward_rows(LanguageModel(config), v, x, jnp.ones_like(x), free_passes())[0])
+    # the first token of a chunk is drawn from the logits of the last token of the chunk before
+    np.testing.assert_array_equal(drawn, jnp.argmax(rows(whole)[:, prompt - 1 : -1], axis=-1))
 
 
 def test_rows_that_are_no_whole_chunks_are_refused():

@@ -12,24 +12,26 @@ def plan_lines(plan: Plan) -> list[str]:
     """The plan as two tables: every target layer, and every source layer's request beside what it was granted.
 
     `mass` is the sum of a layer's coefficients: what the recurrence would add over its k_exec passes, what the copies
-    add, and their ratio.
+    add, and their ratio. A slot that no pass asked for has no copy number: the layer is the identity.
     """
-    layers = [[target, kind, entry.source, entry.copy, f"{entry.coefficient:.4f}"]
+    layers = [[target, kind, entry.source, entry.copy or "-", f"{entry.coefficient:.4f}"]
               for target, (kind, entry) in enumerate(zip(plan.target_layout.types, plan.entries, strict=True))]
-    served = zip(plan.source_layout.types, plan.requested, plan.granted, plan.mass_requested, plan.mass_granted,
+    served = zip(plan.source_layout.types, plan.asked, plan.granted, plan.mass_requested, plan.mass_granted,
                  plan.mass_kept, strict=True)
-    asked = [[source, kind, want, got, f"{mass:.3f}", f"{given:.3f}", f"{kept:.0%}", _remark(want, got)]
+    asked = [[source, kind, _passes(want), got, f"{mass:.3f}", f"{given:.3f}", f"{kept:.0%}", _remark(want, got)]
              for source, (kind, want, got, mass, given, kept) in enumerate(served)]
     options = ", ".join(f"{name} {value}" for name, value in plan.options.items()
                         if value is not None)
+    idle = len(plan.entries) - sum(plan.granted)
     return [
         f"{plan.kind} plan: {plan.source_layout} ({len(plan.source_layout)} layers) -> "
         f"{plan.target_layout} ({len(plan.target_layout)} layers)",
         *([options] if options else []), "",
         *table(["target", "type", "source", "copy", "coefficient"], layers), "",
         *table(["source", "type", "asked", "got", "mass asked", "mass got", "kept", ""], asked),
-        f"asked for {sum(plan.requested)} passes, got {sum(plan.granted)} layers; "
-        f"coefficient mass kept in all: {plan.total_mass_kept:.0%}",
+        f"asked for {_passes(sum(plan.asked))} passes, got {sum(plan.granted)} layers"
+        + (f" and {idle} that {'is' if idle == 1 else 'are'} the identity" if idle else "")
+        + f"; coefficient mass kept in all: {plan.total_mass_kept:.0%}",
     ]
 
 
@@ -65,10 +67,16 @@ def size(count: int) -> str:
     return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
-def _remark(asked: int, got: int) -> str:
+def _passes(count: float) -> str:
+    """Whole passes as such, means with two digits."""
+    return f"{count:.0f}" if count == int(count) else f"{count:.2f}"
+
+
+def _remark(asked: float, got: int) -> str:
     if asked == got:
         return ""
-    return f"{asked - got} pass{'es' if asked - got > 1 else ''} short" if got < asked else f"{got - asked} more"
+    return f"{_passes(asked - got)} pass{'es' if asked - got > 1 else ''} short" if got < asked else (
+        f"{_passes(got - asked)} more")
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -186,12 +186,12 @@ def _check(run: Path, config: RunConfig, resume: bool) -> None:
     if resume:
         wrong = differences(read_run_config(run), config)
         refuse_all(wrong, f"{run} was started with another config (there and here):")
-    elif run.exists() and (not run.is_dir() or any(path.name != "config.tmp" for path in run.iterdir())):
+    elif run.exists() and (not run.is_dir() or any(path.name != "config.json.tmp" for path in run.iterdir())):
         raise Refused(f"{run} exists; resume it with --resume, or give another directory")
 
 
 def _mark(run: Path, config: RunConfig) -> None:
-    """Write RUN/config.json, the mark of a run directory, whole or not at all (a kill may leave config.tmp)."""
+    """Write RUN/config.json, the mark of a run directory, whole or not at all (a kill may leave config.json.tmp)."""
     file = run / "config.json"
     checkpoint.prepare_parent(file)
     write_whole(file, json.dumps(config.to_json(), indent=1) + "\n")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from gt_jax import checkpoint, grow, model, presets
+from gt_jax.config import HyperConfig
 from gt_jax.errors import Refused
-from gt_jax.growth.plan import Plan
+from gt_jax.growth.entries import Plan, read_plan
 from gt_jax.tree_paths import flatten, nest
 
 REFERENCE = [2, 1, 2, 3, 2, 3, 4, 3]
@@ -125,6 +126,9 @@ def test_dry_run_with_a_source_adds_every_tensor(source, capsys):
     ((), "SRC and DST are needed"), (("--dry-run", "--repetition", "nowhere.json"), "nowhere.json does not exist"),
     (("--dry-run", "--target-layers", "21"), "cannot be reached"), (("--dry-run", "--round", "sideways"), "sideways"),
     (("nowhere", "new", "--noise-std", "nan"), "--noise-std nan"), (("nowhere", "new"), "nowhere does not exist"),
+    (("--dry-run", "--map", "1-3,5-8"), "the map mixes types"),
+    (("--dry-run", "--plan", "nowhere.json"), "nowhere.json does not exist"),
+    (("--dry-run", "--plan", "layer", "--target-layout", "DDDG*5"), "does not fit --target-layout DDDG*5"),
 ], ids=str)
 def test_exit_code_two_nothing_on_stdout_one_message_on_stderr(arguments, what):
     done = run(*arguments)
@@ -157,10 +161,78 @@ def test_a_sum_that_does_not_divide_and_a_depth_that_cannot_be_reached(tmp_path)
     (("--dry-run", "--plan", "identity", "--round", "up"), "--round has no meaning"),
     (("same", "same"), "is the source itself"),
     (("a", "b", "--verify-text", "nowhere.txt"), "nowhere.txt is not a file"),
+    (("--dry-run", "--plan", "sideways"), "--plan sideways is none of block, layer, split, map, stack, identity"),
+    (("--dry-run", "--plan", "map"), "needs its list: --map 1-8,1-4,1-8"),
+    (("--dry-run", "--plan", "layer", "--map", "1-8"), "--map has no meaning for --plan layer"),
+    (("--dry-run", "--map", "1-8", "--round", "up"), "--round has no meaning for --plan map"),
+    (("--dry-run", "--plan", "x.json", "--from", "k_exec"), "--from has no meaning for --plan x.json"),
+    (("--dry-run", "--plan", "x.json", "--recipe", "readme"), "--recipe has no meaning"),
+    (("--dry-run", "--map", "1-9"), "a layer from 1 to 8"), (("--dry-run", "--map", "nowhere.csv"), "does not exist"),
+    (("--dry-run", "--plan", "split", "--round", "balance"), "does not go with the split plan"),
+    (("--dry-run", "--plan", "stack", "--target-layers", "20"), "any multiple of 8 from 8"),
+    (("--dry-run", "--target-layout", "DDXG"), "--target-layout: layout pattern 'DDXG'"),
+    (("--dry-run", "--target-layout", "DDDG*6"), "--target-layout DDDG*5 is what this plan gives"),
+    (("--dry-run", "--plan", "identity", "--target-layout", "D*8"), "does not fit"),
+    (("--dry-run", "--plan-out", "."), ". exists; name a new file"),
+    (("--dry-run", "--plan-out", "nowhere/plan.json"), "nowhere is not a folder"),
+    (("--dry-run", "--picture", "plan.svg"), "name it plan.png"),
+    (("--dry-run", "--plan-out", "a.png", "--picture", "a.png"), "also the name of another output"),
+    (("a", "b", "--plan-out", "b"), "also the name of another output"),
     (("--dry-run", "--repetition", "."), "is a directory"),
 ], ids=str)
 def test_arguments_that_do_not_go_together(arguments, what):
     assert what in refusal(*arguments)
+
+
+@pytest.mark.parametrize(("arguments", "notation", "granted"), [
+    (("--plan", "layer"), "D*5,G*3,D*9,G*3", REFERENCE), (("--plan", "split"), "DDDG*6", REFERENCE),
+    (("--plan", "stack", "--round", "down"), "DDDG*4", [2] * 8),
+    (("--map", "1-8,1-4,1-8"), "DDDG*5", [3] * 4 + [2] * 4), (("--from", "expected_k"), "DDDG*4", [2] * 8),
+    (("--plan", "layer", "--from", "expected_k", "--round", "down"), "D*3,G,D*4,G", [1] * 6 + [2, 1]),
+    (("--map", "1-3", "--target-layout", "D,D*2"), "D,D*2", [1] * 3 + [0] * 5),
+], ids=str)
+def test_every_plan_goes_out_as_json_and_picture_and_comes_in_again(tmp_path, capsys, arguments, notation, granted):
+    file, picture = tmp_path / "plan.json", tmp_path / "plan.PNG"
+    assert grow.main(["--dry-run", "--json", *arguments, "--plan-out", str(file), "--picture", str(picture)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layout"] == notation and found["granted"] == granted and found["requested"] == REFERENCE
+    assert all(mass == pytest.approx(kept * asked) for mass, kept, asked in zip(
+        found["mass"]["granted"], found["mass"]["kept"], found["mass"]["requested"], strict=True))
+    written = json.loads(file.read_text())
+    assert written == {key: found[key] for key in written}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.PNG", "plan.json"]
+    grow.main(["--dry-run", "--json", "--plan", str(file), "--target-layout", notation, "--carry", "output"])
+    again = json.loads(capsys.readouterr().out)
+    assert again | {"carry": "gain", "warnings": []} == found | {"warnings": []}
+    dry = tmp_path / "dry.json"  # the whole object of a dry run is a plan file too
+    dry.write_text(json.dumps(found))
+    assert Plan.from_json(found) == read_plan(dry)
+
+
+def test_the_tables_name_identities_and_means(capsys):
+    grow.main(["--dry-run", "--plan", "split", "--from", "expected_k", "--round", "nearest"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "split plan: DDDG*2 (8 layers) -> DDDG*4 (16 layers)"
+    assert ["0", "D", "1.32", "1"] in [line.split()[:4] for line in lines]
+    assert [line.split()[3:] for line in lines].count(["-", "0.0000"]) == 4
+    assert any("got 12 layers and 4 that are the identity" in line for line in lines)
+
+
+def test_a_plan_file_for_another_source_is_refused(source, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    grow.main(["--dry-run", "--repetition", str(counts(tmp_path, [1] * 12)), "--plan-out", str(file)])
+    message = refusal(source, "--dry-run", "--plan", file)
+    assert f"plan file {file} is for a source of layout DDDG*3 (12 layers); this source is DDDG*2 (8 layers)" in message
+    assert message == refusal(source, tmp_path / "new", "--plan", file)
+    capsys.readouterr()
+    fits = tmp_path / "fits.json"
+    grow.main([str(source), "--dry-run", "--plan", "split", "--plan-out", str(fits)])
+    grow.main([str(source), "--dry-run", "--json", "--plan", str(fits)])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {row["path"]: row["shape"] for row in found["tensors"]}
+    assert rows["params/segment0/layer0/gain"] == [6] and found["warnings"] == []
+    assert not (tmp_path / "new").exists()
 
 
 def test_recipe_and_the_same_flag_agree(capsys):
@@ -207,6 +279,7 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
         monkeypatch.setattr(sys.modules[package], leaf, module, raising=False)
     text = tmp_path / "held_out.txt"
     text.write_text("held out " * 200)
+    files = ["--plan-out", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "plan.png")]
     arguments = [str(source), str(tmp_path / "new"), "--repetition", str(counts(tmp_path, REFERENCE)), "--recipe",
                  "readme", "--seed", "4", "--memory", "1MiB", "--resume", "--verify-text", str(text)]
     assert grow.main([*arguments, "--json"]) == 0
@@ -217,9 +290,27 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
     assert given.pop("progress") and str(given.pop("plan").target_layout) == "DDDG*5"
     assert given == {"source": source, "target": tmp_path / "new", "carry": "weights", "noise_std": 1e-4, "seed": 4,
                      "dtype": None, "memory": 2**20, "resume": True}
-    assert grow.main(arguments) == 0
+    assert grow.main([*arguments, *files]) == 0
     out = capsys.readouterr().out
-    assert "3 tensors, 2.0 KiB" in out and "verified" in out
+    assert "3 tensors, 2.0 KiB" in out and "verified" in out and "coefficient mass kept in all" in out
+    assert read_plan(tmp_path / "plan.json").to_json() == found["plan"]
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+def test_a_growth_that_is_refused_writes_no_plan(source, tmp_path):
+    refusal(source, tmp_path / "new", "--memory", "1", "--plan-out", tmp_path / "plan.json", "--picture",
+            tmp_path / "plan.png")
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("plan")]
+
+
+def test_strength_zero_on_hyper_connections_is_pointed_out(tmp_path, capsys):
+    config = presets.tiny().replace(layout="DG", width=16, mlp_width=16, hyper=HyperConfig(streams=2))
+    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract(config))
+    checkpoint.save(tmp_path / "hyper", tree, {"config": config.to_json(), "step": 0, "kind": "train"})
+    for carry, told in (("output", True), ("gain", False)):
+        grow.main([str(tmp_path / "hyper"), "--dry-run", "--plan", "split", "--carry", carry,
+                   "--repetition", str(counts(tmp_path, [1, 2]))])
+        assert ("still mix the streams of the hyper-connections" in capsys.readouterr().err) == told
 
 
 def test_half_a_checkpoint_names_every_missing_tensor(source, tmp_path):

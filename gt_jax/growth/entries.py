@@ -1,0 +1,195 @@
+"""The plan as data: entries by target layer, what each source layer asked for and got, to JSON and back.
+
+Plans are data. They are printed, stored in the grown checkpoint and read back from JSON; nothing here needs jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gt_jax.errors import Refused, refuse_all
+from gt_jax.layout import Layout, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One target layer: a copy of layer `source` that stands for pass `copy` (from 1) at strength `coefficient`.
+
+    `copy` 0 with coefficient 0 fills a slot that no pass asked for: the layer is the identity.
+    """
+
+    source: int
+    copy: int
+    coefficient: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Entries by target layer, and what every source layer asked for.
+
+    `requested` holds k_exec and `mass_requested` the recurrence's own sum of coefficients over those passes, both by
+    source layer; `asked` the passes that the plan was made from (expected_k; k_exec where left out); `options` says how
+    the plan was made. Raises `Refused` listing every entry that does not fit.
+    """
+
+    kind: str
+    source_layout: Layout
+    target_layout: Layout
+    entries: tuple[Entry, ...]
+    requested: tuple[int, ...]
+    mass_requested: tuple[float, ...]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    asked: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.asked:
+            object.__setattr__(self, "asked", tuple(map(float, self.requested)))
+        refuse_all(_problems(self), f"the {self.kind} plan does not fit:")
+
+    @property
+    def granted(self) -> tuple[int, ...]:
+        """Copies by source layer."""
+        copies = [entry.source for entry in self.entries if entry.copy > 0]
+        return tuple(copies.count(layer) for layer in range(len(self.source_layout)))
+
+    @property
+    def mass_granted(self) -> tuple[float, ...]:
+        """Sum of the coefficients of a source layer's copies, by source layer."""
+        return tuple(math.fsum(entry.coefficient for entry in self.entries if entry.source == layer)
+                     for layer in range(len(self.source_layout)))
+
+    @property
+    def mass_kept(self) -> tuple[float, ...]:
+        """mass_granted / mass_requested by source layer (1 where nothing was asked for)."""
+        return tuple(map(share, self.mass_granted, self.mass_requested))
+
+    @property
+    def total_mass_kept(self) -> float:
+        """The same share over all layers together."""
+        return share(math.fsum(self.mass_granted), math.fsum(self.mass_requested))
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object: the dry run's contract (layout, layers, requested, granted) and what `from_json` needs."""
+        layers = [{"target": target, "type": kind, **dataclasses.asdict(entry)}
+                  for target, (kind, entry) in enumerate(zip(self.target_layout.types, self.entries, strict=True))]
+        mass = {"requested": list(self.mass_requested), "granted": list(self.mass_granted),
+                "kept": list(self.mass_kept), "total_kept": self.total_mass_kept}
+        return {"layout": str(self.target_layout), "layers": layers, "requested": list(self.requested),
+                "asked": list(self.asked), "granted": list(self.granted), "mass": mass, "kind": self.kind,
+                "source_layout": str(self.source_layout), "options": dict(self.options)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Read `to_json`'s object; raises `Refused` naming every key that is missing or of the wrong kind."""
+        refuse_all(_json_problems(data), "the plan does not read from this JSON:")
+        entries = tuple(Entry(row["source"], row["copy"], float(row["coefficient"])) for row in data["layers"])
+        mass = tuple(float(value) for value in data["mass"]["requested"])
+        asked = tuple(float(value) for value in data.get("asked", ()))
+        return cls(data["kind"], parse(data["source_layout"]), parse(data["layout"]), entries,
+                   tuple(data["requested"]), mass, dict(data.get("options", {})), asked)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a JSON file, one that --plan-out or a dry run with --json wrote.
+
+    Raises `Refused` naming the file and all that is wrong with it.
+    """
+    if path.is_dir():
+        raise Refused(f"plan file {path} is a directory; name a JSON file that --plan-out wrote")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise Refused(f"plan file {path} does not exist; --plan-out writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"plan file {path} cannot be read: {error}") from None
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"plan file {path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise Refused(f"plan file {path} is not an object with the keys layout, source_layout, layers, ...")
+    try:
+        return Plan.from_json(data)
+    except Refused as error:
+        raise Refused(f"plan file {path}: {error}") from None
+
+
+def depth_of(layout: Layout) -> int:
+    """Layers of a layout that a user wrote: `len` and `types` fail on DDDG*99999999999999999999, this does not."""
+    return sum(len(segment.pattern) * segment.repeats for segment in layout.segments)
+
+
+def share(part: float, whole: float) -> float:
+    """part / whole, and 1 where the whole is nothing."""
+    return part / whole if whole > 0 else 1.0
+
+
+def _problems(plan: Plan) -> list[str]:
+    wrong = []
+    if len(plan.entries) != depth_of(plan.target_layout):
+        wrong.append(f"{len(plan.entries)} entries for the {depth_of(plan.target_layout)} layers of "
+                     f"{plan.target_layout}")
+    for name in ("requested", "mass_requested", "asked"):
+        values = getattr(plan, name)
+        if len(values) != depth_of(plan.source_layout):
+            wrong.append(f"{name} has {len(values)} values for the {depth_of(plan.source_layout)} layers of "
+                         f"{plan.source_layout}")
+        wrong += [f"{name}[{layer}] is {value}; a finite number, 0 or more, is needed"
+                  for layer, value in enumerate(values) if not (math.isfinite(value) and value >= 0)]
+    if wrong:
+        return wrong
+    source, target = plan.source_layout.types, plan.target_layout.types
+    for index, (kind, entry) in enumerate(zip(target, plan.entries, strict=True)):
+        if not 0 <= entry.source < len(source):
+            wrong.append(f"target layer {index}: source layer {entry.source} is not in 0..{len(source) - 1}")
+        elif source[entry.source] != kind:
+            wrong.append(f"target layer {index} is {kind}, its source layer {entry.source} is {source[entry.source]}")
+        if not math.isfinite(entry.coefficient) or entry.copy < 0 or (entry.copy == 0 and entry.coefficient != 0):
+            wrong.append(f"target layer {index}: copy {entry.copy} at coefficient {entry.coefficient}; a copy from 1 "
+                         "with a finite coefficient is needed, or copy 0 at coefficient 0 for the identity")
+    return wrong
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> bool:
+    # The comparison, unlike math.isfinite, also takes an integer that no float can hold.
+    return (_is(value, int) or _is(value, float)) and -1e300 < value < 1e300
+
+
+def _whole(value: Any) -> bool:
+    return _is(value, int) and _finite(value)
+
+
+def _json_problems(data: Mapping[str, Any]) -> list[str]:
+    wrong = [f"key {key!r} is {data.get(key)!r}; a text is needed" for key in ("kind", "source_layout", "layout")
+             if not _is(data.get(key), str)]
+    layers, mass, options = data.get("layers"), data.get("mass"), data.get("options", {})
+    masses = mass.get("requested") if isinstance(mass, Mapping) else None
+    for name, values, fits, what in (("requested", data.get("requested"), _whole, "whole numbers"),
+                                     ("mass.requested", masses, _finite, "finite numbers"),
+                                     ("asked", data.get("asked", []), _finite, "finite numbers")):
+        if not isinstance(values, list) or not all(map(fits, values)):
+            wrong.append(f"key {name!r} is not a list of {what}, one a source layer")
+    if not isinstance(options, Mapping):
+        wrong.append("key 'options' is not an object")
+    else:
+        wrong += [f"key 'options.{name}' is {value}; a finite number is needed" for name, value in options.items()
+                  if isinstance(value, float) and not math.isfinite(value)]
+    if not isinstance(layers, list):
+        return [*wrong, "key 'layers' is not a list, one object a target layer"]
+    fields = {"source": _whole, "copy": _whole, "coefficient": _finite}
+    for index, row in enumerate(layers):
+        missing = [name for name, fits in fields.items() if not isinstance(row, Mapping) or not fits(row.get(name))]
+        wrong += [f"layers[{index}].{name} is missing or not a finite {'' if name == 'coefficient' else 'whole '}number"
+                  for name in missing]
+        if not missing and row.get("target", index) != index:
+            wrong.append(f"layers[{index}].target is {row['target']}; layers stand in order from 0")
+    return wrong

@@ -22,6 +22,24 @@ def tensor_rows(leaves: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def lambda_report(place: Path, config: Any) -> dict[str, Any]:
+    """Of a lambda stack: with which factor each layer's update reaches the output; nothing for other stacks."""
+    if config.stack.kind != "lambda":
+        return {}
+    import numpy as np
+
+    from gt_jax import checkpoint
+    from gt_jax.layers.stack import contributions
+
+    where = [config.depth.position(layer) for layer in range(len(config.depth))]
+    paths = [f"params/segment{segment}/layer{slot}/residual_scale" for segment, _, slot in where]
+    skips = ["params/skips"] if config.stack.skips else []
+    values = checkpoint.load_paths(place, {*paths, *skips})
+    scales = np.asarray([values[path][block] for path, (_, block, _) in zip(paths, where, strict=True)])
+    weights = values["params/skips"] if skips else None
+    return {"contributions": [float(c) for c in contributions(scales, weights, config.stack.skips)]}
+
+
 def describe(name: str) -> dict[str, Any]:
     """What a preset, or the checkpoint or run directory at a path, is made of; raises `Refused` for neither."""
     if name in presets.PRESETS:
@@ -38,7 +56,7 @@ def describe(name: str) -> dict[str, Any]:
         leaves, metadata = checkpoint.describe(place)
         config = checkpoint.model_config(place, leaves, metadata)
         kept: dict[str, Any] = {key: metadata[key] for key in ("kind", "step", "grown_from") if key in metadata}
-        origin = {"preset": None, "checkpoint": str(place), **kept}
+        origin = {"preset": None, "checkpoint": str(place), **kept, **lambda_report(place, config)}
     else:
         raise Refused(f"{name!r} is neither a preset ({', '.join(sorted(presets.PRESETS))}) nor a path that exists")
     tensors = tensor_rows(leaves)
@@ -57,6 +75,8 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         f"{result['preset'] or result['checkpoint']}: {result['parameters']:,} parameters",
         f"layout {layout}: {len(layout)} layers {layout.types}",
         *([f"grown from {result['grown_from']['source']}"] if "grown_from" in result else []),
+        *(["contribution of each layer to the output: " + " ".join(f"{c:.3f}" for c in result["contributions"])]
+          if "contributions" in result else []),
         "config " + json.dumps(result["config"]),
         "",
         table(rows, ["tensor", "shape", "dtype", "parameters"]),

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from gt_jax.errors import refuse_all
+from gt_jax.errors import Refused, refuse_all
 
 C = TypeVar("C", bound="Config")
 
@@ -43,7 +43,7 @@ class Config:
             if name in data:
                 try:
                     values[name] = _typed(hints[name], data[name])
-                except TypeError as error:
+                except (TypeError, Refused) as error:  # a nested config refuses by itself
                     wrong.append(f"field {name!r}: {error}")
         refuse_all(wrong, f"{cls.__name__} does not read from this JSON (fields are {', '.join(names)}):")
         return cls(**values)

@@ -3,11 +3,13 @@
 python -m gt_jax.train runs/a --preset tiny --steps 400
 python -m gt_jax.train runs/a --resume
 python -m gt_jax.train runs/b --start grown --steps 200 --text story.txt
+python -m gt_jax.train runs/c --preset tiny_3b --model changes.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("run", type=Path, help="directory of the run: config, metrics, checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
     model = p.add_argument_group("model")
-    model.add_argument("--preset", help="tiny (default) or small")
+    model.add_argument("--preset", help="tiny (default), small, tiny_3b, 3b, ...; see python -m gt_jax.describe --help")
+    model.add_argument("--model", type=Path, metavar="FILE",
+                       help="JSON object of config fields to change, nested as describe --json prints them; null: off")
     model.add_argument("--layout", help="another depth, for example DDDG*3")
     model.add_argument("--plain", action="store_true", help="no adaptive depth: every layer runs once")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
@@ -47,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--checkpoint-every", type=int)
     train.add_argument("--keep", type=int, help="checkpoints kept")
     mesh = p.add_argument_group("mesh (default: all devices on data)")
-    for axis in ("data", "fsdp", "tensor"):
+    for axis in ("data", "fsdp", "expert", "tensor"):
         mesh.add_argument(f"--{axis}", type=int, dest=f"mesh_{axis}", help=f"size of the mesh axis {axis}")
     return p
 
@@ -60,6 +64,8 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
         return {name: tuple(given[name]) if name == "text" else given[name] for name in names if name in given}
 
     model, train = base.model, base.train
+    if arguments.model is not None:
+        model = changed_by_file(model, arguments.model)
     model = model.replace(**pick("layout"), **({"compute_dtype": given["dtype"]} if "dtype" in given else {}))
     model = model.plain if "plain" in given else model
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
@@ -69,6 +75,26 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
     own = pick("text", "tfds", "tfds_dir", "sequence_length", "batch_size", "held_out", "seed")
     return base.replace(model=model, train=train, data=base.data.replace(**own), **start)
+
+
+def changed_by_file(model: Any, path: Path) -> Any:
+    """`model` with the fields that a JSON file names; raises `Refused` for a file or fields that do not fit."""
+    try:
+        changes = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Refused(f"--model {path} cannot be read as JSON: {error}") from error
+    if not isinstance(changes, dict):
+        raise Refused(f"--model {path} holds no JSON object, but {type(changes).__name__}")
+
+    def merged(old: Any, new: Any) -> Any:
+        if not (isinstance(old, dict) and isinstance(new, dict)):
+            return new
+        return {**old, **{name: merged(old.get(name), value) for name, value in new.items()}}
+
+    try:
+        return type(model).from_json(merged(model.to_json(), changes))
+    except Refused as error:
+        raise Refused(f"--model {path}: {error}") from error
 
 
 def default_config(arguments: argparse.Namespace) -> Any:
@@ -85,8 +111,8 @@ def default_config(arguments: argparse.Namespace) -> Any:
         return stored
     if arguments.start is None:
         return RunConfig(model=preset(arguments.preset or "tiny"))
-    if arguments.preset or arguments.layout or arguments.plain:
-        raise Refused("--start brings its own model; leave out --preset, --layout and --plain")
+    if arguments.preset or arguments.layout or arguments.plain or arguments.model:
+        raise Refused("--start brings its own model; leave out --preset, --model, --layout and --plain")
     place = checkpoint.resolve(arguments.start)
     leaves, metadata = checkpoint.describe(place)
     return RunConfig(model=checkpoint.model_config(place, leaves, metadata))
@@ -103,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gt_jax.sharding import make_mesh
     from gt_jax.training.loop import train_run
 
-    mesh = make_mesh(arguments.mesh_data, arguments.mesh_fsdp or 1, tensor=arguments.mesh_tensor or 1)
+    sizes = [getattr(arguments, f"mesh_{axis}") or 1 for axis in ("fsdp", "expert", "tensor")]
+    mesh = make_mesh(arguments.mesh_data, *sizes)
     with jax.set_mesh(mesh):
         train_run(arguments.run, config, resume=arguments.resume)
     return 0

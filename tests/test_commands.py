@@ -190,3 +190,41 @@ def test_exit_codes_and_streams(folder):
 def test_import_is_light(folder):
     code = "import sys, gt_jax; sys.exit(any(name in sys.modules for name in ('jax', 'flax', 'tensorflow', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code], env=environment(folder), timeout=60).returncode == 0
+
+
+def test_a_json_file_changes_the_model(tmp_path):
+    from gt_jax import train
+    from gt_jax.errors import Refused
+
+    file = tmp_path / "changes.json"
+
+    def trained(changes):
+        file.write_text(json.dumps(changes))
+        arguments = train.parser().parse_args(["run", "--preset", "tiny_3b", "--model", str(file), "--expert", "2"])
+        return train.run_config(arguments, train.default_config(arguments)).model
+
+    model = trained({"adaptive": None, "stack": {"kind": "midpoint", "mixing": 1.0}, "hyper": {"streams": 2},
+                     "memory": None})  # fmt: skip
+    assert model.adaptive is None and model.stack.kind == "midpoint" and model.hyper.streams == 2
+    assert model.moe.experts == 8 and model.stack.step == 0.25
+    with pytest.raises(Refused, match=r"(?s)changes.json.*unknown field 'colour'.*'hyper'.*'two' is not int"):
+        trained({"colour": 1, "hyper": {"streams": "two"}})
+    with pytest.raises(Refused, match="no JSON object, but list"):
+        trained([])
+
+
+def test_describe_reports_what_a_lambda_stack_hands_on(tmp_path):
+    from gt_jax.config import StackConfig
+    from gt_jax.describe import describe, report_lines
+    from tests.support import perturbed, small_model
+
+    config = small_model("DG*2", False, stack=StackConfig("lambda", skips=((0, 2),)))
+    variables = perturbed(config)
+    checkpoint.save(tmp_path / "lambda", variables, {"config": config.to_json(), "kind": "train", "step": 0})
+    result = describe(str(tmp_path / "lambda"))
+    layers = variables["params"]["segment0"]
+    a = [float(layers[f"layer{slot}"]["residual_scale"][block]) for block in range(2) for slot in range(2)]
+    skip = float(variables["params"]["skips"][0])
+    np.testing.assert_allclose(result["contributions"], [a[1] * a[2] * a[3] + skip * a[2] * a[3], a[2] * a[3], a[3], 1],
+                               rtol=1e-5)  # fmt: skip
+    assert any(line.startswith("contribution of each layer") for line in report_lines(result))

@@ -159,8 +159,8 @@ def test_the_token_after_the_next_is_of_the_same_document():
 @pytest.mark.slow
 def test_tokens_leave_the_stack_and_pay_for_what_they_use():
     def used(threshold):
-        config = MODELS["exit"].replace(exit=ExitConfig(threshold=threshold))
-        output = jax.jit(lambda v, x: forward(LanguageModel(config), v, x))(variables("exit"), tokens(12))
+        config = MODELS["exit"].replace(exit=ExitConfig(threshold=threshold), hyper=None)
+        output = jax.jit(lambda v, x: forward(LanguageModel(config), v, x))(perturbed(config), tokens(12))
         return float(jnp.sum(output.statistics.alive)), float(output.ponder)
 
     (few, cheap), (many, dear) = used(0.2), used(0.999)
@@ -170,7 +170,7 @@ def test_tokens_leave_the_stack_and_pay_for_what_they_use():
 
 @pytest.mark.slow
 def test_a_mesh_gives_the_same_loss_and_gradients():
-    config = FULL
+    config = PLAIN  # adaptive depth on a mesh: tests/test_model.py
     x = tokens(24, rows=8)
     batch = {"tokens": x, "targets": (x + 1) % 257, "segment_ids": jnp.ones_like(x)}
     price = PriceConfig()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -276,4 +275,7 @@ def test_every_mesh_gives_the_same_values_and_gradients(axes):
         placed = lay_out(variables()["params"], jax.tree.map(with_devices, shapes))
         rows = jax.sharding.reshard(x, Rules().spec("batch", None, None))
         got = jax.device_get(jax.jit(step)(placed, rows, ids))
-    chex.assert_trees_all_close(got, wanted, atol=5e-5, rtol=2e-4)
+    def alike(there, alone):  # sums of float32 in another order: an error is measured against the tensor's own scale
+        np.testing.assert_allclose(there, alone, atol=3e-6 * np.abs(alone).max(), rtol=1e-5)
+
+    jax.tree.map(alike, got, wanted)

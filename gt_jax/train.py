@@ -129,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gt_jax.sharding import make_mesh
     from gt_jax.training.loop import train_run
 
-    sizes = [getattr(arguments, f"mesh_{axis}") or 1 for axis in ("fsdp", "expert", "tensor")]
-    mesh = make_mesh(arguments.mesh_data, *sizes)
+    sizes = {axis: getattr(arguments, f"mesh_{axis}") or 1 for axis in ("fsdp", "expert", "tensor")}
+    mesh = make_mesh(arguments.mesh_data, sizes["fsdp"], sizes["expert"], sizes["tensor"])
     with jax.set_mesh(mesh):
         train_run(arguments.run, config, resume=arguments.resume)
     return 0

@@ -10,7 +10,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/python -m gt_jax.demo --output demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check gt_jax pallas_kernels experiments tests

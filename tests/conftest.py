@@ -19,3 +19,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def key() -> jax.Array:
     """The same key in every test that asks for one."""
     return jax.random.key(0)
+
+
+LONGEST = (
+    "test_demo", "test_components", "test_commands", "test_model", "test_presets", "test_sliding", "test_whole_model",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that two processes end together; a file stays in one: its tests share programs."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))

@@ -35,6 +35,11 @@ def test_every_tensor_of_every_preset_has_a_place_in_its_child(name):
         assert all("/halting/" in path for path in matched.dropped)
 
 
+def test_the_tensors_of_the_hybrids_have_a_rule_each():
+    paths = flatten(abstract(presets.preset("groundthink_dsds")))  # both of their layer types
+    assert [path for path in paths if rules.rule(path) is None] == []
+
+
 def test_the_large_preset_grows_into_the_larger_one():
     for source, child in (("3b", "8b"), ("tiny_3b", "tiny_8b")):
         plan = block_plan(reference(), presets.preset(source).depth)

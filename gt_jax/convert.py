@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.errors import refuse_all, run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,21 +65,11 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     return [*lines, "config " + json.dumps(config)]
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The overrides in a JSON file; raises `Refused` for anything but an object."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refused(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise Refused(f"--config {path} is not a JSON object of config fields")
-    return data
-
-
 def _import(args: argparse.Namespace) -> dict[str, Any]:
     from gt_jax.interop.to_orbax import to_orbax
     from gt_jax.interop.token_files import read_tokens
-    return to_orbax(args.source, args.target, overrides=read_config(args.config) if args.config else None,
+    from gt_jax.json_config import read_object
+    return to_orbax(args.source, args.target, overrides=read_object(args.config, "--config") if args.config else None,
                     step=args.step, tokens=read_tokens(args.tokens) if args.tokens else None, progress=_say)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from gt_jax.errors import Refused, refuse_all
@@ -51,6 +53,28 @@ class Config:
     def replace(self: C, **changes: Any) -> C:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+def read_object(path: Path, flag: str) -> dict[str, Any]:
+    """The JSON object in a file that `flag` names; raises `Refused` for anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refused(f"{flag} {path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        found = type(data).__name__
+        raise Refused(f"{flag} {path} is not a JSON object of config fields; it has no JSON object, but {found}")
+    return data
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's JSON with the fields of `changes`, object by object."""
+    result = dict(base)
+    for name, value in changes.items():
+        old = base.get(name)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[name] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
 
 
 def _plain(value: Any) -> Any:

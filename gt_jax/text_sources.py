@@ -92,7 +92,7 @@ def tfds_text(dataset: str, data_dir: str | None) -> tuple[str, list[bytes]]:
     except tfds.core.DatasetNotFoundError as error:
         raise Refused(f"{name} is not {place}; nothing is downloaded here: prepare it with "
                       f"tfds.builder({dataset!r}, file_format='array_record').download_and_prepare()") from error
-    except (NotImplementedError, ValueError, OSError) as error:
+    except (NotImplementedError, ValueError, OSError) as error:  # the first: files of no random access, e.g. tfrecord
         raise Refused(f"{name} {place} cannot be read as a data source; it needs a split 'train' in "
                       f"file_format='array_record': {_first_line(error)}") from error
     feature = _text_feature(name, dict(builder.info.features), tfds.features.Text)

@@ -9,7 +9,6 @@ python -m gt_jax.train runs/c --preset tiny_3b --model changes.json
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,18 +78,9 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
 
 def changed_by_file(model: Any, path: Path) -> Any:
     """`model` with the fields that a JSON file names; raises `Refused` for a file or fields that do not fit."""
-    try:
-        changes = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Refused(f"--model {path} cannot be read as JSON: {error}") from error
-    if not isinstance(changes, dict):
-        raise Refused(f"--model {path} holds no JSON object, but {type(changes).__name__}")
+    from gt_jax.json_config import merged, read_object
 
-    def merged(old: Any, new: Any) -> Any:
-        if not (isinstance(old, dict) and isinstance(new, dict)):
-            return new
-        return {**old, **{name: merged(old.get(name), value) for name, value in new.items()}}
-
+    changes = read_object(path, "--model")
     try:
         return type(model).from_json(merged(model.to_json(), changes))
     except Refused as error:

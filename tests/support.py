@@ -19,7 +19,7 @@ from gt_jax.config import (
     MoEConfig,
     MTPConfig,
 )
-from gt_jax.model import abstract
+from gt_jax.model import LanguageModel, abstract, empty_cache, forward
 from gt_jax.token_bytes import default_texts, token_table
 from gt_jax.tree_paths import flatten, nest
 
@@ -78,3 +78,15 @@ def random_tree(tree: object, seed: int, scale: float = 0.3) -> object:
 def segments(*lengths: int) -> jax.Array:
     """Segment ids of one row whose documents have these lengths: [1, t]."""
     return jnp.concatenate([jnp.full((n,), i + 1, jnp.int32) for i, n in enumerate(lengths)])[None]
+
+
+def decoded(config: ModelConfig, variables: dict[str, object], x: jax.Array, prompt: int) -> tuple[jax.Array, object]:
+    """(logits of all tokens, the cache after them): `prompt` tokens in one call with a cache, then one at a time."""
+    go_on = jax.jit(lambda v, t, cache: forward(LanguageModel(config), v, t, cache=cache))
+    first = go_on(variables, x[:, :prompt], empty_cache(config, *x.shape))
+    cache, parts = first.cache, [first.logits]
+    for i in range(prompt, x.shape[1]):
+        output = go_on(variables, x[:, i : i + 1], cache)
+        cache = output.cache
+        parts.append(output.logits)
+    return jnp.concatenate(parts, 1), cache

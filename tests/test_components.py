@@ -21,13 +21,13 @@ from gt_jax.config import (
     StackConfig,
 )
 from gt_jax.errors import Refused
-from gt_jax.model import LanguageModel, abstract, empty_cache, forward, free_passes
+from gt_jax.model import LanguageModel, abstract, forward, free_passes
 from gt_jax.sample import generate
 from gt_jax.sharding import Rules, lay_out, make_mesh
 from gt_jax.training.price import PriceConfig, phase
 from gt_jax.training.step import after_next_targets, make_loss
 from gt_jax.tree_paths import flatten, nest
-from tests.support import full_model, perturbed, small_model, tokens
+from tests.support import decoded, full_model, perturbed, small_model, tokens
 
 FULL = full_model()
 PLAIN = full_model(adaptive=False)
@@ -74,14 +74,7 @@ def test_no_logit_depends_on_a_later_token(name):
 def test_decoding_equals_the_forward_pass(name):
     x, v = tokens(12), variables(name)
     whole = run(name)(v, x).logits
-    go_on = jax.jit(lambda v, t, cache: forward(LanguageModel(MODELS[name]), v, t, cache=cache))
-    first = go_on(v, x[:, :9], empty_cache(MODELS[name], 2, 12))
-    cache, parts = first.cache, [first.logits]
-    for i in range(9, 12):
-        output = go_on(v, x[:, i : i + 1], cache)
-        cache = output.cache
-        parts.append(output.logits)
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=5e-5)
+    np.testing.assert_allclose(decoded(MODELS[name], v, x, 9)[0], whole, atol=5e-5)
 
 
 @pytest.mark.slow

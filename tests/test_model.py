@@ -14,7 +14,7 @@ from gt_jax import presets
 from gt_jax.model import LanguageModel, abstract, empty_cache, fixed_passes, free_passes
 from gt_jax.sharding import Rules, lay_out, make_mesh
 from gt_jax.tree_paths import flatten, nest
-from tests.support import perturbed, small_model, tokens
+from tests.support import decoded, perturbed, small_model, tokens
 
 ADAPTIVE = small_model()
 
@@ -40,14 +40,8 @@ def test_decoding_one_token_at_a_time_equals_the_forward_pass(adaptive):
     config = ADAPTIVE if adaptive else ADAPTIVE.plain
     v, x = variables(config), tokens(24)
     whole = forward(config)(v, x, None, free_passes()).logits
-    go_on = jax.jit(lambda v, t, cache: LanguageModel(config).apply(v, t, cache=cache))
-    first = go_on(v, x[:, :19], empty_cache(config, 2, 24))
-    cache, parts = first.cache, [first.logits]
-    for i in range(19, 24):
-        output = go_on(v, x[:, i : i + 1], cache)
-        cache = output.cache
-        parts.append(output.logits)
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=3e-5)
+    logits, cache = decoded(config, v, x, 19)
+    np.testing.assert_allclose(logits, whole, atol=3e-5)
     assert cache["position"].tolist() == [24, 24]
 
 

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from gt_jax.config import ModelConfig
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.interop.sizes import Key, Sizes, layer_types
 from gt_jax.interop.tensor_files import Info
-from gt_jax.json_config import Config
+from gt_jax.json_config import merged
 from gt_jax.presets import preset
 
 DEFAULTS = "3b"
@@ -48,7 +47,7 @@ def infer(tensors: Mapping[str, Info], alpha: tuple[float, ...] | None = None,
     wished["layout",] = law["layout",] = asked["layout"] if same_layers else base["layout"]
     problems += [f"config field {'.'.join(key)} is {found!r}; the tensors say {value!r}"
                  for key, value in wished.items() if (found := _get(asked, key)) is not None and found != value]
-    config, wrong = _config(_with(_merged(base, asked), wished))
+    config, wrong = _config(_with(merged(base, asked), wished))
     if config is None:
         problems += wrong
         config, wrong = _config(_with(base, law))
@@ -86,24 +85,10 @@ def _keys(sizes: Sizes, base: Mapping[str, Any], asked: Mapping[str, Any]) -> di
 
 def _config(data: Json) -> tuple[ModelConfig | None, list[str]]:
     """The config of a JSON object, or everything that is wrong with it, of every component."""
-    wrong, rest, default = [], dict(data), preset(DEFAULTS).to_json()
-    for name, hint in typing.get_type_hints(ModelConfig).items():
-        component = next((part for part in (hint, *typing.get_args(hint)) if _is_config(part)), None)
-        if component is not None and isinstance(data[name], Mapping):
-            try:
-                component.from_json(data[name])
-            except Refused as error:
-                wrong.append(f"{name}: {error}".replace("\n", "\n  "))
-                rest[name] = default[name]  # so that the other fields are looked at too
     try:
-        config = ModelConfig.from_json(rest)
+        return ModelConfig.from_json(data), []
     except Refused as error:
-        return None, [*wrong, str(error).replace("\n", "\n  ")]
-    return (None if wrong else config), wrong
-
-
-def _is_config(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, Config)
+        return None, [str(error).replace("\n", "\n  ")]
 
 
 def _types(text: Any) -> str | None:
@@ -120,15 +105,6 @@ def _get(config: Mapping[str, Any], key: Key) -> Any:
     for name in key:
         node = node.get(name) if isinstance(node, Mapping) else None
     return node
-
-
-def _merged(base: Mapping[str, Any], asked: Mapping[str, Any]) -> Json:
-    """`base` with the fields of `asked`, object by object."""
-    merged = dict(base)
-    for name, value in asked.items():
-        old = base.get(name)
-        merged[name] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
 
 
 def _with(config: Json, fields: Mapping[Key, Any]) -> Json:

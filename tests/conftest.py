@@ -1,18 +1,29 @@
 """Eight CPU devices, no silent broadcasting, warnings as errors (pyproject).
 
-Compiling is nearly all that a test costs, so LLVM optimises less; not level 0, whose code returns NaN in places.
+Compiling is nearly all that a test costs, so LLVM optimises less (not level 0, whose code returns NaN in places), and
+what took long to compile is kept for the rest of the run, for every process of it.
 """
 
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers and commands under test inherit it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gt_jax-compiled-")
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure() -> None:
+    """The process that made the folder of compiled programs removes it; the others have ended by then."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,20 @@ def small_model(layout: str = "DG*2", adaptive: bool = True, **changes: object) 
 def tokens(length: int, rows: int = 2, seed: int = 3) -> jax.Array:
     """Random bytes, [rows, length]."""
     return jax.random.randint(jax.random.key(seed), (rows, length), 0, 257)
+
+
+def drawn(shapes: object, std: float, seed: int = 1, middle: Mapping[str, float] | None = None) -> dict[str, object]:
+    """A nested dict of arrays drawn by numpy: compiling `init` would take most of a test's time.
+
+    Normal around 0, or around the value that `middle` has for the last name of the path.
+    """
+    random, middle = np.random.default_rng(seed), middle or {}
+
+    def draw(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        values = middle.get(path.rsplit("/", 1)[-1], 0.0) + std * random.standard_normal(leaf.shape)
+        return jnp.asarray(values, leaf.dtype)
+
+    return nest({path: draw(path, leaf) for path, leaf in flatten(shapes).items()})
 
 
 @functools.cache

@@ -32,11 +32,10 @@ def command(folder: Path, *words: str) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """One CPU device, and one compilation cache for all the processes of these tests."""
-    keep = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    """One CPU device, little optimisation, and every program compiled once for all the processes of these tests."""
     root = str(Path(__file__).parents[1])
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return {**keep, **cache, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    cheap = {"XLA_FLAGS": "--xla_backend_optimization_level=1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {**os.environ, **cheap, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
 
 
 def call(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -166,7 +165,7 @@ def test_train_refuses_and_leaves_nothing(folder, capsys, monkeypatch, words, sa
 
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, run, capsys, monkeypatch):
-    from gt_jax import grow, measure, sample, train, verify
+    from gt_jax import grow, measure, sample, train
 
     monkeypatch.chdir(folder)
     before = checkpoint.content_hash(run)
@@ -176,7 +175,6 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, run, capsys, mo
     assert "exists" in refused(capsys, grow.main, "run", "run/24", "--plan", "identity")
     (folder / "counts2.json").write_text("{}")
     assert "exists" in refused(capsys, measure.main, "run", "-o", "counts2.json")
-    assert "was not grown" in refused(capsys, verify.main, "run", "run", "--text", "story.txt")
     assert "--prompt is empty" in refused(capsys, sample.main, "run", "--prompt", "")
     assert checkpoint.content_hash(run) == before
 

@@ -9,9 +9,9 @@ from gt_jax.growth.layer_map import read_map
 from gt_jax.growth.plan import make_plan
 from gt_jax.growth.repetition import from_json, reference
 from gt_jax.growth.transform import abstract, grow, match, target_abstract, target_config
-from gt_jax.model import LanguageModel, fixed_passes, forward, initialise
+from gt_jax.model import LanguageModel, fixed_passes, forward
 from gt_jax.tree_paths import flatten, nest
-from tests.support import random_tree, small_model, tokens
+from tests.support import perturbed, small_model, tokens
 
 SOURCE = layout.parse("DDDG*2")
 SHAPES = {"mlp/up/w": (3, 4), "mlp/down/w": (4, 3), "mixer_norm/scale": (3,), "gain": ()}
@@ -64,8 +64,7 @@ def test_layers_that_a_map_leaves_out_are_dropped_by_name(source):
 def test_a_layer_plan_with_gain_and_no_noise_is_the_recurrence_unrolled():
     counts = (2, 1, 1, 2)
     config = small_model("DDDG")
-    variables = initialise(config, 0)
-    variables = {**variables, "params": random_tree(variables["params"], seed=1, scale=0.05)}
+    variables = perturbed(config)
     alive = {f"layer{i}": {"k_exec": k, "survival": [1.0] * k + [0.0] * (4 - k)} for i, k in enumerate(counts)}
     plan = make_plan("layer", from_json(alive, "test", config.adaptive.alpha), config.depth)
     child = target_config(config, plan)

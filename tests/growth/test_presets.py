@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -19,7 +17,7 @@ from gt_jax.model import abstract
 from gt_jax.tree_paths import flatten
 from tests.support import perturbed
 
-RECIPES = list(itertools.product(rules.CARRIES, ("schedule", "expected")))
+RECIPES = zip(rules.CARRIES, ("schedule", "schedule", "expected"), strict=True)
 SOURCES = ("tiny", "3b", "3b_table")  # small has the tensors of tiny, tiny_3b those of 3b (tests/test_presets.py)
 
 

@@ -15,11 +15,12 @@ from gt_jax.layers.mixer import place_rows
 from gt_jax.layers.residual import Layer
 from gt_jax.sharding import Rules
 from gt_jax.tree_paths import flatten
-from tests.support import random_tree, small_model
+from tests.support import drawn, small_model
 
 CONFIG = small_model()
 IDS = jnp.ones((2, 10), jnp.int32)
 PLACE = place_rows(IDS)
+SMALL = jnp.asarray(0.004)
 FREE = PassControl(jnp.zeros((), jnp.int32), jnp.ones(()))
 
 
@@ -29,11 +30,12 @@ def layer(kind: str, config=CONFIG) -> Layer:
 
 @functools.cache
 def variables(kind: str):
-    fresh = dict(layer(kind).init(jax.random.key(0), jnp.zeros((2, 10, 32)), PLACE, FREE))
-    params = random_tree(fresh["params"], seed=5, scale=0.15)
+    x = jnp.zeros((2, 10, 32))
+    shapes = jax.eval_shape(layer(kind).init, jax.random.key(0), x, PLACE, FREE)
+    params = drawn(shapes["params"], 0.2, middle={"scale": 1.0, "gain": 1.0, "a_log": 1.0, "dt_bias": -2.0})
     params["halting"]["output"]["b"] = jnp.zeros(1)  # p spread around a half, so that tokens differ in depth
     params["halting"]["output"]["w"] *= 6
-    return {**fresh, "params": params}
+    return {"params": params} if kind == "D" else {"params": params, "statistics": {"mixer": {"variance_ema": SMALL}}}
 
 
 @functools.cache
@@ -42,8 +44,15 @@ def run(kind: str):
 
 
 @functools.cache
-def delta(kind: str):
-    return jax.jit(lambda v, x: layer(kind).apply(v, x, PLACE, method=Layer.delta))
+def one_pass(kind: str):
+    """(the layer's update, what its halting head then says)."""
+
+    def both(v, x, previous):
+        step, seen = layer(kind).apply(v, x, PLACE, method=Layer.delta)
+        features = halting_features(x, step, previous, seen.mixer)
+        return step, HaltingHead(CONFIG.adaptive, Rules()).apply({"params": v["params"]["halting"]}, features)
+
+    return jax.jit(both)
 
 
 def inputs(seed: int = 6) -> jax.Array:
@@ -53,12 +62,10 @@ def inputs(seed: int = 6) -> jax.Array:
 def by_hand(kind: str, x: jax.Array):
     """The recurrence as an unrolled loop over passes that all run."""
     v = variables(kind)
-    head = HaltingHead(CONFIG.adaptive, Rules())
     s, previous, weights = np.ones((2, 10), np.float32), jnp.zeros_like(x), []
     for alpha in CONFIG.adaptive.alpha:
-        step, seen = delta(kind)(v, x)
-        features = halting_features(x, step, previous, seen.mixer)
-        p = np.asarray(head.apply({"params": v["params"]["halting"]}, features)).clip(0.01, 1.0)
+        step, p = (np.asarray(a) for a in one_pass(kind)(v, x, previous))
+        p = p.clip(0.01, 1.0)
         weight = np.where(s >= 0.1, s, 0.0)
         x = x + v["params"]["gain"] * alpha * weight[..., None] * step
         s, previous = np.where(s >= 0.1, s * p, s), step
@@ -128,11 +135,9 @@ def test_gradients_do_not_depend_on_rematerialisation_or_skipping():
 
     def reference(params):
         x, previous, s = inputs(), jnp.zeros_like(inputs()), jnp.ones((2, 10))
-        head = HaltingHead(config.adaptive, Rules())
         for alpha in config.adaptive.alpha:
-            step, seen = delta("D")({"params": params}, x)
-            features = halting_features(x, step, previous, seen.mixer)
-            p = head.apply({"params": params["halting"]}, features).clip(0.01, 0.4)
+            step, p = one_pass("D")({"params": params}, x, previous)
+            p = p.clip(0.01, 0.4)
             alive = s >= 0.1
             x = x + (params["gain"] * alpha * jnp.where(alive, s, 0.0))[..., None] * step
             s, previous = jnp.where(alive, s * p, s), jax.lax.stop_gradient(step)

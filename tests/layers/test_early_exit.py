@@ -31,7 +31,7 @@ from gt_jax.layers.early_exit import (
 )
 from gt_jax.sharding import Rules, make_mesh, on_mesh, reshard
 from gt_jax.tree_paths import flatten
-from tests.support import random_tree, segments
+from tests.support import drawn, segments
 
 RULES, WIDTH, LAYERS, THRESHOLD = Rules(), 8, 5, 0.9
 IDS = jnp.concatenate(
@@ -106,10 +106,10 @@ def inputs(ids=IDS, seed: int = 3):
 
 @functools.cache
 def parameters():
-    fresh = Stack().init(jax.random.key(0), *inputs())
-    params = random_tree(fresh["params"], seed=0, scale=0.3)
-    params["exit"]["output"]["w"] *= 2  # p spread, so that tokens leave at every layer
-    params["exit"]["output"]["b"] = jnp.full((1,), 0.5)
+    shapes = jax.eval_shape(Stack().init, jax.random.key(0), *inputs())
+    params = drawn(shapes["params"], 0.4, seed=2)
+    params["exit"]["output"]["w"] *= 5  # p spread, so that tokens leave at every layer
+    params["exit"]["output"]["b"] = jnp.full((1,), -0.5)
     return params
 
 
@@ -223,13 +223,13 @@ def test_the_gradient_of_ponder_raises_the_early_probabilities_and_agrees_with_d
             state = states(x, p)
             return price(p) + jnp.sum(jnp.sin(state.output))
 
-        gradient = np.asarray(jax.grad(price)(p))
+        gradient = np.asarray(jax.jit(jax.grad(price))(p))
         used = np.asarray(states(x, p).layers)
         before = (np.arange(5)[:, None, None] < used - 1) & (np.asarray(real) > 0)
         np.testing.assert_allclose(gradient, np.where(before, -1 / real.sum(), 0.0), atol=1e-15)
         cheaper = p - 2.0 * gradient  # a step downhill: fewer layers as well, though N has no gradient
         assert layers_used(states(x, cheaper), real) < layers_used(states(x, p), real)
-        gradient, step = np.asarray(jax.grad(both)(p)), 1e-6
+        gradient, step, both = np.asarray(jax.jit(jax.grad(both))(p)), 1e-6, jax.jit(both)
         for index in rng.integers(0, [5, *IDS.shape], (12, 3)):
             nudge = jnp.zeros_like(p).at[tuple(index)].set(step)
             slope = (both(p + nudge) - both(p - nudge)) / (2 * step)
@@ -317,7 +317,7 @@ def test_a_halted_token_changes_nothing_in_deeper_layers():
 
     np.testing.assert_array_equal(update(x), update(x.at[0, 4].set(7.0)))
     assert not update(x)[0, 4].any()
-    reach = jax.grad(lambda x: jnp.sum(update(x) ** 2))(x)
+    reach = jax.jit(jax.grad(lambda x: jnp.sum(update(x) ** 2)))(x)
     assert not reach[0, 4].any() and reach[0, 3].any()
 
 

@@ -68,13 +68,13 @@ def test_price_loss_by_hand():
 
 
 def test_every_matrix_is_decayed_and_no_scalar_is():
-    params = jax.tree.map(lambda s: jnp.ones(s.shape), abstract(small_model())["params"])
+    params = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), abstract(small_model())["params"])
     labels = flatten(groups(params))
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), steps=10)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates = jax.jit(lambda zeros, params: optimizer.update(zeros, optimizer.init(params), params)[0])(zeros, params)
     for path, update in flatten(updates).items():
-        decayed = bool(jnp.any(update != 0))
+        decayed = bool(np.any(update != 0))
         assert decayed == (labels[path] == "matrix"), path
     assert labels["segment0/layer0/gain"] == labels["segment0/layer0/mixer/a_log"] == "scalar"
     assert labels["segment0/layer0/mixer/query_conv/w"] == labels["segment0/layer1/halting/hidden/w"] == "scalar"

@@ -1,42 +1,49 @@
 """A growth plan: which source layer stands at which target position, as which pass, at which strength.
 
 - Every kind is an order of source layers; the target layout follows from their types (`entries.Plan` is the data).
-- Copy j of a layer stands for pass j of the recurrence: j - 1 copies of it come before in the plan, whatever the kind.
+- Copy j of a layer stands for pass j of the recurrence: j - 1 copies of it come before in the plan (but see split).
 - A block plan copies whole blocks of the pattern (DDDG), so every target layer has the type of its source layer, and
   a copy exists for every layer of the block, also for one that asked for fewer passes: `schedule` still gives it
   alpha_j (the block repeats as a whole, as in the growth README), `expected` gives it alpha_j * survival_j, which is
   near 0 there because few tokens are left.
 - A split plan follows the order of the recurrence as far as the pattern lets it: within a block the type that ends
-  the pattern (G) is dealt to the last groups, the others (D) to the first, and what is left over is the identity.
+  the pattern (G) is dealt to the last groups, the others (D) to the first, and what is left over is the identity. G
+  counts its passes from the last group: in the recurrence its first, strongest pass comes after all passes of D.
+- A dealt plan is a split plan with the depth of the block plan: the slots of a block's copies go to the strongest
+  passes of each type. Order is what a block plan loses most by (experiments/growth_operators.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS, own_mass, strengths
+from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS, own_mass, pass_weights, strengths
 from gt_jax.growth.entries import Entry, Plan, depth_of
 from gt_jax.growth.layer_map import spelled
 from gt_jax.growth.repetition import MOST_PASSES, Repetition
 from gt_jax.growth.rounding import ROUNDS, rounded, unit
 from gt_jax.layout import Layout, Segment, parse
 
-PLANS = ("block", "layer", "split", "map", "stack")
+PLANS = ("block", "dealt", "layer", "split", "map", "stack")
 PASSES_FROM = ("k_exec", "expected_k")
 PATTERN = "DDDG"
 
 
 class _Slot(NamedTuple):
-    """One target layer before it has a strength: a copy of `layer`, or its slot filled with the identity."""
+    """One target layer before it has a strength: a copy of `layer`, or its slot filled with the identity.
+
+    `last_first`: the copies of this layer stand for its passes from the last one backwards.
+    """
 
     layer: int
     runs: bool = True
+    last_first: bool = False
 
 
 class _Block(NamedTuple):
@@ -87,6 +94,7 @@ def make_plan(kind: str, repetition: Repetition, source_layout: Layout, *, round
     """The plan of a kind, from the passes k of every layer (k_exec, or expected_k).
 
     - block: whole blocks, as often as the mean of their k, rounded; copy j of the block follows copy j-1.
+    - dealt: as many slots as block, each given to one of the strongest passes of its type, in the recurrence's order.
     - layer: each layer k times in a row, the exact order of the recurrence; the layout is runs of one type.
     - split: each layer k times, dealt into groups of its block's pattern; a slot left over is the identity.
     - map: the source layers `layers` (counted from 0) in this order.
@@ -103,6 +111,9 @@ def make_plan(kind: str, repetition: Repetition, source_layout: Layout, *, round
     asked = _asked(repetition, passes_from)
     if kind == "split":
         slots, natural = _split(source_layout, asked, round)
+    elif kind == "dealt":
+        weights = [pass_weights(layer, repetition.alpha, MOST_PASSES, coefficient) for layer in repetition.layers]
+        slots, natural = _dealt(source_layout, asked, weights, round, target_layers)
     elif kind == "map":
         slots, natural = _mapped(source_layout, layers, strict=target_layout is None)
     else:
@@ -188,9 +199,7 @@ def _repeated(kind: str, source: Layout, asked: Sequence[Fraction], round: str,
         return slots, _layout(slots, source)
     if kind == "stack":
         return slots, Layout(source.segments * copies[0])
-    repeats = [sum(count for block, count in zip(blocks, copies, strict=True) if block.segment == index)
-               for index in range(len(source.segments))]
-    return slots, _with_repeats(source, repeats)
+    return slots, _with_repeats(source, _repeats(source, blocks, copies))
 
 
 def _split(source: Layout, asked: Sequence[Fraction], round: str) -> tuple[list[_Slot], Layout]:
@@ -203,15 +212,47 @@ def _split(source: Layout, asked: Sequence[Fraction], round: str) -> tuple[list[
                         for _ in range(copies[layer])] for kind in block.pattern}
         groups = max(math.ceil(Fraction(len(hand), block.pattern.count(kind))) for kind, hand in hands.items())
         groups_by_segment[block.segment] += groups
-        dealt = {}
-        for kind, hand in hands.items():
-            empty: list[int | None] = [None] * (groups * block.pattern.count(kind) - len(hand))
-            dealt[kind] = iter([*empty, *hand] if kind == block.pattern[-1] else [*hand, *empty])
-        for _ in range(groups):
-            for kind, own in zip(block.pattern, block.layers, strict=True):
-                layer = next(dealt[kind])
-                slots.append(_Slot(own, runs=False) if layer is None else _Slot(layer))
+        slots += _groups(block, hands, groups)
     return slots, _with_repeats(source, groups_by_segment)
+
+
+def _dealt(source: Layout, asked: Sequence[Fraction], weights: Sequence[Sequence[float]], round: str,
+           target_layers: int | None) -> tuple[list[_Slot], Layout]:
+    """As many groups of each block as the block plan has copies; `weights` [l][j] is the strength of pass j + 1."""
+    blocks = list(_blocks(source))
+    copies = rounded([unit(block.layers, asked) for block in blocks], round, target_layers)
+    slots: list[_Slot] = []
+    for block, groups in zip(blocks, copies, strict=True):
+        hands = {}
+        for kind in dict.fromkeys(block.pattern):
+            own = [layer for other, layer in zip(block.pattern, block.layers, strict=True) if other == kind]
+            # one pass of every layer, then what was asked for before what was not, strong before weak
+            rank = sorted((j > 0, j >= asked[layer], -weights[layer][j], j, layer)
+                          for layer in own for j in range(MOST_PASSES))
+            hands[kind] = sorted(layer for *_, layer in rank[: groups * len(own)])
+        slots += _groups(block, hands, groups)
+    return slots, _with_repeats(source, _repeats(source, blocks, copies))
+
+
+def _groups(block: _Block, hands: Mapping[str, Sequence[int]], groups: int) -> list[_Slot]:
+    """Hands of layers by type, dealt into `groups` of the block's pattern; the type that ends it to the last ones."""
+    dealt = {}
+    for kind, hand in hands.items():
+        empty: list[int | None] = [None] * (groups * block.pattern.count(kind) - len(hand))
+        dealt[kind] = iter([*empty, *hand] if kind == block.pattern[-1] else [*hand, *empty])
+    slots = []
+    for _ in range(groups):
+        for kind, own in zip(block.pattern, block.layers, strict=True):
+            layer = next(dealt[kind])
+            closing = kind == block.pattern[-1] and block.pattern.count(kind) == 1 < len(block.pattern)
+            slots.append(_Slot(own, runs=False) if layer is None else _Slot(layer, last_first=closing))
+    return slots
+
+
+def _repeats(source: Layout, blocks: Sequence[_Block], copies: Sequence[int]) -> list[int]:
+    """Groups by segment."""
+    return [sum(count for block, count in zip(blocks, copies, strict=True) if block.segment == index)
+            for index in range(len(source.segments))]
 
 
 def _mapped(source: Layout, layers: Sequence[int], strict: bool) -> tuple[list[_Slot], Layout]:
@@ -265,9 +306,12 @@ def _entries(slots: Sequence[_Slot], repetition: Repetition, source: Layout, ask
     copies = [slot.layer for slot in slots if slot.runs]
     ratios = {layer: asked[layer] / unit(block.layers, asked).wanted for block in _blocks(source)
               for layer in block.layers}
-    left = {layer: iter(enumerate(strengths(repetition.layers[layer], repetition.alpha, copies.count(layer),
-                                            ratios[layer], coefficient=coefficient, correct=correct), 1))
-            for layer in dict.fromkeys(copies)}
+    backwards = {slot.layer for slot in slots if slot.last_first}
+    left = {}
+    for layer in dict.fromkeys(copies):
+        passes = list(enumerate(strengths(repetition.layers[layer], repetition.alpha, copies.count(layer),
+                                          ratios[layer], coefficient=coefficient, correct=correct), 1))
+        left[layer] = iter(passes[::-1] if layer in backwards else passes)
     return tuple(Entry(slot.layer, *next(left[slot.layer])) if slot.runs else Entry(slot.layer, 0, 0.0)
                  for slot in slots)
 

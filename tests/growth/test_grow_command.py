@@ -161,7 +161,7 @@ def test_a_sum_that_does_not_divide_and_a_depth_that_cannot_be_reached(tmp_path)
     (("--dry-run", "--plan", "identity", "--round", "up"), "--round has no meaning"),
     (("same", "same"), "is the source itself"),
     (("a", "b", "--verify-text", "nowhere.txt"), "nowhere.txt is not a file"),
-    (("--dry-run", "--plan", "sideways"), "--plan sideways is none of block, layer, split, map, stack, identity"),
+    (("--dry-run", "--plan", "sideways"), "sideways is none of block, dealt, layer, split, map, stack, identity"),
     (("--dry-run", "--plan", "map"), "needs its list: --map 1-8,1-4,1-8"),
     (("--dry-run", "--plan", "layer", "--map", "1-8"), "--map has no meaning for --plan layer"),
     (("--dry-run", "--map", "1-8", "--round", "up"), "--round has no meaning for --plan map"),

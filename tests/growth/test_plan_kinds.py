@@ -59,6 +59,13 @@ def weight(counts, layer, j, coefficient):
     return ALPHA[min(j, 4) - 1] * (alive if coefficient == "expected" else 1.0)
 
 
+def closes(kind, source, layer):
+    """Whether the layer's first pass is its last copy: G of a dealt or split DDDG."""
+    pattern = source.segments[0].pattern
+    ends = layer % len(pattern) == len(pattern) - 1 > 0
+    return kind in ("dealt", "split") and ends and pattern.count(pattern[-1]) == 1
+
+
 @given(cases())
 def test_each_copy_is_the_next_pass_at_the_strength_of_the_equations(case):
     kind, counts, source, options = made(case)
@@ -71,7 +78,7 @@ def test_each_copy_is_the_next_pass_at_the_strength_of_the_equations(case):
             continue
         layer, k = entry.source, counts.layers[entry.source].k_exec
         seen[layer] += 1
-        assert entry.copy == seen[layer]
+        assert entry.copy == (plan.granted[layer] - seen[layer] + 1 if closes(kind, source, layer) else seen[layer])
         first = layer // width * width
         ratio = asked[layer] / (sum(asked[first:first + width]) / width)
         total = [sum(weight(counts, layer, j, options["coefficient"]) for j in range(1, count + 1))
@@ -98,7 +105,7 @@ def test_types_layouts_and_json_hold_for_every_kind(case):
     assert again == plan
     runs = ",".join(f"{one}*{len(list(run))}" for one, run in groupby(types))  # the same types written otherwise
     assert fitted(plan, layout.parse(runs)).entries == plan.entries
-    if kind in ("block", "split", "stack"):
+    if kind in ("block", "dealt", "split", "stack"):
         assert {segment.pattern for segment in plan.target_layout.segments} == {source.segments[0].pattern}
 
 
@@ -110,6 +117,39 @@ def test_a_layer_plan_is_the_order_of_the_recurrence(case):
         (layer, j + 1) for layer, k in enumerate(counts.k_exec) for j in range(k)]
     if options["correct"] == "none":
         assert plan.mass_granted == pytest.approx(plan.mass_requested) and plan.total_mass_kept == pytest.approx(1.0)
+
+
+def in_order(kind, source, entries):
+    """Whether the copies of one type come in the recurrence's order, those of a closing layer last pass first."""
+    order = [(entry.source, -entry.copy if closes(kind, source, entry.source) else entry.copy)
+             for entry in entries if entry.copy]
+    return order == sorted(order)
+
+
+@given(cases(kinds=("dealt",)))
+def test_a_dealt_plan_is_a_block_plan_of_the_strongest_passes_in_the_order_of_the_recurrence(case):
+    _, counts, source, options = made(case)
+    options |= {"passes_from": "k_exec", "correct": "none"}
+    plan, block = (make_plan(kind, counts, source, **options) for kind in ("dealt", "block"))
+    assert plan.target_layout == block.target_layout and min(plan.granted) >= 1
+    pattern = source.segments[0].pattern
+    for kind in set(pattern):
+        assert in_order("dealt", source, [e for e in plan.entries if source.types[e.source] == kind])
+    for first in range(0, len(source), len(pattern)):
+        for kind in set(pattern):
+            own = [first + slot for slot, other in enumerate(pattern) if other == kind]
+            dealt, copied = (sum(p.granted[layer] for layer in own) for p in (plan, block))
+            assert dealt == copied  # every slot of the block plan is used
+            if options["coefficient"] == "expected":  # here no pass beyond k_exec has any strength
+                assert sum(plan.mass_granted[layer] for layer in own) >= sum(
+                    block.mass_granted[layer] for layer in own) - 1e-9
+
+
+def test_dealt_by_hand():
+    plan = make_plan("dealt", reference(), TWO)
+    assert str(plan.target_layout) == "DDDG*5" and plan.granted == (2, 2, 2, 2, 2, 3, 4, 3)
+    assert "".join(f" {entry.source}.{entry.copy}" for entry in plan.entries) == (
+        " 0.1 0.2 1.1 3.2 1.2 2.1 2.2 3.1 4.1 4.2 5.1 7.3 5.2 5.3 6.1 7.2 6.2 6.3 6.4 7.1")
 
 
 @given(cases(kinds=("split",)))
@@ -125,8 +165,7 @@ def test_a_split_plan_grants_every_pass_and_fills_the_least_number_of_groups(cas
     assert len(plan.entries) == groups * width
     for kind in set(pattern):  # within a type the order of the recurrence; identities at one end of a block's run
         own = [entry for entry in plan.entries if source.types[entry.source] == kind]
-        order = [(entry.source, entry.copy) for entry in own if entry.copy]
-        assert order == sorted(order)
+        assert in_order("split", source, own)
         for block in range(0, len(source), width):
             filled = [entry.copy > 0 for entry in own if block <= entry.source < block + width]
             assert filled == sorted(filled, reverse=kind != pattern[-1])
@@ -136,7 +175,7 @@ def test_split_by_hand():
     plan = make_plan("split", measured([2, 1, 2, 3]), layout.parse("DDDG"), coefficient="schedule")
     assert str(plan.target_layout) == "DDDG*3" and plan.mass_kept == (1.0,) * 4
     assert [(entry.source, entry.copy) for entry in plan.entries] == [
-        (0, 1), (0, 2), (1, 1), (3, 1), (2, 1), (2, 2), (2, 0), (3, 2), (0, 0), (1, 0), (2, 0), (3, 3)]
+        (0, 1), (0, 2), (1, 1), (3, 3), (2, 1), (2, 2), (2, 0), (3, 2), (0, 0), (1, 0), (2, 0), (3, 1)]
     late = make_plan("split", measured([3, 1, 2, 1]), layout.parse("DDDG"), coefficient="schedule")
     assert [(entry.source, entry.copy) for entry in late.entries] == [
         (0, 1), (0, 2), (0, 3), (3, 0), (1, 1), (2, 1), (2, 2), (3, 1)]  # G after the D layers, as in the source

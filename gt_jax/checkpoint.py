@@ -5,6 +5,7 @@
 - Everything is written under NAME.unfinished and renamed once complete; a killed save leaves only that name.
 - The metadata (`config`, `step`, `kind`, ...) and files.json, every file with its size, are in the same rename: half a
   copy of a checkpoint is found out before a value is read.
+- Arrays that are written value by value (checkpoint_arrays) lie in a folder each; here they become a checkpoint.
 - The only file that imports Orbax; its logging stays silent, its errors become `Refused`, `Damaged` or `OSError`.
 """
 
@@ -15,6 +16,7 @@ import functools
 import gc
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -31,8 +33,6 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from gt_jax.checkpoint_files import (
-    PARTIAL,
-    TEMPORARY,
     UNFINISHED,
     Damaged,
     StrPath,
@@ -43,13 +43,17 @@ from gt_jax.checkpoint_files import (
     resolve,
     set_aside,
     step_folders,
+    sync,
 )
+from gt_jax.checkpoint_slices import SliceReader, writing_axes
 from gt_jax.config import ModelConfig
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.tree_paths import combine_digests, differences, flatten, leaf_digest, nest, storable
+from gt_jax.tree_paths import combine_digests, differences, flatten, nest, storable
 
 _BROKEN = (ValueError, KeyError, TypeError, OSError)  # what Orbax and TensorStore raise on a broken file
 _MOMENT = 0.2  # seconds
+_CHUNK = 2**24  # bytes that arrays are stored in, and so can be read in
+_SCRATCH = "metadata"  # the name, in an unfinished checkpoint, of what Orbax saves for its metadata alone
 
 T = TypeVar("T")
 
@@ -85,26 +89,26 @@ def save(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> None:
     _write(target, unfinished, work)
 
 
-def write_group(target: Path, leaves: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Add leaves, by path, to the groups that wait in `target`.partial_save: the whole group or nothing of it.
+def write_metadata(folder: Path, names: Collection[str], metadata: Mapping[str, Any]) -> None:
+    """Make a checkpoint of the arrays `names` that lie in `folder`/state, each in a folder of its own.
 
-    A path may be written once, and every group carries the same metadata (Orbax merges both at the end).
+    Orbax saves a tree of the same structure with a number for each array; its files are taken over, all but the
+    numbers. On several processes every process calls it, and process 0 makes the changes. The caller publishes it.
     """
-    tree = nest(storable(nest(leaves)))
-    _write(target, target.with_name(target.name + PARTIAL + TEMPORARY),
-           lambda: ocp.partial.save(target, tree, custom_metadata=dict(metadata)))
-
-
-def merge_groups(target: Path) -> Path:
-    """Make one checkpoint, `target`.unfinished, of the groups; the caller has `publish` give it its name.
-
-    Orbax cannot take up a merge that was interrupted: then `target`.unfinished.partial_save is all there is.
-    """
-    unfinished = target.with_name(target.name + UNFINISHED)
-    merging = unfinished.with_name(unfinished.name + PARTIAL)
-    _on_primary(functools.partial(os.rename, target.with_name(target.name + PARTIAL), merging))
-    _write(target, merging, lambda: ocp.partial.finalize(unfinished))
-    return unfinished
+    scratch = folder / _SCRATCH
+    _on_primary(functools.partial(remove, scratch))
+    tree = nest({name: np.zeros((), np.float32) for name in names})
+    _write(folder, scratch, lambda: ocp.save(scratch, tree, custom_metadata=dict(metadata)), _context(database=False))
+    if jax.process_index() != 0:
+        return
+    for file in sorted(scratch.rglob("*")):
+        if file.is_file() and file.relative_to(scratch).parts[0] != "state":
+            sync(file)
+            os.replace(file, folder / file.relative_to(scratch))
+    sync(scratch / "state" / "_METADATA")
+    os.replace(scratch / "state" / "_METADATA", folder / "state" / "_METADATA")
+    sync(folder / "state")
+    remove(scratch)
 
 
 def load(path: StrPath, abstract: Any = None) -> Any:
@@ -193,12 +197,13 @@ def model_config(path: StrPath, leaves: Mapping[str, Any], metadata: Mapping[str
 def content_hash(path: StrPath, under: Collection[str] | None = None) -> str:
     """SHA-256 over sorted paths, shapes, dtypes and values, the same however the checkpoint is laid out on disk.
 
-    `under` limits it to top-level keys, for example ("params", "statistics"). One leaf is in memory at a time.
+    `under` limits it to top-level keys, for example ("params", "statistics"). One slice is in memory at a time.
     """
     where = resolve(path)
     leaves, _ = describe(where)
     chosen = [name for name in leaves if under is None or name.split("/")[0] in under]
-    return combine_digests({n: leaf_digest(n, read_leaves(where, {n: leaves[n]})[n]) for n in chosen})
+    reader = SliceReader(where, leaves)
+    return combine_digests({name: reader.digest(name) for name in chosen})
 
 
 class RunCheckpoints:
@@ -270,14 +275,28 @@ class RunCheckpoints:
             shutil.rmtree(leftover)
 
 
-def _context() -> ocp.Context:
-    """Raw bytes (weights do not compress), no second copy in memory, and leaves that were not asked for stay unread."""
+def _context(database: bool = True) -> ocp.Context:
+    """Raw bytes (weights do not compress), no second copy in memory, and leaves that were not asked for stay unread.
+
+    `database`: all arrays in one database, else each in a folder of its own.
+    """
     context = ocp.Context()
+    context.array.saving.use_ocdbt = database
     context.array.saving.use_compression = False
+    context.array.saving.scoped_storage_options_creator = _chunks
     context.memory.deepcopy_host_arrays = False
     context.pytree.loading.partial_load = True
     context.asynchronous.create_directories_asynchronously = False  # else a failure is a wait of five minutes
     return context
+
+
+def _chunks(key: Any, value: Any) -> Any:
+    """A large array is stored in chunks that are runs of values in C order: a growth reads it in slices."""
+    shape, itemsize = tuple(value.shape), np.dtype(value.dtype).itemsize
+    if math.prod(shape) * itemsize <= _CHUNK:
+        return None
+    axes = writing_axes(shape, itemsize, _CHUNK)
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK, shard_axes=axes or None)
 
 
 @contextlib.contextmanager
@@ -302,13 +321,14 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _with_orbax(work: Callable[[], T], failed: Callable[[Exception], Exception]) -> T:
+def _with_orbax(work: Callable[[], T], failed: Callable[[Exception], Exception],
+                context: ocp.Context | None = None) -> T:
     """`work()` in Orbax's context; what it raises for a broken file or disk is raised as `failed` says it.
 
     After an error, other reads and writes of the same call find their event loop closed, and futures and coroutines go
     unheard; Python prints each of them when the error is forgotten. So that happens here, where it is quiet.
     """
-    with _quiet(), _context():
+    with _quiet(), context or _context():
         try:
             return work()
         except _BROKEN as error:
@@ -320,7 +340,7 @@ def _with_orbax(work: Callable[[], T], failed: Callable[[Exception], Exception])
     raise failure
 
 
-def _write(target: Path, unfinished: Path, work: Callable[[], None]) -> None:
+def _write(target: Path, unfinished: Path, work: Callable[[], None], context: ocp.Context | None = None) -> None:
     """Run `work`; what fails leaves nothing `unfinished`, and is an OSError if the operating system said so."""
 
     def failed(error: Exception) -> Exception:
@@ -331,7 +351,7 @@ def _write(target: Path, unfinished: Path, work: Callable[[], None]) -> None:
             return error
         return OSError(number, f"{os.strerror(number)} while writing {target}; nothing is left there")
 
-    _with_orbax(work, failed)
+    _with_orbax(work, failed, context)
 
 
 def _look(path: Path, work: Callable[[], T]) -> T:

@@ -15,10 +15,11 @@ from pathlib import Path
 from gt_jax.errors import Refused
 
 UNFINISHED = ".unfinished"  # a save that is under way, or was killed
-PARTIAL = ".partial_save"  # Orbax's name for groups of leaves that wait to be merged
+JOURNALS = "journal.*.jsonl"  # what a growth has finished so far, in the unfinished folder
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for what it writes at this moment
 _FILES = "files.json"
-_NEEDED = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt")
+_NEEDED = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "state/_METADATA")
+_DATABASE = "state/manifest.ocdbt"  # where arrays lie together in one database; else each has a folder of its own
 
 StrPath = str | os.PathLike[str]
 
@@ -35,12 +36,13 @@ def resolve(path: StrPath, warn: Callable[[str], None] | None = None) -> Path:
     """
     place = Path(os.path.abspath(path))
     if not place.exists():
-        unfinished = place.with_name(place.name + PARTIAL)
-        hint = f"; {unfinished} is an unfinished growth, --resume completes it" if unfinished.exists() else ""
+        unfinished = place.with_name(place.name + UNFINISHED)
+        growth = unfinished.is_dir() and any(unfinished.glob(JOURNALS))
+        hint = f"; {unfinished} is an unfinished growth, --resume completes it" if growth else ""
         raise Refused(f"checkpoint {place} does not exist{hint}")
     if not place.is_dir():
         raise Refused(f"{place} is a file; a checkpoint is a folder")
-    if place.name.endswith((UNFINISHED, PARTIAL, TEMPORARY)):
+    if place.name.endswith((UNFINISHED, TEMPORARY)):
         raise Damaged(f"{place} is a save that was interrupted, not a checkpoint")
     if any((place / part).exists() for part in ("orbax.checkpoint", "_CHECKPOINT_METADATA", "state")):
         problem = damage(place)
@@ -64,13 +66,35 @@ def resolve(path: StrPath, warn: Callable[[str], None] | None = None) -> Path:
 
 def publish(unfinished: Path, target: Path) -> None:
     """Note every file's size beside the files, then rename: from here on the checkpoint exists."""
+    note_files(unfinished)
+    rename(unfinished, target)
+
+
+def rename(unfinished: Path, target: Path) -> None:
+    """Give a whole checkpoint its name, for good."""
+    os.rename(unfinished, target)
+    sync(target.parent)
+
+
+def note_files(unfinished: Path) -> None:
+    """Write files.json: from here on `damage` finds nothing wrong."""
     files = {str(file.relative_to(unfinished)): file.stat().st_size
-             for file in sorted(unfinished.rglob("*")) if file.is_file() and file.name != _FILES}
+             for file in sorted(unfinished.rglob("*"))
+             if file.is_file() and file.name != _FILES and not file.match(f"{JOURNALS}*")}
     with open(unfinished / _FILES, "w") as stream:
         json.dump(files, stream)
         stream.flush()
         os.fsync(stream.fileno())
-    os.rename(unfinished, target)
+    sync(unfinished)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def prepare_parent(target: Path) -> None:
@@ -92,9 +116,11 @@ def damage(path: Path) -> str | None:
         return f"half a checkpoint, without {', '.join(missing)}"
     try:
         metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())
-        json.loads((path / "state/_METADATA").read_text())
-    except (OSError, ValueError) as error:
+        database = dict(json.loads((path / "state/_METADATA").read_text())).get("use_ocdbt", True)
+    except (OSError, ValueError, TypeError) as error:
         return f"its metadata cannot be read ({error})"
+    if database and not (path / _DATABASE).is_file():
+        return f"half a checkpoint, without {_DATABASE}"
     if not isinstance(metadata, dict) or "config" not in (metadata.get("custom_metadata") or {}):
         return "it has no gt_jax metadata (no model config); it was written by another program"
     return _changed_files(path)

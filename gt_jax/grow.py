@@ -7,6 +7,7 @@
 - Defaults: --plan block --from k_exec --round up --coefficient expected --correct none --carry gain. --recipe readme is
   the growth README's rule: schedule, none, weights.
 - --plan FILE.json takes a plan that --plan-out, or a dry run with --json, wrote; it may be edited by hand.
+- Several processes share the work: the same command with --coordinator HOST:PORT --processes N --process I in each.
 - A dry run without SRC reads no checkpoint and loads no array library.
 """
 
@@ -17,7 +18,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("target", nargs="?", type=Path, metavar="DST", help="checkpoint to write; must not exist")
     made.add_argument("--repetition", type=Path, metavar="FILE", help="pass counts written by gt_jax.measure")
     made.add_argument("--plan", metavar="KIND|FILE.json",
-                      help="block (default): whole blocks as often as their passes ask; layer: each layer as often as "
-                      "it asks, in a row; split: the same, dealt into groups of the pattern; map: the list of --map; "
-                      "stack: the whole stack; identity: every layer once; or a plan file")
+                      help="block (default): whole blocks as often as their passes ask; dealt: as many layers, given "
+                      "to the strongest passes in the recurrence's order; layer: each layer as often as it asks, in a "
+                      "row; split: the same, dealt into groups of the pattern; map: the list of --map; stack: the "
+                      "whole stack; identity: every layer once; or a plan file")
     made.add_argument("--map", metavar="LIST|FILE.csv", help=f"source layers from 1, for example {EXAMPLE}")
     made.add_argument("--from", dest="passes_from", choices=PASSES_FROM,
                       help="what a layer asks for: k_exec, the passes that nearly all tokens need, or expected_k, "
@@ -71,6 +73,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the child's weights (the source's)")
     made.add_argument("--memory", default="2GiB", metavar="SIZE", help="memory budget (2GiB)")
+    made.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
+    made.add_argument("--processes", type=int, metavar="N", help="how many there are; all see the disk of DST")
+    made.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
+    made.add_argument("--distributed", action="store_true",
+                      help="several processes, as the cluster's own environment says (jax.distributed)")
     made.add_argument("--dry-run", action="store_true", help="print the plan, with SRC every tensor; write nothing")
     made.add_argument("--resume", action="store_true", help="finish an interrupted growth of the same plan")
     made.add_argument("--verify-text", type=Path, action="append", metavar="FILE",
@@ -85,23 +92,77 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or raises `Refused` with what would be right."""
     args = parser().parse_intermixed_args(argv)
-    _check(args)
-    options = _recipe(args)
-    source = _Source(args.source) if args.source else None
-    plan, warnings = _plan(args, options, source)
-    for line in warnings:
+    refuse_all(_wrong_processes(args), "these arguments do not go together:")
+    if args.distributed or args.coordinator is not None:
+        return _one_of_several(args)
+    return _run(args, lambda work: work())
+
+
+def _wrong_processes(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags for several processes."""
+    given = [args.coordinator, args.processes, args.process]
+    several, wrong = args.distributed or any(value is not None for value in given), []
+    if args.distributed and any(value is not None for value in given):
+        wrong.append("--distributed asks the cluster; --coordinator, --processes and --process say it by hand")
+    elif several and not args.distributed and any(value is None for value in given):
+        wrong.append("--coordinator, --processes and --process belong together")
+    elif args.processes is not None and not 0 <= args.process < args.processes:
+        wrong.append(f"--process {args.process}: with --processes {args.processes} it is one of 0 to "
+                     f"{args.processes - 1}")
+    wrong += [f"{flag} has no meaning for several processes; {instead}" for flag, value, instead in (
+        ("--dry-run", args.dry_run, "run it in one"),
+        ("--verify-text", args.verify_text, "run gt_jax.verify afterwards")) if several and value]
+    return wrong
+
+
+def _one_of_several(args: argparse.Namespace) -> int:
+    """Run as one process of `jax.distributed`; process 0 speaks for all."""
+    import jax
+
+    from gt_jax.growth.processes import Team
+    options = {} if args.distributed else {"coordinator_address": args.coordinator, "num_processes": args.processes,
+                                           "process_id": args.process}
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # the library that connects the processes says so on stdout, which is for results
+    try:
+        jax.distributed.initialize(**options)
+        team = Team()
+        team.gather(None)
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+    try:
+        return _run(args, team.agree, team.first)
+    finally:
+        jax.distributed.shutdown()
+
+
+def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], first: bool = True) -> int:
+    """Everything after the command line; `first` is whether this process prints and keeps results."""
+    source, plan, warnings, options = agree(lambda: _prepare(args))
+    for line in warnings if first else ():
         print(f"warning: {line}", file=sys.stderr)
     settings = {"carry": options["carry"], "recipe": args.recipe, "noise_std": args.noise_std, "seed": args.seed,
                 "dtype": args.dtype}
     if args.dry_run:
         shown, lines = _dry_run(plan, settings, source, warnings)
     else:
-        if args.verify_text and source is not None:
-            source.refuse_text(args.verify_text)
-        shown, lines = _grow(args, plan, settings)
-    _keep(plan, args.plan_out, args.picture)
-    print(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines))
+        shown, lines = _grow(args, plan, settings, first)
+    if first:
+        _keep(plan, args.plan_out, args.picture)
+        print(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines))
     return 0
+
+
+def _prepare(args: argparse.Namespace) -> tuple[_Source | None, Plan, tuple[str, ...], dict[str, str]]:
+    """Everything that can be refused before anything is written: source, plan, warnings, how coefficients enter."""
+    _check(args)
+    options = _recipe(args)
+    source = _Source(args.source) if args.source else None
+    plan, warnings = _plan(args, options, source)
+    if args.verify_text and source is not None:
+        source.refuse_text(args.verify_text)
+    return source, plan, warnings, options
 
 
 class _Source:
@@ -307,13 +368,14 @@ def _tensors(plan: Plan, settings: Mapping[str, Any], source: _Source) -> tuple[
     return rows, matched.dropped
 
 
-def _grow(args: argparse.Namespace, plan: Plan, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _grow(args: argparse.Namespace, plan: Plan, settings: Mapping[str, Any],
+          first: bool) -> tuple[dict[str, Any], list[str]]:
     """Grow, then verify where text is given; the JSON object and the lines that show both."""
     from gt_jax.growth import stream
     result = stream.grow_checkpoint(
         args.source, args.target, plan=plan, carry=settings["carry"], noise_std=settings["noise_std"],
         seed=settings["seed"], dtype=settings["dtype"], memory=memory(args.memory), resume=args.resume,
-        progress=lambda line: print(line, file=sys.stderr, flush=True))
+        progress=(lambda line: print(line, file=sys.stderr, flush=True)) if first else None)
     shown: dict[str, Any] = {"source": str(args.source), "target": str(args.target), "plan": plan.to_json(),
                              **settings, "report": result}
     lines = [*report.plan_lines(plan), "", f"{args.target}: {result['tensors']} tensors, "

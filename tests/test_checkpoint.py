@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from gt_jax import checkpoint, presets
 from gt_jax.checkpoint import Damaged, RunCheckpoints
+from gt_jax.checkpoint_arrays import ArrayFiles
 from gt_jax.errors import Refused
 from gt_jax.tree_paths import flatten
 
@@ -195,11 +196,12 @@ def test_resolve_names_what_is_there_instead(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").write_text("")
-    (tmp_path / "grown.partial_save").mkdir()
+    (tmp_path / "grown.unfinished").mkdir()
+    (tmp_path / "grown.unfinished" / "journal.0.jsonl").write_text("")
     ocp.save(tmp_path / "foreign", {"a": np.zeros(1)})
     for name, words in {"absent": "does not exist", "empty": "is an empty folder", "file": "is a file",
                         "other": "neither a checkpoint nor steps", "foreign": "has no gt_jax metadata",
-                        "grown": "--resume", "grown.partial_save": "interrupted"}.items():
+                        "grown": "--resume", "grown.unfinished": "interrupted"}.items():
         with pytest.raises(Refused, match=words):
             checkpoint.resolve(tmp_path / name)
 
@@ -221,13 +223,16 @@ def test_content_hash_sees_values_not_layout(saved: Path, tmp_path: Path, monkey
     with monkeypatch.context() as other:
         other.setattr(checkpoint, "_context", ocp.Context)  # compressed, in other files
         checkpoint.save(tmp_path / "compressed", jax.tree.map(np.asarray, tree), METADATA)
-    groups = tmp_path / "groups"
+    plain = tmp_path / "plain"
     for name, leaf in flatten(tree).items():
-        checkpoint.write_group(groups, {name: leaf}, METADATA)
-    checkpoint.publish(checkpoint.merge_groups(groups), groups)
+        files = ArrayFiles.of(tmp_path / "made" / "state", name, leaf.shape, np.dtype(leaf.dtype))
+        files.create()
+        files.write(0, np.asarray(leaf))
+    checkpoint.write_metadata(tmp_path / "made", list(flatten(tree)), METADATA)
+    checkpoint.publish(tmp_path / "made", plain)
     expected = checkpoint.content_hash(saved)
-    assert checkpoint.content_hash(tmp_path / "compressed") == checkpoint.content_hash(groups) == expected
-    assert checkpoint.describe(groups)[1] == METADATA
+    assert checkpoint.content_hash(tmp_path / "compressed") == checkpoint.content_hash(plain) == expected
+    assert checkpoint.describe(plain)[1] == METADATA
     tree["params"]["segment0"]["layer2"]["gain"][1] = np.nextafter(np.float32(0), np.float32(1))
     checkpoint.save(tmp_path / "changed", {**tree, "step": 1}, METADATA)
     assert checkpoint.content_hash(tmp_path / "changed") != expected

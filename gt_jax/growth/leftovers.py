@@ -1,11 +1,8 @@
 """What an interrupted growth leaves beside its target, and what can still be made of it.
 
-A growth of TARGET goes through these names; at a kill one of them stays, and TARGET itself does not exist:
-
-- TARGET.partial_save: groups of finished leaves, each of them whole. A resumed growth keeps them.
-- TARGET.unfinished.partial_save: the groups while they are merged. Orbax cannot go on from there, so the growth starts
-  again (a merge moves small files only, it takes a moment).
-- TARGET.unfinished: merged; only its name is missing.
+TARGET.unfinished is all there is until TARGET exists: arrays of which some values are not written yet, and journals
+that tell which are. At the end the metadata join them, the journals go, and the rename publishes. An unfinished folder
+without journals is therefore either whole, with only its name missing, or has nothing that counts.
 """
 
 from __future__ import annotations
@@ -20,8 +17,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gt_jax.checkpoint_files import PARTIAL, TEMPORARY, UNFINISHED
+from gt_jax.checkpoint_files import JOURNALS, UNFINISHED, damage, sync
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.growth.journal import gather_journals, read_journals
+
+_HASH = "content_hash"
 
 
 class Leftovers:
@@ -29,43 +29,74 @@ class Leftovers:
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.groups = target.with_name(target.name + PARTIAL)
-        self.merged = target.with_name(target.name + UNFINISHED)
-        self.merging = target.with_name(target.name + UNFINISHED + PARTIAL)
-        self._torn = [folder.with_name(folder.name + TEMPORARY) for folder in (self.groups, self.merged)]
-
-    def names(self) -> list[str]:
-        """The folders that are there."""
-        return [folder.name for folder in (self.groups, self.merging, self.merged, *self._torn) if folder.exists()]
+        self.folder = target.with_name(target.name + UNFINISHED)
 
     def refuse_unless(self, resume: bool) -> None:
         """Raise `Refused` when something is there and `resume` is not set."""
-        if self.names() and not resume:
-            raise Refused(f"{', '.join(self.names())} in {self.target.parent}: a growth of {self.target.name} was "
+        if self.folder.exists() and not resume:
+            raise Refused(f"{self.folder.name} in {self.target.parent}: a growth of {self.target.name} was "
                           "interrupted (or is running); complete it with --resume, or delete this first")
 
-    def refuse_another(self, metadata: Mapping[str, Any]) -> None:
-        """Raise `Refused`, naming the fields, when what is there belongs to a growth with other metadata."""
-        differing: dict[str, str] = {}
-        for folder in (self.merged, self.merging, *self._groups(self.merging), *self._groups(self.groups)):
-            if folder.exists():
-                differing |= _differing(_metadata(folder), metadata)
-        refuse_all(list(differing.values()), f"{', '.join(self.names())} in {self.target.parent} belongs to another "
-                   "growth; repeat that one with --resume, or delete this first. The fields that differ:")
+    def whole(self) -> dict[str, Any] | None:
+        """The metadata of a folder in which only the last name is missing, else None."""
+        if not self.folder.is_dir() or any(self.folder.glob(JOURNALS)) or damage(self.folder) is not None:
+            return None
+        metadata = json.loads((self.folder / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+        return metadata if "grown_from" in metadata else None
 
-    def finished_leaves(self) -> set[str]:
-        """Paths of the leaves in complete groups; what cannot be kept is deleted."""
-        for folder in (self.merging, *self._torn):
-            shutil.rmtree(folder, ignore_errors=True)
-        return {name for group in self._groups(self.groups) for name in _leaf_names(group)}
+    def refuse_another(self, identity: Mapping[str, Any]) -> None:
+        """Raise `Refused`, naming the fields, when what is there belongs to a growth with another identity."""
+        found = self._identity()
+        if found is None:
+            return
+        lines = [f"{name}: {_short(found.get(name))} there, {_short(value)} now"
+                 for name, value in identity.items() if found.get(name) != value]
+        self._refuse(lines, "The fields that differ:")
+
+    def refuse_another_source(self, lines: list[str]) -> None:
+        """Raise `Refused` with `lines`, one for each thing in which the source's content differs."""
+        self._refuse(lines, "The source's content differs:")
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Make the folder, with one journal of all that is finished; what cannot be kept is deleted."""
+        found, finished = read_journals(self.folder)
+        if found is None:
+            self.discard()
+            self.folder.mkdir()
+            sync(self.folder.parent)
+            finished = {}
+        gather_journals(self.folder, identity, finished)
+
+    def finished(self) -> dict[str, str]:
+        """Digest by source tensor of all that is finished."""
+        return read_journals(self.folder)[1]
+
+    def forget_journals(self) -> None:
+        """The folder is whole: nothing is left to go on with."""
+        for file in self.folder.glob(f"{JOURNALS}*"):
+            file.unlink()
+        sync(self.folder)
 
     def discard(self) -> None:
         """Delete all of it."""
-        for folder in (self.groups, self.merging, self.merged, *self._torn):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _groups(self, folder: Path) -> list[Path]:
-        return sorted(folder.glob("*.pending_*"))
+    def _identity(self) -> dict[str, Any] | None:
+        metadata = self.whole()
+        if metadata is None:
+            return read_journals(self.folder)[0]
+        return identity_of(metadata)
+
+    def _refuse(self, lines: list[str], heading: str) -> None:
+        refuse_all(lines, f"{self.folder.name} in {self.target.parent} belongs to another growth; repeat that one with "
+                   f"--resume, or delete this first. {heading}")
+
+
+def identity_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the target's values depend on, but for the source's: where that lies may change, its content may not."""
+    grown_from = {name: value for name, value in metadata["grown_from"].items() if name not in ("source", _HASH)}
+    own = {name: value for name, value in metadata.items() if name != "grown_from"}
+    return json.loads(json.dumps({**own, **grown_from}))
 
 
 @contextlib.contextmanager
@@ -83,30 +114,6 @@ def only_writer(target: Path) -> Iterator[None]:
             yield
         finally:
             os.unlink(lock)
-
-
-def _metadata(folder: Path) -> Any:
-    """The growth's metadata, None where a kill left no readable file of it."""
-    try:
-        return json.loads((folder / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _leaf_names(group: Path) -> list[str]:
-    """Which leaves a group holds: Orbax lists their keys in its own metadata file."""
-    tree = json.loads((group / "state" / "_METADATA").read_text())["tree_metadata"]
-    return ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in tree.values()]
-
-
-def _differing(found: Any, wanted: Mapping[str, Any]) -> dict[str, str]:
-    """One line for every field with another value; where the source lies may change, its content may not."""
-    if not isinstance(found, Mapping):
-        return {}
-    pairs = {name: (found.get(name), wanted[name]) for name in wanted if name != "grown_from"}
-    there = found.get("grown_from") or {}
-    pairs |= {name: (there.get(name), value) for name, value in wanted["grown_from"].items() if name != "source"}
-    return {name: f"{name}: {_short(old)} there, {_short(new)} now" for name, (old, new) in pairs.items() if old != new}
 
 
 def _short(value: Any) -> str:

@@ -1,42 +1,44 @@
-"""Checkpoint to checkpoint, leaf by leaf: a growth that needs little memory and survives being killed.
+"""Checkpoint to checkpoint: a growth that needs little memory, runs at the disk's speed, and survives being killed.
 
-- The source is read once to see that every value is finite and to take its hash, then again leaf by leaf.
-- Finished leaves are written in groups. A group is there or it is not; TARGET is there when it is whole, not before.
-- `--resume` keeps the groups of a growth with the same source content, plan, carry, noise, seed and versions.
-- Values do not depend on grouping, on the budget, or on interruptions: every block has its own key (see transform).
+- The source is read once (gt_jax.growth.pipeline): every value is checked, hashed, grown and written in one pass.
+- TARGET is there when it is whole, not before: all is made in TARGET.unfinished and renamed at the end. A journal there
+  says which source tensors are finished; `resume` compares their digests with the source again and makes the rest.
+- Several processes share the source tensors, each of which is one process's work; all write one folder.
+- Values do not depend on the budget, on the number of processes, or on interruptions (gt_jax.growth.noise).
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
+import math
 import os
 import resource
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from gt_jax import checkpoint
-from gt_jax.checkpoint_files import StrPath, prepare_parent, publish
-from gt_jax.errors import Refused, refuse_all
-from gt_jax.growth.leftovers import Leftovers, only_writer
+from gt_jax.checkpoint_files import StrPath, note_files, prepare_parent, rename
+from gt_jax.checkpoint_slices import SliceReader
+from gt_jax.errors import Failed, Refused, refuse_all
+from gt_jax.growth.journal import Journal
+from gt_jax.growth.leftovers import Leftovers, identity_of, only_writer
+from gt_jax.growth.pipeline import Budget, Pipeline, Settings, feeds, throttled
 from gt_jax.growth.plan import Plan
-from gt_jax.growth.rules import check_noise, treatment
-from gt_jax.growth.transform import Leaf, child_abstract, grow_block, match, target_config
-from gt_jax.tree_paths import combine_digests, leaf_digest
+from gt_jax.growth.processes import Team
+from gt_jax.growth.rules import check_noise
+from gt_jax.growth.transform import child_abstract, match, target_config
+from gt_jax.tree_paths import combine_digests
 
 MEMORY = 2 * 2**30
+SECONDS = 1.0  # between two lines of progress
 _MODEL = ("params/", "statistics/")
-_SCRATCH = 24  # bytes an element of one block inside `grow_block`, as measured with noise
-_CHUNK = 2**22  # elements looked at together for values that are not finite
 
-Abstract = Mapping[str, jax.ShapeDtypeStruct]
 Progress = Callable[[str], None]
 
 
@@ -46,43 +48,153 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str,
     """Grow the checkpoint (or a run's newest step) `source` into the new checkpoint `target`; returns a report.
 
     `memory` bounds the bytes of tensors held at a time, beside the program itself. Missing parent folders are made.
-    The report holds "tensors", "bytes", "kept" (leaves taken over by `resume`), "dropped", "seconds", "config" and
-    "grown_from". Raises `Refused`, with nothing written, for everything that does not fit: paths, plan, values that
-    are not finite, a budget below one leaf, leftovers of another growth. OSError when the disk is full: then, as
-    after a kill, `target` does not exist and `resume` goes on.
+    The report holds "tensors", "bytes", "kept" (source tensors whose part `resume` took over), "dropped", "seconds",
+    "config" and "grown_from". Where `jax.distributed` runs several processes, each of them calls it, with `target` on a
+    disk that all see. Raises `Refused`, with nothing left behind, for everything that does not fit: paths, plan, values
+    that are not finite, a budget below what the source's chunks need, leftovers of another growth. OSError when the
+    disk is full: then, as after a kill, `target` does not exist and `resume` goes on.
     """
-    say = progress or (lambda line: None)
-    where, place = _paths(source, target)
-    leftovers = Leftovers(place)
-    leftovers.refuse_unless(resume)
-    stored, source_metadata = checkpoint.describe(where)
-    source_config = checkpoint.model_config(where, stored, source_metadata)
-    config = target_config(source_config, plan, _known(dtype))
-    check_noise(noise_std, seed)
-    model = {name: leaf for name, leaf in stored.items() if name.startswith(_MODEL)}
-    matched = match(model, child_abstract(source_config, plan, dtype), plan, carry)
-    growth = _Growth(where, model, matched.leaves, carry, float(noise_std), seed)
-    growth.refuse_small_budget(memory)
-    prepare_parent(place)
-    started = time.monotonic()
-    with only_writer(place), _room_matters(place):
-        _refuse_existing(place)  # another process may have finished it meanwhile
+    team, started = Team(), time.monotonic()
+    growth = team.agree(lambda: _Growth(source, target, plan, carry, float(noise_std), seed, dtype, memory, resume))
+    with contextlib.ExitStack() as stack:
+        team.agree(lambda: growth.open(stack) if team.first else None)
+        kept, metadata = growth.work(team, progress or (lambda line: None))
+        team.agree(lambda: growth.describe(metadata))
+        team.agree(lambda: growth.publish() if team.first else None)
+    return {"source": str(growth.where), "target": str(growth.place), "tensors": len(growth.leaves),
+            "bytes": sum(leaf.nbytes for leaf in growth.leaves), "kept": kept, "dropped": growth.dropped,
+            "seconds": time.monotonic() - started, "config": metadata["config"],
+            "grown_from": metadata["grown_from"]}
+
+
+class _Growth:
+    """One growth, checked as far as that is possible without reading values, then its steps in order."""
+
+    def __init__(self, source: StrPath, target: StrPath, plan: Plan, carry: str, noise_std: float, seed: int,
+                 dtype: str | None, memory: int, resume: bool) -> None:
+        self.where, self.place = _paths(source, target)
+        self.leftovers = Leftovers(self.place)
+        self.leftovers.refuse_unless(resume)
+        stored, source_metadata = checkpoint.describe(self.where)
+        source_config = checkpoint.model_config(self.where, stored, source_metadata)
+        config = target_config(source_config, plan, _known(dtype))
+        check_noise(noise_std, seed)
+        self.model = {name: leaf for name, leaf in stored.items() if name.startswith(_MODEL)}
+        matched = match(self.model, child_abstract(source_config, plan, dtype), plan, carry)
+        self.leaves = matched.leaves
+        self.dropped = [*matched.dropped, *_not_carried(stored)]
+        self.settings, self.budget = Settings(carry, noise_std, seed), Budget(memory)
+        self.reader = SliceReader(self.where, self.model)
+        self._refuse_small_budget()
         grown_from = {
-            "source": str(where), "step": source_metadata.get("step"), "content_hash": growth.inspect(memory, say),
-            "plan": plan.to_json(), "coefficients": [entry.coefficient for entry in plan.entries],
-            "k_exec": list(plan.requested), "carry": carry, "noise_std": float(noise_std), "seed": seed,
-            "dtype": dtype, "versions": _versions()}
-        metadata = {"config": config.to_json(), "kind": "grown", "step": 0, "grown_from": grown_from}
-        leftovers.refuse_another(metadata)
-        kept = len(matched.leaves)
-        if not leftovers.merged.exists():
-            kept = _write(growth, leftovers, metadata, memory, say)
-            checkpoint.merge_groups(place)
-        publish(leftovers.merged, place)
-    return {"source": str(where), "target": str(place), "tensors": len(matched.leaves),
-            "bytes": sum(leaf.nbytes for leaf in matched.leaves), "kept": kept,
-            "dropped": [*matched.dropped, *_not_carried(stored)], "seconds": time.monotonic() - started,
-            "config": config.to_json(), "grown_from": grown_from}
+            "source": str(self.where), "step": source_metadata.get("step"), "plan": plan.to_json(),
+            "coefficients": [entry.coefficient for entry in plan.entries], "k_exec": list(plan.requested),
+            "carry": carry, "noise_std": noise_std, "seed": seed, "dtype": dtype, "versions": _versions()}
+        self.metadata: dict[str, Any] = {
+            "config": config.to_json(), "kind": "grown", "step": 0, "grown_from": grown_from}
+        self.identity = identity_of(self.metadata)
+        self.described = False  # whether the unfinished folder is a checkpoint already
+        prepare_parent(self.place)
+
+    def open(self, stack: contextlib.ExitStack) -> None:
+        """On process 0: become the only writer; make the unfinished folder, or take over the one that is there."""
+        with _room_matters(self.place):
+            stack.enter_context(only_writer(self.place))
+            _refuse_existing(self.place)  # another process may have finished it meanwhile
+            self.leftovers.refuse_another(self.identity)
+            if self.leftovers.whole() is None:
+                self.leftovers.begin(self.identity)
+                (self.leftovers.folder / "state").mkdir(exist_ok=True)
+
+    def work(self, team: Team, say: Progress) -> tuple[int, dict[str, Any]]:
+        """Compare what is finished with the source, make the rest; (source tensors kept, metadata of the target)."""
+        whole, finished = team.agree(lambda: (self.leftovers.whole(), self.leftovers.finished()))
+        self.described = whole is not None
+        kept = self.model.keys() if whole else finished.keys()
+        digests = self._compare(team, kept, finished, say)
+        if whole is None:
+            self._make(team, [name for name in self.model if name not in kept], say)
+            digests = team.agree(self.leftovers.finished)
+        if digests.keys() != self.model.keys():
+            raise Failed(f"the journals in {self.leftovers.folder} lack source tensors; was it changed meanwhile?")
+        content = combine_digests(digests)
+        if whole is not None and (there := whole["grown_from"]["content_hash"]) != content:
+            self.leftovers.refuse_another_source([f"content_hash: {there} there, {content} now"])
+        grown_from = {**self.metadata["grown_from"], "content_hash": content}
+        return len(kept), whole or {**self.metadata, "grown_from": grown_from}
+
+    def describe(self, metadata: Mapping[str, Any]) -> None:
+        """On all processes: the arrays become a checkpoint."""
+        if not self.described:
+            with _room_matters(self.place):
+                checkpoint.write_metadata(self.leftovers.folder, [leaf.path for leaf in self.leaves], metadata)
+
+    def publish(self) -> None:
+        """On process 0: the checkpoint gets its name."""
+        with _room_matters(self.place):
+            if not self.described:
+                note_files(self.leftovers.folder)
+                self.leftovers.forget_journals()
+            rename(self.leftovers.folder, self.place)
+
+    def _compare(self, team: Team, kept: Collection[str], finished: Mapping[str, str], say: Progress) -> dict[str, str]:
+        """Digests, as they are now, of the source tensors whose part is kept; raises `Refused` naming changed ones."""
+        share = team.share({name: _nbytes(self.model[name]) for name in kept})
+        if share:
+            say(f"comparing {len(share)} source tensors with what was grown from them, "
+                f"{_gib(sum(_nbytes(self.model[name]) for name in share))}")
+        own = team.agree(lambda: {name: self.reader.digest(name, self.budget.slice) for name in share})
+        digests = {name: digest for part in team.gather(own) for name, digest in part.items()}
+        self.leftovers.refuse_another_source(sorted(
+            f"{name} holds other values than those that were grown" for name, digest in digests.items()
+            if finished.get(name, digest) != digest))
+        return digests
+
+    def _make(self, team: Team, names: Collection[str], say: Progress) -> None:
+        """This process's share of the source tensors `names`, into the unfinished folder and its journal."""
+        fed, started = feeds(self.leaves), time.monotonic()
+        share = team.share({name: _nbytes(self.model[name]) + sum(
+            feed.leaf.nbytes // len(feed.leaf.parts) for block in fed.get(name, {}).values() for feed in block)
+            for name in names})
+        total = sum(feed.leaf.nbytes // len(feed.leaf.parts)
+                    for name in share for block in fed.get(name, {}).values() for feed in block)
+
+        def line() -> str:
+            rate = pipeline.written / max(time.monotonic() - started, 1e-9)
+            return (f"{pipeline.finished}/{len(share)} source tensors, {_gib(pipeline.written)} of {_gib(total)}, "
+                    f"{_gib(rate)}/s, {_gib(_resident())} resident")
+
+        def run() -> list[list[str]]:
+            with _room_matters(self.place):
+                try:
+                    pipeline.run(share, throttled(line, say, SECONDS))
+                finally:
+                    journal.close()
+            say(line())
+            return [pipeline.source_problems, pipeline.target_problems]
+
+        journal = team.agree(lambda: self._journal(team.index))
+        pipeline = Pipeline(self.reader, fed, self.leftovers.folder / "state", journal, self.settings, self.budget)
+        found = team.gather(team.agree(run))
+        source, target = ([line for part in found for line in part[which]] for which in (0, 1))
+        if (source or target) and team.first:
+            self.leftovers.discard()
+        refuse_all(source, f"source {self.where} has values that are not finite; grow from an earlier step:")
+        refuse_all(target, "the target's values are not finite; nothing is left of this growth:")
+
+    def _journal(self, process: int) -> Journal:
+        with _room_matters(self.place):
+            return Journal(self.leftovers.folder, process, self.identity)
+
+    def _refuse_small_budget(self) -> None:
+        """Raise `Refused` naming the source tensors whose chunks are too large for the budget."""
+        memory = self.budget.memory
+        needed = {name: self.budget.needed(leaf.dtype.itemsize * max(
+            part.count for part in self.reader.slices(name, self.budget.slice))) for name, leaf in self.model.items()}
+        large = [f"{name} needs {_gib(size)} ({size} bytes), it is stored in large chunks"
+                 for name, size in needed.items() if size > memory]
+        refuse_all(large, f"a memory budget of {_gib(memory)} ({memory} bytes) is too small; --memory must be at least "
+                          f"{max(needed.values())} bytes:")
 
 
 @contextlib.contextmanager
@@ -122,135 +234,11 @@ def _known(dtype: str | None) -> str | None:
     return dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class _Growth:
-    """One source, what becomes of it, and how: everything that the values of the target depend on."""
-
-    where: Path
-    model: Abstract
-    leaves: tuple[Leaf, ...]
-    carry: str
-    noise_std: float
-    seed: int
-
-    def refuse_small_budget(self, memory: int) -> None:
-        """Raise `Refused` naming the leaves that cannot be made, or read for the check, within `memory` bytes."""
-        needed = {leaf.path: self.needed([leaf]) for leaf in self.leaves}
-        needed |= {name: 2 * _nbytes(leaf) for name, leaf in self.model.items() if name not in needed}
-        large = [f"{path} needs {_gib(size)} ({size} bytes)" for path, size in needed.items() if size > memory]
-        refuse_all(large, f"a memory budget of {_gib(memory)} ({memory} bytes) is too small; --memory must be at least "
-                          f"{max(needed.values())} bytes:")
-
-    def needed(self, leaves: Sequence[Leaf]) -> int:
-        """Bytes held while sources are read (twice) or leaves are made together; writing copies nothing."""
-        made = sum(leaf.nbytes for leaf in leaves)
-        sources = sum(_nbytes(self.model[name]) for name in _sources(leaves))
-        return max(2 * sources, sources + made + max(map(self._scratch, leaves)))
-
-    def _scratch(self, leaf: Leaf) -> int:
-        elements = leaf.nbytes // leaf.dtype.itemsize // (len(leaf.parts) if leaf.stacked else 1)
-        how = treatment(leaf.rule, self.carry)
-        computed = how.scaled or (how.noisy and self.noise_std > 0)
-        return elements * (_SCRATCH if computed else leaf.dtype.itemsize)
-
-    def groups(self, leaves: Sequence[Leaf], memory: int) -> Iterator[list[Leaf]]:
-        """Leaves that are read, made and written together: a quarter of the budget, or one large leaf."""
-        group: list[Leaf] = []
-        for leaf in leaves:
-            if group and self.needed([*group, leaf]) > memory // 4:
-                yield group
-                group = []
-            group = [*group, leaf]
-        if group:
-            yield group
-
-    def inspect(self, memory: int, say: Progress) -> str:
-        """The content hash of the source's model; raises `Refused` naming every tensor that is not finite."""
-        digests: dict[str, str] = {}
-        wrong: list[str] = []
-        say(f"checking {len(self.model)} source tensors, {_gib(sum(map(_nbytes, self.model.values())))}")
-        for names in _batches({name: _nbytes(leaf) for name, leaf in self.model.items()}, memory // 4):
-            values = self._read(names)
-            wrong += [f"{name} holds {problem}" for name in names if (problem := _not_finite(values[name]))]
-            digests |= {name: leaf_digest(name, values[name]) for name in names}
-            del values  # before the next ones are read
-        refuse_all(wrong, f"source {self.where} has values that are not finite; grow from an earlier step:")
-        return combine_digests(digests)
-
-    def tensors(self, leaves: Sequence[Leaf]) -> dict[str, np.ndarray]:
-        """Target tensors by path."""
-        sources = self._read(_sources(leaves))
-        made = {}
-        for leaf in leaves:
-            value = np.empty(leaf.shape, leaf.dtype)
-            for index, part in enumerate(leaf.parts):
-                origin = sources[part.source]
-                piece = origin if part.block is None else origin[part.block, ...]
-                block = grow_block(leaf, index, piece, carry=self.carry, noise_std=self.noise_std, seed=self.seed)
-                value[index if leaf.stacked else ...] = np.asarray(block)
-            made[leaf.path] = value
-        return made
-
-    def _read(self, names: Collection[str]) -> dict[str, np.ndarray]:
-        return checkpoint.read_leaves(self.where, {name: self.model[name] for name in names})
-
-
-def _write(growth: _Growth, leftovers: Leftovers, metadata: Mapping[str, Any], memory: int, say: Progress) -> int:
-    """Make and write, group by group, the leaves that are not there yet; returns how many were."""
-    kept = leftovers.finished_leaves()
-    work = [leaf for leaf in growth.leaves if leaf.path not in kept]
-    total, started = sum(leaf.nbytes for leaf in work), time.monotonic()
-    done = written = 0
-    for group in growth.groups(work, memory):
-        made = growth.tensors(group)
-        wrong = [f"{leaf.path} would hold {problem}, {leaf.dtype} cannot hold the value"
-                 for leaf in group if (problem := _not_finite(made[leaf.path]))]
-        if wrong:
-            leftovers.discard()
-        refuse_all(wrong, "the target's values are not finite; nothing is left of this growth:")
-        checkpoint.write_group(leftovers.target, made, metadata)
-        del made  # before the next ones are made
-        done, written = done + len(group), written + sum(leaf.nbytes for leaf in group)
-        rate = written / max(time.monotonic() - started, 1e-9)
-        say(f"{len(kept) + done}/{len(growth.leaves)} tensors, {_gib(written)} of {_gib(total)}, {_gib(rate)}/s, "
-            f"{_gib(_resident())} resident")
-    return len(kept)
-
-
-def _sources(leaves: Sequence[Leaf]) -> list[str]:
-    return list(dict.fromkeys(part.source for leaf in leaves for part in leaf.parts))
-
-
-def _batches(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
-    """Names in order, together up to `limit` bytes, at least one at a time."""
-    batch: list[str] = []
-    for name, size in sizes.items():
-        if batch and sum(sizes[held] for held in batch) + size > limit:
-            yield batch
-            batch = []
-        batch = [*batch, name]
-    if batch:
-        yield batch
-
-
-def _not_finite(value: np.ndarray) -> str | None:
-    """The first NaN or infinity and where it stands, for example "nan at [1, 2, 3]"."""
-    if not jax.dtypes.issubdtype(value.dtype, np.inexact):
-        return None
-    flat = value.reshape(-1)
-    for start in range(0, flat.size, _CHUNK):
-        finite = np.isfinite(flat[start : start + _CHUNK])
-        if not finite.all():
-            where = np.unravel_index(start + int(np.argmin(finite)), value.shape)
-            return f"{value[where]} at {list(map(int, where))}"
-    return None
-
-
 def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
-def _not_carried(stored: Abstract) -> list[str]:
+def _not_carried(stored: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
     """What a training checkpoint holds beside the model, by its top-level name."""
     return sorted({name.split("/")[0] for name in stored if not name.startswith(_MODEL)})
 

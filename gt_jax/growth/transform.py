@@ -3,16 +3,17 @@
 - A tensor is known by its path, `params/segment0/layer0/mixer/query/w` (gt_jax.tree_paths). Layers of a
   segment are stacked along one leading, unsharded block axis.
 - `match` works on shapes alone and refuses with a list of everything that does not fit; after it nothing can surprise.
-- One slice of one block is the unit of work: child = c * (W + N) in float32, cast to the child's dtype. The noise N
-  depends on (seed, tensor name within the layer, target layer) only, so that neither the order of work, nor slicing,
-  nor sharding changes a bit of the result. Without noise and scale a slice is copied as it is.
+- One block is the unit: child = c * (W + N) in float32, cast to the child's dtype. The noise N of a value depends on
+  (seed, tensor name within the layer, target layer) and on the value's position in its block, on nothing else: neither
+  the order of work, nor slicing (`grow_slice`), nor sharding changes a bit of the result (gt_jax.growth.noise). Without
+  noise and scale a block is copied as it is.
 - Other axes keep their sharding; everything runs under `jax.jit` and `jax.eval_shape`.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,13 +24,12 @@ from jax import Array, ShapeDtypeStruct
 
 from gt_jax.config import ModelConfig
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.growth import rules
+from gt_jax.growth import noise, rules
 from gt_jax.growth.plan import Plan
 from gt_jax.tree_paths import flatten, nest
 
 Abstract = Mapping[str, ShapeDtypeStruct]
 _CARRIER = {"weights": rules.SCALED, "output": rules.OUTPUT, "gain": rules.GAIN}
-_FOUR_BYTES_STD = float(np.sqrt(4 * (256**2 - 1) / 12))
 
 
 class Part(NamedTuple):
@@ -130,6 +130,9 @@ def match(source: Abstract, target: Abstract, plan: Plan, carry: str) -> Match:
     if carry not in rules.CARRIES:
         raise Refused(f"carry {carry!r} is not one of {', '.join(rules.CARRIES)}")
     wrong = [f"source tensor {path} matches no rule" for path in sorted(source) if rules.rule(path) is None]
+    wrong += [f"source tensor {path} has more than {noise.POSITIONS} values a block, the noise has no more positions"
+              for path, leaf in source.items() if math.prod(leaf.shape[1 if rules.place(path) else 0 :])
+              > noise.POSITIONS]
     wrong += _misplaced(source, plan)
     leaves = []
     for path in sorted(target):
@@ -236,56 +239,40 @@ def _without_carrier(leaves: Iterable[Leaf], plan: Plan, carry: str) -> list[str
             if (segment, slot) not in carried]
 
 
-def stable_hash(text: str) -> int:
-    """The first 32 bits of SHA-256: the same number on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-
-
 def grow_block(leaf: Leaf, block: int, source_slice: Array | np.ndarray, *, carry: str, noise_std: float,
                seed: int) -> Array:
     """Block `block` of a target tensor from its source block's slice: c * (W + N), N of standard deviation noise_std.
 
     For a tensor of the whole model the slice is the tensor and `block` is 0. Returns the leaf's dtype; float32 inside.
     """
-    part = leaf.parts[block]
-    how = rules.treatment(leaf.rule, carry)
-    place = rules.place(leaf.path)
-    noisy = how.noisy and noise_std > 0
-    if not noisy and not how.scaled:
-        return jnp.asarray(source_slice, leaf.dtype)
-    names = np.asarray([seed, stable_hash(place.name if place else leaf.path), part.layer or 0], np.uint32)
-    # Noise goes by position in row-major order, so off a mesh one program serves all tensors of one size.
+    # Off a mesh one program serves all tensors of one size.
     on_mesh = not jax.typeof(source_slice).sharding.mesh.empty
     values = source_slice if on_mesh else source_slice.reshape(-1)
-    value = _slice(values, names, np.float32(part.coefficient), _noise_step(noise_std), dtype=leaf.dtype,
-                   noisy=noisy, scaled=how.scaled)
-    return value.reshape(source_slice.shape)
+    return grow_slice(leaf, block, values, carry=carry, noise_std=noise_std, seed=seed).reshape(source_slice.shape)
 
 
-def _noise_step(noise_std: float) -> np.float32:
-    """noise_std in units of one step of the sum of four bytes, cut to 14 significant bits (see `_slice`)."""
-    mantissa, exponent = np.frexp(noise_std / _FOUR_BYTES_STD)
-    return np.float32(np.ldexp(np.round(mantissa * 2**14), exponent - 14))
+def grow_slice(leaf: Leaf, block: int, values: Array | np.ndarray, start: int = 0, *, carry: str, noise_std: float,
+               seed: int) -> Array:
+    """The part of `grow_block` that begins at flat position `start` of the block, from that part of its source."""
+    how = rules.treatment(leaf.rule, carry)
+    noisy = how.noisy and noise_std > 0
+    if not noisy and not how.scaled:
+        return jnp.asarray(values, leaf.dtype)
+    part, place = leaf.parts[block], rules.place(leaf.path)
+    key = noise.key_data(seed, place.name if place else leaf.path, part.layer or 0)
+    return _slice(values, key, np.uint32(start), np.float32(part.coefficient), noise.step(noise_std), dtype=leaf.dtype,
+                  noisy=noisy, scaled=how.scaled)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "noisy", "scaled"))
-def _slice(weights: Array, names: Array, coefficient: Array, noise_step: Array, *, dtype: np.dtype, noisy: bool,
-           scaled: bool) -> Array:
-    """coefficient * (weights + noise), the noise keyed by names = (seed, tensor, target layer).
-
-    The noise is the centred sum of four random bytes, a bell with tails cut at 3.45 sigma, in steps of `noise_step`. A
-    Normal(0, 1) through erf_inv differs in its last bit from one compiled program to the next; this sum is an integer
-    of 10 bits, its product with a step of 14 bits is exact in float32, and so every program adds the same number,
-    whether or not it fuses the multiplication and the addition.
-    """
+def _slice(weights: Array, key: Array, start: Array, coefficient: Array, noise_step: Array, *, dtype: np.dtype,
+           noisy: bool, scaled: bool) -> Array:
+    """coefficient * (weights + noise at positions start, start + 1, ...)."""
     wide = jnp.promote_types(weights.dtype, jnp.float32)
     value = weights.astype(wide)
     if noisy:
-        key = jax.random.key(names[0], impl="threefry2x32")
-        key = jax.random.fold_in(jax.random.fold_in(key, names[1]), names[2])
-        bits = jax.random.bits(key, weights.shape, jnp.uint32, out_sharding=jax.typeof(weights).sharding)
-        total = (bits & 255) + (bits >> 8 & 255) + (bits >> 16 & 255) + (bits >> 24)
-        value += ((total.astype(jnp.int32) - 510).astype(jnp.float32) * noise_step).astype(wide)
+        positions = start + noise.positions(weights.shape, jax.typeof(weights).sharding)
+        value += noise.at(key, positions, noise_step).astype(wide)
     if scaled:
         value *= coefficient.astype(wide)
     return value.astype(dtype)

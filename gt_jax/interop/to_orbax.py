@@ -1,14 +1,15 @@
 """From the origin's files to a checkpoint of ours, leaf by leaf.
 
 - Everything is checked before anything is written: names, shapes, dtypes, aliases, config; one refusal lists it all.
-- Held at a time: the leaves of one group, 256 MiB, or one larger leaf (the tensors of all blocks of one name); the
-  sources are mapped, never read as a whole. `3b` needs 1 GiB, for its unembedding, beside the program.
-- TARGET is there when it is whole; a kill leaves names that begin with TARGET.converting, which the next try clears.
+- Held at a time: one tensor of the origin, that is, one block of a leaf; the sources are mapped, never read as a whole.
+  `3b` needs 1 GiB, for its unembedding, beside the program.
+- TARGET is there when it is whole; a kill leaves TARGET.converting, which the next try clears.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from gt_jax import checkpoint
+from gt_jax.checkpoint_arrays import ArrayFiles
 from gt_jax.checkpoint_files import StrPath, prepare_parent, publish
 from gt_jax.config import ModelConfig
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.growth.leftovers import Leftovers, only_writer
+from gt_jax.growth.leftovers import only_writer
 from gt_jax.interop.expected import TOKENS, Expected, block_shape, expect, mismatches, origin_infos, pass_strengths
 from gt_jax.interop.infer import infer
 from gt_jax.interop.names import Leaf
@@ -107,32 +109,39 @@ def _own(expected: Expected, config: ModelConfig, tokens: Sequence[bytes] | None
 
 def _write(source: Source, place: Path, expected: Expected, own: Mapping[str, np.ndarray],
            metadata: Mapping[str, Any], say: Progress) -> None:
-    """Group by group under the stage's names, then one rename; whatever fails leaves nothing."""
-    stage = Leftovers(place.with_name(place.name + STAGE))
-    stage.discard()
+    """Leaf by leaf in the stage's folder, then one rename; whatever fails leaves nothing."""
+    stage = place.with_name(place.name + STAGE)
+    shutil.rmtree(stage, ignore_errors=True)
     total, done = sum(map(_nbytes, expected.tensors.values())), sum(value.nbytes for value in own.values())
     started = time.monotonic()
     try:
-        checkpoint.write_group(stage.target, own, metadata)
+        for path, value in own.items():
+            _leaf_files(stage, path, expected.tensors[path]).write(0, value)
         for group in groups(expected.leaves, lambda leaf: _nbytes(expected.tensors[leaf.path])):
-            made = {leaf.path: _value(source, leaf, expected.tensors[leaf.path]) for leaf in group}
-            checkpoint.write_group(stage.target, made, metadata)
-            done += sum(value.nbytes for value in made.values())
-            del made  # before the next ones are made
+            for leaf in group:
+                _convert(source, leaf, expected.tensors[leaf.path], stage)
+                done += _nbytes(expected.tensors[leaf.path])
             rate = done / max(time.monotonic() - started, 1e-9) / 2**20
             say(f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB, {rate:.0f} MiB/s")
-        publish(checkpoint.merge_groups(stage.target), place)
+        checkpoint.write_metadata(stage, list(expected.tensors), metadata)
+        publish(stage, place)
     finally:
-        stage.discard()
+        shutil.rmtree(stage, ignore_errors=True)
 
 
-def _value(source: Source, leaf: Leaf, tensor: Any) -> np.ndarray:
-    """One leaf of ours from the tensors of its blocks."""
-    value = np.empty(tensor.shape, tensor.dtype)
-    shape = block_shape(leaf, tensor)
+def _convert(source: Source, leaf: Leaf, tensor: Any, stage: Path) -> None:
+    """One leaf of ours from the tensors of its blocks, a block at a time."""
+    files, shape = _leaf_files(stage, leaf.path, tensor), block_shape(leaf, tensor)
     for block, name in enumerate(leaf.origins):
-        value[block if leaf.stacked else ...] = leaf.form.to_ours(source.read(name), shape)
-    return value
+        value = leaf.form.to_ours(source.read(name), shape)
+        files.write(block * value.size, value.astype(files.dtype, copy=False))
+    files.sync()
+
+
+def _leaf_files(stage: Path, path: str, tensor: Any) -> ArrayFiles:
+    files = ArrayFiles.of(stage / "state", path, tuple(tensor.shape), np.dtype(tensor.dtype))
+    files.create()
+    return files
 
 
 def _nbytes(tensor: Any) -> int:

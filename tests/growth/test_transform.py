@@ -151,8 +151,19 @@ def test_noise_does_not_depend_on_order_slicing_or_compilation():
     leaf = next(leaf for leaf in matched.leaves if leaf.path == path)
     for block in reversed(range(3)):
         part = leaf.parts[block]
-        slice_ = transform.grow_block(leaf, block, source[part.source][part.block], **options)
-        np.testing.assert_array_equal(slice_, child[path][block])
+        values = source[part.source][part.block]
+        np.testing.assert_array_equal(transform.grow_block(leaf, block, values, **options), child[path][block])
+        for start, stop in ((0, 1), (7, 40), (40, 96)):
+            piece = transform.grow_slice(leaf, block, values.reshape(-1)[start:stop], start, **options)
+            np.testing.assert_array_equal(piece, child[path][block].reshape(-1)[start:stop])
+
+
+def test_a_block_with_more_values_than_positions_is_refused():
+    shapes = {path: ShapeDtypeStruct(value.shape, value.dtype) for path, value in few().items()}
+    path = "params/segment0/layer1/mlp/up/w"
+    shapes[path] = ShapeDtypeStruct((2, 2**17, 2**16), np.float32)
+    with pytest.raises(Refused, match="layer1/mlp/up/w has more than 4294967296 values a block"):
+        transform.match(shapes, transform.target_abstract(shapes, few_plan()), few_plan(), "gain")
 
 
 def test_grows_under_eval_shape_into_what_the_model_declares():

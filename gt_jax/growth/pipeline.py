@@ -1,0 +1,293 @@
+"""Source to target in one pass: each source tensor is read once, slice by slice, and all its children are written.
+
+    read ahead -> finite? -> hash (a thread) -> child = c * (W + N) in pieces (XLA) -> finite?, write, sync (threads)
+
+- A slice is read while the one before it is worked on; children wait to be written, so many bytes at most.
+- Pieces have few sizes, so that few programs are compiled; the last piece is filled up with zeros.
+- A source tensor is finished when its whole part of the target is on the disk: then the journal has a line of it.
+- Values that are not finite end the writing, not the reading: all tensors that have any are named together.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gt_jax.checkpoint_arrays import ArrayFiles, Extent, write_at
+from gt_jax.checkpoint_files import sync
+from gt_jax.checkpoint_slices import LIMIT, LeafDigest, Slice, SliceReader
+from gt_jax.growth.behind import Countdown, WriteBehind
+from gt_jax.growth.finite import first_not_finite
+from gt_jax.growth.journal import Journal
+from gt_jax.growth.rules import treatment
+from gt_jax.growth.transform import Leaf, grow_slice
+
+PIECES = (2**21, 2**17, 2**13)  # values; the large one and its result stay in a core's cache
+_AHEAD = 2**26  # bytes under way at most, each way, however large the budget
+
+Progress = Callable[[], None]
+
+
+class Feed(NamedTuple):
+    """A target tensor's block that a source block makes."""
+
+    leaf: Leaf
+    block: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What children depend on beside their sources."""
+
+    carry: str
+    noise_std: float
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How a memory budget is spent: half on reading (a slice under way takes twice its bytes), a quarter on writing."""
+
+    memory: int
+
+    @property
+    def slice(self) -> int:
+        """Bytes of a slice, where the source's chunks allow it."""
+        return min(self.memory // 8, LIMIT)
+
+    @property
+    def reading(self) -> int:
+        """Bytes of slices under way."""
+        return min(self.memory // 2, _AHEAD)
+
+    @property
+    def writing(self) -> int:
+        """Bytes of children that are made and not yet written."""
+        return min(self.memory // 4, _AHEAD)
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Sizes of the pieces that children are made in."""
+        return tuple(size for size in PIECES if size * 32 <= self.memory) or PIECES[-1:]
+
+    def needed(self, largest: int) -> int:
+        """The budget that a slice of `largest` bytes needs."""
+        return 4 * largest
+
+
+def feeds(leaves: Sequence[Leaf]) -> dict[str, dict[int, list[Feed]]]:
+    """By source tensor and its block (0 for a tensor of the whole model): the target blocks made of it."""
+    found: dict[str, dict[int, list[Feed]]] = {}
+    for leaf in leaves:
+        for index, part in enumerate(leaf.parts):
+            found.setdefault(part.source, {}).setdefault(part.block or 0, []).append(Feed(leaf, index))
+    return found
+
+
+class Pipeline:
+    """Carries source tensors over into the arrays under `state`. One call of `run`."""
+
+    def __init__(self, reader: SliceReader, fed: Mapping[str, Mapping[int, list[Feed]]], state: Path,
+                 journal: Journal, settings: Settings, budget: Budget) -> None:
+        self._reader, self._fed, self._state, self._journal = reader, fed, state, journal
+        self._settings, self._budget = settings, budget
+        self._files: dict[str, ArrayFiles] = {}
+        self._lock = threading.Lock()
+        self.source_problems: list[str] = []
+        self._overflows: dict[str, tuple[int, Leaf, str]] = {}
+        self.written = self.finished = 0
+
+    @property
+    def target_problems(self) -> list[str]:
+        """Target tensors that would hold a value that is not finite, and the first place."""
+        return [f"{path} would hold {value} at {_index(start, leaf.shape)}, {leaf.dtype} cannot hold the value"
+                for path, (start, leaf, value) in sorted(self._overflows.items())]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether something is wrong, so that nothing more is written."""
+        return bool(self.source_problems or self._overflows)
+
+    def run(self, names: Sequence[str], say: Progress) -> None:
+        """Read, check, hash, grow and write all of `names`; problems are in the two lists afterwards."""
+        with WriteBehind(self._budget.writing) as behind, ThreadPoolExecutor(1) as hasher:
+            current: _Tensor | None = None
+            for part, values in read_ahead(self._reader, names, self._budget):
+                if current is None or current.name != part.name:
+                    current = self._begin(part.name, behind)
+                hashed = hasher.submit(current.digest.update, values)
+                self._check(current, part, values)
+                if not self.source_problems:
+                    self._children(current, part, values)
+                hashed.result()
+                if part.start + part.count == current.size:
+                    current.countdown.finish()
+                    self._reader.close(part.name)
+                    say()
+                del values
+            behind.wait()
+        say()
+
+    def _begin(self, name: str, behind: WriteBehind) -> _Tensor:
+        """Folders of all target tensors that are made of `name`, and what must be written to each file."""
+        left: dict[Path, int] = collections.defaultdict(int)
+        fed: dict[str, ArrayFiles] = {}
+        for feed in (feed for block in self._fed.get(name, {}).values() for feed in block):
+            leaf = feed.leaf
+            files = self._files.get(leaf.path)
+            if files is None:
+                files = ArrayFiles.of(self._state, leaf.path, leaf.shape, leaf.dtype)
+                if not self.stopped:
+                    files.create()
+                self._files[leaf.path] = files
+            fed[leaf.path] = files
+            for extent in files.extents(feed.block * _block_size(leaf), _block_size(leaf)):
+                left[extent.file] += extent.count
+        source = self._reader.leaves[name]
+        digest = LeafDigest(name, source)
+        size = int(np.prod(source.shape, dtype=np.int64))
+
+        def done() -> None:
+            if self.stopped:
+                return
+            for files in fed.values():
+                files.sync_names()
+            sync(self._state)
+            self._journal.finished(name, digest.hexdigest())
+            with self._lock:
+                self.finished += 1
+
+        return _Tensor(name, size, digest, left, Countdown(done), behind)
+
+    def _check(self, tensor: _Tensor, part: Slice, values: np.ndarray) -> None:
+        if tensor.wrong:
+            return
+        place = first_not_finite(values)
+        if place is not None:
+            tensor.wrong = True
+            where = _index(part.start + place, self._reader.leaves[part.name].shape)
+            self.source_problems.append(f"{part.name} holds {values[place]} at {where}")
+
+    def _children(self, tensor: _Tensor, part: Slice, values: np.ndarray) -> None:
+        """Everything that is made of a slice, in pieces that lie in one block each."""
+        fed = self._fed.get(part.name)
+        if not fed:
+            return
+        size = _block_size(next(iter(fed.values()))[0].leaf)
+        for begin, end, filled in pieces(part.start, part.count, size, self._budget.pieces):
+            block, start = divmod(begin, size)
+            piece = values[begin - part.start : end - part.start]
+            shared = functools.cache(functools.partial(_on_device, piece, filled))
+            for feed in fed.get(block, ()):
+                self._child(tensor, feed, start, piece, shared)
+
+    def _child(self, tensor: _Tensor, feed: Feed, start: int, piece: np.ndarray,
+               shared: Callable[[], jax.Array]) -> None:
+        leaf, how = feed.leaf, treatment(feed.leaf.rule, self._settings.carry)
+        made: jax.Array | None = None
+        if how.scaled or (how.noisy and self._settings.noise_std > 0) or leaf.dtype != piece.dtype:
+            made = grow_slice(leaf, feed.block, shared(), start, **dataclasses.asdict(self._settings))
+        first, count = feed.block * _block_size(leaf) + start, piece.size
+        tensor.countdown.begin()
+
+        def task() -> None:
+            values = piece if made is None else np.asarray(made)[:count]
+            if made is not None and (place := first_not_finite(values)) is not None:
+                self._overflow(leaf, first + place, str(values[place]))
+            if not self.stopped:
+                for extent in self._files[leaf.path].extents(first, count):
+                    self._write(tensor, extent, values[extent.start - first :][: extent.count], leaf)
+            tensor.countdown.end()
+
+        tensor.behind.submit(piece.nbytes if made is None else made.nbytes, task)
+
+    def _write(self, tensor: _Tensor, extent: Extent, values: np.ndarray, leaf: Leaf) -> None:
+        write_at(extent, values, self._files[leaf.path].file_bytes)
+        with self._lock:
+            self.written += values.nbytes
+            tensor.left[extent.file] -= extent.count
+            whole = not tensor.left[extent.file]
+        if whole:
+            sync(extent.file)
+
+    def _overflow(self, leaf: Leaf, start: int, value: str) -> None:
+        with self._lock:
+            known = self._overflows.get(leaf.path)
+            if known is None or start < known[0]:
+                self._overflows[leaf.path] = (start, leaf, value)
+
+
+@dataclasses.dataclass
+class _Tensor:
+    """A source tensor under way: values still to be written by target file, and who is told when all are."""
+
+    name: str
+    size: int
+    digest: LeafDigest
+    left: dict[Path, int]
+    countdown: Countdown
+    behind: WriteBehind
+    wrong: bool = False
+
+
+def read_ahead(reader: SliceReader, names: Sequence[str], budget: Budget) -> Iterator[tuple[Slice, np.ndarray]]:
+    """All slices in order with their values; the next ones are being read meanwhile, as far as the budget goes."""
+    coming = (part for name in names for part in reader.slices(name, budget.slice))
+    under_way: collections.deque[tuple[Slice, int, Callable[[], np.ndarray]]] = collections.deque()
+    held, waiting = 0, next(coming, None)
+    while waiting is not None or under_way:
+        while waiting is not None:
+            cost = 2 * waiting.count * reader.leaves[waiting.name].dtype.itemsize
+            if under_way and held + cost > budget.reading:
+                break
+            under_way.append((waiting, cost, reader.read(waiting)))
+            held, waiting = held + cost, next(coming, None)
+        part, cost, wait = under_way.popleft()
+        yield part, wait()
+        held -= cost
+
+
+def pieces(start: int, count: int, block: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, values to fill it up to) of pieces in one block of `block` values each, covering the range."""
+    stop = start + count
+    while start < stop:
+        room = min(stop, (start // block + 1) * block) - start
+        size = next((size for size in sizes if size <= room), sizes[-1])
+        yield start, start + min(size, room), size
+        start += min(size, room)
+
+
+def throttled(line: Callable[[], str], say: Callable[[str], None], seconds: float) -> Progress:
+    """A `Progress` that says `line()` at most once in so many seconds."""
+    last = time.monotonic()
+
+    def progress() -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            say(line())
+
+    return progress
+
+
+def _on_device(piece: np.ndarray, filled: int) -> jax.Array:
+    return jnp.asarray(piece if piece.size == filled else np.pad(piece, (0, filled - piece.size)))
+
+
+def _block_size(leaf: Leaf) -> int:
+    return int(np.prod(leaf.shape[1 if leaf.stacked else 0 :], dtype=np.int64))
+
+
+def _index(position: int, shape: Sequence[int]) -> list[int]:
+    return list(map(int, np.unravel_index(position, tuple(shape))))

@@ -1,0 +1,106 @@
+"""Two real processes grow one checkpoint: the same values as one process, and nobody waits for one that gave up."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from gt_jax import checkpoint, config, grow, presets
+from gt_jax.errors import Refused
+from gt_jax.growth.processes import Team
+from tests.support import perturbed
+
+CONFIG = presets.tiny().replace(
+    layout="DG*2", width=8, vocab=264, mlp_width=8,
+    deltanet=config.DeltaNetConfig(heads=2, value_heads=2, key_width=4, value_width=4),
+    gsa=config.GSAConfig(heads=2, head_width=4, indexer_heads=2, indexer_width=4, k_base=8, k_min=4, k_max=16))
+STOPPED = """
+import sys
+from gt_jax import grow
+from gt_jax.growth import stream
+from gt_jax.errors import run_command
+stream.SECONDS = 0.0
+count = 0
+
+def stop(line):
+    global count
+    count += 1
+    if count > 6:
+        raise OSError(28, "No space left on device")
+
+made = stream.grow_checkpoint
+stream.grow_checkpoint = lambda *a, **k: made(*a, **{**k, "progress": stop if sys.argv[-1] == "0" else None})
+run_command(grow.main)
+"""
+
+
+def run(arguments: list[str], count: int, program: tuple[str, ...] = ("-m", "gt_jax.grow")) -> list[Any]:
+    """(exit code, stdout, stderr) of each of `count` processes that grow together."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    flags = [["--coordinator", address, "--processes", str(count), "--process", str(index)] for index in range(count)]
+    started = [subprocess.Popen([sys.executable, *program, *arguments, *own], env=environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for own in flags]
+    try:
+        said = [process.communicate(timeout=200) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *words) for process, words in zip(started, said, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes_and_stop_together(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "source", perturbed(CONFIG), {"config": CONFIG.to_json(), "kind": "train", "step": 1})
+    arguments = [str(tmp_path / "source"), str(tmp_path / "target"), "--plan", "identity", "--seed", "3", "--json"]
+    ends = run(arguments, 2, ("-c", STOPPED))
+    assert [end[0] for end in ends] == [1, 1], ends
+    assert "process 0: " in ends[1][2] and "No space left" in ends[1][2]
+    assert not (tmp_path / "target").exists() and (tmp_path / "target.unfinished").is_dir()
+    first, second = run([*arguments, "--resume"], 2)
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    shown = json.loads(first[1])
+    assert second[1] == "" and shown["report"]["kept"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+    alone = tmp_path / "alone"
+    grow.main([arguments[0], str(alone), *arguments[2:]])
+    assert checkpoint.content_hash(alone) == checkpoint.content_hash(tmp_path / "target")
+    assert checkpoint.describe(alone)[1] == checkpoint.describe(tmp_path / "target")[1]
+
+
+def test_one_process_shares_with_nobody() -> None:
+    team = Team()
+    assert team.first and team.gather({"a": 1}) == [{"a": 1}] and team.agree(lambda: 3) == 3
+    assert team.share({"b": 1, "a": 2}) == ["a", "b"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_shares_are_whole_and_even(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {f"t{index}": index * index for index in range(40)}
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    shares = []
+    for index in range(count):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        shares.append(Team().share(costs))
+    assert sorted(name for share in shares for name in share) == sorted(costs)
+    loads = [sum(costs[name] for name in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs.values())
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--processes", "2"], "belong together"),
+    (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "one of 0 to 1"),
+    (["--distributed", "--process", "1"], "asks the cluster"),
+    (["--distributed", "--dry-run"], "run it in one"),
+])
+def test_flags_that_do_not_go_together(flags: list[str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=words):
+        grow.main([str(tmp_path / "source"), str(tmp_path / "target"), *flags])

@@ -1,0 +1,168 @@
+"""Arrays written value by value and read slice by slice: the same values in C order, however chunks lie."""
+
+import itertools
+import math
+import threading
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from gt_jax import checkpoint, checkpoint_arrays
+from gt_jax.checkpoint import Damaged
+from gt_jax.checkpoint_arrays import ArrayFiles, chunk_shape
+from gt_jax.checkpoint_files import publish
+from gt_jax.checkpoint_slices import SliceReader, cut
+from gt_jax.growth.behind import Countdown, WriteBehind
+from gt_jax.growth.pipeline import pieces
+from gt_jax.tree_paths import flatten, leaf_digest, nest
+
+METADATA = {"config": {}, "kind": "random"}
+SHAPES = [(), (5,), (5, 7), (2, 20, 4, 6), (3, 1, 5), (7, 11), (1, 13, 3)]
+
+
+def tree() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    values = {f"params/w{index}": random.normal(size=shape).astype(dtype) for index, (shape, dtype) in enumerate(
+        itertools.product(SHAPES, (np.float32, ml_dtypes.bfloat16)))}
+    return values | {"statistics/i": np.arange(300, dtype=np.int32).reshape(3, 100) - 7,
+                     "statistics/u": np.arange(9, dtype=np.uint8), "statistics/b": np.asarray([True, False, True])}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 64 bytes."""
+    monkeypatch.setattr(checkpoint_arrays, "CHUNK", 64)
+
+
+def write(folder: Path, values: dict[str, np.ndarray]) -> Path:
+    """A checkpoint of plain chunk files, written in pieces of seven values, the last ones first."""
+    for name, value in values.items():
+        files = ArrayFiles.of(folder / "state", name, value.shape, value.dtype)
+        files.create()
+        for start in reversed(range(0, value.size, 7)):
+            files.write(start, value.reshape(-1)[start : start + 7])
+        files.sync()
+    checkpoint.write_metadata(folder, list(values), METADATA)
+    publish(folder, folder.with_name("done"))
+    return folder.with_name("done")
+
+
+@pytest.mark.parametrize("limit", [8, 16, 40, 100, 10**6])
+def test_slices_cover_an_array_in_order_by_whole_chunks(limit: int) -> None:
+    for shape in SHAPES:
+        value = np.arange(math.prod(shape)).reshape(shape)
+        ones, halves = tuple(1 for _ in shape), tuple(max(1, size // 2) for size in shape)
+        for chunk in (shape, ones, halves, chunk_shape(shape, 4, limit)):
+            parts = list(cut("x", shape, chunk, limit // 4))
+            np.testing.assert_array_equal(np.concatenate([value[part.index].reshape(-1) for part in parts]),
+                                          value.reshape(-1))
+            assert all((value[part.index].flat[0], value[part.index].size) == (part.start, part.count)
+                       for part in parts)
+            if chunk == ones:
+                assert max(part.count for part in parts) <= max(limit // 4, 1)
+        assert math.prod(chunk_shape(shape, 4, limit)) * 4 <= max(limit, 4)
+
+
+def test_what_is_written_in_pieces_opens_with_every_call(tmp_path: Path, small: None) -> None:
+    values = tree()
+    place = write(tmp_path / "unfinished", values)
+    assert len(list((place / "state" / "params.w6").glob("c.*"))) == 80  # [2, 20, 4, 6] float32: chunks of two rows
+    stand_ins = nest({name: np.zeros_like(value) for name, value in values.items()})
+    for loaded in (checkpoint.load(place), ocp.load(place, stand_ins), checkpoint.load(place, stand_ins)):
+        for name, value in flatten(loaded).items():
+            found = np.asarray(value)
+            assert (found.dtype, found.shape, found.tobytes()) == (
+                values[name].dtype, values[name].shape, values[name].tobytes()), name
+    leaves, metadata = checkpoint.describe(place)
+    assert metadata == METADATA and leaves.keys() == values.keys()
+    checkpoint.save(tmp_path / "saved", nest(values), METADATA)
+    assert checkpoint.content_hash(place) == checkpoint.content_hash(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("saved_by_orbax", [False, True])
+def test_digests_do_not_depend_on_slices_or_chunks(
+        tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, saved_by_orbax: bool) -> None:
+    values = tree()
+    monkeypatch.setattr(checkpoint, "_CHUNK", 64)
+    if saved_by_orbax:
+        place = tmp_path / "saved"
+        checkpoint.save(place, nest(values), METADATA)
+    else:
+        place = write(tmp_path / "unfinished", values)
+    reader = SliceReader(place, checkpoint.describe(place)[0])
+    for name, value in values.items():
+        assert reader.digest(name, 80) == leaf_digest(name, value)
+        assert max(part.count for part in reader.slices(name, 80)) * value.itemsize <= 80, name
+
+
+def test_chunks_of_large_arrays_are_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax cuts the longest axis first; ours are told where to cut before."""
+    monkeypatch.setattr(checkpoint, "_CHUNK", 2**12)
+    shapes = [(2, 4, 10, 64), (64, 131), (2**13,), (1310, 16), (3, 2, 2**11), (2, 101, 70)]
+    values = {f"w{index}": np.ones(shape, np.float32) for index, shape in enumerate(shapes)}
+    checkpoint.save(tmp_path / "saved", values, METADATA)
+    reader = SliceReader(tmp_path / "saved", checkpoint.describe(tmp_path / "saved")[0])
+    for name in values:
+        assert max(part.count for part in reader.slices(name, 2**12)) * 4 <= 2**12, name
+
+
+def test_what_cannot_be_read_is_damaged(tmp_path: Path, small: None) -> None:
+    values = {"params/w": np.ones((5, 7), np.float32)}
+    place = write(tmp_path / "unfinished", values)
+    with pytest.raises(Damaged, match=r"params/w: it is float32\[5, 7\] on disk, not float32\[5, 8\]"):
+        list(SliceReader(place, {"params/w": jax.ShapeDtypeStruct((5, 8), np.float32)}).slices("params/w"))
+    reader = SliceReader(place, checkpoint.describe(place)[0])
+    chunk = sorted((place / "state" / "params.w").glob("c.*"))[0]
+    chunk.write_bytes(chunk.read_bytes()[:-4])
+    with pytest.raises(Damaged, match="params/w"):
+        reader.digest("params/w")
+    with pytest.raises(Damaged, match="bytes instead of"):
+        checkpoint.describe(place)
+    (place / "state" / "_METADATA").unlink()
+    with pytest.raises(Damaged, match="cannot be read"):
+        SliceReader(place, {})
+
+
+def test_pieces_stay_in_a_block_and_have_few_sizes() -> None:
+    for start, count, block in ((0, 1000, 1000), (30, 500, 100), (5, 7, 3), (0, 1, 1)):
+        found = list(pieces(start, count, block, (64, 16, 4)))
+        assert found[0][0] == start and found[-1][1] == start + count
+        assert all(end == begin for (_, end, _), (begin, _, _) in itertools.pairwise(found))
+        assert all(begin // block == (end - 1) // block and end - begin <= size and size in (64, 16, 4)
+                   for begin, end, size in found)
+
+
+def test_work_behind_is_bounded_and_its_errors_come_back() -> None:
+    held, most, lock, gate = 0, 0, threading.Lock(), threading.Event()
+
+    def task() -> None:
+        nonlocal held, most
+        with lock:
+            held += 10
+            most = max(most, held)
+        gate.wait(0.01)
+        with lock:
+            held -= 10
+
+    with WriteBehind(25) as behind:
+        for _ in range(20):
+            behind.submit(10, task)
+        behind.wait()
+        assert held == 0 and 10 <= most <= 20
+        behind.submit(100, lambda: None)  # larger than the bound, alone
+        behind.submit(1, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+        with pytest.raises(ZeroDivisionError):
+            behind.wait()
+        with pytest.raises(ZeroDivisionError):
+            behind.submit(1, task)
+    done: list[int] = []
+    countdown = Countdown(lambda: done.append(1))
+    countdown.begin()
+    countdown.finish()
+    assert not done
+    countdown.end()
+    assert done == [1]

@@ -4,16 +4,21 @@ python -m gt_jax.train runs/a --preset tiny --steps 400
 python -m gt_jax.train runs/a --resume
 python -m gt_jax.train runs/b --start grown --steps 200 --text story.txt
 python -m gt_jax.train runs/c --preset tiny_3b --model changes.json
+python -m gt_jax.train runs/d --start grown --thaw under-served --thaw-steps 200
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import Refused, run_command
+
+UNDER_SERVED = "under-served"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +51,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--warmup", type=float, help="fraction of the run")
     train.add_argument("--weight-decay", type=float)
     train.add_argument("--target", type=float, help="mean passes a layer that the compute price aims at")
+    train.add_argument("--thaw", metavar=f"{UNDER_SERVED}|LAYERS",
+                       help="at first only these layers train, counted from 0, for example 3,7,11; under-served: the "
+                       "copies of the layers to which the growth gave less than they asked for")
+    train.add_argument("--thaw-steps", type=int, metavar="N", help="how long; then everything trains (200)")
     train.add_argument("--evaluate-every", type=int)
     train.add_argument("--checkpoint-every", type=int)
     train.add_argument("--keep", type=int, help="checkpoints kept")
@@ -70,10 +79,45 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
     price = train.price.replace(**pick("target"))
     own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep")
-    train = train.replace(**own, optimizer=optimizer, price=price)
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
+    thaw = thaw_config(arguments, train.thaw, start.get("start", base.start))
+    train = train.replace(**own, optimizer=optimizer, price=price, thaw=thaw)
     own = pick("text", "tfds", "tfds_dir", "sequence_length", "batch_size", "held_out", "seed")
     return base.replace(model=model, train=train, data=base.data.replace(**own), **start)
+
+
+def thaw_config(arguments: argparse.Namespace, stored: Any, start: str | None) -> Any:
+    """The ThawConfig that --thaw and --thaw-steps ask for, else `stored`; raises `Refused` where they do not fit."""
+    from gt_jax.training.thaw import ThawConfig
+
+    steps = {} if arguments.thaw_steps is None else {"steps": arguments.thaw_steps}
+    if arguments.thaw is None:
+        if steps and stored is None:
+            raise Refused(f"--thaw-steps is how long --thaw lasts; give --thaw {UNDER_SERVED}, or --thaw 3,7,11")
+        return stored.replace(**steps) if steps else stored
+    if stored is not None:
+        steps = {"steps": stored.steps, **steps}
+    if arguments.thaw == UNDER_SERVED:
+        return ThawConfig(layers=under_served_children(start), **steps)
+    if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", arguments.thaw):
+        raise Refused(f"--thaw {arguments.thaw!r} is neither {UNDER_SERVED} nor layers from 0, for example 3,7,11")
+    return ThawConfig(layers=tuple(map(int, arguments.thaw.split(","))), **steps)
+
+
+def under_served_children(start: str | None) -> tuple[int, ...]:
+    """The target layers to train first, by the plan that the starting checkpoint carries; named on stderr."""
+    from gt_jax import checkpoint
+    from gt_jax.growth.under_served import stored_plan, under_served
+
+    if start is None:
+        raise Refused(f"--thaw {UNDER_SERVED} reads the plan of a grown checkpoint; name it with --start")
+    found = under_served(stored_plan(checkpoint.describe(start)[1], start))
+    if not found:
+        raise Refused(f"--thaw {UNDER_SERVED}: the plan of {start} gave every layer what it asked for; leave out "
+                      "--thaw, or name target layers, for example --thaw 3,7,11")
+    for one in found:
+        print(f"thaw: {one}", file=sys.stderr)
+    return tuple(sorted(layer for one in found for layer in one.children))
 
 
 def changed_by_file(model: Any, path: Path) -> Any:

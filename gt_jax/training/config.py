@@ -9,11 +9,15 @@ from gt_jax.data import DataConfig
 from gt_jax.json_config import Config, below
 from gt_jax.training.optimizer import OptimizerConfig
 from gt_jax.training.price import PriceConfig
+from gt_jax.training.thaw import ThawConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """`seed` draws the initial weights; 0 for `evaluate_every` or `checkpoint_every` means only at the end."""
+    """`seed` draws the initial weights; 0 for `evaluate_every` or `checkpoint_every` means only at the end.
+
+    With `thaw` only a few layers train at first.
+    """
 
     steps: int = 400
     seed: int = 0
@@ -23,9 +27,12 @@ class TrainConfig(Config):
     keep: int = 2
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     price: PriceConfig = dataclasses.field(default_factory=PriceConfig)
+    thaw: ThawConfig | None = None
 
     def problems(self) -> list[str]:
         wrong = below(self, 1, "steps", "evaluation_batches", "keep")
+        if self.thaw is not None and self.thaw.steps > self.steps:
+            wrong.append(f"thaw.steps is {self.thaw.steps}; the run has {self.steps} steps, it can be at most that")
         return wrong + below(self, 0, "seed", "evaluate_every", "checkpoint_every")
 
 
@@ -46,6 +53,8 @@ class RunConfig(Config):
         if memory is not None and length > memory.chunk and length % memory.chunk:
             wrong.append(f"data.sequence_length is {length}; with a memory stream it must be whole chunks of "
                          f"model.memory.chunk {memory.chunk}")
+        if self.train.thaw is not None:
+            wrong += self.train.thaw.misfits(self.model.depth)
         return wrong
 
 

@@ -46,7 +46,7 @@ def make_trainer(model: ModelConfig, train: TrainConfig, rules: Rules | None = N
     rules = rules or Rules()
     optimizer = make_optimizer(train.optimizer, train.steps)
     return Trainer(
-        make_step(model, train.price, optimizer, train.steps, rules, train.seed),
+        make_step(model, train.price, optimizer, train.steps, rules, train.seed, train.thaw),
         make_evaluation(model, rules),
         lambda variables: new_state(variables, optimizer, train.price),
     )
@@ -157,8 +157,8 @@ def _metadata(config: RunConfig, text: Text, position: dict[str, Any], state: Tr
 
 
 def _origin(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run that trains a grown model on keeps of it: where it came from."""
-    return {"grown_from": metadata["grown_from"]} if "grown_from" in metadata else {}
+    """What a run that trains a grown model on keeps of it: where it came from, and how it was calibrated."""
+    return {name: metadata[name] for name in ("grown_from", "calibrated") if name in metadata}
 
 
 def _start(

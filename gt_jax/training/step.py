@@ -19,6 +19,7 @@ from gt_jax.model import LanguageModel, ModelOutput, forward, free_passes
 from gt_jax.sharding import Rules, reshard
 from gt_jax.training.price import Phase, PriceConfig, move_price, phase, price_loss
 from gt_jax.training.state import TrainState
+from gt_jax.training.thaw import ThawConfig, kept
 from gt_jax.typing import Scalar, Tree
 
 Batch = Mapping[str, Any]
@@ -124,9 +125,12 @@ def _mean(pair: tuple[Array, Array]) -> Scalar:
 
 def make_step(
     model: ModelConfig, price: PriceConfig, optimizer: optax.GradientTransformation, steps: int, rules: Rules,
-    seed: int = 0,
+    seed: int = 0, thaw: ThawConfig | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """The jitted step(state, batch) -> (state, metrics); the state is donated."""
+    """The jitted step(state, batch) -> (state, metrics); the state is donated.
+
+    With `thaw` its first steps move a few layers only; `gradient_norm` is then of what moves.
+    """
     loss = make_loss(model, price, rules, seed)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
@@ -134,9 +138,15 @@ def make_step(
         gradient = jax.value_and_grad(loss, has_aux=True)
         placed = place(batch, rules)
         (total, extra), grads = gradient(state.params, state.statistics, placed, state.price.value, now, state.step)
+        statistics = extra["statistics"]
+        if thaw is not None:
+            grads = kept(thaw, model.depth, state.step, grads, jax.tree.map(jnp.zeros_like, grads))
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
+        if thaw is not None:
+            params = kept(thaw, model.depth, state.step, params, state.params)
+            statistics = kept(thaw, model.depth, state.step, statistics, state.statistics)
         report = extra["report"]
         expected = jnp.sum(report["passes"].survival, axis=-1)
         moved = move_price(price, state.price, jnp.mean(expected), now.moves, steps)
@@ -152,7 +162,7 @@ def make_step(
             "executed": jnp.sum(report["passes"].alive, axis=-1),
             "delta_ratio": report["passes"].delta_ratio[:, 0],
         }
-        return TrainState(params, extra["statistics"], moments, moved, state.step + 1), metrics
+        return TrainState(params, statistics, moments, moved, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
 

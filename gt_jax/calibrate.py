@@ -1,0 +1,163 @@
+"""`python -m gt_jax.calibrate SRC GROWN DST`: fit the gains of a grown model to its source, a few dozen numbers.
+
+- DST is GROWN with other `gain` parameters; every other tensor of the model is the same, byte for byte. (Of a run that
+  trained a grown model on, the model is taken and the optimizer is not.)
+- The gains are fitted on the training part of the text, the losses are of its held-out part, which the fit never sees.
+- The mathematics and what the objectives mean: gt_jax.growth.calibration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gt_jax.errors import Refused, refuse_all, run_command
+
+BYTES = 257  # ids of the byte tokenizer
+
+
+def calibrate(
+    source: Path, grown: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None,
+    tfds_dir: str | None = None, batches: int = 8, progress: Callable[[str], None] | None = None, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Fit on `batches` training batches, write `target`, and return the object it keeps under `calibrated`.
+
+    `options` are those of `calibrate_gains`: objective, iterations, ridge. Raises `Refused`, with nothing written, for
+    checkpoints that do not belong together, text that cannot be read, and a target that exists.
+    """
+    from gt_jax import checkpoint
+    from gt_jax.data import open_text
+    from gt_jax.growth.calibration import calibrate_gains
+    from gt_jax.loading import data_config, load_model
+    from gt_jax.sharding import Rules
+    from gt_jax.training.step import evaluate, make_evaluation
+
+    say = progress or (lambda line: None)
+    plan, metadata = _belonging(source, grown, target, batches)
+    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir}
+    source_metadata = checkpoint.describe(source)[1]
+    reading = open_text(data_config(source_metadata, named if any(named.values()) else None))
+    (shallow, shallow_variables, _), (deep, deep_variables, _) = load_model(source), load_model(grown)
+    stream, held_out = reading.train(), reading.held_out(batches)
+    fitted = [next(stream) for _ in range(batches)]
+    say(f"{reading.summary()}; fitting {len(deep.depth)} gains on {len(fitted)} batches")
+    result, report = calibrate_gains(
+        shallow, shallow_variables, deep, deep_variables, plan, fitted, Rules(), held_out=held_out, progress=say,
+        **options,
+    )  # fmt: skip
+    of_source, of_target = make_evaluation(shallow, Rules()), make_evaluation(deep, Rules())
+    loss, before, after = (evaluate(*pair, held_out) for pair in (
+        (of_source, shallow_variables), (of_target, deep_variables), (of_target, result)))  # fmt: skip
+    losses = {"source": loss, "before": before, "after": after, "gap_before": before / loss - 1,
+              "gap_after": after / loss - 1}  # fmt: skip
+    calibrated = {"source": str(checkpoint.resolve(source)), "grown": str(checkpoint.resolve(grown)),
+                  "text": reading.summary(), "batches": batches, "losses": losses, **report}  # fmt: skip
+    checkpoint.save(target, result, {**metadata, "calibrated": calibrated})
+    return calibrated
+
+
+def _belonging(source: Path, grown: Path, target: Path, batches: int) -> tuple[Any, dict[str, Any]]:
+    """The plan and the metadata of GROWN; raises `Refused` for all that can be wrong before values are read."""
+    from gt_jax import checkpoint
+    from gt_jax.growth.calibration import mismatches
+    from gt_jax.growth.under_served import stored_plan
+
+    if batches < 1:
+        raise Refused(f"--batches is {batches}; at least one is needed")
+    if target.exists() or target.is_symlink():
+        raise Refused(f"DST {target} exists; name a new folder")
+    places = [checkpoint.resolve(path) for path in (source, grown)]
+    for place in places:
+        if place in target.resolve().parents:
+            raise Refused(f"DST {target} lies inside the checkpoint {place}; choose a place outside of it")
+    (shallow, _), (deep, metadata) = (_model(place) for place in places)
+    plan = stored_plan(metadata, grown)
+    refuse_all(mismatches(shallow, deep, plan), f"{grown} was not grown from {source}:")
+    if deep.vocab < BYTES:
+        raise Refused(f"{grown} has a vocabulary of {deep.vocab}; text is read as bytes, which need {BYTES}")
+    checkpoint.prepare_parent(target)
+    known = metadata["grown_from"].get("content_hash")
+    if known is not None and checkpoint.content_hash(places[0], ("params", "statistics")) != known:
+        grown_from = metadata["grown_from"]
+        raise Refused(f"{grown} was not grown from the values in {places[0]} (their hash differs), but from "
+                      f"{grown_from.get('source')} at step {grown_from.get('step')}; give that one")
+    return plan, metadata
+
+
+def _model(place: Path) -> tuple[Any, dict[str, Any]]:
+    from gt_jax import checkpoint
+
+    leaves, metadata = checkpoint.describe(place)
+    return checkpoint.model_config(place, leaves, metadata), metadata
+
+
+def report_lines(result: dict[str, Any], target: Path) -> list[str]:
+    """The result as lines for a reader."""
+    from gt_jax.metrics import table
+
+    losses, held, gains = result["losses"], result["held_out"], result["gains"]
+    sync = [[one["target"], one["source"], f"{one['before']:.4f}", f"{one['after']:.4f}"] for one in held["sync"]]
+    rows = [[layer, f"{before:.4f}", f"{after:.4f}"]
+            for layer, (before, after) in enumerate(zip(gains["before"], gains["after"], strict=True))]  # fmt: skip
+    return [
+        f"held-out loss of the source {losses['source']:.4f}, of the grown model {losses['before']:.4f} "
+        f"({100 * losses['gap_before']:+.2f} %), calibrated {losses['after']:.4f} "
+        f"({100 * losses['gap_after']:+.2f} %)",
+        f"KL to the source {held['kl']['before']:.5f} -> {held['kl']['after']:.5f} nats a token",
+        f"objective {result['objective']}, {result['iterations']} steps on {result['fitted']['tokens']} tokens of "
+        f"{result['text']}",
+        "", *table(sync, ["after target layer", "source layer", "distance before", "after"]).splitlines(),
+        "", *table(rows, ["layer", "gain before", "after"]).splitlines(), f"written to {target}",
+    ]  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    from gt_jax.growth.calibration import ITERATIONS, OBJECTIVE, OBJECTIVES, RIDGE
+    from gt_jax.loading import add_text_arguments
+
+    p = argparse.ArgumentParser(
+        prog="python -m gt_jax.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("source", type=Path, metavar="SRC", help="the adaptive checkpoint")
+    p.add_argument("grown", type=Path, metavar="GROWN", help="the checkpoint grown from it")
+    p.add_argument("target", type=Path, metavar="DST", help="checkpoint to write; must not exist")
+    add_text_arguments(p)
+    p.add_argument("--objective", choices=OBJECTIVES, default=OBJECTIVE,
+                   help="kl: predictions; blocks: hidden states where all copies of the layers so far are done; final: "
+                   f"hidden state at the end ({OBJECTIVE})")
+    p.add_argument("--iterations", type=int, default=ITERATIONS, metavar="N",
+                   help=f"Gauss-Newton steps at most ({ITERATIONS})")
+    p.add_argument("--ridge", type=float, default=RIDGE, metavar="R", help=f"damping of a step ({RIDGE})")
+    p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Calibrate and print; 0 when DST is written."""
+    import jax
+
+    from gt_jax.loading import text_config
+    from gt_jax.sharding import mesh_for_rows
+
+    arguments = parser().parse_args(argv)
+    started = time.monotonic()
+    with jax.set_mesh(mesh_for_rows(1)):
+        result = calibrate(
+            arguments.source, arguments.grown, arguments.target, batches=arguments.batches,
+            objective=arguments.objective, iterations=arguments.iterations, ridge=arguments.ridge,
+            progress=lambda line: print(line, file=sys.stderr, flush=True), **(text_config(arguments) or {}),
+        )  # fmt: skip
+    print(f"{time.monotonic() - started:.0f} seconds", file=sys.stderr)
+    shown = {"target": str(arguments.target), **result}
+    print(json.dumps(shown, allow_nan=False) if arguments.json else "\n".join(report_lines(result, arguments.target)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

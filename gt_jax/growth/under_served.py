@@ -1,0 +1,52 @@
+"""Which source layers got less than they asked for from a growth, and which target layers are their children."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gt_jax.checkpoint_files import StrPath
+from gt_jax.errors import Refused
+from gt_jax.growth.entries import Plan
+
+_ROUNDING = 1e-6
+
+
+class UnderServed(NamedTuple):
+    """Source layer `source` asked for `asked` passes, got `granted` copies and `mass_kept` of its coefficients' sum.
+
+    `children` are the target layers that are copies of it, from 0.
+    """
+
+    source: int
+    asked: float
+    granted: int
+    mass_kept: float
+    children: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return (f"source layer {self.source} asked for {self.asked:g} passes, got {self.granted}, keeps "
+                f"{self.mass_kept:.0%} of its coefficient mass (target layers {', '.join(map(str, self.children))})")
+
+
+def under_served(plan: Plan) -> tuple[UnderServed, ...]:
+    """The source layers with fewer copies or less coefficient mass than they asked for, and copies to train.
+
+    A layer that got no copy at all has nothing that could make up for it, and is not among them.
+    """
+    found = []
+    for source, (asked, granted, kept) in enumerate(zip(plan.asked, plan.granted, plan.mass_kept, strict=True)):
+        children = tuple(target for target, entry in enumerate(plan.entries)
+                         if entry.source == source and entry.copy > 0)
+        if children and (granted < asked - _ROUNDING or kept < 1 - _ROUNDING):
+            found.append(UnderServed(source, asked, granted, kept, children))
+    return tuple(found)
+
+
+def stored_plan(metadata: Mapping[str, Any], path: StrPath) -> Plan:
+    """The plan that a grown checkpoint, or one trained on from it, carries; raises `Refused` where there is none."""
+    grown = metadata.get("grown_from")
+    if not isinstance(grown, Mapping) or "plan" not in grown:
+        raise Refused(f"{path} was not grown: its metadata has no grown_from with a plan; name a checkpoint that "
+                      "gt_jax.grow wrote")
+    return Plan.from_json(grown["plan"])

@@ -31,6 +31,7 @@ from gt_jax.layers.mtp import MultiTokenPrediction
 from gt_jax.layers.primitives import Einsum, RMSNorm, WeightSpec
 from gt_jax.layers.reversible import reversible_stack
 from gt_jax.layers.reversible import start as start_pair
+from gt_jax.layers.shown import INTERMEDIATES
 from gt_jax.layers.stack import coefficients, empty_buffer
 from gt_jax.sharding import Rules, on_mesh, reshard, with_devices
 from gt_jax.typing import Activations, Scalar, State, Tokens, Tree
@@ -74,7 +75,7 @@ class LanguageModel(nn.Module):
         for index, segment in enumerate(c.depth.segments):
             scanned = nn.scan(
                 block,
-                variable_axes={"params": 0, "statistics": 0},
+                variable_axes={"params": 0, "statistics": 0, INTERMEDIATES: 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
                 length=segment.repeats,
@@ -159,10 +160,11 @@ class LanguageModel(nn.Module):
         return stream, together, None if cache is None else new_cache
 
     def _reversible(self, cache: Tree) -> bool:
-        """Whether the backward pass reconstructs the stack: decoding has none."""
+        """Whether the backward pass reconstructs the stack: decoding has none, nor has who looks inside."""
         stack = self.config.stack
         invertible = stack.kind == "midpoint" and stack.mixing == 1.0
-        return invertible and cache is None and not self.is_initializing()
+        looked_into = self.is_mutable_collection(INTERMEDIATES)
+        return invertible and cache is None and not self.is_initializing() and not looked_into
 
     def _run_reversible(self, x: State, place: Place) -> tuple[Stream, PassStatistics]:
         """All layers of the midpoint stack at mixing 1, remembering nothing but the last pair of states."""

@@ -1,4 +1,4 @@
-"""The pictures of a run: losses around growth, passes per layer, a growth plan. PNG, the same bytes every time.
+"""The pictures of a run: losses around growth, passes per layer, a plan, a verification. PNG, always the same bytes.
 
 matplotlib is imported where a picture is drawn, and drawn on a figure of its own: no pyplot, no display, no state.
 """
@@ -147,6 +147,75 @@ def plot_plan(plan: Plan, path: str | os.PathLike[str], title: str = "") -> None
 
 def _plan_title(plan: Plan) -> str:
     return f"{plan.kind} plan: {plan.source_layout} to {plan.target_layout}, {plan.total_mass_kept:.0%} of the mass"
+
+
+_PANELS = (("|dh|/|h|", "delta_ratio"), ("largest singular value", "jacobian"), ("router entropy", "router_entropy"),
+           ("router KL (nats)", "router_kl"), ("null picks", "null_rate"))
+
+
+def plot_verification(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """What `gt_jax.verify` found, one panel a figure: bars by target layer, the source's pass beside each as a mark.
+
+    Panels that the pair has no figures for are left out; the losses of training on, where there are any, come last.
+    """
+    layers, curve = result["layers"], result.get("curve")
+    panels = [(label, name) for label, name in _PANELS if any(one[name] is not None for one in layers)]
+    width = min(26.0, max(8.5, 2.0 + 0.42 * len(layers)))
+    rows = [1.0] * (len(panels) + (curve is not None))
+    figure, _ = _figure(width, 0.8 + 2.3 * len(rows), _verification_title(result), rows)
+    labels = [_layer_label(one) for one in layers]
+    for axes, (label, name) in zip(figure.axes, panels, strict=False):
+        _by_target(axes, layers, name, label)
+        axes.set_xticks(range(len(layers)), labels if axes is figure.axes[len(panels) - 1] else [""] * len(layers))
+    last, below = figure.axes[len(panels) - 1], any(one["source"] is not None for one in layers)
+    last.set_xlabel("target layer" + (", below it source layer.pass" if below else ""))
+    marks = last.get_legend_handles_labels()[0]
+    if marks:
+        last.legend(marks, ["the source's pass"], loc="upper right", bbox_to_anchor=(1.0, -0.2), frameon=False,
+                    fontsize=9)
+    if curve is not None:
+        axes = figure.axes[-1]
+        points = [(step, float(loss)) for step, loss in curve["loss"]]
+        axes.plot(*zip(*points, strict=True), color=_COLOURS[1], linewidth=1.6, label="training loss")
+        axes.axhline(float(result["source_loss"]), color=_COLOURS[0], linestyle="--", linewidth=1.2,
+                     label="source, held out")
+        axes.plot([points[-1][0]], [float(curve["held_out_loss"])], "o", color=_COLOURS[2], label="held out, after")
+        axes.set_xlabel("steps of training on")
+        axes.set_ylabel("loss")
+        axes.legend(frameon=False, fontsize=9, ncols=3)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _verification_title(result: Mapping[str, Any]) -> str:
+    loss, other, gap = (float(result[name]) for name in ("source_loss", "target_loss", "gap"))
+    return (f"source loss {loss:.4f}, target {other:.4f}: gap {100 * gap:+.2f} % ({result['verdict']}); "
+            f"logit cosine {float(result['cosine']):.4f} ({result['cosine_verdict']})")
+
+
+def _layer_label(layer: Mapping[str, Any]) -> str:
+    beside = "" if layer["source"] is None else f"\n{layer['source']}.{layer['copy']}" if layer["copy"] else "\n-"
+    return f"{layer['type']}{layer['target']}{beside}"
+
+
+def _by_target(axes: Any, layers: Sequence[Mapping[str, Any]], name: str, label: str) -> None:
+    """One figure of every target layer as a bar, of its source's pass as a diamond; what is not finite is left out."""
+    def points(key: str) -> list[tuple[int, float, str]]:
+        found = [(place, float(one[key]), one["type"]) for place, one in enumerate(layers) if one.get(key) is not None]
+        return [point for point in found if math.isfinite(point[1])]
+
+    bars, marks = points(name), points(f"source_{name}")
+    axes.bar([x for x, _, _ in bars], [y for _, y, _ in bars], width=0.72, zorder=2,
+             color=[_TYPE_COLOURS.get(kind, _COLOURS[3]) for *_, kind in bars])
+    if marks:
+        axes.plot([x for x, _, _ in marks], [y for _, y, _ in marks], linestyle="none", marker="D", markersize=6,
+                  markerfacecolor="white", markeredgecolor="#222222", markeredgewidth=1.5, zorder=3,
+                  clip_on=False, label="the source's pass")
+    heights = [y for _, y, _ in (*bars, *marks)]
+    if name in ("delta_ratio", "jacobian") and heights and 0 < 20 * min(heights) < max(heights):
+        axes.set_yscale("log")  # the first layer of a trained model dwarfs the others
+    axes.set_xlim(-0.6, len(layers) - 0.4)
+    axes.set_ylabel(label)
 
 
 def _field(x: int, y: int, colour: str, strength: float) -> Any:

@@ -1,197 +1,271 @@
 """`python -m gt_jax.verify SRC DST`: did the growth keep what was learned? The same batches through both models.
 
-Reports the source's loss (adaptive, and with its passes fixed at k_exec) and the grown model's, KL divergence, top-1
-agreement, logit cosine, and per target layer |dh|/|h| beside the source pass it stands for.
+    python -m gt_jax.verify runs/a grown --picture verify.png
+    python -m gt_jax.verify runs/a grown --text story.txt --curve 100 --json
+
+- The source's loss with its own adaptive passes and with passes fixed at k_exec, the target's loss, KL divergence,
+  top-1 agreement, logit cosine.
+- By target layer, beside the pass of the source that it stands for: |dh|/|h|, the largest singular value of the layer's
+  Jacobian, router entropy, KL of the routers, null rate.
+- Any two models of one vocabulary can be compared. Where DST was not grown from SRC, no layer stands for a pass: then
+  the source's columns are empty, and the report says why.
+- Thresholds: a loss less than 3 % above the source's is good, less than 10 % usable; a cosine above 0.995 is good.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
-from gt_jax.chunks import forward_rows
+from gt_jax import checkpoint
+from gt_jax.comparison import COSINE, GOOD, USABLE, compare_models
 from gt_jax.config import ModelConfig
-from gt_jax.errors import Refused, run_command
+from gt_jax.data import Text, open_text
+from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.growth.plan import Plan
-from gt_jax.loading import add_text_arguments, load_for_text, load_model, text_config
-from gt_jax.metrics import table
-from gt_jax.model import LanguageModel, fixed_passes, free_passes
+from gt_jax.loading import add_text_arguments, data_config, text_config
+from gt_jax.metrics import table, to_json
+from gt_jax.model import abstract
 from gt_jax.sharding import Rules
-from gt_jax.training.step import Batch, cross_entropy, place
+from gt_jax.training.config import RunConfig, TrainConfig
+from gt_jax.training.loop import fit, make_trainer, variables_of
+from gt_jax.training.optimizer import OptimizerConfig
+from gt_jax.training.step import evaluate
 from gt_jax.typing import Tree
 
-GOOD, USABLE, COSINE = 0.03, 0.10, 0.995
+__all__ = ["compare_models", "report_lines", "verify"]
+
+TOKENS = ("statistics/embedding/token_bytes", "statistics/embedding/token_length")
+Say = Callable[[str], None]
 
 
-class Agreement(NamedTuple):
-    """Sums over the counted positions, in nats where they are losses."""
+class Checkpoint(NamedTuple):
+    """One of the two, before its values are read."""
 
-    source_loss: Array
-    source_fixed_loss: Array
-    target_loss: Array
-    kl: Array
-    same_top1: Array
-    cosine: Array
-    tokens: Array
+    path: Path
+    place: Path
+    config: ModelConfig
+    metadata: dict[str, Any]
+    tensors: dict[str, Any]
 
-
-def agreement(
-    source: Float[Array, "b t v"],
-    fixed: Float[Array, "b t v"],
-    target: Float[Array, "b t v"],
-    targets: Int[Array, "b t"],
-) -> Agreement:
-    """Losses, KL(source || target), equality of the most likely token and cosine of centred logits, summed."""
-    counted = targets >= 0
-    losses = [cross_entropy(logits, targets) for logits in (source, fixed, target)]
-    p, q = jax.nn.log_softmax(source), jax.nn.log_softmax(target)
-    kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-    same = jnp.argmax(source, axis=-1) == jnp.argmax(target, axis=-1)
-    a = source - jnp.mean(source, axis=-1, keepdims=True)
-    b = target - jnp.mean(target, axis=-1, keepdims=True)
-    norms = jnp.sqrt(jnp.sum(a * a, axis=-1) * jnp.sum(b * b, axis=-1))
-    cosine = jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-30)
-
-    def total(x: Array) -> Array:
-        return jnp.sum(jnp.where(counted, x.astype(jnp.float32), 0.0))
-
-    source_loss, fixed_loss, target_loss = (loss for loss, _ in losses)
-    return Agreement(source_loss, fixed_loss, target_loss, total(kl), total(same), total(cosine), losses[0][1])
-
-
-def make_comparison(
-    source: ModelConfig, target: ModelConfig, k_exec: Sequence[int], rules: Rules
-) -> Callable[..., Any]:
-    """The jitted compare(source variables, target variables, batch) -> (sums, |dh|/|h| of source passes and target)."""
-    passes = 1 if source.adaptive is None else source.adaptive.max_passes
-    fixed_control = fixed_passes([min(k, passes) for k in k_exec])
-    shallow, deep = LanguageModel(source, rules), LanguageModel(target, rules)
-
-    def compare(source_variables: Tree, target_variables: Tree, batch: Batch) -> tuple[Agreement, Array, Array]:
-        placed = place(batch, rules)
-        rows = (placed["tokens"], placed["segment_ids"])
-        free, _ = forward_rows(shallow, source_variables, *rows, free_passes())
-        fixed, source_passes = forward_rows(shallow, source_variables, *rows, fixed_control)
-        grown, target_passes = forward_rows(deep, target_variables, *rows, free_passes())
-        sums = agreement(free, fixed, grown, placed["targets"])
-        return sums, source_passes.delta_ratio, target_passes.delta_ratio[:, 0]
-
-    return jax.jit(compare)
-
-
-def compare_models(
-    source: ModelConfig, source_variables: Tree, target: ModelConfig, target_variables: Tree, plan: Plan,
-    batches: Sequence[Batch], rules: Rules,
-) -> dict[str, Any]:  # fmt: skip
-    """All figures of `verify` for two models in memory."""
-    compare = make_comparison(source, target, plan.requested, rules)
-    results = [jax.device_get(compare(source_variables, target_variables, batch)) for batch in batches]
-    sums = Agreement(*(sum(float(r[0][i]) for r in results) for i in range(len(Agreement._fields))))  # type: ignore[arg-type]
-    count = max(float(sums.tokens), 1.0)
-    mean = {name: float(value) / count for name, value in sums._asdict().items() if name != "tokens"}
-    source_ratio = np.mean([r[1] for r in results], axis=0)
-    target_ratio = np.mean([r[2] for r in results], axis=0)
-    gap = mean["target_loss"] / mean["source_loss"] - 1
-    return {
-        **mean,
-        "tokens": int(count),
-        "gap": gap,
-        "verdict": "good" if gap < GOOD else "usable" if gap < USABLE else "poor",
-        "layers": _layers(source, source_variables, target, target_variables, plan, source_ratio, target_ratio),
-    }
-
-
-def _gains(config: ModelConfig, variables: Tree) -> list[float]:
-    gains = []
-    for layer in range(len(config.depth)):
-        segment, block, slot = config.depth.position(layer)
-        gains.append(float(variables["params"][f"segment{segment}"][f"layer{slot}"]["gain"][block]))
-    return gains
-
-
-def _layers(
-    source: ModelConfig, source_variables: Tree, target: ModelConfig, target_variables: Tree, plan: Plan,
-    source_ratio: np.ndarray, target_ratio: np.ndarray,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Per target layer |dh|/|h| as added to the stream, and that of the source pass at fixed k_exec (None: not run)."""
-    alpha = (1.0,) if source.adaptive is None else source.adaptive.alpha
-    before, after = _gains(source, source_variables), _gains(target, target_variables)
-    layers = []
-    for layer, entry in enumerate(plan.entries):
-        ran = 0 < entry.copy <= min(plan.requested[entry.source], len(alpha))  # copy 0 is an identity entry
-        stood_for = None
-        if ran:
-            strength = before[entry.source] * alpha[entry.copy - 1]
-            stood_for = strength * float(source_ratio[entry.source, entry.copy - 1])
-        layers.append({
-            "target": layer, "type": target.depth.types[layer], "source": entry.source, "copy": entry.copy,
-            "coefficient": entry.coefficient, "delta_ratio": after[layer] * float(target_ratio[layer]),
-            "source_delta_ratio": stood_for,
-        })  # fmt: skip
-    return layers
-
-
-def plan_of(metadata: dict[str, Any], path: Path) -> Plan:
-    """The growth plan that a grown checkpoint carries; raises `Refused` for one that was not grown."""
-    grown = metadata.get("grown_from")
-    if not isinstance(grown, dict) or "plan" not in grown:
-        raise Refused(
-            f"{path} was not grown: its metadata has no grown_from; give SRC and the checkpoint grown from it"
-        )
-    return Plan.from_json(grown["plan"])
+    def load(self) -> Tree:
+        """The variables on the current mesh."""
+        return checkpoint.load(self.place, abstract(self.config))
 
 
 def verify(
     source: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None, tfds_dir: str | None = None,
-    batches: int = 8,
+    batches: int = 8, jacobian_rows: int = 1, jacobian_iterations: int = 20, curve: int = 0,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Compare a source checkpoint with the one grown from it, on held-out text (default: the source's own)."""
-    named = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir}
-    shallow = load_for_text(source, named if any(named.values()) else None, batches)
-    config, variables, metadata = load_model(target)
-    plan = plan_of(metadata, target)
-    if str(plan.source_layout) != shallow.config.layout:
-        raise Refused(f"{target} was grown from layout {plan.source_layout}; {source} has {shallow.config.layout}")
-    result = compare_models(shallow.config, shallow.variables, config, variables, plan, shallow.batches, shallow.rules)
-    return {"source": str(source), "target": str(target), "text": shallow.text, **result}
+    """Compare two checkpoints on held-out text (default: the source's own); numbers that are not finite as strings.
+
+    `jacobian_rows` 0 leaves the singular values out; `curve` > 0 trains the target so many steps more, on the text's
+    training part, with a fresh optimizer. Raises `Refused` before anything is computed.
+    """
+    if batches < 1:
+        raise Refused(f"--batches is {batches}; at least one is needed")
+    if curve < 0:
+        raise Refused(f"--curve is {curve}; name a number of steps, 0 trains none")
+    shallow, deep = _open(source), _open(target)
+    refuse_all(_incomparable(shallow, deep), f"{source} and {target} cannot be compared:")
+    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir}
+    reading = open_text(data_config(shallow.metadata, named if any(named.values()) else None))
+    _refuse_rows(reading, deep, jacobian_rows, jacobian_iterations)
+    plan, reason = plan_between(shallow, deep)
+    held_out, rules, variables = reading.held_out(batches), Rules(), deep.load()
+    result = compare_models(
+        shallow.config, shallow.load(), deep.config, variables, plan, held_out, rules, say=say,
+        jacobian_rows=jacobian_rows, jacobian_iterations=jacobian_iterations,
+    )  # fmt: skip
+    notes = [*([] if reason is None else [reason]), *result.pop("notes")]
+    more: dict[str, Any] = {}
+    if curve:
+        position = None if any(named.values()) else shallow.metadata.get("data")
+        more["curve"] = train_curve(deep.config, variables, reading, position, curve, held_out, _rate(shallow), say)
+    whole = {"source": str(source), "target": str(target), "text": reading.summary(), "notes": notes, **result, **more}
+    return _finite(whole)
+
+
+def _open(path: Path) -> Checkpoint:
+    place = checkpoint.resolve(path)
+    leaves, metadata = checkpoint.describe(place)
+    return Checkpoint(path, place, checkpoint.model_config(place, leaves, metadata), metadata, leaves)
+
+
+def _incomparable(source: Checkpoint, target: Checkpoint) -> list[str]:
+    """Why the two do not speak of the same tokens."""
+    if source.config.vocab != target.config.vocab:
+        return [f"vocab is {source.config.vocab} in {source.path} and {target.config.vocab} in {target.path}"]
+    if not all(path in one.tensors for path in TOKENS for one in (source, target)):
+        return []  # a table knows no bytes
+    (text, length), (other, other_length) = (
+        [checkpoint.load_paths(one.place, TOKENS)[path] for path in TOKENS] for one in (source, target)
+    )
+    width = min(text.shape[1], other.shape[1])  # a model may keep fewer bytes of a long token
+    same = (text[:, :width] == other[:, :width]).all(axis=1)
+    same &= np.minimum(length, width) == np.minimum(other_length, width)
+    if same.all():
+        return []
+    return [f"{np.count_nonzero(~same)} of {len(same)} tokens stand for other bytes ({TOKENS[0]}), the first is token "
+            f"{int(np.argmin(same))}; compare models of one tokenizer"]  # fmt: skip
+
+
+def _refuse_rows(reading: Text, target: Checkpoint, rows: int, iterations: int) -> None:
+    size, wrong = reading.config.batch_size, []
+    if not 0 <= rows <= size:
+        wrong.append(f"--jacobian-rows is {rows}; a batch has {size} rows, and 0 leaves the Jacobians out")
+    if iterations < 2:
+        wrong.append(f"--jacobian-iterations is {iterations}; at least 2 are needed to see how far they have come")
+    refuse_all(wrong + Rules().misfits(target.config, size), "this cannot be verified:")
+
+
+def plan_between(source: Checkpoint, target: Checkpoint) -> tuple[Plan | None, str | None]:
+    """The plan by which `target` was grown from `source`, or None and why its layers stand for no pass of that one."""
+    grown = target.metadata.get("grown_from")
+    if not isinstance(grown, dict) or "plan" not in grown:
+        return None, f"{target.path} was not grown (its metadata has no grown_from): no layer stands for a pass"
+    plan = Plan.from_json(grown["plan"])
+    wrong = None
+    if plan.source_layout != source.config.depth:
+        wrong = f"one of layout {plan.source_layout}; {source.path} has {source.config.layout}"
+    elif plan.target_layout != target.config.depth:
+        wrong = f"one by a plan for layout {plan.target_layout}; it has {target.config.layout} now"
+    elif (known := grown.get("content_hash")) is not None:
+        found = checkpoint.content_hash(source.place, ("params", "statistics"))
+        if found != known:
+            wrong = f"{grown.get('source')}, whose values are others (hash {known[:12]}; {source.path}: {found[:12]})"
+    return (plan, None) if wrong is None else (
+        None, f"{target.path} was grown from another source, {wrong}: no layer stands for a pass")  # fmt: skip
+
+
+def _rate(source: Checkpoint) -> OptimizerConfig:
+    """The optimizer that the source was trained with, the default for a source without a run."""
+    run = source.metadata.get("run")
+    return OptimizerConfig() if run is None else RunConfig.from_json(run).train.optimizer
+
+
+def train_curve(
+    config: ModelConfig, variables: Tree, text: Text, position: dict[str, Any] | None, steps: int,
+    held_out: Sequence[Any], optimizer: OptimizerConfig, say: Say = lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Training losses of `steps` steps with a fresh optimizer on the batches after `position`, and the loss after them.
+
+    The schedule is `optimizer`'s over these steps, warm-up included. The variables are used up.
+    """
+    trainer = make_trainer(config, TrainConfig(steps=steps, optimizer=optimizer))
+    losses: list[list[float]] = []
+
+    def record(step: int, metrics: dict[str, Any]) -> None:
+        losses.append([step, float(metrics["loss"])])
+        if step % max(1, steps // 10) == 0:
+            say(f"training on: step {step}/{steps}, loss {float(metrics['loss']):.4f}")
+
+    state = fit(trainer, trainer.new_state(variables), text.train(position), steps, record=record)
+    after = evaluate(trainer.evaluation, variables_of(state), held_out)
+    return {"steps": steps, "learning_rate": optimizer.learning_rate, "loss": losses, "held_out_loss": after}
+
+
+def _finite(value: Any) -> Any:
+    """JSON values all the way down; NaN and infinities as the strings that `float` reads back."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else to_json(value)
 
 
 def report_lines(result: dict[str, Any]) -> list[str]:
     """The result as lines for a reader."""
+    fixed = result["source_fixed_loss"]
+    beside = "" if fixed is None else f", {float(fixed):.4f} at fixed k_exec"
     lines = [
-        f"loss of the source: {result['source_loss']:.4f} adaptive, {result['source_fixed_loss']:.4f} at fixed k_exec",
-        f"loss of the grown model: {result['target_loss']:.4f}, gap {100 * result['gap']:+.2f} % ({result['verdict']}; "
+        *(f"note: {note}" for note in result.get("notes", ())),
+        f"loss of the source: {float(result['source_loss']):.4f} adaptive{beside}",
+        f"loss of the {'grown model' if fixed is not None else 'target'}: {float(result['target_loss']):.4f}, "
+        f"gap {100 * float(result['gap']):+.2f} % ({result['verdict']}; "
         f"below {100 * GOOD:.0f} % is good, below {100 * USABLE:.0f} % usable)",
-        f"KL {result['kl']:.4f} nats, same top token {100 * result['same_top1']:.1f} %, "
-        f"logit cosine {result['cosine']:.4f} (wanted: above {COSINE})",
+        f"KL {float(result['kl']):.4f} nats, same top token {100 * float(result['same_top1']):.1f} %, "
+        f"logit cosine {float(result['cosine']):.4f} ({_cosine(result)})",
     ]
-    rows = []
-    for layer in result["layers"]:
-        stood_for = layer["source_delta_ratio"]
-        stands_for = f"{layer['source']}, pass {layer['copy']}" if layer["copy"] else "identity"
-        rows.append([
-            layer["target"], layer["type"], stands_for, f"{layer['coefficient']:.3f}", f"{layer['delta_ratio']:.3f}",
-            "did not run" if stood_for is None else f"{stood_for:.3f}",
-        ])  # fmt: skip
-    return [*lines, "", table(rows, ["layer", "type", "source", "coefficient", "|dh|/|h|", "of the source pass"])]
+    if (how := result["jacobian"]) is not None:
+        lines.append(f"singular values: {how['rows']} row{'s' * (how['rows'] != 1)} of {how['tokens']} tokens, "
+                     f"{how['iterations']} iterations, the last moved them by at most "
+                     f"{100 * float(how['relative_change']):.1g} %")  # fmt: skip
+    if "curve" in result:
+        curve = result["curve"]
+        lines.append(f"trained on for {curve['steps']} steps: training loss {float(curve['loss'][0][1]):.4f} to "
+                     f"{float(curve['loss'][-1][1]):.4f}, held out {float(curve['held_out_loss']):.4f}")  # fmt: skip
+    return [*lines, "", _layer_table(result)]
+
+
+def _cosine(result: dict[str, Any]) -> str:
+    return f"good, above {COSINE}" if result["cosine_verdict"] == "good" else f"wanted: above {COSINE}"
+
+
+FIGURES = (("delta_ratio", "|dh|/|h|"), ("jacobian", "singular v."), ("router_entropy", "entropy"), ("router_kl", "KL"),
+           ("null_rate", "nulls"))  # fmt: skip
+
+
+def _layer_table(result: dict[str, Any]) -> str:
+    """One line a target layer: each figure that the pair has, then that of the source's pass."""
+    layers = result["layers"]
+    headers = ["layer", "type", "source", "coefficient"]
+    rows = [[one["target"], one["type"], _stands_for(one),
+             None if one["coefficient"] is None else f"{one['coefficient']:.3f}"] for one in layers]  # fmt: skip
+    for name, header in FIGURES:
+        for key, title in ((name, header), (f"source_{name}", "of the source")):
+            if all(one.get(name) is None for one in layers) or key == "source_router_kl":
+                continue
+            headers.append(title)
+            for row, one in zip(rows, layers, strict=True):
+                row.append(None if one[key] is None else f"{float(one[key]):.3f}")
+    return table(rows, headers)
+
+
+def _stands_for(layer: dict[str, Any]) -> str | None:
+    if layer["source"] is None:
+        return None
+    if not layer["copy"]:
+        return "identity"
+    ran = "" if layer["source_delta_ratio"] is not None else ", did not run"
+    return f"{layer['source']}, pass {layer['copy']}{ran}"
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m gt_jax.verify", description="Compare a grown model with its source.")
+    p = argparse.ArgumentParser(
+        prog="python -m gt_jax.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("source", type=Path, help="the adaptive checkpoint")
-    p.add_argument("target", type=Path, help="the checkpoint grown from it")
+    p.add_argument("target", type=Path, help="the checkpoint grown from it, or any of the same vocabulary")
     add_text_arguments(p)
+    p.add_argument("--jacobian-rows", type=int, default=1, metavar="N",
+                   help="rows of text for the singular values of the layers (1); 0 leaves them out")  # fmt: skip
+    p.add_argument("--jacobian-iterations", type=int, default=20, metavar="N", help="of the power iteration (20)")
+    p.add_argument("--curve", type=int, default=0, metavar="STEPS",
+                   help="train the target so many steps more, in memory, and report the losses")  # fmt: skip
+    p.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the figures by layer")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return p
+
+
+def _refuse_picture(path: Path | None) -> None:
+    """What keeps the picture from being written, before any work is done."""
+    if path is None:
+        return
+    if path.exists():
+        raise Refused(f"--picture {path} exists; name a new file")
+    if path.suffix.lower() != ".png":
+        raise Refused(f"--picture {path}: pictures are PNG; name it {path.with_suffix('.png').name}")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
+        raise Refused(f"--picture {path}: {path.parent} is not a folder that can be written to")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,10 +273,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gt_jax.sharding import mesh_for_rows
 
     arguments = parser().parse_args(argv)
+    _refuse_picture(arguments.picture)
+    named = text_config(arguments) or {}
     with jax.set_mesh(mesh_for_rows(1)):
-        named = text_config(arguments) or {}
-        result = verify(arguments.source, arguments.target, batches=arguments.batches, **named)
-    print(json.dumps(result) if arguments.json else "\n".join(report_lines(result)))
+        result = verify(
+            arguments.source, arguments.target, batches=arguments.batches, jacobian_rows=arguments.jacobian_rows,
+            jacobian_iterations=arguments.jacobian_iterations, curve=arguments.curve, **named,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )  # fmt: skip
+    if arguments.picture is not None:
+        from gt_jax.plots import plot_verification
+
+        plot_verification(result, arguments.picture)
+    print(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)))
     return 0
 
 

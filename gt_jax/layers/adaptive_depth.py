@@ -8,7 +8,8 @@ s_1 = 1; for k = 1 … K:  X <- X + w_k alpha_k Delta(X);  s_{k+1} = s_k p_k;  w
   batch once at most `batch_share` of the tokens are at or above the threshold; there a token depends on its batch.
 - X is [b, t, d], or [b, t, n, d] under hyper-connections; features and norms are of the mean over streams.
 - A dead pass costs nothing: `lax.scan` over passes with a `lax.cond` on "anyone alive", forward and backward.
-- With a cache (decoding) every pass runs, because a later token may read what this one wrote.
+- With a cache (decoding) every pass runs, because a later token may read what this one wrote; also where someone looks
+  inside (collection `intermediates` mutable), because what is shown has a place for every pass.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from gt_jax.layers.hyper_connections import from_streams
 from gt_jax.layers.mixer import MixerOutput, masked_mean
 from gt_jax.layers.moe import MLPOutput
 from gt_jax.layers.primitives import INIT, widen
+from gt_jax.layers.shown import INTERMEDIATES
 from gt_jax.sharding import Rules, on_mesh
 from gt_jax.typing import Activations, PerToken, State, Tree
 
@@ -185,7 +187,7 @@ def run_passes(
     `layer` is a bound Linen module with a submodule `halting`; `delta(layer, x, cache)` is its update, whatever it is.
     `real` is 1 for tokens of a document; padding keeps no pass alive and is in no statistic.
     """
-    decoding = cache is not None
+    every_pass = cache is not None or layer.is_mutable_collection(INTERMEDIATES)
 
     def run(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
         x, s, previous, first = carry
@@ -215,7 +217,7 @@ def run_passes(
         return carry, nothing._replace(s_after=masked_mean(carry.s, real)), cache
 
     def one_pass(layer: Any, carry: _Carry, xs: tuple[Array, Array, Tree]) -> tuple[_Carry, Any]:
-        if decoding:
+        if every_pass:
             carry, statistics, new_cache = run(layer, carry, *xs)
         else:
             going = _goes_on(carry.s, config, real)
@@ -228,6 +230,7 @@ def run_passes(
     scanned = nn.scan(
         nn.remat(one_pass, prevent_cse=False) if remat else one_pass,
         variable_broadcast=("params", "statistics"),
+        variable_axes={INTERMEDIATES: 0},
         split_rngs={"params": False},
         length=passes,
     )

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from gt_jax.config import MoEConfig
 from gt_jax.layers.mixer import masked_mean
 from gt_jax.layers.primitives import SwiGLU, WeightSpec, widen
+from gt_jax.layers.shown import show
 from gt_jax.sharding import Rules, has_mesh, on_mesh, per_device, reshard
 from gt_jax.typing import Activations, PerToken, Scalar
 
@@ -291,6 +292,7 @@ class MixtureOfExperts(nn.Module):
     def __call__(self, x: Activations, real: PerToken) -> MLPOutput:
         config = self.config
         slots = self.router(x)
+        show(self, "slots", slots)
         routing = route(slots, config.experts, config.top_k)
         loss, *statistics = router_losses(config, slots, routing.experts, real)
         sent = jnp.where(real[..., None] > 0, routing.experts, config.experts)

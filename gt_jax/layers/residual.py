@@ -32,6 +32,7 @@ from gt_jax.layers.hyper_connections import HyperConnection, read, write
 from gt_jax.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
 from gt_jax.layers.moe import MixtureOfExperts, MLPOutput
 from gt_jax.layers.primitives import RMSNorm, SwiGLU, WeightSpec
+from gt_jax.layers.shown import show
 from gt_jax.layers.sliding import SlidingAttention
 from gt_jax.layers.stack import mix
 from gt_jax.sharding import Rules, on_mesh
@@ -95,6 +96,9 @@ class Layer(nn.Module):
 
     def delta(self, x: State, place: Place, cache: Tree = None, link: Tree = None) -> tuple[State, LayerOutput]:
         """Delta(X) = MLPblock(MixerBlock(X)) - X, the update before gain and strength."""
+        show(self, "state", x)
+        if self.kind == "S":
+            show(self, "link", link)
 
         def attend(u: Activations) -> tuple[Activations, MixerOutput]:
             arguments = (link,) if self.kind == "S" else ()

@@ -1,0 +1,328 @@
+"""Two models on the same batches: what they predict, and layer by layer how each moves, routes and stretches its state.
+
+- A layer of the target stands beside the pass of the source that the growth plan says it stands for, as that pass runs
+  with the source's passes fixed at k_exec. Without a plan the target's figures stand alone.
+- |dh|/|h| is of the update as it is added to the stream, gain and strength included, a mean over real tokens.
+- Router figures are of the probabilities over all slots, null experts included: entropy over log of the slots,
+  KL(source || target), the share of picks that are null.
+- Of a target that is itself adaptive, the figures by layer are of its first passes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from gt_jax.chunks import forward_rows
+from gt_jax.config import ModelConfig
+from gt_jax.errors import Refused
+from gt_jax.growth.plan import Plan
+from gt_jax.inside import Inside, inside_rows
+from gt_jax.layers.adaptive_depth import PassControl
+from gt_jax.layers.mixer import real_tokens
+from gt_jax.layers.stack import coefficients
+from gt_jax.model import LanguageModel, fixed_passes, free_passes
+from gt_jax.sharding import Rules
+from gt_jax.spectrum import Step, layer_stretches
+from gt_jax.training.step import Batch, cross_entropy
+from gt_jax.training.step import place as on_devices
+from gt_jax.typing import PerToken, Tree
+
+GOOD, USABLE, COSINE = 0.03, 0.10, 0.995
+Pass = tuple[int, int]
+"""A layer of the source and one of its passes, both from 0."""
+
+
+class Agreement(NamedTuple):
+    """Sums over the counted positions, in nats where they are losses; no fixed loss where no passes were fixed."""
+
+    source_loss: Array
+    source_fixed_loss: Array | None
+    target_loss: Array
+    kl: Array
+    same_top1: Array
+    cosine: Array
+    tokens: Array
+
+
+class Routing(NamedTuple):
+    """Sums over real tokens: entropy over log of the slots and share of null picks, by layer or by compared pair."""
+
+    entropy: Float[Array, "l"]
+    null_rate: Float[Array, "l"]
+
+
+class Totals(NamedTuple):
+    """What batches add up to. Ratios are times the number of real tokens; routing is None for a dense MLP.
+
+    `source_routing` and `router_kl` are by target layer that stands for a pass, in order.
+    """
+
+    agreement: Agreement
+    real: Array
+    source_ratio: Float[Array, "l p"] | None
+    target_ratio: Float[Array, "l"]
+    source_routing: Routing | None
+    target_routing: Routing | None
+    router_kl: Float[Array, "l"] | None
+
+
+def agreement(
+    source: Float[Array, "b t v"],
+    fixed: Float[Array, "b t v"] | None,
+    target: Float[Array, "b t v"],
+    targets: Int[Array, "b t"],
+) -> Agreement:
+    """Losses, KL(source || target), equality of the most likely token and cosine of centred logits, summed."""
+    counted = targets >= 0
+    source_loss, count = cross_entropy(source, targets)
+    fixed_loss = None if fixed is None else cross_entropy(fixed, targets)[0]
+    target_loss, _ = cross_entropy(target, targets)
+    kl = relative_entropy(source, target)
+    same = jnp.argmax(source, axis=-1) == jnp.argmax(target, axis=-1)
+    a = source - jnp.mean(source, axis=-1, keepdims=True)
+    b = target - jnp.mean(target, axis=-1, keepdims=True)
+    norms = jnp.sqrt(jnp.sum(a * a, axis=-1) * jnp.sum(b * b, axis=-1))
+    cosine = jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-30)
+
+    def total(x: Array) -> Array:
+        return jnp.sum(jnp.where(counted, x.astype(jnp.float32), 0.0))
+
+    return Agreement(source_loss, fixed_loss, target_loss, total(kl), total(same), total(cosine), count)
+
+
+def relative_entropy(p: Float[Array, "*c s"], q: Float[Array, "*c s"]) -> Float[Array, "*c"]:
+    """KL(softmax p || softmax q) over the last axis, nats."""
+    log_p, log_q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def routing(slots: Float[Array, "l b t s"], experts: int, top_k: int, real: PerToken) -> Routing:
+    """Entropy of softmax(slots) over log of the slots, and share of the top_k picks at or past `experts`, summed."""
+    log_p = jax.nn.log_softmax(slots)
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1) / max(math.log(slots.shape[-1]), 1e-12)
+    null = jnp.mean(jax.lax.top_k(slots, top_k)[1] >= experts, axis=-1, dtype=jnp.float32)
+    return Routing(_total(entropy, real), _total(null, real))
+
+
+def _total(x: Float[Array, "l b t"], real: PerToken) -> Float[Array, "l"]:
+    return jnp.sum(x * real[None], axis=(1, 2))
+
+
+def passes_stood_for(plan: Plan, source: ModelConfig) -> dict[int, Pass]:
+    """By target layer the source's pass it stands for; without identity entries and passes that k_exec does not run."""
+    most = 1 if source.adaptive is None else source.adaptive.max_passes
+    return {target: (entry.source, entry.copy - 1) for target, entry in enumerate(plan.entries)
+            if 0 < entry.copy <= min(plan.requested[entry.source], most)}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def make_comparison(
+    source: ModelConfig, target: ModelConfig, plan: Plan | None, rules: Rules, rows: int = 0
+) -> Callable[[Tree, Tree, Batch], tuple[Totals, Inside | None, Inside | None]]:
+    """The jitted compare(source variables, target variables, batch) -> (totals, source inside, target inside).
+
+    The last two show the states of the first `rows` rows; None where nothing of them is needed. The same arguments give
+    the same compiled function: an experiment with several seeds compiles once.
+    """
+    shallow, deep = LanguageModel(source, rules), LanguageModel(target, rules)
+    stood = {} if plan is None else passes_stood_for(plan, source)
+
+    def run(network: LanguageModel, variables: Tree, batch: Batch, control: PassControl) -> tuple[Array, Array, Any]:
+        tokens = (batch["tokens"], batch["segment_ids"])
+        config = network.config
+        if config.exit is not None or (config.moe is None and not rows):
+            logits, passes = forward_rows(network, variables, *tokens, control)
+            return logits, passes.delta_ratio, None
+        logits, passes, inside = inside_rows(network, variables, *tokens, control, rows)
+        return logits, passes.delta_ratio, inside
+
+    def compare(source_variables: Tree, target_variables: Tree, batch: Batch) -> tuple[Totals, Any, Any]:
+        batch = on_devices(batch, rules)
+        real = real_tokens(batch["segment_ids"])
+        count = jnp.sum(real)
+        free, _ = forward_rows(shallow, source_variables, batch["tokens"], batch["segment_ids"], free_passes())
+        fixed, source_ratio, before = None, None, None
+        if plan is not None:
+            fixed, source_ratio, before = run(shallow, source_variables, batch, fixed_passes(_fixed(source, plan)))
+            source_ratio = source_ratio * count
+        grown, target_ratio, after = run(deep, target_variables, batch, free_passes())
+        totals = Totals(agreement(free, fixed, grown, batch["targets"]), count, source_ratio,
+                        target_ratio[:, 0] * count, *_routings(source, target, before, after, stood, real))  # fmt: skip
+        return totals, before, after
+
+    return jax.jit(compare)
+
+
+def _fixed(source: ModelConfig, plan: Plan) -> list[int]:
+    """k_exec, as far as the source can run it."""
+    most = 1 if source.adaptive is None else source.adaptive.max_passes
+    return [min(k, most) for k in plan.requested]
+
+
+def _routings(
+    source: ModelConfig, target: ModelConfig, before: Inside | None, after: Inside | None, stood: dict[int, Pass],
+    real: PerToken,
+) -> tuple[Routing | None, Routing | None, Array | None]:  # fmt: skip
+    """The routing figures of `Totals`."""
+    if after is None or after.slots is None or target.moe is None:
+        return None, None, None
+    first = after.slots[:, 0]
+    own = routing(first, target.moe.experts, target.moe.top_k, real)
+    if before is None or before.slots is None or source.moe is None or not stood:
+        return None, own, None
+    taken = jnp.stack([before.slots[layer, index] for layer, index in stood.values()])
+    child = jnp.stack([first[layer] for layer in stood])
+    beside = routing(taken, source.moe.experts, source.moe.top_k, real)
+    return beside, own, _total(relative_entropy(taken, child), real)
+
+
+def compare_models(
+    source: ModelConfig, source_variables: Tree, target: ModelConfig, target_variables: Tree, plan: Plan | None,
+    batches: Sequence[Batch], rules: Rules, *, jacobian_rows: int = 0, jacobian_iterations: int = 20, seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """All figures of `verify` for two models in memory, as JSON values; `plan` None for a target not grown from source.
+
+    Losses and KL in nats a token. The Jacobians are at the states of the first `jacobian_rows` rows of the first batch;
+    0 leaves them out. Raises `Refused` for rows that the batches, or the mesh, do not have.
+    """
+    _check_rows(batches, rules, jacobian_rows, jacobian_iterations)
+    compare = make_comparison(source, target, plan, rules, jacobian_rows)
+    sums, shown = None, None
+    for number, batch in enumerate(batches, 1):
+        say(f"batch {number}/{len(batches)}")
+        one, *inside = compare(source_variables, target_variables, batch)
+        shown = shown or inside
+        wide = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(one))
+        sums = wide if sums is None else jax.tree.map(np.add, sums, wide)
+    assert sums is not None and shown is not None
+    spectra, stretches = _stretches(
+        (source, source_variables, shown[0]), (target, target_variables, shown[1]), plan, batches[0], rules,
+        (jacobian_rows, jacobian_iterations, seed), say,
+    )  # fmt: skip
+    return {
+        **_predictions(sums.agreement),
+        "jacobian": spectra,
+        "layers": _layers(source, source_variables, target, target_variables, plan, sums, stretches),
+        "notes": _notes(target, jacobian_rows),
+    }
+
+
+def _check_rows(batches: Sequence[Batch], rules: Rules, rows: int, iterations: int) -> None:
+    if not batches:
+        raise Refused("there is no batch to compare the models on")
+    there = len(batches[0]["tokens"])
+    if not 0 <= rows <= there:
+        raise Refused(f"--jacobian-rows is {rows}; a batch has {there} rows, and 0 leaves the Jacobians out")
+    if rows % rules.shards("batch"):
+        raise Refused(f"--jacobian-rows is {rows}; the mesh cuts rows in {rules.shards('batch')}")
+    if iterations < 2:
+        raise Refused(f"--jacobian-iterations is {iterations}; at least 2 are needed to see how far they have come")
+
+
+def _predictions(sums: Agreement) -> dict[str, Any]:
+    """Means over tokens, the gap of the loss, and what the thresholds say of gap and cosine."""
+    count = max(float(sums.tokens), 1.0)
+    mean = {name: None if value is None else float(value) / count for name, value in sums._asdict().items()}
+    gap = mean["target_loss"] / mean["source_loss"] - 1 if mean["source_loss"] else math.nan  # type: ignore[operator]
+    verdict = "good" if gap < GOOD else "usable" if gap < USABLE else "poor"
+    cosine = "good" if mean["cosine"] > COSINE else "below"  # type: ignore[operator]
+    return {**mean, "tokens": int(count), "gap": gap, "verdict": verdict, "cosine_verdict": cosine}
+
+
+def _notes(target: ModelConfig, rows: int) -> list[str]:
+    if target.exit is None or (target.moe is None and not rows):
+        return []
+    return ["tokens leave the target's stack early, so its layers have no router figures and no Jacobians here"]
+
+
+Side = tuple[ModelConfig, Tree, Inside | None]
+
+
+def _stretches(
+    source: Side, target: Side, plan: Plan | None, batch: Batch, rules: Rules, options: tuple[int, int, int],
+    say: Callable[[str], None],
+) -> tuple[dict[str, Any] | None, tuple[dict[Pass, float], dict[Pass, float]]]:  # fmt: skip
+    """How the singular values were found, and the values by (layer, pass) of source and target."""
+    rows, iterations, seed = options
+    wanted: list[list[Pass]] = [[], []]
+    if rows and target[2] is not None:
+        wanted[1] = [(layer, 0) for layer in range(len(target[0].depth))]
+    if rows and source[2] is not None and plan is not None:
+        wanted[0] = list(dict.fromkeys(passes_stood_for(plan, source[0]).values()))
+    if not any(wanted):
+        return None, ({}, {})
+    values: list[dict[Pass, float]] = []
+    changes = [0.0]
+    for (config, variables, inside), passes in zip((source, target), wanted, strict=True):
+        if inside is None or not passes:
+            values.append({})
+            continue
+        strength = strengths(config, variables)
+        steps = [Step(layer, index, strength[layer][index]) for layer, index in passes]
+        segment_ids = jnp.asarray(batch["segment_ids"])[:rows, : inside.states.shape[3]]
+        found = layer_stretches(config, variables, inside, segment_ids, steps, rules=rules, iterations=iterations,
+                                seed=seed, say=say)  # fmt: skip
+        values.append({at: float(np.max(one.value)) for at, one in zip(passes, found, strict=True)})
+        changes += [float(np.max(one.change)) for one in found]
+    how = {"rows": rows, "tokens": segment_ids.shape[1], "iterations": iterations, "seed": seed,
+           "relative_change": max(changes)}  # fmt: skip
+    return how, (values[0], values[1])
+
+
+def strengths(config: ModelConfig, variables: Tree) -> list[list[float]]:
+    """By layer and pass the factor of Delta: gain, times alpha of the pass, times the midpoint stack's own step."""
+    alpha = (1.0,) if config.adaptive is None else config.adaptive.alpha
+    depth = len(config.depth)
+    midpoint = config.stack.kind == "midpoint"
+    own = coefficients(depth, config.stack.mixing, config.stack.step).delta if midpoint else np.ones(depth)
+    found = []
+    for layer in range(depth):
+        segment, block, slot = config.depth.position(layer)
+        gain = float(variables["params"][f"segment{segment}"][f"layer{slot}"]["gain"][block])
+        found.append([gain * float(own[layer]) * strength for strength in alpha])
+    return found
+
+
+def _layers(
+    source: ModelConfig, source_variables: Tree, target: ModelConfig, target_variables: Tree, plan: Plan | None,
+    sums: Totals, stretches: tuple[dict[Pass, float], dict[Pass, float]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One object a target layer; None for what there is not, or what k_exec did not run."""
+    real = max(float(sums.real), 1.0)
+    stood = {} if plan is None else passes_stood_for(plan, source)
+    place_of = {target: place for place, target in enumerate(stood)}
+    after = strengths(target, target_variables)
+    before = strengths(source, source_variables) if stood else []
+
+    def mean(values: Any, place: int | None) -> float | None:
+        return None if values is None or place is None else float(values[place]) / real
+
+    layers = []
+    for layer, kind in enumerate(target.depth.types):
+        entry, at, place = None if plan is None else plan.entries[layer], stood.get(layer), place_of.get(layer)
+        own, beside = sums.target_routing, sums.source_routing
+        ratio = None
+        if at is not None and sums.source_ratio is not None:
+            ratio = before[at[0]][at[1]] * float(sums.source_ratio[at]) / real
+        layers.append({
+            "target": layer, "type": kind,
+            "source": None if entry is None else entry.source, "copy": None if entry is None else entry.copy,
+            "coefficient": None if entry is None else entry.coefficient,
+            "delta_ratio": after[layer][0] * float(sums.target_ratio[layer]) / real, "source_delta_ratio": ratio,
+            "jacobian": stretches[1].get((layer, 0)), "source_jacobian": None if at is None else stretches[0].get(at),
+            "router_entropy": mean(own and own.entropy, layer),
+            "source_router_entropy": mean(beside and beside.entropy, place),
+            "router_kl": mean(sums.router_kl, place),
+            "null_rate": mean(own and own.null_rate, layer),
+            "source_null_rate": mean(beside and beside.null_rate, place),
+        })  # fmt: skip
+    return layers

@@ -1,0 +1,78 @@
+"""Looking inside a forward pass: the state every pass of every layer starts from, and its router's slots.
+
+Layers show these in the collection `intermediates` (layers/shown.py) to who asks for it. Nobody asks in training,
+evaluation or decoding, whose compiled programs know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gt_jax.chunks import over_chunks
+from gt_jax.config import ModelConfig
+from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.layers.shown import INTERMEDIATES
+from gt_jax.model import LanguageModel
+from gt_jax.typing import Tokens, Tree
+
+
+class Inside(NamedTuple):
+    """By layer and pass: `slots`, the router's logits [l,p,b,t,s] float32, None for a dense MLP.
+
+    Of the first rows asked for, and of their first chunk where the model has a memory stream: `states`, the input of
+    the pass [l,p,r,t,d] or [l,p,r,t,n,d] in the compute dtype, and `links`, by S layer what it reads of a D layer.
+    """
+
+    slots: Float[Array, "l p b t s"] | None
+    states: Float[Array, "l p r t *n d"]
+    links: dict[int, Tree]
+
+
+def inside_rows(
+    network: LanguageModel, variables: Tree, tokens: Tokens, segment_ids: Tokens, control: PassControl, rows: int
+) -> tuple[Float[Array, "b t v"], PassStatistics, Inside]:
+    """`chunks.forward_rows`, with what is to be seen inside; every pass is run, those that count and those that do not.
+
+    Not for models whose tokens leave the stack early: a layer there has no row of states to show.
+    """
+    config = network.config
+
+    def chunk(carry: tuple[Tree, Any], piece: tuple[Mapping[str, Array], Array]) -> tuple[tuple[Tree, Any], Any]:
+        one = piece[0]
+        output, shown = network.apply(
+            variables, one["tokens"], one["segment_ids"], control=control, memory=carry[1], mutable=[INTERMEDIATES]
+        )
+        inside = _inside(config, shown[INTERMEDIATES], rows)
+        return (carry[0], output.memory), (output.logits, output.statistics, inside)
+
+    batch = {"tokens": tokens, "segment_ids": segment_ids}
+    _, (logits, statistics, inside) = over_chunks(chunk, config, network.rules, (), batch)
+    whole = jnp.moveaxis(logits, 0, 1).reshape(*tokens.shape, logits.shape[-1])
+    slots = None
+    if inside.slots is not None:
+        by_layer = jnp.moveaxis(inside.slots, 0, 3)
+        slots = by_layer.reshape(*by_layer.shape[:2], *tokens.shape, by_layer.shape[-1])
+    first = jax.tree.map(lambda a: a[0], (inside.states, inside.links))
+    return whole, jax.tree.map(lambda a: jnp.mean(a, axis=0), statistics), Inside(slots, *first)
+
+
+def _inside(config: ModelConfig, shown: Tree, rows: int) -> Inside:
+    """What the segments show, [blocks, (p,) …] a slot of the pattern, by layer."""
+
+    def of(layer: int, name: str) -> Tree:
+        segment, block, slot = config.depth.position(layer)
+        own = shown[f"segment{segment}"][f"layer{slot}"]
+        return jax.tree.map(lambda a: a[block], own["mlp"][name] if name == "slots" else own[name])
+
+    def by_pass(name: str) -> Array:
+        every = [of(layer, name) for layer in range(len(config.depth))]
+        return jnp.stack(every if config.adaptive is not None else [one[None] for one in every])
+
+    links = {layer: of(layer, "link") for layer, kind in enumerate(config.depth.types) if kind == "S"}
+    slots = None if config.moe is None else by_pass("slots")
+    return Inside(slots, by_pass("state")[:, :, :rows], links)

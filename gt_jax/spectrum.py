@@ -1,0 +1,146 @@
+"""How much a layer can stretch: the largest singular value of its Jacobian, by power iteration on J^T J.
+
+    u = J v / |J v|,   sigma = |J^T u|,   v <- J^T u / sigma
+
+- J is of the whole map X -> X + g Delta(X) at the states the layer is really given, over a row of tokens as one vector;
+  g is the layer's gain, for a pass of adaptive depth times that pass's strength. What is constant or rounded in Delta
+  is so here too: a G layer's choice of keys, the picks of a router. Halting is no part of it.
+- Padding is outside: J acts on the tokens of documents and is read there.
+- sigma never exceeds the true value and rises towards it; how much it still moved in the last iteration is returned.
+- J v is the transpose of the linear map u -> J^T u, itself a vjp: forward mode knows nothing of the backward passes
+  that kernels, experts and hyper-connections write out by hand.
+- One program for all layers of a type and shape, whichever model they are of: float32, in whatever dtype they run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from gt_jax.config import EmbeddingConfig, ModelConfig
+from gt_jax.inside import Inside
+from gt_jax.layers.mixer import place_rows, real_tokens
+from gt_jax.layers.residual import Layer
+from gt_jax.sharding import Rules, reshard
+from gt_jax.typing import PerToken, State, Tokens, Tree
+
+TINY = 1e-30
+
+
+class Stretch(NamedTuple):
+    """The largest singular value of each row's Jacobian, and how much of it the last iteration added."""
+
+    value: Float[Array, "b"]
+    change: Float[Array, "b"]
+
+
+class Step(NamedTuple):
+    """One application of a layer: which layer, which pass (from 0), and g."""
+
+    layer: int
+    number: int
+    strength: float
+
+
+def largest_singular_value(
+    function: Callable[[State], State], x: State, real: PerToken, iterations: int, seed: int = 0
+) -> Stretch:
+    """Of P J P for each row, J the Jacobian of `function` at x and P the projection on the tokens with real 1.
+
+    Rows must not depend on one another. `function` need be differentiable in reverse mode only, twice. The start is
+    Normal(0, 1) drawn from `seed`: the same for every x of a shape.
+    """
+    inside = jnp.broadcast_to(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x.shape)
+    inside = reshard(inside, jax.typeof(x).sharding.spec)  # said outright: broadcasting loses it where there is one row
+    pull = jax.vjp(function, x)[1]
+
+    def transposed(u: Array) -> Array:
+        return pull(u * inside)[0] * inside
+
+    def applied(v: Array) -> Array:
+        return jax.vjp(transposed, v)[1](v)[0]
+
+    def unit(v: Array) -> tuple[Array, Array]:
+        length = jnp.sqrt(jnp.sum(jnp.square(v), axis=tuple(range(1, v.ndim))))
+        return v / jnp.maximum(length, TINY).reshape(-1, *[1] * (v.ndim - 1)), length
+
+    def iterate(_: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        v, value, _ = carry
+        v, stretched = unit(transposed(unit(applied(v))[0]))
+        return v, stretched, value
+
+    start, length = unit(jax.random.normal(jax.random.key(seed), x.shape, x.dtype) * inside)
+    _, value, before = jax.lax.fori_loop(0, iterations, iterate, (start, 0 * length, 0 * length))
+    return Stretch(value, (value - before) / jnp.maximum(value, TINY))
+
+
+@functools.cache
+def make_stretch(kind: str, config: ModelConfig, rules: Rules, iterations: int, seed: int) -> Callable[..., Stretch]:
+    """The jitted stretch(variables of one layer, X, g, segment ids, link) of the layers of a type, made once.
+
+    X [r, t, d] or [r, t, n, d] are the states before the layer. `link` is held fixed.
+    """
+    layer = Layer(kind, config, rules, parent=None)
+
+    def stretch(variables: Tree, x: State, strength: Array, segment_ids: Tokens, link: Tree) -> Stretch:
+        place = place_rows(segment_ids, rules=rules)
+        x = reshard(x, rules.spec("batch", *[None] * (x.ndim - 1)))
+
+        def moved(x: State) -> State:
+            update: Any = layer.apply(variables, x, place, None, link, method=Layer.delta)
+            return x + strength * update[0]
+
+        with jax.default_matmul_precision("highest"):
+            return largest_singular_value(moved, x, real_tokens(place.segment_ids), iterations, seed)
+
+    return jax.jit(stretch)
+
+
+def layer_config(config: ModelConfig) -> ModelConfig:
+    """What of a model a single layer's update depends on, in float32: equal for a source and what is grown from it."""
+    layout = "".join(sorted(set(config.depth.types)))
+    return config.replace(
+        layout=layout, adaptive=None, exit=None, mtp=None, memory=None, embedding=EmbeddingConfig(), vocab=257,
+        stack=config.stack.replace(skips=()), param_dtype="float32", compute_dtype="float32", remat="none",
+    )  # fmt: skip
+
+
+def _float32(tree: Tree) -> Tree:
+    return jax.tree.map(lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+
+@jax.jit
+def _block(tree: Tree, index: Array) -> Tree:
+    """The layer of one block out of a slot's stacked variables; float32."""
+    return _float32(jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree))
+
+
+def layer_stretches(
+    config: ModelConfig, variables: Tree, inside: Inside, segment_ids: Tokens, steps: Sequence[Step], *, rules: Rules,
+    iterations: int, seed: int = 0, say: Callable[[str], None] = lambda line: None,
+) -> list[Stretch]:  # fmt: skip
+    """The `Stretch` of each step at the states it was seen to start from; `segment_ids` [r, t] are their rows'."""
+    found, shape = [], layer_config(config)
+    for count, step in enumerate(steps, 1):
+        say(f"Jacobian {count}/{len(steps)}: layer {step.layer}, pass {step.number + 1}")
+        stretch = make_stretch(config.depth.types[step.layer], shape, rules, iterations, seed)
+        own = layer_variables(config, variables, step.layer)
+        x, link = _float32((inside.states[step.layer, step.number], inside.links.get(step.layer)))
+        found.append(jax.device_get(stretch(own, x, jnp.float32(step.strength), segment_ids, link)))
+    return found
+
+
+def layer_variables(config: ModelConfig, variables: Tree, layer: int) -> Tree:
+    """One layer's {"params", "statistics"} out of a model's, without its halting head; float32."""
+    segment, block, slot = config.depth.position(layer)
+    collections = {name: variables[name][f"segment{segment}"].get(f"layer{slot}") for name in ("params", "statistics")
+                   if f"segment{segment}" in variables.get(name, {})}  # fmt: skip
+    stacked = {name: {key: leaf for key, leaf in tree.items() if key != "halting"}
+               for name, tree in collections.items() if tree is not None}  # fmt: skip
+    return _block(stacked, np.int32(block))

@@ -1,0 +1,97 @@
+"""Which way of growing an adaptive checkpoint is best? Every operator from the same sources, with controls.
+
+    python experiments/growth_operators.py --text tinystories.txt [--seeds 0,1,2] [--scale 1] [--work runs/growth]
+
+- A source a seed: 8 adaptive layers, trained under the compute price and measured. It is grown to 20 layers in memory
+  by every operator (growth_study/operators.py), evaluated, and trained on by a fresh optimizer: the same batches, the
+  same learning rate, the same steps for all.
+- Controls: the source trained on, and the deep model from scratch, at equal tokens and at equal FLOPs
+  (growth_study/flops.py says what is counted).
+- Interrupted, the same command goes on: every finished unit is a file in --work. Another configuration is refused.
+- Writes growth_operators.json, .md and .png to --output; those of the same study are rewritten, others refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from experiments.growth_study.study import StudyConfig
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    p.add_argument("--text", nargs="+", required=True, help="text files; a part of them is held out")
+    p.add_argument("--seeds", default="0,1,2", help="one source each")
+    p.add_argument("--scale", type=float, default=1.0, help="times the steps of source and training on")
+    p.add_argument("--width", type=int, default=96, help="of the models")
+    p.add_argument("--work", type=Path, default=Path("runs/growth_operators"), help="folder of the finished units")
+    p.add_argument("--output", type=Path, default=Path("experiments/results"))
+    return p
+
+
+def configured(arguments: argparse.Namespace) -> StudyConfig:
+    """The study that the words name; raises `Refused` for words that make none."""
+    from experiments.growth_study.study import StudyConfig
+    from gt_jax.errors import Refused
+
+    try:
+        seeds = tuple(int(word) for word in arguments.seeds.split(","))
+    except ValueError as error:
+        raise Refused(f"--seeds {arguments.seeds!r} is no list of whole numbers such as 0,1,2") from error
+    if not 0.02 <= arguments.scale <= 1000:
+        raise Refused(f"--scale {arguments.scale} must lie between 0.02 and 1000")
+    study = StudyConfig(text=tuple(arguments.text), seeds=seeds, width=arguments.width)
+    return study.replace(source_steps=round(arguments.scale * study.source_steps),
+                         further_steps=round(arguments.scale * study.further_steps))  # fmt: skip
+
+
+def study_and_report(study: StudyConfig, work: Path, output: Path, command: Sequence[str]) -> str:
+    """Run what is not done yet, write the three results, and return the Markdown text."""
+    from experiments.growth_study import results
+    from experiments.growth_study.engine import Engine
+    from experiments.growth_study.run import CONTROLS, SCRATCH_FLOPS, Progress, Seed, costs
+    from experiments.growth_study.store import Store
+    from gt_jax.data import open_text
+
+    began = time.monotonic()
+    content = open_text(study.data(0)).content_hash()
+    results.check_output(output, study, content)
+    store, engine = Store(work, study, content), Engine(study)
+    one = costs(study)
+    tuning = (len(study.scratch_rates) - 1) * one[SCRATCH_FLOPS]
+    progress = Progress(len(study.seeds) * sum(one.values()) + tuning)
+    units, rate = {}, None
+    for seed in study.seeds:
+        units[seed], rate = Seed(engine, study, store, seed, progress).run(rate)
+    assert rate is not None and set(CONTROLS) <= set(units[study.seeds[0]])
+    about = results.About(study, content, tuple(command), time.monotonic() - began)
+    return results.write(output, about, units, rate)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the study and print its report."""
+    import jax
+
+    from gt_jax.sharding import mesh_for_rows
+
+    arguments = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    with jax.set_mesh(mesh_for_rows(1)):
+        print(study_and_report(configured(arguments), arguments.work, arguments.output, words))
+    return 0
+
+
+if __name__ == "__main__":
+    root = str(Path(__file__).resolve().parent.parent)
+    if root not in sys.path:  # run as a file: `experiments` is a folder of the repository, not installed
+        sys.path.insert(0, root)
+    from gt_jax.errors import run_command
+
+    run_command(main)

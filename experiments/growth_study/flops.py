@@ -1,0 +1,68 @@
+"""How many FLOPs training costs: the rule, in one place.
+
+forward FLOPs a token = sum over layers of (passes run) * (matrix products of one pass) + unembedding;
+training = 3 x forward (the backward pass is two forward passes), an adaptive model one unembedding more (its price
+reads the loss after pass 1, without gradient).
+
+- Matrix products of one pass are counted from the config by `profile_components.flops`: projections, MLP, the chunked
+  recurrence, attention over the row. Norms, convolutions, gates, halting heads and the optimizer are left out.
+- A pass of an adaptive layer counts whole as soon as one token of the batch is alive, for that is what is computed.
+- Calibration: each column of the Jacobian counts three forward passes (the reverse of a reverse pass), and each
+  iteration one forward pass of both models for the columns and one for the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from experiments.profile_components import flops
+from gt_jax.config import ModelConfig
+
+BACKWARD = 2.0
+
+
+def pass_flops(config: ModelConfig, tokens: int) -> np.ndarray:
+    """Forward FLOPs a token of one pass of each layer, [l]; rows of `tokens` tokens."""
+    parts, types = flops(config, tokens), config.depth.types
+    rest = sum(parts.get(part, 0.0) for part in ("shared MLP", "experts and router", "hyper-connections")) / len(types)
+    mixer = {kind: parts[f"{kind} mixer"] / types.count(kind) for kind in set(types)}
+    return np.array([mixer[kind] + rest for kind in types])
+
+
+def forward_flops(config: ModelConfig, tokens: int, passes: Sequence[float] | np.ndarray | None = None) -> float:
+    """Forward FLOPs a token; `passes` [l] run in each layer, one each where None."""
+    layers = pass_flops(config, tokens)
+    run = np.ones(len(layers)) if passes is None else np.asarray(passes)
+    return float(layers @ run) + 2.0 * config.width * config.vocab
+
+
+def training_flops(config: ModelConfig, tokens: int, passes: Sequence[float] | np.ndarray | None = None) -> float:
+    """FLOPs a token of one training step: (1 + 2) x forward, and the adaptive model's second unembedding."""
+    first_pass = 0.0 if config.adaptive is None else 2.0 * config.width * config.vocab
+    return (1.0 + BACKWARD) * forward_flops(config, tokens, passes) + first_pass
+
+
+def passes_by_step(
+    samples: Mapping[int, Sequence[float]], steps: int, forced: Callable[[int], int]
+) -> np.ndarray:
+    """Passes run in each layer at steps 1 to `steps`, [steps, l].
+
+    `forced(step)` is the number of forced passes, 0 for free ones; free steps are interpolated between `samples`.
+    """
+    at = sorted(samples)
+    taken = np.array([samples[step] for step in at], np.float64)
+    every = np.arange(1, steps + 1)
+    free = np.stack([np.interp(every, at, taken[:, layer]) for layer in range(taken.shape[1])], axis=1)
+    fixed = np.array([forced(step) for step in every.tolist()], np.float64)
+    return np.where(fixed[:, None] > 0, fixed[:, None], free)
+
+
+def calibration_flops(
+    source: ModelConfig, target: ModelConfig, tokens: int, passes: Sequence[float], seen: int, iterations: int
+) -> float:
+    """FLOPs of fitting all gains on `seen` tokens, by the rule above."""
+    once = forward_flops(source, tokens, passes) + forward_flops(target, tokens)
+    columns = 3.0 * len(target.depth) * forward_flops(target, tokens)
+    return seen * (iterations * (columns + 2.0 * once) + once)

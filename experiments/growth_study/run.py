@@ -1,0 +1,267 @@
+"""One seed of the study: the source, every operator from it, the controls; each unit kept as soon as it is done."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.growth_study import flops
+from experiments.growth_study.analysis import analyse
+from experiments.growth_study.engine import NO_LOSS, SETTLED, Engine, Losses, Run
+from experiments.growth_study.operators import BLOCK, DEALT, OPERATORS, Operator, build
+from experiments.growth_study.store import Store
+from experiments.growth_study.study import StudyConfig, open_material, separation
+from gt_jax import checkpoint
+from gt_jax.config import ModelConfig
+from gt_jax.errors import Failed
+from gt_jax.growth import repetition
+from gt_jax.growth.entries import Plan
+from gt_jax.measure import measure
+from gt_jax.model import abstract, fixed_passes
+from gt_jax.training.loop import Diverged
+from gt_jax.training.price import PriceConfig, PriceState, phase
+from gt_jax.typing import Tree
+
+SCRATCH_TOKENS, SCRATCH_FLOPS = "from scratch, equal tokens", "from scratch, equal FLOPs"
+ON_TOKENS, ON_FLOPS = "source trained on, equal tokens", "source trained on, equal FLOPs"
+LONGER = f"{DEALT}, for half of scratch's tokens"
+CONTROLS = (ON_TOKENS, ON_FLOPS, LONGER, SCRATCH_TOKENS, SCRATCH_FLOPS)
+SOURCE_SAMPLES, CONTROL_POINTS = 12, 8
+
+
+class Progress:
+    """Lines on standard error: what is done, and how long the rest will take at this pace."""
+
+    def __init__(self, total: float) -> None:
+        self._left, self._done, self._start = total, 0.0, time.monotonic()
+
+    def say(self, line: str) -> None:
+        """One line."""
+        print(line, file=sys.stderr, flush=True)
+
+    def unit(self, name: str, cost: float, found: bool, line: str) -> None:
+        """A unit of `cost` (any measure) is done; one that was `found` says nothing about the pace."""
+        self._left -= cost
+        self._done += 0.0 if found else cost
+        spent = time.monotonic() - self._start
+        left = f"; about {max(0.0, self._left) * spent / self._done / 60:.0f} min left" if self._done else ""
+        self.say(f"{name}: {line}{' (found done)' if found else ''}{left}")
+
+
+def costs(study: StudyConfig) -> dict[str, float]:
+    """Layers x steps of every unit of one seed, for the time left."""
+    layers, further = study.target_layers, study.further_steps
+    total = study.source_steps + further
+    shallow = 1.5 * len(study.source.depth)
+    found = {"source": shallow * study.source_steps, "analysis": 4.0 * layers}
+    fit = study.calibration_batches * study.calibration_iterations * layers * 8
+    for one in OPERATORS:
+        found[one.name] = (layers if one.plan != "once" else len(study.source.depth)) * (further + 12)
+        found[one.name] += float(fit) if one.calibrated else 0.0
+    equal = round(shallow / layers * study.source_steps) + further
+    found |= {LONGER: layers * total / 2, ON_TOKENS: shallow * further, ON_FLOPS: layers * further}
+    found[SCRATCH_TOKENS] = layers * total
+    return found | {SCRATCH_FLOPS: float(layers * equal)}
+
+
+class Seed:
+    """All units of one seed. `rate` is the learning rate of the model from scratch, None where it is to be tuned."""
+
+    def __init__(self, engine: Engine, study: StudyConfig, store: Store, seed: int, progress: Progress) -> None:
+        self.engine, self.study, self.store, self.seed, self.progress = engine, study, store, seed, progress
+        self.material = open_material(study, seed)
+        self.deep = study.source.plain.replace(layout=self._deep_layout())
+
+    def run(self, rate: float | None = None) -> tuple[dict[str, Any], float]:
+        """Every unit of this seed, made or found, and the learning rate from scratch."""
+        cost = costs(self.study)
+        source, variables = self._source(cost["source"])
+        units = {"source": source}
+        for operator in OPERATORS:
+            units[operator.name] = self._unit(operator.name, cost[operator.name],
+                                              functools.partial(self._grown, operator, source, variables))
+        units["analysis"] = self._unit("analysis", cost["analysis"],
+                                       lambda: self._analysis(source, variables, units))
+        tried: dict[str, Any] = {}
+        if rate is None:
+            steps = self._equal_steps(source)
+            for one in self.study.scratch_rates:
+                name = f"scratch at {one:g}"
+                tried[name] = self._unit(name, cost[SCRATCH_FLOPS], functools.partial(self._scratch, steps, one))
+            rate = min(tried.values(), key=lambda record: record["final"])["rate"]
+            units["tuning"] = {"tried": {str(one["rate"]): one["final"] for one in tried.values()}, "steps": steps}
+            units[SCRATCH_FLOPS] = next(record for record in tried.values() if record["rate"] == rate)
+        makers: dict[str, Callable[[], dict[str, Any]]] = {
+            ON_TOKENS: lambda: self._on(self.study.further_steps, source, variables),
+            ON_FLOPS: lambda: self._on(self._steps_on(source), source, variables),
+            LONGER: lambda: self._longer(source, variables),
+            SCRATCH_TOKENS: lambda: self._scratch(self.study.source_steps + self.study.further_steps, rate),
+            SCRATCH_FLOPS: lambda: self._scratch(self._equal_steps(source), rate),
+        }
+        for name in CONTROLS:
+            if name not in units:
+                units[name] = self._unit(name, cost[name], makers[name])
+        same = {unit["batches"] for name, unit in units.items()
+                if name in {*(one.name for one in OPERATORS), ON_TOKENS} and not unit.get("diverged")}
+        if len(same) > 1:
+            raise Failed(f"seed {self.seed}: contenders were trained on {len(same)} different series of batches")
+        return units, rate
+
+    def _unit(self, name: str, cost: float, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        unit, found = self.store.unit(self.seed, name, make)
+        self.progress.unit(f"seed {self.seed}, {name}", cost, found, unit["line"])
+        return unit
+
+    def _deep_layout(self) -> str:
+        segment, *rest = self.study.source.depth.segments
+        copies, left = divmod(self.study.target_layers, len(segment.pattern))
+        if rest or left:
+            raise Failed(f"layout {self.study.layout} does not repeat to {self.study.target_layers} layers")
+        return f"{segment.pattern}*{copies}"
+
+    def _step_flops(self, config: ModelConfig, passes: Any = None) -> float:
+        study = self.study
+        return flops.training_flops(config, study.sequence_length, passes) * study.tokens_per_step
+
+    def _source(self, cost: float) -> tuple[dict[str, Any], Tree]:
+        """The source's record and variables, from its checkpoint or by training."""
+        study, place = self.study, self.store.path(self.seed, "source", "")
+        found = place.exists()
+        if not found:
+            variables, record = self._trained_source()
+            checkpoint.save(place, variables, {"kind": "study", "config": study.source.to_json(), "record": record})
+        variables = checkpoint.load(place, abstract(study.source))
+        record = checkpoint.describe(place)[1]["record"]
+        self.progress.unit(f"seed {self.seed}, source", cost, found, record["line"])
+        return record, variables
+
+    def _trained_source(self) -> tuple[Tree, dict[str, Any]]:
+        study, engine, config = self.study, self.engine, self.study.source
+        every = max(1, study.source_steps // SOURCE_SAMPLES)
+        points = {*range(every, study.source_steps, every), study.source_steps}
+        run = engine.train(config, engine.fresh(config, self.seed), self.material.text.train(), study.source_steps,
+                           study.source_rate, points=sorted(points), held_out=self.material.evaluation[:2],
+                           say=lambda line: self.progress.say(f"seed {self.seed}, source: {line}"))  # fmt: skip
+        measured = measure(engine.evaluation(config), run.variables, self.material.measuring, config,
+                           lambda_p=float(run.price.value))  # fmt: skip
+        counts = repetition.from_json(measured)
+        adaptive = engine.losses(config, run.variables, self.material.evaluation)
+        fixed = engine.losses(config, run.variables, self.material.evaluation,
+                              fixed_passes(jnp.asarray(counts.k_exec, jnp.int32)))  # fmt: skip
+
+        def forced(step: int) -> int:
+            return int(phase(PriceConfig(), jnp.asarray(step - 1, jnp.int32), study.source_steps).control.forced)
+
+        samples = {step: one.passes for step, one in run.losses.items()}
+        passes = flops.passes_by_step(samples, study.source_steps, forced)
+        mean = sum(layer.expected_k for layer in counts.layers) / len(counts.layers)
+        return run.variables, {
+            "measured": measured, "adaptive": adaptive._asdict(), "fixed": fixed._asdict(), "curve": run.curve,
+            "loss": adaptive.mean, "seconds": run.seconds, "batches": run.batches,
+            "flops": sum(self._step_flops(config, row) for row in passes), "parameters": size(run.variables),
+            "price": [float(run.price.value), int(run.price.high_steps)],
+            "separation": separation(self.material.text),
+            "line": f"loss {adaptive.mean:.4f}, {mean:.2f} passes a layer, k_exec {counts.k_exec}, fixed "
+                    f"{100 * (fixed.mean / adaptive.mean - 1):+.2f} %, {run.seconds:.0f} s",
+        }  # fmt: skip
+
+    def _position(self, batches: int) -> Any:
+        """The training stream after so many batches."""
+        stream = self.material.text.train()
+        stream.restore({**stream.state(), "batches": batches})
+        return stream
+
+    def _longer(self, source: Mapping[str, Any], variables: Tree) -> dict[str, Any]:
+        """The dealt model trained on for half of what the model from scratch is given, evaluated often."""
+        steps = (self.study.source_steps + self.study.further_steps) // 2
+        operator = next(one for one in OPERATORS if one.name == DEALT)
+        return self._grown(operator, source, variables, steps, (0, *self._control_points(steps)))
+
+    def _grown(self, operator: Operator, source: Mapping[str, Any], variables: Tree, steps: int | None = None,
+               points: Sequence[int] | None = None) -> dict[str, Any]:
+        """Grow, and train on for `steps` (the study's further ones), evaluated at `points` (the study's)."""
+        study = self.study
+        steps, points = steps or study.further_steps, points or study.points
+        counts = repetition.from_json(source["measured"])
+        unread = self._position(2 * study.source_steps + 8 * study.further_steps)  # of no model's training batches
+        calibration = [next(unread) for _ in range(study.calibration_batches)] if operator.calibrated else []
+        passes = source["adaptive"]["passes"]
+        grown = build(operator, study, variables, counts, self.seed, calibration, passes, self.engine.fresh)
+        record = self._trained(grown.config, grown.variables, self._position(study.source_steps), steps,
+                               study.further_rate, points)  # fmt: skip
+        first = record["losses"]["0"]
+        gap = 100 * (Losses(**first).mean / source["loss"] - 1)
+        step = self._step_flops(grown.config)
+        return {
+            **record, "what": operator.what, "seconds_growth": grown.seconds, "flops_growth": grown.cost,
+            "flops": step * steps, "plan": grown.plan.to_json(), "calibration": grown.report,
+            "line": f"gap {gap:+.2f} %, {Losses(**first).mean:.4f} -> {record['final']:.4f}, "
+                    f"{grown.seconds + record['seconds']:.0f} s",
+        }  # fmt: skip
+
+    def _trained(self, config: ModelConfig, variables: Tree, batches: Any, steps: int, rate: float, points: Any,
+                 **how: Any) -> dict[str, Any]:
+        """Train and record; a loss that is not finite is a result too."""
+        record: dict[str, Any] = {"layers": len(config.depth), "layout": config.layout, "steps": steps, "rate": rate,
+                                  "parameters": size(variables), "diverged": None}  # fmt: skip
+        try:
+            run: Run = self.engine.train(config, variables, batches, steps, rate, points=points,
+                                         held_out=self.material.evaluation, **how)  # fmt: skip
+        except Diverged as error:
+            first = self.engine.losses(config, variables, self.material.evaluation)
+            return record | {"diverged": str(error), "losses": {"0": first._asdict()}, "final": NO_LOSS, "curve": [],
+                             "seconds": 0.0, "batches": ""}  # fmt: skip
+        losses = {str(step): one._asdict() for step, one in run.losses.items()}
+        return record | {"losses": losses, "final": run.losses[steps].mean, "curve": run.curve,
+                         "seconds": run.seconds, "batches": run.batches}  # fmt: skip
+
+    def _control_points(self, steps: int) -> list[int]:
+        return sorted({max(1, round(steps * part / CONTROL_POINTS)) for part in range(1, CONTROL_POINTS + 1)})
+
+    def _scratch(self, steps: int, rate: float) -> dict[str, Any]:
+        variables = self.engine.fresh(self.deep, self.seed)
+        record = self._trained(self.deep, variables, self.material.text.train(), steps, rate,
+                               self._control_points(steps))  # fmt: skip
+        return record | {"flops": self._step_flops(self.deep) * steps,
+                         "line": f"loss {record['final']:.4f} after {steps} steps at {rate:g}"}
+
+    def _on(self, steps: int, source: Mapping[str, Any], variables: Tree) -> dict[str, Any]:
+        value, high = source["price"]
+        price = PriceState(jnp.float32(value), jnp.int32(high))
+        points = sorted({0, *self._control_points(steps)})
+        record = self._trained(self.study.source, variables, self._position(self.study.source_steps), steps,
+                               self.study.further_rate, points, price=SETTLED, at_price=price)  # fmt: skip
+        samples = {int(step): one["passes"] for step, one in record["losses"].items()}
+        passes = flops.passes_by_step(samples, steps, lambda step: 2 if step % PriceConfig().audit_every == 0 else 0)
+        return record | {"flops": sum(self._step_flops(self.study.source, row) for row in passes),
+                         "line": f"loss {record['final']:.4f} after {steps} more steps"}
+
+    def _equal_steps(self, source: Mapping[str, Any]) -> int:
+        """Steps from scratch that cost what the source and the further steps of its grown model cost."""
+        return round(source["flops"] / self._step_flops(self.deep)) + self.study.further_steps
+
+    def _steps_on(self, source: Mapping[str, Any]) -> int:
+        """Steps of the source that cost what the further steps of the grown model cost."""
+        mine = self._step_flops(self.study.source, source["adaptive"]["passes"])
+        return max(1, round(self.study.further_steps * self._step_flops(self.deep) / mine))
+
+    def _analysis(self, source: Mapping[str, Any], variables: Tree, units: Mapping[str, Any]) -> dict[str, Any]:
+        losses = {"adaptive": source["loss"], "fixed": Losses(**source["fixed"]).mean}
+        grown = {name: (Plan.from_json(units[name]["plan"]), Losses(**units[name]["losses"]["0"]).mean)
+                 for name in (BLOCK, DEALT)}  # fmt: skip
+        counts = repetition.from_json(source["measured"])
+        found = analyse(self.engine, self.study, variables, counts, self.material.evaluation, losses, grown)
+        parts = (f"{name}: tail {one['tail']:+.2f} %, order {one['order']:+.2f} %"
+                 for name, one in found["models"].items())  # fmt: skip
+        return found | {"line": "; ".join((f"spread {found['spread']:+.2f} %", *parts))}
+
+
+def size(variables: Tree) -> int:
+    """Parameters of a model."""
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))

@@ -4,8 +4,8 @@
     python -m gt_jax.grow --dry-run --json
 
 - Without --repetition the reference counts 2,1,2,3,2,3,4,3 stand in.
-- Defaults: --plan block --from k_exec --round up --coefficient expected --correct none --carry gain. --recipe readme is
-  the growth README's rule: schedule, none, weights.
+- Defaults: --plan dealt --from k_exec --round up --coefficient expected --correct none --carry gain, what loses least in
+  experiments/results/growth_operators.md. --recipe readme is the growth README's rule: block, schedule, none, weights.
 - --plan FILE.json takes a plan that --plan-out, or a dry run with --json, wrote; it may be edited by hand.
 - Several processes share the work: the same command with --coordinator HOST:PORT --processes N --process I in each.
 - A dry run without SRC reads no checkpoint and loads no array library.
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from gt_jax.config import ModelConfig
 
+DEFAULT_PLAN = "dealt"
 DEFAULTS = {"coefficient": "expected", "correct": "none", "carry": "gain"}
 RECIPES = {"readme": {"coefficient": "schedule", "correct": "none", "carry": "weights"}}
 KINDS = (*PLANS, "identity")
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("target", nargs="?", type=Path, metavar="DST", help="checkpoint to write; must not exist")
     made.add_argument("--repetition", type=Path, metavar="FILE", help="pass counts written by gt_jax.measure")
     made.add_argument("--plan", metavar="KIND|FILE.json",
-                      help="block (default): whole blocks as often as their passes ask; dealt: as many layers, given "
+                      help="block: whole blocks as often as their passes ask; dealt (default): as many layers, given "
                       "to the strongest passes in the recurrence's order; layer: each layer as often as it asks, in a "
                       "row; split: the same, dealt into groups of the pattern; map: the list of --map; stack: the "
                       "whole stack; identity: every layer once; or a plan file")
@@ -68,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
                       help="schedule: alpha of the pass; expected: alpha times the pass's mean survival (expected)")
     made.add_argument("--correct", choices=CORRECTIONS, help="correction of the coefficients (none)")
     made.add_argument("--carry", choices=CARRIES, help="how a coefficient enters the child (gain)")
-    made.add_argument("--recipe", choices=sorted(RECIPES), help="readme: schedule, none, weights")
+    made.add_argument("--recipe", choices=sorted(RECIPES), help="readme: block, schedule, none, weights")
     made.add_argument("--noise-std", type=float, default=1e-4, metavar="SIGMA", help="noise for diversity (1e-4)")
     made.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the child's weights (the source's)")
@@ -226,7 +227,7 @@ def _wrong_plan(args: argparse.Namespace) -> list[str]:
 def _kind(args: argparse.Namespace) -> str:
     """The kind of plan, `file` for everything that is no kind."""
     if args.plan is None:
-        return "block" if args.map is None else "map"
+        return "map" if args.map is not None else DEFAULT_PLAN if args.recipe is None else "block"
     return args.plan if args.plan in KINDS else "file"
 
 

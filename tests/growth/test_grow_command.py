@@ -69,8 +69,10 @@ def test_default_coefficients_are_alpha_times_survival(capsys):
     assert grow.main(["--dry-run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["carry"] == "gain" and found["options"]["coefficient"] == "expected"
-    assert [row["coefficient"] for row in found["layers"][:4]] == [1.0] * 4
-    assert found["layers"][4]["coefficient"] == pytest.approx(0.7 * 0.1**0.5)
+    first, again = found["layers"][:2]  # layer 0 runs twice, p_mu 0.1 ** (1 / 2)
+    assert (first["source"], first["copy"], first["coefficient"]) == (0, 1, 1.0)
+    assert (again["source"], again["copy"], again["coefficient"]) == (0, 2, pytest.approx(0.7 * 0.1**0.5))
+    assert found["kind"] == "dealt" and found["granted"] == [2, 2, 2, 2, 2, 3, 4, 3]
 
 
 def test_dry_run_for_a_reader_names_what_each_layer_asked_for_and_got(capsys):
@@ -325,5 +327,5 @@ def test_half_a_checkpoint_names_every_missing_tensor(source, tmp_path):
 
 
 def test_all_zero_layers_under_weights_are_pointed_out(capsys):
-    grow.main(["--dry-run", "--carry", "weights"])
+    grow.main(["--dry-run", "--carry", "weights", "--plan", "block"])
     assert "target layers 5, 16 0" in capsys.readouterr().err

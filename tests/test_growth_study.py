@@ -22,7 +22,6 @@ from gt_jax.growth import calibration, repetition
 from gt_jax.model import abstract
 from gt_jax.sharding import mesh_for_rows
 from gt_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from gt_jax.training.price import PriceConfig
 from tests.support import perturbed
 
 TOY = {"layout": "D*2", "target_layers": 4, "width": 16, "sequence_length": 16, "rows": 2, "source_steps": 4,
@@ -63,7 +62,7 @@ def test_the_whole_study_killed_and_gone_on_with(tmp_path, text, monkeypatch):
     monkeypatch.setattr(picture, "_SHOWN", {BLOCK: "#0072B2"})
     monkeypatch.setattr(tables, "ONCE", README)  # every layer once is a program of its own
     monkeypatch.setattr(Engine, "fresh", lambda self, config, seed: perturbed(config))  # compiles nothing
-    monkeypatch.setattr(run, "SETTLED", PriceConfig())  # and so is the source that is trained on
+    monkeypatch.setattr(StudyConfig, "settled_price", StudyConfig.price)  # and so is the source that is trained on
     study = StudyConfig(text=(text,), seeds=(3,), **TOY)
     work, output = tmp_path / "work", tmp_path / "results"
 

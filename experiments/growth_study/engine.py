@@ -29,7 +29,6 @@ from gt_jax.typing import Tree
 
 WARMUP, FINAL = 0.1, 0.1
 NO_LOSS = 1e9
-SETTLED = PriceConfig(forced_until=0.0, price_from=0.0, clipped_until=0.0)  # for a source that is trained on
 
 
 class Paced(NamedTuple):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from experiments.growth_study import flops
 from experiments.growth_study.analysis import analyse
-from experiments.growth_study.engine import NO_LOSS, SETTLED, Engine, Losses, Run
+from experiments.growth_study.engine import NO_LOSS, Engine, Losses, Run
 from experiments.growth_study.operators import BLOCK, DEALT, OPERATORS, Operator, build
 from experiments.growth_study.store import Store
 from experiments.growth_study.study import StudyConfig, open_material, separation
@@ -25,7 +25,7 @@ from gt_jax.growth.entries import Plan
 from gt_jax.measure import measure
 from gt_jax.model import abstract, fixed_passes
 from gt_jax.training.loop import Diverged
-from gt_jax.training.price import PriceConfig, PriceState, phase
+from gt_jax.training.price import PriceState, phase
 from gt_jax.typing import Tree
 
 SCRATCH_TOKENS, SCRATCH_FLOPS = "from scratch, equal tokens", "from scratch, equal FLOPs"
@@ -147,6 +147,7 @@ class Seed:
         points = {*range(every, study.source_steps, every), study.source_steps}
         run = engine.train(config, engine.fresh(config, self.seed), self.material.text.train(), study.source_steps,
                            study.source_rate, points=sorted(points), held_out=self.material.evaluation[:2],
+                           price=study.price,
                            say=lambda line: self.progress.say(f"seed {self.seed}, source: {line}"))  # fmt: skip
         measured = measure(engine.evaluation(config), run.variables, self.material.measuring, config,
                            lambda_p=float(run.price.value))  # fmt: skip
@@ -156,7 +157,7 @@ class Seed:
                               fixed_passes(jnp.asarray(counts.k_exec, jnp.int32)))  # fmt: skip
 
         def forced(step: int) -> int:
-            return int(phase(PriceConfig(), jnp.asarray(step - 1, jnp.int32), study.source_steps).control.forced)
+            return int(phase(study.price, jnp.asarray(step - 1, jnp.int32), study.source_steps).control.forced)
 
         samples = {step: one.passes for step, one in run.losses.items()}
         passes = flops.passes_by_step(samples, study.source_steps, forced)
@@ -236,9 +237,9 @@ class Seed:
         price = PriceState(jnp.float32(value), jnp.int32(high))
         points = sorted({0, *self._control_points(steps)})
         record = self._trained(self.study.source, variables, self._position(self.study.source_steps), steps,
-                               self.study.further_rate, points, price=SETTLED, at_price=price)  # fmt: skip
+                               self.study.further_rate, points, price=self.study.settled_price, at_price=price)  # fmt: skip
         samples = {int(step): one["passes"] for step, one in record["losses"].items()}
-        passes = flops.passes_by_step(samples, steps, lambda step: 2 if step % PriceConfig().audit_every == 0 else 0)
+        passes = flops.passes_by_step(samples, steps, lambda step: 2 if step % self.study.price.audit_every == 0 else 0)
         return record | {"flops": sum(self._step_flops(self.study.source, row) for row in passes),
                          "line": f"loss {record['final']:.4f} after {steps} more steps"}
 

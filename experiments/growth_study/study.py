@@ -18,6 +18,7 @@ from gt_jax.data import DataConfig, Text, open_text
 from gt_jax.errors import Failed, Refused
 from gt_jax.json_config import Config, below
 from gt_jax.presets import tiny
+from gt_jax.training.price import PriceConfig
 
 Batch = dict[str, np.ndarray]
 WINDOW, WINDOWS = 64, 300
@@ -27,6 +28,7 @@ WINDOW, WINDOWS = 64, 300
 class StudyConfig(Config):
     """All that determines the figures. Steps are of `rows` x `sequence_length` bytes; rates are peaks.
 
+    `price_target` is the mean number of passes that the compute price steers the sources to.
     `scratch_rates` are tried at the first seed, for the number of steps that costs what source and growth cost.
     """
 
@@ -38,7 +40,8 @@ class StudyConfig(Config):
     sequence_length: int = 128
     rows: int = 4
     source_steps: int = 480
-    further_steps: int = 60
+    further_steps: int = 50
+    price_target: float = 1.3
     measuring_batches: int = 12
     evaluation_batches: int = 24
     calibration_batches: int = 8
@@ -72,6 +75,16 @@ class StudyConfig(Config):
             deltanet=DeltaNetConfig(heads=4, value_heads=4, key_width=head, value_width=head, chunk_size=32),
             gsa=GSAConfig(heads=4, head_width=head, indexer_heads=2, indexer_width=16, k_base=64, k_min=16, k_max=128),
         )  # fmt: skip
+
+    @property
+    def price(self) -> PriceConfig:
+        """The compute price under which the source is trained: the default one with this target of mean passes."""
+        return PriceConfig(target=self.price_target)
+
+    @property
+    def settled_price(self) -> PriceConfig:
+        """The same for a source that is trained on: charged from its first step, no forced passes but the audits."""
+        return self.price.replace(forced_until=0.0, price_from=0.0, clipped_until=0.0)
 
     @property
     def tokens_per_step(self) -> int:

@@ -40,7 +40,7 @@ class StudyConfig(Config):
     sequence_length: int = 128
     rows: int = 4
     source_steps: int = 480
-    further_steps: int = 50
+    further_steps: int = 60
     price_target: float = 1.3
     measuring_batches: int = 12
     evaluation_batches: int = 24

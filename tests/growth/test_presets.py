@@ -17,7 +17,7 @@ from gt_jax.model import abstract
 from gt_jax.tree_paths import flatten
 from tests.support import perturbed
 
-RECIPES = zip(rules.CARRIES, ("schedule", "schedule", "expected"), strict=True)
+RECIPES = [("weights", "schedule"), ("output", "schedule"), ("gain", "expected")]
 SOURCES = ("tiny", "3b", "3b_table")  # small has the tensors of tiny, tiny_3b those of 3b (tests/test_presets.py)
 
 

@@ -235,11 +235,11 @@ class Seed:
     def _on(self, steps: int, source: Mapping[str, Any], variables: Tree) -> dict[str, Any]:
         value, high = source["price"]
         price = PriceState(jnp.float32(value), jnp.int32(high))
-        points = sorted({0, *self._control_points(steps)})
+        points, settled = sorted({0, *self._control_points(steps)}), self.study.settled_price
         record = self._trained(self.study.source, variables, self._position(self.study.source_steps), steps,
-                               self.study.further_rate, points, price=self.study.settled_price, at_price=price)  # fmt: skip
+                               self.study.further_rate, points, price=settled, at_price=price)  # fmt: skip
         samples = {int(step): one["passes"] for step, one in record["losses"].items()}
-        passes = flops.passes_by_step(samples, steps, lambda step: 2 if step % self.study.price.audit_every == 0 else 0)
+        passes = flops.passes_by_step(samples, steps, lambda step: 2 if step % settled.audit_every == 0 else 0)
         return record | {"flops": sum(self._step_flops(self.study.source, row) for row in passes),
                          "line": f"loss {record['final']:.4f} after {steps} more steps"}
 

@@ -4,7 +4,7 @@
 
 * The floor: `cat SOURCE/* > /dev/null`, then `dd if=/dev/zero conv=fsync` of the target's bytes, on the same disk.
 * The growth: `python -m gt_jax.grow` as a process of its own, wall time with a final `sync`; its peak resident memory
-  as the system counts it (ru_maxrss). Floor and growth take turns, each from a cold cache.
+  as the system counts it (VmHWM). Floor and growth take turns, each from a cold cache.
 * Cold: /proc/sys/vm/drop_caches where that may be written, else posix_fadvise(DONTNEED) on every file; it says which.
 * `--scales 0.5,1,2`: the same for half and double the parameters; peak memory should not change.
 * WORKDIR needs room for one source and one target (25 GB for 3b); what is made there is deleted.
@@ -59,13 +59,27 @@ def timed(command: Sequence[str]) -> tuple[float, float]:
     """(seconds, peak resident GiB) of one command; raises `Failed` with what it said when it fails."""
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds, process.returncode = time.monotonic() - started, os.waitstatus_to_exitcode(status)
+        process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said), 0
+        while process.poll() is None:
+            peak = max(peak, high_water(process.pid))
+            time.sleep(0.02)
+        seconds = time.monotonic() - started
         if process.returncode:
             said.seek(0)
             raise Failed(f"{' '.join(command[:4])} ended with {process.returncode}: {said.read()[-1000:]}")
-    return seconds, usage.ru_maxrss / 2**20
+    return seconds, peak / 2**20
+
+
+def high_water(process: int) -> int:
+    """The most KiB that a running process has held (VmHWM); 0 where it has ended.
+
+    Not ru_maxrss, which also counts what the parent held when it started the process.
+    """
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
 def floor(source: Path, workdir: Path, target_bytes: int) -> tuple[float, float]:

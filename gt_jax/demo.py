@@ -25,7 +25,7 @@ from gt_jax.data import DataConfig, Text, open_text
 from gt_jax.errors import Refused, run_command
 from gt_jax.files import write_whole
 from gt_jax.growth import repetition
-from gt_jax.growth.plan import Plan, identity_plan, make_plan
+from gt_jax.growth.plan import Plan, block_plan, identity_plan
 from gt_jax.growth.stream import grow_checkpoint
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.loading import load_model
@@ -43,7 +43,7 @@ from gt_jax.typing import Tree
 TARGET_LAYERS = 20
 EVALUATION_BATCHES = 12
 RANDOM_SEED = 1
-DEFAULT = "grown, dealt"
+LAST = "grown, gain + expected"
 ROWS = 4
 
 
@@ -89,15 +89,15 @@ def say(line: str) -> None:
 def plans(measured: repetition.Repetition, config: ModelConfig) -> dict[str, tuple[Plan, str]]:
     """The three growths to `TARGET_LAYERS` and the eight layers run once: name -> (plan, carry)."""
 
-    def to_target(kind: str, coefficient: str) -> Plan:
-        return make_plan(
-            kind, measured, config.depth, round="balance", target_layers=TARGET_LAYERS, coefficient=coefficient
+    def to_target(coefficient: str) -> Plan:
+        return block_plan(
+            measured, config.depth, round="balance", target_layers=TARGET_LAYERS, coefficient=coefficient
         )
 
     return {
-        "grown, readme": (to_target("block", "schedule"), "weights"),
-        "grown, blocks": (to_target("block", "expected"), "gain"),
-        DEFAULT: (to_target("dealt", "expected"), "gain"),
+        "grown, readme": (to_target("schedule"), "weights"),
+        "grown, output": (to_target("schedule"), "output"),
+        LAST: (to_target("expected"), "gain"),
         "eight layers, once each": (identity_plan(config.depth), "gain"),
     }
 
@@ -105,11 +105,11 @@ def plans(measured: repetition.Repetition, config: ModelConfig) -> dict[str, tup
 def contenders(
     source: Path, output: Path, config: ModelConfig, variables: Tree, measured: repetition.Repetition
 ) -> list[Contender]:
-    """All that trains on. The last growth is the command's default; it is written to OUTPUT/grown by the real thing."""
+    """All that trains on. The last growth is written to OUTPUT/grown by the real thing, leaf by leaf on disk."""
     found = []
     for name, (plan, carry) in plans(measured, config).items():
         child = target_config(config, plan)
-        if name == DEFAULT:
+        if name == LAST:
             _, grown, _ = load_model(_grow_once(source, output / "grown", plan, carry))
         else:
             grown = grow(variables, plan, carry=carry, noise_std=1e-4 if "grown" in name else 0.0)

@@ -21,7 +21,7 @@ def test_the_demo_in_a_few_steps_and_again(tmp_path, capsys, monkeypatch):
     assert demo.main(words) == 0
     shown = capsys.readouterr().out
     rows = [line for line in shown.splitlines() if line.strip()]
-    assert len(rows) == 2 + 6 and demo.DEFAULT in shown
+    assert len(rows) == 2 + 6 and demo.LAST in shown
     for name in ("growth.png", "depth.png"):
         assert (place / name).read_bytes().startswith(b"\x89PNG")
     report = json.loads((place / "report.json").read_text())

@@ -30,11 +30,10 @@ from gt_jax.config import ModelConfig
 from gt_jax.errors import Refused, run_command
 from gt_jax.growth import noise
 from gt_jax.growth.behind import WriteBehind
-from gt_jax.growth.pipeline import pieces, throttled
+from gt_jax.growth.pipeline import PIECES, pieces, throttled
 from gt_jax.token_bytes import default_texts, token_table
 from gt_jax.tree_paths import flatten
 
-SIZES = (2**22, 2**17, 2**13)  # values made at a time
 WAITING = 2**26  # bytes
 
 
@@ -79,7 +78,7 @@ def values(config: ModelConfig, path: str, leaf: jax.ShapeDtypeStruct, seed: int
     middle = 1.0 if name in ("scale", "gain", "residual_scale", "variance_ema") else 0.0
     step = noise.step(0.0 if name == "variance_ema" else config.init_std)
     key, count = noise.key_data(seed, path, 0), math.prod(leaf.shape)
-    for start, end, size in pieces(0, count, count, SIZES):
+    for start, end, size in pieces(0, count, count, PIECES):
         made = _draw(key, np.uint32(start), np.float32(middle), step, size=size, dtype=leaf.dtype)
         yield start, np.asarray(made)[: end - start]
 

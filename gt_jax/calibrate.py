@@ -38,9 +38,8 @@ def calibrate(
     from gt_jax.training.step import evaluate, make_evaluation
 
     say = progress or (lambda line: None)
-    plan, metadata = _belonging(source, grown, target, batches)
+    plan, source_metadata, metadata = _belonging(source, grown, target, batches)
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir}
-    source_metadata = checkpoint.describe(source)[1]
     reading = open_text(data_config(source_metadata, named if any(named.values()) else None))
     (shallow, shallow_variables, _), (deep, deep_variables, _) = load_model(source), load_model(grown)
     stream, held_out = reading.train(), reading.held_out(batches)
@@ -61,11 +60,13 @@ def calibrate(
     return calibrated
 
 
-def _belonging(source: Path, grown: Path, target: Path, batches: int) -> tuple[Any, dict[str, Any]]:
-    """The plan and the metadata of GROWN; raises `Refused` for all that can be wrong before values are read."""
+def _belonging(
+    source: Path, grown: Path, target: Path, batches: int
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The plan, the metadata of SRC and of GROWN; raises `Refused` for all that can be wrong before a value is read."""
     from gt_jax import checkpoint
     from gt_jax.growth.calibration import mismatches
-    from gt_jax.growth.under_served import stored_plan
+    from gt_jax.growth.provenance import other_values, stored_plan
 
     if batches < 1:
         raise Refused(f"--batches is {batches}; at least one is needed")
@@ -75,18 +76,17 @@ def _belonging(source: Path, grown: Path, target: Path, batches: int) -> tuple[A
     for place in places:
         if place in target.resolve().parents:
             raise Refused(f"DST {target} lies inside the checkpoint {place}; choose a place outside of it")
-    (shallow, _), (deep, metadata) = (_model(place) for place in places)
+    (shallow, source_metadata), (deep, metadata) = (_model(place) for place in places)
     plan = stored_plan(metadata, grown)
     refuse_all(mismatches(shallow, deep, plan), f"{grown} was not grown from {source}:")
     if deep.vocab < BYTES:
         raise Refused(f"{grown} has a vocabulary of {deep.vocab}; text is read as bytes, which need {BYTES}")
     checkpoint.prepare_parent(target)
-    known = metadata["grown_from"].get("content_hash")
-    if known is not None and checkpoint.content_hash(places[0], ("params", "statistics")) != known:
+    if other_values(metadata, places[0]) is not None:
         grown_from = metadata["grown_from"]
         raise Refused(f"{grown} was not grown from the values in {places[0]} (their hash differs), but from "
                       f"{grown_from.get('source')} at step {grown_from.get('step')}; give that one")
-    return plan, metadata
+    return plan, source_metadata, metadata
 
 
 def _model(place: Path) -> tuple[Any, dict[str, Any]]:

@@ -33,6 +33,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from gt_jax.checkpoint_files import (
+    CHUNK,
     UNFINISHED,
     Damaged,
     StrPath,
@@ -52,7 +53,6 @@ from gt_jax.tree_paths import combine_digests, differences, flatten, nest, stora
 
 _BROKEN = (ValueError, KeyError, TypeError, OSError)  # what Orbax and TensorStore raise on a broken file
 _MOMENT = 0.2  # seconds
-_CHUNK = 2**24  # bytes that arrays are stored in, and so can be read in
 _SCRATCH = "metadata"  # the name, in an unfinished checkpoint, of what Orbax saves for its metadata alone
 
 T = TypeVar("T")
@@ -293,10 +293,10 @@ def _context(database: bool = True) -> ocp.Context:
 def _chunks(key: Any, value: Any) -> Any:
     """A large array is stored in chunks that are runs of values in C order: a growth reads it in slices."""
     shape, itemsize = tuple(value.shape), np.dtype(value.dtype).itemsize
-    if math.prod(shape) * itemsize <= _CHUNK:
+    if math.prod(shape) * itemsize <= CHUNK:
         return None
-    axes = writing_axes(shape, itemsize, _CHUNK)
-    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK, shard_axes=axes or None)
+    axes = writing_axes(shape, itemsize, CHUNK)
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK, shard_axes=axes or None)
 
 
 @contextlib.contextmanager

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gt_jax.checkpoint_files import sync
+from gt_jax.checkpoint_files import CHUNK, sync
 
-CHUNK = 2**24  # bytes of a chunk at most: below what malloc maps anew each time, and few files all the same
 _DESCRIPTION = "zarr.json"
 
 Shape = tuple[int, ...]

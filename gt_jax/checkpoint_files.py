@@ -17,6 +17,7 @@ from gt_jax.errors import Refused
 UNFINISHED = ".unfinished"  # a save that is under way, or was killed
 JOURNALS = "journal.*.jsonl"  # what a growth has finished so far, in the unfinished folder
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for what it writes at this moment
+CHUNK = 2**24  # bytes of a stored chunk and of a slice read: below what malloc maps anew each time, yet few files
 _FILES = "files.json"
 _NEEDED = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "state/_METADATA")
 _DATABASE = "state/manifest.ocdbt"  # where arrays lie together in one database; else each has a folder of its own

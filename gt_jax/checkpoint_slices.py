@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +19,9 @@ import jax
 import numpy as np
 import tensorstore
 
-from gt_jax.checkpoint_files import Damaged
-
-LIMIT = 2**24  # bytes of a slice, where chunks allow it
-
-Shape = tuple[int, ...]
+from gt_jax.checkpoint_arrays import Shape, split_axis
+from gt_jax.checkpoint_files import CHUNK, Damaged
+from gt_jax.tree_paths import LeafDigest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,21 +32,6 @@ class Slice:
     start: int
     count: int
     index: tuple[int | slice, ...]
-
-
-class LeafDigest:
-    """`tree_paths.leaf_digest` of an array whose values come slice by slice, in C order."""
-
-    def __init__(self, name: str, leaf: jax.ShapeDtypeStruct) -> None:
-        self._hash = hashlib.sha256(f"{name} {tuple(leaf.shape)} {leaf.dtype}\n".encode())
-
-    def update(self, values: np.ndarray) -> None:
-        """The next values."""
-        self._hash.update(values.reshape(-1).view(np.uint8).data)
-
-    def hexdigest(self) -> str:
-        """The digest of all values so far."""
-        return self._hash.hexdigest()
 
 
 class SliceReader:
@@ -68,7 +50,7 @@ class SliceReader:
         self._ocdbt = (state / "manifest.ocdbt").is_file()
         self._context = tensorstore.Context()
 
-    def slices(self, name: str, limit: int = LIMIT) -> Iterator[Slice]:
+    def slices(self, name: str, limit: int = CHUNK) -> Iterator[Slice]:
         """All of an array in order: slices of at most `limit` bytes, or of the fewest rows that chunks allow."""
         leaf = self.leaves[name]
         return cut(name, tuple(leaf.shape), self._chunk(name), max(limit // leaf.dtype.itemsize, 1))
@@ -88,8 +70,8 @@ class SliceReader:
 
         return wait
 
-    def digest(self, name: str, limit: int = LIMIT) -> str:
-        """`leaf_digest` of an array, with one slice in memory at a time."""
+    def digest(self, name: str, limit: int = CHUNK) -> str:
+        """`LeafDigest` of an array, with one slice in memory at a time."""
         digest = LeafDigest(name, self.leaves[name])
         for part in self.slices(name, limit):
             digest.update(self.read(part)())
@@ -136,7 +118,7 @@ def cut(name: str, shape: Shape, chunk: Shape, limit: int) -> Iterator[Slice]:
         yield Slice(name, 0, 1, ())
         return
     chunk = tuple(min(pair) for pair in zip(chunk, shape, strict=True))
-    last = next((axis for axis, size in enumerate(chunk) if size > 1), len(shape) - 1)
+    last = split_axis(chunk)
     row = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     axis = next((axis for axis in range(last + 1) if chunk[axis] * row[axis] <= limit), last)
     rows = max(limit // (chunk[axis] * row[axis]), 1) * chunk[axis]

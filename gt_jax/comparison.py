@@ -24,6 +24,7 @@ from gt_jax.chunks import forward_rows
 from gt_jax.config import ModelConfig
 from gt_jax.errors import Refused
 from gt_jax.growth.plan import Plan
+from gt_jax.growth.states import gains_of
 from gt_jax.inside import Inside, inside_rows
 from gt_jax.layers.adaptive_depth import PassControl
 from gt_jax.layers.mixer import real_tokens
@@ -284,12 +285,8 @@ def strengths(config: ModelConfig, variables: Tree) -> list[list[float]]:
     depth = len(config.depth)
     midpoint = config.stack.kind == "midpoint"
     own = coefficients(depth, config.stack.mixing, config.stack.step).delta if midpoint else np.ones(depth)
-    found = []
-    for layer in range(depth):
-        segment, block, slot = config.depth.position(layer)
-        gain = float(variables["params"][f"segment{segment}"][f"layer{slot}"]["gain"][block])
-        found.append([gain * float(own[layer]) * strength for strength in alpha])
-    return found
+    gains = gains_of(config, variables).tolist()
+    return [[gain * float(step) * strength for strength in alpha] for gain, step in zip(gains, own, strict=True)]
 
 
 def _layers(

@@ -107,7 +107,8 @@ def thaw_config(arguments: argparse.Namespace, stored: Any, start: str | None) -
 def under_served_children(start: str | None) -> tuple[int, ...]:
     """The target layers to train first, by the plan that the starting checkpoint carries; named on stderr."""
     from gt_jax import checkpoint
-    from gt_jax.growth.under_served import stored_plan, under_served
+    from gt_jax.growth.provenance import stored_plan
+    from gt_jax.growth.under_served import under_served
 
     if start is None:
         raise Refused(f"--thaw {UNDER_SERVED} reads the plan of a grown checkpoint; name it with --start")

@@ -66,11 +66,19 @@ def differences(wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> list[st
     return lines
 
 
-def leaf_digest(name: str, value: np.ndarray) -> str:
-    """SHA-256 of one leaf: its path, shape, dtype and bytes in C order."""
-    digest = hashlib.sha256(f"{name} {value.shape} {value.dtype}\n".encode())
-    digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+class LeafDigest:
+    """SHA-256 of one leaf, its path, shape, dtype and bytes in C order; the values come in parts."""
+
+    def __init__(self, name: str, leaf: jax.ShapeDtypeStruct) -> None:
+        self._hash = hashlib.sha256(f"{name} {tuple(leaf.shape)} {leaf.dtype}\n".encode())
+
+    def update(self, values: np.ndarray) -> None:
+        """The next values."""
+        self._hash.update(values.reshape(-1).view(np.uint8).data)
+
+    def hexdigest(self) -> str:
+        """The digest of all values so far."""
+        return self._hash.hexdigest()
 
 
 def combine_digests(digests: Mapping[str, str]) -> str:

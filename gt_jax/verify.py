@@ -31,6 +31,7 @@ from gt_jax.config import ModelConfig
 from gt_jax.data import Text, open_text
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.growth.plan import Plan
+from gt_jax.growth.provenance import grown_plan, other_values
 from gt_jax.loading import add_text_arguments, data_config, text_config
 from gt_jax.metrics import table, to_json
 from gt_jax.model import abstract
@@ -130,19 +131,17 @@ def _refuse_rows(reading: Text, target: Checkpoint, rows: int, iterations: int) 
 
 def plan_between(source: Checkpoint, target: Checkpoint) -> tuple[Plan | None, str | None]:
     """The plan by which `target` was grown from `source`, or None and why its layers stand for no pass of that one."""
-    grown = target.metadata.get("grown_from")
-    if not isinstance(grown, dict) or "plan" not in grown:
+    plan, wrong = grown_plan(target.metadata), None
+    if plan is None:
         return None, f"{target.path} was not grown (its metadata has no grown_from): no layer stands for a pass"
-    plan = Plan.from_json(grown["plan"])
-    wrong = None
     if plan.source_layout != source.config.depth:
         wrong = f"one of layout {plan.source_layout}; {source.path} has {source.config.layout}"
     elif plan.target_layout != target.config.depth:
         wrong = f"one by a plan for layout {plan.target_layout}; it has {target.config.layout} now"
-    elif (known := grown.get("content_hash")) is not None:
-        found = checkpoint.content_hash(source.place, ("params", "statistics"))
-        if found != known:
-            wrong = f"{grown.get('source')}, whose values are others (hash {known[:12]}; {source.path}: {found[:12]})"
+    elif (found := other_values(target.metadata, source.place)) is not None:
+        grown = target.metadata["grown_from"]
+        wrong = (f"{grown.get('source')}, whose values are others (hash {grown['content_hash'][:12]}; {source.path}: "
+                 f"{found[:12]})")  # fmt: skip
     return (plan, None) if wrong is None else (
         None, f"{target.path} was grown from another source, {wrong}: no layer stands for a pass")  # fmt: skip
 

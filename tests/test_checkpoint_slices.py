@@ -1,5 +1,6 @@
 """Arrays written value by value and read slice by slice: the same values in C order, however chunks lie."""
 
+import hashlib
 import itertools
 import math
 import threading
@@ -18,7 +19,7 @@ from gt_jax.checkpoint_files import publish
 from gt_jax.checkpoint_slices import SliceReader, cut
 from gt_jax.growth.behind import Countdown, WriteBehind
 from gt_jax.growth.pipeline import pieces
-from gt_jax.tree_paths import flatten, leaf_digest, nest
+from gt_jax.tree_paths import flatten, nest
 
 METADATA = {"config": {}, "kind": "random"}
 SHAPES = [(), (5,), (5, 7), (2, 20, 4, 6), (3, 1, 5), (7, 11), (1, 13, 3)]
@@ -83,11 +84,16 @@ def test_what_is_written_in_pieces_opens_with_every_call(tmp_path: Path, small: 
     assert checkpoint.content_hash(place) == checkpoint.content_hash(tmp_path / "saved")
 
 
+def leaf_digest(name: str, value: np.ndarray) -> str:
+    """SHA-256 of a whole leaf at once: path, shape, dtype and bytes in C order."""
+    return hashlib.sha256(f"{name} {value.shape} {value.dtype}\n".encode() + value.tobytes()).hexdigest()
+
+
 @pytest.mark.parametrize("saved_by_orbax", [False, True])
 def test_digests_do_not_depend_on_slices_or_chunks(
         tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, saved_by_orbax: bool) -> None:
     values = tree()
-    monkeypatch.setattr(checkpoint, "_CHUNK", 64)
+    monkeypatch.setattr(checkpoint, "CHUNK", 64)
     if saved_by_orbax:
         place = tmp_path / "saved"
         checkpoint.save(place, nest(values), METADATA)
@@ -101,7 +107,7 @@ def test_digests_do_not_depend_on_slices_or_chunks(
 
 def test_chunks_of_large_arrays_are_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Orbax cuts the longest axis first; ours are told where to cut before."""
-    monkeypatch.setattr(checkpoint, "_CHUNK", 2**12)
+    monkeypatch.setattr(checkpoint, "CHUNK", 2**12)
     shapes = [(2, 4, 10, 64), (64, 131), (2**13,), (1310, 16), (3, 2, 2**11), (2, 101, 70)]
     values = {f"w{index}": np.ones(shape, np.float32) for index, shape in enumerate(shapes)}
     checkpoint.save(tmp_path / "saved", values, METADATA)

@@ -342,7 +342,11 @@ def test_tfds_text_without_tensorflow(tmp_path):
     write_tfds(tmp_path, "numbers", {"n": tfds.features.Scalar(np.int64)}, [{"n": 1}])
     write_tfds(tmp_path, "untrained", {"text": tfds.features.Text()}, [{"text": "x"}], split="test")
     write_tfds(tmp_path, "blank", {"text": tfds.features.Text()}, [{"text": ""}])
-    for name, message in {"numbers": "no feature 'text'", "untrained": "split 'train'", "blank": "has no text",
+    write_tfds(tmp_path, "in_order", {"text": tfds.features.Text()}, [{"text": "x"}])
+    facts = tmp_path / "in_order" / "1.0.0" / "dataset_info.json"  # a format without random access
+    facts.write_text(facts.read_text().replace('"array_record"', '"tfrecord"'))
+    for name, message in {"in_order": "file_format='array_record'", "numbers": "no feature 'text'",
+                          "untrained": "split 'train'", "blank": "has no text",
                           "missing": "nothing is downloaded", "../x": "cannot be read"}.items():
         with pytest.raises(Refused, match=message):
             data.open_text(config(tfds=name, tfds_dir=str(tmp_path)))

@@ -21,6 +21,7 @@ from gt_jax.growth.entries import Plan
 from gt_jax.growth.plan import identity_plan, make_plan
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.sharding import Rules
+from gt_jax.training.thaw import moving
 from gt_jax.typing import Tree
 
 PlanKind = Literal["block", "dealt", "layer", "split", "re-entry", "stack", "once"]
@@ -136,14 +137,10 @@ def build(
 def with_random_layers(config: ModelConfig, variables: Tree, plan: Plan, fresh: Tree) -> Tree:
     """The grown variables, the layers that stand for a second or later pass taken from `fresh`."""
 
-    def chosen(path: tuple, old: jax.Array, new: jax.Array) -> jax.Array | np.ndarray:
-        names = [str(getattr(key, "key", key)) for key in path]
-        if not names[1].startswith("segment"):
-            return old
-        segment, slot = int(names[1].removeprefix("segment")), int(names[2].removeprefix("layer"))
-        blocks = config.depth.segments[segment].repeats
-        added = [plan.entries[config.depth.layer(segment, block, slot)].copy > 1 for block in range(blocks)]
-        mask = np.asarray(added).reshape(blocks, *[1] * (old.ndim - 1))
+    added = [target for target, entry in enumerate(plan.entries) if entry.copy > 1]
+
+    def chosen(mask: np.ndarray, old: jax.Array, new: jax.Array) -> np.ndarray:
         return np.where(mask, np.asarray(new), np.asarray(old))
 
-    return jax.tree_util.tree_map_with_path(chosen, variables, fresh)
+    return {name: jax.tree.map(chosen, moving(tree, config.depth, added), tree, fresh[name])
+            for name, tree in variables.items()}  # fmt: skip

@@ -25,13 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gt_jax.checkpoint_arrays import ArrayFiles, Extent, write_at
-from gt_jax.checkpoint_files import sync
-from gt_jax.checkpoint_slices import LIMIT, LeafDigest, Slice, SliceReader
+from gt_jax.checkpoint_files import CHUNK, sync
+from gt_jax.checkpoint_slices import Slice, SliceReader
 from gt_jax.growth.behind import Countdown, WriteBehind
 from gt_jax.growth.finite import first_not_finite
 from gt_jax.growth.journal import Journal
 from gt_jax.growth.rules import treatment
 from gt_jax.growth.transform import Leaf, grow_slice
+from gt_jax.tree_paths import LeafDigest
 
 PIECES = (2**21, 2**17, 2**13)  # values; the large one and its result stay in a core's cache
 _AHEAD = 2**26  # bytes under way at most, each way, however large the budget
@@ -64,7 +65,7 @@ class Budget:
     @property
     def slice(self) -> int:
         """Bytes of a slice, where the source's chunks allow it."""
-        return min(self.memory // 8, LIMIT)
+        return min(self.memory // 8, CHUNK)
 
     @property
     def reading(self) -> int:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from gt_jax.checkpoint_files import StrPath
-from gt_jax.errors import Refused
 from gt_jax.growth.entries import Plan
 
 _ROUNDING = 1e-6
@@ -41,12 +38,3 @@ def under_served(plan: Plan) -> tuple[UnderServed, ...]:
         if children and (granted < asked - _ROUNDING or kept < 1 - _ROUNDING):
             found.append(UnderServed(source, asked, granted, kept, children))
     return tuple(found)
-
-
-def stored_plan(metadata: Mapping[str, Any], path: StrPath) -> Plan:
-    """The plan that a grown checkpoint, or one trained on from it, carries; raises `Refused` where there is none."""
-    grown = metadata.get("grown_from")
-    if not isinstance(grown, Mapping) or "plan" not in grown:
-        raise Refused(f"{path} was not grown: its metadata has no grown_from with a plan; name a checkpoint that "
-                      "gt_jax.grow wrote")
-    return Plan.from_json(grown["plan"])

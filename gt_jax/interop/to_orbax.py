@@ -116,7 +116,9 @@ def _write(source: Source, place: Path, expected: Expected, own: Mapping[str, np
     started = time.monotonic()
     try:
         for path, value in own.items():
-            _leaf_files(stage, path, expected.tensors[path]).write(0, value)
+            files = _leaf_files(stage, path, expected.tensors[path])
+            files.write(0, value)
+            files.sync()
         for group in groups(expected.leaves, lambda leaf: _nbytes(expected.tensors[leaf.path])):
             for leaf in group:
                 _convert(source, leaf, expected.tensors[leaf.path], stage)

@@ -48,7 +48,7 @@ def small_and_once() -> Any:
     """The model code is asked once what a child's tensors are; small tensors are stored in chunks, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "child_abstract", functools.cache(transform.child_abstract))
-        patch.setattr(checkpoint, "_CHUNK", 512)
+        patch.setattr(checkpoint, "CHUNK", 512)
         patch.setattr(stream, "SECONDS", 0.0)  # a line of progress for every source tensor
         yield
 

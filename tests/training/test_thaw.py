@@ -11,7 +11,8 @@ from gt_jax import checkpoint, train
 from gt_jax.data import DataConfig
 from gt_jax.errors import Refused
 from gt_jax.growth.entries import Entry, Plan
-from gt_jax.growth.under_served import stored_plan, under_served
+from gt_jax.growth.provenance import stored_plan
+from gt_jax.growth.under_served import under_served
 from gt_jax.layout import parse
 from gt_jax.model import abstract
 from gt_jax.sharding import Rules, lay_out, make_mesh

@@ -53,8 +53,19 @@ def variables(name):
 
 
 @functools.cache
-def run(name):
-    return jax.jit(lambda v, x, ids=None: forward(LanguageModel(MODELS[name]), v, x, ids, mtp=True))
+def program(name):
+    return jax.jit(lambda v, x, ids: forward(LanguageModel(MODELS[name]), v, x, ids, mtp=True))
+
+
+def run(name, v, x, ids=None):
+    """The forward pass; rows are one document each where `ids` does not say otherwise, so that one program serves."""
+    return program(name)(v, x, jnp.ones_like(x) if ids is None else ids)
+
+
+@functools.cache
+def rows(config):
+    """The logits of rows that are run chunk by chunk."""
+    return jax.jit(lambda v, x, ids: forward_rows(LanguageModel(config), v, x, ids, free_passes())[0])
 
 
 @pytest.mark.slow
@@ -62,7 +73,7 @@ def run(name):
 def test_no_logit_depends_on_a_later_token(name):
     x = tokens(12)
     changed = x.at[:, 7].set((x[:, 7] + 1) % 257)
-    a, b = (run(name)(variables(name), t) for t in (x, changed))
+    a, b = (run(name, variables(name), t) for t in (x, changed))
     assert np.array_equal(a.logits[:, :7], b.logits[:, :7])
     assert not np.allclose(a.logits[:, 7:], b.logits[:, 7:])
     if a.mtp_logits is not None:  # they look one token ahead, no further
@@ -74,7 +85,7 @@ def test_no_logit_depends_on_a_later_token(name):
 @pytest.mark.parametrize("name", [name for name in CAUSAL if name not in ("reversible", "exit, streams")])
 def test_decoding_equals_the_forward_pass(name):
     x, v = tokens(12), variables(name)
-    whole = run(name)(v, x).logits
+    whole = run(name, v, x).logits
     np.testing.assert_allclose(decoded(MODELS[name], v, x, 9)[0], whole, atol=5e-5)
 
 
@@ -83,9 +94,9 @@ def test_decoding_equals_the_forward_pass(name):
 def test_documents_of_a_row_are_apart(name):
     x = tokens(12)
     ids = jnp.asarray([[1] * 7 + [2] * 5] * 2, jnp.int32)
-    together = run(name)(variables(name), x, ids).logits
+    together = run(name, variables(name), x, ids).logits
     changed = x.at[:, 3].set((x[:, 3] + 1) % 257)
-    again = run(name)(variables(name), changed, ids).logits
+    again = run(name, variables(name), changed, ids).logits
     np.testing.assert_allclose(again[:, 7:], together[:, 7:], atol=1e-6)
 
 
@@ -114,16 +125,15 @@ class _Scanned(LanguageModel):
 @pytest.mark.slow
 def test_chunks_hand_their_memory_on_and_only_to_their_own_document():
     v, x = variables("all components"), tokens(24)
-    network = LanguageModel(FULL)
     one_document = jnp.ones_like(x)
     two = jnp.asarray([[1] * 12 + [2] * 12] * 2, jnp.int32)
-    rows = jax.jit(lambda ids: forward_rows(network, v, x, ids, free_passes())[0])
-    first = run("all components")(v, x[:, :12])
-    second = jax.jit(lambda m: forward(network, v, x[:, 12:], memory=m))(first.memory)
-    np.testing.assert_allclose(rows(one_document)[:, 12:], second.logits, atol=1e-5)
-    apart = run("all components")(v, x[:, 12:]).logits
-    np.testing.assert_allclose(rows(two)[:, 12:], apart, atol=1e-5)
-    assert not np.allclose(rows(one_document)[:, 12:], apart, atol=1e-4)
+    together, divided = (rows(FULL)(v, x, ids)[:, 12:] for ids in (one_document, two))
+    first = run("all components", v, x[:, :12])
+    second = jax.jit(lambda m: forward(LanguageModel(FULL), v, x[:, 12:], memory=m))(first.memory)
+    np.testing.assert_allclose(together, second.logits, atol=1e-5)
+    apart = run("all components", v, x[:, 12:]).logits
+    np.testing.assert_allclose(divided, apart, atol=1e-5)
+    assert not np.allclose(together, apart, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -134,9 +144,9 @@ def test_sampling_goes_on_from_chunk_to_chunk(prompt):
     x = np.asarray(tokens(prompt), np.int32)
     drawn = generate(config, v, x, 24 - prompt, temperature=0.0, top_k=None)
     whole = jnp.concatenate([x, drawn], axis=1)
-    rows = jax.jit(lambda x: forward_rows(LanguageModel(config), v, x, jnp.ones_like(x), free_passes())[0])
+    logits = rows(config)(v, whole, jnp.ones_like(whole))
     # the first token of a chunk is drawn from the logits of the last token of the chunk before
-    np.testing.assert_array_equal(drawn, jnp.argmax(rows(whole)[:, prompt - 1 : -1], axis=-1))
+    np.testing.assert_array_equal(drawn, jnp.argmax(logits[:, prompt - 1 : -1], axis=-1))
 
 
 def test_rows_that_are_no_whole_chunks_are_refused():

@@ -1,4 +1,4 @@
-"""The demo, shortened: it tells its story to the end, leaves what it says it leaves, and can be run again.
+"""The demo, shortened: interrupted it goes on, tells its story to the end, leaves what it says it leaves.
 
 On a narrower model of half the layers, which compiles in half the time; `make demo` runs the true one.
 """
@@ -13,11 +13,26 @@ from gt_jax import checkpoint, demo, presets
 
 
 @pytest.mark.slow
-def test_the_demo_in_a_few_steps_and_again(tmp_path, capsys, monkeypatch):
+def test_the_demo_in_a_few_steps_interrupted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "tiny", lambda: presets.tiny().replace(layout="DG*2", width=48))
     monkeypatch.setattr(demo, "EVALUATION_BATCHES", 2)
     place = tmp_path / "demo"
     words = ["--output", str(place), "--steps", "20", "--more", "2"]
+    true, seen = demo.train_on, []
+
+    def interrupted(one, *rest):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(true(one, *rest))
+        return seen[-1]
+
+    monkeypatch.setattr(demo, "train_on", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main(words)
+    before = [checkpoint.content_hash(place / name) for name in ("source", "grown")]
+    assert capsys.readouterr().out == "" and not (place / "report.json").exists()
+
+    monkeypatch.setattr(demo, "train_on", true)
     assert demo.main(words) == 0
     shown = capsys.readouterr().out
     rows = [line for line in shown.splitlines() if line.strip()]
@@ -25,16 +40,12 @@ def test_the_demo_in_a_few_steps_and_again(tmp_path, capsys, monkeypatch):
     for name in ("growth.png", "depth.png"):
         assert (place / name).read_bytes().startswith(b"\x89PNG")
     report = json.loads((place / "report.json").read_text())
-    assert [one["layers"] for one in report["outcomes"]] == [20, 20, 20, 4, 20]
-    source, grown = report["source"], report["outcomes"][2]
-    assert grown["before"] == pytest.approx(source["loss"], rel=0.05)
-    assert report["outcomes"][4]["before"] > 1.2 * source["loss"]
-    metadata = checkpoint.describe(place / "grown")[1]
-    assert metadata["grown_from"]["plan"]["layout"] == "DG*10"
+    outcomes, source = report["outcomes"], report["source"]
+    assert [one["layers"] for one in outcomes] == [20, 20, 20, 4, 20]
+    assert outcomes[2]["before"] == pytest.approx(source["loss"], rel=0.05)
+    assert outcomes[4]["before"] > 1.2 * source["loss"]
+    assert checkpoint.describe(place / "grown")[1]["grown_from"]["plan"]["layout"] == "DG*10"
 
-    before = checkpoint.content_hash(place / "source")
-    assert demo.main(words) == 0
-    again = capsys.readouterr().out
-    losses = [[row.split()[-5:-1] for row in text.rstrip().splitlines()[3:]] for text in (shown, again)]
-    assert losses[0] == losses[1]
-    assert checkpoint.content_hash(place / "source") == before
+    assert [checkpoint.content_hash(place / name) for name in ("source", "grown")] == before
+    for first, again in zip(seen, outcomes, strict=False):
+        assert (first.name, first.before, first.after) == (again["name"], again["before"], again["after"])

@@ -22,6 +22,7 @@ from gt_jax.layers.adaptive_depth import (
     PassControl,
     PassStatistics,
     delta_ratio,
+    no_statistics,
     run_passes,
     stream_mean,
 )
@@ -137,14 +138,15 @@ class Layer(nn.Module):
             one = self.update(x, place, cache, link)
             moved = x + one.value
             return moved, stream_mean(moved), one.statistics, one.cache, one.link
-        if self.is_initializing():  # the lifted scan and cond need the parameters to exist
-            self.delta(x, place, None if cache is None else jax.tree.map(lambda a: a[0], cache))
+        if self.is_initializing():  # one call makes every parameter; tracing the passes would triple its time
+            self.delta(x, place)
             self.halting(jnp.zeros((*x.shape[:2], FEATURES), jnp.float32))
+            return x, stream_mean(x), _unseen(adaptive.max_passes, self.config), cache, None
         moved, first, statistics, caches = run_passes(
             self, x, adaptive, control, cache,
             real=real_tokens(place.segment_ids), delta=lambda layer, x, cache: layer.delta(x, place, cache),
             gain=self.gain, remat=self.config.remat == "pass",
-            experts=0 if self.config.moe is None else self.config.moe.experts,
+            experts=_experts(self.config),
         )  # fmt: skip
         self._observe(statistics.score_variance[0])
         return moved, first, statistics, caches, None
@@ -184,6 +186,15 @@ def _dense(x: Activations) -> MLPOutput:
     zero = jnp.zeros((), jnp.float32)
     none = jnp.zeros((0,), jnp.float32)
     return MLPOutput(y=x, auxiliary_loss=zero, experts=none, null_rate=zero, router_entropy=zero)
+
+
+def _experts(config: ModelConfig) -> int:
+    return 0 if config.moe is None else config.moe.experts
+
+
+def _unseen(passes: int, config: ModelConfig) -> PassStatistics:
+    """The statistics of passes that did not run: zeros with a leading pass axis."""
+    return jax.tree.map(lambda zero: jnp.stack([zero] * passes), no_statistics(_experts(config)))
 
 
 def _single(ratio: Array, seen: LayerOutput) -> PassStatistics:

@@ -162,12 +162,10 @@ def test_the_token_after_the_next_is_of_the_same_document():
 
 @pytest.mark.slow
 def test_tokens_leave_the_stack_and_pay_for_what_they_use():
-    def used(threshold):
-        config = MODELS["exit"].replace(exit=ExitConfig(threshold=threshold))
-        output = jax.jit(lambda v, x: forward(LanguageModel(config), v, x))(perturbed(config), tokens(12))
-        return float(jnp.sum(output.statistics.alive)), float(output.ponder)
-
-    (few, cheap), (many, dear) = used(0.2), used(0.999)
+    v, x = variables("exit"), tokens(12)
+    sooner = LanguageModel(MODELS["exit"].replace(exit=ExitConfig(threshold=0.2)))
+    outputs = jax.jit(lambda v, x: forward(sooner, v, x))(v, x), run("exit", v, x)
+    (few, cheap), (many, dear) = ((float(jnp.sum(one.statistics.alive)), float(one.ponder)) for one in outputs)
     assert 1 <= few < many <= 4
     assert few <= cheap <= few + 1 and many <= dear <= many + 1
 

@@ -1,7 +1,8 @@
-"""Two real processes grow one checkpoint: the same values as one process, and nobody waits for one that gave up."""
+"""Real processes grow one checkpoint: the values of one, nobody waits for one that gave up, any number resumes."""
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -58,22 +59,23 @@ def run(arguments: list[str], count: int, program: tuple[str, ...] = ("-m", "gt_
 
 
 @pytest.mark.slow
-def test_two_processes_make_what_one_makes_and_stop_together(tmp_path: Path) -> None:
+def test_processes_stop_together_and_any_number_finishes_what_one_makes(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "source", perturbed(CONFIG), {"config": CONFIG.to_json(), "kind": "train", "step": 1})
     arguments = [str(tmp_path / "source"), str(tmp_path / "target"), "--plan", "identity", "--seed", "3", "--json"]
     ends = run(arguments, 2, ("-c", STOPPED))
     assert [end[0] for end in ends] == [1, 1], ends
     assert "process 0: " in ends[1][2] and "No space left" in ends[1][2]
     assert not (tmp_path / "target").exists() and (tmp_path / "target.unfinished").is_dir()
-    first, second = run([*arguments, "--resume"], 2)
-    assert (first[0], second[0]) == (0, 0), (first, second)
-    shown = json.loads(first[1])
-    assert second[1] == "" and shown["report"]["kept"] > 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
-    alone = tmp_path / "alone"
-    grow.main([arguments[0], str(alone), *arguments[2:]])
-    assert checkpoint.content_hash(alone) == checkpoint.content_hash(tmp_path / "target")
-    assert checkpoint.describe(alone)[1] == checkpoint.describe(tmp_path / "target")[1]
+    shutil.copytree(tmp_path / "target.unfinished", tmp_path / "by_one.unfinished")
+    first, *others = run([*arguments, "--resume"], 3)
+    assert [first[0], *(end[0] for end in others)] == [0, 0, 0], (first, others)
+    assert [end[1] for end in others] == ["", ""] and json.loads(first[1])["report"]["kept"] > 0
+    for name, words in (("by_one", ["--resume"]), ("alone", [])):
+        grow.main([arguments[0], str(tmp_path / name), *arguments[2:], *words])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "by_one", "source", "target"]
+    made = [tmp_path / name for name in ("target", "by_one", "alone")]
+    assert len({checkpoint.content_hash(path) for path in made}) == 1
+    assert checkpoint.describe(made[0])[1] == checkpoint.describe(made[1])[1] == checkpoint.describe(made[2])[1]
 
 
 def test_one_process_shares_with_nobody() -> None:

@@ -314,12 +314,21 @@ def kill(case: Case, folder: Path, events: list[int], moments: list[float]) -> l
 def test_killed_at_write_boundaries_and_at_random_times(case: Case, changes: int, tmp_path: Path) -> None:
     """The source is as it was, the target whole or absent, and a resume finishes to the same bytes.
 
-    The same holds for every change and for thirty moments (`kill` with those), which takes minutes.
+    `pytest -m exhaustive` does it at every change and at thirty moments.
     """
     events = sorted({1, 2, 3, 5, *map(int, np.linspace(8, changes - 20, 5)), *range(changes - 8, changes + 1, 2)})
     moments = np.random.default_rng(11).uniform(0.1, 1.0, size=3)
     kept = kill(case, tmp_path, events, list(map(float, moments)))
     assert any(count > 0 for count in kept) and 0 in kept
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+def test_killed_at_every_write_boundary_and_at_thirty_moments(case: Case, changes: int, tmp_path: Path) -> None:
+    """Takes ten minutes or more; the suite has a sample of it."""
+    moments = np.random.default_rng(12).uniform(0.05, 2.0, size=30)
+    kept = kill(case, tmp_path, list(range(1, changes + 1)), list(map(float, moments)))
+    print(f"{changes} changes and {len(moments)} moments: resume kept up to {max(kept)} tensors")
 
 
 @pytest.mark.slow

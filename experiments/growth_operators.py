@@ -56,7 +56,7 @@ def study_and_report(study: StudyConfig, work: Path, output: Path, command: Sequ
     """Run what is not done yet, write the three results, and return the Markdown text."""
     from experiments.growth_study import results
     from experiments.growth_study.engine import Engine
-    from experiments.growth_study.run import CONTROLS, SCRATCH_FLOPS, Progress, Seed, costs
+    from experiments.growth_study.run import CONTROLS, LONGER, SCRATCH_FLOPS, Progress, Seed, costs
     from experiments.growth_study.store import Store
     from gt_jax.data import open_text
 
@@ -65,14 +65,14 @@ def study_and_report(study: StudyConfig, work: Path, output: Path, command: Sequ
     results.check_output(output, study, content)
     store, engine = Store(work, study, content), Engine(study)
     one = costs(study)
-    tuning = (len(study.scratch_rates) - 1) * one[SCRATCH_FLOPS]
+    tuning = (len(study.scratch_rates) - 1) * one[SCRATCH_FLOPS] + (len(study.longer_rates) - 1) * one[LONGER]
     progress = Progress(len(study.seeds) * sum(one.values()) + tuning)
-    units, rate = {}, None
+    units, rates = {}, None
     for seed in study.seeds:
-        units[seed], rate = Seed(engine, study, store, seed, progress).run(rate)
-    assert rate is not None and set(CONTROLS) <= set(units[study.seeds[0]])
+        units[seed], rates = Seed(engine, study, store, seed, progress).run(rates)
+    assert rates is not None and set(CONTROLS) <= set(units[study.seeds[0]])
     about = results.About(study, content, tuple(command), time.monotonic() - began)
-    return results.write(output, about, units, rate)
+    return results.write(output, about, units, rates)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from tests.support import perturbed
 
 TOY = {"layout": "D*2", "target_layers": 4, "width": 16, "sequence_length": 16, "rows": 2, "source_steps": 4,
        "further_steps": 2, "measuring_batches": 1, "evaluation_batches": 3, "calibration_batches": 1,
-       "calibration_iterations": 1, "scratch_rates": (1e-3, 3e-3)}  # fmt: skip
+       "calibration_iterations": 1, "scratch_rates": (1e-3, 3e-3), "longer_rates": (1e-3,)}  # fmt: skip
 FULL = StudyConfig(text=("any.txt",))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.growth_study.engine import Losses
 from experiments.growth_study.operators import OPERATORS
-from experiments.growth_study.run import CONTROLS, SCRATCH_TOKENS
+from experiments.growth_study.run import CONTROLS, SCRATCH_TOKENS, Rates
 from experiments.growth_study.store import check_same
 from experiments.growth_study.study import StudyConfig
 from gt_jax.errors import Refused
@@ -145,7 +145,7 @@ def _named(study: StudyConfig) -> StudyConfig:
     return study.replace(text=tuple(Path(name).name for name in study.text))
 
 
-def write(output: Path, about: About, units: Units, rate: float) -> str:
+def write(output: Path, about: About, units: Units, rates: Rates) -> str:
     """Write OUTPUT/growth_operators.{json,md,png}; returns the Markdown text."""
     from experiments.growth_study.picture import draw
     from experiments.growth_study.tables import markdown
@@ -153,12 +153,12 @@ def write(output: Path, about: About, units: Units, rate: float) -> str:
     found = figures(about.study, units)
     study, folders = _named(about.study), {name: Path(name).name for name in about.study.text}
     command = " ".join(["python experiments/growth_operators.py", *(folders.get(w, w) for w in about.command)])
-    text = markdown(study, units, found, rate, command)
+    text = markdown(study, units, found, rates, command)
     output.mkdir(parents=True, exist_ok=True)
     everything = {
         "config": study.to_json(), "content": about.content, "command": command, "versions": versions(),
         "machine": {"cores": _cores(), "device": _device()}, "seconds_of_this_call": about.seconds,
-        "scratch_rate": rate, "figures": found, "units": {str(seed): one for seed, one in units.items()},
+        "rates": rates._asdict(), "figures": found, "units": {str(seed): one for seed, one in units.items()},
     }  # fmt: skip
     write_whole(output / f"{NAME}.json", json.dumps(everything) + "\n")
     write_whole(output / f"{NAME}.md", text)

@@ -6,7 +6,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,13 @@ ON_TOKENS, ON_FLOPS = "source trained on, equal tokens", "source trained on, equ
 LONGER = f"{DEALT}, for half of scratch's tokens"
 CONTROLS = (ON_TOKENS, ON_FLOPS, LONGER, SCRATCH_TOKENS, SCRATCH_FLOPS)
 SOURCE_SAMPLES, CONTROL_POINTS = 12, 8
+
+
+class Rates(NamedTuple):
+    """Learning rates that were tuned at the first seed: from scratch, and of the grown model trained on for longer."""
+
+    scratch: float
+    longer: float
 
 
 class Progress:
@@ -71,15 +78,15 @@ def costs(study: StudyConfig) -> dict[str, float]:
 
 
 class Seed:
-    """All units of one seed. `rate` is the learning rate of the model from scratch, None where it is to be tuned."""
+    """All units of one seed; see `run`."""
 
     def __init__(self, engine: Engine, study: StudyConfig, store: Store, seed: int, progress: Progress) -> None:
         self.engine, self.study, self.store, self.seed, self.progress = engine, study, store, seed, progress
         self.material = open_material(study, seed)
         self.deep = study.source.plain.replace(layout=self._deep_layout())
 
-    def run(self, rate: float | None = None) -> tuple[dict[str, Any], float]:
-        """Every unit of this seed, made or found, and the learning rate from scratch."""
+    def run(self, rates: Rates | None = None) -> tuple[dict[str, Any], Rates]:
+        """Every unit of this seed, made or found, and the rates, which are tuned here where they are None."""
         cost = costs(self.study)
         source, variables = self._source(cost["source"])
         units = {"source": source}
@@ -88,21 +95,22 @@ class Seed:
                                               functools.partial(self._grown, operator, source, variables))
         units["analysis"] = self._unit("analysis", cost["analysis"],
                                        lambda: self._analysis(source, variables, units))
-        tried: dict[str, Any] = {}
-        if rate is None:
-            steps = self._equal_steps(source)
-            for one in self.study.scratch_rates:
-                name = f"scratch at {one:g}"
-                tried[name] = self._unit(name, cost[SCRATCH_FLOPS], functools.partial(self._scratch, steps, one))
-            rate = min(tried.values(), key=lambda record: record["final"])["rate"]
-            units["tuning"] = {"tried": {str(one["rate"]): one["final"] for one in tried.values()}, "steps": steps}
-            units[SCRATCH_FLOPS] = next(record for record in tried.values() if record["rate"] == rate)
+        scratch = functools.partial(self._scratch, self._equal_steps(source))
+        longer = functools.partial(self._longer, source, variables)
+        if rates is None:
+            tried = {SCRATCH_FLOPS: self._tried("scratch", self.study.scratch_rates, cost[SCRATCH_FLOPS], scratch),
+                     LONGER: self._tried("grown, longer", self.study.longer_rates, cost[LONGER], longer)}
+            units["tuning"] = {name: {str(one["rate"]): one["final"] for one in records}
+                               for name, records in tried.items()}
+            units |= {name: min(records, key=lambda record: record["final"]) for name, records in tried.items()}
+            rates = Rates(units[SCRATCH_FLOPS]["rate"], units[LONGER]["rate"])
+        everything = self.study.source_steps + self.study.further_steps
         makers: dict[str, Callable[[], dict[str, Any]]] = {
             ON_TOKENS: lambda: self._on(self.study.further_steps, source, variables),
             ON_FLOPS: lambda: self._on(self._steps_on(source), source, variables),
-            LONGER: lambda: self._longer(source, variables),
-            SCRATCH_TOKENS: lambda: self._scratch(self.study.source_steps + self.study.further_steps, rate),
-            SCRATCH_FLOPS: lambda: self._scratch(self._equal_steps(source), rate),
+            LONGER: lambda: longer(rates.longer),
+            SCRATCH_TOKENS: lambda: self._scratch(everything, rates.scratch),
+            SCRATCH_FLOPS: lambda: scratch(rates.scratch),
         }
         for name in CONTROLS:
             if name not in units:
@@ -111,7 +119,12 @@ class Seed:
                 if name in {*(one.name for one in OPERATORS), ON_TOKENS} and not unit.get("diverged")}
         if len(same) > 1:
             raise Failed(f"seed {self.seed}: contenders were trained on {len(same)} different series of batches")
-        return units, rate
+        return units, rates
+
+    def _tried(self, name: str, rates: Sequence[float], cost: float,
+               make: Callable[[float], Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """A unit at each learning rate."""
+        return [self._unit(f"{name} at {rate:g}", cost, functools.partial(make, rate)) for rate in rates]
 
     def _unit(self, name: str, cost: float, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         unit, found = self.store.unit(self.seed, name, make)
@@ -178,15 +191,15 @@ class Seed:
         stream.restore({**stream.state(), "batches": batches})
         return stream
 
-    def _longer(self, source: Mapping[str, Any], variables: Tree) -> dict[str, Any]:
+    def _longer(self, source: Mapping[str, Any], variables: Tree, rate: float) -> dict[str, Any]:
         """The dealt model trained on for half of what the model from scratch is given, evaluated often."""
         steps = (self.study.source_steps + self.study.further_steps) // 2
         operator = next(one for one in OPERATORS if one.name == DEALT)
-        return self._grown(operator, source, variables, steps, (0, *self._control_points(steps)))
+        return self._grown(operator, source, variables, steps, (0, *self._control_points(steps)), rate)
 
     def _grown(self, operator: Operator, source: Mapping[str, Any], variables: Tree, steps: int | None = None,
-               points: Sequence[int] | None = None) -> dict[str, Any]:
-        """Grow, and train on for `steps` (the study's further ones), evaluated at `points` (the study's)."""
+               points: Sequence[int] | None = None, rate: float | None = None) -> dict[str, Any]:
+        """Grow, and train on for `steps` at `rate`, evaluated at `points`; what is None is the study's."""
         study = self.study
         steps, points = steps or study.further_steps, points or study.points
         counts = repetition.from_json(source["measured"])
@@ -195,7 +208,7 @@ class Seed:
         passes = source["adaptive"]["passes"]
         grown = build(operator, study, variables, counts, self.seed, calibration, passes, self.engine.fresh)
         record = self._trained(grown.config, grown.variables, self._position(study.source_steps), steps,
-                               study.further_rate, points)  # fmt: skip
+                               rate or study.further_rate, points)  # fmt: skip
         first = record["losses"]["0"]
         gap = 100 * (Losses(**first).mean / source["loss"] - 1)
         step = self._step_flops(grown.config)

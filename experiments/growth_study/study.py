@@ -29,7 +29,8 @@ class StudyConfig(Config):
     """All that determines the figures. Steps are of `rows` x `sequence_length` bytes; rates are peaks.
 
     `price_target` is the mean number of passes that the compute price steers the sources to.
-    `scratch_rates` are tried at the first seed, for the number of steps that costs what source and growth cost.
+    `scratch_rates` are tried at the first seed, for the number of steps that costs what source and growth cost;
+    `longer_rates` there too, for the grown model that is given half of the tokens of the one from scratch.
     """
 
     text: tuple[str, ...]
@@ -49,6 +50,7 @@ class StudyConfig(Config):
     source_rate: float = 3e-3
     further_rate: float = 1e-3
     scratch_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    longer_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     noise_std: float = 1e-4
 
     def problems(self) -> list[str]:
@@ -61,8 +63,9 @@ class StudyConfig(Config):
             wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
         if self.width < 8 or self.width % 8:
             wrong.append(f"width is {self.width}; it must be a multiple of 8, four heads of an even width")
-        if not self.scratch_rates or min((*self.scratch_rates, self.source_rate, self.further_rate)) <= 0:
-            wrong.append("every learning rate must be positive, and scratch_rates needs at least one")
+        tried = self.scratch_rates, self.longer_rates
+        if not all(tried) or min((*tried[0], *tried[1], self.source_rate, self.further_rate)) <= 0:
+            wrong.append("every learning rate must be positive, and scratch_rates and longer_rates need at least one")
         return wrong
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.growth_study.operators import BLOCK, DEALT, ONCE, OPERATORS, README
 from experiments.growth_study.results import Spread, Units, best, of, paired, spread
-from experiments.growth_study.run import CONTROLS, LONGER, ON_FLOPS, ON_TOKENS, SCRATCH_FLOPS, SCRATCH_TOKENS
+from experiments.growth_study.run import CONTROLS, LONGER, ON_FLOPS, ON_TOKENS, SCRATCH_FLOPS, SCRATCH_TOKENS, Rates
 from experiments.growth_study.study import StudyConfig
 
 GAP_WANTED, CALIBRATED_WANTED, SHARE_WANTED = 1.0, 0.3, 0.5
@@ -24,7 +24,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (headers, rule, *rows)]
 
 
-def markdown(study: StudyConfig, units: Units, found: Found, rate: float, command: str) -> str:
+def markdown(study: StudyConfig, units: Units, found: Found, rates: Rates, command: str) -> str:
     """The whole report."""
     names = [one.name for one in OPERATORS]
     order = sorted(names, key=lambda name: of(found, name, "final").mean)
@@ -42,14 +42,16 @@ def markdown(study: StudyConfig, units: Units, found: Found, rate: float, comman
         "## The sources", "", *sources(units), "",
         "## Operators, by their loss after training on", "",
         *table(("operator", "layers", "gap at growth, %", "thousand bytes back to the source's loss",
-                f"loss after {tokens:.0f} thousand bytes", f"minus {first}", "seconds"),
+                f"loss after {tokens:.0f} thousand bytes", f"minus {first}"),
                [(name, layers(found, name), signed(of(found, name, "gap")), of(found, name, "back").text("{:.0f}"),
-                 of(found, name, "final").text(), signed(paired(found, name, first), "{:+.4f}"),
-                 of(found, name, "seconds").text("{:.0f}")) for name in order]),
+                 of(found, name, "final").text(), signed(paired(found, name, first), "{:+.4f}"))
+                for name in order]),
         "", "## Against the controls, by total training FLOPs", "",
         *controls(study, found, order), "",
-        f"From scratch: {study.target_layers} layers, learning rate {rate:g}, the best of {tuned(study, units)} by "
-        f"the held-out loss of the run at equal FLOPs at seed {study.seeds[0]}. *Thousand bytes to scratch* are those "
+        f"From scratch: {study.target_layers} layers, learning rate {rates.scratch:g}, the best of "
+        f"{tuned(study, units, SCRATCH_FLOPS)} by the held-out loss of the run at equal FLOPs at seed "
+        f"{study.seeds[0]}. {LONGER}: {rates.longer:g}, likewise the best of {tuned(study, units, LONGER)}. "
+        "*Thousand bytes to scratch* are those "
         f"after growth until the final loss of the model from scratch on {total:.0f} thousand bytes; the *share* is of "
         "those, in brackets with the source's own training counted too. FLOPs are counted as growth_study/flops.py "
         "says; calibration is in them.", "",
@@ -83,14 +85,14 @@ def sources(units: Units) -> list[str]:
         fixed = one["analysis"]["passes_fixed"]
         rows.append((str(seed), f"{source['loss']:.4f}", f"{sum(a['expected_k'] for a in own) / len(own):.2f}",
                      " ".join(str(a["k_exec"]) for a in own), f"{fixed:+.2f}",
-                     f"{100 * source['separation']['windows_seen']:.1f}", f"{source['seconds']:.0f}"))  # fmt: skip
+                     f"{100 * source['separation']['windows_seen']:.1f}"))  # fmt: skip
     return table(("seed", "held-out loss", "mean passes", "k_exec", "passes fixed at k_exec, %",
-                  "held-out windows of 64 bytes also in the training part, %", "seconds"), rows)  # fmt: skip
+                  "held-out windows of 64 bytes also in the training part, %"), rows)  # fmt: skip
 
 
-def tuned(study: StudyConfig, units: Units) -> str:
+def tuned(study: StudyConfig, units: Units, name: str) -> str:
     """The rates that were tried, with their losses."""
-    tried = units[study.seeds[0]]["tuning"]["tried"]
+    tried = units[study.seeds[0]]["tuning"][name]
     return ", ".join(f"{float(rate):g} ({loss:.4f})" for rate, loss in tried.items())
 
 
@@ -158,11 +160,10 @@ def findings(study: StudyConfig, units: Units, found: Found, first: str) -> list
     pairs = ((DEALT, BLOCK), (BLOCK, README), *((DEALT, other) for other in others))
     lines += [verdict(mine, other, paired(found, mine, other)) + "." for mine, other in pairs]
     lines += [reach(found, name) for name in (BLOCK, DEALT, LONGER)]
-    tried = units[study.seeds[0]]["tuning"]["tried"]
-    rates = sorted(tried, key=float)
-    if len(rates) > 1 and min(tried, key=tried.__getitem__) in (rates[0], rates[-1]):
-        lines.append("The model from scratch did best at the end of the rates that were tried; a rate beyond it may be "
-                     "better still.")  # fmt: skip
+    for name, tried in units[study.seeds[0]]["tuning"].items():
+        if len(tried) > 1 and min(tried, key=tried.__getitem__) in (min(tried, key=float), max(tried, key=float)):
+            lines.append(f"{name} did best at the end of the rates that were tried; a rate beyond it may be better "
+                         "still.")  # fmt: skip
     lines += [largest(units, name) for name in (BLOCK, DEALT)]
     if diverged := [name for name in found if any(found[name]["diverged"])]:
         lines.append(f"Diverged at one seed or more: {', '.join(diverged)}.")

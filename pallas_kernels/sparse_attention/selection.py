@@ -82,6 +82,14 @@ def budget(
     return jnp.minimum(wanted, visible_count[:, None])
 
 
+def sees(
+    query: Int[Array, "b t"], query_segment: Int[Array, "b t"], key: Int[Array, "b s"], key_segment: Int[Array, "b s"]
+) -> Bool[Array, "b t s"]:
+    """Causal and within the segment: key <= query in the row, same segment, which is not -1."""
+    same = (key_segment[:, None] == query_segment[..., None]) & (key_segment[:, None] != -1)
+    return same & (key[:, None] <= query[..., None])
+
+
 def select(
     scores: Float[Array, "b n t s"],
     visible: Bool[Array, "b t s"],
@@ -92,23 +100,50 @@ def select(
 
     Heads h read the scores of indexer head h // (h/n). The selection has no gradient.
     """
-    scores = jax.lax.stop_gradient(scores)
-    b, n, t, s = scores.shape
-    count = count.reshape(b, n, -1, t)
-    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32) + 1
-    keys = jnp.where(visible[:, None], jnp.where(sink[:, None], _SINK_KEY, bits), 0)[:, :, None]
-    entries = lambda mask: jnp.sum(mask, axis=-1, dtype=jnp.int32)  # noqa: E731 - one expression, used three times
-    threshold = _largest(KEY_BITS, count.shape, lambda c: entries(keys >= c[..., None]) >= count)
-    above = keys > threshold[..., None]
+    keys = ordered(scores, visible, sink)
+    return chosen(keys, *thresholds(keys, count))
+
+
+def ordered(
+    scores: Float[Array, "b n t s"], visible: Bool[Array, "b t s"], sink: Bool[Array, "b t s"]
+) -> Int[Array, "b n t s"]:
+    """Integers that order like the selection: 0 where not visible, then by score, sinks the largest."""
+    scores = jax.lax.stop_gradient(scores).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32) + 1
+    return jnp.where(visible[:, None], jnp.where(sink[:, None], _SINK_KEY, bits), 0)
+
+
+def thresholds(
+    keys: Int[Array, "b n t s"], count: Int[Array, "b h t"]
+) -> tuple[Int[Array, "b h t"], Int[Array, "b h t"]]:
+    """(threshold, end): the `count` largest keys are those above the threshold, and those equal to it before `end`."""
+    b, n, t, s = keys.shape
+    wanted, keys = count.reshape(b, n, -1, t), keys[:, :, None]
+    threshold = largest(KEY_BITS, wanted.shape, lambda c: entries(keys >= c[..., None]) >= wanted)
+    missing = wanted - entries(keys > threshold[..., None])
     tied = keys == threshold[..., None]
-    missing = count - entries(above)
     index = jnp.arange(s, dtype=jnp.int32)[None, None, None, None]
-    end = _largest(s.bit_length(), count.shape, lambda c: entries(tied & (index < c[..., None])) <= missing)
-    chosen = above | (tied & (index < end[..., None]))
-    return (chosen & visible[:, None, None]).reshape(b, -1, t, s)
+    end = largest(s.bit_length(), wanted.shape, lambda c: entries(tied & (index < c[..., None])) <= missing)
+    return threshold.reshape(count.shape), end.reshape(count.shape)
 
 
-def _largest(bits: int, shape: tuple[int, ...], holds: Callable[[Array], Array]) -> Int[Array, "b n r t"]:
+def chosen(
+    keys: Int[Array, "b n t s"], threshold: Int[Array, "b h t"], end: Int[Array, "b h t"], first: Array | int = 0
+) -> Bool[Array, "b h t s"]:
+    """Which keys are selected; `first` is the index of the first of them in the row that `thresholds` saw."""
+    b, n, t, s = keys.shape
+    keys, threshold, end = keys[:, :, None], threshold.reshape(b, n, -1, t, 1), end.reshape(b, n, -1, t, 1)
+    index = first + jnp.arange(s, dtype=jnp.int32)[None, None, None, None]
+    kept = (keys > threshold) | ((keys == threshold) & (index < end))
+    return (kept & (keys > 0)).reshape(b, -1, t, s)
+
+
+def entries(mask: Bool[Array, "*rest s"]) -> Int[Array, "*rest"]:
+    """How many are true, along the last axis."""
+    return jnp.sum(mask, axis=-1, dtype=jnp.int32)
+
+
+def largest(bits: int, shape: tuple[int, ...], holds: Callable[[Array], Array]) -> Int[Array, "..."]:
     """The largest c below 2^bits at which `holds(c)`, a predicate true up to some c; bisection bit by bit."""
 
     def body(i: Array | int, found: Array) -> Array:

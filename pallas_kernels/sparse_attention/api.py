@@ -9,11 +9,11 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention import reference, xla
 from pallas_kernels.sparse_attention.reference import Indexer, Positions, Statistics
 from pallas_kernels.sparse_attention.selection import Variance
 
-IMPLEMENTATIONS = {"reference": reference.sparse_attention}
+IMPLEMENTATIONS = {"reference": reference.sparse_attention, "xla": xla.sparse_attention}
 
 __all__ = ["IMPLEMENTATIONS", "Indexer", "Positions", "Statistics", "Variance", "sparse_attention"]
 

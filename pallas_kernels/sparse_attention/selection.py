@@ -43,10 +43,8 @@ def indexer_scores(
 
 def visible_variance(scores: Float[Array, "b n t s"], visible: Bool[Array, "b t s"]) -> Float[Array, "b n t"]:
     """Population variance of the scores over the visible keys only, so that a prefix gives the same answer."""
-    mask = visible[:, None]
-    count = jnp.maximum(jnp.sum(mask, axis=-1, dtype=jnp.float32), 1.0)
-    mean = jnp.sum(jnp.where(mask, scores, 0.0), axis=-1) / count
-    return jnp.sum(jnp.where(mask, jnp.square(scores - mean[..., None]), 0.0), axis=-1) / count
+    count = entries(visible)
+    return variance_of(lambda f: _visible_sum(f(scores), visible), count, jnp.maximum(count, 1))
 
 
 def row_variance(
@@ -56,12 +54,20 @@ def row_variance(
 
     It shrinks as the row grows, so a prefix, or a document apart from its row, does not give the same answer.
     """
-    mask = visible[:, None]
-    length = length.astype(jnp.float32)[:, None, None]
-    mean = jnp.sum(jnp.where(mask, scores, 0.0), axis=-1) / length
-    seen = jnp.sum(jnp.where(mask, jnp.square(scores - mean[..., None]), 0.0), axis=-1)
-    unseen = length - jnp.sum(mask, axis=-1, dtype=jnp.float32)
-    return (seen + unseen * jnp.square(mean)) / length
+    return variance_of(lambda f: _visible_sum(f(scores), visible), entries(visible), length[:, None])
+
+
+def _visible_sum(x: Float[Array, "b n t s"], visible: Bool[Array, "b t s"]) -> Float[Array, "b n t"]:
+    return jnp.sum(jnp.where(visible[:, None], x, 0.0), axis=-1)
+
+
+def variance_of(
+    total: Callable[[Callable[[Array], Array]], Array], count: Int[Array, "b t"], size: Int[Array, "b #t"]
+) -> Float[Array, "b n t"]:
+    """Population variance over `size` entries, all but `count` of which are 0; `total(f)` sums f(score) over those."""
+    of_all, zeros = (x.astype(jnp.float32)[:, None] for x in (size, size - count))
+    mean = total(lambda x: x) / of_all
+    return (total(lambda x: jnp.square(x - mean[..., None])) + zeros * jnp.square(mean)) / of_all
 
 
 def budget(
@@ -100,8 +106,11 @@ def select(
 
     Heads h read the scores of indexer head h // (h/n). The selection has no gradient.
     """
+    b, n, t, s = scores.shape
     keys = ordered(scores, visible, sink)
-    return chosen(keys, *thresholds(keys, count))
+    index = jnp.arange(s, dtype=jnp.int32)[None, None, None, None]
+    threshold, end = thresholds(lambda holds: entries(holds(keys[:, :, None], index)), count.reshape(b, n, -1, t), s)
+    return chosen(keys, threshold.reshape(count.shape), end.reshape(count.shape))
 
 
 def ordered(
@@ -114,17 +123,26 @@ def ordered(
 
 
 def thresholds(
-    keys: Int[Array, "b n t s"], count: Int[Array, "b h t"]
-) -> tuple[Int[Array, "b h t"], Int[Array, "b h t"]]:
-    """(threshold, end): the `count` largest keys are those above the threshold, and those equal to it before `end`."""
-    b, n, t, s = keys.shape
-    wanted, keys = count.reshape(b, n, -1, t), keys[:, :, None]
-    threshold = largest(KEY_BITS, wanted.shape, lambda c: entries(keys >= c[..., None]) >= wanted)
-    missing = wanted - entries(keys > threshold[..., None])
-    tied = keys == threshold[..., None]
-    index = jnp.arange(s, dtype=jnp.int32)[None, None, None, None]
-    end = largest(s.bit_length(), wanted.shape, lambda c: entries(tied & (index < c[..., None])) <= missing)
-    return threshold.reshape(count.shape), end.reshape(count.shape)
+    counted: Callable[[Callable[[Array, Array], Array]], Array], count: Int[Array, "b n r t"], length: int
+) -> tuple[Int[Array, "b n r t"], Int[Array, "b n r t"]]:
+    """(threshold, end): the `count` largest keys are those above the threshold, and those equal to it before `end`.
+
+    `counted(holds)` is the number of keys of each row with `holds(key, index)`, by which these are seen; their indices
+    are below `length`.
+    """
+    threshold = largest(KEY_BITS, count.shape, lambda c: counted(lambda key, _: key >= c[..., None]) >= count)
+    missing = count - counted(lambda key, _: key > threshold[..., None])
+    tied = counted(lambda key, _: key == threshold[..., None])
+
+    def before(c: Array) -> Array:
+        return counted(lambda key, index: (key == threshold[..., None]) & (index < c[..., None])) <= missing
+
+    end = jax.lax.cond(  # ties beyond the budget are rare, and a third of the work
+        jnp.all(tied == missing),
+        lambda: jnp.full(count.shape, length, jnp.int32),
+        lambda: largest(length.bit_length(), count.shape, before),
+    )
+    return threshold, end
 
 
 def chosen(

@@ -6,19 +6,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
-from pallas_kernels.sparse_attention.selection import (
-    Variance,
-    budget,
-    entries,
-    largest,
-    ordered,
-    row_variance,
-    sees,
-    thresholds,
-    visible_variance,
-)
+from jaxtyping import Array, Int
 
 Tree = TypeVar("Tree")
 _FAR = jnp.iinfo(jnp.int32).max
@@ -59,7 +47,8 @@ def take(tree: Tree, row: Array, index: Array | int, size: int) -> Tree:
     """Tile `index` of row `row` of every [b, t, ...] array, as [1, size, ...]."""
 
     def load(x: Array) -> Array:
-        return jax.lax.dynamic_slice(x, _corner(x, row, index * size), (1, size, *x.shape[2:]))
+        tile = jax.lax.dynamic_slice(_raw(x), _corner(x, row, index * size), (1, size, *x.shape[2:]))
+        return _raw(tile, x.dtype)
 
     return jax.tree.map(load, tree)
 
@@ -68,9 +57,20 @@ def put(tree: Tree, tile: Tree, row: Array, index: Array) -> Tree:
     """Every array with the tile written, in the array's dtype."""
 
     def store(x: Array, part: Array) -> Array:
-        return jax.lax.dynamic_update_slice(x, part.astype(x.dtype), _corner(x, row, index * part.shape[1]))
+        corner = _corner(x, row, index * part.shape[1])
+        return _raw(jax.lax.dynamic_update_slice(_raw(x), _raw(part.astype(x.dtype)), corner), x.dtype)
 
     return jax.tree.map(store, tree, tile)
+
+
+def _raw(x: Array, dtype: jnp.dtype | None = None) -> Array:
+    """Bits of bfloat16 as integers, or back into `dtype`.
+
+    XLA's CPU compiler slices bfloat16 as float32, and makes that of the whole array once, before the loop over tiles.
+    """
+    if dtype is None:
+        return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype != dtype else x
 
 
 def add(tree: Tree, tile: Tree, row: Array, index: Array) -> Tree:
@@ -130,41 +130,3 @@ def _range(seen: Array) -> tuple[Int[Array, "b n"], Int[Array, "b n"]]:
     some, index = jnp.any(seen, axis=-1), jnp.arange(seen.shape[-1], dtype=jnp.int32)[None, None]
     first = jnp.min(jnp.where(seen, index, _FAR), axis=-1)
     return jnp.where(some, first, 0), jnp.max(jnp.where(seen, index + 1, 0), axis=-1)
-
-
-class RowStatistics(NamedTuple):
-    """Of each query of a tile: its visible keys [b,t], its budget and the variance that set it [b,h,t]."""
-
-    visible_count: Array
-    count: Array
-    variance: Array
-
-
-def select_rows(
-    scores: Float[Array, "b n t s"],
-    queries: Queries,
-    keys: Keys,
-    importance: Float[Array, "h"],
-    variance_ema: Float[Array, ""],
-    length: Int[Array, "b"],
-    *,
-    k_base: int,
-    k_min: int,
-    k_max: int,
-    sinks: int,
-    variance: Variance,
-) -> tuple[Selection, RowStatistics]:
-    """The selection of a tile of queries from their scores of all keys of the row; what is not visible may be 0."""
-    visible = sees(queries.position, queries.segment, keys.position, keys.segment)
-    index = jnp.arange(visible.shape[-1], dtype=jnp.int32)[None, None]
-    # a bisection, not a running count: it needs no memory of the strip's size
-    before = lambda c: entries(visible & (index < c[..., None]))  # noqa: E731
-    sink_end = largest(index.size.bit_length(), visible.shape[:2], lambda c: before(c) <= sinks)
-    visible_count = entries(visible)
-    spread = row_variance(scores, visible, length) if variance == "row" else visible_variance(scores, visible)
-    group = importance.size // scores.shape[1]
-    of_head = jnp.repeat(spread, group, axis=1) * (importance**2)[None, :, None]
-    count = budget(of_head, variance_ema, visible_count, k_base=k_base, k_min=k_min, k_max=k_max)
-    order = ordered(scores, visible, visible & (index < sink_end[..., None]))
-    threshold, end = (x.swapaxes(1, 2) for x in thresholds(order, count))
-    return Selection(threshold, end, sink_end), RowStatistics(visible_count, count, of_head)

@@ -30,17 +30,16 @@ from pallas_kernels.sparse_attention.reference import (
     head_weights,
     relative_entropy,
 )
+from pallas_kernels.sparse_attention.rows import fill_strip, select_rows
 from pallas_kernels.sparse_attention.selection import Variance, accumulator, chosen, indexer_scores, ordered, sees
 from pallas_kernels.sparse_attention.tiles import (
     Keys,
     Queries,
-    RowStatistics,
     Selection,
     add,
     pad,
     put,
     reach,
-    select_rows,
     take,
 )
 
@@ -185,7 +184,12 @@ def _forward_tile(
     plan: _Plan, queries: Queries, keys: Keys, shared: _Shared, row: Array, span: tuple[Array, Array], length: Array
 ) -> tuple[Array, Statistics, Selection, _Softmax]:
     """One query tile over the key tiles of `span`."""
-    selection, rows = _select(plan, queries, keys, shared, row, span, length)
+    score = lambda part: _scores(plan, queries, part, shared)  # noqa: E731
+    strip = fill_strip(score, queries, keys, row, span, plan.key_tile, plan.sinks)
+    selection, rows = select_rows(
+        strip, span, plan.key_tile, shared.weights, shared.variance_ema, jax.lax.dynamic_slice_in_dim(length, row, 1),
+        k_base=plan.k_base, k_min=plan.k_min, k_max=plan.k_max, variance=plan.variance,
+    )  # fmt: skip
 
     def block(j: Array) -> _Block:
         part = take(keys, row, j, plan.key_tile)
@@ -203,25 +207,6 @@ def _forward_tile(
         score_variance=head_mean(rows.variance, axes),
     )
     return o, statistics, selection, _Softmax(log_sum.swapaxes(1, 2), share)
-
-
-def _select(
-    plan: _Plan, queries: Queries, keys: Keys, shared: _Shared, row: Array, span: tuple[Array, Array], length: Array
-) -> tuple[Selection, RowStatistics]:
-    """The selection of a query tile, from one strip of scores [1, n, tile, s]."""
-    s = keys.k.shape[1]
-
-    def fill(j: Array, strip: Array) -> Array:
-        scores = _scores(plan, queries, take(keys, row, j, plan.key_tile), shared)
-        return jax.lax.dynamic_update_slice_in_dim(strip, scores, j * plan.key_tile, axis=3)
-
-    shape = (1, queries.indexer.shape[2], plan.query_tile, s)
-    strip = jax.lax.fori_loop(*span, fill, jnp.zeros(shape, accumulator(queries.indexer)))
-    return select_rows(
-        strip, queries, take(keys, row, 0, s), shared.weights, shared.variance_ema,
-        jax.lax.dynamic_slice_in_dim(length, row, 1), k_base=plan.k_base, k_min=plan.k_min, k_max=plan.k_max,
-        sinks=plan.sinks, variance=plan.variance,
-    )  # fmt: skip
 
 
 def _online_softmax(

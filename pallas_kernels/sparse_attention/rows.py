@@ -25,7 +25,7 @@ class RowStatistics(NamedTuple):
     """Of each query of a tile: its visible keys [b,t], its budget and the variance that set it [b,h,t]."""
 
     visible_count: Array
-    count: Array
+    budget: Array
     variance: Array
 
 

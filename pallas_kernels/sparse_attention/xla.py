@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -203,14 +203,17 @@ def _forward_tile(
     statistics = Statistics(
         kl=kl,
         entropy=head_mean(relative_entropy(entropy, rows.visible_count), axes),
-        selected=head_mean(rows.count.astype(jnp.float32), axes),
+        selected=head_mean(rows.budget.astype(jnp.float32), axes),
         score_variance=head_mean(rows.variance, axes),
     )
     return o, statistics, selection, _Softmax(log_sum.swapaxes(1, 2), share)
 
 
 def _online_softmax(
-    block: Callable[[Array], _Block], span: tuple[Array, Array], q: Float[Array, "b t h k"], v: Float[Array, "b s h v"]
+    block: Callable[[Array], _Block],
+    span: tuple[Array, Array],
+    q: Float[Array, "b t h k"],
+    v: Float[Array, "rows s h v"],
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h t"], Float[Array, "b h t"]]:
     """Output, log of the sum of exponentials, and entropy; all 0 for a query without keys."""
 
@@ -297,11 +300,13 @@ def _backward(plan: _Plan, kept: tuple, cotangents: tuple[Array, Statistics]) ->
 
     tiles = jnp.int32(keys.k.shape[0] * (keys.k.shape[1] // plan.key_tile))
     d_queries, d_keys, d_shared = jax.lax.fori_loop(jnp.int32(0), tiles, step, (d_queries, d_keys, d_shared))
-    like = lambda grads, xs: tuple(g.astype(x.dtype) for g, x in zip(grads, xs, strict=True))  # noqa: E731
+    d_q, d_query, d_weight = (d.astype(x.dtype) for d, x in zip(d_queries, queries[:3], strict=True))
+    d_bias, d_importance = (d.astype(x.dtype) for d, x in zip(d_shared, shared[:2], strict=True))
+    none: Any = None  # of integers, and of the running mean
     return (
-        Queries(*like(d_queries, queries[:3]), None, None),
-        Keys(*d_keys, None, None),
-        _Shared(*like(d_shared, shared[:2]), None),
+        Queries(d_q, d_query, d_weight, none, none),
+        Keys(*d_keys, position=none, segment=none),
+        _Shared(d_bias, d_importance, none),
     )
 
 

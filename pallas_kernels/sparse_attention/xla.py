@@ -73,7 +73,8 @@ def sparse_attention(
     plan = _Plan(k_base, k_min, k_max, sinks, score_scale, variance, head_axes, *tiles)
     queries = Queries(q, indexer.query, indexer.weight, positions.query, positions.query_segment)
     keys = Keys(k, v, indexer.key, positions.key, positions.key_segment)
-    shared = _Shared(indexer.bias, indexer.importance, jax.lax.stop_gradient(indexer.variance_ema))
+    importance = indexer.importance.astype(accumulator(q))
+    shared = _Shared(indexer.bias, importance, jax.lax.stop_gradient(indexer.variance_ema))
     o, statistics = _attend(plan, pad(queries, tiles[0]), pad(keys, tiles[1]), shared)
     return o[:, :t], Statistics(*(x[:, :t] for x in statistics))
 
@@ -106,11 +107,11 @@ class _Shared(NamedTuple):
     @property
     def weights(self) -> Float[Array, "h"]:
         """sigmoid(importance)"""
-        return jax.nn.sigmoid(self.importance.astype(accumulator(self.importance)))
+        return jax.nn.sigmoid(self.importance)
 
 
 class _Softmax(NamedTuple):
-    """Kept of a query for the backward pass: log of the softmax's denominator [b,t,h]; 1 / sum of Q's mass [b,t]."""
+    """Kept of a query: `log_sum` [b,t,h] of the softmax's exponentials; `share` [b,t], 1 / the sum of Q's mass."""
 
     log_sum: Array
     share: Array
@@ -263,8 +264,8 @@ def _divergence(
 def _attention(
     logits: Float[Array, "b h t s"], kept: Bool[Array, "b h t s"], log_sum: Float[Array, "b h t"]
 ) -> Float[Array, "b h t s"]:
-    """The softmax over all keys, of those of a block."""
-    return jnp.where(kept, jnp.exp(logits - log_sum[..., None]), 0.0)
+    """The softmax over all keys, of those of a block; never above 1, whatever the rounding."""
+    return jnp.where(kept, jnp.exp(jnp.minimum(logits - log_sum[..., None], 0.0)), 0.0)
 
 
 def _backward(plan: _Plan, kept: tuple, cotangents: tuple[Array, Statistics]) -> tuple[Queries, Keys, _Shared]:
@@ -342,8 +343,7 @@ def _block_gradients(
 
     def mass(query: Array, key: Array, weight: Array, bias: Array, importance: Array) -> Float[Array, "b t s"]:
         scores = indexer_scores(query, key, weight, bias, plan.score_scale)
-        importance = jax.nn.sigmoid(importance.astype(wide))
-        return jnp.sum(head_weights(kept, importance, scores.shape[1]) * scores, axis=1)
+        return jnp.sum(head_weights(kept, jax.nn.sigmoid(importance), scores.shape[1]) * scores, axis=1)
 
     own, pull = jax.vjp(mass, queries.indexer, keys.indexer, queries.weight, shared.bias, shared.importance)
     whole = plan.head_sum(own)

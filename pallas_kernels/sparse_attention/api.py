@@ -1,6 +1,6 @@
-"""Gated sparse attention: one interface, one file an implementation.
+"""Gated sparse attention: one interface, one file an implementation; arguments are checked here.
 
-`implementation=None` takes the best there is for the platform; a name takes that one or raises ValueError.
+`implementation=None` takes the best there is for the shape; a name takes that one or raises ValueError.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention import reference, xla
 from pallas_kernels.sparse_attention.reference import Indexer, Positions, Statistics
 from pallas_kernels.sparse_attention.selection import Variance
 
-IMPLEMENTATIONS = {"reference": reference.sparse_attention}
+IMPLEMENTATIONS = {"reference": reference.sparse_attention, "xla": xla.sparse_attention}
+TILED_FROM = 512  # tokens of a row: from here tiles are faster on a CPU; below, dense compiles sooner and holds little
 
-__all__ = ["IMPLEMENTATIONS", "Indexer", "Positions", "Statistics", "Variance", "sparse_attention"]
+__all__ = ["IMPLEMENTATIONS", "TILED_FROM", "Indexer", "Positions", "Statistics", "Variance", "sparse_attention"]
 
 
 def sparse_attention(
@@ -36,16 +37,71 @@ def sparse_attention(
 ) -> tuple[Float[Array, "b t h v"], Statistics]:
     """Attention over at most `k_max` keys a query, chosen by the indexer; see `reference.sparse_attention`.
 
-    Raises ValueError for an unknown implementation and for heads that are no multiple of the indexer heads.
+    `implementation` None is "xla", in tiles with memory O(t), where queries times keys are at least `TILED_FROM`
+    squared, else "reference", dense. Raises ValueError listing every argument that does not fit.
     """
-    name = implementation or "reference"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"sparse_attention: implementation {name!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-    heads, indexer_heads = q.shape[2], indexer.query.shape[2]
-    if heads % indexer_heads:
-        raise ValueError(f"sparse_attention: {heads} heads are no multiple of {indexer_heads} indexer heads")
+    check_arguments(q, k, v, indexer, positions, k_min, k_max, sinks, implementation)
+    if implementation is None:
+        implementation = "xla" if q.shape[1] * k.shape[1] >= TILED_FROM**2 else "reference"
     options: dict[str, Any] = {
         "k_base": k_base, "k_min": k_min, "k_max": k_max, "sinks": sinks, "score_scale": score_scale,
         "variance": variance, "head_axes": head_axes,
     }  # fmt: skip
-    return IMPLEMENTATIONS[name](q, k, v, indexer, positions, **options)
+    return IMPLEMENTATIONS[implementation](q, k, v, indexer, positions, **options)
+
+
+def check_arguments(
+    q: Float[Array, "..."],
+    k: Float[Array, "..."],
+    v: Float[Array, "..."],
+    indexer: Indexer,
+    positions: Positions,
+    k_min: int,
+    k_max: int,
+    sinks: int = 0,
+    implementation: str | None = None,
+) -> None:
+    """Raise one ValueError that lists every argument of `sparse_attention` that does not fit."""
+    problems = []
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        problems.append(f"implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if not 0 <= k_min <= k_max:
+        problems.append(f"k_min {k_min} must be at least 0 and at most k_max, {k_max}")
+    if sinks < 0:
+        problems.append(f"sinks {sinks} must be at least 0")
+    shapes = {"q": q.shape, "k": k.shape, "v": v.shape, "indexer.query": indexer.query.shape}
+    if any(len(shape) != 4 for shape in shapes.values()):
+        problems.append("q must be [b, t, h, k], k [b, s, h, k], v [b, s, h, v], indexer.query [b, t, n, i], got "
+                        + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))  # fmt: skip
+    else:
+        problems += _shape_problems(q, k, v, indexer, positions)
+    if problems:
+        raise ValueError("sparse_attention:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _shape_problems(q: Array, k: Array, v: Array, indexer: Indexer, positions: Positions) -> list[str]:
+    (b, t, h, width), s, (n, i) = q.shape, k.shape[1], indexer.query.shape[2:]
+    expected = [
+        ("k", k, "b, s, h, k", (b, s, h, width)),
+        ("v", v, "b, s, h, v", (b, s, h, v.shape[3])),
+        ("indexer.query", indexer.query, "b, t, n, i", (b, t, n, i)),
+        ("indexer.key", indexer.key, "b, s, n, i", (b, s, n, i)),
+        ("indexer.weight", indexer.weight, "b, t, n", (b, t, n)),
+        ("indexer.bias", indexer.bias, "n", (n,)),
+        ("indexer.importance", indexer.importance, "h", (h,)),
+        ("indexer.variance_ema", indexer.variance_ema, "", ()),
+        ("positions.query", positions.query, "b, t", (b, t)),
+        ("positions.query_segment", positions.query_segment, "b, t", (b, t)),
+        ("positions.key", positions.key, "b, s", (b, s)),
+        ("positions.key_segment", positions.key_segment, "b, s", (b, s)),
+    ]
+    problems = [
+        f"{name} must be [{letters}] = {shape}, got {array.shape}"
+        for name, array, letters, shape in expected
+        if array.shape != shape
+    ]
+    if min(t, s) < 1:
+        problems.append(f"there must be at least one query and one key, got {t} and {s}")
+    if n < 1 or h % n:
+        problems.append(f"{h} heads are no multiple of {n} indexer heads")
+    return problems

@@ -43,10 +43,8 @@ def indexer_scores(
 
 def visible_variance(scores: Float[Array, "b n t s"], visible: Bool[Array, "b t s"]) -> Float[Array, "b n t"]:
     """Population variance of the scores over the visible keys only, so that a prefix gives the same answer."""
-    mask = visible[:, None]
-    count = jnp.maximum(jnp.sum(mask, axis=-1, dtype=jnp.float32), 1.0)
-    mean = jnp.sum(jnp.where(mask, scores, 0.0), axis=-1) / count
-    return jnp.sum(jnp.where(mask, jnp.square(scores - mean[..., None]), 0.0), axis=-1) / count
+    count = entries(visible)
+    return variance_of(lambda f: _visible_sum(f(scores), visible), count, jnp.maximum(count, 1))
 
 
 def row_variance(
@@ -56,12 +54,20 @@ def row_variance(
 
     It shrinks as the row grows, so a prefix, or a document apart from its row, does not give the same answer.
     """
-    mask = visible[:, None]
-    length = length.astype(jnp.float32)[:, None, None]
-    mean = jnp.sum(jnp.where(mask, scores, 0.0), axis=-1) / length
-    seen = jnp.sum(jnp.where(mask, jnp.square(scores - mean[..., None]), 0.0), axis=-1)
-    unseen = length - jnp.sum(mask, axis=-1, dtype=jnp.float32)
-    return (seen + unseen * jnp.square(mean)) / length
+    return variance_of(lambda f: _visible_sum(f(scores), visible), entries(visible), length[:, None])
+
+
+def _visible_sum(x: Float[Array, "b n t s"], visible: Bool[Array, "b t s"]) -> Float[Array, "b n t"]:
+    return jnp.sum(jnp.where(visible[:, None], x, 0.0), axis=-1)
+
+
+def variance_of(
+    total: Callable[[Callable[[Array], Array]], Array], count: Int[Array, "b t"], size: Int[Array, "b #t"]
+) -> Float[Array, "b n t"]:
+    """Population variance over `size` entries, all but `count` of which are 0; `total(f)` sums f(score) over those."""
+    of_all, zeros = (x.astype(jnp.float32)[:, None] for x in (size, size - count))
+    mean = total(lambda x: x) / of_all
+    return (total(lambda x: jnp.square(x - mean[..., None])) + zeros * jnp.square(mean)) / of_all
 
 
 def budget(
@@ -82,6 +88,14 @@ def budget(
     return jnp.minimum(wanted, visible_count[:, None])
 
 
+def sees(
+    query: Int[Array, "b t"], query_segment: Int[Array, "b t"], key: Int[Array, "b s"], key_segment: Int[Array, "b s"]
+) -> Bool[Array, "b t s"]:
+    """Causal and within the segment: key <= query in the row, same segment, which is not -1."""
+    same = (key_segment[:, None] == query_segment[..., None]) & (key_segment[:, None] != -1)
+    return same & (key[:, None] <= query[..., None])
+
+
 def select(
     scores: Float[Array, "b n t s"],
     visible: Bool[Array, "b t s"],
@@ -92,23 +106,62 @@ def select(
 
     Heads h read the scores of indexer head h // (h/n). The selection has no gradient.
     """
-    scores = jax.lax.stop_gradient(scores)
     b, n, t, s = scores.shape
-    count = count.reshape(b, n, -1, t)
-    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32) + 1
-    keys = jnp.where(visible[:, None], jnp.where(sink[:, None], _SINK_KEY, bits), 0)[:, :, None]
-    entries = lambda mask: jnp.sum(mask, axis=-1, dtype=jnp.int32)  # noqa: E731 - one expression, used three times
-    threshold = _largest(KEY_BITS, count.shape, lambda c: entries(keys >= c[..., None]) >= count)
-    above = keys > threshold[..., None]
-    tied = keys == threshold[..., None]
-    missing = count - entries(above)
+    keys = ordered(scores, visible, sink)
     index = jnp.arange(s, dtype=jnp.int32)[None, None, None, None]
-    end = _largest(s.bit_length(), count.shape, lambda c: entries(tied & (index < c[..., None])) <= missing)
-    chosen = above | (tied & (index < end[..., None]))
-    return (chosen & visible[:, None, None]).reshape(b, -1, t, s)
+    threshold, end = thresholds(lambda holds: entries(holds(keys[:, :, None], index)), count.reshape(b, n, -1, t), s)
+    return chosen(keys, threshold.reshape(count.shape), end.reshape(count.shape))
 
 
-def _largest(bits: int, shape: tuple[int, ...], holds: Callable[[Array], Array]) -> Int[Array, "b n r t"]:
+def ordered(
+    scores: Float[Array, "b n t s"], visible: Bool[Array, "b t s"], sink: Bool[Array, "b t s"]
+) -> Int[Array, "b n t s"]:
+    """Integers that order like the selection: 0 where not visible, then by score, sinks the largest."""
+    scores = jax.lax.stop_gradient(scores).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32) + 1
+    return jnp.where(visible[:, None], jnp.where(sink[:, None], _SINK_KEY, bits), 0)
+
+
+def thresholds(
+    counted: Callable[[Callable[[Array, Array], Array]], Array], count: Int[Array, "b n r t"], length: int
+) -> tuple[Int[Array, "b n r t"], Int[Array, "b n r t"]]:
+    """(threshold, end): the `count` largest keys are those above the threshold, and those equal to it before `end`.
+
+    `counted(holds)` is the number of keys of each row with `holds(key, index)`, by which these are seen; their indices
+    are below `length`.
+    """
+    threshold = largest(KEY_BITS, count.shape, lambda c: counted(lambda key, _: key >= c[..., None]) >= count)
+    missing = count - counted(lambda key, _: key > threshold[..., None])
+    tied = counted(lambda key, _: key == threshold[..., None])
+
+    def before(c: Array) -> Array:
+        return counted(lambda key, index: (key == threshold[..., None]) & (index < c[..., None])) <= missing
+
+    end = jax.lax.cond(  # ties beyond the budget are rare, and a third of the work
+        jnp.all(tied == missing),
+        lambda: jnp.full(count.shape, length, jnp.int32),
+        lambda: largest(length.bit_length(), count.shape, before),
+    )
+    return threshold, end
+
+
+def chosen(
+    keys: Int[Array, "b n t s"], threshold: Int[Array, "b h t"], end: Int[Array, "b h t"], first: Array | int = 0
+) -> Bool[Array, "b h t s"]:
+    """Which keys are selected; `first` is the index of the first of them in the row that `thresholds` saw."""
+    b, n, t, s = keys.shape
+    keys, threshold, end = keys[:, :, None], threshold.reshape(b, n, -1, t, 1), end.reshape(b, n, -1, t, 1)
+    index = first + jnp.arange(s, dtype=jnp.int32)[None, None, None, None]
+    kept = (keys > threshold) | ((keys == threshold) & (index < end))
+    return (kept & (keys > 0)).reshape(b, -1, t, s)
+
+
+def entries(mask: Bool[Array, "*rest s"]) -> Int[Array, "*rest"]:
+    """How many are true, along the last axis."""
+    return jnp.sum(mask, axis=-1, dtype=jnp.int32)
+
+
+def largest(bits: int, shape: tuple[int, ...], holds: Callable[[Array], Array]) -> Int[Array, "..."]:
     """The largest c below 2^bits at which `holds(c)`, a predicate true up to some c; bisection bit by bit."""
 
     def body(i: Array | int, found: Array) -> Array:

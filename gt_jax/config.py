@@ -6,7 +6,7 @@ One small config a layer type; a feature is a field of its layer's config, never
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from gt_jax import layout
 from gt_jax.errors import Refused
@@ -76,6 +76,7 @@ class GSAConfig(Config):
 
     An indexer selects `k_min` to `k_max` keys a token, around `k_base`; `indexer_loss` weighs its KL loss. The origin
     system uses its own rotary table, `score_scale` 1 (None: indexer_width^-0.5) and the variance over the whole row.
+    `implementation` None is the best one of `pallas_kernels.sparse_attention` for the length of the row.
     """
 
     heads: int
@@ -92,6 +93,7 @@ class GSAConfig(Config):
     rope: Rope = "standard"
     score_scale: float | None = None
     variance: Literal["visible", "row"] = "visible"
+    implementation: str | None = None
 
     def problems(self) -> list[str]:
         wrong = below(self, 1, "heads", "head_width", "indexer_heads", "indexer_width", "k_base", "k_min")
@@ -382,3 +384,13 @@ class ModelConfig(Config):
     def plain(self) -> ModelConfig:
         """The same model with every layer run once: same weight names less the halting heads."""
         return self.replace(adaptive=None)
+
+    @property
+    def twice_differentiable(self) -> ModelConfig:
+        """The same model on implementations whose backward passes can be differentiated too: no tiles, no kernels."""
+        changes: dict[str, Any] = {}
+        if self.gsa is not None:
+            changes["gsa"] = self.gsa.replace(implementation="reference")
+        if self.deltanet is not None:
+            changes["deltanet"] = self.deltanet.replace(implementation="xla")
+        return self.replace(**changes)

@@ -105,7 +105,7 @@ def make_stretch(kind: str, config: ModelConfig, rules: Rules, iterations: int, 
 def layer_config(config: ModelConfig) -> ModelConfig:
     """What of a model a single layer's update depends on, in float32: equal for a source and what is grown from it."""
     layout = "".join(sorted(set(config.depth.types)))
-    return config.replace(
+    return config.twice_differentiable.replace(
         layout=layout, adaptive=None, exit=None, mtp=None, memory=None, embedding=EmbeddingConfig(), vocab=257,
         stack=config.stack.replace(skips=()), param_dtype="float32", compute_dtype="float32", remat="none",
     )  # fmt: skip

@@ -99,6 +99,11 @@ def test_every_column_of_an_exact_growth_equals_that_of_the_source(grown):
         assert len({round(layer[name], 5) for layer in result["layers"]}) == 5
 
 
+def test_jacobians_are_of_implementations_that_can_be_differentiated_twice():
+    tiled = SOURCE.replace(gsa=SOURCE.gsa.replace(implementation="xla"))
+    assert layer_config(tiled) == layer_config(SOURCE) and layer_config(SOURCE).gsa.implementation == "reference"
+
+
 def test_a_wrong_layer_is_seen_in_its_own_columns(grown):
     variables, child, _ = grown
     broken = jax.tree.map(jnp.copy, child)

@@ -69,8 +69,9 @@ def states_after(
     """X after each of the `layers` (rising), [layers, b, t, *n, d] in the compute dtype, in evaluation mode.
 
     `batch` holds tokens and segment_ids [b, t]; rows longer than the chunk of a memory stream run chunk by chunk.
-    Residual stacks only. Differentiable in the gains, though not along what a memory stream carries.
+    Residual stacks only. Differentiable in the gains, twice, though not along what a memory stream carries.
     """
+    config = config.twice_differentiable
     network = LanguageModel(config, rules)
 
     def chunk(carry: tuple[Tree, Memory | None], piece: tuple[Mapping[str, Array], Array]) -> tuple[Any, States]:

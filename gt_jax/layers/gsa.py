@@ -110,7 +110,7 @@ class GatedSparseAttention(nn.Module):
             indexer = Indexer(index_q, index_k, weight, bias, importance, ema)
             return sparse_attention(
                 q, k, v, indexer, Positions(*place), k_base=c.k_base, k_min=c.k_min, k_max=c.k_max, sinks=c.sinks,
-                score_scale=c.score_scale, variance=c.variance, head_axes=head_axes,
+                score_scale=c.score_scale, variance=c.variance, head_axes=head_axes, implementation=c.implementation,
             )  # fmt: skip
 
         run = per_device(

@@ -35,6 +35,7 @@ D_ORIGIN = DELTANET.replace(
 G_ORIGIN = GSA.replace(rope="origin", score_scale=1.0, variance="row")
 CONFIGS = {"D": DELTANET, "G": GSA, "D origin": D_ORIGIN, "G origin": G_ORIGIN}
 KINDS = tuple(CONFIGS)
+CONFIGS["G tiles"] = GSA.replace(implementation="xla")  # tests/kernels/test_sparse_attention.py
 EMA = 0.004  # about the variance of the scores, so that budgets lie between their bounds
 
 
@@ -178,7 +179,7 @@ def in_float64(config, x, ids):
 
 
 CASES = {
-    **CONFIGS,
+    **{kind: CONFIGS[kind] for kind in KINDS},
     **{f"D {change}": DELTANET.replace(**change) for change in D_VARIANTS},
     **{f"G {change}": GSA.replace(**change) for change in G_VARIANTS},
 }
@@ -247,7 +248,7 @@ def test_a_later_part_leaves_what_is_cached_alone():
     assert later["segments"].tolist() == [[1] * 20]
 
 
-@pytest.mark.parametrize("kind", ["D origin", "G origin"])  # the others run on meshes in tests/test_model.py
+@pytest.mark.parametrize("kind", ["D origin", "G origin", "G tiles"])  # the others run on meshes in tests/test_model.py
 def test_a_mesh_gives_the_same_values(kind):
     x, ids = three_rows()
     v = variables(CONFIGS[kind])

@@ -4,7 +4,7 @@
 
 * One row of one document, by default 8 heads of 64 with 2 indexer heads of 32, budgets as in the `8b` model.
 * Temporaries are what the compiled program needs beside its arguments and results, forward and backward; no run is
-  needed for them, so `--only-memory` gives them for lengths that would take minutes, as for the issue's shape:
+  needed for them, so `--only-memory` gives them for lengths that would take minutes, such as:
       --only-memory --lengths 4096 32768 --heads 16 --width 128 --indexer-heads 4 --indexer-width 64 --dtype bfloat16
 * Rounds alternate between the two; of each the fastest counts, and the ratio (dense / tiled, above 1: tiles are
   faster) is also given round by round as smallest .. largest. Both outputs are compared first.

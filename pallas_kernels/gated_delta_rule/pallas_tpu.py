@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from pallas_kernels.gated_delta_rule.tpu_backward import backward_kernel
 from pallas_kernels.gated_delta_rule.tpu_forward import forward_kernel
 from pallas_kernels.gated_delta_rule.tpu_parts import Plan
 from pallas_kernels.gated_delta_rule.xla import SAVED_NAMES
+from pallas_kernels.platform import matrix_unit_width, target_device
 
 CHUNK_SIZES = (64, 128)
 WIDEST = 256
@@ -45,12 +47,12 @@ def gated_delta_rule(
     *,
     interpret: bool | pltpu.InterpretParams = False,
     heads_per_step: int | None = None,
-    matrix_unit: int = 256,
+    matrix_unit: int | None = None,
 ) -> tuple[Float[Array, "b t hv v"], Float[Array, "b hv k v"]]:
     """The outputs and the last state, differentiable.
 
     Args as of the other implementations, and: `interpret` runs the kernels on any machine, slowly; `heads_per_step`
-    bounds the value heads of a grid step; `matrix_unit` is the width of the chip's, 256 from v6e on, 128 before.
+    bounds the value heads of a grid step; `matrix_unit` is the width of the chip's, None that of the target.
 
     Raises:
         ValueError: listing what these kernels do not do.
@@ -59,9 +61,25 @@ def gated_delta_rule(
     if problems:
         raise ValueError("pallas_tpu:\n" + "\n".join(f"  - {problem}" for problem in problems))
     run = None if segment_ids is None else runs(segment_ids, chunk_size)
-    plan = layout.make_plan(q, v, chunk_size, scale, run is not None, matrix_unit, heads_per_step)
+    matrix_unit = matrix_unit or matrix_unit_width(target_device()[1])
+    plan = layout.make_plan((q, k, v), chunk_size, scale, run is not None, matrix_unit, heads_per_step)
     call = _Call(plan, interpret)
     return _rule(call, (q, k, v, g, beta), initial_state.astype(jnp.float32), run)
+
+
+def gated_delta_rule_interpreted(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t hv v"],
+    g: Float[Array, "b t hv"],
+    beta: Float[Array, "b t hv"],
+    initial_state: Float[Array, "b hv k v"],
+    segment_ids: Int[Array, "b t"] | None,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Float[Array, "b t hv v"], Float[Array, "b hv k v"]]:
+    """The same by Pallas' interpreter, for tests: as plain JAX, on any machine."""
+    return gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, chunk_size, interpret=True)
 
 
 def unsupported(q: Array, k: Array, v: Array, chunk_size: int) -> list[str]:
@@ -83,12 +101,13 @@ class _Call(NamedTuple):
     interpret: bool | pltpu.InterpretParams
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """Of tokens in the kernels, and of what is saved."""
-        return jnp.float32 if self.plan.exact else jnp.bfloat16
+        return jnp.dtype(jnp.float32 if self.plan.exact else jnp.bfloat16)
 
 
-class _Specs(NamedTuple):
+@dataclass(frozen=True)
+class _Specs:
     """Blocks of one grid step (row of the batch, heads, chunk)."""
 
     key: pl.BlockSpec
@@ -116,13 +135,13 @@ def _specs(plan: Plan, count: int, reverse: bool) -> _Specs:
         return pl.BlockSpec((1, 1, plan.packs, *block), lambda b, h, i: (b, at(i), h, 0, 0))
 
     lanes, columns = plan.pack * plan.chunk, len(plan.gates)
-    runs = [pl.BlockSpec((1, 1, *block), lambda b, h, i: (b, at(i), 0, 0)) for block in ((plan.chunk, 1), (1, lanes))]
+    counts = [pl.BlockSpec((1, 1, *block), lambda b, h, i: (b, at(i), 0, 0)) for block in ((plan.chunk, 1), (1, lanes))]
     return _Specs(
         key=tokens(plan.key_heads * plan.key_width),
         value=tokens(plan.heads * plan.value_width),
         columns=gates(plan.chunk, columns * plan.heads),
         rows=gates((columns - 3) * plan.packs, lanes),
-        runs=runs if plan.segmented else [],
+        runs=counts if plan.segmented else [],
         state=pl.BlockSpec((1, plan.heads, plan.key_width, plan.value_width), lambda b, h, i: (b, h, 0, 0)),
         states=per_chunk(plan.key_width, plan.pack * plan.value_width),
         inverse=per_chunk(plan.chunk, lanes),
@@ -133,7 +152,7 @@ def _specs(plan: Plan, count: int, reverse: bool) -> _Specs:
 def _launch(
     call: _Call, kernel: Callable[..., None], name: str, count: int, operands: list[Array], in_specs: list[Any],
     results: list[tuple[tuple[int, ...], Any]], out_specs: list[Any],
-) -> list[Array]:  # fmt: skip
+) -> tuple[Array, ...]:  # fmt: skip
     plan, q, v = call.plan, operands[0], operands[2]
     grid = (q.shape[0], v.shape[2] // (plan.heads * plan.value_width), count)
     return pl.pallas_call(
@@ -156,26 +175,26 @@ class _Operands(NamedTuple):
 
     arrays: list[Array]
     specs: list[Any]
-    count: int
 
 
-def _operands(call: _Call, arguments: tuple[Array, ...], run: Array | None, specs: _Specs, count: int) -> _Operands:
+def _operands(call: _Call, arguments: tuple[Array, ...], run: Array | None, specs: _Specs) -> _Operands:
     q, k, v, g, beta = arguments
     tokens = [layout.lay_tokens(x, call.plan.chunk, call.dtype) for x in (q, k, v)]
     gates = layout.lay_gates(call.plan, g, beta, run)
     counted = [] if run is None else layout.lay_runs(call.plan, run)
     in_specs = [specs.key, specs.key, specs.value, specs.columns, specs.rows, *specs.runs]
-    return _Operands([*tokens, *gates, *counted], in_specs, count)
+    return _Operands([*tokens, *gates, *counted], in_specs)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4))  # a kernel nobody reads falls away only with a call around it
 def _forward(
     call: _Call, arguments: tuple[Array, ...], initial: Array, run: Array | None, saving: bool
 ) -> tuple[Array, Array, list[Array]]:
-    """Outputs, last state, and what the backward pass saves: states [b, n, packs, k, p v] and A [b, n, packs, C, p C]."""
+    """Outputs, last state, and what the backward pass needs: states [b, n, packs, k, p v], A [b, n, packs, C, p C]."""
     plan, q, v = call.plan, arguments[0], arguments[2]
     count = -(-q.shape[1] // plan.chunk)
     specs = _specs(plan, count, reverse=False)
-    x = _operands(call, arguments, run, specs, count)
+    x = _operands(call, arguments, run, specs)
     state, packs = layout.lay_state(initial), v.shape[2] // plan.pack
     results = [(x.arrays[2].shape, v.dtype), (state.shape, jnp.float32)]
     out_specs = [specs.value, specs.state]
@@ -190,6 +209,7 @@ def _forward(
     return layout.take_tokens(output, v), final[:, :, : initial.shape[2], : initial.shape[3]], saved
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(
     call: _Call, arguments: tuple[Array, ...], run: Array | None, saved: list[Array], d_output: Array, d_final: Array
 ) -> tuple[tuple[Array, ...], Array]:
@@ -197,7 +217,7 @@ def _backward(
     plan, (q, k, v, g, beta) = call.plan, arguments
     count = -(-q.shape[1] // plan.chunk)
     specs = _specs(plan, count, reverse=True)
-    x = _operands(call, arguments, run, specs, count)
+    x = _operands(call, arguments, run, specs)
     d_state, d_o = layout.lay_state(d_final), layout.lay_tokens(d_output, plan.chunk, call.dtype)
     steps = v.shape[2] // plan.heads
     tokens = [(array.shape, like.dtype) for array, like in zip(x.arrays[:3], (q, k, v), strict=True)]

@@ -32,6 +32,7 @@ from pallas_kernels.gated_delta_rule.tpu_parts import (
     NN,
     NT,
     Plan,
+    Ref,
     lane_index,
     masks,
     multiply,
@@ -39,10 +40,10 @@ from pallas_kernels.gated_delta_rule.tpu_parts import (
     transpose,
 )
 
-TOGETHER = 4  # packs that are scheduled together: fewer leave the matrix unit waiting, more spill
+TOGETHER = 8  # packs that are scheduled together: fewer leave the matrix unit waiting, more spill
 
 
-def backward_kernel(plan: Plan, *refs: Array) -> None:
+def backward_kernel(plan: Plan, *refs: Ref) -> None:
     """Blocks in: q, k, v, gate columns, gate rows, (runs,) states, A, do, gradients of the final states.
 
     Out: dq, dk, dv, the gradients of the gates [.., C, 2 heads], those of the initial states. The last one is scratch:
@@ -98,7 +99,7 @@ class _Part(NamedTuple):
     d_held: Float[Array, "c pv"]  # K dS'
 
 
-def _recompute(pack: Pack, gates: Gates, blocks: tuple[Array, ...], state: Array, d_state: Array) -> _Part:
+def _recompute(pack: Pack, gates: Gates, blocks: tuple[Ref, ...], state: Array, d_state: Array) -> _Part:
     q, k, v, d_o = blocks
     plan = pack.plan
     keys, queries = pack.key_lanes(k), pack.key_lanes(q)
@@ -165,7 +166,7 @@ def _inner_gradients(pack: Pack, gates: Gates, x: _Part, solution: _Solution) ->
 
 
 def _key_gradients(
-    pack: Pack, x: _Part, solution: _Solution, inner: _Inner, blocks: tuple[Array, Array]
+    pack: Pack, x: _Part, solution: _Solution, inner: _Inner, blocks: tuple[Ref, Ref]
 ) -> tuple[Array, Array]:
     """dQ and dK of the pack's keys: of each value head, or of the key that all share."""
     exact = pack.plan.exact
@@ -178,7 +179,7 @@ def _key_gradients(
 
 
 def _state_gradient(
-    pack: Pack, gates: Gates, x: _Part, solution: _Solution, blocks: tuple[Array, Array], of_gates: _GateGradients
+    pack: Pack, gates: Gates, x: _Part, solution: _Solution, blocks: tuple[Ref, Ref], of_gates: _GateGradients
 ) -> Float[Array, "k pv"]:
     queries, keys = (pack.heads_of(ref) for ref in blocks)
     last = gates.last(pack)
@@ -190,7 +191,7 @@ def _state_gradient(
 class _KeyGradients:
     """Sums over the value heads of a key head, written once no more come."""
 
-    def __init__(self, plan: Plan, *refs: Array) -> None:
+    def __init__(self, plan: Plan, *refs: Ref) -> None:
         self.plan, self.refs = plan, refs
         self.sums: dict[int, list[Array]] = {}
         self.counts: dict[int, int] = {}
@@ -245,7 +246,7 @@ class _GateGradients:
             total = jnp.where(lane == head, jnp.broadcast_to(column, total.shape), total)
         return total
 
-    def store(self, ref: Array, runs: tuple[Array, ...]) -> None:
+    def store(self, ref: Ref, runs: tuple[Ref, ...]) -> None:
         """dg of the chunk as one product with the pairs of tokens that see each other, and dbeta."""
         size = self.plan.chunk
         run_column, run_row = (runs[0][0, 0], runs[1][0, 0][:, :size]) if runs else (None, None)

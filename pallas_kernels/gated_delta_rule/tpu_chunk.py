@@ -15,6 +15,7 @@ from pallas_kernels.gated_delta_rule.tpu_parts import (
     Form,
     Masks,
     Plan,
+    Ref,
     expand,
     masks,
     multiply,
@@ -40,16 +41,16 @@ class Pack:
         width = self.plan.pack * self.plan.value_width
         return slice(self.index * width, (self.index + 1) * width)
 
-    def heads_of(self, ref: Array) -> list[Array]:
+    def heads_of(self, ref: Ref) -> list[Array]:
         """[C, k] of the key head of each value head."""
         width = self.plan.key_width
         return [ref[0, :, key * width : (key + 1) * width] for key in self.plan.keys(self.index)]
 
-    def key_lanes(self, ref: Array) -> Array:
+    def key_lanes(self, ref: Ref) -> Array:
         heads = self.heads_of(ref)
         return heads[0] if self.shared else jnp.concatenate(heads, axis=1)
 
-    def key_rows(self, ref: Array) -> Array:
+    def key_rows(self, ref: Ref) -> Array:
         heads = self.heads_of(ref)
         if self.shared:
             return jnp.concatenate(heads, axis=0)
@@ -131,13 +132,13 @@ class Gates:
         return [self.columns[:, start + head : start + head + 1] for head in self.plan.members(pack.index)]
 
 
-def read_gates(plan: Plan, columns: Array, rows: Array, runs: tuple[Array, ...]) -> Gates:
+def read_gates(plan: Plan, columns: Ref, rows: Ref, runs: tuple[Ref, ...]) -> Gates:
     """Gates out of the blocks of one grid step."""
     run_column, run_row = (ref[0, 0] for ref in runs) if runs else (None, None)
     return Gates(plan, columns[0, 0, 0], rows[0, 0, 0], masks(plan.chunk, plan.pack, run_column, run_row))
 
 
-def scores(pack: Pack, q: Array, k: Array) -> tuple[Float[Array, "c pc"], Float[Array, "c pc"]]:
+def scores(pack: Pack, q: Ref, k: Ref) -> tuple[Float[Array, "c pc"], Float[Array, "c pc"]]:
     """K K^T and Q K^T of every head of the pack, one product."""
     left = jnp.concatenate([pack.key_lanes(k), pack.key_lanes(q)], axis=0)
     both = multiply(left, pack.key_rows(k), NT, pack.plan.exact)

@@ -14,12 +14,12 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.gated_delta_rule.tpu_chunk import Gates, Pack, read_gates, scores
-from pallas_kernels.gated_delta_rule.tpu_parts import NN, Plan, invert_unit_lower, multiply_finely
+from pallas_kernels.gated_delta_rule.tpu_parts import NN, Plan, Ref, invert_unit_lower, multiply_finely
 
-TOGETHER = 4  # packs whose second halves are scheduled together: more would spill
+TOGETHER = 8  # packs whose second halves are scheduled together; more of them only spill more
 
 
-def forward_kernel(plan: Plan, saving: bool, *refs: Array) -> None:
+def forward_kernel(plan: Plan, saving: bool, *refs: Ref) -> None:
     """Blocks in: q, k, v, gate columns, gate rows, (runs,) initial states; out: o, final states, (states, A).
 
     The last one is scratch: the states [packs, k, p v] float32.
@@ -48,13 +48,13 @@ def forward_kernel(plan: Plan, saving: bool, *refs: Array) -> None:
         store_states(packs, state, final)
 
 
-def load_states(packs: list[Pack], blocks: Array, scratch: Array) -> None:
+def load_states(packs: list[Pack], blocks: Ref, scratch: Ref) -> None:
     """[1, heads, k, v] to the packs' lanes."""
     for pack in packs:
         scratch[pack.index] = jnp.concatenate([blocks[0, head] for head in pack.plan.members(pack.index)], axis=1)
 
 
-def store_states(packs: list[Pack], scratch: Array, blocks: Array) -> None:
+def store_states(packs: list[Pack], scratch: Ref, blocks: Ref) -> None:
     """The packs' lanes to [1, heads, k, v]."""
     for pack in packs:
         for head, state in zip(pack.plan.members(pack.index), pack.cut(scratch[pack.index]), strict=True):
@@ -62,7 +62,7 @@ def store_states(packs: list[Pack], scratch: Array, blocks: Array) -> None:
 
 
 def _inside(
-    packs: list[Pack], gates: Gates, q: Array, k: Array
+    packs: list[Pack], gates: Gates, q: Ref, k: Ref
 ) -> tuple[list[Float[Array, "c pc"]], list[Float[Array, "c pc"]]]:
     """A and P of every pack: what does not need the state."""
     systems, reads = [], []
@@ -80,9 +80,9 @@ def _with_states(
     gates: Gates,
     inverses: list[Array],
     reads: list[Array],
-    arguments: tuple[Array, Array, Array],
-    o: Array,
-    states: Array,
+    arguments: tuple[Ref, Ref, Ref],
+    o: Ref,
+    states: Ref,
 ) -> None:
     """U, O and S' of some packs."""
     q, k, v = arguments

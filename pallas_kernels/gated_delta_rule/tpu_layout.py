@@ -26,11 +26,17 @@ def padded_width(width: int) -> int:
 
 
 def make_plan(
-    q: Array, v: Array, chunk: int, scale: float, segmented: bool, matrix_unit: int, heads: int | None = None
+    arguments: tuple[Array, Array, Array],
+    chunk: int,
+    scale: float,
+    segmented: bool,
+    matrix_unit: int,
+    heads: int | None = None,
 ) -> Plan:
-    """As many value heads a step as divide theirs, up to `heads`, 32, and what fits into VMEM."""
+    """As many value heads a step as divide those of (q, k, v), up to `heads`, 32, and what fits into VMEM."""
+    q, _, v = arguments
     group = v.shape[2] // q.shape[2]
-    exact = q.dtype != jnp.bfloat16
+    exact = any(x.dtype != jnp.bfloat16 for x in arguments)
     plan = Plan(
         chunk, 1, group, padded_width(q.shape[3]), padded_width(v.shape[3]), scale, exact, segmented, matrix_unit
     )
@@ -60,8 +66,8 @@ def lay_tokens(x: Float[Array, "b t h w"], chunk: int, dtype: jnp.dtype) -> Floa
 
 def take_tokens(x: Float[Array, "b padded hw"], like: Array) -> Array:
     """Back to the shape and dtype of `like` [b, t, h, w]."""
-    b, t, h, w = like.shape
-    return x.reshape(*x.shape[:2], h, -1)[:, :t, :, :w].astype(like.dtype)
+    _, length, heads, width = like.shape
+    return x.reshape(*x.shape[:2], heads, -1)[:, :length, :, :width].astype(like.dtype)
 
 
 def lay_state(x: Float[Array, "b hv k v"]) -> Float[Array, "b hv kp vp"]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 LANES = 128
 MASKED = -1e30  # an exponent; -inf would make the difference of two masked ones nan
+Ref = Any  # of a block or of scratch, in VMEM
 Form = tuple[tuple[int, ...], tuple[int, ...]]
 NN: Form = ((1,), (0,))  # X Y
 NT: Form = ((1,), (1,))  # X Y^T
@@ -156,7 +158,7 @@ def masks(chunk: int, pack: int, run_column: Array | None, run_row: Array | None
     shape = (chunk, pack * chunk)
     row, column = jax.lax.broadcasted_iota(jnp.int32, shape, 0), lane_index(shape) & (chunk - 1)
     seen, seeing = row >= column, row <= column
-    if run_column is not None:
+    if run_column is not None and run_row is not None:
         same = jnp.broadcast_to(run_column, shape) == jnp.broadcast_to(run_row, shape)
         seen, seeing = seen & same, seeing & same
     return Masks(seen, seeing, row > column, row < column)
@@ -168,8 +170,8 @@ def invert_unit_lower(systems: list[Float[Array, "c pc"]], plan: Plan) -> list[F
         X = I;   for s = 1, 2, 4 .. C/2:   X <- X - X (L_s X),   L_s the lower left s x s of each 2s block
 
     then, after bfloat16 rungs, one step of refinement with three passes: X <- X + X (I - X - L X). All packs climb
-    together, so that the matrix unit has other products to do while one waits; where it is 256 wide, two packs of 64 x 64
-    blocks go as one.
+    together, so that the matrix unit has other products to do while one waits; where it is 256 wide, two packs of
+    64 x 64 blocks go as one.
     """
     size, pack = plan.chunk, plan.pack
     joined = 2 if 2 * pack * size <= plan.matrix_unit and len(systems) % 2 == 0 else 1

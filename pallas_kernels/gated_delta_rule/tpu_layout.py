@@ -45,16 +45,26 @@ def make_plan(
     return dataclasses.replace(plan, key_heads=fitting[-1])
 
 
-def step_bytes(plan: Plan, backward: bool) -> int:
-    """VMEM of the blocks of one grid step, two of each, and of the scratch; a forward step saves for the backward."""
+def moved_bytes(plan: Plan, backward: bool) -> dict[str, int]:
+    """Between HBM and VMEM: a chunk of one step's heads, and once a sequence. The forward pass saves for the other."""
     item = 4 if plan.exact else 2
-    tokens = plan.chunk * item
-    key, value = plan.key_heads * plan.key_width * tokens, plan.heads * plan.value_width * tokens
+    key, value = (heads * plan.chunk * width * item for heads, width in _widths(plan))
     state = plan.heads * plan.key_width * plan.value_width
-    saved = state * item + plan.packs * plan.chunk * max(LANES, plan.pack * plan.chunk) * item
-    gates = 4 * plan.chunk * padded_width(len(plan.gates) * plan.heads)
-    blocks = (4 * key + 3 * value if backward else 2 * key + 2 * value) + saved + 2 * gates + 2 * state * 4
-    return 2 * blocks + state * 4
+    saved = (state + plan.heads * plan.chunk**2) * item
+    gates = 4 * plan.chunk * (padded_width(len(plan.gates) * plan.heads) + plan.heads)
+    if backward:
+        d_gates = 4 * plan.chunk * padded_width(2 * plan.heads)
+        return {"chunk": 4 * key + 3 * value + saved + gates + d_gates, "sequence": 2 * state * 4}
+    return {"chunk": 2 * key + 2 * value + saved + gates, "sequence": 2 * state * 4}
+
+
+def step_bytes(plan: Plan, backward: bool) -> int:
+    """VMEM of the blocks of one grid step, two of each, and of the scratch."""
+    return 2 * sum(moved_bytes(plan, backward).values()) + plan.heads * plan.key_width * plan.value_width * 4
+
+
+def _widths(plan: Plan) -> list[tuple[int, int]]:
+    return [(plan.key_heads, plan.key_width), (plan.heads, plan.value_width)]
 
 
 def lay_tokens(x: Float[Array, "b t h w"], chunk: int, dtype: jnp.dtype) -> Float[Array, "b padded hw"]:

@@ -1,6 +1,6 @@
 """What would the TPU kernels cost on a chip that is not here? Compiles them for it and reads the compiler's schedule.
 
-    python experiments/kernel_report.py [--chip v5e|v5p|v6e|tpu7x] [--case NAME ...] [--json]
+    python experiments/kernel_report.py [--chip v5e|v5p|v6e|tpu7x] [--case NAME ...] [--kernels-only] [--json]
 
 * Needs `jax[tpu]` (its compiler), no TPU. Every case is compiled forward and backward; one that fails prints its error.
 * Cycles are static: the length of the compiler's schedule of one grid step, over the chunks and value heads in it. The
@@ -177,21 +177,24 @@ def _bytes(case: Case, plan: Any, backward: bool) -> dict[str, Any]:
     return {"vmem_bytes": vmem, "hbm_bytes": total, "hbm_over_least": round(total / least, 2)}
 
 
-def report(chip: str, names: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+def report(chip: str, names: Sequence[str], folder: Path, with_xla: bool) -> list[dict[str, Any]]:
     """Rows of all cases; a case that does not compile has its error instead."""
     rows: list[dict[str, Any]] = []
     for name in names:
         try:
             own = measure(CASES[name], chip, folder)
-            xla = compile_case(CASES[name], chip, "xla")
-            beside = {
-                "xla_bytes": int(xla.cost_analysis().get("bytes accessed", 0)),
-                "xla_temporaries": xla.memory_analysis().temp_size_in_bytes,
-            }
+            beside = beside_xla(CASES[name], chip) if with_xla else {}
             rows += [{"chip": chip, "case": name, "compiles": True, **row, **beside} for row in own]
         except (RuntimeError, ValueError) as error:  # the compiler's errors are RuntimeErrors
             rows.append({"chip": chip, "case": name, "compiles": False, "error": str(error)[:2000]})
     return rows
+
+
+def beside_xla(case: Case, chip: str) -> dict[str, int]:
+    """What the XLA path moves and keeps for the same arguments, forward and backward; slow to compile on some chips."""
+    compiled = compile_case(case, chip, "xla")
+    moved, kept = compiled.cost_analysis().get("bytes accessed", 0), compiled.memory_analysis().temp_size_in_bytes
+    return {"xla_bytes": int(moved), "xla_temporaries": kept}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -206,7 +209,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             continue
         slots = " ".join(f"{row['slots'][unit]:5.0%}" for unit in ("MXU", "VALU", "XLU", "VLOAD", "VSTORE"))
         sizes = " ".join(f"{row[key] / 2**20:5.1f}MiB" for key in ("spilled_bytes", "vmem_bytes", "hbm_bytes"))
-        beside = " ".join(f"{row[key] / 2**20:6.0f}MiB" for key in ("xla_bytes", "xla_temporaries"))
+        beside = " ".join(f"{row[key] / 2**20:6.0f}MiB" for key in ("xla_bytes", "xla_temporaries") if key in row)
         lines.append(
             f"{row['case']:10} {row['kernel']:8} {row['cycles_per_chunk_and_head']:6} {slots} {sizes} "
             f"{row['hbm_over_least']:6.2f} {row['microseconds']:7.1f}us  {beside}"
@@ -219,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Static cost of the TPU kernels, compiled for a chip.")
     parser.add_argument("--chip", choices=CHIPS, default="v6e")
     parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--kernels-only", action="store_true", help="leave out the XLA path, which compiles slowly")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("libtpu") is None:
@@ -227,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = prepare()
     import libtpu
 
-    rows = report(options.chip, options.case, folder)
+    rows = report(options.chip, options.case, folder, with_xla=not options.kernels_only)
     compiler = getattr(libtpu, "__version__", "unknown")
     if options.json:
         print(json.dumps({"chip": options.chip, "libtpu": compiler, "chunks": CHUNKS, "rows": rows}, indent=1))

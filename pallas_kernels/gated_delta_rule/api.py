@@ -5,10 +5,16 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gated_delta_rule import reference, xla
+from pallas_kernels.gated_delta_rule import pallas_tpu, reference, xla
 from pallas_kernels.gated_delta_rule.reference import gated_delta_rule_step as _step
+from pallas_kernels.platform import target_device
 
-IMPLEMENTATIONS = {"reference": reference.gated_delta_rule, "xla": xla.gated_delta_rule}
+IMPLEMENTATIONS = {
+    "reference": reference.gated_delta_rule,
+    "xla": xla.gated_delta_rule,
+    "pallas_tpu": pallas_tpu.gated_delta_rule,
+    "pallas_tpu_interpreted": pallas_tpu.gated_delta_rule_interpreted,
+}
 
 
 def gated_delta_rule(
@@ -41,7 +47,8 @@ def gated_delta_rule(
         scale: of the read; None is k^-0.5.
         chunk_size: tokens a chunk of the chunked implementations, a power of two; 32 is as fast for heads of 32.
         return_state: also return the float32 state after the last token.
-        implementation: a name out of `IMPLEMENTATIONS`; None is the best one for the platform and the length.
+        implementation: a name out of `IMPLEMENTATIONS`; None is the best one for the platform and the length: when
+            compiling for a TPU the Pallas kernels, if they take these arguments, and XLA otherwise.
 
     Returns:
         o in v's dtype, or (o, state).
@@ -60,9 +67,14 @@ def gated_delta_rule(
         token, state = _step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], initial_state, scale)
         output = token[:, None]
     else:
-        run = IMPLEMENTATIONS[implementation or "xla"]
+        run = IMPLEMENTATIONS[implementation or _best(q, k, v, chunk_size)]
         output, state = run(q, k, v, g, beta, initial_state, segment_ids, scale, chunk_size)
     return (output, state) if return_state else output
+
+
+def _best(q: Array, k: Array, v: Array, chunk_size: int) -> str:
+    fits = target_device()[0] == "tpu" and not pallas_tpu.unsupported(q, k, v, chunk_size)
+    return "pallas_tpu" if fits else "xla"
 
 
 def gated_delta_rule_step(
@@ -98,12 +110,19 @@ def check_arguments(
     problems = []
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         problems.append(f"implementation {implementation!r} is not available, there are {', '.join(IMPLEMENTATIONS)}")
+    elif implementation == "pallas_tpu" and target_device()[0] != "tpu":
+        problems.append(
+            f"implementation 'pallas_tpu' needs a TPU, this is for {target_device()[0]}; 'pallas_tpu_interpreted' runs "
+            "its kernels anywhere, slowly"
+        )
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         problems.append(f"chunk_size {chunk_size} must be a power of two")
     if q.ndim != 4 or v.ndim != 4:
         problems.append(f"q must be [b, t, h, k] and v [b, t, hv, v], got {q.shape} and {v.shape}")
     else:
         problems += _shape_problems(q, k, v, g, beta, initial_state, segment_ids)
+        if implementation in ("pallas_tpu", "pallas_tpu_interpreted"):
+            problems += pallas_tpu.unsupported(q, k, v, chunk_size)
     if problems:
         raise ValueError("gated_delta_rule:\n" + "\n".join(f"  - {problem}" for problem in problems))
 

@@ -1,0 +1,24 @@
+"""Which machine is being compiled for: known while a function is traced, also where that machine is not at hand."""
+
+from __future__ import annotations
+
+import jax
+
+
+def target_device() -> tuple[str, str]:
+    """(platform, kind) of the devices that the function being traced will run on, as `("tpu", "TPU v6 lite")`.
+
+    Those of the mesh in whose context the trace stands (`shard_map`, `jax.set_mesh`), which may be a topology that is
+    only compiled for; else `jax_default_device`, else of the first device.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.platform, device.device_kind
+    chosen = getattr(jax.config, "jax_default_device")  # noqa: B009 — mypy does not see the attribute
+    device = jax.devices(chosen)[0] if isinstance(chosen, str) else chosen or jax.devices()[0]
+    return device.platform, device.device_kind
+
+
+def matrix_unit_width(kind: str) -> int:
+    """128 up to the fifth generation of TPUs, 256 after it."""
+    return 128 if any(kind.startswith(f"TPU v{generation}") for generation in range(2, 6)) else 256

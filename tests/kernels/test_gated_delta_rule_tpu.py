@@ -1,0 +1,255 @@
+"""The TPU kernels through Pallas' interpreter: what every implementation does, and what only kernels get wrong."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.gated_delta_rule import pallas_tpu, reference
+from pallas_kernels.gated_delta_rule.api import gated_delta_rule
+
+RESULTS = ("o", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
+TOLERANCE = {
+    "float32": dict.fromkeys(RESULTS, 1e-5),
+    "bfloat16": {name: 0.005 for name in ("o", "state")}
+    | {name: 0.008 for name in ("dq", "dk", "dv", "dinitial")}
+    | {name: 0.02 for name in ("dg", "dbeta")},
+}
+HARD_SHAPE = (1, 75, 2, 2, 16, 16)
+
+
+def normalised(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def make_inputs(shape, seed=0):
+    """Float64 (q, k, v, g, beta, initial_state) and the two incoming gradients, as numpy arrays."""
+    b, t, h, hv, k, v = shape
+    rng = np.random.default_rng(seed)
+    q, key = (normalised(rng.normal(size=(b, t, h, k))) for _ in range(2))
+    value = rng.normal(size=(b, t, hv, v))
+    g = -rng.exponential(size=(b, t, hv)) * rng.choice([0.01, 0.3], size=(b, t, hv))
+    beta, state = rng.uniform(0, 1, size=(b, t, hv)), rng.normal(size=(b, hv, k, v))
+    return [q, key, value, g, beta, state], [rng.normal(size=value.shape), rng.normal(size=state.shape)]
+
+
+def cast(inputs, cotangents, dtype):
+    inputs = [jnp.asarray(x, dtype) for x in inputs[:5]] + [jnp.asarray(inputs[5], jnp.float32)]
+    return inputs, [jnp.asarray(cotangents[0], dtype), jnp.asarray(cotangents[1], jnp.float32)]
+
+
+@functools.partial(jax.jit, static_argnames=("chunk", "interpret", "matrix_unit", "heads_per_step"))
+def run(inputs, cotangents, segment_ids=None, chunk=64, interpret=True, matrix_unit=256, heads_per_step=None):
+    """Output, final state and the gradients of all six arguments."""
+    scale = inputs[0].shape[-1] ** -0.5
+
+    def rule(*x):
+        return pallas_tpu.gated_delta_rule(
+            *x, segment_ids, scale, chunk, interpret=interpret, matrix_unit=matrix_unit, heads_per_step=heads_per_step
+        )
+
+    outputs, pull = jax.vjp(rule, *inputs)
+    return dict(zip(RESULTS, (*outputs, *pull(tuple(cotangents))), strict=True))
+
+
+@jax.jit
+def _scan(inputs, cotangents, segment_ids):
+    scale = inputs[0].shape[-1] ** -0.5
+    outputs, pull = jax.vjp(lambda *x: reference.gated_delta_rule(*x, segment_ids, scale, 64), *inputs)
+    return dict(zip(RESULTS, (*outputs, *pull(tuple(cotangents))), strict=True))
+
+
+def token_scan(inputs, cotangents, segment_ids=None):
+    """The truth: the reference in float64, for the values that the narrow inputs really have."""
+    wide = [[np.asarray(x).astype(np.float64) for x in xs] for xs in (inputs, cotangents)]
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, _scan(*wide, segment_ids))
+
+
+def relative_error(value, truth):
+    error = np.sqrt(np.mean((np.asarray(value, np.float64) - truth) ** 2))
+    return error / max(np.sqrt(np.mean(truth**2)), np.finfo(np.float64).tiny)
+
+
+def assert_close(results, truth, tolerance):
+    assert all(np.isfinite(np.asarray(x, np.float64)).all() for x in results.values())
+    errors = {name: relative_error(results[name], truth[name]) for name in RESULTS}
+    assert all(errors[name] <= tolerance[name] for name in RESULTS), errors
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, options",
+    [
+        ((2, 75, 2, 2, 64, 64), "float32", {}),
+        ((1, 130, 3, 3, 100, 60), "bfloat16", {}),  # an odd number of heads stands alone in its registers
+        ((1, 150, 1, 4, 64, 128), "bfloat16", {}),  # four value heads a key head
+        ((1, 75, 2, 6, 16, 16), "float32", {}),  # three: the second pack has two keys
+        ((1, 75, 2, 2, 16, 16), "bfloat16", {"matrix_unit": 128}),
+        ((1, 140, 4, 4, 16, 16), "float32", {"heads_per_step": 2}),
+        ((1, 140, 2, 2, 16, 16), "bfloat16", {"chunk": 128}),
+        ((1, 75, 1, 2, 16, 16), "bfloat16", {"chunk": 128, "matrix_unit": 128}),
+        ((1, 65, 2, 2, 256, 200), "bfloat16", {}),
+    ],
+    ids=str,
+)
+def test_agrees_with_token_scan(shape, dtype, options):
+    inputs, cotangents = cast(*make_inputs(shape), dtype)
+    results = run(inputs, cotangents, **options)
+    assert results["o"].dtype == dtype
+    assert results["state"].dtype == jnp.float32
+    assert_close(results, token_scan(inputs, cotangents), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65])
+def test_any_length(length):
+    inputs, cotangents = cast(*make_inputs((1, length, 1, 2, 8, 8)), "float32")
+    assert_close(run(inputs, cotangents), token_scan(inputs, cotangents), TOLERANCE["float32"])
+
+
+def test_gates_may_be_wider_than_the_rest():
+    inputs, cotangents = cast(*make_inputs(HARD_SHAPE), "bfloat16")
+    inputs[3:5] = [x.astype(jnp.float32) for x in inputs[3:5]]
+    results = run(inputs, cotangents)
+    assert results["dg"].dtype == results["dbeta"].dtype == jnp.float32
+    assert results["dq"].dtype == jnp.bfloat16
+    assert_close(results, token_scan(inputs, cotangents), TOLERANCE["bfloat16"])
+
+
+def hard_inputs(case):
+    """Inputs on which chunked forms break, all of one shape: one compilation serves them all."""
+    inputs, cotangents = make_inputs(HARD_SHAPE, seed=3)
+    q, k, v, g, beta, state = inputs
+    token = np.arange(HARD_SHAPE[1])
+    for part in case.split(", "):
+        name, _, number = part.partition(" = ")
+        if part == "identical keys":
+            k = np.broadcast_to(k[:, :1], k.shape)
+        elif part == "correlated keys":
+            k = normalised(k[:, :1] + 0.1 * k)
+        elif part == "zero rows":
+            q, k, v, g, beta = (np.where(token.reshape(1, -1, *[1] * (x.ndim - 2)) % 3 == 1, 0, x)
+                                for x in (q, k, v, g, beta))  # fmt: skip
+        elif part == "beta zero rows":
+            beta = np.where(token[None, :, None] % 5 < 2, 0, beta)
+        elif part == "abrupt g":
+            g = np.where(token[None, :, None] % 7 == 3, -30.0, 0.01 * g)
+        elif name == "beta":
+            beta = np.full(beta.shape, float(number))
+        elif name == "g":
+            g = np.full(g.shape, float(number))
+    return [q, k, v, g, beta, state], cotangents
+
+
+HARD_CASES = (
+    "identical keys, beta = 1, g = 0", "identical keys, beta = 2, g = 0", "correlated keys, beta = 1, g = -1e-4",
+    "correlated keys, beta = 2, g = -1e-4", "beta = 2, g = 0", "correlated keys, abrupt g", "g = -5", "g = -30",
+    "beta = 1, g = -1000", "zero rows", "beta zero rows", "beta = 0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HARD_CASES)
+def test_hard_inputs(case):
+    inputs, cotangents = cast(*hard_inputs(case), "float32")
+    # Parallel keys and beta 2: |A| |I + L| is 250 in a chunk, and float32 rounds each k_i . k_j the same way.
+    tolerance = 5e-5 if "keys, beta = 2" in case else 1e-5
+    assert_close(run(inputs, cotangents), token_scan(inputs, cotangents), dict.fromkeys(RESULTS, tolerance))
+
+
+@pytest.mark.parametrize("case", ["correlated keys, beta = 1, g = -1e-4", "g = -30", "zero rows", "beta zero rows"])
+def test_hard_inputs_in_bfloat16(case):
+    inputs, cotangents = cast(*hard_inputs(case), "bfloat16")
+    assert_close(run(inputs, cotangents), token_scan(inputs, cotangents), TOLERANCE["bfloat16"])
+
+
+SEGMENTS = jnp.asarray(np.repeat([0, 1, 2, 4, 5, 2], [1, 1, 61, 1, 56, 30])[None], jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype", [((1, 150, 1, 2, 16, 16), "float32"), ((1, 150, 3, 3, 8, 8), "bfloat16")], ids=str
+)
+def test_segments_agree_with_token_scan(shape, dtype):
+    """Boundaries at a chunk's start, at its last token and inside; one segment crosses a chunk."""
+    inputs, cotangents = cast(*make_inputs(shape), dtype)
+    results = run(inputs, cotangents, SEGMENTS)
+    assert_close(results, token_scan(inputs, cotangents, SEGMENTS), TOLERANCE[dtype])
+
+
+def test_gradient_identities():
+    """dG_i = <dO_i, O_i> - <dV_i, V_i>, + <dS', S'> at the last; beta_i dbeta_i = <dV_i, v_i - S_i^T k_i>."""
+    inputs, cotangents = cast(*make_inputs((1, 75, 1, 2, 16, 16)), "float32")
+    x = {name: np.asarray(value, np.float64) for name, value in run(inputs, cotangents).items()}
+    _, k, v, g, beta, state = (np.asarray(array, np.float64) for array in inputs)
+    d_o, d_s = (np.asarray(array, np.float64) for array in cotangents)
+    d_sum = (d_o * x["o"]).sum(-1) - (x["dv"] * v).sum(-1)
+    d_sum[:, -1] += (d_s * x["state"]).sum((-1, -2))
+    np.testing.assert_allclose(x["dg"], np.flip(np.cumsum(np.flip(d_sum, 1), axis=1), 1), atol=5e-5)
+    keys, errors = np.repeat(k, 2, axis=2), np.zeros_like(v)
+    for i in range(v.shape[1]):  # an independent scan
+        state = np.exp(g[:, i, :, None, None]) * state
+        errors[:, i] = v[:, i] - np.einsum("bhk,bhkv->bhv", keys[:, i], state)
+        state = state + np.einsum("bh,bhk,bhv->bhkv", beta[:, i], keys[:, i], errors[:, i])
+    np.testing.assert_allclose(beta * x["dbeta"], (x["dv"] * errors).sum(-1), atol=5e-5)
+
+
+def test_causal():
+    """No gradient reaches a token from the outputs before it: exactly none."""
+    inputs, cotangents = cast(*make_inputs(HARD_SHAPE), "float32")
+    for last in (0, 40, 63, 64):
+        d_o = cotangents[0].at[:, last + 1 :].set(0)
+        d = run(inputs, [d_o, jnp.zeros_like(cotangents[1])])
+        for name in ("dq", "dk", "dv", "dg", "dbeta"):
+            assert not d[name][:, last + 1 :].any(), name
+
+
+def test_neither_races_nor_reads_what_nobody_wrote():
+    """Several steps of every axis with memory poisoned, copies as late as allowed, parallel axes in any order."""
+    shape = (2, 130, 4, 4, 8, 8)
+    inputs, cotangents = cast(*make_inputs(shape), "bfloat16")
+    ids = jnp.asarray(np.stack([np.repeat([0, 1], [70, 60]), np.repeat([0, 1], [64, 66])]), jnp.int32)
+    params = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait", random_seed=1
+    )
+    results = run(inputs, cotangents, ids, interpret=params, heads_per_step=2)
+    jax.block_until_ready(results)
+    assert_close(results, token_scan(inputs, cotangents, ids), TOLERANCE["bfloat16"])
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.races.races_found
+
+
+def test_agrees_with_xla_through_the_interface():
+    inputs, _ = cast(*make_inputs((1, 70, 1, 2, 16, 16)), "float32")
+    results = [
+        gated_delta_rule(*inputs[:5], initial_state=inputs[5], return_state=True, implementation=name)
+        for name in ("xla", "pallas_tpu_interpreted")
+    ]
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_saved_names_spare_the_second_forward_pass():
+    inputs, _ = cast(*make_inputs((1, 70, 1, 2, 8, 8)), "float32")
+
+    def kernels(policy):
+        rule = functools.partial(gated_delta_rule, implementation="pallas_tpu_interpreted")
+        remat = jax.checkpoint(lambda *x: jnp.sin(rule(*x)).sum(), policy=policy)
+        return str(jax.make_jaxpr(jax.grad(remat))(*inputs[:5])).count("pallas_call[")
+
+    assert kernels(jax.checkpoint_policies.nothing_saveable) == 3
+    assert kernels(jax.checkpoint_policies.save_only_these_names(*pallas_tpu.SAVED_NAMES)) == 2
+
+
+def test_what_the_kernels_do_not_do_is_said():
+    q, k, v, g, beta = (jnp.zeros(shape) for shape in [(1, 8, 1, 257)] * 2 + [(1, 8, 1, 300)] + [(1, 8, 1)] * 2)
+    with pytest.raises(ValueError) as caught:
+        gated_delta_rule(q, k, v, g, beta, implementation="pallas_tpu", chunk_size=32)
+    for part in ("'pallas_tpu' needs a TPU, this is for cpu", "chunk_size 32 must be one of 64, 128",
+                 "k (1, 8, 1, 257) is wider than 256", "v (1, 8, 1, 300) is wider than 256"):  # fmt: skip
+        assert part in str(caught.value)
+    with pytest.raises(ValueError, match="q must be float32 or bfloat16, got float16"):
+        pallas_tpu.gated_delta_rule(
+            *(x[..., :8].astype(jnp.float16) for x in (q, k, v)), g, beta, jnp.zeros((1, 1, 8, 8)), None, 1.0, 64
+        )

@@ -1,0 +1,71 @@
+"""The TPU kernels compile for every chip, without one; where the TPU compiler is not installed, nothing is tested."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STORED = ROOT / "experiments" / "results"
+CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"),
+]
+
+
+def outside(*command):
+    """In a process of its own: the compiler reads its environment when JAX is imported."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_for(chip):
+    """And in not many more cycles than last time, by the same compiler."""
+    report = ROOT / "experiments" / "kernel_report.py"
+    found = json.loads(outside(report, "--chip", chip, "--case", "plain", "--kernels-only", "--json"))
+    assert [row["compiles"] for row in found["rows"]] == [True, True]
+    assert all(row["hbm_over_least"] <= 1.15 for row in found["rows"])
+    path = STORED / f"kernels_{chip}.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    if stored.get("libtpu") == found["libtpu"]:
+        before = {row["kernel"]: row["cycles"] for row in stored["rows"] if row["case"] == "plain"}
+        assert all(row["cycles"] <= 1.05 * before[row["kernel"]] for row in found["rows"])
+
+
+PICKED = """
+import sys
+sys.path.insert(0, "experiments")
+import kernel_report
+kernel_report.prepare()
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from pallas_kernels.gated_delta_rule.api import gated_delta_rule
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"))
+tokens, gates = P("data", None, "tensor", None), P("data", None, "tensor")
+specs = (tokens, tokens, tokens, gates, gates)
+split = jax.shard_map(gated_delta_rule, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+shapes = [(2, 128, 4, 64)] * 3 + [(2, 128, 4)] * 2
+arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+             for shape, spec in zip(shapes, specs, strict=True)]
+loss = lambda *x: split(*x).astype(jnp.float32).sum()
+text = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).lower(*arguments).compile().as_text()
+print(text.count('custom_call_target="tpu_custom_call"'))
+"""
+
+
+def test_chosen_inside_shard_map_for_a_topology_that_is_not_here():
+    """On a host without a TPU, by the mesh alone: forward and backward are one kernel each."""
+    assert outside("-c", PICKED).split()[-1] == "2"

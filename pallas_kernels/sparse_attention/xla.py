@@ -274,9 +274,7 @@ def _backward(plan: _Plan, kept: tuple, cotangents: tuple[Array, Statistics]) ->
     d_o, d_kl = cotangents[0], cotangents[1].kl
     if plan.head_axes:  # every shard's KL came from the sum over shards: what their gradients are to it, they share
         (d_kl,) = jax.linear_transpose(plan.head_sum, d_kl)(d_kl)
-    wide = accumulator(queries.q)
-    delta = jnp.einsum("bthv,bthv->bth", d_o, o, preferred_element_type=wide)
-    of_query = queries, selection, softmax, _Incoming(d_o, delta, d_kl)
+    of_query = queries, selection, softmax, _Incoming(d_o, o, d_kl)
     ranges = reach(queries, keys, plan.query_tile, plan.key_tile)
     zeros = lambda x: jnp.zeros(x.shape, accumulator(x))  # noqa: E731 - gradients are summed in float32
     d_queries = tuple(zeros(x) for x in queries[:3])
@@ -313,10 +311,10 @@ def _backward(plan: _Plan, kept: tuple, cotangents: tuple[Array, Statistics]) ->
 
 
 class _Incoming(NamedTuple):
-    """Gradients of the output [b,t,h,v] and the KL [b,t]; `delta` [b,t,h] is the first times the output, summed."""
+    """Gradients of the output [b,t,h,v] and the KL [b,t], and the output itself."""
 
     o: Array
-    delta: Array
+    output: Array
     kl: Array
 
 
@@ -336,7 +334,9 @@ def _block_gradients(
     kept = _chosen(_scores(plan, queries, keys, shared), queries, keys, selection, first)
     attention = _attention(_logits(queries, keys), kept, softmax.log_sum.swapaxes(1, 2))
     d_attention = product("bthv,bshv->bhts", incoming.o, keys.v)
-    slope = attention * (d_attention - incoming.delta.swapaxes(1, 2)[..., None]) * queries.q.shape[-1] ** -0.5
+    # for each block anew: for all rows at once it would hold both in float32
+    delta = product("bthv,bthv->bht", incoming.o, incoming.output)
+    slope = attention * (d_attention - delta[..., None]) * queries.q.shape[-1] ** -0.5
     slope = slope.astype(queries.q.dtype)
     d_q, d_k = product("bhts,bshk->bthk", slope, keys.k), product("bhts,bthk->bshk", slope, queries.q)
     d_v = product("bhts,bthv->bshv", attention.astype(keys.v.dtype), incoming.o)

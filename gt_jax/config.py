@@ -389,8 +389,8 @@ class ModelConfig(Config):
     def twice_differentiable(self) -> ModelConfig:
         """The same model on implementations whose backward passes can be differentiated too: no tiles, no kernels."""
         changes: dict[str, Any] = {}
-        if self.gsa is not None:
+        if self.gsa is not None and self.gsa.implementation != "reference":
             changes["gsa"] = self.gsa.replace(implementation="reference")
-        if self.deltanet is not None:
+        if self.deltanet is not None and self.deltanet.implementation != "xla":
             changes["deltanet"] = self.deltanet.replace(implementation="xla")
-        return self.replace(**changes)
+        return self.replace(**changes) if changes else self

@@ -137,7 +137,7 @@ def test_chunks_hand_their_memory_on_and_only_to_their_own_document():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompt", [4, 14])
+@pytest.mark.parametrize("prompt", [pytest.param(4, marks=pytest.mark.exhaustive), 14])
 def test_sampling_goes_on_from_chunk_to_chunk(prompt):
     v, config = variables("all components"), FULL.replace(adaptive=None)
     v = nest({path: leaf for path, leaf in flatten(v).items() if "/halting/" not in path})

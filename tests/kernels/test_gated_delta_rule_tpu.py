@@ -158,6 +158,7 @@ def test_hard_inputs(case):
     assert_close(run(inputs, cotangents), token_scan(inputs, cotangents), dict.fromkeys(RESULTS, tolerance))
 
 
+@pytest.mark.exhaustive  # float32 is in the suite
 @pytest.mark.parametrize("case", ["correlated keys, beta = 1, g = -1e-4", "g = -30", "zero rows", "beta zero rows"])
 def test_hard_inputs_in_bfloat16(case):
     inputs, cotangents = cast(*hard_inputs(case), "bfloat16")

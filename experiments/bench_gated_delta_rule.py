@@ -18,8 +18,6 @@ import argparse
 import functools
 import importlib.util
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from machine import machine
 
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 
@@ -128,17 +127,6 @@ def line(row: dict[str, Any]) -> str:
         best = min(times["theirs"]) / min(times["ours"])
         text += f"   PyTorch {spread(times['theirs'])} ms   ratio {best:.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
     return text
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [text.split(":", 1)[1].strip() for text in file if text.startswith("model name")]
-        model = names[0] if names else model
-    device = jax.devices()[0].device_kind
-    return {"processor": model, "cores": os.cpu_count(), "device": device, "jax": jax.__version__}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from machine import machine
 
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
 
@@ -108,17 +107,6 @@ def line(row: dict[str, Any]) -> str:
         text += f"   dense {best['dense']:8.1f} ms   tiled {best['tiled']:8.1f} ms"
         text += f"   ratio {best['dense'] / best['tiled']:.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
     return text
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [text.split(":", 1)[1].strip() for text in file if text.startswith("model name")]
-        model = names[0] if names else model
-    device = jax.devices()[0].device_kind
-    return {"processor": model, "cores": os.cpu_count(), "device": device, "jax": jax.__version__}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

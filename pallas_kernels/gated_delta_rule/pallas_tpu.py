@@ -67,21 +67,6 @@ def gated_delta_rule(
     return _rule(call, (q, k, v, g, beta), initial_state.astype(jnp.float32), run)
 
 
-def gated_delta_rule_interpreted(
-    q: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t hv v"],
-    g: Float[Array, "b t hv"],
-    beta: Float[Array, "b t hv"],
-    initial_state: Float[Array, "b hv k v"],
-    segment_ids: Int[Array, "b t"] | None,
-    scale: float,
-    chunk_size: int,
-) -> tuple[Float[Array, "b t hv v"], Float[Array, "b hv k v"]]:
-    """The same by Pallas' interpreter, for tests: as plain JAX, on any machine."""
-    return gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, chunk_size, interpret=True)
-
-
 def unsupported(q: Array, k: Array, v: Array, chunk_size: int) -> list[str]:
     """What about these arguments the kernels do not do, in words; nothing of it is checked when they run."""
     problems = []

@@ -8,37 +8,20 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.gated_delta_rule import pallas_tpu, reference
+from pallas_kernels.gated_delta_rule import pallas_tpu
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
+from tests.kernels.delta_rule_cases import (
+    HARD_CASES,
+    RESULTS,
+    TOLERANCE,
+    assert_close,
+    cast,
+    hard_inputs,
+    make_inputs,
+    token_scan,
+)
 
-RESULTS = ("o", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
-TOLERANCE = {
-    "float32": dict.fromkeys(RESULTS, 1e-5),
-    "bfloat16": {name: 0.005 for name in ("o", "state")}
-    | {name: 0.008 for name in ("dq", "dk", "dv", "dinitial")}
-    | {name: 0.02 for name in ("dg", "dbeta")},
-}
 HARD_SHAPE = (1, 75, 2, 2, 16, 16)
-
-
-def normalised(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def make_inputs(shape, seed=0):
-    """Float64 (q, k, v, g, beta, initial_state) and the two incoming gradients, as numpy arrays."""
-    b, t, h, hv, k, v = shape
-    rng = np.random.default_rng(seed)
-    q, key = (normalised(rng.normal(size=(b, t, h, k))) for _ in range(2))
-    value = rng.normal(size=(b, t, hv, v))
-    g = -rng.exponential(size=(b, t, hv)) * rng.choice([0.01, 0.3], size=(b, t, hv))
-    beta, state = rng.uniform(0, 1, size=(b, t, hv)), rng.normal(size=(b, hv, k, v))
-    return [q, key, value, g, beta, state], [rng.normal(size=value.shape), rng.normal(size=state.shape)]
-
-
-def cast(inputs, cotangents, dtype):
-    inputs = [jnp.asarray(x, dtype) for x in inputs[:5]] + [jnp.asarray(inputs[5], jnp.float32)]
-    return inputs, [jnp.asarray(cotangents[0], dtype), jnp.asarray(cotangents[1], jnp.float32)]
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "interpret", "matrix_unit", "heads_per_step"))
@@ -53,31 +36,6 @@ def run(inputs, cotangents, segment_ids=None, chunk=64, interpret=True, matrix_u
 
     outputs, pull = jax.vjp(rule, *inputs)
     return dict(zip(RESULTS, (*outputs, *pull(tuple(cotangents))), strict=True))
-
-
-@jax.jit
-def _scan(inputs, cotangents, segment_ids):
-    scale = inputs[0].shape[-1] ** -0.5
-    outputs, pull = jax.vjp(lambda *x: reference.gated_delta_rule(*x, segment_ids, scale, 64), *inputs)
-    return dict(zip(RESULTS, (*outputs, *pull(tuple(cotangents))), strict=True))
-
-
-def token_scan(inputs, cotangents, segment_ids=None):
-    """The truth: the reference in float64, for the values that the narrow inputs really have."""
-    wide = [[np.asarray(x).astype(np.float64) for x in xs] for xs in (inputs, cotangents)]
-    with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, _scan(*wide, segment_ids))
-
-
-def relative_error(value, truth):
-    error = np.sqrt(np.mean((np.asarray(value, np.float64) - truth) ** 2))
-    return error / max(np.sqrt(np.mean(truth**2)), np.finfo(np.float64).tiny)
-
-
-def assert_close(results, truth, tolerance):
-    assert all(np.isfinite(np.asarray(x, np.float64)).all() for x in results.values())
-    errors = {name: relative_error(results[name], truth[name]) for name in RESULTS}
-    assert all(errors[name] <= tolerance[name] for name in RESULTS), errors
 
 
 @pytest.mark.parametrize(
@@ -118,41 +76,9 @@ def test_gates_may_be_wider_than_the_rest():
     assert_close(results, token_scan(inputs, cotangents), TOLERANCE["bfloat16"])
 
 
-def hard_inputs(case):
-    """Inputs on which chunked forms break, all of one shape: one compilation serves them all."""
-    inputs, cotangents = make_inputs(HARD_SHAPE, seed=3)
-    q, k, v, g, beta, state = inputs
-    token = np.arange(HARD_SHAPE[1])
-    for part in case.split(", "):
-        name, _, number = part.partition(" = ")
-        if part == "identical keys":
-            k = np.broadcast_to(k[:, :1], k.shape)
-        elif part == "correlated keys":
-            k = normalised(k[:, :1] + 0.1 * k)
-        elif part == "zero rows":
-            q, k, v, g, beta = (np.where(token.reshape(1, -1, *[1] * (x.ndim - 2)) % 3 == 1, 0, x)
-                                for x in (q, k, v, g, beta))  # fmt: skip
-        elif part == "beta zero rows":
-            beta = np.where(token[None, :, None] % 5 < 2, 0, beta)
-        elif part == "abrupt g":
-            g = np.where(token[None, :, None] % 7 == 3, -30.0, 0.01 * g)
-        elif name == "beta":
-            beta = np.full(beta.shape, float(number))
-        elif name == "g":
-            g = np.full(g.shape, float(number))
-    return [q, k, v, g, beta, state], cotangents
-
-
-HARD_CASES = (
-    "identical keys, beta = 1, g = 0", "identical keys, beta = 2, g = 0", "correlated keys, beta = 1, g = -1e-4",
-    "correlated keys, beta = 2, g = -1e-4", "beta = 2, g = 0", "correlated keys, abrupt g", "g = -5", "g = -30",
-    "beta = 1, g = -1000", "zero rows", "beta zero rows", "beta = 0",
-)  # fmt: skip
-
-
 @pytest.mark.parametrize("case", HARD_CASES)
 def test_hard_inputs(case):
-    inputs, cotangents = cast(*hard_inputs(case), "float32")
+    inputs, cotangents = cast(*hard_inputs(case, HARD_SHAPE), "float32")
     # Parallel keys and beta 2: |A| |I + L| is 250 in a chunk, and float32 rounds each k_i . k_j the same way.
     tolerance = 5e-5 if "keys, beta = 2" in case else 1e-5
     assert_close(run(inputs, cotangents), token_scan(inputs, cotangents), dict.fromkeys(RESULTS, tolerance))
@@ -161,7 +87,7 @@ def test_hard_inputs(case):
 @pytest.mark.exhaustive  # float32 is in the suite
 @pytest.mark.parametrize("case", ["correlated keys, beta = 1, g = -1e-4", "g = -30", "zero rows", "beta zero rows"])
 def test_hard_inputs_in_bfloat16(case):
-    inputs, cotangents = cast(*hard_inputs(case), "bfloat16")
+    inputs, cotangents = cast(*hard_inputs(case, HARD_SHAPE), "bfloat16")
     assert_close(run(inputs, cotangents), token_scan(inputs, cotangents), TOLERANCE["bfloat16"])
 
 

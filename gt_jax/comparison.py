@@ -32,7 +32,8 @@ from gt_jax.layers.stack import coefficients
 from gt_jax.model import LanguageModel, fixed_passes, free_passes
 from gt_jax.sharding import Rules
 from gt_jax.spectrum import Step, layer_stretches
-from gt_jax.training.step import Batch, cross_entropy
+from gt_jax.training.loss import cross_entropy
+from gt_jax.training.step import Batch
 from gt_jax.training.step import place as on_devices
 from gt_jax.typing import PerToken, Tree
 

@@ -38,19 +38,23 @@ from gt_jax.typing import Activations, Scalar, State, Tokens, Tree
 
 
 class ModelOutput(NamedTuple):
-    """`logits` float32 [b,t,vocab]; `first_pass_hidden` [b,t,d] is the final state had the last layer run one pass.
+    """`logits` float32 [b,t,vocab] of `hidden` [b,t,d], the state before the final norm.
 
-    `statistics` have axes [l, p]; `cache` is what the next tokens go on from, None unless one was given. `mtp_logits`
-    predict the token after the next, None unless asked for, with `mtp_loss`, what their layer's indexer learns from.
-    `memory` is what the next chunk of the row starts with, None without a memory stream. `ponder` is the mean N + R of
-    tokens that may leave the stack early, None where they may not.
+    Who needs a loss takes it from `hidden`: logits that nobody reads are not computed. `first_pass_hidden` is the state
+    had the last layer run one pass. `statistics` have axes [l, p]; `cache` is what the next tokens go on from, None
+    unless one was given. `mtp_logits`, of `mtp_hidden`, predict the token after the next, None unless asked for, with
+    `mtp_loss`, what their layer's indexer learns from. `memory` is what the next chunk of the row starts with, None
+    without a memory stream. `ponder` is the mean N + R of tokens that may leave the stack early, None where they may
+    not.
     """
 
     logits: Float[Array, "b t vocab"]
+    hidden: Activations
     first_pass_hidden: Activations
     statistics: PassStatistics
     cache: Tree
     mtp_logits: Array | None = None
+    mtp_hidden: Array | None = None
     mtp_loss: Scalar | None = None
     memory: Memory | None = None
     ponder: Scalar | None = None
@@ -122,14 +126,15 @@ class LanguageModel(nn.Module):
             stream, statistics, new_cache = self._run(x, place, control or free_passes(), cache)
         if new_cache is not None:
             new_cache["position"] = cache["position"] + tokens.shape[1]
-        hidden = self.final_norm(stream_mean(stream.x))
-        ahead: tuple[Array | None, Array | None] = (None, None)
+        final = stream_mean(stream.x)
+        hidden = self.final_norm(final)
+        ahead: tuple[Array | None, Array | None, Array | None] = (None, None, None)
         if c.mtp is not None and (mtp or self.is_initializing()):
             state, loss = self.mtp(hidden, embedded, place)
-            ahead = (self.unembed(state), loss)
+            ahead = (self.unembed(state), state, loss)
         carried = None if c.memory is None else carry_memory(stream.x, segment_ids, c.memory.stream)
         ponder = None if stream.exit is None else early_exit.ponder(stream.exit, real_tokens(segment_ids))
-        return ModelOutput(self._logits(hidden), stream.first, statistics, new_cache, *ahead, carried, ponder)
+        return ModelOutput(self._logits(hidden), final, stream.first, statistics, new_cache, *ahead, carried, ponder)
 
     def _run(self, x: State, place: Place, control: PassControl, cache: Tree) -> tuple[Stream, PassStatistics, Tree]:
         """All layers, segment after segment."""
@@ -188,6 +193,14 @@ class LanguageModel(nn.Module):
     def unembed(self, x: Activations) -> Float[Array, "b t vocab"]:
         """Final norm and unembedding: float32 logits."""
         return self._logits(self.final_norm(x))
+
+    def normed(self, x: Activations) -> Activations:
+        """The final norm."""
+        return cast(Array, self.final_norm(x))
+
+    def unembedding_matrix(self) -> Float[Array, "d vocab"]:
+        """The weights of the unembedding, as they are stored."""
+        return self.embedding.table.T if self.config.embedding.tied else cast(Array, self.unembedding.stored())
 
     def _logits(self, hidden: Activations) -> Float[Array, "b t vocab"]:
         if self.config.embedding.tied:
@@ -275,5 +288,7 @@ def initialise(config: ModelConfig, seed: int, rules: Rules | None = None) -> Tr
 
 def abstract(config: ModelConfig, rules: Rules | None = None) -> Tree:
     """The shapes, dtypes and shardings of `initialise`, computing nothing: the 8B model without its memory."""
-    shapes = jax.eval_shape(_initialiser(config, rules or Rules()), jax.random.key(0))
+    init = _initialiser(config, rules or Rules())
+    # the key is made inside: the devices of the mesh may be a topology that is only compiled for
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
     return jax.tree.map(with_devices, shapes)

@@ -6,12 +6,11 @@
 - Experts are cut over the mesh axis of "experts": a device handles the picks of its own experts, a sum over the
   devices joins them. Tokens are not moved, so each device holds rows for the worst case, all picks its own.
 
-Letters: e experts, s slots (experts and null experts), k picks of a token, m picks in all, r rows.
+Letters: e experts, s slots (experts and null experts), k picks of a token.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -21,13 +20,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gt_jax.config import MoEConfig
+from gt_jax.layers.grouped_product import block_size, dispatch, grouped_product
 from gt_jax.layers.mixer import masked_mean
 from gt_jax.layers.primitives import SwiGLU, WeightSpec, widen
 from gt_jax.layers.shown import show
 from gt_jax.sharding import Rules, has_mesh, on_mesh, per_device, reshard
 from gt_jax.typing import Activations, PerToken, Scalar
-
-LARGEST_BLOCK = 128  # rows: enough that a product is bound by arithmetic, not by reading the expert's weights
 
 
 class MLPOutput(NamedTuple):
@@ -49,17 +47,6 @@ class Routing(NamedTuple):
 
     experts: Int[Array, "b t k"]
     weights: Float[Array, "b t k"]
-
-
-class Dispatch(NamedTuple):
-    """Picks in rows, sorted by expert; each expert's run is filled up with empty rows to a multiple of the block.
-
-    `pick`: which pick lies in a row, or the number of picks for an empty row. `sizes`: rows of each expert's run. Runs
-    follow one another from row 0; the rows after the last run are empty.
-    """
-
-    pick: Int[Array, "r"]
-    sizes: Int[Array, "e"]
 
 
 def route(slots: Float[Array, "b t s"], experts: int, top_k: int) -> Routing:
@@ -106,76 +93,6 @@ def router_losses(
     loss = config.balance_loss * balance + config.router_z_loss * z + config.null_loss * excess
     entropy = masked_mean(-jnp.sum(p * log_p, axis=-1), real) / max(math.log(slots.shape[-1]), 1e-12)
     return loss, *jax.lax.stop_gradient((shares, null_rate, entropy))
-
-
-def block_size(picks: int, experts: int) -> int:
-    """Rows of a block: a power of two, at most half an expert's fair share, so that at most half as many are empty."""
-    share = max(picks // (2 * experts), 1)
-    return min(1 << (share.bit_length() - 1), LARGEST_BLOCK)
-
-
-def dispatch(experts: Int[Array, "m"], count: int, block: int) -> Dispatch:
-    """Rows for the picks of experts 0 … count-1, in the order of the picks within each expert; others get no row."""
-    picks = experts.shape[0]
-    order = jnp.argsort(experts, stable=True).astype(jnp.int32)
-    owner = experts[order]
-    sizes = jnp.sum(jax.nn.one_hot(experts, count, dtype=jnp.int32), axis=0)
-    runs = -(-sizes // block) * block
-    moved = (jnp.cumsum(runs) - runs) - (jnp.cumsum(sizes) - sizes)  # by the empty rows of the experts before
-    rows = (picks + count * (block - 1)) // block * block
-    row = jnp.arange(picks, dtype=jnp.int32) + moved[jnp.minimum(owner, count - 1)]
-    row = jnp.where(owner < count, row, rows)
-    return Dispatch(jnp.full((rows,), picks, jnp.int32).at[row].set(order, mode="drop"), runs)
-
-
-def ragged_product(x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"]) -> Float[Array, "r f"]:
-    """Each expert's run of rows times its matrix by `jax.lax.ragged_dot`; 0 after the last run."""
-    product = jax.lax.ragged_dot(x, w, sizes)
-    inside = jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
-    return jnp.where(inside[:, None], product, 0.0)  # a kernel may leave those rows unwritten
-
-
-def blocked_product(
-    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], block: int
-) -> Float[Array, "r f"]:
-    """`ragged_product` for runs that are multiples of `block`: each block of rows times its expert's matrix."""
-    blocks = x.shape[0] // block
-    start = block * jnp.arange(blocks, dtype=jnp.int32)
-    owner = jnp.sum(start[:, None] >= jnp.cumsum(sizes)[None], axis=1)
-    matrices = w.at[jnp.minimum(owner, w.shape[0] - 1)].get(mode="promise_in_bounds")
-    product = jnp.einsum("nbd,ndf->nbf", x.reshape(blocks, block, -1), matrices)
-    product = jnp.where((owner < w.shape[0])[:, None, None], product, 0.0)
-    return product.reshape(x.shape[0], -1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_product(
-    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], block: int
-) -> Float[Array, "r f"]:
-    """Each expert's run of rows times its matrix; runs are multiples of `block`.
-
-    `ragged_product`, but `blocked_product` on a CPU, where `ragged_dot` multiplies every row by every expert. The
-    choice falls at lowering, when the platform is known. Its own derivative rule, for what is kept: x and w as they
-    are, not what either way makes of them.
-    """
-    blocked = functools.partial(blocked_product, block=block)
-    return jax.lax.platform_dependent(x, w, sizes, cpu=blocked, default=ragged_product)
-
-
-def _grouped_forward(x: Array, w: Array, sizes: Array, block: int) -> tuple[Array, tuple[Array, Array, Array]]:
-    return grouped_product(x, w, sizes, block), (x, w, sizes)
-
-
-def _grouped_backward(block: int, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, None]:
-    def transpose(product, x, w, sizes, gradient):
-        return jax.vjp(lambda x, w: product(x, w, sizes), x, w)[1](gradient)
-
-    blocked = functools.partial(transpose, functools.partial(blocked_product, block=block))
-    ragged = functools.partial(transpose, ragged_product)
-    return *jax.lax.platform_dependent(*kept, gradient, cpu=blocked, default=ragged), None
-
-
-grouped_product.defvjp(_grouped_forward, _grouped_backward)
 
 
 def mix_experts(

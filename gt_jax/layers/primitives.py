@@ -120,12 +120,15 @@ class Einsum(nn.Module):
     weights: WeightSpec
 
     @nn.compact
+    def stored(self) -> Array:
+        """The weight."""
+        spec = on_mesh(self.rules.spec(*self.axes))
+        return self.param("w", self.weights.init, self.shape, jnp.dtype(self.weights.param), spec)
+
     def __call__(self, equation: str, x: Array, out: tuple[str | None, ...], accumulate: bool = False) -> Array:
         """einsum(equation, x, w) with the logical axes `out`; `accumulate` keeps the sums in float32 at least."""
-        spec = on_mesh(self.rules.spec(*self.axes))
-        weight = self.param("w", self.weights.init, self.shape, jnp.dtype(self.weights.param), spec)
         dtype = jnp.dtype(self.weights.compute)
-        weight = reshard(weight.astype(dtype), self.rules.gathered(*self.axes))
+        weight = reshard(self.stored().astype(dtype), self.rules.gathered(*self.axes))
         sums = jnp.promote_types(dtype, jnp.float32) if accumulate else None
         place = on_mesh(self.rules.spec(*out))
         return jnp.einsum(equation, x.astype(dtype), weight, out_sharding=place, preferred_element_type=sums)

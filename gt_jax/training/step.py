@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from gt_jax.chunks import over_chunks
 from gt_jax.config import ModelConfig
@@ -17,25 +18,14 @@ from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.layers.memory_stream import Memory
 from gt_jax.model import LanguageModel, ModelOutput, forward, free_passes
 from gt_jax.sharding import Rules, reshard
+from gt_jax.training.loss import unembedded_cross_entropy
 from gt_jax.training.price import Phase, PriceConfig, move_price, phase, price_loss
 from gt_jax.training.state import TrainState
 from gt_jax.training.thaw import ThawConfig, kept
-from gt_jax.typing import Scalar, Tree
+from gt_jax.typing import Activations, Scalar, Tree
 
 Batch = Mapping[str, Any]
 """`tokens`, `targets` (-1 where nothing is predicted) and `segment_ids`, int32 [b, t]."""
-
-
-def cross_entropy(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> tuple[Scalar, Scalar]:
-    """(sum of -log softmax(logits)[target], number of targets) over the positions with a target >= 0, float32 nats."""
-    logits = logits.astype(jnp.float32)
-    # a one-hot sum, not a gather: it keeps a vocabulary axis sharded
-    vocabulary = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None]
-    hit = vocabulary == targets[..., None]
-    chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-    counted = targets >= 0
-    loss = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
-    return jnp.sum(loss), jnp.sum(counted, dtype=jnp.float32)
 
 
 def place(batch: Batch, rules: Rules) -> dict[str, Array]:
@@ -61,6 +51,18 @@ def after_next_targets(targets: Int[Array, "b t"]) -> Int[Array, "b t"]:
     return jnp.where(targets >= 0, ahead, -1)
 
 
+def losses(
+    network: LanguageModel, variables: Tree, hidden: Activations, targets: Int[Array, "b t"]
+) -> tuple[Scalar, Scalar]:
+    """(summed cross-entropy in nats, number of targets) of states before the final norm; no logits are kept."""
+    config = network.config
+    normed: Any = network.apply(variables, hidden, method=LanguageModel.normed)
+    matrix: Any = network.apply(variables, method=LanguageModel.unembedding_matrix)
+    return unembedded_cross_entropy(
+        matrix, normed, targets, rules=network.rules, compute=config.compute_dtype, tied=config.embedding.tied
+    )
+
+
 def chunk_sums(
     network: LanguageModel, variables: Tree, memory: Memory | None, batch: Batch, control: PassControl,
     key: Array | None,
@@ -72,19 +74,17 @@ def chunk_sums(
         variables, batch["tokens"], batch["segment_ids"], control=control, memory=memory, mtp=model.mtp is not None,
         key=key, mutable=["statistics"],
     )  # fmt: skip
-    nothing = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    first, ahead = nothing, nothing
+    measured = functools.partial(losses, network)
+    first = ahead = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     auxiliary = jnp.sum(output.statistics.auxiliary_loss) + jnp.sum(output.statistics.router_loss)
     if model.adaptive is not None:
-        hidden = jax.lax.stop_gradient(output.first_pass_hidden)
-        logits: Any = network.apply(jax.lax.stop_gradient(variables), hidden, method=LanguageModel.unembed)
-        first = cross_entropy(logits, targets)
-    if output.mtp_logits is not None and output.mtp_loss is not None:
-        ahead = cross_entropy(output.mtp_logits, after_next_targets(targets))
+        first = measured(*jax.lax.stop_gradient((variables, output.first_pass_hidden)), targets)
+    if output.mtp_hidden is not None and output.mtp_loss is not None:
+        ahead = measured(variables, output.mtp_hidden, after_next_targets(targets))
         auxiliary += output.mtp_loss
     if output.ponder is not None and model.exit is not None:
         auxiliary += model.exit.ponder * output.ponder
-    sums = Sums(cross_entropy(output.logits, targets), first, ahead, auxiliary, output.statistics)
+    sums = Sums(measured(variables, output.hidden, targets), first, ahead, auxiliary, output.statistics)
     return (moved.get("statistics", variables["statistics"]), output.memory), sums
 
 
@@ -194,7 +194,8 @@ def make_evaluation(
         def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Any]:
             one = piece[0]
             output = forward(network, variables, one["tokens"], one["segment_ids"], control=passes, memory=carry[1])
-            return (carry[0], output.memory), (cross_entropy(output.logits, one["targets"]), output.statistics)
+            measured = losses(network, variables, output.hidden, one["targets"])
+            return (carry[0], output.memory), (measured, output.statistics)
 
         _, (sums, statistics) = over_chunks(chunk, model, rules, (), placed)
         return jnp.sum(sums[0]), jnp.sum(sums[1]), jax.tree.map(lambda a: jnp.mean(a, axis=0), statistics)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gt_jax.config import MoEConfig
-from gt_jax.layers import moe
+from gt_jax.layers import grouped_product, moe
 from gt_jax.layers.primitives import WeightSpec
 from gt_jax.sharding import Rules, make_mesh, reshard
 from tests.layers.oracle import silu
@@ -60,7 +60,7 @@ def inputs(rows: int = 2, tokens: int = 12, seed: int = 2) -> tuple[jax.Array, j
 
 
 route = jax.jit(moe.route, static_argnums=(1, 2))
-dispatch = jax.jit(moe.dispatch, static_argnums=(1, 2))
+dispatch = jax.jit(grouped_product.dispatch, static_argnums=(1, 2))
 
 
 def with_router(p, **changes):
@@ -276,9 +276,8 @@ def test_every_pick_has_one_row_in_its_experts_run(seed):
 
 
 def test_blocks_never_have_more_rows_than_half_a_fair_share():
-    assert [moe.block_size(*size) for size in ((1, 8), (2, 8), (64, 8), (1024, 8), (4096, 16), (10**6, 2))] == [
-        1, 1, 4, 64, 128, 128,
-    ]  # fmt: skip
+    sizes = {(1, 8): 1, (2, 8): 1, (64, 8): 4, (1024, 8): 64, (4096, 16): 128, (10**6, 2): 128}
+    assert {picks: grouped_product.block_size(*picks) for picks in sizes} == sizes
 
 
 def test_both_ways_to_multiply_runs_agree_in_values_and_gradients():
@@ -292,8 +291,9 @@ def test_both_ways_to_multiply_runs_agree_in_values_and_gradients():
     with jax.enable_x64(True):
         shapes = zip(jax.random.split(jax.random.key(4), 3), ((32, 6), (4, 6, 5), (32, 5)), strict=True)
         x, w, c = (jax.random.normal(k, shape, jnp.float64) for k, shape in shapes)
-        ragged, blocked = pulled(moe.ragged_product), pulled(functools.partial(moe.blocked_product, block=4))
-        chosen = pulled(lambda *a: moe.grouped_product(*a, 4))
+        ragged = pulled(grouped_product.ragged_product)
+        blocked = pulled(functools.partial(grouped_product.blocked_product, block=4))
+        chosen = pulled(lambda *a: grouped_product.grouped_product(*a, 4))
         for sizes in ((4, 0, 12, 8), (0, 0, 0, 0), (0, 24, 0, 0), (8, 8, 8, 8)):
             args = x, w, jnp.asarray(sizes, jnp.int32), c
             wanted, ends = np.zeros((32, 5)), np.cumsum(sizes)
@@ -303,6 +303,20 @@ def test_both_ways_to_multiply_runs_agree_in_values_and_gradients():
             np.testing.assert_allclose(results[0][0], wanted, atol=1e-12)
             close(results[0], results[1], atol=1e-12)
             close(results[1], results[2], atol=1e-12)
+
+
+def test_the_tpus_tiles_give_the_same_values_and_gradients_and_zeros_after_the_last_run():
+    shapes = zip(jax.random.split(jax.random.key(5), 3), ((512, 128), (3, 128, 256), (512, 256)), strict=True)
+    x, w, c = (jax.random.normal(k, shape) for k, shape in shapes)
+    sizes = jnp.asarray((72, 0, 312), jnp.int32)
+    wanted, pull = jax.vjp(lambda x, w: grouped_product.ragged_product(x, w, sizes), x, w)
+    found = (
+        grouped_product.tiled_product(x, w, sizes, interpret=True),
+        *grouped_product.tiled_gradients(x, w, sizes, c, interpret=True),
+    )
+    close(found, (wanted, *pull(c)), atol=1e-4)
+    assert grouped_product.takes_tiles(512, 128, 256) and not grouped_product.takes_tiles(512, 16, 8)
+    assert grouped_product.row_count(100, 4, 8) == 128 and grouped_product.row_count(5000, 20, 64) % 512 == 0
 
 
 def test_the_platform_of_the_lowering_chooses_how_runs_are_multiplied():

@@ -1,0 +1,155 @@
+"""Rows sorted by expert, and the product of each expert's rows with its matrix: three ways, one derivative rule.
+
+Letters: e experts, m picks in all, r rows, d and f widths.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.platform import target_device
+
+LARGEST_BLOCK = 128  # rows: enough that a product is bound by arithmetic, not by reading the expert's weights
+TILE = 512  # rows of a TPU's tile, for the same reason: its arithmetic is that much faster than its memory
+LANES = 128
+
+
+class Dispatch(NamedTuple):
+    """Picks in rows, sorted by expert; each expert's run is filled up with empty rows to a multiple of the block.
+
+    `pick`: which pick lies in a row, or the number of picks for an empty row. `sizes`: rows of each expert's run. Runs
+    follow one another from row 0; the rows after the last run are empty.
+    """
+
+    pick: Int[Array, "r"]
+    sizes: Int[Array, "e"]
+
+
+def block_size(picks: int, experts: int) -> int:
+    """Rows of a block: a power of two, at most half an expert's fair share, so that at most half as many are empty."""
+    share = max(picks // (2 * experts), 1)
+    return min(1 << (share.bit_length() - 1), LARGEST_BLOCK)
+
+
+def row_count(picks: int, count: int, block: int) -> int:
+    """Rows that are enough for the picks of `count` experts, however they fall; many rows are whole tiles."""
+    rows = (picks + count * (block - 1)) // block * block
+    return rows if rows < 4 * TILE else -(-rows // TILE) * TILE
+
+
+def dispatch(experts: Int[Array, "m"], count: int, block: int) -> Dispatch:
+    """Rows for the picks of experts 0 … count-1, in the order of the picks within each expert; others get no row."""
+    picks = experts.shape[0]
+    order = jnp.argsort(experts, stable=True).astype(jnp.int32)
+    owner = experts[order]
+    sizes = jnp.sum(jax.nn.one_hot(experts, count, dtype=jnp.int32), axis=0)
+    runs = -(-sizes // block) * block
+    moved = (jnp.cumsum(runs) - runs) - (jnp.cumsum(sizes) - sizes)  # by the empty rows of the experts before
+    rows = row_count(picks, count, block)
+    row = jnp.arange(picks, dtype=jnp.int32) + moved[jnp.minimum(owner, count - 1)]
+    row = jnp.where(owner < count, row, rows)
+    return Dispatch(jnp.full((rows,), picks, jnp.int32).at[row].set(order, mode="drop"), runs)
+
+
+def ragged_product(x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"]) -> Float[Array, "r f"]:
+    """Each expert's run of rows times its matrix by `jax.lax.ragged_dot`; 0 after the last run."""
+    return _inside(jax.lax.ragged_dot(x, w, sizes), sizes)
+
+
+def blocked_product(
+    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], block: int
+) -> Float[Array, "r f"]:
+    """`ragged_product` for runs that are multiples of `block`: each block of rows times its expert's matrix."""
+    blocks = x.shape[0] // block
+    start = block * jnp.arange(blocks, dtype=jnp.int32)
+    owner = jnp.sum(start[:, None] >= jnp.cumsum(sizes)[None], axis=1)
+    matrices = w.at[jnp.minimum(owner, w.shape[0] - 1)].get(mode="promise_in_bounds")
+    product = jnp.einsum("nbd,ndf->nbf", x.reshape(blocks, block, -1), matrices)
+    product = jnp.where((owner < w.shape[0])[:, None, None], product, 0.0)
+    return product.reshape(x.shape[0], -1)
+
+
+def tiled_product(
+    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], *, interpret: bool = False
+) -> Float[Array, "r f"]:
+    """`ragged_product` by megablox, the TPU kernel that comes with JAX; its derivative is `tiled_gradients`."""
+    product = gmm(x, w, sizes, x.dtype, _tiles(x.shape[0], w.shape[1], w.shape[2]), interpret=interpret)
+    return _inside(product, sizes)
+
+
+def tiled_gradients(
+    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], gradient: Float[Array, "r f"],
+    *, interpret: bool = False,
+) -> tuple[Float[Array, "r d"], Float[Array, "e d f"]]:
+    """dx = gradient w^T by runs, dw_i = x_i^T gradient_i, both by megablox.
+
+    XLA's own derivative of `ragged_dot` multiplies, on a TPU too, every row by every expert, from an array [e, r, d].
+    """
+    (rows, inner), outer = x.shape, w.shape[2]
+    tiles = _tiles(rows, outer, inner)
+    dx = gmm(gradient, w, sizes, x.dtype, tiles, transpose_rhs=True, interpret=interpret)
+    dw = tgmm(x.T, gradient, sizes, w.dtype, _tiles(rows, inner, outer), interpret=interpret)
+    return _inside(dx, sizes), dw
+
+
+def _tiles(rows: int, inner: int, outer: int) -> tuple[int, int, int]:
+    """(rows, summed, free) of a tile: enough rows that a tile of weights is read for little."""
+    return math.gcd(rows, TILE), min(inner, 1024), min(outer, 1024)
+
+
+def takes_tiles(rows: int, inner: int, outer: int) -> bool:
+    """Whether the TPU kernel is for this shape: whole tiles of rows, widths that are whole registers."""
+    return math.gcd(rows, TILE) >= LANES and inner % LANES == 0 and outer % LANES == 0
+
+
+def _inside(product: Float[Array, "r f"], sizes: Int[Array, "e"]) -> Float[Array, "r f"]:
+    """0 after the last run, where a kernel may leave what it finds."""
+    inside = jnp.arange(product.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
+    return jnp.where(inside[:, None], product, 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_product(
+    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], block: int
+) -> Float[Array, "r f"]:
+    """Each expert's run of rows times its matrix; runs are multiples of `block`.
+
+    `tiled_product` on a TPU where the shape allows; `blocked_product` on a CPU, where `ragged_dot` multiplies every row
+    by every expert; else `ragged_product`. Its own derivative rule, for what is kept: x and w as they are, not what any
+    of the ways makes of them.
+    """
+    if _tiled(x, w):
+        return tiled_product(x, w, sizes)
+    blocked = functools.partial(blocked_product, block=block)
+    return jax.lax.platform_dependent(x, w, sizes, cpu=blocked, default=ragged_product)
+
+
+def _tiled(x: Array, w: Array) -> bool:
+    """Known when tracing, so that on other machines the kernel is not even traced."""
+    return target_device()[0] == "tpu" and takes_tiles(x.shape[0], *w.shape[1:])
+
+
+def _grouped_forward(x: Array, w: Array, sizes: Array, block: int) -> tuple[Array, tuple[Array, Array, Array]]:
+    return grouped_product(x, w, sizes, block), (x, w, sizes)
+
+
+def _grouped_backward(block: int, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, None]:
+    if _tiled(*kept[:2]):
+        return *tiled_gradients(*kept, gradient), None
+
+    def transpose(product, x, w, sizes, gradient):
+        return jax.vjp(lambda x, w: product(x, w, sizes), x, w)[1](gradient)
+
+    blocked = functools.partial(transpose, functools.partial(blocked_product, block=block))
+    ragged = functools.partial(transpose, ragged_product)
+    return *jax.lax.platform_dependent(*kept, gradient, cpu=blocked, default=ragged), None
+
+
+grouped_product.defvjp(_grouped_forward, _grouped_backward)

@@ -1,14 +1,17 @@
 """AdamW with warm-up and cosine or WSD decay, gradient clipping, and a group of their own for scalars.
 
-Matrices are decayed; gains, norms, biases, gates of the recurrence and other vectors are not.
+- Matrices are decayed; gains, norms, biases, gates of the recurrence and other vectors are not.
+- Moments are float32. Of weights stored in bfloat16 a float32 copy is kept beside them and moved in their place: most
+  steps are smaller than half the distance between two bfloat16 numbers, and would be lost.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gt_jax.json_config import Config
@@ -83,15 +86,64 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     def scalar_rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         return config.scalar_scale * rate(step)
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.partition(
-            {
-                "matrix": optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay),
-                "scalar": optax.adam(scalar_rate, config.b1, config.b2),
-                # a of the lambda stack acts on the whole stream: 1/100 of the rate of b (modded-nanogpt PR 159)
-                "residual_scale": optax.adam(lambda step: 0.01 * scalar_rate(step), config.b1, config.b2),
-            },
-            groups,
-        ),
+    return in_float32(
+        optax.chain(
+            optax.clip_by_global_norm(config.clip),
+            optax.partition(
+                {
+                    "matrix": optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay),
+                    "scalar": optax.adam(scalar_rate, config.b1, config.b2),
+                    # a of the lambda stack acts on the whole stream: 1/100 of the rate of b (modded-nanogpt PR 159)
+                    "residual_scale": optax.adam(lambda step: 0.01 * scalar_rate(step), config.b1, config.b2),
+                },
+                groups,
+            ),
+        )
     )
+
+
+class Float32State(NamedTuple):
+    """The state of the optimizer inside, and a float32 copy of each narrower weight, `MaskedNode` for the others."""
+
+    inner: Any
+    copies: Tree
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on float32 weights: w32 <- w32 + update(g32, w32), w = w32 rounded to the dtype of w.
+
+    Where all weights are float32 it is `inner`, its state included.
+    """
+
+    def init(params: Tree) -> Any:
+        if not any(_narrow(leaf) for leaf in jax.tree.leaves(params)):
+            return inner.init(params)
+        copies = jax.tree.map(lambda p: p.astype(jnp.float32) if _narrow(p) else optax.MaskedNode(), params)
+        return Float32State(inner.init(_whole(params, copies)), copies)
+
+    def update(gradients: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        if not isinstance(state, Float32State):
+            return inner.update(gradients, state, params)
+        wide = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+        whole = _whole(params, state.copies)
+        updates, moved = inner.update(wide, state.inner, whole)
+        new = optax.apply_updates(whole, updates)
+        # the difference of two near bfloat16 numbers is exact in float32: w + step is the rounded copy, bit for bit
+        steps = jax.tree.map(
+            lambda w, p, u: w.astype(p.dtype).astype(jnp.float32) - p.astype(jnp.float32) if _narrow(p) else u,
+            new, params, updates,
+        )  # fmt: skip
+        copies = jax.tree.map(lambda w, p: w if _narrow(p) else optax.MaskedNode(), new, params)
+        return steps, Float32State(moved, copies)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _narrow(leaf: Any) -> bool:
+    return jnp.dtype(leaf.dtype).itemsize < 4
+
+
+def _whole(params: Tree, copies: Tree) -> Tree:
+    """The weights, those that have a copy by it."""
+    masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    return jax.tree.map(lambda c, p: p if masked(c) else c, copies, params, is_leaf=masked)

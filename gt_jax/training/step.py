@@ -16,9 +16,11 @@ from gt_jax.chunks import over_chunks
 from gt_jax.config import ModelConfig
 from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.layers.memory_stream import Memory
+from gt_jax.layers.primitives import widen
 from gt_jax.model import LanguageModel, ModelOutput, forward, free_passes
 from gt_jax.sharding import Rules, reshard
 from gt_jax.training.loss import unembedded_cross_entropy
+from gt_jax.training.optimizer import Float32State
 from gt_jax.training.price import Phase, PriceConfig, move_price, phase, price_loss
 from gt_jax.training.state import TrainState
 from gt_jax.training.thaw import ThawConfig, kept
@@ -147,6 +149,9 @@ def make_step(
         if thaw is not None:
             params = kept(thaw, model.depth, state.step, params, state.params)
             statistics = kept(thaw, model.depth, state.step, statistics, state.statistics)
+            if isinstance(moments, Float32State):
+                copies = kept(thaw, model.depth, state.step, moments.copies, state.optimizer.copies)
+                moments = moments._replace(copies=copies)
         report = extra["report"]
         expected = jnp.sum(report["passes"].survival, axis=-1)
         moved = move_price(price, state.price, jnp.mean(expected), now.moves, steps)
@@ -156,7 +161,7 @@ def make_step(
             "price_loss": report["price_loss"],
             "indexer_loss": jnp.sum(report["passes"].auxiliary_loss),
             **_component_metrics(model, report),
-            "gradient_norm": optax.tree.norm(grads),
+            "gradient_norm": optax.tree.norm(jax.tree.map(widen, grads)),
             "price": state.price.value,
             "expected_k": expected,
             "executed": jnp.sum(report["passes"].alive, axis=-1),

@@ -22,9 +22,9 @@ def material():
     usual = random.permutation(LETTERS)
     rows = np.zeros((STEPS, ROWS, TOKENS + 1), np.int32)
     rows[..., 0] = random.integers(LETTERS, size=(STEPS, ROWS))
-    surprises = random.random(rows.shape) < 0.1
+    surprises, others = random.random(rows.shape) < 0.1, random.integers(LETTERS, size=rows.shape)
     for t in range(1, TOKENS + 1):
-        rows[..., t] = np.where(surprises[..., t], random.integers(LETTERS, size=(STEPS, ROWS)), usual[rows[..., t - 1]])
+        rows[..., t] = np.where(surprises[..., t], others[..., t], usual[rows[..., t - 1]])
     segments = np.ones((ROWS, TOKENS), np.int32)
     segments[::2, TOKENS // 2 :] = 2
     return rows, segments

@@ -5,12 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gt_jax.errors import Refused
 from gt_jax.layers.adaptive_depth import PassStatistics
 from gt_jax.model import abstract
-from gt_jax.training.optimizer import OptimizerConfig, groups, learning_rate, make_optimizer
+from gt_jax.training.optimizer import Float32State, OptimizerConfig, groups, in_float32, learning_rate, make_optimizer
 from gt_jax.training.price import PriceConfig, initial_price, move_price, phase, price_loss
 from gt_jax.tree_paths import flatten
 from tests.support import small_model
@@ -98,3 +99,34 @@ def test_impossible_configs_are_refused():
         PriceConfig(clipped_until=0.01)
     with pytest.raises(Refused, match="learning_rate"):
         OptimizerConfig(learning_rate=0.0)
+
+
+def test_bfloat16_weights_move_as_their_float32_copies_do():
+    """Steps of 1e-4 are lost on a bfloat16 number near 1; here every one of them counts."""
+    start = {"narrow": jnp.asarray([1.0, -2.0, 3e-3]), "wide": jnp.asarray([0.5, -0.1])}
+    params = start | {"narrow": start["narrow"].astype(jnp.bfloat16)}
+    optimizer = optax.adamw(1e-4)
+    mixed, plain = in_float32(optimizer), optimizer.init(start | {"narrow": params["narrow"].astype(jnp.float32)})
+    whole = start | {"narrow": params["narrow"].astype(jnp.float32)}
+    state = mixed.init(params)
+
+    @jax.jit
+    def step(params, state, whole, plain):
+        gradients = jax.tree.map(lambda p: p.astype(jnp.bfloat16), whole)
+        moved, state = mixed.update(gradients, state, params)
+        updates, plain = optimizer.update(jax.tree.map(lambda g: g.astype(jnp.float32), gradients), plain, whole)
+        return optax.apply_updates(params, moved), state, optax.apply_updates(whole, updates), plain
+
+    for _ in range(60):
+        params, state, whole, plain = step(params, state, whole, plain)
+    assert isinstance(state, Float32State) and state.copies["narrow"].dtype == jnp.float32
+    assert isinstance(state.copies["wide"], optax.MaskedNode)
+    np.testing.assert_array_equal(state.copies["narrow"], whole["narrow"])
+    np.testing.assert_array_equal(params["narrow"], whole["narrow"].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(params["wide"], whole["wide"])
+    assert abs(float(params["narrow"][0]) - 1.0) > 4e-3
+
+
+def test_float32_weights_have_no_copies():
+    params = {"w": jnp.ones(3)}
+    assert not isinstance(in_float32(optax.adamw(1e-3)).init(params), Float32State)

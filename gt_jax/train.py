@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--evaluate-every", type=int)
     train.add_argument("--checkpoint-every", type=int)
     train.add_argument("--keep", type=int, help="checkpoints kept")
+    train.add_argument("--accumulate", type=int, metavar="N", help="run each batch in N parts, for less memory")
     mesh = p.add_argument_group("mesh (default: all devices on data)")
     for axis in ("data", "fsdp", "expert", "tensor"):
         mesh.add_argument(f"--{axis}", type=int, dest=f"mesh_{axis}", help=f"size of the mesh axis {axis}")
@@ -78,7 +79,7 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     model = model.plain if "plain" in given else model
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
     price = train.price.replace(**pick("target"))
-    own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep")
+    own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep", "accumulate")
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
     thaw = thaw_config(arguments, train.thaw, start.get("start", base.start))
     train = train.replace(**own, optimizer=optimizer, price=price, thaw=thaw)

@@ -16,7 +16,7 @@ from gt_jax.training.thaw import ThawConfig
 class TrainConfig(Config):
     """`seed` draws the initial weights; 0 for `evaluate_every` or `checkpoint_every` means only at the end.
 
-    With `thaw` only a few layers train at first.
+    With `accumulate` a batch runs in so many parts, one after the other. With `thaw` only a few layers train at first.
     """
 
     steps: int = 400
@@ -25,12 +25,13 @@ class TrainConfig(Config):
     evaluation_batches: int = 8
     checkpoint_every: int = 100
     keep: int = 2
+    accumulate: int = 1
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     price: PriceConfig = dataclasses.field(default_factory=PriceConfig)
     thaw: ThawConfig | None = None
 
     def problems(self) -> list[str]:
-        wrong = below(self, 1, "steps", "evaluation_batches", "keep")
+        wrong = below(self, 1, "steps", "evaluation_batches", "keep", "accumulate")
         if self.thaw is not None and self.thaw.steps > self.steps:
             wrong.append(f"thaw.steps is {self.thaw.steps}; the run has {self.steps} steps, it can be at most that")
         return wrong + below(self, 0, "seed", "evaluate_every", "checkpoint_every")
@@ -49,6 +50,9 @@ class RunConfig(Config):
         wrong = []
         if self.model.vocab < 257:
             wrong.append(f"model.vocab is {self.model.vocab}; bytes and the end of a document need 257")
+        if self.data.batch_size % max(self.train.accumulate, 1):
+            wrong.append(f"data.batch_size is {self.data.batch_size}; "
+                         f"train.accumulate {self.train.accumulate} does not divide it")
         memory, length = self.model.memory, self.data.sequence_length
         if memory is not None and length > memory.chunk and length % memory.chunk:
             wrong.append(f"data.sequence_length is {length}; with a memory stream it must be whole chunks of "

@@ -46,7 +46,7 @@ def make_trainer(model: ModelConfig, train: TrainConfig, rules: Rules | None = N
     rules = rules or Rules()
     optimizer = make_optimizer(train.optimizer, train.steps)
     return Trainer(
-        make_step(model, train.price, optimizer, train.steps, rules, train.seed, train.thaw),
+        make_step(model, train.price, optimizer, train.steps, rules, train.seed, train.thaw, train.accumulate),
         make_evaluation(model, rules),
         lambda variables: new_state(variables, optimizer, train.price),
     )
@@ -104,7 +104,8 @@ def train_run(
     """
     _check(run, config, resume)
     rules = rules or Rules()
-    refuse_all(rules.misfits(config.model, config.data.batch_size), "the model does not fit this mesh:")
+    rows = config.data.batch_size // config.train.accumulate
+    refuse_all(rules.misfits(config.model, rows), "the model does not fit this mesh:")
     text = open_text(config.data)
     trainer = make_trainer(config.model, config.train, rules)
     held_out = text.held_out(config.train.evaluation_batches)

@@ -19,6 +19,7 @@ from gt_jax.layers.memory_stream import Memory
 from gt_jax.layers.primitives import widen
 from gt_jax.model import LanguageModel, ModelOutput, forward, free_passes
 from gt_jax.sharding import Rules, reshard
+from gt_jax.training.accumulate import in_parts
 from gt_jax.training.loss import unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State
 from gt_jax.training.price import Phase, PriceConfig, move_price, phase, price_loss
@@ -93,14 +94,19 @@ def chunk_sums(
 def make_loss(
     model: ModelConfig, price: PriceConfig, rules: Rules, seed: int = 0
 ) -> Callable[..., tuple[Scalar, dict[str, Any]]]:
-    """loss(params, statistics, batch, lambda, phase, step) -> (loss, everything worth reporting)."""
+    """loss(params, statistics, batch, lambda, phase, step) -> (loss, everything worth reporting).
+
+    For a part of a batch: `counts`, what its means divide by (`target_counts`), and the number of the `part`.
+    """
     network = LanguageModel(model, rules)
     draws = model.sliding is not None
 
     def loss(
-        params: Tree, statistics: Tree, batch: Batch, value: Scalar, now: Phase, step: Array
+        params: Tree, statistics: Tree, batch: Batch, value: Scalar, now: Phase, step: Array,
+        counts: tuple[Scalar, Scalar] | None = None, part: Array | None = None,
     ) -> tuple[Scalar, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.key(seed), step) if draws else None
+        key = key if key is None or part is None else jax.random.fold_in(key, part)
 
         def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Sums]:
             statistics, memory = carry
@@ -108,7 +114,8 @@ def make_loss(
             return chunk_sums(network, {"params": params, "statistics": statistics}, memory, piece[0], now.control, one)
 
         (moved, _), sums = over_chunks(chunk, model, rules, statistics, batch)
-        ce, first, ahead = (_mean(pair) for pair in sums[:3])
+        tokens, later = (None, None) if counts is None else counts
+        ce, first, ahead = _mean(sums[0], tokens), _mean(sums[1], tokens), _mean(sums[2], later)
         passes = jax.tree.map(lambda a: jnp.mean(a, axis=0), sums.passes)
         charge = jnp.zeros((), jnp.float32)
         if model.adaptive is not None:
@@ -120,24 +127,35 @@ def make_loss(
     return loss
 
 
-def _mean(pair: tuple[Array, Array]) -> Scalar:
-    """Total over count, both with a leading chunk axis; 0 where nothing was counted."""
-    return jnp.sum(pair[0]) / jnp.maximum(jnp.sum(pair[1]), 1.0)
+def target_counts(batch: Batch) -> tuple[Scalar, Scalar]:
+    """How many next tokens, and how many tokens after the next, a batch predicts."""
+    after = after_next_targets(batch["targets"])
+    next_token, later = (jnp.sum(targets >= 0, dtype=jnp.float32) for targets in (batch["targets"], after))
+    return next_token, later
+
+
+def _mean(pair: tuple[Array, Array], count: Scalar | None) -> Scalar:
+    """Total over count, the pair's own if None, both with a leading chunk axis; 0 where nothing was counted."""
+    count = jnp.sum(pair[1]) if count is None else count
+    return jnp.sum(pair[0]) / jnp.where(count > 0, count, 1.0)
 
 
 def make_step(
     model: ModelConfig, price: PriceConfig, optimizer: optax.GradientTransformation, steps: int, rules: Rules,
-    seed: int = 0, thaw: ThawConfig | None = None,
+    seed: int = 0, thaw: ThawConfig | None = None, accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The jitted step(state, batch) -> (state, metrics); the state is donated.
 
-    With `thaw` its first steps move a few layers only; `gradient_norm` is then of what moves.
+    With `thaw` its first steps move a few layers only; `gradient_norm` is then of what moves. With `accumulate` the
+    batch runs in so many parts.
     """
     loss = make_loss(model, price, rules, seed)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if accumulate > 1:
+        gradient = in_parts(loss, accumulate, rules, target_counts)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         now = phase(price, state.step, steps)
-        gradient = jax.value_and_grad(loss, has_aux=True)
         placed = place(batch, rules)
         (total, extra), grads = gradient(state.params, state.statistics, placed, state.price.value, now, state.step)
         statistics = extra["statistics"]

@@ -1,0 +1,57 @@
+"""Gradient accumulation: a batch in parts, one after the other, with the gradient of the whole.
+
+    loss = mean over parts of (n sum of the part's token losses / tokens of the batch + its other losses)
+
+Means over tokens are those of the whole batch, however its targets fall into parts. What a layer charges for itself
+(router, indexer, price) is the mean of what it charges each part. Gradients are summed in float32; running statistics
+go from each part to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from gt_jax.layers.primitives import widen
+from gt_jax.sharding import Rules, on_mesh
+from gt_jax.typing import Scalar, Tree
+
+
+def in_parts(
+    loss: Callable[..., tuple[Scalar, dict[str, Any]]], parts: int, rules: Rules,
+    counts: Callable[[Mapping[str, Array]], Any],
+) -> Callable[..., tuple[tuple[Scalar, dict[str, Any]], Tree]]:
+    """gradient(params, statistics, batch, *rest) -> ((loss, {"report", "statistics"}), gradients by params).
+
+    `loss` takes the same arguments and `counts`: the tokens that its means divide by, None for its own. `counts(batch)`
+    counts those of a batch. Every part has whole rows of every device.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def run(params: Tree, statistics: Tree, batch: Mapping[str, Array], *rest: Any) -> Any:
+        shares = jax.tree.map(lambda count: count / parts, counts(batch))
+
+        def one(carry: tuple[Tree, Tree], part: tuple[Any, Array]) -> tuple[tuple[Tree, Tree], Any]:
+            sums, statistics = carry
+            (total, extra), more = gradient(params, statistics, part[0], *rest, counts=shares, part=part[1])
+            return (jax.tree.map(lambda a, b: a + widen(b), sums, more), extra["statistics"]), (total, extra["report"])
+
+        start = jax.tree.map(lambda p: jnp.zeros_like(widen(p)), params)
+        pieces = {name: _rows(array, parts, rules) for name, array in batch.items()}
+        numbers = jnp.arange(parts, dtype=jnp.int32)
+        (sums, moved), (totals, reports) = jax.lax.scan(one, (start, statistics), (pieces, numbers))
+        total, report = jax.tree.map(lambda a: jnp.mean(a, axis=0), (totals, reports))
+        return (total, {"report": report, "statistics": moved}), jax.tree.map(lambda s: s / parts, sums)
+
+    return run
+
+
+def _rows(array: Array, parts: int, rules: Rules) -> Array:
+    """[b, t] -> [parts, b / parts, t]; every part takes rows from every device, so that none of them moves."""
+    rows = (array.shape[0] // parts, parts, array.shape[1])
+    split = jnp.reshape(array, rows, out_sharding=on_mesh(rules.spec("batch", None, None)))
+    return jnp.moveaxis(split, 1, 0)

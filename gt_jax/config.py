@@ -13,7 +13,7 @@ from gt_jax.errors import Refused
 from gt_jax.json_config import Config, below
 
 DType = Literal["float32", "bfloat16"]
-Remat = Literal["none", "pass", "block"]
+Remat = Literal["none", "pass", "block", "kernels"]
 Rope = Literal["none", "standard", "origin"]
 
 
@@ -312,7 +312,8 @@ class ModelConfig(Config):
     """A whole language model. `adaptive=None` is the plain feed-forward form of the same weights.
 
     With `moe` the SwiGLU of width `mlp_width` is the shared expert. A config of a layer type may be None where the
-    layout does without it; None elsewhere turns the component off.
+    layout does without it; None elsewhere turns the component off. `remat` says what the backward pass computes again:
+    nothing, each adaptive pass, each block, or each block but for what the kernels keep.
     """
 
     layout: str

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from gt_jax.config import ModelConfig
 from gt_jax.layers import deltanet, early_exit, groundthink, gsa, sliding
 from gt_jax.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
-from gt_jax.layers.block import Block, Common, Stream, layer_delta, observed
+from gt_jax.layers.block import Block, Common, Stream, layer_delta, observed, remat_policy, remats_blocks
 from gt_jax.layers.early_exit import ExitHead, even_bias
 from gt_jax.layers.embedding import Embedding
 from gt_jax.layers.hyper_connections import to_streams
@@ -75,7 +75,7 @@ class LanguageModel(nn.Module):
         if c.stack.skips:
             zeros = nn.initializers.zeros
             self.skips = self.param("skips", zeros, (len(c.stack.skips),), jnp.float32, on_mesh(rules.spec(None)))
-        block = nn.remat(Block, prevent_cse=False) if c.remat == "block" else Block
+        block = nn.remat(Block, prevent_cse=False, policy=remat_policy(c)) if remats_blocks(c) else Block
         for index, segment in enumerate(c.depth.segments):
             scanned = nn.scan(
                 block,

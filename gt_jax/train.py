@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from gt_jax.errors import Refused, run_command
 
@@ -23,6 +23,8 @@ UNDER_SERVED = "under-served"
 
 def parser() -> argparse.ArgumentParser:
     """The command line; a flag that is not given leaves the default, or with --resume the run's own value."""
+    from gt_jax.config import Remat
+
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.train", description="Train a language model that decides its depth."
     )
@@ -36,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--plain", action="store_true", help="no adaptive depth: every layer runs once")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
     model.add_argument("--start", help="checkpoint to start from, for example a grown one; brings its own config")
+    model.add_argument("--remat", choices=get_args(Remat), help="what the backward pass computes again, for less memory")
     data = p.add_argument_group("data")
     data.add_argument("--text", nargs="+", help="text files (default: the Python library's sources)")
     data.add_argument("--tfds", help="prepared TFDS dataset, for example tiny_shakespeare")
@@ -75,7 +78,7 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     model, train = base.model, base.train
     if arguments.model is not None:
         model = changed_by_file(model, arguments.model)
-    model = model.replace(**pick("layout"), **({"compute_dtype": given["dtype"]} if "dtype" in given else {}))
+    model = model.replace(**pick("layout", "remat"), **({"compute_dtype": given["dtype"]} if "dtype" in given else {}))
     model = model.plain if "plain" in given else model
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
     price = train.price.replace(**pick("target"))

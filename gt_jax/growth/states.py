@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from gt_jax.chunks import over_chunks
 from gt_jax.config import ModelConfig
 from gt_jax.layers.adaptive_depth import PassControl
+from gt_jax.layers.block import remat_policy, remats_blocks
 from gt_jax.layers.hyper_connections import to_streams
 from gt_jax.layers.memory_stream import Memory, carry_memory
 from gt_jax.layers.mixer import Place, place_rows
@@ -133,7 +134,7 @@ def _block(
             kept += [x] if slot in slots else []
         return x, kept
 
-    return jax.checkpoint(block, prevent_cse=False) if config.remat == "block" else block
+    return jax.checkpoint(block, prevent_cse=False, policy=remat_policy(config)) if remats_blocks(config) else block
 
 
 def columns(

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -23,6 +24,7 @@ from gt_jax.layers.reversible import Delta
 from gt_jax.layers.stack import Coefficients, SkipBuffer, advance, enter, record
 from gt_jax.sharding import Rules
 from gt_jax.typing import Activations, State, Tree
+from pallas_kernels.gated_delta_rule.xla import SAVED_NAMES
 
 
 class Stream(NamedTuple):
@@ -111,6 +113,16 @@ class Block(nn.Module):
             buckets=None if training else bucket_lengths(place.segment_ids.shape[1]),
         )  # fmt: skip
         return stream._replace(x=state.x, exit=state), seen._replace(survival=share, alive=share), new_cache
+
+
+def remats_blocks(config: ModelConfig) -> bool:
+    """Whether the backward pass computes a block's activations again, from what entered it."""
+    return config.remat in ("block", "kernels")
+
+
+def remat_policy(config: ModelConfig) -> Callable[..., bool] | None:
+    """What is kept of a rematerialised block beside its input; None is nothing."""
+    return jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES) if config.remat == "kernels" else None
 
 
 def layer_delta(kind: str, slot: int, config: ModelConfig, rules: Rules) -> Delta:

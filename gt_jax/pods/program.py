@@ -1,0 +1,130 @@
+"""The training step, compiled for a mesh of devices that need not be there, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gt_jax.config import ModelConfig
+from gt_jax.model import abstract
+from gt_jax.pods import hlo
+from gt_jax.sharding import Rules, with_devices
+from gt_jax.training.config import TrainConfig
+from gt_jax.training.loop import make_trainer
+from gt_jax.training.state import TrainState
+from gt_jax.tree_paths import flatten
+from gt_jax.typing import Tree
+
+MIB = 1 << 20
+REPLICATED = 64 * MIB  # bytes of a tensor that every device may hold whole
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is trained: the model, the rows and tokens of a batch, in how many parts it runs."""
+
+    model: ModelConfig
+    batch: int
+    sequence: int
+    accumulate: int = 1
+
+
+def abstract_state(job: Job, rules: Rules) -> TrainState:
+    """Shapes and places of all that a run carries from step to step, on the mesh in context."""
+    trainer = make_trainer(job.model, TrainConfig(), rules)
+    state = jax.eval_shape(trainer.new_state, abstract(job.model, rules))
+    return TrainState(*jax.tree.map(with_devices, tuple(state)))
+
+
+def lower(job: Job, rules: Rules) -> Any:
+    """The step as a run jits it, state donated, lowered for the mesh in context."""
+    trainer = make_trainer(job.model, TrainConfig(accumulate=job.accumulate), rules)
+    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), rules.spec("batch", None))
+    tokens = jax.ShapeDtypeStruct((job.batch, job.sequence), jnp.int32, sharding=sharding)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
+    step: Any = trainer.step
+    return step.lower(abstract_state(job, rules), batch)
+
+
+def compile_step(job: Job, mesh: jax.sharding.Mesh, memory: int, rules: Rules | None = None) -> dict[str, Any]:
+    """Compile the step for `mesh` and measure it: a JSON object; `fits` is False where a device has less `memory`.
+
+    Bytes are those of one device. Raises `jax.errors.JaxRuntimeError` for what the compiler refuses otherwise.
+    """
+    rules = rules or Rules()
+    with jax.set_mesh(mesh):
+        start = time.monotonic()
+        lowered = lower(job, rules)
+        middle = time.monotonic()
+        found: dict[str, Any] = {"mesh": dict(mesh.shape), "accumulate": job.accumulate}
+        found["replicated"] = replicated(abstract_state(job, rules))
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if OUT_OF_MEMORY not in str(error):
+                raise
+            found |= {"fits": False, "error": str(error).splitlines()[0]}
+            compiled = None
+        found |= {"seconds_lowering": round(middle - start, 1)}
+        found |= {"seconds_compiling": round(time.monotonic() - middle, 1)}
+    return found if compiled is None else found | measured(compiled, job, memory)
+
+
+def measured(compiled: Any, job: Job, memory: int) -> dict[str, Any]:
+    """Memory, work and communication of a compiled step, of one device."""
+    stats, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    parts = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "program": stats.generated_code_size_in_bytes,
+    }
+    total = sum(parts.values())
+    program = hlo.read(compiled.as_text())
+    return {
+        "fits": total <= memory,
+        "memory": {**parts, "total": total, "of": memory, "free_share": round(1 - total / memory, 3)},
+        "flops": cost.get("flops"),
+        "bytes": cost.get("bytes accessed"),
+        "kernels": sum(i.operation == "custom-call" and "tpu_custom_call" in i.line for i, _ in program.executed()),
+        "collectives": hlo.collectives(program),
+        "loops_counted_once": program.unknown_loops,
+        "largest": hlo.largest(program),
+        "whole_expert_stacks": expert_gathers(program, job.model),
+    }
+
+
+def replicated(state: Tree) -> list[dict[str, Any]]:
+    """The tensors above `REPLICATED` bytes that every device holds whole."""
+    rows = []
+    for path, leaf in flatten(state._asdict() if isinstance(state, TrainState) else state).items():
+        whole = math.prod(leaf.shape) * leaf.dtype.itemsize
+        shards = leaf.sharding.shard_shape(leaf.shape)
+        if whole > REPLICATED and tuple(shards) == tuple(leaf.shape) and leaf.sharding.num_devices > 1:
+            rows.append({"path": path, "bytes": whole})
+    return rows
+
+
+def expert_gathers(program: hlo.Program, model: ModelConfig) -> list[str]:
+    """The all-gathers whose result is all experts of a layer, whole; there should be none."""
+    if model.moe is None:
+        return []
+    whole = (model.moe.experts, model.width, model.moe.expert_width)
+    return sorted({i.source for i in hlo.gathers(program) if _has_dimensions(i.shapes, whole)})
+
+
+def _has_dimensions(shapes: str, wanted: Iterable[int]) -> bool:
+    dims = {tuple(int(d) for d in part.split(",") if d) for part in _brackets(shapes)}
+    need = sorted(wanted)
+    return any(sorted(d for d in shape if d > 1) == sorted(d for d in need if d > 1) for shape in dims)
+
+
+def _brackets(shapes: str) -> list[str]:
+    return [part.partition("]")[0] for part in shapes.split("[")[1:]]

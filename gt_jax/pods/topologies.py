@@ -1,0 +1,113 @@
+"""TPU pods by name, `v5p:4x4x4`: which there are, how many devices they have, what each device's memory holds."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from gt_jax.errors import Failed, Refused
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One generation: memory of a chip in GiB, JAX devices on it, numbers in a shape, largest shape of a pod.
+
+    Source: Google Cloud's TPU documentation, "System architecture" of each generation.
+    """
+
+    memory_gib: float
+    devices: int
+    dimensions: int
+    largest: tuple[int, ...]
+
+    @property
+    def device_memory(self) -> int:
+        """Bytes of one JAX device."""
+        return int(self.memory_gib * GIB) // self.devices
+
+
+CHIPS = {
+    "v5e": Chip(16, 1, 2, (16, 16)),
+    "v5p": Chip(95, 1, 3, (16, 16, 24)),
+    "v6e": Chip(32, 1, 2, (16, 16)),
+    "tpu7x": Chip(192, 2, 3, (16, 24, 24)),
+}
+FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+EXAMPLES = {"v5p": "2x2x1, 2x2x2, 2x2x4, 2x4x4 and multiples of 4 such as 4x4x4, 4x4x8, 8x8x8, 8x16x16"}
+
+
+def shapes(kind: str) -> str:
+    """Which shapes a generation comes in, in words."""
+    if CHIPS[kind].dimensions == 2:
+        return ", ".join("x".join(map(str, shape)) for shape in FLAT)
+    return EXAMPLES["v5p"] + ", up to " + "x".join(map(str, CHIPS[kind].largest))
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A pod: generation and shape in chips."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.shape) * self.chip.devices
+
+
+def parse(text: str) -> Topology:
+    """`v5p:4x4x4` as a `Topology`; raises `Refused` with the names there are."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
+    if not found or found[1] not in CHIPS:
+        every = "; ".join(f"{kind}:SHAPE with {shapes(kind)}" for kind in CHIPS)
+        raise Refused(f"--topology {text!r} does not exist; there are {every}")
+    kind, shape = found[1], tuple(map(int, found[2].split("x")))
+    if not _exists(CHIPS[kind], shape):
+        raise Refused(f"--topology {text!r} does not exist; {kind} comes as {shapes(kind)}")
+    return Topology(kind, shape)
+
+
+def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
+    if chip.dimensions == 2:
+        return shape in FLAT
+    if shape in ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)):
+        return True
+    whole = len(shape) == 3 and all(size > 0 and size % 4 == 0 for size in shape)
+    return whole and all(a <= b for a, b in zip(sorted(shape), sorted(chip.largest), strict=True))
+
+
+def use_compiler(directory: str | None = None) -> None:
+    """Let the TPU's compiler run on a machine without a TPU; has to be called before JAX is imported."""
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    if directory is not None:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={directory}"
+
+
+def devices_of(topology: Topology) -> list[Any]:
+    """Stand-ins for the devices of the pod, good for compiling; raises `Failed` where the compiler refuses the name."""
+    import jax
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise Failed(f"the TPU compiler does not know {topology.name}: {error}") from error

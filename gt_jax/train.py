@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--plain", action="store_true", help="no adaptive depth: every layer runs once")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
     model.add_argument("--start", help="checkpoint to start from, for example a grown one; brings its own config")
-    model.add_argument("--remat", choices=get_args(Remat), help="what the backward pass computes again, for less memory")
+    model.add_argument("--remat", choices=get_args(Remat), help="what the backward pass computes again")
     data = p.add_argument_group("data")
     data.add_argument("--text", nargs="+", help="text files (default: the Python library's sources)")
     data.add_argument("--tfds", help="prepared TFDS dataset, for example tiny_shakespeare")

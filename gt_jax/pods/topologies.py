@@ -20,7 +20,7 @@ class Chip:
     Source: Google Cloud's TPU documentation, "System architecture" of each generation.
     """
 
-    memory_gib: float
+    memory_gib: int
     devices: int
     dimensions: int
     largest: tuple[int, ...]
@@ -28,7 +28,7 @@ class Chip:
     @property
     def device_memory(self) -> int:
         """Bytes of one JAX device."""
-        return int(self.memory_gib * GIB) // self.devices
+        return self.memory_gib * GIB // self.devices
 
 
 CHIPS = {

@@ -1,4 +1,4 @@
-"""What the backward pass computes again: the gradients are the same, the recurrences run as often as the policy says."""
+"""What the backward pass computes again: the same gradients, and a recurrence runs as often as the policy says."""
 
 import functools
 

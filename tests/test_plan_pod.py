@@ -1,0 +1,154 @@
+"""plan_pod: what it reads from a program, which meshes it tries, what it refuses; a real topology where libtpu is."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gt_jax.errors import Refused
+from gt_jax.plan_pod import advice, mesh_sizes, report_lines
+from gt_jax.pods import hlo, meshes, topologies
+from gt_jax.pods.program import Job, compile_step, replicated
+from gt_jax.presets import preset
+from gt_jax.sharding import make_mesh
+from tests.support import small_model
+
+ROOT = Path(__file__).parents[1]
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body.1 (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %gathered = f32[32,128]{1,0:T(8,128)} all-gather(%x), dimensions={0}, metadata={op_name="jit(step)/experts/gate"}
+  %summed = (f32[8,128]{1,0}, f32[]) all-reduce(%x, %x), to_apply=%add
+  ROOT %t = (s32[]{:T(128)}, /*index=1*/f32[8,128]{1,0:T(8,128)}) tuple(%x)
+}
+
+%condition.1 (p: (s32[], f32[8,128])) -> pred[] {
+  %p = (s32[], f32[8,128]) parameter(0)
+  %n = s32[]{:T(128)} constant(5)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%condition.2 (p: (s32[], f32[8,128])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %m), direction=LT
+}
+
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %start = (f32[8,128]{1,0}, f32[16,128]{1,0}) all-gather-start(%x), dimensions={0}
+  %one = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%x), condition=%condition.1, body=%body.1
+  %two = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%one), condition=%condition.2, body=%body.1
+  ROOT %out = f32[8,128]{1,0} get-tuple-element(%two), index=1
+}
+"""
+
+
+def test_a_loops_collectives_count_as_often_as_it_runs():
+    program = hlo.read(PROGRAM)
+    assert program.entry == "main" and program.times["body.1"] == 6 and program.unknown_loops == 1
+    assert hlo.collectives(program) == {
+        "all-gather": {"count": 7, "bytes": 6 * 32 * 128 * 4 + 16 * 128 * 4},
+        "all-reduce": {"count": 6, "bytes": 6 * (8 * 128 * 4 + 4)},
+    }
+    first = hlo.largest(program)[0]
+    assert (first["bytes"], first["shape"], first["source"]) == (16384, "f32[32,128]", "jit(step)/experts/gate")
+
+
+def test_topologies_by_name():
+    assert topologies.parse("v5p:4x4x4").devices == 64 and topologies.parse("tpu7x:2x2x1").devices == 8
+    assert topologies.parse("v5p:8x16x16").devices == 2048
+    for name in ("v5p:3x3x3", "v6e:4x4x4", "v4:2x2x2", "v5p", "v5p:32x32x32", "v6e:16x32"):
+        with pytest.raises(Refused, match="does not exist"):
+            topologies.parse(name)
+
+
+def test_meshes_divide_what_they_cut_and_come_in_the_order_of_their_cost():
+    job = Job(preset("8b"), 128, 4096)
+    found = meshes.candidates(job, 64, 8_309_921_685)
+    assert found and [c.cost for c in found] == sorted(c.cost for c in found)
+    for one in found:
+        assert np.prod(list(one.sizes.values())) == 64 and one.sizes["tensor"] * one.sizes["expert"] > 1
+        rows = 128 // one.accumulate
+        assert not meshes.misfits(job.model, rows, one.sizes) and rows % (one.sizes["data"] * one.sizes["fsdp"]) == 0
+    assert not meshes.candidates(Job(preset("8b"), 7, 4096), 64, 1)
+
+
+def test_misfits_name_the_tensor_and_the_axis():
+    sizes = {"data": 1, "fsdp": 1, "expert": 3, "tensor": 1}
+    assert meshes.misfits(preset("8b"), 8, sizes) == ["moe.experts is 20; the mesh cuts it in 3 (expert)"]
+    with pytest.raises(Refused, match=r"--mesh has 'rows=2'; it must be AXIS=SIZE with axes data, fsdp"):
+        mesh_sizes("rows=2", 2)
+    with pytest.raises(Refused, match="--mesh fsdp=3 is for 3 devices; the topology has 4"):
+        mesh_sizes("fsdp=3", 4)
+
+
+@pytest.mark.slow
+def test_a_step_is_measured_where_it_is_compiled():
+    """On the CPU's devices, as it would be for a pod."""
+    job = Job(small_model("D", adaptive=False), 8, 16, accumulate=2)
+    mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
+    row = compile_step(job, mesh, memory=1 << 30)
+    assert row["fits"] and row["replicated"] == [] and row["whole_expert_stacks"] == []
+    memory = row["memory"]
+    assert memory["total"] == sum(memory[name] for name in ("arguments", "outputs", "temporaries", "program"))
+    assert row["collectives"]["all-gather"]["bytes"] > 0 and row["largest"][0]["bytes"] > 0
+    result = {"preset": "small", "parameters": 1, "topology": "cpu", "devices": 4, "batch": 8, "sequence_length": 16,
+              "tried": [row, row | {"fits": False}]}  # fmt: skip
+    text = "\n".join(report_lines(json.loads(json.dumps(result))))
+    assert "fits" in text and "DOES NOT FIT" in text and "--accumulate 4" in text
+
+
+def test_what_would_help():
+    memory = {"total": 3 << 30, "of": 2 << 30, "arguments": 2 << 30}
+    assert advice({"accumulate": 1, "memory": memory})[-1].startswith("  the state alone takes more than half")
+    assert "--accumulate 2" in advice({"accumulate": 1, "memory": memory | {"arguments": 1 << 20}})[-1]
+
+
+def test_a_large_tensor_that_every_device_holds_is_named():
+    with jax.set_mesh(make_mesh(fsdp=8)):
+        mesh = jax.sharding.get_mesh()
+        spec = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))  # noqa: E731
+        shape = (8, 4 << 20)
+        tree = {"cut": jax.ShapeDtypeStruct(shape, "float32", sharding=spec("fsdp")),
+                "whole": jax.ShapeDtypeStruct(shape, "float32", sharding=spec()),
+                "small": jax.ShapeDtypeStruct((8,), "float32", sharding=spec())}  # fmt: skip
+    assert replicated(tree) == [{"path": "whole", "bytes": 128 << 20}]
+
+
+def command(*words):
+    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.run([sys.executable, "-m", "gt_jax.plan_pod", *words], capture_output=True, text=True,
+                          env=environment, timeout=500)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
+def test_a_tiny_model_for_a_real_topology():
+    words = ("--preset", "tiny_8b", "--topology", "v5p:2x2x1", "--batch", "8", "--sequence-length", "128", "--json")
+    done = command(*words, "--mesh", "fsdp=2,tensor=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = json.loads(done.stdout)["tried"][0]
+    assert row["fits"] and row["memory"]["free_share"] > 0.9 and row["collectives"]
+    assert command(*words, "--mesh", "fsdp=3").returncode == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")
+def test_without_the_compiler_it_says_what_to_install():
+    done = command("--topology", "v5p:4x4x4")
+    assert done.returncode == 2 and "pip install 'gt-jax[tpu]'" in done.stderr

@@ -19,8 +19,8 @@ import logging
 import math
 import os
 import re
-import shutil
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -37,13 +37,10 @@ from gt_jax.checkpoint_files import (
     UNFINISHED,
     Damaged,
     StrPath,
-    damage,
     prepare_parent,
     publish,
     remove,
     resolve,
-    set_aside,
-    step_folders,
     sync,
 )
 from gt_jax.checkpoint_slices import SliceReader, writing_axes
@@ -73,6 +70,48 @@ def save(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> None:
     Raises `Refused` when the path exists or its place is not writable, OSError when the disk is full; then nothing is
     left at `path`. On several processes every process calls it.
     """
+    target, unfinished, leaves = _prepare(path, tree, metadata)
+
+    def work() -> None:
+        ocp.save(unfinished, nest(leaves), custom_metadata=dict(metadata))
+        on_primary(functools.partial(publish, unfinished, target))
+
+    _write(target, unfinished, work)
+
+
+def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callable[[], None]:
+    """`save` that returns once the values are copied from the devices, and writes on beside the caller.
+
+    The function returned waits for the end of the writing and raises what `save` would have raised of it; a checkpoint
+    is there, whole, from the moment the writing ends. On several processes every process calls both.
+    """
+    target, unfinished, leaves = _prepare(path, tree, metadata)
+    if jax.default_backend() == "cpu":  # there "from the devices" copies nothing, and the caller may donate its arrays
+        leaves = {name: np.array(leaf) if _is_local(leaf) else leaf.copy() for name, leaf in leaves.items()}
+    errors: list[Exception] = []
+    with _quiet(), _context():
+        response = ocp.save_async(unfinished, nest(leaves), custom_metadata=dict(metadata))
+
+    def finish() -> None:
+        try:
+            _write(target, unfinished, lambda: _publish_alone(response, unfinished, target))
+        except Exception as error:  # noqa: BLE001 — raised again, where the caller waits
+            errors.append(error)
+
+    thread = threading.Thread(target=finish, name=f"saving {target.name}")
+    thread.start()
+
+    def wait() -> None:
+        thread.join()
+        on_primary(lambda: None)
+        if errors:
+            raise errors[0]
+
+    return wait
+
+
+def _prepare(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> tuple[Path, Path, dict[str, Any]]:
+    """(place, its name until it is whole, leaves by path) of a save, with the place made ready."""
     target = Path(os.path.abspath(path))
     if os.path.lexists(target):
         raise Refused(f"{target} exists; a checkpoint is never overwritten, choose another path")
@@ -80,13 +119,19 @@ def save(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> None:
     leaves = storable(tree)
     prepare_parent(target)
     unfinished = target.with_name(target.name + UNFINISHED)
-    _on_primary(functools.partial(remove, unfinished))
+    on_primary(functools.partial(remove, unfinished))
+    return target, unfinished, leaves
 
-    def work() -> None:
-        ocp.save(unfinished, nest(leaves), custom_metadata=dict(metadata))
-        _on_primary(functools.partial(publish, unfinished, target))
 
-    _write(target, unfinished, work)
+def _publish_alone(response: Any, unfinished: Path, target: Path) -> None:
+    """When all processes have written, one publishes; in a thread, where processes cannot wait for each other."""
+    response.result()
+    if jax.process_index() == 0:
+        publish(unfinished, target)
+
+
+def _is_local(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def write_metadata(folder: Path, names: Collection[str], metadata: Mapping[str, Any]) -> None:
@@ -96,7 +141,7 @@ def write_metadata(folder: Path, names: Collection[str], metadata: Mapping[str, 
     numbers. On several processes every process calls it, and process 0 makes the changes. The caller publishes it.
     """
     scratch = folder / _SCRATCH
-    _on_primary(functools.partial(remove, scratch))
+    on_primary(functools.partial(remove, scratch))
     tree = nest({name: np.zeros((), np.float32) for name in names})
     _write(folder, scratch, lambda: ocp.save(scratch, tree, custom_metadata=dict(metadata)), _context(database=False))
     if jax.process_index() != 0:
@@ -204,75 +249,6 @@ def content_hash(path: StrPath, under: Collection[str] | None = None) -> str:
     chosen = [name for name in leaves if under is None or name.split("/")[0] in under]
     reader = SliceReader(where, leaves)
     return combine_digests({name: reader.digest(name) for name in chosen})
-
-
-class RunCheckpoints:
-    """The steps of one run, RUN/<step>/, the newest `keep` of them.
-
-    An older step goes only after a newer one is complete; what killed saves left behind is ignored and cleared away by
-    the next save. `warn` hears of damaged steps.
-    """
-
-    def __init__(self, root: StrPath, keep: int = 2, warn: Callable[[str], None] | None = None) -> None:
-        if keep < 1:
-            raise Refused(f"keep is {keep}; at least one checkpoint must stay")
-        self.root = Path(os.path.abspath(root))
-        self.keep = keep
-        self._warn = warn or (lambda message: None)
-
-    def save(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
-        """Write RUN/<step>, then forget the steps that are too old; raises as `checkpoint.save` does."""
-        prepare_parent(self.root / str(step))
-        _on_primary(self._clear_leftovers)
-        save(self.root / str(step), tree, {**metadata, "step": step})
-        _on_primary(self._forget_old)
-
-    def steps(self) -> list[int]:
-        """The complete steps, oldest first."""
-        if not self.root.is_dir():
-            return []
-        return [step for step, folder in sorted(step_folders(self.root).items()) if damage(folder) is None]
-
-    def latest(self) -> int | None:
-        """The newest complete step; damaged newer ones are named to `warn`."""
-        if not self.root.is_dir() or not step_folders(self.root):
-            return None
-        return int(resolve(self.root, self._warn).name)
-
-    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """(tree, metadata) of one step; raises `Damaged` when it cannot be read, `Refused` when it does not fit."""
-        folder = self.root / str(step)
-        return load(folder, abstract), describe(folder)[1]
-
-    def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """(step, tree, metadata) of the newest step whose values can be read, None for a run without steps.
-
-        A step that cannot be read is named to `warn` and set aside as RUN/<step>.damaged, so that the run can write
-        that step again. Raises `Damaged` when steps are there and none is readable.
-        """
-        folders = step_folders(self.root) if self.root.is_dir() else {}
-        if not folders:
-            return None
-        problems = []
-        for step in sorted(folders, reverse=True):
-            try:
-                return step, *self.restore(step, abstract)
-            except Damaged as error:
-                problems.append(str(error))
-                aside = folders[step].with_name(f"{step}.damaged")
-                self._warn(f"{error}; set aside as {aside}, the step before it is used")
-                _on_primary(functools.partial(set_aside, folders[step], aside))
-        raise Damaged("\n".join([f"no step of the run {self.root} can be read:", *problems]))
-
-    def _forget_old(self) -> None:
-        for step in self.steps()[: -self.keep]:
-            old = self.root / f"{step}{UNFINISHED}"
-            os.rename(self.root / str(step), old)  # a kill while deleting must not leave half a step
-            shutil.rmtree(old)
-
-    def _clear_leftovers(self) -> None:
-        for leftover in self.root.glob(f"*{UNFINISHED}*"):
-            shutil.rmtree(leftover)
 
 
 def _context(database: bool = True) -> ocp.Context:
@@ -384,7 +360,7 @@ def _on_device(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _on_primary(work: Callable[[], None]) -> None:
+def on_primary(work: Callable[[], None]) -> None:
     """Run `work` on one process only; the others wait for it."""
     if jax.process_index() == 0:
         work()

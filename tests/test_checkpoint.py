@@ -20,8 +20,9 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from gt_jax import checkpoint, presets
-from gt_jax.checkpoint import Damaged, RunCheckpoints
+from gt_jax.checkpoint import Damaged
 from gt_jax.checkpoint_arrays import ArrayFiles
+from gt_jax.checkpoint_runs import RunCheckpoints
 from gt_jax.errors import Refused
 from gt_jax.tree_paths import flatten
 
@@ -287,8 +288,8 @@ def test_a_run_of_damaged_steps_only_is_refused(tmp_path: Path) -> None:
 CHILD = """
 import resource, sys, time
 import numpy as np
-from gt_jax import checkpoint
-run = checkpoint.RunCheckpoints(sys.argv[1], keep=2)
+from gt_jax.checkpoint_runs import RunCheckpoints
+run = RunCheckpoints(sys.argv[1], keep=2)
 if len(sys.argv) > 2:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 print("ready", flush=True)

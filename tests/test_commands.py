@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from gt_jax import checkpoint
+from gt_jax.checkpoint_runs import RunCheckpoints
 from gt_jax.metrics import read_metrics
 
 TRAIN = ["--layout", "DG", "--steps", "24", "--checkpoint-every", "4", "--evaluate-every", "12", "--batch-size", "2",
@@ -63,30 +64,31 @@ def lines_without_time(run: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_with_the_bytes_of_an_uninterrupted_one(folder, run):
+def test_a_run_killed_or_stopped_at_any_moment_ends_with_the_bytes_of_an_uninterrupted_one(folder, run):
+    """kill -9 leaves the newest checkpoint, SIGTERM saves one more and leaves with 0."""
     killed = folder / "killed"
     words = command(folder, "gt_jax.train", "killed", "--text", "story.txt", *TRAIN)
     rng = np.random.default_rng(0)
-    kills = 0
-    for _ in range(3):
+    ends = []
+    for way in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         resume = ["--resume"] if (killed / "config.json").exists() else []
-        before = checkpoint.RunCheckpoints(killed).steps()
+        before = RunCheckpoints(killed).latest() or 0
         process = subprocess.Popen(words + resume, cwd=folder, env=environment(folder), stderr=subprocess.DEVNULL)
         # kill at once after a new checkpoint begins to appear, or a random while later
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             names = [p.name for p in killed.glob("*")] if killed.exists() else []
-            if any("unfinished" in name or "tmp" in name for name in names) or len(
-                checkpoint.RunCheckpoints(killed).steps() if killed.exists() else []
-            ) > len(before):
+            writing = way == signal.SIGKILL and any("unfinished" in name or "tmp" in name for name in names)
+            if writing or (RunCheckpoints(killed).latest() or 0) > before:
                 break
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.3))
+        asked = time.monotonic()
         if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills >= 2
+            process.send_signal(way)
+        ends.append(process.wait())
+        assert time.monotonic() - asked < 30
+    assert ends == [-signal.SIGKILL, 0, -signal.SIGKILL] and len(RunCheckpoints(killed).steps()) == 2
     done(folder, "gt_jax.train", "killed", "--resume")
     assert checkpoint.content_hash(killed) == checkpoint.content_hash(run)
     assert lines_without_time(killed) == lines_without_time(run)

@@ -7,7 +7,6 @@ data position; resuming drops the metric lines after it, so a killed run ends wi
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gt_jax import checkpoint
+from gt_jax.checkpoint_runs import RunCheckpoints
 from gt_jax.config import ModelConfig
 from gt_jax.data import Text, open_text
 from gt_jax.errors import Failed, Refused, refuse_all
@@ -26,11 +26,12 @@ from gt_jax.training.config import RunConfig, TrainConfig, differences
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import TrainState, new_state
 from gt_jax.training.step import Batch, evaluate, make_evaluation, make_step
+from gt_jax.training.stopping import Termination
 from gt_jax.typing import Tree
 
 
 class Diverged(Failed):
-    """The loss or its gradient is no longer a finite number."""
+    """The loss or its gradient was not a finite number for several steps in a row."""
 
 
 class Trainer(NamedTuple):
@@ -60,34 +61,64 @@ def fit(
     *,
     record: Callable[[int, dict[str, Any]], None],
     due: Callable[[int], bool] = lambda step: False,
-    after: Callable[[int, TrainState], None] = lambda step, state: None,
+    after: Callable[[int, TrainState, bool], None] = lambda step, state, last: None,
+    stop: Callable[[int], bool] = lambda step: False,
+    patience: Patience | None = None,
 ) -> TrainState:
-    """Train until `steps` updates are applied; raises `Diverged` at the first loss that is not finite.
+    """Train for `steps` steps in all, or until `stop`; raises `Diverged` at the first bad step, or at `patience`'s end.
 
-    `record(step, metrics)` hears of step k once step k + 1 is under way, or before `after(k, state)`, which runs at the
-    steps that are `due`: what a checkpoint follows is recorded before the checkpoint is written.
+    `record(step, metrics)` hears of step k once step k + 1 is under way, or before `after(k, state, last)`, which runs
+    at the steps that are `due` and at the last: what a checkpoint follows is recorded before the checkpoint is written.
     """
-    pending: tuple[int, dict[str, Any]] | None = None
+    borne = patience or Patience(1)
+    pending: list[tuple[int, dict[str, Any]]] = []
+
+    def report() -> None:
+        while pending:
+            number, metrics = pending.pop()
+            values = jax.device_get(metrics)
+            record(number, values)
+            borne.see(number, values)
+
     for step in range(int(state.step) + 1, steps + 1):
         state, metrics = trainer.step(state, next(batches))
-        if pending is not None:
-            _report(*pending, record)
-        pending = (step, metrics)
-        if due(step):
-            _report(*pending, record)
-            pending = None
-            after(step, state)
-    if pending is not None:
-        _report(*pending, record)
+        report()
+        pending.append((step, metrics))
+        last = stop(step)
+        if last or due(step):
+            report()
+            after(step, state, last)
+        if last:
+            break
+    report()
     return state
 
 
-def _report(step: int, metrics: dict[str, Any], record: Callable[[int, dict[str, Any]], None]) -> None:
-    metrics = jax.device_get(metrics)
-    record(step, metrics)
-    for name in ("total_loss", "gradient_norm"):
-        if not math.isfinite(metrics[name]):
-            raise Diverged(f"step {step}: {name} is {metrics[name]}; lower --learning-rate, or look at the batch")
+class Patience:
+    """Counts the steps in a row whose loss or gradient is not finite, bears all before the `limit`-th.
+
+    `tell` hears of those; `where(step)` is the position of the text after the step's batch.
+    """
+
+    def __init__(
+        self, limit: int, tell: Callable[[str], None] | None = None, where: Callable[[int], Any] | None = None
+    ) -> None:
+        self._limit, self._tell, self._where, self._bad = limit, tell, where, 0
+
+    def see(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Look at a step's metrics; raises `Diverged`."""
+        place = None if self._where is None else self._where(step)
+        self._bad = self._bad + 1 if metrics["bad"] else 0
+        if not self._bad:
+            return
+        values = ", ".join(f"{name} {float(metrics[name])}" for name in ("total_loss", "gradient_norm"))
+        what = f"step {step}: {values}; nothing was learned from its batch"
+        what += "" if place is None else f", after which the text is at {place}"
+        if self._bad >= self._limit:
+            row = f" ({self._bad} in a row)" if self._limit > 1 else ""
+            raise Diverged(f"{what}{row}; lower --learning-rate, or look at the text there")
+        if self._tell is not None:
+            self._tell(what)
 
 
 def variables_of(state: TrainState) -> Tree:
@@ -110,7 +141,7 @@ def train_run(
     trainer = make_trainer(config.model, config.train, rules)
     held_out = text.held_out(config.train.evaluation_batches)
     notes: list[str] = []
-    steps = checkpoint.RunCheckpoints(run, config.train.keep, notes.append)
+    steps = RunCheckpoints(run, config.train.keep, notes.append)
     state, before = _start(config, trainer, steps, rules)
     stream = text.train(before.get("data"))
     if not resume:
@@ -124,14 +155,23 @@ def train_run(
         for note in [*notes, text.summary()]:
             recorder.message(note)
         train = config.train
+        places: dict[int, Any] = {}
+        patience = Patience(train.bad_steps, recorder.message, places.pop)
 
-        def after(step: int, state: TrainState) -> None:
+        def batches() -> Iterator[Batch]:
+            for step, batch in enumerate(stream, int(state.step) + 1):
+                places[step] = stream.state()
+                yield batch
+
+        def after(step: int, state: TrainState, last: bool) -> None:
             if _due(step, train.evaluate_every, train.steps):
                 loss = evaluate(trainer.evaluation, variables_of(state), held_out)
                 recorder.log(step, held_out_loss=loss)
-            if _due(step, train.checkpoint_every, train.steps):
+            if last or _due(step, train.checkpoint_every, train.steps):
                 here = _metadata(config, text, stream.state(), state)
-                steps.save(step, state._asdict(), {**_origin(before), **here})
+                steps.save_beside(step, state._asdict(), {**_origin(before), **here})
+            if last:
+                recorder.message(f"asked to stop: saved after step {step}; go on with --resume")
 
         def due(step: int) -> bool:
             return any(_due(step, every, train.steps) for every in (train.evaluate_every, train.checkpoint_every))
@@ -139,7 +179,12 @@ def train_run(
         def record(step: int, metrics: dict[str, Any]) -> None:
             recorder.log(step, **metrics)
 
-        return fit(trainer, state, stream, train.steps, record=record, due=due, after=after)
+        with Termination() as termination:
+            try:
+                return fit(trainer, state, batches(), train.steps, record=record, due=due, after=after,
+                           stop=termination.asked, patience=patience)  # fmt: skip
+            finally:
+                steps.wait()
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -163,7 +208,7 @@ def _origin(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _start(
-    config: RunConfig, trainer: Trainer, steps: checkpoint.RunCheckpoints, rules: Rules
+    config: RunConfig, trainer: Trainer, steps: RunCheckpoints, rules: Rules
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state to go on from, and the metadata it came with.
 

@@ -146,7 +146,8 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The jitted step(state, batch) -> (state, metrics); the state is donated.
 
-    With `thaw` its first steps move a few layers only; `gradient_norm` is then of what moves. With `accumulate` the
+    A step whose loss or gradient is not finite changes nothing but the count of steps; its metrics say `bad` 1. With
+    `thaw` its first steps move a few layers only; `gradient_norm` is then of what moves. With `accumulate` the
     batch runs in so many parts.
     """
     loss = make_loss(model, price, rules, seed)
@@ -173,19 +174,24 @@ def make_step(
         report = extra["report"]
         expected = jnp.sum(report["passes"].survival, axis=-1)
         moved = move_price(price, state.price, jnp.mean(expected), now.moves, steps)
+        norm = optax.tree.norm(jax.tree.map(widen, grads))
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
         metrics = {
             "loss": report["cross_entropy"],
             "total_loss": total,
             "price_loss": report["price_loss"],
             "indexer_loss": jnp.sum(report["passes"].auxiliary_loss),
             **_component_metrics(model, report),
-            "gradient_norm": optax.tree.norm(jax.tree.map(widen, grads)),
+            "gradient_norm": norm,
+            "bad": 1.0 - finite.astype(jnp.float32),
             "price": state.price.value,
             "expected_k": expected,
             "executed": jnp.sum(report["passes"].alive, axis=-1),
             "delta_ratio": report["passes"].delta_ratio[:, 0],
         }
-        return TrainState(params, statistics, moments, moved, state.step + 1), metrics
+        new = TrainState(params, statistics, moments, moved, state.step)
+        applied = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        return applied._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
 

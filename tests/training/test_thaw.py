@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gt_jax import checkpoint, train
+from gt_jax.checkpoint_runs import RunCheckpoints
 from gt_jax.data import DataConfig
 from gt_jax.errors import Refused
 from gt_jax.growth.entries import Entry, Plan
@@ -57,7 +58,7 @@ def steps(tmp_path_factory):
         state, _ = trainer.step(state, batch(step))
         seen.append(host(state._asdict()))
         if step == 0:
-            checkpoint.RunCheckpoints(place).save(1, state._asdict(), {"config": MODEL.to_json()})
+            RunCheckpoints(place).save(1, state._asdict(), {"config": MODEL.to_json()})
     return seen, trainer, place, shapes
 
 
@@ -97,7 +98,7 @@ def test_everything_moves_after_the_switch_and_nothing_is_compiled_for_it(steps)
 
 def test_a_run_resumed_before_the_switch_ends_with_the_same_bytes(steps):
     seen, trainer, place, shapes = steps
-    _, tree, _ = checkpoint.RunCheckpoints(place).restore_latest(shapes._asdict())
+    _, tree, _ = RunCheckpoints(place).restore_latest(shapes._asdict())
     state = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), type(shapes)(**tree))  # the program is compiled
     for step in range(1, TRAIN.steps):
         state, _ = trainer.step(state, batch(step))

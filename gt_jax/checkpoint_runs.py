@@ -1,0 +1,106 @@
+"""The checkpoints of one training run: RUN/<step>/, the newest few, written beside the training."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gt_jax import checkpoint
+from gt_jax.checkpoint import on_primary
+from gt_jax.checkpoint_files import (
+    UNFINISHED,
+    Damaged,
+    StrPath,
+    damage,
+    prepare_parent,
+    resolve,
+    set_aside,
+    step_folders,
+)
+from gt_jax.errors import Refused
+
+
+class RunCheckpoints:
+    """The steps of one run, RUN/<step>/, the newest `keep` of them.
+
+    An older step goes only after a newer one is complete; what killed saves left behind is ignored and cleared away by
+    the next save. `warn` hears of damaged steps.
+    """
+
+    def __init__(self, root: StrPath, keep: int = 2, warn: Callable[[str], None] | None = None) -> None:
+        if keep < 1:
+            raise Refused(f"keep is {keep}; at least one checkpoint must stay")
+        self.root = Path(os.path.abspath(root))
+        self.keep = keep
+        self._warn = warn or (lambda message: None)
+        self._writing: Callable[[], None] | None = None
+
+    def save(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
+        """Write RUN/<step>, then forget the steps that are too old; raises as `checkpoint.save` does."""
+        self.save_beside(step, tree, metadata)
+        self.wait()
+
+    def save_beside(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
+        """`save` that writes beside the caller; what goes wrong in writing is raised by the next save or by `wait`."""
+        self.wait()
+        prepare_parent(self.root / str(step))
+        on_primary(self._clear_leftovers)
+        self._writing = checkpoint.save_async(self.root / str(step), tree, {**metadata, "step": step})
+
+    def wait(self) -> None:
+        """Until nothing is being written; then the steps that are too old go."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing()
+            on_primary(self._forget_old)
+
+    def steps(self) -> list[int]:
+        """The complete steps, oldest first."""
+        if not self.root.is_dir():
+            return []
+        return [step for step, folder in sorted(step_folders(self.root).items()) if damage(folder) is None]
+
+    def latest(self) -> int | None:
+        """The newest complete step; damaged newer ones are named to `warn`."""
+        if not self.root.is_dir() or not step_folders(self.root):
+            return None
+        return int(resolve(self.root, self._warn).name)
+
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """(tree, metadata) of one step; raises `Damaged` when it cannot be read, `Refused` when it does not fit."""
+        folder = self.root / str(step)
+        return checkpoint.load(folder, abstract), checkpoint.describe(folder)[1]
+
+    def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, tree, metadata) of the newest step whose values can be read, None for a run without steps.
+
+        A step that cannot be read is named to `warn` and set aside as RUN/<step>.damaged, so that the run can write
+        that step again. Raises `Damaged` when steps are there and none is readable.
+        """
+        folders = step_folders(self.root) if self.root.is_dir() else {}
+        if not folders:
+            return None
+        problems = []
+        for step in sorted(folders, reverse=True):
+            try:
+                return step, *self.restore(step, abstract)
+            except Damaged as error:
+                problems.append(str(error))
+                aside = folders[step].with_name(f"{step}.damaged")
+                self._warn(f"{error}; set aside as {aside}, the step before it is used")
+                on_primary(functools.partial(set_aside, folders[step], aside))
+        raise Damaged("\n".join([f"no step of the run {self.root} can be read:", *problems]))
+
+    def _forget_old(self) -> None:
+        for step in self.steps()[: -self.keep]:
+            old = self.root / f"{step}{UNFINISHED}"
+            os.rename(self.root / str(step), old)  # a kill while deleting must not leave half a step
+            shutil.rmtree(old)
+
+    def _clear_leftovers(self) -> None:
+        for leftover in self.root.glob(f"*{UNFINISHED}*"):
+            shutil.rmtree(leftover)

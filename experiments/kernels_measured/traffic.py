@@ -162,7 +162,7 @@ class _Program:
             return self._loop(x)
         if x.opcode == "conditional":
             return max((self.moved(name) for name in self._called(x)), default=0)
-        if x.opcode == "call":
+        if x.opcode in ("call", "call-start", "async-start"):
             return sum(self.moved(name) for name in self._called(x))
         if x.opcode.endswith("-start"):
             return self._started(here, x)
@@ -214,7 +214,7 @@ class _Program:
             return whole if at == 1 else 0
         if whole and x.opcode == "fusion":
             name = self._called(x)[0]
-            parameter = next(y for y in self.computations[name].values() if y.attributes == f"parameter({at})")
+            parameter = next(y for y in self.computations[name].values() if y.attributes.startswith(f"parameter({at})"))
             return self._read_by_users(name, parameter.name, whole)
         return whole
 

@@ -11,7 +11,7 @@ from experiments.kernels_measured.chips import Chip
 
 @dataclass(frozen=True)
 class Kernel:
-    """One Pallas kernel of a case.
+    """One Pallas kernel of a case, called once in it.
 
     in_dump: its `name=` in `pallas_call`, by which the compiler's files and the HLO call it.
     steps: of its grid; the static cycles are those of one.

@@ -45,7 +45,7 @@ def read_schedule(folder: Path, kernel: str) -> Schedule:
 
 def _belongs(file: str, kernel: str, ending: str) -> bool:
     """`<time>-<kernel>.<copy>-<stage number>-<ending>.txt`, and no longer name, neither of kernel nor of stage."""
-    return re.fullmatch(rf"\d+-{re.escape(kernel)}(\.\d+)*-\d+-{re.escape(ending)}\.txt", file) is not None
+    return re.fullmatch(rf"\d+-{re.escape(kernel)}(\.\w+)*-\d+-{re.escape(ending)}\.txt", file) is not None
 
 
 def read_cycles(analysis: str) -> int:

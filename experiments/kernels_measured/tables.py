@@ -10,18 +10,18 @@ from experiments.kernels_measured.chips import CHIPS
 Row = dict[str, Any]
 UNITS = ("MXU", "VALU", "XLU", "VLOAD", "VSTORE")
 _HEAD = (
-    "case", "kernel", "cycles a unit", *UNITS, "spilled a step", "spill space", "VMEM", "of the chip's", "HBM",
-    "of least", "of peak", "time", "roofline", "XLA moves", "in HBM", "and keeps",
+    "case", "kernel", "cycles a unit", *UNITS, "spilled a step, kept in", "VMEM", "HBM", "FLOPs", "time", "roofline",
+    "XLA moves", "in HBM", "and keeps",
 )  # fmt: skip
 _MIB = 2**20
 EXPLAINED = """\
-Static cycles of a grid step over the units of work in it (*unit*); slots used of the matrix, vector, cross-lane, load
-and store units; bytes stored a step for want of registers, and the space for them; VMEM with everything that the
-compiler allocates, arrays in HBM; HBM bytes of all grid steps, and as a multiple of the least there is to move; useful
-FLOPs as a share of the peak in these cycles; time at the chip's clock, the larger of cycles and HBM, beside the
-roofline; what the operations of plain XLA read and write for the same arguments, loops counted out in its optimised
-HLO, and how many times what both kernels move that is; the part of it that goes to HBM, the rest staying in VMEM where
-that is large enough; its temporaries in HBM. One core, with its share of the HBM."""
+Static cycles of a grid step over the units of work in it; slots used of the matrix, vector, cross-lane, load and store
+units; bytes that a step stores for want of registers, and the space they have; VMEM with everything that the compiler
+allocates, as a share of the chip's; HBM bytes of all grid steps, over the least there is to move; useful FLOPs, as a
+share of the peak in these cycles; time at the chip's clock, the larger of cycles and HBM; the roofline of those FLOPs
+and the least bytes. Beside it plain XLA with the same arguments: what its operations read and write, its loops counted
+out, over what the kernels of the case move together; the part of it that goes to HBM, the rest staying in VMEM where
+that is large enough; its temporaries in HBM. All of one core, with its share of the HBM."""
 
 
 def cells(row: Row) -> list[str]:
@@ -29,19 +29,23 @@ def cells(row: Row) -> list[str]:
     if not row["compiles"]:
         return [row["case"], f"does not compile: {row['error'].splitlines()[0][:120]}"]
     percent = [f"{row['slots'][unit]:.0%}" for unit in UNITS]
-    sizes = {key: f"{row[key] / _MIB:.1f} MiB" for key in ("spilled_bytes", "spill_space_bytes", "vmem_bytes")}
-    measured = "xla_bytes" in row
-    beside = [row["xla"], ""]
-    if measured:
-        pairs = (("xla_bytes", "xla_over_kernels"), ("xla_hbm_bytes", "xla_hbm_over_kernels"))
-        beside = [f"{row[size] / _MIB:.0f} MiB ({row[times]:.1f} x)" for size, times in pairs]
+    spills, space, vmem, moved = (
+        f"{row[key] / _MIB:.1f}" for key in ("spilled_bytes", "spill_space_bytes", "vmem_bytes", "hbm_bytes")
+    )
     return [
-        row["case"], row["kernel"], f"{row['cycles_per_unit']:.0f}", *percent, *sizes.values(),
-        f"{row['vmem_share']:.0%}", f"{row['hbm_bytes'] / _MIB:.1f} MiB", f"{row['hbm_over_least']:.2f}",
-        f"{row['peak_share']:.1%}", f"{row['microseconds']:.0f} us ({row['bound_by']})",
-        f"{row['roofline_microseconds']:.0f} us", *beside,
-        f"{row['xla_temporaries'] / _MIB:.0f} MiB" if measured else "",
+        row["case"], row["kernel"], f"{row['cycles_per_unit']:.0f}", *percent, f"{spills}, {space} MiB",
+        f"{vmem} MiB ({row['vmem_share']:.0%})", f"{moved} MiB ({row['hbm_over_least']:.2f} x)",
+        f"{row['flops'] / 1e9:.1f} G ({row['peak_share']:.1%})", f"{row['microseconds']:.0f} us ({row['bound_by']})",
+        f"{row['roofline_microseconds']:.0f} us", *_beside(row),
     ]  # fmt: skip
+
+
+def _beside(row: Row) -> list[str]:
+    if "xla_bytes" not in row:
+        return [row["xla"].splitlines()[0][:120], "", ""]
+    pairs = (("xla_bytes", "xla_over_kernels"), ("xla_hbm_bytes", "xla_hbm_over_kernels"))
+    sizes = [f"{row[size] / _MIB:.0f} MiB ({row[times]:.1f} x)" for size, times in pairs]
+    return [*sizes, f"{row['xla_temporaries'] / _MIB:.0f} MiB"]
 
 
 def terminal(rows: Sequence[Row]) -> str:
@@ -76,7 +80,8 @@ def markdown(reports: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _table(rows: Sequence[Row]) -> list[str]:
     lines = [_HEAD, ["---"] * 2 + ["---:"] * (len(_HEAD) - 2), *[cells(row) for row in rows]]
-    return ["| " + " | ".join([*line, *[""] * (len(_HEAD) - len(line))]) + " |" for line in lines]
+    full = [[cell.replace("|", "\\|") for cell in [*line, *[""] * (len(_HEAD) - len(line))]] for line in lines]
+    return ["| " + " | ".join(line) + " |" for line in full]
 
 
 def _by_operation(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:

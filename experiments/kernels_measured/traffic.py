@@ -67,7 +67,7 @@ def called_bytes(text: str, kernel: str) -> int:
 
 
 def _calls(x: Instruction, kernel: str) -> bool:
-    return x.opcode == "custom-call" and re.fullmatch(rf"{re.escape(kernel)}(\.\d+)*", x.name) is not None
+    return x.opcode == "custom-call" and re.fullmatch(rf"{re.escape(kernel)}(\.\w+)*", x.name) is not None
 
 
 def array_bytes(type_text: str, everywhere: bool = False) -> int:

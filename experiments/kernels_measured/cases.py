@@ -38,6 +38,7 @@ class Case:
     arguments: shape and dtype of each, on one device.
     run: for a chip, the function of these that uses the kernels; `beside` is the same by plain XLA.
     kernels: for a chip, those in `run`.
+    loop_length: of the loops of `beside` whose length depends on the data, or on the step of another loop; the mean.
     """
 
     name: str
@@ -47,3 +48,4 @@ class Case:
     run: Callable[[Chip], Callable[..., Any]]
     beside: Callable[..., Any]
     kernels: Callable[[Chip], Sequence[Kernel]]
+    loop_length: float = 1

@@ -99,8 +99,8 @@ def _beside(case: Case, chip: Chip, kernels_bytes: int) -> Row:
         compiled = compile_for(chip, case.beside, case.arguments, alone=False)
     except CompileError as error:
         return {"xla": f"does not compile: {str(error)[:2000]}"}
-    moved = hbm_traffic(compiled.as_text())
-    loops = f", {moved.unknown_loops} loops of unknown length counted once" if moved.unknown_loops else ""
+    moved = hbm_traffic(compiled.as_text(), loop_length=case.loop_length)
+    loops = f", {moved.unknown_loops} loops taken as {case.loop_length:g} long" if moved.unknown_loops else ""
     return {
         "xla": f"compiled{loops}",
         "xla_bytes": moved.touched,

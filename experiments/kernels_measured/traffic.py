@@ -26,10 +26,7 @@ _COUNTER = re.compile(r"constant\((\d+)\)")
 
 
 class Traffic(NamedTuple):
-    """Bytes to and from HBM, and to and from anywhere.
-
-    Loops whose length the text does not give are counted once, and their number told.
-    """
+    """Bytes to and from HBM, and to and from anywhere; the number of loops whose length the text does not give."""
 
     bytes: int
     touched: int
@@ -47,14 +44,14 @@ class Instruction(NamedTuple):
     root: bool
 
 
-def hbm_traffic(text: str, leave_out: Collection[str] = ()) -> Traffic:
+def hbm_traffic(text: str, leave_out: Collection[str] = (), loop_length: float = 1) -> Traffic:
     """Of one run of the program whose optimised HLO this is, but for the kernels named `leave_out`.
 
-    Raises ValueError if the text has no entry.
+    A loop whose length is not in the text counts `loop_length` times. Raises ValueError if the text has no entry.
     """
     computations, entry = _computations(text)
-    hbm, anywhere = (_Program(computations, entry, leave_out, everywhere) for everywhere in (False, True))
-    return Traffic(hbm.moved(entry), anywhere.moved(entry), hbm.unknown_loops)
+    hbm, anywhere = (_Program(computations, entry, leave_out, loop_length, x) for x in (False, True))
+    return Traffic(round(hbm.moved(entry)), round(anywhere.moved(entry)), hbm.unknown_loops)
 
 
 def called_bytes(text: str, kernel: str) -> int:
@@ -63,7 +60,7 @@ def called_bytes(text: str, kernel: str) -> int:
     calls = [(here, x) for here in program.computations.values() for x in here.values() if _calls(x, kernel)]
     if not calls:
         raise ValueError(f"no custom-call of {kernel} in the compiled program")
-    return sum(program.of(here, x) for here, x in calls)
+    return round(sum(program.of(here, x) for here, x in calls))
 
 
 def _calls(x: Instruction, kernel: str) -> bool:
@@ -144,15 +141,16 @@ class _Program:
     computations: dict[str, dict[str, Instruction]]
     entry: str
     leave_out: Collection[str] = ()
+    loop_length: float = 1
     everywhere: bool = False
     unknown_loops: int = 0
 
-    def moved(self, name: str) -> int:
+    def moved(self, name: str) -> float:
         """By one run of a computation."""
         here = self.computations[name]
         return sum(self.of(here, instruction) for instruction in here.values())
 
-    def of(self, here: dict[str, Instruction], x: Instruction) -> int:
+    def of(self, here: dict[str, Instruction], x: Instruction) -> float:
         """By one instruction."""
         if x.opcode in _FREE or x.opcode.endswith("-done") or 'custom_call_target="AllocateBuffer"' in x.attributes:
             return 0
@@ -169,11 +167,11 @@ class _Program:
         read = sum(self._read(here, x, at, self._size(here[name].type)) for at, name in enumerate(x.operands))
         return read + self._written(here, x)
 
-    def _loop(self, x: Instruction) -> int:
+    def _loop(self, x: Instruction) -> float:
         length = self._length(x)
         self.unknown_loops += length is None
         (body,) = re.findall(r"body=%?([^\s,]+)", x.attributes)
-        return (length or 1) * self.moved(body)
+        return (self.loop_length if length is None else length) * self.moved(body)
 
     def _length(self, x: Instruction) -> int | None:
         """Of a loop that counts from 0 to a constant, as `scan` makes them."""

@@ -44,10 +44,11 @@ def main(dump: Path, arguments: Sequence[str] | None = None) -> int:
     if options.output and not options.output.is_dir():
         print(f"kernel_report: --output {options.output} is no folder", file=sys.stderr)
         return 2
-    report = _about(options.chip)
-    report["rows"] = rows_of(chosen, options.chip, dump, with_xla=not options.kernels_only)
-    if options.output:
-        _keep(options.output, report, list(cases))
+    report = _about(options.chip) | {"rows": []}
+    for case in chosen:
+        report["rows"] += rows_of(case, options.chip, dump, with_xla=not options.kernels_only)
+        if options.output:  # what is measured is kept, whatever comes after
+            _keep(options.output, report, list(cases))
     if options.json:
         print(json.dumps(report, indent=1))
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,22 @@ from experiments.kernels_measured.traffic import called_bytes, hbm_traffic
 Row = dict[str, Any]
 
 
-def rows_of(cases: Iterable[Case], chip: str, dump: Path, with_xla: bool) -> list[Row]:
-    """A row a kernel; a case that does not compile has one row, with its error."""
-    found: list[Row] = []
-    for case in cases:
-        said = f"{chip}, {case.operation}, {case.name}: "
-        began = time.monotonic()
-        _say(f"{said}compiling the kernels")
-        about = {"chip": chip, "operation": case.operation, "case": case.name}
-        try:
-            rows, program = _kernel_rows(case, CHIPS[chip], dump)
-        except CompileError as error:
-            found.append(about | {"compiles": False, "error": str(error)[:2000]})
-            _say(f"{said}the kernels do not compile")
-            continue
-        _say(f"{said}kernels compiled in {time.monotonic() - began:.0f} s" + ("; the XLA path" if with_xla else ""))
-        beside = _beside(case, CHIPS[chip], program["kernels_bytes"]) if with_xla else {"xla": "left out"}
-        found += [about | {"compiles": True} | row | program | beside for row in rows]
-        _say(f"{said}done in {time.monotonic() - began:.0f} s" + ("" if with_xla else ", the XLA path left out"))
-    return found
+def rows_of(case: Case, chip: str, dump: Path, with_xla: bool) -> list[Row]:
+    """A row a kernel; one row, with its error, for a case that does not compile. Says on stderr how far it is."""
+    said, began = f"{chip}, {case.operation}, {case.name}: ", time.monotonic()
+    about = {"chip": chip, "operation": case.operation, "case": case.name}
+    _say(f"{said}compiling the kernels")
+    try:
+        rows, program = _kernel_rows(case, CHIPS[chip], dump)
+    except CompileError as error:
+        _say(f"{said}the kernels do not compile")
+        return [about | {"compiles": False, "error": str(error)[:2000]}]
+    beside: Row = {"xla": "left out"}
+    if with_xla:
+        _say(f"{said}kernels compiled in {time.monotonic() - began:.0f} s; compiling the XLA path")
+        beside = _beside(case, CHIPS[chip], program["kernels_bytes"])
+    _say(f"{said}done in {time.monotonic() - began:.0f} s{'' if with_xla else ', the XLA path left out'}")
+    return [about | {"compiles": True} | row | program | beside for row in rows]
 
 
 def _say(words: str) -> None:

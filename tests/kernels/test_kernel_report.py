@@ -191,7 +191,7 @@ def test_what_does_not_compile_has_its_error_in_the_report(tmp_path, monkeypatch
         raise CompileError("Mosaic: no such layout")
 
     monkeypatch.setattr(report, "compile_for", fails)
-    rows = report.rows_of([all_cases()["plain"]], "v6e", tmp_path, with_xla=False)
+    rows = report.rows_of(all_cases()["plain"], "v6e", tmp_path, with_xla=False)
     found = [(row["case"], row["compiles"], row["error"]) for row in rows]
     assert found == [("plain", False, "Mosaic: no such layout")]
     assert "does not compile: Mosaic: no such layout" in tables.terminal(rows)

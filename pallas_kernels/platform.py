@@ -9,7 +9,10 @@ def target_device() -> tuple[str, str]:
     """(platform, kind) of the devices that the function being traced will run on, as `("tpu", "TPU v6 lite")`.
 
     Those of the mesh in whose context the trace stands (`shard_map`, `jax.set_mesh`), which may be a topology that is
-    only compiled for; else `jax_default_device`, else of the first device.
+    only compiled for; else `jax_default_device`, else of the first device. The sharding of an argument is not known
+    while tracing: who lowers for a topology from `ShapeDtypeStruct`s alone, without `shard_map`, does it under
+    `jax.set_mesh` of a mesh of its devices, if only of one. (`jax.lax.platform_dependent` chooses when lowering, but
+    traces the kernels on every machine, 13 times as long as the XLA path, and does not tell the matrix unit's width.)
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:

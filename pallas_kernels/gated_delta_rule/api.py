@@ -51,7 +51,8 @@ def gated_delta_rule(
         chunk_size: tokens a chunk of the chunked implementations, a power of two; 32 is as fast for heads of 32.
         return_state: also return the float32 state after the last token.
         implementation: a name out of `IMPLEMENTATIONS`; None is the best one for the platform and the length: when
-            compiling for a TPU the Pallas kernels, if they take these arguments, and XLA otherwise.
+            compiling for a TPU the Pallas kernels, if they take these arguments, and XLA otherwise. For a topology that
+            is not here the trace must stand in `shard_map` or under `jax.set_mesh` of its devices.
 
     Returns:
         o in v's dtype, or (o, state).

@@ -30,11 +30,11 @@ def outside(*command):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_for(chip):
-    """And in not many more cycles than last time, by the same compiler."""
+    """In 0.8 of the VMEM, moving little more than there is, in not many more cycles than last time by this compiler."""
     report = ROOT / "experiments" / "kernel_report.py"
     found = json.loads(outside(report, "--chip", chip, "--case", "plain", "--kernels-only", "--json"))
     assert [row["compiles"] for row in found["rows"]] == [True, True]
-    assert all(row["hbm_over_least"] <= 1.15 for row in found["rows"])
+    assert all(row["hbm_over_least"] <= 1.15 and row["vmem_share"] <= 0.8 for row in found["rows"])
     path = STORED / f"kernels_{chip}.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     if stored.get("libtpu") == found["libtpu"]:
@@ -43,10 +43,9 @@ def test_compiles_for(chip):
 
 
 PICKED = """
-import sys
-sys.path.insert(0, "experiments")
-import kernel_report
-kernel_report.prepare()
+import os
+from experiments.kernels_measured.compiler import ENVIRONMENT
+os.environ |= ENVIRONMENT
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
@@ -62,10 +61,15 @@ arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(me
              for shape, spec in zip(shapes, specs, strict=True)]
 loss = lambda *x: split(*x).astype(jnp.float32).sum()
 text = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).lower(*arguments).compile().as_text()
-print(text.count('custom_call_target="tpu_custom_call"'))
+kernels = lambda text: text.count('custom_call_target="tpu_custom_call"')
+one = Mesh(np.array(devices[:1]), ("data",))
+alone = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(one, P())) for x in arguments]
+with jax.set_mesh(one):
+    on_one = jax.jit(gated_delta_rule).lower(*alone).compile().as_text()
+print(kernels(text), kernels(on_one))
 """
 
 
 def test_chosen_inside_shard_map_for_a_topology_that_is_not_here():
-    """On a host without a TPU, by the mesh alone: forward and backward are one kernel each."""
-    assert outside("-c", PICKED).split()[-1] == "2"
+    """On a host without a TPU, by the mesh alone, also one of one device: forward and backward are one kernel each."""
+    assert outside("-c", PICKED).split()[-2:] == ["2", "1"]

@@ -1,0 +1,237 @@
+"""What the report of the kernels' cost says, without the TPU compiler: reading, counting, and the stored figures."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from experiments import kernel_report
+from experiments.kernels_measured import gated_delta_rule as rule
+from experiments.kernels_measured import report, schedule, tables, traffic
+from experiments.kernels_measured.chips import CHIPS
+from experiments.kernels_measured.compiler import CompileError
+from experiments.kernels_measured.registry import all_cases
+
+STORED = Path(__file__).parents[2] / "experiments" / "results"
+PADDED = {"width 64", "one head"}  # heads of half a register, the gates of one head: whole registers in HBM
+
+ANALYSIS = "Schedule analysis:\n\ttotal scheduled bundles:    {}\n\tempty scheduled bundles:    3\n"
+UNITS = """== CAPACTIY:
+MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU
+    2     2     4     2     1     3     3     2     2     2
+== UTILIZATION:
+1 0 4 0 0 3 1 0 0 0
+2 0 2 0 0 0 0 2 2 1
+0 1 0 0 0 0 0 1 1 0
+"""
+PROGRAM = """
+  #allocation0 [shape = 'u32[]', space=smem, size = 0x4, offset = 0x4, fixed_abs, tag = 'constant']
+  #allocation1 [shape = 'u32[144,128]{1,0:T(1,128)}', space=vmem, size = 0x12000, scoped, tag = 'internal scratch']
+  #allocation2 [shape = 'f32[16,128,256]{2,1,0:T(8,128)}', space=vmem, size = 0x200000, scoped, tag = 'scratch operand']
+    #allocation3_spill [shape = 'u32[8,128]{1,0}', space=vmem, size = 0x1000, scoped, tag = 'spilled vreg/vmreg']
+    #allocation4_spill [shape = 'u32[1]{0}', space=smem, size = 0x4, scoped, tag = 'spilled sreg/preg']
+    %v7 = vld [vmem:[#allocation3_spill] sm:$0xff]
+"""
+
+
+def test_a_schedule_is_read_from_the_files_of_its_kernel_alone(tmp_path):
+    def write(kernel, cycles, program=PROGRAM):
+        (tmp_path / f"17-{kernel}-00-post-ra.txt").write_text(program)
+        (tmp_path / f"17-{kernel}-01-schedule-analysis_packed-bundles-post-ra.txt").write_text(ANALYSIS.format(cycles))
+        (tmp_path / f"17-{kernel}-02-packed-bundles-post-ra.txt").write_text("not this one")
+        (tmp_path / f"17-{kernel}-04-pre-delay_hlo-static-per-bundle-utilization.txt").write_text(UNITS)
+
+    write("rule.1", 10)
+    write("rule_backward.1", 99, PROGRAM + PROGRAM.replace("allocation", "allocation9"))
+    found = schedule.read_schedule(tmp_path, "rule")
+    assert found.cycles == 10
+    assert found.slots["MXU"] == 3 / 20 and found.slots["VALU"] == 6 / 40 and found.slots["EUP"] == 0
+    assert found.spilled_bytes == 3 * 4096
+    assert (found.vmem_bytes, found.spill_space_bytes) == (0x12000 + 0x200000 + 0x1000, 0x1000)
+    assert schedule.read_schedule(tmp_path, "rule_backward").cycles == 99
+    with pytest.raises(RuntimeError, match=r"wrote no schedule-analysis.* of other"):
+        schedule.read_schedule(tmp_path, "other")
+    with pytest.raises(ValueError, match="no total"):
+        schedule.read_cycles("Schedule analysis:\n")
+    with pytest.raises(ValueError, match="no table"):
+        schedule.read_units("")
+
+
+# A loop of 4: takes a slice of %big through a conversion, keeps it in VMEM, and writes it to its slice of the result.
+HLO = """HloModule jit_f
+
+%slice_of (p.0: f32[4,8,128], p.1: s32[]) -> bf16[8,128] {
+  %p.0 = f32[4,8,128]{2,1,0} parameter(0)
+  %p.1 = s32[]{:S(6)} parameter(1)
+  %zero.1 = s32[] constant(0)
+  %narrow = bf16[4,8,128]{2,1,0} convert(%p.0)
+  %slice.1 = bf16[1,8,128]{2,1,0} dynamic-slice(%narrow, %p.1, %zero.1, %zero.1), dynamic_slice_sizes={1,8,128}
+  ROOT %flat = bf16[8,128]{1,0} bitcast(%slice.1)
+}
+
+%put (q.0: f32[4,8,128], q.1: bf16[8,128], q.2: s32[]) -> f32[4,8,128] {
+  %q.0 = f32[4,8,128]{2,1,0} parameter(0)
+  %q.1 = bf16[8,128]{1,0:S(1)} parameter(1)
+  %q.2 = s32[]{:S(6)} parameter(2)
+  %zero.2 = s32[] constant(0)
+  %wide = f32[1,8,128]{2,1,0} convert(%q.1)
+  ROOT %put.1 = f32[4,8,128]{2,1,0} dynamic-update-slice(%q.0, %wide, %q.2, %zero.2, %zero.2)
+}
+
+%body (b: (s32[], f32[4,8,128], f32[4,8,128])) -> (s32[], f32[4,8,128], f32[4,8,128]) {
+  %b = (s32[]{:S(6)}, f32[4,8,128]{2,1,0}, /*index=2*/f32[4,8,128]{2,1,0}) parameter(0)
+  %i = s32[]{:S(6)} get-tuple-element(%b), index=0
+  %big = f32[4,8,128]{2,1,0} get-tuple-element(%b), index=1
+  %result = f32[4,8,128]{2,1,0} get-tuple-element(%b), index=2
+  %taken = bf16[8,128]{1,0:S(1)} fusion(%big, %i), kind=kLoop, calls=%slice_of, metadata={op_name="a(b)"}
+  %put_back = f32[4,8,128]{2,1,0} fusion(%result, %taken, %i), kind=kLoop, calls=%put
+  ROOT %next = (s32[]{:S(6)}, f32[4,8,128]{2,1,0}, f32[4,8,128]{2,1,0}) tuple(%i, %big, %put_back)
+}
+
+%ended (c: (s32[], f32[4,8,128], f32[4,8,128])) -> pred[] {
+  %c = (s32[]{:S(6)}, f32[4,8,128]{2,1,0}, f32[4,8,128]{2,1,0}) parameter(0)
+  %end = s32[] constant(4)
+  %at = s32[]{:S(6)} get-tuple-element(%c), index=0
+  ROOT %lt = pred[]{:S(6)} compare(%at, %end), direction=LT
+}
+
+ENTRY %main (x: f32[4,8,128]) -> f32[4,8,128] {
+  %x = f32[4,8,128]{2,1,0} parameter(0)
+  %start = s32[]{:S(6)} constant(0)
+  %buffer = f32[4,8,128]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %init = (s32[]{:S(6)}, f32[4,8,128]{2,1,0}, f32[4,8,128]{2,1,0}) tuple(%start, %x, %buffer)
+  %loop = (s32[]{:S(6)}, f32[4,8,128]{2,1,0}, f32[4,8,128]{2,1,0}) while(%init), condition=%ended, body=%body
+  %made = f32[4,8,128]{2,1,0} get-tuple-element(%loop), index=2
+  %there = (f32[4,8,128]{2,1,0:S(1)}, f32[4,8,128]{2,1,0}, u32[]{:S(2)}) copy-start(%made)
+  %here = f32[4,8,128]{2,1,0:S(1)} copy-done(%there)
+  ROOT %rule.1 = f32[4,8,128]{2,1,0} custom-call(%here, %x), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_traffic_counts_loops_out_and_slices_not_wholes():
+    whole, slice_ = 4 * 8 * 128 * 4, 8 * 128 * 4
+    found = traffic.hbm_traffic(HLO)
+    # four slices read and four written; the copy reads; the kernel reads %x from HBM, the other from VMEM, and writes
+    assert found == (4 * 2 * slice_ + whole + 2 * whole, 4 * (2 * slice_ + 2 * slice_ // 2) + 3 * whole, 0)
+    assert traffic.called_bytes(HLO, "rule") == 2 * whole
+    assert traffic.hbm_traffic(HLO, leave_out=["rule"]).bytes == found.bytes - 2 * whole
+    endless = HLO.replace("constant(4)", "parameter(1)")
+    assert traffic.hbm_traffic(endless)[::2] == (2 * slice_ + 3 * whole, 1)
+    assert traffic.hbm_traffic(endless, loop_length=2.5)[::2] == (5 * slice_ + 3 * whole, 1)
+    with pytest.raises(ValueError, match="no custom-call of other"):
+        traffic.called_bytes(HLO, "other")
+    with pytest.raises(ValueError, match="no ENTRY"):
+        traffic.hbm_traffic("nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("f32[64,64]{1,0:T(8,128)}", 64 * 128 * 4),
+        ("f32[64,64]{0,1:T(8,128)}", 64 * 128 * 4),
+        ("bf16[3,5,128]{2,1,0:T(8,128)(2,1)}", 3 * 8 * 128 * 2),
+        ("s32[]{:T(128)}", 4),
+        ("pred[7]{0}", 7),
+        ("f32[8,128]{1,0:T(8,128)S(1)}", 0),
+        ("(f32[8,128]{1,0:T(8,128)}, /*index=1*/token[], f8e4m3fn[16]{0})", 4096 + 16),
+    ],
+)
+def test_arrays_are_as_large_as_their_layout(text, size):
+    assert traffic.array_bytes(text) == size
+
+
+def test_least_bytes_are_those_of_the_arrays():
+    """Of arguments, results and what is kept: the arrays themselves, added up."""
+    for shape in rule.SHAPES.values():
+        case = next(x for x in rule.cases() if rule.SHAPES[x.name] == shape)
+        q, k, v, g, beta, state, ids, d_output, d_final = (
+            math.prod(dimensions) * jnp.dtype(dtype).itemsize for dimensions, dtype in case.arguments
+        )
+        ids = ids if shape.segments else 0
+        per_chunk = shape.value_heads * (shape.width**2 + shape.chunk**2) * jnp.dtype(shape.dtype).itemsize
+        kept = rule.BATCH * rule.CHUNKS * per_chunk
+        results = d_output + d_final
+        assert rule.least(shape, backward=False) == q + k + v + g + beta + state + ids + results + kept
+        gradients = q + k + v + g + beta + state
+        assert rule.least(shape, backward=True) == q + k + v + g + beta + ids + kept + results + gradients
+
+
+def test_useful_flops():
+    """A forward chunk of a head is 10.5 MFLOP at 128 x 128 by 64; a shared key saves two products a head and pass."""
+    plain, grouped = rule.SHAPES["plain"], rule.SHAPES["grouped"]
+    assert rule.flops(plain, backward=False) / plain.value_heads == pytest.approx(10.5e6, rel=0.01)
+    scores = 2 * 2 * 64 * 64 * 128
+    for backward in (False, True):
+        assert rule.flops(plain, backward) - rule.flops(grouped, backward) == 16 * scores
+        longer = dataclasses.replace(plain, key_heads=64, value_heads=64)
+        assert rule.flops(longer, backward) == 2 * rule.flops(plain, backward)
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_chips_are_those_of_jax(name):
+    chip, version = CHIPS[name], pltpu.ChipVersion(name.removeprefix("tpu"))
+    known = pltpu.get_tpu_info_for_chip(version, 1)
+    assert (chip.matrix_unit, chip.vmem) == (known.mxu_column_size, known.vmem_capacity_bytes)
+    assert chip.cores == version.num_physical_tensor_cores_per_chip
+    assert chip.peak == pytest.approx(known.bf16_ops_per_second, rel=0.01)
+    assert chip.hbm == pytest.approx(known.hbm_capacity_bytes, rel=0.08)  # GB or GiB
+    assert chip.bandwidth == pytest.approx(known.mem_bw_bytes_per_second, rel=0.13 if name == "v5p" else 0.01)
+    assert 1.4e9 < chip.clock < 2.3e9
+
+
+def test_what_does_not_compile_has_its_error_in_the_report(tmp_path, monkeypatch, capsys):
+    def fails(*arguments, **options):
+        raise CompileError("Mosaic: no such layout")
+
+    monkeypatch.setattr(report, "compile_for", fails)
+    rows = report.rows_of(all_cases()["plain"], "v6e", tmp_path, with_xla=False)
+    found = [(row["case"], row["compiles"], row["error"]) for row in rows]
+    assert found == [("plain", False, "Mosaic: no such layout")]
+    assert "does not compile: Mosaic: no such layout" in tables.terminal(rows)
+    assert "the kernels do not compile" in capsys.readouterr().err
+
+
+def test_the_command_without_the_compiler_and_with_wrong_words(tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    assert kernel_report.main(tmp_path, ["--case", "plain", "--kernels-only"]) == 2
+    assert "pip install 'jax[tpu]'" in capsys.readouterr().err
+    for words in (["--chip", "v1"], ["--case", "unheard of"]):
+        with pytest.raises(SystemExit) as end:
+            kernel_report.main(tmp_path, words)
+        assert end.value.code == 2
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_stored_figures_keep_the_promises(chip):
+    """All that is stored compiles, in 0.8 of the VMEM, at most 1.15 times the least traffic and an eighth of XLA's."""
+    stored = json.loads((STORED / f"kernels_{chip}.json").read_text())
+    assert {"plain"} <= {row["case"] for row in stored["rows"]} <= set(all_cases())
+    assert all(row["compiles"] and row["vmem_share"] <= 0.8 for row in stored["rows"])
+    assert all(row["hbm_over_least"] <= 1.15 for row in stored["rows"] if row["case"] not in PADDED)
+    beside = [row["xla_over_kernels"] for row in stored["rows"] if "xla_over_kernels" in row]
+    assert beside and min(beside) >= 8
+
+
+def test_the_stored_table_is_that_of_the_stored_figures():
+    reports = {chip: json.loads((STORED / f"kernels_{chip}.json").read_text()) for chip in CHIPS}
+    assert (STORED / "kernels.md").read_text() == tables.markdown(reports)
+
+
+def test_the_device_of_a_trace_is_that_of_its_mesh():
+    from pallas_kernels.platform import matrix_unit_width, target_device
+
+    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    assert target_device()[0] == jax.devices()[0].platform
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert target_device() == ("tpu", "TPU v5 lite")
+    widths = {"TPU v5 lite": 128, "TPU v5": 128, "TPU v6 lite": 256, "TPU7x": 256}
+    assert {kind: matrix_unit_width(kind) for kind in widths} == widths

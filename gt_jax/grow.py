@@ -34,6 +34,7 @@ from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, 
 from gt_jax.growth.rounding import ROUNDS
 from gt_jax.growth.rules import CARRIES, check_noise
 from gt_jax.layout import Layout, parse
+from gt_jax.process_flags import add_process_flags, several, wrong_process_flags
 
 if TYPE_CHECKING:
     import jax
@@ -75,11 +76,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the child's weights (the source's)")
     made.add_argument("--memory", default="2GiB", metavar="SIZE", help="memory budget (2GiB)")
-    made.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
-    made.add_argument("--processes", type=int, metavar="N", help="how many there are; all see the disk of DST")
-    made.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
-    made.add_argument("--distributed", action="store_true",
-                      help="several processes, as the cluster's own environment says (jax.distributed)")
+    add_process_flags(made)
     made.add_argument("--dry-run", action="store_true", help="print the plan, with SRC every tensor; write nothing")
     made.add_argument("--resume", action="store_true", help="finish an interrupted growth of the same plan")
     made.add_argument("--verify-text", type=Path, action="append", metavar="FILE",
@@ -95,48 +92,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or raises `Refused` with what would be right."""
     args = parser().parse_intermixed_args(argv)
     refuse_all(_wrong_processes(args), "these arguments do not go together:")
-    if args.distributed or args.coordinator is not None:
-        return _one_of_several(args)
-    return _run(args, lambda work: work())
+    if not several(args):
+        return _run(args, lambda work: work())
+    from gt_jax.processes import joined
+
+    with joined(args) as team:
+        return _run(args, team.agree, team.first)
 
 
 def _wrong_processes(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags for several processes."""
-    given = [args.coordinator, args.processes, args.process]
-    several, wrong = args.distributed or any(value is not None for value in given), []
-    if args.distributed and any(value is not None for value in given):
-        wrong.append("--distributed asks the cluster; --coordinator, --processes and --process say it by hand")
-    elif several and not args.distributed and any(value is None for value in given):
-        wrong.append("--coordinator, --processes and --process belong together")
-    elif args.processes is not None and not 0 <= args.process < args.processes:
-        wrong.append(f"--process {args.process}: with --processes {args.processes} it is one of 0 to "
-                     f"{args.processes - 1}")
-    wrong += [f"{flag} has no meaning for several processes; {instead}" for flag, value, instead in (
-        ("--dry-run", args.dry_run, "run it in one"),
-        ("--verify-text", args.verify_text, "run gt_jax.verify afterwards")) if several and value]
-    return wrong
-
-
-def _one_of_several(args: argparse.Namespace) -> int:
-    """Run as one process of `jax.distributed`; process 0 speaks for all."""
-    import jax
-
-    from gt_jax.growth.processes import Team
-    options = {} if args.distributed else {"coordinator_address": args.coordinator, "num_processes": args.processes,
-                                           "process_id": args.process}
-    stdout = os.dup(1)
-    os.dup2(2, 1)  # the library that connects the processes says so on stdout, which is for results
-    try:
-        jax.distributed.initialize(**options)
-        team = Team()
-        team.gather(None)
-    finally:
-        os.dup2(stdout, 1)
-        os.close(stdout)
-    try:
-        return _run(args, team.agree, team.first)
-    finally:
-        jax.distributed.shutdown()
+    alone = (("--dry-run", args.dry_run, "run it in one"),
+             ("--verify-text", args.verify_text, "run gt_jax.verify afterwards"))  # fmt: skip
+    return wrong_process_flags(args) + [f"{flag} has no meaning for several processes; {instead}"
+                                        for flag, value, instead in alone if several(args) and value]
 
 
 def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], first: bool = True) -> int:

@@ -130,6 +130,14 @@ def lay_out(tree: Any, shapes: Any) -> Any:
     return jax.tree.map(lambda leaf, shape: jax.device_put(np.array(leaf), shape.sharding), tree, shapes)
 
 
+def everywhere(batch: dict[str, np.ndarray], rules: Rules) -> dict[str, Any]:
+    """A batch that every process has whole, as arrays over the devices of all; a single process keeps it as it is."""
+    if jax.process_count() == 1 or not has_mesh():
+        return dict(batch)
+    rows = jax.sharding.NamedSharding(jax.sharding.get_mesh(), rules.spec("batch", None))
+    return {name: jax.make_array_from_callback(array.shape, rows, array.__getitem__) for name, array in batch.items()}
+
+
 def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`function` on each device's own shard: for operations that have no sharding rule and need none."""
     if not has_mesh():

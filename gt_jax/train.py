@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from gt_jax.errors import Refused, run_command
+from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.process_flags import add_process_flags, wrong_process_flags
 
 UNDER_SERVED = "under-served"
 
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--checkpoint-every", type=int)
     train.add_argument("--keep", type=int, help="checkpoints kept")
     train.add_argument("--accumulate", type=int, metavar="N", help="run each batch in N parts, for less memory")
+    add_process_flags(p.add_argument_group("several processes, each with its own devices"))
     mesh = p.add_argument_group("mesh (default: all devices on data)")
     for axis in ("data", "fsdp", "expert", "tensor"):
         mesh.add_argument(f"--{axis}", type=int, dest=f"mesh_{axis}", help=f"size of the mesh axis {axis}")
@@ -160,18 +162,25 @@ def default_config(arguments: argparse.Namespace) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; 0 when the last step is done and saved."""
     arguments = parser().parse_args(argv)
-    base = default_config(arguments)
-    config = run_config(arguments, base)
+    refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
+    from gt_jax.processes import joined
 
+    with joined(arguments) as team:
+        return _train(arguments, team)
+
+
+def _train(arguments: argparse.Namespace, team: Any) -> int:
+    """Everything after the command line, in each process of the team."""
     import jax
 
     from gt_jax.sharding import make_mesh
     from gt_jax.training.loop import train_run
 
+    config = team.agree(lambda: run_config(arguments, default_config(arguments)))
     sizes = {axis: getattr(arguments, f"mesh_{axis}") or 1 for axis in ("fsdp", "expert", "tensor")}
-    mesh = make_mesh(arguments.mesh_data, sizes["fsdp"], sizes["expert"], sizes["tensor"])
+    mesh = team.agree(lambda: make_mesh(arguments.mesh_data, sizes["fsdp"], sizes["expert"], sizes["tensor"]))
     with jax.set_mesh(mesh):
-        train_run(arguments.run, config, resume=arguments.resume)
+        train_run(arguments.run, config, resume=arguments.resume, team=team)
     return 0
 
 

@@ -30,9 +30,9 @@ from gt_jax.growth.journal import Journal
 from gt_jax.growth.leftovers import Leftovers, identity_of, only_writer
 from gt_jax.growth.pipeline import Budget, Pipeline, Settings, feeds, throttled
 from gt_jax.growth.plan import Plan
-from gt_jax.growth.processes import Team
 from gt_jax.growth.rules import check_noise
 from gt_jax.growth.transform import child_abstract, match, target_config
+from gt_jax.processes import Team
 from gt_jax.tree_paths import combine_digests
 
 MEMORY = 2 * 2**30

@@ -21,7 +21,8 @@ from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import write_whole
 from gt_jax.metrics import Recorder
 from gt_jax.model import abstract, initialise
-from gt_jax.sharding import Rules, with_devices
+from gt_jax.processes import Team
+from gt_jax.sharding import Rules, everywhere, with_devices
 from gt_jax.training.config import RunConfig, TrainConfig, differences
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import TrainState, new_state
@@ -127,28 +128,31 @@ def variables_of(state: TrainState) -> Tree:
 
 
 def train_run(
-    run: Path, config: RunConfig, *, resume: bool = False, show: bool = True, rules: Rules | None = None
+    run: Path, config: RunConfig, *, resume: bool = False, show: bool = True, rules: Rules | None = None,
+    team: Team | None = None,
 ) -> TrainState:
     """Train `config` in the directory `run`; with `resume` go on from its newest checkpoint.
 
+    Every process of the `team` calls it, on a mesh of the devices of all; the first one writes and shows.
     Raises `Refused` when `run` is already a run (without `resume`), is none (with it), or was of another config.
     """
-    _check(run, config, resume)
-    rules = rules or Rules()
+    team, rules = team or Team(), rules or Rules()
+    team.agree(lambda: _check(run, config, resume))
     rows = config.data.batch_size // config.train.accumulate
     refuse_all(rules.misfits(config.model, rows), "the model does not fit this mesh:")
-    text = open_text(config.data)
+    text = team.agree(lambda: open_text(config.data))
     trainer = make_trainer(config.model, config.train, rules)
-    held_out = text.held_out(config.train.evaluation_batches)
+    held_out = [everywhere(batch, rules) for batch in text.held_out(config.train.evaluation_batches)]
     notes: list[str] = []
     steps = RunCheckpoints(run, config.train.keep, notes.append)
     state, before = _start(config, trainer, steps, rules)
     stream = text.train(before.get("data"))
-    if not resume:
-        _mark(run, config)  # all that can be refused has been: from here on the directory is a run
+    if not resume:  # all that can be refused has been: from here on the directory is a run
+        team.agree(lambda: _mark(run, config) if team.first else None)
     tokens = config.data.batch_size * config.data.sequence_length
     recorder = Recorder(
-        run / "metrics.jsonl", total_steps=config.train.steps, tokens_per_step=tokens, show=show,
+        run / "metrics.jsonl" if team.first else None, total_steps=config.train.steps, tokens_per_step=tokens,
+        show=show and team.first,
         resume_step=int(state.step) if resume else None,
     )  # fmt: skip
     with recorder:
@@ -161,7 +165,7 @@ def train_run(
         def batches() -> Iterator[Batch]:
             for step, batch in enumerate(stream, int(state.step) + 1):
                 places[step] = stream.state()
-                yield batch
+                yield everywhere(batch, rules)
 
         def after(step: int, state: TrainState, last: bool) -> None:
             if _due(step, train.evaluate_every, train.steps):

@@ -14,7 +14,7 @@ import pytest
 
 from gt_jax import checkpoint, config, grow, presets
 from gt_jax.errors import Refused
-from gt_jax.growth.processes import Team
+from gt_jax.processes import Team
 from tests.support import perturbed
 
 CONFIG = presets.tiny().replace(

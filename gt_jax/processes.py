@@ -1,4 +1,4 @@
-"""One growth in several processes: who does what, and that all of them hear of one's failure.
+"""One job in several processes (`jax.distributed`): how they meet, who does what, that all hear of one's failure.
 
 Every process runs the same lines. Where the next step needs what others did, all of them meet in `Team.agree`: an
 error of one becomes an error of all, so that nobody waits for a process that has given up.
@@ -6,8 +6,11 @@ error of one becomes an error of all, so that nobody waits for a process that ha
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -15,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gt_jax.errors import Failed, Refused
+from gt_jax.process_flags import several
 
 T = TypeVar("T")
 
@@ -69,3 +73,25 @@ class Team:
             if index == self.index:
                 own.append(name)
         return sorted(own)
+
+
+@contextlib.contextmanager
+def joined(args: argparse.Namespace) -> Iterator[Team]:
+    """Be one process of `jax.distributed`, as the flags say, while the context lasts; alone if they say nothing."""
+    if not several(args):
+        yield Team()
+        return
+    by_hand = {"coordinator_address": args.coordinator, "num_processes": args.processes, "process_id": args.process}
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # the library that connects the processes says so on stdout, which is for results
+    try:
+        jax.distributed.initialize(**({} if args.distributed else by_hand))
+        team = Team()
+        team.gather(None)
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+    try:
+        yield team
+    finally:
+        jax.distributed.shutdown()

@@ -1,0 +1,31 @@
+"""The flags of a command that may run in several processes; nothing here imports JAX."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_process_flags(group: argparse._ActionsContainer) -> None:
+    """--coordinator, --processes and --process by hand, or --distributed."""
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are; all see the same disk")
+    group.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
+    group.add_argument("--distributed", action="store_true",
+                       help="several processes, as the cluster's own environment says (jax.distributed)")  # fmt: skip
+
+
+def several(args: argparse.Namespace) -> bool:
+    """Whether any of the flags is given."""
+    return args.distributed or any(value is not None for value in (args.coordinator, args.processes, args.process))
+
+
+def wrong_process_flags(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags, one line each."""
+    given = [args.coordinator, args.processes, args.process]
+    if args.distributed and any(value is not None for value in given):
+        return ["--distributed asks the cluster; --coordinator, --processes and --process say it by hand"]
+    if any(value is not None for value in given) and any(value is None for value in given):
+        return ["--coordinator, --processes and --process belong together"]
+    if args.processes is not None and not 0 <= args.process < args.processes:
+        return [f"--process {args.process}: with --processes {args.processes} it is one of 0 to {args.processes - 1}"]
+    return []

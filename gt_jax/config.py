@@ -383,8 +383,11 @@ class ModelConfig(Config):
 
     @property
     def plain(self) -> ModelConfig:
-        """The same model with every layer run once: same weight names less the halting heads."""
-        return self.replace(adaptive=None)
+        """The same model with every layer run once: same weight names less the halting heads.
+
+        Where passes were computed again in the backward pass, blocks are: a layer that runs once has no other passes.
+        """
+        return self.replace(adaptive=None, remat="block" if self.remat == "pass" else self.remat)
 
     @property
     def twice_differentiable(self) -> ModelConfig:

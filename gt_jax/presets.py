@@ -82,7 +82,7 @@ def origin_3b_table() -> ModelConfig:
 
 def origin_8b() -> ModelConfig:
     """What `3b` grows into: 20 layers, each run once, 8,309,921,685 parameters."""
-    return origin_3b().plain.replace(layout="DDDG*5", remat="block")
+    return origin_3b().plain.replace(layout="DDDG*5")
 
 
 def tiny_3b() -> ModelConfig:

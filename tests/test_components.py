@@ -69,7 +69,9 @@ def rows(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.exhaustive) if n == "exit" else n for n in CAUSAL]
+)
 def test_no_logit_depends_on_a_later_token(name):
     x = tokens(12)
     changed = x.at[:, 7].set((x[:, 7] + 1) % 257)

@@ -17,7 +17,8 @@ from gt_jax.model import abstract
 from gt_jax.tree_paths import flatten
 from tests.support import perturbed
 
-RECIPES = [("weights", "schedule"), ("output", "schedule"), ("gain", "expected")]
+RECIPES = [("weights", "schedule"), ("gain", "expected"),
+           pytest.param("output", "schedule", marks=pytest.mark.exhaustive)]
 SOURCES = ("tiny", "3b", "3b_table")  # small has the tensors of tiny, tiny_3b those of 3b (tests/test_presets.py)
 
 

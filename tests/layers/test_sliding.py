@@ -279,7 +279,9 @@ def on_one_device():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "tensor": 2}])
+@pytest.mark.parametrize("axes", [
+    {"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"data": 4, "tensor": 2}, marks=pytest.mark.exhaustive),
+])
 def test_every_mesh_gives_the_same_values_and_gradients(axes):
     x, ids = four_rows()
     with jax.set_mesh(make_mesh(**axes)):

@@ -7,7 +7,7 @@
   reaches from the training part into the held-out part.
 - The held-out part does not depend on the seed.
 
-The whole text is held in memory, two bytes a token.
+The whole text is held in memory, two bytes a token, four where the vocabulary is larger than 65,536.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, UInt16
+from jaxtyping import Bool, Int32, Int64, UInt
 
 from gt_jax import text_sources
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.json_config import Config, below
+from gt_jax.tokenizers import BYTES, Tokenizer, encode_all, open_tokenizer
 
 Batch = dict[str, Int32[np.ndarray, "b t"]]
 Row = dict[str, Int32[np.ndarray, "t"]]
@@ -47,12 +48,14 @@ _HELD_OUT_SEED = 0  # an order of its own, so that the first batches are a fair 
 class DataConfig(Config):
     """Which text, in what shape: `text` files, or TFDS dataset `tfds` in `tfds_dir`, or the standard library's sources.
 
-    A batch is [batch_size, sequence_length] tokens; `held_out` is the part of the text that is never trained on.
+    `tokenizer` is "bytes", or a file or folder that `gt_jax.tokenizers.open_tokenizer` opens. A batch is [batch_size,
+    sequence_length] tokens; `held_out` is the part of the text that is never trained on.
     """
 
     text: tuple[str, ...] = ()
     tfds: str | None = None
     tfds_dir: str | None = None
+    tokenizer: str = BYTES
     sequence_length: int = 256
     batch_size: int = 8
     seed: int = 0
@@ -71,24 +74,6 @@ class DataConfig(Config):
         if self.tfds_dir is not None and self.tfds is None:
             wrong.append(f"tfds_dir is {self.tfds_dir!r} but tfds names no dataset")
         return wrong
-
-
-class ByteTokenizer:
-    """A token a byte, and one for the end of a document."""
-
-    end_of_document = 256
-    vocab_size = 257
-
-    def encode(self, text: bytes) -> Int32[np.ndarray, "n"]:
-        """The bytes as ids 0 to 255; no end of document is added."""
-        return np.frombuffer(text, dtype=np.uint8).astype(np.int32)
-
-    def decode(self, ids: np.ndarray) -> bytes:
-        """The bytes of integer `ids`, of any shape, without the ends of documents; raises ValueError for other ids."""
-        flat = np.asarray(ids).reshape(-1)
-        if flat.size and not (flat.min() >= 0 and flat.max() < self.vocab_size):
-            raise ValueError(f"ids lie in [{flat.min()}, {flat.max()}]; bytes and the end of a document are 0 to 256")
-        return flat[flat != self.end_of_document].astype(np.uint8).tobytes()
 
 
 def split_documents(ends: Int64[np.ndarray, "documents"], held_out: float, row: int) -> tuple[Spans, Spans]:
@@ -144,7 +129,7 @@ class PackedRows:
     the same document (and the same part) exists, segments count from 1 within a row, 0 is padding.
     """
 
-    def __init__(self, tokens: UInt16[np.ndarray, "n"], spans: Spans, row: int, seed: int, endless: bool) -> None:
+    def __init__(self, tokens: UInt[np.ndarray, "n"], spans: Spans, row: int, seed: int, endless: bool) -> None:
         self._tokens, self._row, self._seed, self._endless = tokens, row, seed, endless
         self._starts, self._stops, self._span_stops = _pieces(spans, _PIECE_ROWS * row)
         self._total = int((self._stops - self._starts).sum())
@@ -238,12 +223,17 @@ class TrainStream:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """A text as tokens, with its training part and its held-out part as spans; `open_text` makes it."""
+    """A text as tokens, with its training part and its held-out part as spans; `open_text` makes it.
+
+    `characters` is the length of the text in bytes.
+    """
 
     config: DataConfig
     source: str
-    tokens: UInt16[np.ndarray, "n"]
+    tokens: UInt[np.ndarray, "n"]
+    tokenizer: Tokenizer
     documents: int
+    characters: int
     training_spans: Spans
     held_out_spans: Spans
 
@@ -271,14 +261,17 @@ class Text:
 
     @functools.cached_property
     def _hash(self) -> str:
-        return hashlib.sha256(self.tokens.astype("<u2", copy=False).tobytes()).hexdigest()
+        narrow = self.tokens.dtype.newbyteorder("<")
+        return hashlib.sha256(self.tokens.astype(narrow, copy=False).tobytes()).hexdigest()
 
     def summary(self) -> str:
         """One line: where the text is from, documents, bytes, held-out bytes."""
         held = int(np.diff(self.held_out_spans).sum())
-        total = len(self.tokens) - self.documents  # an end of document is no byte of the text
-        return (f"{self.source}: {self.documents} document{'s' * (self.documents != 1)}, {_bytes(total)}, "
-                f"{_bytes(held)} ({100 * held / len(self.tokens):.1f} %) held out")
+        share = f"({100 * held / len(self.tokens):.1f} %) held out"
+        words = f"{self.source}: {self.documents} document{'s' * (self.documents != 1)}, {_bytes(self.characters)}, "
+        if self.config.tokenizer == BYTES:
+            return f"{words}{_bytes(held)} {share}"
+        return f"{words}{len(self.tokens):,} tokens of {self.config.tokenizer}, {held:,} {share}"
 
 
 def open_text(config: DataConfig) -> Text:
@@ -289,17 +282,20 @@ def open_text(config: DataConfig) -> Text:
         source, documents = text_sources.text_files(config.text)
     else:
         source, documents = text_sources.standard_library()
-    ends = np.cumsum([len(document) + 1 for document in documents])
+    tokenizer = open_tokenizer(config.tokenizer)
+    encoded = encode_all(tokenizer, config.tokenizer, documents)
+    ends = np.cumsum([len(document) + 1 for document in encoded])
+    characters = sum(map(len, documents))
     if ends[-1] < 2 * config.sequence_length:
-        raise Refused(f"{source} is too short: {ends[-1]} tokens ({ends[-1] - len(documents)} bytes); one training row "
+        raise Refused(f"{source} is too short: {ends[-1]} tokens ({characters} bytes); one training row "
                       f"and one held-out row of sequence_length {config.sequence_length} need "
                       f"{2 * config.sequence_length}. Give a longer text or a shorter sequence")
-    tokenizer = ByteTokenizer()
-    tokens = np.full(ends[-1], tokenizer.end_of_document, np.uint16)
-    for document, end in zip(documents, ends.tolist(), strict=True):
-        tokens[end - 1 - len(document):end - 1] = tokenizer.encode(document)
+    narrow = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    tokens = np.full(ends[-1], tokenizer.end_of_document, narrow)
+    for document, end in zip(encoded, ends.tolist(), strict=True):
+        tokens[end - 1 - len(document):end - 1] = document
     training, held_out = split_documents(ends, config.held_out, config.sequence_length)
-    return Text(config, source, tokens, len(documents), training, held_out)
+    return Text(config, source, tokens, tokenizer, len(documents), characters, training, held_out)
 
 
 def held_out_batches(config: DataConfig, batches: int | None = None) -> list[Batch]:

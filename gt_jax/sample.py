@@ -114,8 +114,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m gt_jax.sample", description="Continue a text with a trained model.")
     p.add_argument("checkpoint", type=Path, help="checkpoint or run directory")
     p.add_argument("--prompt", default="def ", help="text to continue")
-    p.add_argument("--length", type=int, default=200, help="bytes to write")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely byte")
+    p.add_argument("--tokenizer", help="bytes, a file or a folder (default: what the checkpoint was trained with)")
+    p.add_argument("--length", type=int, default=200, help="tokens to write")
+    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     p.add_argument("--top-k", type=int, default=40)
     p.add_argument("--seed", type=int, default=0)
     return p
@@ -123,14 +124,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the prompt and its continuation up to the end of the document."""
-    from gt_jax.data import ByteTokenizer
-    from gt_jax.loading import load_model
+    from gt_jax.loading import data_config, load_model
+    from gt_jax.tokenizers import open_tokenizer
 
     arguments = parser().parse_args(argv)
     if not arguments.prompt:
         raise Refused("--prompt is empty; give at least one character")
-    config, variables, _ = load_model(arguments.checkpoint)
-    tokenizer = ByteTokenizer()
+    config, variables, metadata = load_model(arguments.checkpoint)
+    tokenizer = open_tokenizer(arguments.tokenizer or data_config(metadata, None).tokenizer)
+    if tokenizer.vocab_size > config.vocab:
+        raise Refused(f"the tokenizer has {tokenizer.vocab_size} ids, {arguments.checkpoint} a vocabulary of "
+                      f"{config.vocab}; name the one it was trained with by --tokenizer")  # fmt: skip
     prompt = np.asarray(tokenizer.encode(arguments.prompt.encode()), np.int32)[None]
     drawn = generate(
         config, variables, prompt, arguments.length, temperature=arguments.temperature, top_k=arguments.top_k,

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--text", nargs="+", help="text files (default: the Python library's sources)")
     data.add_argument("--tfds", help="prepared TFDS dataset, for example tiny_shakespeare")
     data.add_argument("--tfds-dir", help="where TFDS datasets lie")
+    data.add_argument("--tokenizer", help="bytes (default), or a tokenizer.json, SentencePiece .model or their folder")
     data.add_argument("--sequence-length", type=int)
     data.add_argument("--batch-size", type=int, help="rows a step")
     data.add_argument("--held-out", type=float, help="share of the text that is only evaluated on")
@@ -88,7 +89,7 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
     thaw = thaw_config(arguments, train.thaw, start.get("start", base.start))
     train = train.replace(**own, optimizer=optimizer, price=price, thaw=thaw)
-    own = pick("text", "tfds", "tfds_dir", "sequence_length", "batch_size", "held_out", "seed")
+    own = pick("text", "tfds", "tfds_dir", "tokenizer", "sequence_length", "batch_size", "held_out", "seed")
     return base.replace(model=model, train=train, data=base.data.replace(**own), **start)
 
 

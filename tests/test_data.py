@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from gt_jax import data, text_sources
 from gt_jax.errors import Refused
+from gt_jax.tokenizers import ByteTokenizer
 
 ROW = 16
 
@@ -59,7 +60,7 @@ def expected_pairs(text: data.Text, spans: np.ndarray) -> Counter:
 
 
 def test_tokenizer_round_trip():
-    tokenizer = data.ByteTokenizer()
+    tokenizer = ByteTokenizer()
     every = bytes(range(256))
     ids = tokenizer.encode(every)
     assert ids.dtype == np.int32 and ids.tolist() == list(range(256))
@@ -112,7 +113,7 @@ def test_batches_are_well_formed(text):
         assert ((step == 0) | (step == 1) | ~real[:, 1:]).all(), "segments count up, padding comes last"
         inside = (step == 0) & real[:, 1:]
         np.testing.assert_array_equal(targets[:, :-1][inside], tokens[:, 1:][inside])
-        assert (targets[tokens == data.ByteTokenizer.end_of_document] == -1).all(), "no target crosses documents"
+        assert (targets[tokens == ByteTokenizer.end_of_document] == -1).all(), "no target crosses documents"
         assert (targets[~real] == -1).all()
 
 
@@ -161,7 +162,7 @@ def test_one_document_is_split_into_pieces_without_a_leak(tmp_path):
     assert text.documents == 1
     rows = data.PackedRows(text.tokens, text.held_out_spans, ROW, seed=0, endless=False)
     assert pairs([rows[i] for i in range(len(rows))]) == expected_pairs(text, text.held_out_spans)
-    assert b"".join(data.ByteTokenizer().decode(text.tokens[a:b]) for a, b in sorted(
+    assert b"".join(ByteTokenizer().decode(text.tokens[a:b]) for a, b in sorted(
         np.concatenate([text.training_spans, text.held_out_spans]).tolist())) == body
 
 
@@ -337,7 +338,7 @@ def test_tfds_text_without_tensorflow(tmp_path):
     text = data.open_text(config(tfds="lines", tfds_dir=str(tmp_path)))
     assert text_sources.tfds_text("lines", str(tmp_path))[1] == documents
     assert text.documents == 40 and "tensorflow" not in sys.modules
-    assert b"document" in data.ByteTokenizer().decode(next(text.train())["tokens"])
+    assert b"document" in ByteTokenizer().decode(next(text.train())["tokens"])
 
     write_tfds(tmp_path, "numbers", {"n": tfds.features.Scalar(np.int64)}, [{"n": 1}])
     write_tfds(tmp_path, "untrained", {"text": tfds.features.Text()}, [{"text": "x"}], split="test")

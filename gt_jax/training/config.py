@@ -7,6 +7,7 @@ import dataclasses
 from gt_jax.config import ModelConfig
 from gt_jax.data import DataConfig
 from gt_jax.json_config import Config, below
+from gt_jax.tokenizers import BYTES
 from gt_jax.training.optimizer import OptimizerConfig
 from gt_jax.training.price import PriceConfig
 from gt_jax.training.thaw import ThawConfig
@@ -50,7 +51,7 @@ class RunConfig(Config):
 
     def problems(self) -> list[str]:
         wrong = []
-        if self.model.vocab < 257:
+        if self.model.vocab < 257 and self.data.tokenizer == BYTES:
             wrong.append(f"model.vocab is {self.model.vocab}; bytes and the end of a document need 257")
         if self.data.batch_size % max(self.train.accumulate, 1):
             wrong.append(f"data.batch_size is {self.data.batch_size}; "

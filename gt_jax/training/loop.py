@@ -23,6 +23,8 @@ from gt_jax.metrics import Recorder
 from gt_jax.model import abstract, initialise
 from gt_jax.processes import Team
 from gt_jax.sharding import Rules, everywhere, with_devices
+from gt_jax.token_bytes import default_texts, token_table
+from gt_jax.tokenizers import BYTES
 from gt_jax.training.config import RunConfig, TrainConfig, differences
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import TrainState, new_state
@@ -141,11 +143,15 @@ def train_run(
     rows = config.data.batch_size // config.train.accumulate
     refuse_all(rules.misfits(config.model, rows), "the model does not fit this mesh:")
     text = team.agree(lambda: open_text(config.data))
+    needed = text.tokenizer.vocab_size
+    if needed > config.model.vocab:
+        raise Refused(f"model.vocab is {config.model.vocab}; tokenizer {config.data.tokenizer} has ids up to "
+                      f"{needed - 1}, so it must be at least {needed}")  # fmt: skip
     trainer = make_trainer(config.model, config.train, rules)
     held_out = [everywhere(batch, rules) for batch in text.held_out(config.train.evaluation_batches)]
     notes: list[str] = []
     steps = RunCheckpoints(run, config.train.keep, notes.append)
-    state, before = _start(config, trainer, steps, rules)
+    state, before = _start(config, trainer, steps, rules, text)
     stream = text.train(before.get("data"))
     if not resume:  # all that can be refused has been: from here on the directory is a run
         team.agree(lambda: _mark(run, config) if team.first else None)
@@ -212,7 +218,7 @@ def _origin(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _start(
-    config: RunConfig, trainer: Trainer, steps: RunCheckpoints, rules: Rules
+    config: RunConfig, trainer: Trainer, steps: RunCheckpoints, rules: Rules, text: Text
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state to go on from, and the metadata it came with.
 
@@ -226,9 +232,23 @@ def _start(
         _, tree, metadata = restored
         return TrainState(**tree), metadata
     if config.start is None:
-        return trainer.new_state(initialise(config.model, config.train.seed, rules)), {}
+        fresh = initialise(config.model, config.train.seed, rules)
+        return trainer.new_state(with_token_bytes(fresh, config, text)), {}
     _, metadata = checkpoint.describe(config.start)
     return trainer.new_state(checkpoint.load(config.start, shapes)), _origin(metadata)
+
+
+def with_token_bytes(variables: Tree, config: RunConfig, text: Text) -> Tree:
+    """The variables of a fresh model, its Kronecker embedding told the bytes of the tokenizer's tokens."""
+    embedding = config.model.embedding
+    if embedding.kind == "table" or config.data.tokenizer == BYTES:
+        return variables
+    texts = text.tokenizer.texts()
+    texts += default_texts(config.model.vocab)[len(texts) :]
+    tables = dict(zip(("token_bytes", "token_length"), token_table(texts, embedding.token_bytes), strict=True))
+    old = variables["statistics"]["embedding"]
+    new = {name: jax.device_put(table, old[name].sharding) for name, table in tables.items()}
+    return {**variables, "statistics": {**variables["statistics"], "embedding": {**old, **new}}}
 
 
 def _check(run: Path, config: RunConfig, resume: bool) -> None:

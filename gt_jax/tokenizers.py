@@ -1,0 +1,175 @@
+"""Bytes to tokens and back: bytes themselves, a tokenizer.json (Hugging Face), a .model file (SentencePiece).
+
+- By file, never by download. The library behind a file is imported when such a file is opened, and only then.
+- The end of a document is the tokenizer's own token for it, if it has one, else one more id after the last.
+- Text in, text out: nothing is added at the beginning, and special tokens that the text spells are text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32
+
+from gt_jax.errors import Refused
+
+BYTES = "bytes"
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Ids are 0 to vocab_size - 1, `end_of_document` among them."""
+
+    vocab_size: int
+    end_of_document: int
+
+    def encode(self, text: bytes) -> Int32[np.ndarray, "n"]:
+        """The ids of a document, without its end; raises ValueError for bytes that it cannot take."""
+        ...
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        """The text of ids of any shape, ends of documents left out."""
+        ...
+
+    def texts(self) -> list[bytes]:
+        """The bytes that each id stands for by itself, as the Kronecker embedding reads them."""
+        ...
+
+
+class ByteTokenizer:
+    """A token a byte, and one for the end of a document."""
+
+    end_of_document = 256
+    vocab_size = 257
+
+    def encode(self, text: bytes) -> Int32[np.ndarray, "n"]:
+        """The bytes as ids 0 to 255; no end of document is added."""
+        return np.frombuffer(text, dtype=np.uint8).astype(np.int32)
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        """The bytes of integer `ids`, of any shape, without the ends of documents; raises ValueError for other ids."""
+        flat = np.asarray(ids).reshape(-1)
+        if flat.size and not (flat.min() >= 0 and flat.max() < self.vocab_size):
+            raise ValueError(f"ids lie in [{flat.min()}, {flat.max()}]; bytes and the end of a document are 0 to 256")
+        return flat[flat != self.end_of_document].astype(np.uint8).tobytes()
+
+    def texts(self) -> list[bytes]:
+        """One byte each; the end of a document has a text of its own."""
+        from gt_jax.token_bytes import default_texts
+
+        return default_texts(self.vocab_size)
+
+
+class _Text:
+    """What tokenizers of text, not bytes, have in common."""
+
+    def __init__(self, size: int, end: int | None) -> None:
+        self._size = size
+        self.end_of_document = size if end is None else end
+        self.vocab_size = max(size, self.end_of_document + 1)
+
+    def _own(self, ids: np.ndarray) -> list[int]:
+        flat = [int(i) for i in np.asarray(ids).reshape(-1)]
+        if flat and not (min(flat) >= 0 and max(flat) < self.vocab_size):
+            raise ValueError(f"ids lie in [{min(flat)}, {max(flat)}]; the tokenizer has 0 to {self.vocab_size - 1}")
+        return [i for i in flat if i != self.end_of_document]
+
+    def _with_end(self, texts: list[bytes]) -> list[bytes]:
+        return texts[: self._size] + [b"<|endoftext|>"] * (self.vocab_size - len(texts[: self._size]))
+
+
+class HuggingFaceTokenizer(_Text):
+    """A tokenizer.json of the `tokenizers` library."""
+
+    def __init__(self, path: Path) -> None:
+        tokenizers = _library("tokenizers", path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise Refused(f"tokenizer {path} cannot be read as a tokenizer.json: {error}") from error
+        self._path = path
+        found = [self._tokenizer.token_to_id(name) for name in _ENDS]
+        super().__init__(
+            self._tokenizer.get_vocab_size(with_added_tokens=True), next((i for i in found if i is not None), None)
+        )
+
+    def encode(self, text: bytes) -> Int32[np.ndarray, "n"]:
+        return np.array(self._tokenizer.encode(text.decode(), add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        text: str = self._tokenizer.decode(self._own(ids), skip_special_tokens=False)
+        return text.encode()
+
+    def texts(self) -> list[bytes]:
+        from gt_jax.interop.token_files import read_tokens
+
+        return self._with_end(read_tokens(self._path))
+
+
+class SentencePieceTokenizer(_Text):
+    """A .model file of SentencePiece."""
+
+    def __init__(self, path: Path) -> None:
+        sentencepiece = _library("sentencepiece", path)
+        try:
+            self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise Refused(f"tokenizer {path} cannot be read as a SentencePiece model: {error}") from error
+        end = self._model.eos_id()
+        super().__init__(self._model.get_piece_size(), end if end >= 0 else None)
+
+    def encode(self, text: bytes) -> Int32[np.ndarray, "n"]:
+        return np.array(self._model.encode(text.decode()), np.int32)
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        text: str = self._model.decode(self._own(ids))
+        return text.encode()
+
+    def texts(self) -> list[bytes]:
+        def text(index: int) -> bytes:
+            piece: str = self._model.id_to_piece(index)
+            return bytes([int(piece[1:-1], 16)]) if self._model.is_byte(index) else piece.replace("▁", " ").encode()
+
+        return self._with_end([text(index) for index in range(self._size)])
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """`bytes`, a tokenizer.json, a SentencePiece .model, or a folder that holds one; raises `Refused` for others."""
+    if name == BYTES:
+        return ByteTokenizer()
+    path = Path(name)
+    if path.is_dir():
+        inside = [path / file for file in ("tokenizer.json", "tokenizer.model") if (path / file).is_file()]
+        if not inside:
+            raise Refused(f"tokenizer folder {name} has neither tokenizer.json nor tokenizer.model")
+        path = inside[0]
+    if not path.is_file():
+        raise Refused(f"tokenizer {name!r} is neither {BYTES!r} nor a file or folder; nothing is downloaded")
+    if path.suffix not in (".json", ".model"):
+        raise Refused(f"tokenizer {name} must be a tokenizer.json or a SentencePiece .model file")
+    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def encode_all(tokenizer: Tokenizer, name: str, documents: Sequence[bytes]) -> list[Int32[np.ndarray, "_"]]:
+    """The ids of each document; raises `Refused` naming the first document that the tokenizer cannot take."""
+    encoded = []
+    for index, document in enumerate(documents):
+        try:
+            encoded.append(tokenizer.encode(document))
+        except UnicodeDecodeError as error:
+            raise Refused(f"document {index} is not UTF-8 (byte {error.start}), tokenizer {name} takes text; "
+                          f"use --tokenizer {BYTES}") from error  # fmt: skip
+    return encoded
+
+
+def _library(name: str, path: Path) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Refused(f"tokenizer {path} needs the library {name}: pip install 'gt-jax[tokenizers]'") from error

@@ -1,0 +1,113 @@
+"""Tokenizers by file: what is read is what the library reads, the text comes back, wrong files are refused."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+
+from gt_jax.data import DataConfig, open_text
+from gt_jax.errors import Refused
+from gt_jax.model import initialise
+from gt_jax.presets import tiny_3b
+from gt_jax.tokenizers import ByteTokenizer, open_tokenizer
+from gt_jax.training.config import RunConfig
+from gt_jax.training.loop import train_run, with_token_bytes
+
+STORY = "Once upon a time a small net grew deep, and was glad of it – très deep.\n"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A byte-level BPE with an end token, and a SentencePiece model with byte fallback; both of the story."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    bpe.train_from_iterator([STORY] * 8, trainer)
+    (folder / "hf").mkdir()
+    bpe.save(str(folder / "hf" / "tokenizer.json"))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([STORY] * 64), model_writer=model, vocab_size=300, byte_fallback=True,
+        character_coverage=1.0, minloglevel=2, hard_vocab_limit=False, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, add_dummy_prefix=False,
+    )  # fmt: skip
+    (folder / "sp.model").write_bytes(model.getvalue())
+    (folder / "story.txt").write_text(STORY * 60)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["hf", "sp.model", "bytes"])
+def test_text_comes_back_and_every_id_has_a_text(name, files):
+    tokenizer = open_tokenizer(name if name == "bytes" else str(files / name))
+    ids = tokenizer.encode(STORY.encode())
+    assert ids.dtype == np.int32 and ids.min() >= 0 and ids.max() < tokenizer.vocab_size
+    assert tokenizer.decode(np.append(ids, tokenizer.end_of_document)) == STORY.encode()
+    texts = tokenizer.texts()
+    assert len(texts) == tokenizer.vocab_size
+    assert b"".join(texts[i] for i in ids) == STORY.encode()
+    with pytest.raises(ValueError, match="ids lie in"):
+        tokenizer.decode(np.array([tokenizer.vocab_size]))
+
+
+def test_ids_are_those_of_the_library(files):
+    library = tokenizers.Tokenizer.from_file(str(files / "hf" / "tokenizer.json"))
+    ours = open_tokenizer(str(files / "hf"))
+    assert ours.encode(STORY.encode()).tolist() == library.encode(STORY).ids
+    assert ours.end_of_document == library.token_to_id("<|endoftext|>")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(files / "sp.model"))
+    theirs = open_tokenizer(str(files / "sp.model"))
+    assert theirs.encode(STORY.encode()).tolist() == model.encode(STORY)
+    assert theirs.end_of_document == model.eos_id()
+
+
+def test_a_text_of_tokens_has_their_ids_and_says_so(files):
+    config = DataConfig(text=(str(files / "story.txt"),), tokenizer=str(files / "hf"), sequence_length=16)
+    text = open_text(config)
+    tokenizer = open_tokenizer(config.tokenizer)
+    assert text.tokens[-1] == tokenizer.end_of_document and text.characters == len((STORY * 60).encode())
+    assert tokenizer.decode(text.tokens) == (STORY * 60).encode()
+    assert f"{len(text.tokens):,} tokens of {config.tokenizer}" in text.summary()
+
+
+def test_what_cannot_be_used_is_refused(files, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {}}))
+    (tmp_path / "broken.model").write_bytes(b"no model")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 100)
+    for name, words in (("gpt2", "nothing is downloaded"), (str(tmp_path / "empty"), "neither tokenizer.json nor"),
+                        (str(tmp_path / "tokenizer.json"), "cannot be read as a tokenizer.json"),
+                        (str(tmp_path / "broken.model"), "cannot be read as a SentencePiece model"),
+                        (str(files / "story.txt"), "must be a tokenizer.json or")):  # fmt: skip
+        with pytest.raises(Refused, match=words):
+            open_tokenizer(name)
+    with pytest.raises(Refused, match=r"document 0 is not UTF-8 \(byte 3\)"):
+        open_text(DataConfig(text=(str(tmp_path / "latin.txt"),), tokenizer=str(files / "hf"), sequence_length=16))
+
+
+def test_a_vocabulary_that_is_too_small_is_refused_and_nothing_is_written(files, tmp_path):
+    data = DataConfig(text=(str(files / "story.txt"),), tokenizer=str(files / "hf"), sequence_length=128)
+    with pytest.raises(Refused, match=r"model.vocab is 264; tokenizer .* so it must be at least 300"):
+        train_run(tmp_path / "run", RunConfig(model=tiny_3b(), data=data), show=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_kronecker_embedding_reads_the_bytes_of_the_tokenizers_tokens(files):
+    model = tiny_3b().replace(vocab=304, layout="D", hyper=None, moe=None, mtp=None, memory=None, adaptive=None)
+    data = DataConfig(text=(str(files / "story.txt"),), tokenizer=str(files / "hf"), sequence_length=16)
+    config, text = RunConfig(model=model, data=data), open_text(data)
+    told = with_token_bytes(initialise(model, 0), config, text)["statistics"]["embedding"]
+    texts = text.tokenizer.texts()
+    for i in (0, 5, 299):
+        length = int(told["token_length"][i])
+        assert bytes(np.asarray(told["token_bytes"][i, :length])) == texts[i][:32]
+    assert told["token_bytes"].shape[0] == 304
+    assert ByteTokenizer().texts()[65] == b"A"

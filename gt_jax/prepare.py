@@ -1,0 +1,76 @@
+"""`python -m gt_jax.prepare NAME FILE…`: text files into a TFDS dataset of array_record files, for `--tfds NAME`.
+
+A document is a file, or what stands between lines `<|endoftext|>` (as TinyStories has it). Nothing is downloaded, and
+TensorFlow is not needed. The dataset appears whole under DIR/NAME/1.0.0, or not at all; one that exists is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gt_jax.errors import Refused, run_command
+
+VERSION = "1.0.0"
+SHARD = 100_000  # documents of an array_record file
+
+
+def prepare(name: str, files: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Write the dataset: {"dataset", "documents", "bytes", "folder"}; raises `Refused`, with nothing written."""
+    from gt_jax.text_sources import text_files
+
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise Refused(f"dataset name {name!r} must be lower-case letters, digits and _, a letter first")
+    place = folder / name / VERSION
+    if place.exists():
+        raise Refused(f"{place} exists; a dataset is never overwritten, choose another name or --tfds-dir")
+    _, documents = text_files(files)
+    unfinished = folder / name / f"{VERSION}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    unfinished.mkdir(parents=True)
+    _write(name, documents, unfinished)
+    os.replace(unfinished, place)
+    return {"dataset": name, "documents": len(documents), "bytes": sum(map(len, documents)), "folder": str(place)}
+
+
+def _write(name: str, documents: Sequence[bytes], folder: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=name, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=__name__
+    )
+    features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+    info = tfds.core.DatasetInfo(builder=identity, features=features)
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=SHARD, file_format="array_record")
+    writer.initialize_splits(["train"])
+    writer.add_examples({"train": [{"text": document} for document in documents]})
+    writer.close_all()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepare and say what was written."""
+    p = argparse.ArgumentParser(prog="python -m gt_jax.prepare", description="Text files into a TFDS dataset.")
+    p.add_argument("name", help="of the dataset, as --tfds will name it")
+    p.add_argument("files", nargs="+", help="text files")
+    p.add_argument("--tfds-dir", type=Path, help="where TFDS datasets lie (TFDS' own default)")
+    p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    arguments = p.parse_args(argv)
+    folder = arguments.tfds_dir
+    if folder is None:
+        import tensorflow_datasets as tfds
+
+        folder = Path(tfds.core.constants.DATA_DIR)
+    result = prepare(arguments.name, arguments.files, folder.expanduser())
+    words = f"{result['documents']} documents, {result['bytes']} bytes, in {result['folder']}"
+    print(json.dumps(result) if arguments.json else words)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--evaluate-every", type=int)
     train.add_argument("--checkpoint-every", type=int)
     train.add_argument("--keep", type=int, help="checkpoints kept")
+    train.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard too (needs tensorboardX)")
     mesh = p.add_argument_group("mesh (default: all devices on data)")
     for axis in ("data", "fsdp", "expert", "tensor"):
         mesh.add_argument(f"--{axis}", type=int, dest=f"mesh_{axis}", help=f"size of the mesh axis {axis}")
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = {axis: getattr(arguments, f"mesh_{axis}") or 1 for axis in ("fsdp", "expert", "tensor")}
     mesh = make_mesh(arguments.mesh_data, sizes["fsdp"], sizes["expert"], sizes["tensor"])
     with jax.set_mesh(mesh):
-        train_run(arguments.run, config, resume=arguments.resume)
+        train_run(arguments.run, config, resume=arguments.resume, tensorboard=arguments.tensorboard)
     return 0
 
 

@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 import jax
 
 from gt_jax import checkpoint
+from gt_jax.alerts import Watch
 from gt_jax.config import ModelConfig
 from gt_jax.data import Text, open_text
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import write_whole
+from gt_jax.flops import utilisation
 from gt_jax.metrics import Recorder
 from gt_jax.model import abstract, initialise
 from gt_jax.sharding import Rules, with_devices
+from gt_jax.tensorboard import TensorBoard, writer_module
 from gt_jax.training.config import RunConfig, TrainConfig, differences
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import TrainState, new_state
@@ -96,13 +99,17 @@ def variables_of(state: TrainState) -> Tree:
 
 
 def train_run(
-    run: Path, config: RunConfig, *, resume: bool = False, show: bool = True, rules: Rules | None = None
-) -> TrainState:
+    run: Path, config: RunConfig, *, resume: bool = False, show: bool = True, rules: Rules | None = None,
+    tensorboard: bool = False,
+) -> TrainState:  # fmt: skip
     """Train `config` in the directory `run`; with `resume` go on from its newest checkpoint.
 
-    Raises `Refused` when `run` is already a run (without `resume`), is none (with it), or was of another config.
+    With `tensorboard` the metrics go to RUN/tensorboard too. Raises `Refused` when `run` is already a run (without
+    `resume`), is none (with it), or was of another config.
     """
     _check(run, config, resume)
+    if tensorboard:
+        writer_module()  # refuses where there is none, before the directory is a run
     rules = rules or Rules()
     refuse_all(rules.misfits(config.model, config.data.batch_size), "the model does not fit this mesh:")
     text = open_text(config.data)
@@ -114,10 +121,11 @@ def train_run(
     stream = text.train(before.get("data"))
     if not resume:
         _mark(run, config)  # all that can be refused has been: from here on the directory is a run
-    tokens = config.data.batch_size * config.data.sequence_length
+    length, resumed = config.data.sequence_length, int(state.step) if resume else None
     recorder = Recorder(
-        run / "metrics.jsonl", total_steps=config.train.steps, tokens_per_step=tokens, show=show,
-        resume_step=int(state.step) if resume else None,
+        run / "metrics.jsonl", total_steps=config.train.steps, tokens_per_step=config.data.batch_size * length,
+        show=show, resume_step=resumed, watch=Watch(config), utilisation=utilisation(config.model, length),
+        also=TensorBoard(run / "tensorboard", resumed) if tensorboard else None,
     )  # fmt: skip
     with recorder:
         for note in [*notes, text.summary()]:

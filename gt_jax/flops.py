@@ -18,12 +18,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 from gt_jax.config import AdaptiveConfig, HyperConfig, ModelConfig
 from gt_jax.layers.adaptive_depth import FEATURES
 from gt_jax.sharding import has_mesh
 
 FORWARD_AND_BACKWARD = 3.0
+Passes = Sequence[float] | Float[np.ndarray, "l"]
 
 # FLOPs a second of one jax device in bfloat16, dense, by the beginning of its device_kind. The numbers are the
 # vendors'. A TPU7x chip is two devices, a v4 or v5p chip of two cores is one.
@@ -47,12 +50,12 @@ class ModelFlops(NamedTuple):
     outside: float
     layers: tuple[float, ...]
 
-    def forward(self, passes: Sequence[float] | None = None) -> float:
+    def forward(self, passes: Passes | None = None) -> float:
         """outside + sum over layers of passes times their FLOPs; None is one pass each."""
         times = [1.0] * len(self.layers) if passes is None else passes
         return self.outside + sum(float(n) * flops for n, flops in zip(times, self.layers, strict=True))
 
-    def training(self, passes: Sequence[float] | None = None) -> float:
+    def training(self, passes: Passes | None = None) -> float:
         """Forward and backward."""
         return FORWARD_AND_BACKWARD * self.forward(passes)
 

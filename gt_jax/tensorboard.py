@@ -1,6 +1,7 @@
 """A run's metrics for TensorBoard, where `tensorboardX` or `tensorboard` is installed; neither is needed otherwise.
 
-- One scalar a number: a list goes to `name/0`, `name/1`, …, one a layer; tables and text are in metrics.jsonl alone.
+- One scalar a number: a list goes to `name/0`, `name/1`, …, one a layer. Tables, text and what is not finite are in
+  metrics.jsonl alone.
 - Wall-clock values go to `time/…`.
 - Resumed, tensorboardX has the viewer drop what came after the checkpoint; with `tensorboard` alone those steps show
   twice.
@@ -9,6 +10,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ INSTALL = "pip install tensorboardX"
 
 
 def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(tag, value) of every number of a record but its step, and of every entry of a list of numbers."""
+    """(tag, value) of every finite number of a record but its step, and of those in its lists of numbers."""
     for name, value in record.items():
         if name == "step" or value is None or isinstance(value, str):
             continue
@@ -29,10 +31,9 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         array = np.asarray(value)
         if array.dtype.kind not in "biuf" or array.ndim > 1:
             continue
-        if array.ndim:
-            yield from ((f"{tag}/{place}", float(entry)) for place, entry in enumerate(array))
-        else:
-            yield tag, float(array)
+        tags = [f"{tag}/{place}" for place in range(len(array))] if array.ndim else [tag]
+        found = zip(tags, array.ravel().tolist(), strict=True)
+        yield from ((tag, float(number)) for tag, number in found if math.isfinite(number))
 
 
 class TensorBoard:
@@ -62,8 +63,12 @@ class TensorBoard:
     def _open(self) -> Any:
         if self._module.__name__ != "tensorboardX":
             return self._module.Writer(str(self._folder))
-        purge = None if self._resume_step is None else self._resume_step + 1
-        return self._module.SummaryWriter(str(self._folder), purge_step=purge)
+        if self._resume_step is None:
+            return self._module.SummaryWriter(str(self._folder))
+        # the suffix: two files of one second would have one name, and the second would replace the first
+        return self._module.SummaryWriter(
+            str(self._folder), purge_step=self._resume_step + 1, filename_suffix=f".from{self._resume_step}"
+        )
 
 
 def writer_module() -> Any:

@@ -44,7 +44,7 @@ def test_xla_counts_the_same():
 
 @pytest.mark.parametrize("name", ["small", "8b", "groundthink_dsds"])
 def test_a_product_is_two_flops_a_weight(name):
-    """On rows of one token; what is left are recurrences, and matrices that are read otherwise (mixing, convolutions)."""
+    """On rows of one token; what is left are recurrences, convolutions and the mixing of streams."""
     config = preset(name).plain
     flops = model_flops(config.replace(mtp=None), 1)
     weights = 0.0

@@ -162,9 +162,10 @@ def _median_and_noise(values: Sequence[float]) -> tuple[float, float]:
 def _mean(records: Iterable[Record], name: str) -> np.ndarray | None:
     """Over the records; None where not all of them have it, or where it is not a finite number everywhere."""
     values = [record.get(name) for record in records]
-    if not values or any(value is None for value in values):
+    there = [value for value in values if value is not None]
+    if not there or len(there) < len(values):
         return None
-    mean = np.asarray(np.mean(values, axis=0))
+    mean = np.asarray(np.mean(there, axis=0))
     return mean if mean.size and np.isfinite(mean).all() else None
 
 

@@ -19,12 +19,12 @@ from jaxtyping import Array, Float, Float32, Int, Int64
 
 from gt_jax.chunks import over_chunks
 from gt_jax.config import ModelConfig
-from gt_jax.data import Batch, Text
+from gt_jax.data import Text
 from gt_jax.layers.adaptive_depth import PassControl
 from gt_jax.model import LanguageModel, forward
 from gt_jax.sharding import Rules
 from gt_jax.training.loss import token_losses
-from gt_jax.training.step import place
+from gt_jax.training.step import Batch, place
 from gt_jax.typing import Tree
 
 FEWEST_DOCUMENTS = 10  # below, their t quantile makes intervals that say little: stretches of rows instead
@@ -61,7 +61,7 @@ def make_scores(
     def scores(variables: Tree, batch: Batch, control: PassControl) -> Float[Array, "b t"]:
         placed = place(batch, rules)
 
-        def chunk(carry: tuple[Tree, Any], piece: tuple[dict[str, Array], Array]) -> tuple[tuple[Tree, Any], Array]:
+        def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Array]:
             one = piece[0]
             output = forward(network, variables, one["tokens"], one["segment_ids"], control=control, memory=carry[1])
             normed: Any = network.apply(variables, output.hidden, method=LanguageModel.normed)

@@ -60,15 +60,21 @@ class Course(NamedTuple):
 
     def forced(self, step: int) -> bool:
         """Whether the passes were forced: warming up, or an audit. The record of step k is of the k-th update."""
-        price, before = self.config.train.price, step - 1
-        warming = np.float32(before) / np.float32(self.config.train.steps) < np.float32(price.forced_until)
-        return bool(warming) or before % price.audit_every == price.audit_every - 1
+        return self._before(step, self.config.train.price.forced_until) or self.audit(step)
+
+    def audit(self, step: int) -> bool:
+        """Whether the passes were forced in between, which makes a curve of passes jump for one record."""
+        price = self.config.train.price
+        return not self._before(step, price.forced_until) and (step - 1) % price.audit_every == price.audit_every - 1
 
     def cap(self, step: int) -> float:
         """The highest p that the schedule allows."""
         price = self.config.train.price
-        early = np.float32(step - 1) / np.float32(self.config.train.steps) < np.float32(price.clipped_until)
-        return price.p_max if early else 1.0
+        return price.p_max if self._before(step, price.clipped_until) else 1.0
+
+    def _before(self, step: int, fraction: float) -> bool:
+        """Whether the step began before this fraction of the run, in the float32 of the training step."""
+        return bool(np.float32(step - 1) / np.float32(self.config.train.steps) < np.float32(fraction))
 
 
 class Watch:

@@ -30,7 +30,8 @@ import numpy as np
 from gt_jax.errors import Refused
 from gt_jax.plots import plot_depth, plot_growth
 
-__all__ = ["Recorder", "keep_until", "plot_depth", "plot_growth", "read_metrics", "table", "to_json"]
+__all__ = ["Recorder", "keep_until", "plot_depth", "plot_growth", "read_metrics", "seconds_of", "short", "table",
+           "to_json"]
 
 Stream = TextIO | io.TextIOBase
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -140,7 +141,7 @@ class Recorder:
 
     def _show(self, step: int, values: Mapping[str, Any], line: Mapping[str, Any]) -> None:
         rate = self._steps_per_second()
-        shown = [f"{key} {_short(value)}" for key, value in values.items()
+        shown = [f"{key} {short(value)}" for key, value in values.items()
                  if np.ndim(value) == 0 and not key.startswith("time_")]
         if rate and self._tokens_per_step:
             shown.append(f"{_thousands(rate * self._tokens_per_step)} tokens/s")
@@ -238,12 +239,19 @@ def _numbers(value: Any) -> Any:
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
+def seconds_of(lines: Sequence[dict[str, Any]]) -> float:
+    """The time a run took, its clock starting anew at every resume."""
+    times = [line["time_elapsed"] for line in lines if "time_elapsed" in line]
+    steps = zip([0.0, *times], times, strict=False)
+    return sum((now - before if now >= before else now for before, now in steps), 0.0)
+
+
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
     """Columns aligned by spaces, numbers to the right; None is shown as `-`. Raises ValueError for a ragged row."""
     for number, row in enumerate(rows):
         if len(row) != len(headers):
             raise ValueError(f"row {number} has {len(row)} cells, {len(headers)} headers are given")
-    cells = [[_short(cell) for cell in row] for row in rows]
+    cells = [[short(cell) for cell in row] for row in rows]
     columns = [[header, *column] for header, column in zip(headers, zip(*cells, strict=True), strict=True)] \
         if cells else [[header] for header in headers]
     aligned = []
@@ -255,7 +263,7 @@ def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """One scalar for a reader: four significant digits, whole numbers whole."""
     if value is None or isinstance(value, (str, bool)):
         return "-" if value is None else str(value)

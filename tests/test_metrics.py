@@ -252,9 +252,9 @@ def test_labels_do_not_overlap_and_stay_where_there_is_room(heights, gap):
 
 def test_the_average_keeps_level_start_and_length():
     noisy = np.random.default_rng(0).normal(size=400) + 3
-    smooth = plots._average(noisy.tolist(), 50)
+    smooth = plots.average(noisy.tolist(), 50)
     assert len(smooth) == 400 and smooth[0] == noisy[0] and np.std(smooth[50:]) < 0.25 * np.std(noisy)
-    np.testing.assert_allclose(plots._average([2.0] * 9, 4), 2.0)
+    np.testing.assert_allclose(plots.average([2.0] * 9, 4), 2.0)
     line = np.arange(30.0)
-    np.testing.assert_allclose(plots._average(line.tolist(), 6)[:27], line[:27], atol=1e-9)  # no lag
-    assert plots._average([1.0, 5.0], 0) == [1.0, 5.0]
+    np.testing.assert_allclose(plots.average(line.tolist(), 6)[:27], line[:27], atol=1e-9)  # no lag
+    assert plots.average([1.0, 5.0], 0) == [1.0, 5.0]

@@ -149,6 +149,21 @@ def test_plain_lines_in_a_pipe():
     ]
 
 
+def test_utilisation_is_written_where_it_is_known(tmp_path):
+    stream, path = io.StringIO(), tmp_path / "m.jsonl"
+
+    def share(rate, values):
+        return rate / 8000 * values["executed"] if "executed" in values else None
+
+    with metrics.Recorder(path, tokens_per_step=1000, stream=stream, every=1, clock=clock(), utilisation=share) as one:
+        for step in (1, 2):
+            one.log(step, executed=2.0)
+        one.log(2, held_out_loss=1.0)
+    first, second, held_out = metrics.read_metrics(path)
+    assert "time_mfu" not in first and "time_mfu" not in held_out  # no rate yet; no training step
+    assert second["time_mfu"] == 0.5 and stream.getvalue().splitlines()[1].endswith("50.0 % MFU")
+
+
 def test_a_plain_line_is_due_although_steps_are_skipped():
     stream = io.StringIO()
     with metrics.Recorder(None, every=10, stream=stream, resume_step=100) as recorder:

@@ -4,7 +4,7 @@
   same, since the second is the first in a loop.
 - A sickness of one place (a layer, an expert) is told once, and may be told again after `CALM` records without it.
 - Steps with forced passes say nothing of the halting heads: what depth and gates are judged by leaves them out.
-- Thresholds lie where healthy runs of the presets `tiny` and `tiny_3b` are a factor away from them.
+- Healthy runs of the presets `tiny` and `tiny_3b` stay a factor of about two or more away from the thresholds.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ ALL_PASSES = 0.98  # of the passes that the cap on p allows
 GATE_SHARE = 0.99  # of the alive tokens at the floor: it clips p, and a clipped p has no gradient to leave it by
 GATE_EDGE = 0.005  # how near its cap the mean of p is, and how narrow its spread: sigmoid' < 0.5 % of its argument
 STARVED = 0.1  # of the fair share: the balance loss holds healthy experts within a factor of three
-NULL_EDGE = 0.01  # of 0 or of 1: fewer than one pick in a hundred decides anything
-GRADIENT_SPIKE = 20.0  # times the median; unclipped norms of healthy runs reach 5, rare batches of small ones 17
+NULL_EDGE = 0.005  # of 0 or of 1; healthy runs begin with null rates of 0.01 to 0.04
+ROUTERS_FROM = 0.1  # of the run: fresh routers begin with few null picks, the more experts the fewer
+GRADIENT_SPIKE = 30.0  # times the median, before clipping; healthy runs reach 5, one batch of 512 tokens reached 17
 LOSS_SPIKE = 8.0  # robust standard deviations above the median; batches of 512 tokens reach 3
 LOSS_NOISE = 0.03  # of the median: the least standard deviation assumed, for runs whose batches are large and alike
 DIVERGED = 0.25  # of the lowest median: the end of the forced passes moves the loss by up to 10 %
@@ -84,7 +85,7 @@ class Watch:
         self._course = Course(config)
         self._seen: collections.deque[Record] = collections.deque(maxlen=WINDOW)
         self._free: collections.deque[Record] = collections.deque(maxlen=PATIENCE)
-        self._lowest = math.inf
+        self._best: tuple[float, float] | None = None  # the lowest median of the loss, and the noise it was in
         self._open: dict[tuple[str, str], tuple[Alert, int]] = {}  # and for how many records it has not been seen
         self._closed: list[Alert] = []
 
@@ -96,12 +97,16 @@ class Watch:
         record = {name: np.asarray(record[name], np.float64) for name in READ if name in record} | {"step": step}
         if config.train.thaw is not None and step == config.train.thaw.steps + 1:
             self._seen.clear()  # from here on the norm is of all tensors
+        if self._best is None and config.start is None and math.isfinite(record["loss"]):
+            self._best = float(record["loss"]), LOSS_NOISE * float(record["loss"])  # random weights: log(vocab)
         found = {**_gradient(record, self._seen), **_loss(record, self._seen)}
         self._seen.append(record)
         recent = list(self._seen)[-PATIENCE:]
         found |= self._divergence(recent)
         if len(recent) == PATIENCE:
-            found |= {**_updates(recent), **_routers(recent, config)}
+            found |= _updates(recent)
+            if step > ROUTERS_FROM * config.train.steps:
+                found |= _routers(recent, config)
         if config.model.adaptive is not None and not self._course.forced(step):
             self._free.append(record)
         if len(self._free) == PATIENCE:
@@ -121,11 +126,13 @@ class Watch:
         if len(losses) < PATIENCE:
             return {}
         median, noise = _median_and_noise(losses)
-        self._lowest = min(self._lowest, median)
-        if median - self._lowest <= max(DIVERGED * self._lowest, 2 * noise):
+        if self._best is None or median < self._best[0]:
+            self._best = median, noise
+        lowest, noise = self._best
+        if median - lowest <= max(DIVERGED * lowest, 2 * noise):
             return {}
         return {("the loss diverges", ""): f"the loss diverges: its median over {PATIENCE} records is {median:.4g}, it "
-                                           f"has been {self._lowest:.4g}; go back to a checkpoint before, with a lower "
+                                           f"has been {lowest:.4g}; go back to a checkpoint before, with a lower "
                                            "--learning-rate"}  # fmt: skip
 
     def _change(self, step: int, found: Found) -> list[str]:

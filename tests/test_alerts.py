@@ -160,6 +160,22 @@ def test_the_end_of_a_thaw_is_no_spike():
     assert alerts.alerts(records, thawing) == [] and alerts.alerts(records, PLAIN) != []
 
 
+def test_a_loss_that_begins_by_rising_diverges():
+    rising = changed(healthy(), 2, 40, loss=lambda old: old + 5)
+    (alert,) = alerts.alerts(rising, RUN)
+    assert alert.sickness == "the loss diverges" and alert.first == alerts.PATIENCE
+    # the first batch of a model that was trained before may be an easy one
+    easy = changed(healthy(), 1, 1, loss=0.9)
+    assert alerts.alerts(easy, RUN.replace(start="grown")) == []
+
+
+def test_fresh_routers_are_left_to_find_their_null_experts():
+    begun = round(alerts.ROUTERS_FROM * STEPS)
+    assert alerts.alerts(changed(healthy(), 1, begun, null_rate=[0.0] * LAYERS), RUN) == []
+    later = alerts.alerts(changed(healthy(), 1, begun + 40, null_rate=[0.0] * LAYERS), RUN)
+    assert [alert.place for alert in later] == [f"layer {layer}" for layer in range(LAYERS)]
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.data())
 def test_records_without_some_values_are_read(data):

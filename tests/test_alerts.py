@@ -87,10 +87,10 @@ SICK = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("config", [RUN, PLAIN], ids=["adaptive", "plain"])
 def test_a_healthy_run_raises_nothing(config, seed):
-    for noise in (0.0, 0.05, 0.2):
+    for noise in (0.0, 0.2):
         assert alerts.alerts(healthy(config, seed, noise), config) == []
 
 
@@ -176,7 +176,7 @@ def test_fresh_routers_are_left_to_find_their_null_experts():
     assert [alert.place for alert in later] == [f"layer {layer}" for layer in range(LAYERS)]
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.data())
 def test_records_without_some_values_are_read(data):
     names = data.draw(st.sets(st.sampled_from(sorted(set(healthy(steps=1)[0]) - {"step"}))))

@@ -66,7 +66,10 @@ def dense(config, variables, batches, control) -> np.ndarray:
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize(("config", "control"), [(ADAPTIVE, fixed_passes(3)), (PLAIN, free_passes())])
+@pytest.mark.parametrize(("config", "control"), [
+    pytest.param(ADAPTIVE, fixed_passes(3), marks=pytest.mark.exhaustive),  # the figures by hand are of it
+    (PLAIN, free_passes()),
+])  # fmt: skip
 def test_nats_of_each_token_are_those_of_the_dense_definition(folder, config, control):
     batches = text_of(folder).held_out(3)
     found = score(config, perturbed(config), batches, control, Rules())

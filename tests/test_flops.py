@@ -42,7 +42,9 @@ def test_xla_counts_the_same():
     assert counted(jax.grad(total), *arguments) == pytest.approx(flops.training(), rel=0.06)
 
 
-@pytest.mark.parametrize("name", ["small", "8b", "groundthink_dsds"])
+@pytest.mark.parametrize("name", [
+    "small", pytest.param("8b", marks=pytest.mark.exhaustive), "groundthink_dsds",
+])  # fmt: skip
 def test_a_product_is_two_flops_a_weight(name):
     """On rows of one token; what is left are recurrences, convolutions and the mixing of streams."""
     config = preset(name).plain

@@ -32,7 +32,7 @@ from gt_jax.growth.stream import grow_checkpoint
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.loading import load_model
 from gt_jax.measure import measure
-from gt_jax.metrics import Recorder, plot_depth, plot_growth, read_metrics, table
+from gt_jax.metrics import Recorder, plot_depth, plot_growth, read_metrics, seconds_of, table
 from gt_jax.model import abstract, initialise
 from gt_jax.presets import tiny
 from gt_jax.sharding import lay_out, mesh_for_rows
@@ -221,13 +221,6 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
     write_whole(output / "report.json", json.dumps(summary, indent=1) + "\n")
     say(f"pictures: {output / 'growth.png'}, {output / 'depth.png'}; {time.monotonic() - began:.0f} seconds in all")
     return report(source, outcomes, more)
-
-
-def seconds_of(lines: Sequence[dict[str, Any]]) -> float:
-    """The time a run took, its clock starting anew at every resume."""
-    times = [line["time_elapsed"] for line in lines]
-    steps = zip([0.0, *times], times, strict=False)
-    return sum(now - before if now >= before else now for before, now in steps)
 
 
 def _pictures(

@@ -5,6 +5,7 @@
   uninterrupted one.
 - JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", and
   `read_metrics` gives the numbers back.
+- A listener (TensorBoard) and a watch (alerts) hear of the same records.
 """
 
 from __future__ import annotations
@@ -22,18 +23,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 import numpy as np
 
 from gt_jax.errors import Refused
 from gt_jax.plots import plot_depth, plot_growth
 
-__all__ = ["Recorder", "keep_until", "plot_depth", "plot_growth", "read_metrics", "table", "to_json"]
+__all__ = ["Recorder", "keep_until", "plot_depth", "plot_growth", "read_metrics", "seconds_of", "short", "table",
+           "to_json"]
 
 Stream = TextIO | io.TextIOBase
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?\s?(%|[a-zA-Z]{0,3})")
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Another place that records go to, for example TensorBoard."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """One record, numbers as numbers."""
+
+    def close(self) -> None:
+        """No more will come."""
 
 
 class Recorder:
@@ -43,11 +56,16 @@ class Recorder:
     other processes of a run on many machines). `resume_step` s keeps the lines of `path` up to step s and removes the
     later ones and a half-written last one; -1 removes all. Raises `Refused` where `path` has lines and `resume_step`
     is None, or where a line before the last one cannot be read.
+
+    `watch` hears of every line, the kept ones too, and says what is to be shown of the new ones; `also` hears of the
+    new ones and is closed with the recorder; `utilisation` of (tokens a second, values) is written as `time_mfu`.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, total_steps: int | None = None,
                  resume_step: int | None = None, tokens_per_step: int | None = None, every: int = 10,
-                 show: bool = True, stream: Stream | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+                 show: bool = True, stream: Stream | None = None, clock: Callable[[], float] = time.monotonic,
+                 watch: Callable[[Mapping[str, Any]], Sequence[str]] | None = None, also: Listener | None = None,
+                 utilisation: Callable[[float, Mapping[str, Any]], float | None] | None = None) -> None:
         self._path = None if path is None else Path(path)
         self._resume_step = resume_step
         self._every, self._total = every, total_steps
@@ -59,11 +77,15 @@ class Recorder:
         self._stream = stream if show else None
         self._on_terminal = show and stream.isatty()
         self._bar: Any = None
+        self._watch, self._also, self._utilisation = watch, also, utilisation
 
     def __enter__(self) -> Recorder:
         if self._path is not None:
             if self._resume_step is not None:
                 keep_until(self._path, self._resume_step)
+                if self._watch is not None and self._path.exists():
+                    for record in read_metrics(self._path):
+                        self._watch(record)
             elif self._path.exists() and self._path.stat().st_size:
                 raise Refused(f"{self._path} has metrics of another run; resume that one or give another place")
             self._file = open(self._path, "a", encoding="utf-8")
@@ -79,6 +101,8 @@ class Recorder:
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._also is not None:
+            self._also.close()
 
     def log(self, step: int, **values: Any) -> None:
         """One line: `step`, `values` (scalars, small arrays or strings; jax or numpy), and the time since the start."""
@@ -89,11 +113,19 @@ class Recorder:
         rate = self._steps_per_second()
         if rate and self._tokens_per_step:
             line["time_tokens_per_second"] = round(rate * self._tokens_per_step, 1)
+            share = None if self._utilisation is None else self._utilisation(rate * self._tokens_per_step, values)
+            if share is not None:
+                line["time_mfu"] = float(f"{share:.4g}")
         if self._file is not None:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
-        self._show(step, values, rate)
+        self._show(step, values, line)
         self._step = step
+        record = _numbers(line)
+        if self._also is not None:
+            self._also.log(record)
+        for text in () if self._watch is None else self._watch(record):
+            self.message(text)
 
     def message(self, text: str) -> None:
         """A line for the reader, above the bar; it does not go into the JSON lines."""
@@ -107,11 +139,14 @@ class Recorder:
         (first, first_step), (last, last_step) = self._recent[0], self._recent[-1]
         return (last_step - first_step) / (last - first) if last > first and last_step > first_step else None
 
-    def _show(self, step: int, values: Mapping[str, Any], rate: float | None) -> None:
-        shown = [f"{key} {_short(value)}" for key, value in values.items()
+    def _show(self, step: int, values: Mapping[str, Any], line: Mapping[str, Any]) -> None:
+        rate = self._steps_per_second()
+        shown = [f"{key} {short(value)}" for key, value in values.items()
                  if np.ndim(value) == 0 and not key.startswith("time_")]
         if rate and self._tokens_per_step:
             shown.append(f"{_thousands(rate * self._tokens_per_step)} tokens/s")
+        if "time_mfu" in line:
+            shown.append(f"{100 * line['time_mfu']:.1f} % MFU")
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(shown), refresh=False)
             self._bar.update(step - self._bar.n)
@@ -204,12 +239,19 @@ def _numbers(value: Any) -> Any:
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
+def seconds_of(lines: Sequence[dict[str, Any]]) -> float:
+    """The time a run took, its clock starting anew at every resume."""
+    times = [line["time_elapsed"] for line in lines if "time_elapsed" in line]
+    steps = zip([0.0, *times], times, strict=False)
+    return sum((now - before if now >= before else now for before, now in steps), 0.0)
+
+
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
     """Columns aligned by spaces, numbers to the right; None is shown as `-`. Raises ValueError for a ragged row."""
     for number, row in enumerate(rows):
         if len(row) != len(headers):
             raise ValueError(f"row {number} has {len(row)} cells, {len(headers)} headers are given")
-    cells = [[_short(cell) for cell in row] for row in rows]
+    cells = [[short(cell) for cell in row] for row in rows]
     columns = [[header, *column] for header, column in zip(headers, zip(*cells, strict=True), strict=True)] \
         if cells else [[header] for header in headers]
     aligned = []
@@ -221,7 +263,7 @@ def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """One scalar for a reader: four significant digits, whole numbers whole."""
     if value is None or isinstance(value, (str, bool)):
         return "-" if value is None else str(value)

@@ -5,6 +5,7 @@ matplotlib is imported where a picture is drawn, and drawn on a figure of its ow
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import os
@@ -17,7 +18,7 @@ from gt_jax.growth.entries import Plan
 
 Number = float | int | np.number
 # Okabe and Ito's palette, told apart by colour-blind readers; the first curve, the source, is dark grey.
-_COLOURS = ("#333333", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#333333", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _TYPE_COLOURS = {"D": "#0072B2", "G": "#E69F00"}
 _LIGHT = "G"  # types whose bars are light enough for dark letters
 _MARKERS = "Dosv^"
@@ -37,20 +38,20 @@ def plot_growth(curves: Mapping[str, Sequence[tuple[Number, Number]]], path: str
     drawn = {name: points for name, points in drawn.items() if points}
     if not drawn:
         raise ValueError(f"no curve has a finite point; curves are {', '.join(curves) or 'none'}")
-    figure, axes = _figure(9.0, 5.0, title)
+    figure, axes = new_figure(9.0, 5.0, title)
     axes.axvline(growth_at, color=_GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(growth_label, (growth_at, 1), xycoords=("data", "axes fraction"), xytext=(5, -4),
                   textcoords="offset points", va="top", color=_GREY, fontsize=9)
     last = max(x for points in drawn.values() for x, _ in points)
     ends, early = [], 0
     for number, (name, points) in enumerate(drawn.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         x, y = [point[0] for point in points], [point[1] for point in points]
-        line = _average(y, smooth)
+        line = average(y, smooth)
         if smooth:
             axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.2, zorder=2)
         axes.plot(x, line, color=colour, linewidth=1.9, zorder=3, marker="o" if len(points) == 1 else None,
-                  linestyle="-" if number < len(_COLOURS) else "--")
+                  linestyle="-" if number < len(COLOURS) else "--")
         if x[-1] <= growth_at < last:  # it ends where the others begin: the label goes above its second half
             axes.annotate(f"{name}  {line[-1]:.3f}", (x[-1], max(y[len(y) // 2:])), xytext=(-8, 6 + 14 * early),
                           textcoords="offset points", ha="right", color=colour, fontsize=9.5, zorder=4)
@@ -63,7 +64,7 @@ def plot_growth(curves: Mapping[str, Sequence[tuple[Number, Number]]], path: str
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     _label_ends(axes, ends)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def plot_depth(layers: Sequence[str], passes: Mapping[str, Sequence[Number]], path: str | os.PathLike[str],
@@ -77,10 +78,10 @@ def plot_depth(layers: Sequence[str], passes: Mapping[str, Sequence[Number]], pa
         raise ValueError(f"{len(layers)} layers, but {'; '.join(wrong) or 'no passes'}")
     from matplotlib.patches import Patch
 
-    figure, axes = _figure(max(6.5, 1.5 + 0.55 * len(layers)), 4.0, title)
+    figure, axes = new_figure(max(6.5, 1.5 + 0.55 * len(layers)), 4.0, title)
     (bars, heights), *markers = passes.items()
     types = list(dict.fromkeys(label[:1] for label in layers))
-    colours = {kind: _TYPE_COLOURS.get(kind, _COLOURS[3 + n % 4]) for n, kind in enumerate(types)}
+    colours = {kind: _TYPE_COLOURS.get(kind, COLOURS[3 + n % 4]) for n, kind in enumerate(types)}
     places = list(range(len(layers)))
     axes.bar(places, [float(h) for h in heights], color=[colours[label[:1]] for label in layers], width=0.72, zorder=2)
     handles: list[Any] = [Patch(color=colours[kind], label=f"{bars}, {kind} layers") for kind in types]
@@ -103,7 +104,7 @@ def plot_depth(layers: Sequence[str], passes: Mapping[str, Sequence[Number]], pa
     axes.set_xlabel("layer")
     axes.set_ylabel("passes")
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False, fontsize=9)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def plot_plan(plan: Plan, path: str | os.PathLike[str], title: str = "") -> None:
@@ -114,10 +115,11 @@ def plot_plan(plan: Plan, path: str | os.PathLike[str], title: str = "") -> None
     """
     count, depth = len(plan.source_layout), len(plan.entries)
     width = min(26.0, max(7.5, 2.0 + 0.38 * max(depth, 1.6 * count)))
-    figure, order = _figure(width, 6.2 + 0.26 * count, title or _plan_title(plan), rows=(0.26 * count + 0.6, 2.2, 2.2))
+    rows = (0.26 * count + 0.6, 2.2, 2.2)
+    figure, order = new_figure(width, 6.2 + 0.26 * count, title or _plan_title(plan), rows)
     passes, mass = figure.axes[1:]
     types = plan.source_layout.types
-    colours = [_TYPE_COLOURS.get(kind, _COLOURS[3]) for kind in types]
+    colours = [_TYPE_COLOURS.get(kind, COLOURS[3]) for kind in types]
     strongest = max([1.0, *(abs(entry.coefficient) for entry in plan.entries)])
     for target, entry in enumerate(plan.entries):
         strength = min(1.0, abs(entry.coefficient) / strongest)
@@ -142,7 +144,7 @@ def plot_plan(plan: Plan, path: str | os.PathLike[str], title: str = "") -> None
                                                   strict=True)):
         mass.text(layer, max(want, got) + 0.03 * top, f"{kept:.0%}", ha="center", va="bottom", fontsize=8)
     figure.tight_layout()
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def _plan_title(plan: Plan) -> str:
@@ -162,7 +164,7 @@ def plot_verification(result: Mapping[str, Any], path: str | os.PathLike[str]) -
     panels = [(label, name) for label, name in _PANELS if any(one[name] is not None for one in layers)]
     width = min(26.0, max(8.5, 2.0 + 0.42 * len(layers)))
     rows = [1.0] * (len(panels) + (curve is not None))
-    figure, _ = _figure(width, 0.8 + 2.3 * len(rows), _verification_title(result), rows)
+    figure, _ = new_figure(width, 0.8 + 2.3 * len(rows), _verification_title(result), rows)
     labels = [_layer_label(one) for one in layers]
     for axes, (label, name) in zip(figure.axes, panels, strict=False):
         _by_target(axes, layers, name, label)
@@ -176,15 +178,15 @@ def plot_verification(result: Mapping[str, Any], path: str | os.PathLike[str]) -
     if curve is not None:
         axes = figure.axes[-1]
         points = [(step, float(loss)) for step, loss in curve["loss"]]
-        axes.plot(*zip(*points, strict=True), color=_COLOURS[1], linewidth=1.6, label="training loss")
-        axes.axhline(float(result["source_loss"]), color=_COLOURS[0], linestyle="--", linewidth=1.2,
+        axes.plot(*zip(*points, strict=True), color=COLOURS[1], linewidth=1.6, label="training loss")
+        axes.axhline(float(result["source_loss"]), color=COLOURS[0], linestyle="--", linewidth=1.2,
                      label="source, held out")
-        axes.plot([points[-1][0]], [float(curve["held_out_loss"])], "o", color=_COLOURS[2], label="held out, after")
+        axes.plot([points[-1][0]], [float(curve["held_out_loss"])], "o", color=COLOURS[2], label="held out, after")
         axes.set_xlabel("steps of training on")
         axes.set_ylabel("loss")
         axes.legend(frameon=False, fontsize=9, ncols=3)
     figure.tight_layout()
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def _verification_title(result: Mapping[str, Any]) -> str:
@@ -206,7 +208,7 @@ def _by_target(axes: Any, layers: Sequence[Mapping[str, Any]], name: str, label:
 
     bars, marks = points(name), points(f"source_{name}")
     axes.bar([x for x, _, _ in bars], [y for _, y, _ in bars], width=0.72, zorder=2,
-             color=[_TYPE_COLOURS.get(kind, _COLOURS[3]) for *_, kind in bars])
+             color=[_TYPE_COLOURS.get(kind, COLOURS[3]) for *_, kind in bars])
     if marks:
         axes.plot([x for x, _, _ in marks], [y for _, y, _ in marks], linestyle="none", marker="D", markersize=6,
                   markerfacecolor="white", markeredgecolor="#222222", markeredgewidth=1.5, zorder=3,
@@ -247,16 +249,17 @@ def _whole_numbers(axis: Any) -> None:
     axis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _figure(width: float, height: float, title: str, rows: Sequence[float] = (1.0,)) -> tuple[Any, Any]:
-    """A figure and the first of its axes, which lie below one another; `rows` are their heights to each other."""
+def new_figure(width: float, height: float, title: str, rows: Sequence[float] = (1.0,),
+               columns: int = 1) -> tuple[Any, Any]:
+    """A figure and the first of its axes, row by row; `rows` are their heights to each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(len(rows), height_ratios=list(rows))
-    for row in range(len(rows)):
-        axes = figure.add_subplot(grid[row])
+    grid = figure.add_gridspec(len(rows), columns, height_ratios=list(rows))
+    for place in range(len(rows) * columns):
+        axes = figure.add_subplot(grid[place])
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -264,7 +267,7 @@ def _figure(width: float, height: float, title: str, rows: Sequence[float] = (1.
     return figure, figure.axes[0]
 
 
-def _average(values: Sequence[float], points: int) -> list[float]:
+def average(values: Sequence[float], points: int) -> list[float]:
     """The mean over a window of about `points`; unchanged for 0.
 
     Even-sided where the curve begins, so that neither a steep start nor the jump at growth is smoothed away; one-sided
@@ -305,6 +308,6 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
     return [centre + gap * (n - (members - 1) / 2) for centre, members in groups for n in range(int(members))]
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    # No version and no date in the file: the same picture is the same bytes.
+def save_png(figure: Any, path: str | os.PathLike[str] | io.BytesIO) -> None:
+    """Write a figure without version and date: the same picture is the same bytes."""
     figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})

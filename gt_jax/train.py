@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--checkpoint-every", type=int)
     train.add_argument("--keep", type=int, help="checkpoints kept")
     train.add_argument("--accumulate", type=int, metavar="N", help="run each batch in N parts, for less memory")
+    train.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard too (needs tensorboardX)")
     add_process_flags(p.add_argument_group("several processes, each with its own devices"))
     mesh = p.add_argument_group("mesh (default: all devices on data)")
     for axis in ("data", "fsdp", "expert", "tensor"):
@@ -181,7 +182,9 @@ def _train(arguments: argparse.Namespace, team: Any) -> int:
     sizes = {axis: getattr(arguments, f"mesh_{axis}") or 1 for axis in ("fsdp", "expert", "tensor")}
     mesh = team.agree(lambda: make_mesh(arguments.mesh_data, sizes["fsdp"], sizes["expert"], sizes["tensor"]))
     with jax.set_mesh(mesh):
-        train_run(arguments.run, config, resume=arguments.resume, team=team)
+        train_run(
+            arguments.run, config, resume=arguments.resume, team=team, tensorboard=arguments.tensorboard
+        )
     return 0
 
 

@@ -76,8 +76,8 @@ def verify(
         raise Refused(f"--batches is {batches}; at least one is needed")
     if curve < 0:
         raise Refused(f"--curve is {curve}; name a number of steps, 0 trains none")
-    shallow, deep = _open(source), _open(target)
-    refuse_all(_incomparable(shallow, deep), f"{source} and {target} cannot be compared:")
+    shallow, deep = open_checkpoint(source), open_checkpoint(target)
+    refuse_all(incomparable(shallow, deep), f"{source} and {target} cannot be compared:")
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir}
     reading = open_text(data_config(shallow.metadata, named if any(named.values()) else None))
     _refuse_rows(reading, deep, jacobian_rows, jacobian_iterations)
@@ -96,13 +96,14 @@ def verify(
     return _finite(whole)
 
 
-def _open(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint, or a run's newest, at `path`; raises `Refused` where there is none."""
     place = checkpoint.resolve(path)
     leaves, metadata = checkpoint.describe(place)
     return Checkpoint(path, place, checkpoint.model_config(place, leaves, metadata), metadata, leaves)
 
 
-def _incomparable(source: Checkpoint, target: Checkpoint) -> list[str]:
+def incomparable(source: Checkpoint, target: Checkpoint) -> list[str]:
     """Why the two do not speak of the same tokens."""
     if source.config.vocab != target.config.vocab:
         return [f"vocab is {source.config.vocab} in {source.path} and {target.config.vocab} in {target.path}"]

@@ -126,6 +126,27 @@ def test_measure_grow_verify_sample_describe(folder, run, capsys, monkeypatch):
     assert checkpoint.describe(folder / "on")[1]["config"] == described["config"]
 
 
+def test_a_run_says_how_its_gates_stand_and_is_reported(folder, run, capsys, monkeypatch):
+    from gt_jax import report
+    from gt_jax.alerts import Course, alerts
+    from gt_jax.training.loop import read_run_config
+
+    config, lines = read_run_config(run), read_metrics(run / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert len(steps) == 24 and alerts(lines, config) == []
+    for line in steps:
+        gate = [line[f"gate_{name}"] for name in ("mean", "std", "floored")]
+        assert all(len(values) == 2 for values in gate)
+        if Course(config).forced(line["step"]):
+            assert gate == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]  # of the first of two forced passes
+        else:
+            assert all(0 < mean < 1 for mean in gate[0]) and all(0 <= share <= 1 for share in gate[2])
+    monkeypatch.chdir(folder)
+    assert report.main(["run", "-o", "run.html"]) == 0
+    assert capsys.readouterr().out == "1 run, 0 alerts: run.html\n"
+    assert "24 of 24" in (folder / "run.html").read_text()
+
+
 def test_describe_a_preset(folder):
     result = json.loads(done(folder, "gt_jax.describe", "tiny", "--json"))
     assert result["preset"] == "tiny" and result["layout"] == "DDDG*2" and result["parameters"] == 1_582_908

@@ -149,6 +149,21 @@ def test_plain_lines_in_a_pipe():
     ]
 
 
+def test_utilisation_is_written_where_it_is_known(tmp_path):
+    stream, path = io.StringIO(), tmp_path / "m.jsonl"
+
+    def share(rate, values):
+        return rate / 8000 * values["executed"] if "executed" in values else None
+
+    with metrics.Recorder(path, tokens_per_step=1000, stream=stream, every=1, clock=clock(), utilisation=share) as one:
+        for step in (1, 2):
+            one.log(step, executed=2.0)
+        one.log(2, held_out_loss=1.0)
+    first, second, held_out = metrics.read_metrics(path)
+    assert "time_mfu" not in first and "time_mfu" not in held_out  # no rate yet; no training step
+    assert second["time_mfu"] == 0.5 and stream.getvalue().splitlines()[1].endswith("50.0 % MFU")
+
+
 def test_a_plain_line_is_due_although_steps_are_skipped():
     stream = io.StringIO()
     with metrics.Recorder(None, every=10, stream=stream, resume_step=100) as recorder:
@@ -252,9 +267,9 @@ def test_labels_do_not_overlap_and_stay_where_there_is_room(heights, gap):
 
 def test_the_average_keeps_level_start_and_length():
     noisy = np.random.default_rng(0).normal(size=400) + 3
-    smooth = plots._average(noisy.tolist(), 50)
+    smooth = plots.average(noisy.tolist(), 50)
     assert len(smooth) == 400 and smooth[0] == noisy[0] and np.std(smooth[50:]) < 0.25 * np.std(noisy)
-    np.testing.assert_allclose(plots._average([2.0] * 9, 4), 2.0)
+    np.testing.assert_allclose(plots.average([2.0] * 9, 4), 2.0)
     line = np.arange(30.0)
-    np.testing.assert_allclose(plots._average(line.tolist(), 6)[:27], line[:27], atol=1e-9)  # no lag
-    assert plots._average([1.0, 5.0], 0) == [1.0, 5.0]
+    np.testing.assert_allclose(plots.average(line.tolist(), 6)[:27], line[:27], atol=1e-9)  # no lag
+    assert plots.average([1.0, 5.0], 0) == [1.0, 5.0]

@@ -304,7 +304,7 @@ def test_a_pair_without_a_plan_says_why(pair, capsys, grown):
     norm = {"scale": grown[0]["params"]["final_norm"]["scale"] * 1.01}
     other = {**grown[0], "params": {**grown[0]["params"], "final_norm": norm}}
     checkpoint.save(pair / "other", other, checkpoint.describe(pair / "source")[1])
-    another, child, source = (verify._open(pair / name) for name in ("other", "child", "source"))
+    another, child, source = (verify.open_checkpoint(pair / name) for name in ("other", "child", "source"))
     plan, reason = verify.plan_between(another, child)
     assert plan is None and "another source" in reason and "values are others" in reason
     assert verify.plan_between(source, child) == (PLAN, None)

@@ -14,15 +14,18 @@ from typing import Any, NamedTuple
 import jax
 
 from gt_jax import checkpoint
+from gt_jax.alerts import Watch
 from gt_jax.checkpoint_runs import RunCheckpoints
 from gt_jax.config import ModelConfig
 from gt_jax.data import Text, open_text
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import write_whole
+from gt_jax.flops import utilisation
 from gt_jax.metrics import Recorder
 from gt_jax.model import abstract, initialise
 from gt_jax.processes import Team
 from gt_jax.sharding import Rules, everywhere, with_devices
+from gt_jax.tensorboard import TensorBoard, writer_module
 from gt_jax.token_bytes import default_texts, token_table
 from gt_jax.tokenizers import BYTES
 from gt_jax.training.config import RunConfig, TrainConfig, differences
@@ -131,15 +134,18 @@ def variables_of(state: TrainState) -> Tree:
 
 def train_run(
     run: Path, config: RunConfig, *, resume: bool = False, show: bool = True, rules: Rules | None = None,
-    team: Team | None = None,
+    team: Team | None = None, tensorboard: bool = False,
 ) -> TrainState:
     """Train `config` in the directory `run`; with `resume` go on from its newest checkpoint.
 
-    Every process of the `team` calls it, on a mesh of the devices of all; the first one writes and shows.
-    Raises `Refused` when `run` is already a run (without `resume`), is none (with it), or was of another config.
+    Every process of the `team` calls it, on a mesh of the devices of all; the first one writes and shows. With
+    `tensorboard` the metrics go to RUN/tensorboard too. Raises `Refused` when `run` is already a run (without
+    `resume`), is none (with it), or was of another config.
     """
     team, rules = team or Team(), rules or Rules()
     team.agree(lambda: _check(run, config, resume))
+    if tensorboard:
+        writer_module()  # refuses where there is none, before the directory is a run
     rows = config.data.batch_size // config.train.accumulate
     refuse_all(rules.misfits(config.model, rows), "the model does not fit this mesh:")
     text = team.agree(lambda: open_text(config.data))
@@ -155,11 +161,12 @@ def train_run(
     stream = text.train(before.get("data"))
     if not resume:  # all that can be refused has been: from here on the directory is a run
         team.agree(lambda: _mark(run, config) if team.first else None)
-    tokens = config.data.batch_size * config.data.sequence_length
+    length, resumed = config.data.sequence_length, int(state.step) if resume else None
     recorder = Recorder(
-        run / "metrics.jsonl" if team.first else None, total_steps=config.train.steps, tokens_per_step=tokens,
-        show=show and team.first,
-        resume_step=int(state.step) if resume else None,
+        run / "metrics.jsonl" if team.first else None, total_steps=config.train.steps,
+        tokens_per_step=config.data.batch_size * length, show=show and team.first, resume_step=resumed,
+        watch=Watch(config), utilisation=utilisation(config.model, length),
+        also=TensorBoard(run / "tensorboard", resumed) if tensorboard and team.first else None,
     )  # fmt: skip
     with recorder:
         for note in [*notes, text.summary()]:

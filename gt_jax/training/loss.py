@@ -64,11 +64,39 @@ def unembedded_cross_entropy(
         compute: the dtype of the products; sums, softmax and loss are float32.
         piece: tokens of a row at a time; None takes as many as hold `LOGITS` logits a device.
     """
+    return _loss(_plan(matrix, hidden, rules, compute, tied, piece), matrix, hidden, targets)
+
+
+def token_losses(
+    matrix: Float[Array, "d v"], hidden: Activations, targets: Int[Array, "b t"], *, rules: Rules, compute: str,
+    tied: bool = False, piece: int | None = None,
+) -> Float[Array, "b t"]:
+    """-log softmax(hidden matrix)[target] of each token, float32 nats, 0 where the target is -1; no gradient.
+
+    The arguments, and what is held, are those of `unembedded_cross_entropy`, whose loss is the sum of these.
+    """
+    plan = _plan(matrix, hidden, rules, compute, tied, piece)
+
+    def local(matrix: Array, hidden: Array, targets: Array) -> Array:
+        weight, first = _weight(plan, matrix)
+
+        def step(carry: None, piece: tuple[Array, Array]) -> tuple[None, Array]:
+            return None, _piece(piece[0].astype(weight.dtype), weight, piece[1], first, plan.axes(plan.vocab))[0]
+
+        _, found = jax.lax.scan(step, None, (_pieces(hidden, plan.piece, 0), _pieces(targets, plan.piece, -1)))
+        return jnp.moveaxis(found, 0, 1).reshape(hidden.shape[0], -1)[:, : hidden.shape[1]]
+
+    stored, tokens = rules.spec("embed", plan.vocab), rules.spec("batch", None, None)
+    rows: Any = rules.spec("batch", None)
+    return per_device(local, (stored, tokens, rows), rows)(matrix, hidden, targets)
+
+
+def _plan(matrix: Array, hidden: Array, rules: Rules, compute: str, tied: bool, piece: int | None) -> _Plan:
     if piece is None:
         rows = hidden.shape[0] // rules.shards("batch")
         columns = matrix.shape[1] // (1 if tied else rules.shards("vocab"))
         piece = max(1, LOGITS // max(rows * columns, 1))
-    return _loss(_Plan(rules, compute, tied, min(piece, hidden.shape[1])), matrix, hidden, targets)
+    return _Plan(rules, compute, tied, min(piece, hidden.shape[1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -105,16 +133,14 @@ def _run(plan: _Plan, matrix: Array, hidden: Array, targets: Array, gradients: b
 def _local(plan: _Plan, gradients: bool, matrix: Array, hidden: Array, targets: Array) -> tuple[Array, ...]:
     """On one device: pieces in order, then the sums over devices."""
     embed, vocab, batch = plan.axes("embed"), plan.axes(plan.vocab), plan.axes("batch")
-    weight = matrix.astype(plan.compute)
-    weight = jax.lax.all_gather(weight, embed, axis=0, tiled=True) if embed else weight
-    first = jax.lax.axis_index(vocab) * weight.shape[1] if vocab else 0
+    weight, first = _weight(plan, matrix)
     pieces = (_pieces(hidden, plan.piece, 0), _pieces(targets, plan.piece, -1))
 
     def step(carry: tuple[Array, ...], piece: tuple[Array, Array]) -> tuple[tuple[Array, ...], Any]:
         loss, count, *d_weight = carry
         state, target = piece[0].astype(weight.dtype), piece[1]
-        one, counted, d_logits = _piece(state, weight, target, first, vocab)
-        total = (loss + one, count + counted)
+        one, d_logits = _piece(state, weight, target, first, vocab)
+        total = (loss + jnp.sum(one), count + jnp.sum(target >= 0, dtype=jnp.float32))
         if not gradients:
             return total, None
         narrow = d_logits.astype(weight.dtype)
@@ -133,6 +159,14 @@ def _local(plan: _Plan, gradients: bool, matrix: Array, hidden: Array, targets: 
     return *sums, _summed(d_weight[0], batch, embed).astype(matrix.dtype), d_hidden
 
 
+def _weight(plan: _Plan, matrix: Array) -> tuple[Array, Any]:
+    """This device's part of the vocabulary, whole along "embed", in the compute dtype; the token of its column 0."""
+    embed, vocab = plan.axes("embed"), plan.axes(plan.vocab)
+    weight = matrix.astype(plan.compute)
+    weight = jax.lax.all_gather(weight, embed, axis=0, tiled=True) if embed else weight
+    return weight, jax.lax.axis_index(vocab) * weight.shape[1] if vocab else 0
+
+
 def _pieces(x: Array, piece: int, filling: int) -> Array:
     """[b, t, …] -> [pieces, b, piece, …], filled up at the end."""
     count = math.ceil(x.shape[1] / piece)
@@ -141,8 +175,8 @@ def _pieces(x: Array, piece: int, filling: int) -> Array:
     return jnp.moveaxis(filled.reshape(x.shape[0], count, piece, *x.shape[2:]), 1, 0)
 
 
-def _piece(state: Array, weight: Array, target: Array, first: Any, vocab: tuple[str, ...]) -> tuple[Array, ...]:
-    """(sum of losses, number of targets, d logits) of one piece; `first` is the token of this device's column 0."""
+def _piece(state: Array, weight: Array, target: Array, first: Any, vocab: tuple[str, ...]) -> tuple[Array, Array]:
+    """(loss [b, t], d logits) of one piece; `first` is the token of this device's column 0."""
     logits = jnp.einsum("btd,dv->btv", state, weight, preferred_element_type=jnp.float32)
     top = jnp.max(logits, axis=-1, keepdims=True)
     top = jax.lax.pmax(top, vocab) if vocab else top
@@ -154,7 +188,7 @@ def _piece(state: Array, weight: Array, target: Array, first: Any, vocab: tuple[
     counted = (target >= 0)[..., None]
     loss = jnp.where(counted, top + jnp.log(total) - chosen, 0.0)
     d_logits = jnp.where(counted, powers / total - hit.astype(jnp.float32), 0.0)
-    return jnp.sum(loss), jnp.sum(counted, dtype=jnp.float32), d_logits
+    return loss[..., 0], d_logits
 
 
 def _summed(x: Array, batch: tuple[str, ...], embed: tuple[str, ...]) -> Array:

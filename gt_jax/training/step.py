@@ -198,7 +198,11 @@ def make_step(
 
 def _component_metrics(model: ModelConfig, report: Mapping[str, Any]) -> dict[str, Array]:
     """What the components that are on have to say: of pass 1 of each layer where a layer has several."""
-    passes, metrics = report["passes"], {}
+    passes: PassStatistics = report["passes"]
+    metrics: dict[str, Array] = {}
+    if model.adaptive is not None:
+        gate = {"mean": passes.p_mean, "std": passes.p_std, "floored": passes.p_floored}
+        metrics |= {f"gate_{name}": value[:, 0] for name, value in gate.items()}
     if model.moe is not None:
         metrics["router_loss"] = jnp.sum(passes.router_loss)
         for name in ("router_entropy", "null_rate", "experts"):

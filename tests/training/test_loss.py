@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gt_jax.sharding import Rules, make_mesh, reshard
-from gt_jax.training.loss import cross_entropy, unembedded_cross_entropy
+from gt_jax.training.loss import cross_entropy, token_losses, unembedded_cross_entropy
 
 B, T, D, V = 4, 7, 8, 24
 RULES = Rules()
@@ -51,6 +51,21 @@ def assert_same(found, wanted, tolerance):
 def test_pieces_of_any_length_give_the_dense_loss_and_its_gradients(piece):
     x = material()
     assert_same(both(functools.partial(pieces, piece=piece), *x), both(dense, *x), 1e-6)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_losses_by_token_are_those_of_the_dense_definition(cut):
+    matrix, hidden, targets = material()
+    logits = np.einsum("btd,dv->btv", *(np.asarray(x, np.float64) for x in (hidden, matrix)))
+    log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    wanted = -np.take_along_axis(log_p, np.maximum(np.asarray(targets), 0)[..., None], axis=-1)[..., 0]
+    wanted = np.where(np.asarray(targets) >= 0, wanted, 0.0)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2) if cut else make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        placed = [reshard(x, RULES.spec(*axes)) for x, axes in (
+            (matrix, ("embed", "vocab")), (hidden, ("batch", None, None)), (targets, ("batch", None)))]  # fmt: skip
+        found = jax.jit(functools.partial(token_losses, rules=RULES, compute="float32", piece=3))(*placed)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,0 +1,172 @@
+"""How many floating point operations a token costs, counted from the config, and what share of a chip's peak that is.
+
+- Model FLOPs, as PaLM (arXiv 2204.02311, appendix B) counts them: a multiply and an add are two, the products of the
+  forward pass count once and those of the backward pass twice. What is computed again to save memory, the attention to
+  keys that a mask removes, padding, norms and other elementwise work are not counted.
+- With adaptive depth, or where tokens leave the stack early, a layer counts as often as it ran, a mean over tokens. The
+  second unembedding, by which the price hears what the later passes gain, is not counted.
+- A row is one document: packed rows attend to less. Of an expert's picks the share is counted that the null loss aims
+  at.
+- Utilisation is against the chip's bfloat16 peak, whatever the compute dtype, and against all devices of the mesh.
+
+    MFU = tokens a second * 3 * forward FLOPs a token / (devices * peak of a device)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from gt_jax.config import AdaptiveConfig, HyperConfig, ModelConfig
+from gt_jax.layers.adaptive_depth import FEATURES
+from gt_jax.sharding import has_mesh
+
+FORWARD_AND_BACKWARD = 3.0
+Passes = Sequence[float] | Float[np.ndarray, "l"]
+
+# FLOPs a second of one jax device in bfloat16, dense, by the beginning of its device_kind. The numbers are the
+# vendors'. A TPU7x chip is two devices, a v4 or v5p chip of two cores is one.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class ModelFlops(NamedTuple):
+    """Of the forward pass, a token: `outside` the stack once, and one pass of each of the `layers`."""
+
+    outside: float
+    layers: tuple[float, ...]
+
+    def forward(self, passes: Passes | None = None) -> float:
+        """outside + sum over layers of passes times their FLOPs; None is one pass each."""
+        times = [1.0] * len(self.layers) if passes is None else passes
+        return self.outside + sum(float(n) * flops for n, flops in zip(times, self.layers, strict=True))
+
+    def training(self, passes: Passes | None = None) -> float:
+        """Forward and backward."""
+        return FORWARD_AND_BACKWARD * self.forward(passes)
+
+
+def model_flops(config: ModelConfig, tokens: int) -> ModelFlops:
+    """The FLOPs a token of rows of `tokens` tokens, in chunks of the memory stream where the model has one."""
+    c = config
+    length = tokens if c.memory is None else min(tokens, c.memory.chunk)
+    head = 2.0 * c.width * c.vocab
+    outside = head
+    if c.mtp is not None:
+        outside += 2.0 * 2 * c.width * c.width + _layer("G", c.plain, length) + head
+    return ModelFlops(outside, tuple(_layer(kind, c, length) for kind in c.depth.types))
+
+
+def _layer(kind: str, c: ModelConfig, length: int) -> float:
+    """One pass of one layer."""
+    mixers: dict[str, Callable[[ModelConfig, int], float]] = {"D": _delta_rule, "G": _sparse, "S": _sliding}
+    total = mixers[kind](c, length) + _mlp(c)
+    total += 0.0 if c.hyper is None else 2 * _streams(c.hyper, c.width)
+    total += 0.0 if c.adaptive is None else _halting(c.adaptive)
+    return total + (0.0 if c.exit is None else 2.0 * c.width * (c.width // 2))
+
+
+def _delta_rule(c: ModelConfig, length: int) -> float:
+    """Projections, convolutions and the recurrence: S^T k, the outer product and S^T q, token by token."""
+    m = c.deltanet
+    assert m is not None
+    keys, values = m.heads * m.key_width, m.value_heads * m.value_width
+    recurrence = 6.0 * m.value_heads * m.key_width * m.value_width
+    gates, output = 2.0 * c.width * 2 * m.value_heads, 2.0 * values * c.width
+    if m.variant == "groundthink":
+        return 2.0 * c.width * (keys + values) + gates + output + recurrence
+    convolutions = 2.0 * m.conv_width * (2 * keys + values)
+    skip = 2.0 * keys if m.skip else 0.0
+    return 2.0 * c.width * (2 * keys + 2 * values) + gates + output + recurrence + convolutions + skip
+
+
+def _sparse(c: ModelConfig, length: int) -> float:
+    """Projections, the indexer's scores of every earlier key, attention to the keys that it picks."""
+    m = c.gsa
+    assert m is not None
+    inner = m.heads * m.head_width
+    projections = 2.0 * c.width * (6 * inner + 2 * m.indexer_heads * m.indexer_width + m.indexer_heads)
+    scores = 2.0 * m.indexer_heads * m.indexer_width * _mean_keys(length, length)
+    return projections + scores + 4.0 * inner * _mean_keys(length, m.k_base)
+
+
+def _sliding(c: ModelConfig, length: int) -> float:
+    """Attention over the window, and the read of the D layer's state, whose recurrence runs once more for it."""
+    m, d = c.sliding, c.deltanet
+    assert m is not None and d is not None
+    inner, values = m.heads * m.head_width, d.value_heads * d.value_width
+    attention = 2.0 * c.width * 4 * inner + 4.0 * inner * _mean_keys(length, m.window)
+    projections = 2.0 * c.width * (d.heads * d.key_width + d.value_heads + values)
+    return attention + projections + 6.0 * d.value_heads * d.key_width * d.value_width
+
+
+def _mean_keys(length: int, most: int) -> float:
+    """The mean over positions p = 1 … length of min(p, most)."""
+    short = min(length, most)
+    return (short * (short + 1) / 2 + (length - short) * most) / length
+
+
+def _mlp(c: ModelConfig) -> float:
+    """A SwiGLU, and with experts the router and the picks that are real."""
+    shared = 6.0 * c.width * c.mlp_width
+    if c.moe is None:
+        return shared
+    picks = c.moe.top_k * c.moe.real_share
+    return shared + 2.0 * c.width * c.moe.experts + picks * 6.0 * c.width * c.moe.expert_width
+
+
+def _streams(hyper: HyperConfig, width: int) -> float:
+    """The coefficients of one sublayer, its read, and its mixing of the streams."""
+    n = hyper.streams
+    return 2.0 * n * width * (2 * n + n * n) + 2.0 * n * width + 2.0 * (n * n + n) * width
+
+
+def _halting(adaptive: AdaptiveConfig) -> float:
+    return 2.0 * ((FEATURES + adaptive.embedding) * adaptive.hidden + adaptive.hidden)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOPs a second of a device by its `device_kind`, bfloat16; None where it is not in `PEAKS`."""
+    known = [name for name in PEAKS if device_kind.startswith(name)]
+    return PEAKS[max(known, key=len)] if known else None
+
+
+def utilisation(
+    config: ModelConfig, tokens: int, device_kinds: Sequence[str] | None = None
+) -> Callable[[float, Mapping[str, Any]], float | None] | None:
+    """MFU as a function of (tokens a second, the metrics of a step, whose `executed` says how often layers ran).
+
+    It is None for metrics without that. `device_kinds` are those of all devices, None takes the current mesh. Returns
+    None where the peak of one of them is not known, for example on a CPU.
+    """
+    peaks = [peak_flops(kind) for kind in (_kinds() if device_kinds is None else device_kinds)]
+    known = [peak for peak in peaks if peak is not None]
+    if not known or len(known) < len(peaks):
+        return None
+    flops, whole = model_flops(config, tokens), sum(known)
+
+    def share(tokens_per_second: float, metrics: Mapping[str, Any]) -> float | None:
+        passes = metrics.get("executed")
+        return None if passes is None else tokens_per_second * flops.training(passes) / whole
+
+    return share
+
+
+def _kinds() -> list[str]:
+    """Of the devices of the current mesh, or of the one that is used where none is set."""
+    devices = jax.sharding.get_mesh().devices.flat if has_mesh() else jax.devices()[:1]
+    return [device.device_kind for device in devices]

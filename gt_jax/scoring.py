@@ -1,0 +1,123 @@
+"""What a model says of every token of held-out text, and what the text is: documents, bytes, stretches.
+
+- The nats of a token are those of predicting it: -log p(target). The first token of a document is predicted by nobody.
+- Bits per byte compare models of any tokenizer: the bits of all scored tokens over the bytes that those tokens stand
+  for. The end of a document is scored, since where a text ends is part of it, and stands for no byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Int64
+
+from gt_jax.chunks import over_chunks
+from gt_jax.config import ModelConfig
+from gt_jax.data import Text
+from gt_jax.layers.adaptive_depth import PassControl
+from gt_jax.model import LanguageModel, forward
+from gt_jax.sharding import Rules
+from gt_jax.tokenizers import Tokenizer
+from gt_jax.training.loss import token_losses
+from gt_jax.training.step import Batch, place
+from gt_jax.typing import Tree
+
+FEWEST_DOCUMENTS = 10  # below, their t quantile makes intervals that say little: stretches of rows instead
+STRETCHES = 20  # as many as keep neighbours apart: with more, the correlation between them makes intervals too narrow
+
+
+class Units(NamedTuple):
+    """What is independent: "document" or "stretch", and for each scored token which one it is of."""
+
+    kind: str
+    number: Int64[np.ndarray, "scored"]
+
+
+def byte_lengths(tokenizer: Tokenizer) -> Int64[np.ndarray, "vocab"]:
+    """How many bytes each token stands for; 0 for the end of a document."""
+    lengths = np.fromiter(map(len, tokenizer.texts()), np.int64, tokenizer.vocab_size)
+    lengths[tokenizer.end_of_document] = 0
+    return lengths
+
+
+@functools.lru_cache(maxsize=8)
+def make_scores(
+    model: ModelConfig, rules: Rules
+) -> Callable[[Tree, Batch, PassControl], Float[Array, "b t"]]:
+    """The jitted scores(variables, batch, control) -> nats of each target [b, t], 0 where there is none.
+
+    The same model gives the same compiled function: checkpoints of one run compile once.
+    """
+    network = LanguageModel(model, rules)
+
+    def scores(variables: Tree, batch: Batch, control: PassControl) -> Float[Array, "b t"]:
+        placed = place(batch, rules)
+
+        def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Array]:
+            one = piece[0]
+            output = forward(network, variables, one["tokens"], one["segment_ids"], control=control, memory=carry[1])
+            normed: Any = network.apply(variables, output.hidden, method=LanguageModel.normed)
+            matrix: Any = network.apply(variables, method=LanguageModel.unembedding_matrix)
+            nats = token_losses(
+                matrix, normed, one["targets"], rules=rules, compute=model.compute_dtype, tied=model.embedding.tied
+            )
+            return (carry[0], output.memory), nats
+
+        _, nats = over_chunks(chunk, model, rules, (), placed)
+        return jnp.moveaxis(nats, 0, 1).reshape(placed["tokens"].shape)
+
+    return jax.jit(scores)
+
+
+def score(
+    model: ModelConfig, variables: Tree, batches: Sequence[Batch], control: PassControl, rules: Rules
+) -> Float32[np.ndarray, "scored"]:
+    """The nats of every target of the batches, in order; as many as `targets_of` the batches."""
+    scores = make_scores(model, rules)
+    found = []
+    for batch in batches:
+        nats = np.asarray(jax.device_get(scores(variables, batch, control)))
+        found.append(nats[batch["targets"] >= 0])
+    return np.concatenate(found)
+
+
+def targets_of(batches: Sequence[Batch]) -> Int[np.ndarray, "scored"]:
+    """The tokens that are predicted, in order."""
+    return np.concatenate([batch["targets"][batch["targets"] >= 0] for batch in batches])
+
+
+def units_of(text: Text, batches: Sequence[Batch], end_of_document: int) -> Units:
+    """Documents where at least `FEWEST_DOCUMENTS` are scored, else `STRETCHES` runs of successive rows.
+
+    `batches` are the first of `text.held_out()`.
+    """
+    documents = _documents(text, batches, end_of_document)
+    if len(np.unique(documents)) >= FEWEST_DOCUMENTS:
+        return Units("document", documents)
+    scored = [batch["targets"] >= 0 for batch in batches]
+    counts = np.concatenate([one.sum(axis=1) for one in scored])
+    counts = counts[counts > 0]  # the last batch may have rows of padding alone
+    stretch = np.arange(len(counts)) * min(STRETCHES, len(counts)) // len(counts)
+    return Units("stretch", np.repeat(stretch, counts).astype(np.int64))
+
+
+def _documents(text: Text, batches: Sequence[Batch], end_of_document: int) -> Int64[np.ndarray, "scored"]:
+    """Which document each target is of: the batches of a text whose tokens are the numbers of their documents.
+
+    Tokens have 16 bits, so the numbers come in two halves.
+    """
+    ends = text.tokens == end_of_document
+    numbers = np.cumsum(ends) - ends
+    halves = []
+    for half in (numbers & 0xFFFF, numbers >> 16):
+        other = dataclasses.replace(text, tokens=half.astype(text.tokens.dtype))
+        halves.append([batch["tokens"].astype(np.int64) for batch in other.held_out(len(batches))])
+    return np.concatenate([
+        (low + (high << 16))[batch["targets"] >= 0] for low, high, batch in zip(*halves, batches, strict=True)
+    ])

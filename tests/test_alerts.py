@@ -1,0 +1,219 @@
+"""Alerts: what is sick is told once and in words, what is healthy is not, and one record at a time says the same."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gt_jax import alerts
+from gt_jax.config import ExitConfig, MoEConfig
+from gt_jax.metrics import Recorder, read_metrics
+from gt_jax.training.config import RunConfig, TrainConfig
+from gt_jax.training.price import PriceConfig, phase
+from gt_jax.training.thaw import ThawConfig
+from tests.support import small_model
+
+STEPS, LAYERS, EXPERTS = 400, 4, 8
+RUN = RunConfig(
+    model=small_model("DG*2", moe=MoEConfig(experts=EXPERTS, expert_width=16)), train=TrainConfig(steps=STEPS)
+)
+PLAIN = RUN.replace(model=RUN.model.plain)
+COURSE = alerts.Course(RUN)
+
+
+def healthy(config: RunConfig = RUN, seed: int = 0, noise: float = 0.1, steps: int = STEPS) -> list[dict]:
+    """Records as a run of `config` writes them, like those of the presets: noisy batches, a falling loss."""
+    random, found, course = np.random.default_rng(seed), [], alerts.Course(config)
+    adaptive = config.model.adaptive is not None
+    for step in range(1, steps + 1):
+        forced = adaptive and course.forced(step)
+        loss = (1.5 + 4 * np.exp(-step / 40)) * np.exp(noise * random.normal())
+        depth = np.full(LAYERS, 2.0) if forced else 1.05 + 0.4 * random.random(LAYERS)
+        found.append({
+            "step": step, "loss": loss, "gradient_norm": (1 + 20 * np.exp(-step / 10)) * np.exp(0.5 * random.normal()),
+            "price": 1e-4, "expected_k": (depth if adaptive else np.ones(LAYERS)).tolist(),
+            "delta_ratio": [9.9, *(0.2 + 0.5 * random.random(LAYERS - 1))],
+            "null_rate": (0.5 + 0.05 * random.normal(size=LAYERS)).tolist(),
+            "experts": random.dirichlet(np.full(EXPERTS, 5.0), LAYERS).tolist(),
+        })  # fmt: skip
+        if adaptive:
+            gate = {"mean": 0.5 if forced else 0.2, "std": 0.5 if forced else 0.1, "floored": 0.5 if forced else 0.02}
+            found[-1] |= {f"gate_{name}": [value] * LAYERS for name, value in gate.items()}
+    return found
+
+
+def changed(records: list[dict], first: int, last: int, **changes: object) -> list[dict]:
+    """The records with other values from step `first` to `last`; a function is given the value that there was."""
+    def apply(record: dict) -> dict:
+        if not first <= record["step"] <= last:
+            return record
+        return {**record, **{name: change(record[name]) if callable(change) else change
+                             for name, change in changes.items()}}
+
+    return [apply(record) for record in records]
+
+
+def at(place: int, value: object):
+    """A list with one entry replaced."""
+    return lambda old: [*old[:place], value, *old[place + 1 :]]
+
+
+def starved(old: list[list[float]]) -> list[list[float]]:
+    row = [0.001, *(0.999 / (EXPERTS - 1) for _ in range(EXPERTS - 1))]
+    return [*old[:2], row, *old[3:]]
+
+
+SICK = {
+    "all halt": ("all tokens halt at once", "", {"expected_k": [1.0, 1.01, 1.0, 1.0]}, "forced_until"),
+    "none halts": ("no token halts", "", {"expected_k": [3.99, 3.97, 4.0, 4.0]}, "at least 3.970 of 4 passes"),
+    "starved": ("an expert starves", "layer 2, expert 0", {"experts": starved}, "its fair share is 12 %"),
+    "all null": ("a null rate is at its end", "layer 1", {"null_rate": at(1, 1.0)}, "no token reaches an expert"),
+    "no null": ("a null rate is at its end", "layer 3", {"null_rate": at(3, 0.0)}, "every token pays"),
+    "floor": ("a gate saturates", "layer 0", {"gate_floored": at(0, 1.0), "gate_mean": at(0, 0.01)}, "at its floor"),
+    "top": ("a gate saturates", "layer 2", {"gate_mean": at(2, 0.999), "gate_std": at(2, 0.001)}, "p is 0.999"),
+    "gradient": ("the gradient norm spikes", "", {"gradient_norm": 60.0}, "times the median"),
+    "gradient not finite": ("the gradient norm spikes", "", {"gradient_norm": np.inf}, "is inf"),
+    "loss": ("the loss spikes", "", {"loss": 5.0}, "standard deviations above"),
+    "loss not finite": ("the loss spikes", "", {"loss": np.nan}, "is nan"),
+    "divergence": ("the loss diverges", "", {"loss": lambda old: 1.4 * old}, "go back to a checkpoint"),
+    "explodes": ("an update explodes", "layer 1", {"delta_ratio": at(1, 9.0)}, "lower --learning-rate"),
+    "vanishes": ("an update vanishes", "layer 3", {"delta_ratio": at(3, 2e-4)}, "does nothing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("config", [RUN, PLAIN], ids=["adaptive", "plain"])
+def test_a_healthy_run_raises_nothing(config, seed):
+    for noise in (0.0, 0.2):
+        assert alerts.alerts(healthy(config, seed, noise), config) == []
+
+
+@pytest.mark.parametrize("name", SICK)
+def test_each_sickness_is_told_once_and_ends(name):
+    sickness, place, changes, words = SICK[name]
+    # a spike is told at once and forgotten when it is what is usual; the others after as many records as must agree
+    first, last = (300, 303) if "spikes" in sickness else (250, 310)
+    found = alerts.alerts(changed(healthy(), first, last, **changes), RUN)
+    assert [(alert.sickness, alert.place) for alert in found] == [(sickness, place)]
+    (alert,) = found
+    assert words in alert.words and first <= alert.first <= first + 2 * alerts.PATIENCE
+    assert alert.last is not None and first <= alert.last <= last + 2 * alerts.PATIENCE
+    assert (alert.first == first) == ("spikes" in sickness)
+
+
+def test_what_lasts_to_the_end_is_not_over():
+    (alert,) = alerts.alerts(changed(healthy(), 300, STEPS, delta_ratio=at(2, 0.0)), RUN)
+    assert alert.last is None
+    assert next(alerts.texts([alert])).startswith(f"from step {alert.first} on: layer 2 does nothing")
+
+
+def test_one_pass_is_no_sickness_where_it_is_wanted():
+    one = {"expected_k": [1.0] * LAYERS}
+    price = RUN.train.price
+    assert alerts.alerts(changed(healthy(), 200, STEPS, **one, price=price.highest), RUN) == []
+    wanted = RUN.replace(train=RUN.train.replace(price=price.replace(target=1.0)))
+    assert alerts.alerts(changed(healthy(), 200, STEPS, **one), wanted) == []
+    assert alerts.alerts(changed(healthy(PLAIN), 1, STEPS, **one), PLAIN) == []
+
+
+def test_all_passes_under_a_capped_gate_are_all_there_are():
+    price = RUN.train.price
+    first, last = round(price.forced_until * STEPS) + 1, round(price.clipped_until * STEPS)
+    at_cap = sum(price.p_max**k for k in range(4))
+    (alert,) = alerts.alerts(changed(healthy(), first, last, expected_k=[at_cap] * LAYERS), RUN)
+    assert alert.sickness == "no token halts" and "p may be up to 0.95" in alert.words
+    below = 1 + 0.9 * (at_cap - 1)
+    assert alerts.alerts(changed(healthy(), first, last, expected_k=[below] * LAYERS), RUN) == []
+
+
+def test_two_forced_passes_of_two_are_not_that_none_halts():
+    two = RUN.replace(model=RUN.model.replace(adaptive=RUN.model.adaptive.replace(alpha=(1.0, 0.7))))
+    assert alerts.alerts(healthy(two), two) == []
+
+
+def test_without_null_experts_no_pick_is_null():
+    dense = RUN.replace(model=RUN.model.replace(moe=RUN.model.moe.replace(real_share=1.0)))
+    assert alerts.alerts(changed(healthy(), 1, STEPS, null_rate=[0.0] * LAYERS), dense) == []
+
+
+def test_experts_that_nobody_is_routed_to_are_one_sickness():
+    found = alerts.alerts(changed(healthy(), 200, 300, null_rate=at(1, 1.0), experts=at(1, [0.0] * EXPERTS)), RUN)
+    assert [(alert.sickness, alert.place) for alert in found] == [("a null rate is at its end", "layer 1")]
+
+
+def test_tokens_that_leave_the_stack_at_once():
+    leaving = PLAIN.replace(model=PLAIN.model.replace(moe=None, exit=ExitConfig()))
+    records = [{"step": step, "loss": 2.0, "layers_used": 1.0 if step > 200 else 3.9} for step in range(1, 300)]
+    (alert,) = alerts.alerts(records, leaving)
+    assert alert.sickness == "all tokens leave at once" and alert.first == 200 + alerts.PATIENCE
+
+
+def test_the_end_of_a_thaw_is_no_spike():
+    thawing = PLAIN.replace(train=TrainConfig(steps=STEPS, thaw=ThawConfig(layers=(0,), steps=200)))
+    records = changed(healthy(PLAIN), 1, 200, gradient_norm=lambda old: old / 100)
+    assert alerts.alerts(records, thawing) == [] and alerts.alerts(records, PLAIN) != []
+
+
+def test_a_loss_that_begins_by_rising_diverges():
+    rising = changed(healthy(), 2, 40, loss=lambda old: old + 5)
+    (alert,) = alerts.alerts(rising, RUN)
+    assert alert.sickness == "the loss diverges" and alert.first == alerts.PATIENCE
+    # the first batch of a model that was trained before may be an easy one
+    easy = changed(healthy(), 1, 1, loss=0.9)
+    assert alerts.alerts(easy, RUN.replace(start="grown")) == []
+
+
+def test_fresh_routers_are_left_to_find_their_null_experts():
+    begun = round(alerts.ROUTERS_FROM * STEPS)
+    assert alerts.alerts(changed(healthy(), 1, begun, null_rate=[0.0] * LAYERS), RUN) == []
+    later = alerts.alerts(changed(healthy(), 1, begun + 40, null_rate=[0.0] * LAYERS), RUN)
+    assert [alert.place for alert in later] == [f"layer {layer}" for layer in range(LAYERS)]
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.data())
+def test_records_without_some_values_are_read(data):
+    names = data.draw(st.sets(st.sampled_from(sorted(set(healthy(steps=1)[0]) - {"step"}))))
+    records = [{name: value for name, value in record.items() if name not in names} for record in healthy(steps=150)]
+    assert alerts.alerts([{"step": 0, "held_out_loss": 9.0}, *records], RUN) == []
+
+
+@pytest.mark.parametrize(("steps", "price"), [(400, PriceConfig()), (37, PriceConfig(audit_every=3, forced_until=0.1))])
+def test_the_course_is_the_schedule_of_the_training_step(steps, price):
+    course = alerts.Course(RUN.replace(train=TrainConfig(steps=steps, price=price)))
+    for step in range(1, steps + 1):
+        control = phase(price, jnp.asarray(step - 1), steps).control
+        assert course.forced(step) == (int(control.forced) > 0)
+        assert course.cap(step) == pytest.approx(float(control.p_max))
+
+
+def test_a_recorder_tells_once_also_across_a_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = changed(healthy(steps=150), 60, 150, delta_ratio=at(2, 0.0))
+
+    def log(records: list[dict], resume_step: int | None = None) -> list[str]:
+        stream = io.StringIO()
+        with Recorder(path, stream=stream, resume_step=resume_step, watch=alerts.Watch(RUN)) as recorder:
+            for record in records:
+                recorder.log(**record)
+        return [line for line in stream.getvalue().splitlines() if not line.startswith("step ")]
+
+    (told,) = log(records[:120])
+    assert told.startswith("alert, step 79: ") and "layer 2 does nothing" in told
+    assert log(records[100:], resume_step=100) == []
+    assert [a.first for a in alerts.alerts(read_metrics(path), RUN)] == [int(told.split()[2].rstrip(":"))]
+    assert log(records[70:], resume_step=70) == [told]
+
+
+def test_messages_come_with_the_record_that_shows_it():
+    records = changed(healthy(), 300, 300, loss=9.0)
+    watch = alerts.Watch(RUN)
+    said = list(itertools.chain.from_iterable((record["step"], text) for record in records for text in watch(record)))
+    assert said[0] == 300 and said[1].startswith("alert, step 300: the loss is 9")
+    assert said[2:] == [300 + alerts.CALM, f"over, step {300 + alerts.CALM}: the loss spikes"]

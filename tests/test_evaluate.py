@@ -1,0 +1,195 @@
+"""Evaluation: the losses of the dense definition, bytes counted one by one, documents told apart, clear refusals."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gt_jax import checkpoint, evaluate
+from gt_jax.chunks import forward_rows
+from gt_jax.config import MemoryConfig
+from gt_jax.data import DataConfig, open_text
+from gt_jax.errors import Refused
+from gt_jax.intervals import ratio_interval
+from gt_jax.model import LanguageModel, fixed_passes, free_passes
+from gt_jax.scoring import FEWEST_DOCUMENTS, STRETCHES, byte_lengths, score, targets_of, units_of
+from gt_jax.sharding import Rules
+from gt_jax.tokenizers import ByteTokenizer
+from gt_jax.training.config import RunConfig, TrainConfig
+from tests.support import perturbed, small_model
+
+ROW, END = 24, 256
+ADAPTIVE = small_model("D")
+PLAIN = small_model("D", False, memory=MemoryConfig(chunk=8, stream=0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Text of 60 documents, each of letters of its own, and three checkpoints: two adaptive ones and a plain one."""
+    place = tmp_path_factory.mktemp("evaluate")
+    random = np.random.default_rng(0)
+    documents = [bytes(random.integers(2 * n, 2 * n + 2, random.integers(20, 90)).tolist()) for n in range(60)]
+    (place / "text.bin").write_bytes(b"\n<|endoftext|>\n".join(documents))
+    (place / "one.bin").write_bytes(bytes(random.integers(0, 256, 3000).tolist()))
+    data = DataConfig(text=(str(place / "text.bin"),), sequence_length=ROW, batch_size=2, held_out=0.4)
+    for name, config, std in (("a", ADAPTIVE, 0.1), ("b", ADAPTIVE, 0.12), ("plain", PLAIN, 0.1)):
+        run = RunConfig(model=config, train=TrainConfig(steps=1), data=data)
+        meta = {"kind": "train", "config": config.to_json(), "run": run.to_json(), "step": 7}
+        checkpoint.save(place / name, perturbed(config, std), meta)
+    (place / "counts.json").write_text(json.dumps({"layer0": {"k_exec": 2, "p_mu": 0.5}}))
+    return place
+
+
+def text_of(folder):
+    return open_text(DataConfig.from_json(checkpoint.describe(folder / "a")[1]["run"]["data"]))
+
+
+@functools.cache
+def logits_of(config):
+    return jax.jit(lambda *rows: forward_rows(LanguageModel(config), *rows)[0])
+
+
+def dense(config, variables, batches, control) -> np.ndarray:
+    """-log softmax of the target by float64 numpy, from the logits of whole rows."""
+    found = []
+    for batch in batches:
+        rows = jnp.asarray(batch["tokens"]), jnp.asarray(batch["segment_ids"])
+        logits = np.asarray(logits_of(config)(variables, *rows, control), np.float64)
+        log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+        counted = batch["targets"] >= 0
+        found.append(-log_p[counted, batch["targets"][counted]])
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize(("config", "control"), [
+    pytest.param(ADAPTIVE, fixed_passes(3), marks=pytest.mark.exhaustive),  # the figures by hand are of it
+    (PLAIN, free_passes()),
+])  # fmt: skip
+def test_nats_of_each_token_are_those_of_the_dense_definition(folder, config, control):
+    batches = text_of(folder).held_out(3)
+    found = score(config, perturbed(config), batches, control, Rules())
+    np.testing.assert_allclose(found, dense(config, perturbed(config), batches, control), atol=2e-5)
+    assert len(found) == len(targets_of(batches))
+
+
+def test_documents_are_told_apart_by_their_letters(folder):
+    text = text_of(folder)
+    batches = text.held_out()
+    units, targets = units_of(text, batches, END), targets_of(batches)
+    assert units.kind == "document" and len(np.unique(units.number)) >= FEWEST_DOCUMENTS
+    inside = (targets != END) & (targets != ord("\n"))
+    np.testing.assert_array_equal(units.number[inside], targets[inside] // 2)
+    few = text.held_out(2)
+    stretches = units_of(text, few, END)
+    assert stretches.kind == "stretch" and len(np.unique(stretches.number)) == sum(
+        (batch["targets"] >= 0).any(axis=1).sum() for batch in few)  # fmt: skip
+
+
+def test_stretches_are_even_and_in_order(folder):
+    data = text_of(folder).config.replace(text=(str(folder / "one.bin"),))
+    text = open_text(data)
+    batches = text.held_out()
+    units = units_of(text, batches, END)
+    numbers, sizes = np.unique(units.number, return_counts=True)
+    assert units.kind == "stretch" and numbers.tolist() == list(range(STRETCHES))
+    assert (np.diff(units.number) >= 0).all() and sizes.max() <= 3 * ROW + sizes.min()
+
+
+def test_the_figures_by_hand(folder):
+    found = evaluate.evaluate_checkpoints([folder / "a", folder / "b"], batches=None)
+    text = text_of(folder)
+    batches = text.held_out()
+    targets, units = targets_of(batches), units_of(text, batches, END).number
+    assert (found["tokens"], found["ends"]) == (len(targets), int((targets == END).sum())) and found["ends"] > 10
+    assert found["bytes"] == found["tokens"] - found["ends"]
+    assert found["units"] == {"kind": "document", "count": len(np.unique(units))} and found["notes"] == []
+    deviations = {"a": 0.1, "b": 0.12}
+    nats = {name: dense(ADAPTIVE, perturbed(ADAPTIVE, std), batches, free_passes()) for name, std in deviations.items()}
+    counts = np.array([(units == unit).sum() for unit in np.unique(units)], float)
+    for name, one in zip(nats, found["models"], strict=True):
+        assert one["checkpoint"] == str(folder / name) and one["step"] == 7 and one["passes"] is None
+        sums = np.array([nats[name][units == unit].sum() for unit in np.unique(units)])
+        np.testing.assert_allclose(list(one["nats_per_token"].values()), ratio_interval(sums, counts), atol=1e-4)
+        assert one["bits_per_byte"]["value"] == pytest.approx(
+            nats[name].sum() / math.log(2) / found["bytes"], abs=1e-4)  # fmt: skip
+        assert one["perplexity"]["high"] == pytest.approx(math.exp(one["nats_per_token"]["high"]))
+    (one,) = found["differences"]
+    limits = one["nats_per_token"]
+    assert limits["value"] == pytest.approx(nats["b"].mean() - nats["a"].mean(), abs=1e-4)
+    signs = {"worse": limits["low"] > 0, "better": limits["high"] < 0,
+             "not told apart": limits["low"] <= 0 <= limits["high"]}  # fmt: skip
+    assert signs[one["verdict"]]
+    assert evaluate.evaluate_checkpoints([folder / "a", folder / "a"])["differences"][0]["verdict"] == "not told apart"
+
+
+def test_passes_are_fixed_as_asked(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    values = []
+    for words in ("2", "counts.json", None):
+        assert evaluate.main(["a", "--json", "--batches", "2", *([] if words is None else ["--passes", words])]) == 0
+        (one,) = json.loads(capsys.readouterr().out)["models"]
+        assert one["passes"] == (None if words is None else [2])
+        values.append(one["nats_per_token"]["value"])
+    batches = text_of(folder).held_out(2)
+    wanted = dense(ADAPTIVE, perturbed(ADAPTIVE), batches, fixed_passes(2)).mean()
+    assert values[0] == values[1] == pytest.approx(wanted, abs=1e-5) and values[2] != values[0]
+
+
+def test_a_report_for_a_reader(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert evaluate.main(["a", "b", "--batches", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "bits per byte" in out and "stretches of rows: how far this text varies" in out
+    assert "b against a: " in out and any(line.split()[:3] == ["a", "7", "free"] for line in out.splitlines())
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (("gone",), "gone"),
+    (("a", "--batches", "0"), "--batches is 0"),
+    (("a", "--all", "--batches", "3"), "exclude each other"),
+    (("a", "--text", "missing.txt"), "missing.txt"),
+    (("a", "--passes", "many"), "--passes 'many' is no number of passes"),
+    (("a", "--passes", "5"), "a layer of a runs 1 to 4 times"),
+    (("a", "--passes", "1,2"), "--passes has 2 numbers; a has 1 layers"),
+    (("plain", "--passes", "2"), "leave it out"),
+    (("a", "other"), "vocab is 264 in a and 300 in other"),
+    (("a", "plain", "other", "--passes", "0"), "(?s)vocab is 264.*1 to 4 times"),
+    (("narrow",), "narrow has vocab 200; the tokens of the text need 257"),
+])  # fmt: skip
+def test_what_cannot_be_evaluated_is_refused(folder, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(folder)
+    for name, vocab in (("other", 300), ("narrow", 200)):
+        if not (folder / name).exists():
+            config = small_model("D", False, vocab=vocab)
+            checkpoint.save(folder / name, perturbed(config), {"config": config.to_json(), "kind": "train"})
+    with pytest.raises(Refused, match=says):
+        evaluate.main(list(words))
+    assert capsys.readouterr().out == ""
+
+
+def test_text_that_another_model_may_know_is_noted(folder):
+    here = checkpoint.describe(folder / "a")[1]
+    run = RunConfig.from_json(here["run"])
+    other = run.replace(data=run.data.replace(held_out=0.1))
+    checkpoint.save(folder / "elsewhere", perturbed(ADAPTIVE), {**here, "run": other.to_json()})
+    notes = evaluate.evaluate_checkpoints([folder / "a", folder / "elsewhere"], batches=1)["notes"]
+    assert len(notes) == 1 and "may know what is held out" in notes[0]
+
+
+class Words(ByteTokenizer):
+    """A tokenizer whose tokens are words, the last one the end of a document."""
+
+    vocab_size, end_of_document = 5, 4
+
+    def texts(self) -> list[bytes]:
+        return [text.encode() for text in ("", "a", "häuser", "の", "<end>")]
+
+
+def test_bytes_of_any_tokenizer():
+    assert byte_lengths(Words()).tolist() == [0, 1, 7, 3, 0]

@@ -69,3 +69,46 @@ print(text.count('custom_call_target="tpu_custom_call"'))
 def test_chosen_inside_shard_map_for_a_topology_that_is_not_here():
     """On a host without a TPU, by the mesh alone: forward and backward are one kernel each."""
     assert outside("-c", PICKED).split()[-1] == "2"
+
+
+DECODE = """
+import json, sys
+sys.path.insert(0, "experiments")
+import kernel_report
+folder = kernel_report.prepare()
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from pallas_kernels.gated_delta_rule import tpu_decode
+from pallas_kernels.gated_delta_rule.api import gated_delta_rule
+
+topology, _, clock, bandwidth = kernel_report.CHIPS[sys.argv[1]]
+mesh = Mesh(np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:1]), ("data",))
+rule = lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], return_state=True)
+split = jax.shard_map(rule, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+found = []
+for batch, length in ((1, 1), (8, 1), (256, 1), (8, 8)):
+    shapes = [(batch, length, 32, 128)] * 3 + [(batch, length, 32)] * 2 + [(batch, 32, 128, 128)]
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("data")))
+                 for shape, dtype in zip(shapes, ["bfloat16"] * 3 + ["float32"] * 3, strict=True)]
+    compiled = jax.jit(split, donate_argnums=5).lower(*arguments).compile()
+    cycles = kernel_report.read_schedule(folder, "gated_delta_rule_decode")["cycles"]
+    memory, state = compiled.memory_analysis(), batch * 32 * 128 * 128 * 4
+    found.append({"kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
+                  "in place": memory.alias_size_in_bytes >= state, "temporaries": memory.temp_size_in_bytes / state,
+                  "cycles": cycles / tpu_decode.make_plan(arguments[0], arguments[2], 1.0).heads,
+                  "cycles of HBM": 2 * 128 * 128 * 4 / bandwidth * clock})
+    for path in folder.iterdir():
+        path.unlink()
+folder.rmdir()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_decode_compiles_for(chip):
+    """Picked for a token and for eight, in the place of a donated state; a token waits for its state alone."""
+    rows = json.loads(outside("-c", DECODE, chip).splitlines()[-1])
+    for row in rows:
+        assert row["kernels"] == 1 and row["in place"] and row["temporaries"] < 0.1, row
+    assert all(row["cycles"] <= 1.05 * row["cycles of HBM"] for row in rows[1:3]), rows

@@ -1,7 +1,7 @@
 """The gated delta rule on TPU: two Pallas kernels, forward and backward, under one `custom_vjp`.
 
 * Grid (batch, steps of up to 32 value heads, chunks); chunks in order, or in reverse order in the backward kernel, with
-  the states, or their gradients, in VMEM between them.
+  the states, or their gradients, in VMEM between them: in the block of the result, which leaves at the end.
 * The equations stand in `tpu_forward` and `tpu_backward`; how heads share registers and matrix products in `tpu_parts`.
 * Saved for the backward pass, by name for checkpoint policies: the states before the chunks, and A, both in the dtype
   of the inputs. What is computed again costs less than to load it.
@@ -146,7 +146,6 @@ def _launch(
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results],
-        scratch_shapes=[pltpu.VMEM((plan.packs, plan.key_width, plan.pack * plan.value_width), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
         ),

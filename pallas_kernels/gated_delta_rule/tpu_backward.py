@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.gated_delta_rule.tpu_chunk import Gates, Pack, read_gates, scores
-from pallas_kernels.gated_delta_rule.tpu_forward import load_states, store_states
+from pallas_kernels.gated_delta_rule.tpu_forward import copy_states
 from pallas_kernels.gated_delta_rule.tpu_parts import (
     LANES,
     NN,
@@ -46,23 +46,23 @@ TOGETHER = 8  # packs that are scheduled together: fewer leave the matrix unit w
 def backward_kernel(plan: Plan, *refs: Ref) -> None:
     """Blocks in: q, k, v, gate columns, gate rows, (runs,) states, A, do, gradients of the final states.
 
-    Out: dq, dk, dv, the gradients of the gates [.., C, 2 heads], those of the initial states. The last one is scratch:
-    the gradients of the states [packs, k, p v] float32.
+    Out: dq, dk, dv, the gradients of the gates [.., C, 2 heads], those of the initial states; which stay in VMEM from
+    the last chunk to the first: they are the gradients of the states in between.
     """
-    q, k, v, columns, rows, *rest, d_state = refs
+    q, k, v, columns, rows, *rest = refs
     runs, rest = (rest[:2], rest[2:]) if plan.segmented else ((), rest)
-    states, inverses, d_o, d_final, d_q, d_k, d_v, d_gates, d_initial = rest
+    states, inverses, d_o, d_final, d_q, d_k, d_v, d_gates, d_state = rest
     packs = [Pack(plan, i) for i in range(plan.packs)]
 
     @pl.when(pl.program_id(2) == 0)
     def _start() -> None:
-        load_states(packs, d_final, d_state)
+        copy_states(d_final, d_state)
 
     gates = read_gates(plan, columns, rows, tuple(runs))
     of_keys, of_gates = _KeyGradients(plan, d_q, d_k), _GateGradients(plan)
     for start in range(0, len(packs), TOGETHER):
         some = packs[start : start + TOGETHER]
-        parts = [_recompute(pack, gates, (q, k, v, d_o), states[0, 0, pack.index], d_state[pack.index])
+        parts = [_recompute(pack, gates, (q, k, v, d_o), states[0, 0, pack.index], pack.read_state(d_state))
                  for pack in some]  # fmt: skip
         solved = _solve(some, parts, [inverses[0, 0, pack.index] for pack in some])
         for pack, part, solution in zip(some, parts, solved, strict=True):
@@ -70,13 +70,9 @@ def backward_kernel(plan: Plan, *refs: Ref) -> None:
             inner = _inner_gradients(pack, gates, part, solution)
             of_gates.add(pack, gates, part, solution, inner)
             of_keys.add(pack, *_key_gradients(pack, part, solution, inner, (q, k)))
-            d_state[pack.index] = _state_gradient(pack, gates, part, solution, (q, k), of_gates)
+            pack.write_state(d_state, _state_gradient(pack, gates, part, solution, (q, k), of_gates))
         of_keys.store()
     of_gates.store(d_gates, tuple(runs))
-
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-    def _end() -> None:
-        store_states(packs, d_state, d_initial)
 
 
 class _Part(NamedTuple):

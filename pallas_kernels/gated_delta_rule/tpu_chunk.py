@@ -56,6 +56,14 @@ class Pack:
             return jnp.concatenate(heads, axis=0)
         return expand(jnp.concatenate(heads, axis=1), self.plan.pack)
 
+    def read_state(self, blocks: Ref) -> Float[Array, "k pv"]:
+        """Out of blocks [1, heads, k, v]."""
+        return jnp.concatenate([blocks[0, head] for head in self.plan.members(self.index)], axis=1)
+
+    def write_state(self, blocks: Ref, state: Float[Array, "k pv"]) -> None:
+        for head, own in zip(self.plan.members(self.index), self.cut(state), strict=True):
+            blocks[0, head] = own
+
     def with_state(self, left: Array, state: Float[Array, "k pv"], form: Form = NN) -> Array:
         """[C, k] S of each head; with form NT, [C, v] S^T, which a shared key sums over the pack."""
         if self.plan.pack == 1 or self.shared:

@@ -9,6 +9,7 @@ Per chunk and head, K, Q [C, k], V [C, v], S [k, v], decays as in `chunks.py`:
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
@@ -22,43 +23,35 @@ TOGETHER = 8  # packs whose second halves are scheduled together; more of them o
 def forward_kernel(plan: Plan, saving: bool, *refs: Ref) -> None:
     """Blocks in: q, k, v, gate columns, gate rows, (runs,) initial states; out: o, final states, (states, A).
 
-    The last one is scratch: the states [packs, k, p v] float32.
+    The final states stay in VMEM from the first chunk to the last: they are the states in between.
     """
-    q, k, v, columns, rows, *rest, state = refs
+    q, k, v, columns, rows, *rest = refs
     runs, rest = (rest[:2], rest[2:]) if plan.segmented else ((), rest)
-    initial, o, final, *saved = rest
+    initial, o, state, *saved = rest
     packs = [Pack(plan, i) for i in range(plan.packs)]
 
     @pl.when(pl.program_id(2) == 0)
     def _start() -> None:
-        load_states(packs, initial, state)
+        copy_states(initial, state)
 
     gates = read_gates(plan, columns, rows, tuple(runs))
     inverses, reads = _inside(packs, gates, q, k)
     if saving:
         for pack, a in zip(packs, inverses, strict=True):
-            saved[0][0, 0, pack.index] = state[pack.index].astype(saved[0].dtype)
+            saved[0][0, 0, pack.index] = pack.read_state(state).astype(saved[0].dtype)
             saved[1][0, 0, pack.index] = a.astype(saved[1].dtype)
     for start in range(0, len(packs), TOGETHER):
         some = slice(start, start + TOGETHER)
         _with_states(packs[some], gates, inverses[some], reads[some], (q, k, v), o, state)
 
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-    def _end() -> None:
-        store_states(packs, state, final)
 
+def copy_states(source: Ref, target: Ref) -> None:
+    """[1, heads, k, v], once a sequence."""
 
-def load_states(packs: list[Pack], blocks: Ref, scratch: Ref) -> None:
-    """[1, heads, k, v] to the packs' lanes."""
-    for pack in packs:
-        scratch[pack.index] = jnp.concatenate([blocks[0, head] for head in pack.plan.members(pack.index)], axis=1)
+    def head(index: Array, carry: None) -> None:
+        target[0, index] = source[0, index]
 
-
-def store_states(packs: list[Pack], scratch: Ref, blocks: Ref) -> None:
-    """The packs' lanes to [1, heads, k, v]."""
-    for pack in packs:
-        for head, state in zip(pack.plan.members(pack.index), pack.cut(scratch[pack.index]), strict=True):
-            blocks[0, head] = state
+    jax.lax.fori_loop(0, target.shape[1], head, None)
 
 
 def _inside(
@@ -88,8 +81,10 @@ def _with_states(
     q, k, v = arguments
     plan = packs[0].plan
     gammas = [gates.of("gamma", pack, plan.value_width) for pack in packs]
+    before = [pack.read_state(states) for pack in packs]
     asked = [
-        pack.with_state(jnp.concatenate([pack.key_lanes(k), pack.key_lanes(q)]), states[pack.index]) for pack in packs
+        pack.with_state(jnp.concatenate([pack.key_lanes(k), pack.key_lanes(q)]), state)
+        for pack, state in zip(packs, before, strict=True)
     ]
     errors = [
         gates.of("beta", pack, plan.value_width)
@@ -97,8 +92,8 @@ def _with_states(
         for pack, gamma, both in zip(packs, gammas, asked, strict=True)
     ]
     written = [multiply_finely(a, error, NN, plan.exact, plan.pack) for a, error in zip(inverses, errors, strict=True)]
-    for pack, gamma, both, p, u in zip(packs, gammas, asked, reads, written, strict=True):
+    for pack, state, gamma, both, p, u in zip(packs, before, gammas, asked, reads, written, strict=True):
         read = gamma * both[plan.chunk :] + multiply_finely(p, u, NN, plan.exact, plan.pack)
         o[0, :, pack.value_lanes()] = (plan.scale * read).astype(o.dtype)
         leaving = gates.of("lam", pack, plan.value_width) * u
-        states[pack.index] = gates.last(pack) * states[pack.index] + pack.outer([pack.heads_of(k)], [leaving])
+        pack.write_state(states, gates.last(pack) * state + pack.outer([pack.heads_of(k)], [leaving]))

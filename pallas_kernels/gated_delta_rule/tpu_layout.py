@@ -59,8 +59,8 @@ def moved_bytes(plan: Plan, backward: bool) -> dict[str, int]:
 
 
 def step_bytes(plan: Plan, backward: bool) -> int:
-    """VMEM of the blocks of one grid step, two of each, and of the scratch."""
-    return 2 * sum(moved_bytes(plan, backward).values()) + plan.heads * plan.key_width * plan.value_width * 4
+    """VMEM of the blocks of one grid step, two of each."""
+    return 2 * sum(moved_bytes(plan, backward).values())
 
 
 def _widths(plan: Plan) -> list[tuple[int, int]]:

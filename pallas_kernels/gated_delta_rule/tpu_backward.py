@@ -1,6 +1,6 @@
 """The backward kernel: chunks in reverse order, the gradient of the states in scratch between them.
 
-dS' is the gradient of the state after a chunk. Saved: S before the chunk, and A; the rest is computed again.
+dS' is the gradient of the state after a chunk. Saved: S before the chunk, and A^T; the rest is computed again.
 
     W = V - gamma (K S)        U = A (beta W)            dU = (Gam scale (Q K^T))^T dO + lam (K dS')
     Y = A^T dU                 dV = beta Y               D = scale gamma dO,   E = gamma dV
@@ -120,15 +120,14 @@ class _Solution(NamedTuple):
     d_v: Float[Array, "c pv"]
 
 
-def _solve(packs: list[Pack], parts: list[_Part], inverses: list[Array]) -> list[_Solution]:
+def _solve(packs: list[Pack], parts: list[_Part], turned: list[Array]) -> list[_Solution]:
     plan = packs[0].plan
     exact, pack = plan.exact, plan.pack
-    both = list(zip(parts, inverses, strict=True))
-    written = [multiply_finely(a, x.beta * x.error, NN, exact, pack) for x, a in both]
+    inverses = [transpose(a, pack) for a in turned]
+    written = [multiply_finely(a, x.beta * x.error, NN, exact, pack) for x, a in zip(parts, inverses, strict=True)]
     d_written = [
         multiply_finely(plan.scale * x.pair_transposed * x.kq, x.d_o, NN, exact, pack) + x.lam * x.d_held for x in parts
     ]
-    turned = [transpose(a, pack) for a in inverses]
     solved = [multiply_finely(a, d_u, NN, exact, pack) for a, d_u in zip(turned, d_written, strict=True)]
     return [_Solution(u, y, x.beta * y) for x, u, y in zip(parts, written, solved, strict=True)]
 
@@ -178,7 +177,7 @@ def _state_gradient(
     pack: Pack, gates: Gates, x: _Part, solution: _Solution, blocks: tuple[Ref, Ref], of_gates: _GateGradients
 ) -> Float[Array, "k pv"]:
     queries, keys = (pack.heads_of(ref) for ref in blocks)
-    last = gates.last(pack)
+    last = gates.last(pack, pack.plan.value_width)
     of_gates.add_kept(pack, last * (x.state.astype(jnp.float32) * x.d_state).sum(0, keepdims=True))
     entered = pack.plan.scale * x.gamma * x.d_o.astype(jnp.float32)
     return last * x.d_state + pack.outer([queries, keys], [entered, -(x.gamma * solution.d_v)])

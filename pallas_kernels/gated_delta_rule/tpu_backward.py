@@ -36,6 +36,7 @@ from pallas_kernels.gated_delta_rule.tpu_parts import (
     lane_index,
     masks,
     multiply,
+    multiply_each,
     multiply_finely,
     transpose,
 )
@@ -150,9 +151,10 @@ def _inner_gradients(pack: Pack, gates: Gates, x: _Part, solution: _Solution) ->
     def outer(left: Array, right: Array) -> Array:
         return multiply_finely(left, right, NT, plan.exact, plan.pack)
 
-    d_kk = jnp.where(masked.before, -outer(y, u), 0.0) * x.pair
+    read, solved = multiply_each([x.d_o, y], u, NT, plan.exact, plan.pack)
+    d_kk = jnp.where(masked.before, -solved, 0.0) * x.pair
     return _Inner(
-        d_qk=plan.scale * x.pair * outer(x.d_o, u),
+        d_qk=plan.scale * x.pair * read,
         d_qk_transposed=plan.scale * x.pair_transposed * outer(u, x.d_o),
         d_kk=d_kk,
         asked=gates.of("beta", pack, plan.chunk) * d_kk,
@@ -167,10 +169,11 @@ def _key_gradients(
     exact = pack.plan.exact
     queries, keys = (pack.key_rows(ref) for ref in blocks)
     entered = pack.plan.scale * x.gamma * x.d_o.astype(jnp.float32)
-    d_q = pack.with_state(entered, x.state, NT) + multiply_finely(inner.d_qk, keys, NN, exact)
-    d_k = pack.with_state(x.lam * solution.u, x.d_state, NT) - pack.with_state(x.gamma * solution.d_v, x.state, NT)
-    d_k = d_k + multiply_finely(inner.d_qk_transposed, queries, NN, exact)
-    return d_q, d_k + multiply_finely(inner.asked + inner.asked_transposed, keys, NN, exact)
+    of_state = pack.with_state(jnp.concatenate([entered, x.gamma * solution.d_v]), x.state, NT)
+    of_keys = multiply_each([inner.d_qk, inner.asked + inner.asked_transposed], keys, NN, exact)
+    d_q = of_state[: pack.plan.chunk] + of_keys[0]
+    d_k = pack.with_state(x.lam * solution.u, x.d_state, NT) - of_state[pack.plan.chunk :]
+    return d_q, d_k + multiply_finely(inner.d_qk_transposed, queries, NN, exact) + of_keys[1]
 
 
 def _state_gradient(

@@ -12,6 +12,7 @@ a block-diagonal matrix:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,13 +131,29 @@ def split(x: Array) -> list[Array]:
 
 def multiply_finely(x: Array, y: Array, form: Form, exact: bool, pack: int = 1) -> Array:
     """X Y with y expanded over the pack, in passes: (Xh + Xl)(Yh + Yl) without Xl Yl; bfloat16 has no low part."""
+    return multiply_each([x], y, form, exact, pack)[0]
+
+
+def multiply_each(xs: Sequence[Array], y: Array, form: Form, exact: bool, pack: int = 1) -> list[Array]:
+    """X Y for each X (form NN or NT), as `multiply_finely`; one below the other, so that Y is loaded once for all.
+
+    To load a matrix takes the matrix unit longer than 64 rows take to pass it.
+    """
     if exact:
-        return multiply(x, expand(y, pack), form, True)
-    left, right = split(x), [expand(part, pack) for part in split(y)]
-    total = multiply(left[0], right[0], form, False)
-    for a, b in [(left[0], low) for low in right[1:]] + [(low, right[0]) for low in left[1:]]:
-        total = total + multiply(a, b, form, False)
-    return total
+        return _cut_rows(multiply(jnp.concatenate(xs), expand(y, pack), form, True), len(xs))
+    parts, right = [split(x) for x in xs], [expand(part, pack) for part in split(y)]
+    left = [part for own in parts for part in own]
+    products = iter(_cut_rows(multiply(jnp.concatenate(left), right[0], form, False), len(left)))
+    totals = [functools.reduce(jnp.add, [next(products) for _ in own]) for own in parts]
+    for low in right[1:]:
+        rest = _cut_rows(multiply(jnp.concatenate([own[0] for own in parts]), low, form, False), len(xs))
+        totals = [total + x for total, x in zip(totals, rest, strict=True)]
+    return totals
+
+
+def _cut_rows(x: Array, count: int) -> list[Array]:
+    size = x.shape[0] // count
+    return [x[i * size : (i + 1) * size] for i in range(count)]
 
 
 def lane_index(shape: tuple[int, ...]) -> Array:

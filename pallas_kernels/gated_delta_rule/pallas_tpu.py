@@ -3,6 +3,7 @@
 * Grid (batch, steps of up to 32 value heads, chunks); chunks in order, or in reverse order in the backward kernel, with
   the states, or their gradients, in VMEM between them: in the block of the result, which leaves at the end.
 * The equations stand in `tpu_forward` and `tpu_backward`; how heads share registers and matrix products in `tpu_parts`.
+* A few tokens are `tpu_decode`'s.
 * Saved for the backward pass, by name for checkpoint policies: the states before the chunks, and A^T, in the dtype of
   the inputs. What is computed again costs less than to load it.
 """

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from experiments.kernels_measured import gated_delta_rule
+from experiments.kernels_measured import gated_delta_rule, gated_delta_rule_decode
 from experiments.kernels_measured.cases import Case
 
-OPERATIONS = (gated_delta_rule,)
+OPERATIONS = (gated_delta_rule, gated_delta_rule_decode)
 
 
 def all_cases() -> dict[str, Case]:

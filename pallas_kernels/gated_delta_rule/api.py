@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gated_delta_rule import pallas_tpu, reference, xla
+from pallas_kernels.gated_delta_rule import pallas_tpu, reference, tpu_decode, xla
 from pallas_kernels.gated_delta_rule.reference import gated_delta_rule_step as _step
 from pallas_kernels.platform import target_device
 
@@ -16,8 +19,12 @@ IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "reference": reference.gated_delta_rule,
     "xla": xla.gated_delta_rule,
     "pallas_tpu": pallas_tpu.gated_delta_rule,
+    "pallas_tpu_decode": tpu_decode.gated_delta_rule,
     "pallas_tpu_interpreted": functools.partial(pallas_tpu.gated_delta_rule, interpret=True),  # as plain JAX, slowly
+    "pallas_tpu_decode_interpreted": functools.partial(tpu_decode.gated_delta_rule, interpret=True),
 }
+_TPU_ONLY = ("pallas_tpu", "pallas_tpu_decode")
+MOST_BETA = 2.0  # I - beta k k^T turns no unit key into a longer one
 
 
 def gated_delta_rule(
@@ -33,6 +40,7 @@ def gated_delta_rule(
     chunk_size: int = 64,
     return_state: bool = False,
     implementation: str | None = None,
+    debug: bool = False,
 ) -> Float[Array, "b t hv v"] | tuple[Float[Array, "b t hv v"], Float[Array, "b hv k v"]]:
     """Gated delta rule over a whole sequence: a linear-attention state that decays and corrects itself.
 
@@ -52,33 +60,42 @@ def gated_delta_rule(
         return_state: also return the float32 state after the last token.
         implementation: a name out of `IMPLEMENTATIONS`; None is the best one for the platform and the length: when
             compiling for a TPU the Pallas kernels, if they take these arguments, and XLA otherwise. For a topology that
-            is not here the trace must stand in `shard_map` or under `jax.set_mesh` of its devices.
+            is not here the trace must stand in `shard_map` or under `jax.set_mesh` of its devices. The one for up to
+            8 tokens writes the state where `initial_state` was: donate it, or carry it through the loop.
+        debug: also look at the values, of g and beta, as `check_values` does.
 
     Returns:
         o in v's dtype, or (o, state).
 
     Raises:
-        ValueError: listing every argument that does not fit.
+        ValueError: listing every argument that does not fit, with what would.
 
     Source: arXiv 2412.06464, equation 10; the chunk form is section 3.3 there.
     """
     check_arguments(q, k, v, g, beta, initial_state, segment_ids, chunk_size, implementation)
+    if debug:
+        check_values(g, beta)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if initial_state is None:
         shape = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
         initial_state = jnp.zeros(shape, jnp.promote_types(q.dtype, jnp.float32))
-    if implementation is None and q.shape[1] == 1:
+    chosen = implementation or _best(q, k, v, chunk_size)
+    if implementation is None and chosen == "xla" and q.shape[1] == 1:
         token, state = _step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], initial_state, scale)
         output = token[:, None]
     else:
-        run = IMPLEMENTATIONS[implementation or _best(q, k, v, chunk_size)]
+        run = IMPLEMENTATIONS[chosen]
         output, state = run(q, k, v, g, beta, initial_state, segment_ids, scale, chunk_size)
     return (output, state) if return_state else output
 
 
 def _best(q: Array, k: Array, v: Array, chunk_size: int) -> str:
-    fits = target_device()[0] == "tpu" and not pallas_tpu.unsupported(q, k, v, chunk_size)
-    return "pallas_tpu" if fits else "xla"
+    if target_device()[0] == "tpu":
+        if q.shape[1] <= tpu_decode.WORTHWHILE and not tpu_decode.unsupported(q, k, v):
+            return "pallas_tpu_decode"
+        if not pallas_tpu.unsupported(q, k, v, chunk_size):
+            return "pallas_tpu"
+    return "xla"
 
 
 def gated_delta_rule_step(
@@ -95,8 +112,9 @@ def gated_delta_rule_step(
     S <- e^g S;  S <- S + beta k (v - S^T k)^T;  o = scale S^T q.  Raises ValueError listing every argument that does
     not fit. Source: arXiv 2412.06464, equation 10.
     """
-    check_arguments(q[:, None], k[:, None], v[:, None], g[:, None], beta[:, None], state)
-    return _step(q, k, v, g, beta, state, None if scale is None else float(scale))
+    tokens = [x[:, None] for x in (q, k, v, g, beta)]
+    output, state = gated_delta_rule(*tokens, initial_state=state, scale=scale, return_state=True)
+    return output[:, 0], state
 
 
 def check_arguments(
@@ -114,10 +132,10 @@ def check_arguments(
     problems = []
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         problems.append(f"implementation {implementation!r} is not available, there are {', '.join(IMPLEMENTATIONS)}")
-    elif implementation == "pallas_tpu" and target_device()[0] != "tpu":
+    elif implementation in _TPU_ONLY and target_device()[0] != "tpu":
         problems.append(
-            f"implementation 'pallas_tpu' needs a TPU, this is for {target_device()[0]}; 'pallas_tpu_interpreted' runs "
-            "its kernels anywhere, slowly"
+            f"implementation {implementation!r} needs a TPU, this is for {target_device()[0]}, where there are "
+            f"{', '.join(name for name in IMPLEMENTATIONS if name not in _TPU_ONLY)}"
         )
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         problems.append(f"chunk_size {chunk_size} must be a power of two")
@@ -127,6 +145,41 @@ def check_arguments(
         problems += _shape_problems(q, k, v, g, beta, initial_state, segment_ids)
         if implementation in ("pallas_tpu", "pallas_tpu_interpreted"):
             problems += pallas_tpu.unsupported(q, k, v, chunk_size)
+        elif implementation in ("pallas_tpu_decode", "pallas_tpu_decode_interpreted"):
+            problems += tpu_decode.unsupported(q, k, v)
+    _raise(problems)
+
+
+def check_values(g: Float[Array, "b t hv"], beta: Float[Array, "b t hv"]) -> None:
+    """Raise a ValueError if g is anywhere above 0, or beta outside [0, 2]: such a state grows without bound.
+
+    It names the first offending value. beta = 0 is allowed: a token that writes nothing, as padding is. Inside `jit`
+    the checks are those of `checkify`: transform the whole function with `jax.experimental.checkify.checkify` and call
+    `throw()` on the error that it returns, which raises a ValueError.
+    """
+    checks = [
+        ("g", g, g <= 0, "a log decay is at most 0"),
+        ("beta", beta, (beta >= 0) & (beta <= MOST_BETA), f"it must be in [0, {MOST_BETA:g}]"),
+    ]
+    if not any(isinstance(x, jax.core.Tracer) for x in (g, beta)):
+        _raise([_first_offence(*check) for check in checks if not np.all(check[2])])
+        return
+    for name, x, right, rule in checks:
+        first = jnp.argmax(~right)
+        checkify.check(
+            jnp.all(right),
+            f"gated_delta_rule: {name} {x.shape} is {{value}} at {{index}}, counted through; {rule}",
+            value=x.reshape(-1)[first].astype(jnp.float32),
+            index=first,
+        )
+
+
+def _first_offence(name: str, x: Array, right: Array, rule: str) -> str:
+    at = tuple(int(i) for i in np.argwhere(~np.asarray(right))[0])
+    return f"{name} {x.shape} is {float(x[at]):g} at {at}; {rule}"
+
+
+def _raise(problems: list[str]) -> None:
     if problems:
         raise ValueError("gated_delta_rule:\n" + "\n".join(f"  - {problem}" for problem in problems))
 

@@ -1,10 +1,11 @@
 """The gated delta rule on TPU: two Pallas kernels, forward and backward, under one `custom_vjp`.
 
 * Grid (batch, steps of up to 32 value heads, chunks); chunks in order, or in reverse order in the backward kernel, with
-  the states, or their gradients, in VMEM between them.
+  the states, or their gradients, in VMEM between them: in the block of the result, which leaves at the end.
 * The equations stand in `tpu_forward` and `tpu_backward`; how heads share registers and matrix products in `tpu_parts`.
-* Saved for the backward pass, by name for checkpoint policies: the states before the chunks, and A, both in the dtype
-  of the inputs. What is computed again costs less than to load it.
+* A few tokens are `tpu_decode`'s.
+* Saved for the backward pass, by name for checkpoint policies: the states before the chunks, and A^T, in the dtype of
+  the inputs. What is computed again costs less than to load it.
 """
 
 from __future__ import annotations
@@ -120,14 +121,15 @@ def _specs(plan: Plan, count: int, reverse: bool) -> _Specs:
         return pl.BlockSpec((1, 1, plan.packs, *block), lambda b, h, i: (b, at(i), h, 0, 0))
 
     lanes, columns = plan.pack * plan.chunk, len(plan.gates)
+    state = (plan.key_width, plan.value_width) if reverse else (plan.value_width, plan.key_width)
     counts = [pl.BlockSpec((1, 1, *block), lambda b, h, i: (b, at(i), 0, 0)) for block in ((plan.chunk, 1), (1, lanes))]
     return _Specs(
         key=tokens(plan.key_heads * plan.key_width),
         value=tokens(plan.heads * plan.value_width),
         columns=gates(plan.chunk, columns * plan.heads),
-        rows=gates((columns - 3) * plan.packs, lanes),
+        rows=gates(columns * plan.packs, lanes),
         runs=counts if plan.segmented else [],
-        state=pl.BlockSpec((1, plan.heads, plan.key_width, plan.value_width), lambda b, h, i: (b, h, 0, 0)),
+        state=pl.BlockSpec((1, plan.heads, *state), lambda b, h, i: (b, h, 0, 0)),
         states=per_chunk(plan.key_width, plan.pack * plan.value_width),
         inverse=per_chunk(plan.chunk, lanes),
         d_gates=gates(plan.chunk, 2 * plan.heads),
@@ -146,7 +148,6 @@ def _launch(
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results],
-        scratch_shapes=[pltpu.VMEM((plan.packs, plan.key_width, plan.pack * plan.value_width), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
         ),
@@ -175,12 +176,12 @@ def _operands(call: _Call, arguments: tuple[Array, ...], run: Array | None, spec
 def _forward(
     call: _Call, arguments: tuple[Array, ...], initial: Array, run: Array | None, saving: bool
 ) -> tuple[Array, Array, list[Array]]:
-    """Outputs, last state, and what the backward pass needs: states [b, n, packs, k, p v], A [b, n, packs, C, p C]."""
+    """Outputs, last state, and what the backward pass needs: S [b, n, packs, k, p v], A^T [b, n, packs, C, p C]."""
     plan, q, v = call.plan, arguments[0], arguments[2]
     count = -(-q.shape[1] // plan.chunk)
     specs = _specs(plan, count, reverse=False)
     x = _operands(call, arguments, run, specs)
-    state, packs = layout.lay_state(initial), v.shape[2] // plan.pack
+    state, packs = layout.lay_state(initial).swapaxes(2, 3), v.shape[2] // plan.pack  # the forward kernel's are S^T
     results = [(x.arrays[2].shape, v.dtype), (state.shape, jnp.float32)]
     out_specs = [specs.value, specs.state]
     if saving:
@@ -191,7 +192,7 @@ def _forward(
         call, functools.partial(forward_kernel, plan, saving), "gated_delta_rule_forward", count,
         [*x.arrays, state], [*x.specs, specs.state], results, out_specs,
     )  # fmt: skip
-    return layout.take_tokens(output, v), final[:, :, : initial.shape[2], : initial.shape[3]], saved
+    return layout.take_tokens(output, v), layout.take_state(final.swapaxes(2, 3), initial), saved
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -216,7 +217,7 @@ def _backward(
     d_g, d_beta = layout.take_gates(plan, d_gates, q.shape[1])
     of_tokens = [layout.take_tokens(d, like) for d, like in zip((d_q, d_k, d_v), (q, k, v), strict=True)]
     gradients = (*of_tokens, d_g.astype(g.dtype), d_beta.astype(beta.dtype))
-    return gradients, d_initial[:, :, : d_final.shape[2], : d_final.shape[3]]
+    return gradients, layout.take_state(d_initial, d_final)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

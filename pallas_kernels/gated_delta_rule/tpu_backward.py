@@ -1,6 +1,6 @@
 """The backward kernel: chunks in reverse order, the gradient of the states in scratch between them.
 
-dS' is the gradient of the state after a chunk. Saved: S before the chunk, and A; the rest is computed again.
+dS' is the gradient of the state after a chunk. Saved: S before the chunk, and A^T; the rest is computed again.
 
     W = V - gamma (K S)        U = A (beta W)            dU = (Gam scale (Q K^T))^T dO + lam (K dS')
     Y = A^T dU                 dV = beta Y               D = scale gamma dO,   E = gamma dV
@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.gated_delta_rule.tpu_chunk import Gates, Pack, read_gates, scores
-from pallas_kernels.gated_delta_rule.tpu_forward import load_states, store_states
+from pallas_kernels.gated_delta_rule.tpu_forward import copy_states
 from pallas_kernels.gated_delta_rule.tpu_parts import (
     LANES,
     NN,
@@ -36,6 +36,7 @@ from pallas_kernels.gated_delta_rule.tpu_parts import (
     lane_index,
     masks,
     multiply,
+    multiply_each,
     multiply_finely,
     transpose,
 )
@@ -46,23 +47,23 @@ TOGETHER = 8  # packs that are scheduled together: fewer leave the matrix unit w
 def backward_kernel(plan: Plan, *refs: Ref) -> None:
     """Blocks in: q, k, v, gate columns, gate rows, (runs,) states, A, do, gradients of the final states.
 
-    Out: dq, dk, dv, the gradients of the gates [.., C, 2 heads], those of the initial states. The last one is scratch:
-    the gradients of the states [packs, k, p v] float32.
+    Out: dq, dk, dv, the gradients of the gates [.., C, 2 heads], those of the initial states; which stay in VMEM from
+    the last chunk to the first: they are the gradients of the states in between.
     """
-    q, k, v, columns, rows, *rest, d_state = refs
+    q, k, v, columns, rows, *rest = refs
     runs, rest = (rest[:2], rest[2:]) if plan.segmented else ((), rest)
-    states, inverses, d_o, d_final, d_q, d_k, d_v, d_gates, d_initial = rest
+    states, inverses, d_o, d_final, d_q, d_k, d_v, d_gates, d_state = rest
     packs = [Pack(plan, i) for i in range(plan.packs)]
 
     @pl.when(pl.program_id(2) == 0)
     def _start() -> None:
-        load_states(packs, d_final, d_state)
+        copy_states(d_final, d_state)
 
     gates = read_gates(plan, columns, rows, tuple(runs))
     of_keys, of_gates = _KeyGradients(plan, d_q, d_k), _GateGradients(plan)
     for start in range(0, len(packs), TOGETHER):
         some = packs[start : start + TOGETHER]
-        parts = [_recompute(pack, gates, (q, k, v, d_o), states[0, 0, pack.index], d_state[pack.index])
+        parts = [_recompute(pack, gates, (q, k, v, d_o), states[0, 0, pack.index], pack.read_state(d_state))
                  for pack in some]  # fmt: skip
         solved = _solve(some, parts, [inverses[0, 0, pack.index] for pack in some])
         for pack, part, solution in zip(some, parts, solved, strict=True):
@@ -70,13 +71,9 @@ def backward_kernel(plan: Plan, *refs: Ref) -> None:
             inner = _inner_gradients(pack, gates, part, solution)
             of_gates.add(pack, gates, part, solution, inner)
             of_keys.add(pack, *_key_gradients(pack, part, solution, inner, (q, k)))
-            d_state[pack.index] = _state_gradient(pack, gates, part, solution, (q, k), of_gates)
+            pack.write_state(d_state, _state_gradient(pack, gates, part, solution, (q, k), of_gates))
         of_keys.store()
     of_gates.store(d_gates, tuple(runs))
-
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-    def _end() -> None:
-        store_states(packs, d_state, d_initial)
 
 
 class _Part(NamedTuple):
@@ -124,15 +121,14 @@ class _Solution(NamedTuple):
     d_v: Float[Array, "c pv"]
 
 
-def _solve(packs: list[Pack], parts: list[_Part], inverses: list[Array]) -> list[_Solution]:
+def _solve(packs: list[Pack], parts: list[_Part], turned: list[Array]) -> list[_Solution]:
     plan = packs[0].plan
     exact, pack = plan.exact, plan.pack
-    both = list(zip(parts, inverses, strict=True))
-    written = [multiply_finely(a, x.beta * x.error, NN, exact, pack) for x, a in both]
+    inverses = [transpose(a, pack) for a in turned]
+    written = [multiply_finely(a, x.beta * x.error, NN, exact, pack) for x, a in zip(parts, inverses, strict=True)]
     d_written = [
         multiply_finely(plan.scale * x.pair_transposed * x.kq, x.d_o, NN, exact, pack) + x.lam * x.d_held for x in parts
     ]
-    turned = [transpose(a, pack) for a in inverses]
     solved = [multiply_finely(a, d_u, NN, exact, pack) for a, d_u in zip(turned, d_written, strict=True)]
     return [_Solution(u, y, x.beta * y) for x, u, y in zip(parts, written, solved, strict=True)]
 
@@ -155,9 +151,10 @@ def _inner_gradients(pack: Pack, gates: Gates, x: _Part, solution: _Solution) ->
     def outer(left: Array, right: Array) -> Array:
         return multiply_finely(left, right, NT, plan.exact, plan.pack)
 
-    d_kk = jnp.where(masked.before, -outer(y, u), 0.0) * x.pair
+    read, solved = multiply_each([x.d_o, y], u, NT, plan.exact, plan.pack)
+    d_kk = jnp.where(masked.before, -solved, 0.0) * x.pair
     return _Inner(
-        d_qk=plan.scale * x.pair * outer(x.d_o, u),
+        d_qk=plan.scale * x.pair * read,
         d_qk_transposed=plan.scale * x.pair_transposed * outer(u, x.d_o),
         d_kk=d_kk,
         asked=gates.of("beta", pack, plan.chunk) * d_kk,
@@ -172,17 +169,18 @@ def _key_gradients(
     exact = pack.plan.exact
     queries, keys = (pack.key_rows(ref) for ref in blocks)
     entered = pack.plan.scale * x.gamma * x.d_o.astype(jnp.float32)
-    d_q = pack.with_state(entered, x.state, NT) + multiply_finely(inner.d_qk, keys, NN, exact)
-    d_k = pack.with_state(x.lam * solution.u, x.d_state, NT) - pack.with_state(x.gamma * solution.d_v, x.state, NT)
-    d_k = d_k + multiply_finely(inner.d_qk_transposed, queries, NN, exact)
-    return d_q, d_k + multiply_finely(inner.asked + inner.asked_transposed, keys, NN, exact)
+    of_state = pack.with_state(jnp.concatenate([entered, x.gamma * solution.d_v]), x.state, NT)
+    of_keys = multiply_each([inner.d_qk, inner.asked + inner.asked_transposed], keys, NN, exact)
+    d_q = of_state[: pack.plan.chunk] + of_keys[0]
+    d_k = pack.with_state(x.lam * solution.u, x.d_state, NT) - of_state[pack.plan.chunk :]
+    return d_q, d_k + multiply_finely(inner.d_qk_transposed, queries, NN, exact) + of_keys[1]
 
 
 def _state_gradient(
     pack: Pack, gates: Gates, x: _Part, solution: _Solution, blocks: tuple[Ref, Ref], of_gates: _GateGradients
 ) -> Float[Array, "k pv"]:
     queries, keys = (pack.heads_of(ref) for ref in blocks)
-    last = gates.last(pack)
+    last = gates.last(pack, pack.plan.value_width)
     of_gates.add_kept(pack, last * (x.state.astype(jnp.float32) * x.d_state).sum(0, keepdims=True))
     entered = pack.plan.scale * x.gamma * x.d_o.astype(jnp.float32)
     return last * x.d_state + pack.outer([queries, keys], [entered, -(x.gamma * solution.d_v)])

@@ -56,6 +56,14 @@ class Pack:
             return jnp.concatenate(heads, axis=0)
         return expand(jnp.concatenate(heads, axis=1), self.plan.pack)
 
+    def read_state(self, blocks: Ref) -> Float[Array, "k pv"]:
+        """Out of blocks [1, heads, k, v]; or [v, p k], where the states are transposed."""
+        return jnp.concatenate([blocks[0, head] for head in self.plan.members(self.index)], axis=1)
+
+    def write_state(self, blocks: Ref, state: Float[Array, "k pv"]) -> None:
+        for head, own in zip(self.plan.members(self.index), self.cut(state), strict=True):
+            blocks[0, head] = own
+
     def with_state(self, left: Array, state: Float[Array, "k pv"], form: Form = NN) -> Array:
         """[C, k] S of each head; with form NT, [C, v] S^T, which a shared key sums over the pack."""
         if self.plan.pack == 1 or self.shared:
@@ -99,24 +107,27 @@ class Gates:
 
     plan: Plan
     columns: Float[Array, "c columns"]
-    rows: Float[Array, "rows pc"]  # the sums again, a pack a row
+    rows: Float[Array, "rows pc"]  # the same again, a pack a row
     masks: Masks
 
     def of(self, name: str, pack: Pack, width: int) -> Float[Array, "c pw"]:
         return widen(self._columns(name, pack), width)
 
-    def last(self, pack: Pack) -> Float[Array, "1 pv"]:
+    def row(self, name: str, pack: Pack) -> Float[Array, "1 pc"]:
+        index = self.plan.gates.index(name) * self.plan.packs + pack.index
+        return self.rows[index : index + 1]
+
+    def last(self, pack: Pack, width: int) -> Float[Array, "1 pw"]:
         """What is left at the end of the chunk of what entered it."""
         end = self.plan.chunk - 1
         ends = [x[end : end + 1] for x in self._columns("gamma", pack)]
-        return jnp.concatenate([jnp.broadcast_to(x, (1, self.plan.value_width)) for x in ends], axis=1)
+        return jnp.concatenate([jnp.broadcast_to(x, (1, width)) for x in ends], axis=1)
 
     def between(self, pack: Pack) -> Float[Array, "c pc"]:
         """G_i - G_j, token i in the rows."""
-        total = self.of("sum", pack, self.plan.chunk) - self.rows[pack.index : pack.index + 1]
+        total = self.of("sum", pack, self.plan.chunk) - self.row("sum", pack)
         if "fine" in self.plan.gates:
-            index = self.plan.packs + pack.index
-            total = total + (self.of("fine", pack, self.plan.chunk) - self.rows[index : index + 1])
+            total = total + (self.of("fine", pack, self.plan.chunk) - self.row("fine", pack))
         return total
 
     def pair(self, pack: Pack) -> Float[Array, "c pc"]:

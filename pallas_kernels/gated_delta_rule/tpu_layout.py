@@ -51,7 +51,7 @@ def moved_bytes(plan: Plan, backward: bool) -> dict[str, int]:
     key, value = (heads * plan.chunk * width * item for heads, width in _widths(plan))
     state = plan.heads * plan.key_width * plan.value_width
     saved = (state + plan.heads * plan.chunk**2) * item
-    gates = 4 * plan.chunk * (padded_width(len(plan.gates) * plan.heads) + plan.heads)
+    gates = 4 * plan.chunk * (padded_width(len(plan.gates) * plan.heads) + len(plan.gates) * plan.heads)
     if backward:
         d_gates = 4 * plan.chunk * padded_width(2 * plan.heads)
         return {"chunk": 4 * key + 3 * value + saved + gates + d_gates, "sequence": 2 * state * 4}
@@ -59,8 +59,8 @@ def moved_bytes(plan: Plan, backward: bool) -> dict[str, int]:
 
 
 def step_bytes(plan: Plan, backward: bool) -> int:
-    """VMEM of the blocks of one grid step, two of each, and of the scratch."""
-    return 2 * sum(moved_bytes(plan, backward).values()) + plan.heads * plan.key_width * plan.value_width * 4
+    """VMEM of the blocks of one grid step, two of each."""
+    return 2 * sum(moved_bytes(plan, backward).values())
 
 
 def _widths(plan: Plan) -> list[tuple[int, int]]:
@@ -85,10 +85,15 @@ def lay_state(x: Float[Array, "b hv k v"]) -> Float[Array, "b hv kp vp"]:
     return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % LANES), (0, -x.shape[3] % LANES)])
 
 
+def take_state(x: Float[Array, "b hv kp vp"], like: Array) -> Float[Array, "b hv k v"]:
+    """Back to the shape of `like`."""
+    return x[:, :, : like.shape[2], : like.shape[3]]
+
+
 def lay_gates(
     plan: Plan, g: Float[Array, "b t hv"], beta: Float[Array, "b t hv"], run: Int[Array, "b padded"] | None
 ) -> tuple[Float[Array, "b steps n c columns"], Float[Array, "b steps n rows pc"]]:
-    """Columns `plan.gates` of each head, and the sums once more as rows, a pack a row.
+    """`plan.gates` of each head: a column a head, and again as rows, a pack a row.
 
     G = cumsum(g) in the chunk as a coarse sum, which is exact, and a fine one where float32 results are asked for:
     differences of large sums stay accurate. gamma = e^G and lam = e^(G_C - G), 0 across a segment boundary.
@@ -105,9 +110,9 @@ def lay_gates(
         into = jnp.where((inside == before[..., None])[..., None], into, MASKED)
         out = jnp.where((inside == inside[..., -1:])[..., None], out, MASKED)
     sums = sums if "fine" in plan.gates else [sums[0] + sums[1]]
-    columns = jnp.concatenate([*sums, jnp.exp(into), jnp.exp(out), beta], axis=-1)
-    rows = [x.swapaxes(3, 4).reshape(*x.shape[:3], plan.packs, plan.pack * plan.chunk) for x in sums]
-    return columns, jnp.concatenate(rows, axis=3)
+    gates = [*sums, jnp.exp(into), jnp.exp(out), beta]
+    rows = [x.swapaxes(3, 4).reshape(*x.shape[:3], plan.packs, plan.pack * plan.chunk) for x in gates]
+    return jnp.concatenate(gates, axis=-1), jnp.concatenate(rows, axis=3)
 
 
 def take_gates(

@@ -1,8 +1,9 @@
 """What the TPU kernels of the gated delta rule are made of: packs of heads, matrix products, masks, the inverse.
 
-A *pack* is p value heads (p is 1 or 2) side by side in the lanes of one array: tokens [C, p v], states [k, p v], what
-tokens are to each other [C, p C]. Two heads fill the registers of the vector unit, 128 lanes wide, when C is 64, and
-the matrix unit, 256 wide on newer chips. A product of packs, head by head, is one product with a block-diagonal matrix:
+A *pack* is p value heads (p is 1 or 2) side by side in the lanes of one array: tokens [C, p v] or [v, p C], states
+[k, p v] or [v, p k], what tokens are to each other [C, p C]. Two heads fill the registers of the vector unit, 128 lanes
+wide, when C is 64, and the matrix unit, 256 wide on newer chips. A product of packs, head by head, is one product with
+a block-diagonal matrix:
 
     [X1 | X2] @ [[Y1, 0], [0, Y2]] = [X1 Y1 | X2 Y2]
 
@@ -11,6 +12,7 @@ the matrix unit, 256 wide on newer chips. A product of packs, head by head, is o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +63,7 @@ class Plan:
 
     @property
     def gates(self) -> tuple[str, ...]:
-        """The columns that the kernels get for each head: `tpu_layout.gate_columns`."""
+        """What the kernels get of each head and token: `tpu_layout.lay_gates`."""
         return ("sum", "fine", "gamma", "lam", "beta") if self.exact else ("sum", "gamma", "lam", "beta")
 
     def keys(self, pack: int) -> list[int]:
@@ -129,13 +131,29 @@ def split(x: Array) -> list[Array]:
 
 def multiply_finely(x: Array, y: Array, form: Form, exact: bool, pack: int = 1) -> Array:
     """X Y with y expanded over the pack, in passes: (Xh + Xl)(Yh + Yl) without Xl Yl; bfloat16 has no low part."""
+    return multiply_each([x], y, form, exact, pack)[0]
+
+
+def multiply_each(xs: Sequence[Array], y: Array, form: Form, exact: bool, pack: int = 1) -> list[Array]:
+    """X Y for each X (form NN or NT), as `multiply_finely`; one below the other, so that Y is loaded once for all.
+
+    To load a matrix takes the matrix unit longer than 64 rows take to pass it.
+    """
     if exact:
-        return multiply(x, expand(y, pack), form, True)
-    left, right = split(x), [expand(part, pack) for part in split(y)]
-    total = multiply(left[0], right[0], form, False)
-    for a, b in [(left[0], low) for low in right[1:]] + [(low, right[0]) for low in left[1:]]:
-        total = total + multiply(a, b, form, False)
-    return total
+        return _cut_rows(multiply(jnp.concatenate(xs), expand(y, pack), form, True), len(xs))
+    parts, right = [split(x) for x in xs], [expand(part, pack) for part in split(y)]
+    left = [part for own in parts for part in own]
+    products = iter(_cut_rows(multiply(jnp.concatenate(left), right[0], form, False), len(left)))
+    totals = [functools.reduce(jnp.add, [next(products) for _ in own]) for own in parts]
+    for low in right[1:]:
+        rest = _cut_rows(multiply(jnp.concatenate([own[0] for own in parts]), low, form, False), len(xs))
+        totals = [total + x for total, x in zip(totals, rest, strict=True)]
+    return totals
+
+
+def _cut_rows(x: Array, count: int) -> list[Array]:
+    size = x.shape[0] // count
+    return [x[i * size : (i + 1) * size] for i in range(count)]
 
 
 def lane_index(shape: tuple[int, ...]) -> Array:
@@ -164,12 +182,12 @@ def masks(chunk: int, pack: int, run_column: Array | None, run_row: Array | None
     return Masks(seen, seeing, row > column, row < column)
 
 
-def invert_unit_lower(systems: list[Float[Array, "c pc"]], plan: Plan) -> list[Float[Array, "c pc"]]:
-    """(I + L)^-1 of every pack of strictly lower triangular matrices, by the ladder (see `inverse.py`).
+def invert_unit_upper(systems: list[Float[Array, "c pc"]], plan: Plan) -> list[Float[Array, "c pc"]]:
+    """(I + R)^-1 of every pack of strictly upper triangular matrices, by the ladder (see `inverse.py`).
 
-        X = I;   for s = 1, 2, 4 .. C/2:   X <- X - X (L_s X),   L_s the lower left s x s of each 2s block
+        X = I;   for s = 1, 2, 4 .. C/2:   X <- X - X (R_s X),   R_s the upper right s x s of each 2s block
 
-    then, after bfloat16 rungs, one step of refinement with three passes: X <- X + X (I - X - L X). All packs climb
+    then, after bfloat16 rungs, one step of refinement with three passes: X <- X + X (I - X - R X). All packs climb
     together, so that the matrix unit has other products to do while one waits; where it is 256 wide, two packs of
     64 x 64 blocks go as one.
     """
@@ -189,8 +207,8 @@ def _climb(systems: list[Array], size: int, pack: int, exact: bool) -> list[Arra
     eye = jnp.where(row == column, 1.0, 0.0)
     inverses = []
     for rung in range(size.bit_length() - 1):
-        block = ((row >> (rung + 1)) == (column >> (rung + 1))) & ((row >> rung) > (column >> rung))
-        parts = [jnp.where(block, lower, 0.0) for lower in systems]
+        block = ((row >> (rung + 1)) == (column >> (rung + 1))) & ((row >> rung) < (column >> rung))
+        parts = [jnp.where(block, upper, 0.0) for upper in systems]
         if rung == 0:
             inverses = [eye - part for part in parts]
             continue
@@ -200,7 +218,7 @@ def _climb(systems: list[Array], size: int, pack: int, exact: bool) -> list[Arra
                     for x, y in zip(inverses, right, strict=True)]  # fmt: skip
     if exact:
         return inverses
-    rests = [eye - x - multiply_finely(lower, x, NN, exact, pack) for lower, x in zip(systems, inverses, strict=True)]
+    rests = [eye - x - multiply_finely(upper, x, NN, exact, pack) for upper, x in zip(systems, inverses, strict=True)]
     return [x + multiply(x, expand(_narrow(rest, exact), pack), NN, exact)
             for x, rest in zip(inverses, rests, strict=True)]  # fmt: skip
 

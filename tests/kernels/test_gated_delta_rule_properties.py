@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.gated_delta_rule import api
@@ -223,3 +224,49 @@ def test_all_problems_are_reported_at_once():
         api.check_arguments(q[0], k, v, g, beta)
     with pytest.raises(ValueError, match="at least one token"):
         gated_delta_rule(*(x[:, :0] for x in (q, k, v, g, beta)))
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_tpu_decode"])
+def test_an_implementation_that_the_platform_lacks_names_those_it_has(implementation):
+    message = f"'{implementation}' needs a TPU, this is for cpu, where there are reference, xla, pallas_tpu_interpreted"
+    with pytest.raises(ValueError, match=message):
+        gated_delta_rule(*float32(make_inputs()[:5]), implementation=implementation)
+
+
+def test_head_counts_and_widths_that_do_not_fit_are_named():
+    q, k, v, g, beta, _ = float32(make_inputs((1, 8, 2, 4, 8, 8)))
+    with pytest.raises(ValueError, match="value heads must be a multiple of query/key heads, got 3 and 2"):
+        gated_delta_rule(q, k, v[:, :, :3], g[..., :3], beta[..., :3])
+    with pytest.raises(ValueError, match="chunk_size 24 must be a power of two"):
+        gated_delta_rule(q, k, v, g, beta, chunk_size=24)
+    wide = jnp.zeros((1, 8, 2, 257))
+    for name in ("pallas_tpu_interpreted", "pallas_tpu_decode_interpreted"):
+        with pytest.raises(ValueError, match=r"k \(1, 8, 2, 257\) is wider than 256"):
+            gated_delta_rule(wide, wide, v, g, beta, implementation=name)
+
+
+def test_debug_names_the_first_value_that_is_out_of_range():
+    q, k, v, g, beta, _ = float32(make_inputs((1, 8, 2, 2, 8, 8)))
+    gated_delta_rule(q, k, v, g, beta.at[0, 3].set(0.0), debug=True)
+    bad_g, bad_beta = g.at[0, 5, 1].set(0.5), beta.at[0, 2, 0].set(2.5)
+    with pytest.raises(ValueError) as caught:
+        gated_delta_rule(q, k, v, bad_g, bad_beta, debug=True)
+    assert "g (1, 8, 2) is 0.5 at (0, 5, 1); a log decay is at most 0" in str(caught.value)
+    assert "beta (1, 8, 2) is 2.5 at (0, 2, 0); it must be in [0, 2]" in str(caught.value)
+    for value in (-0.5, np.nan):
+        with pytest.raises(ValueError, match="beta"):
+            gated_delta_rule(q, k, v, g, beta.at[0, 0, 0].set(value), debug=True)
+
+
+def test_debug_inside_jit_is_checkify():
+    q, k, v, g, beta, _ = float32(make_inputs((1, 8, 2, 2, 8, 8)))
+    careful = jax.jit(checkify.checkify(functools.partial(gated_delta_rule, debug=True)))
+    error, o = careful(q, k, v, g, beta)
+    error.throw()
+    np.testing.assert_allclose(o, gated_delta_rule(q, k, v, g, beta), atol=1e-6)
+    error, _ = careful(q, k, v, g.at[0, 5, 1].set(0.5), beta)
+    with pytest.raises(ValueError, match=r"g \(1, 8, 2\) is 0.5 at 11, counted through; a log decay is at most 0"):
+        error.throw()
+    error, _ = careful(q, k, v, g, beta.at[0, 2, 0].set(2.5))
+    with pytest.raises(ValueError, match=r"beta \(1, 8, 2\) is 2.5 at 4, counted through; it must be in \[0, 2\]"):
+        error.throw()

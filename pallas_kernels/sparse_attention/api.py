@@ -5,15 +5,23 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.sparse_attention import reference, xla
+from pallas_kernels.platform import target_device
+from pallas_kernels.sparse_attention import pallas_tpu, reference, xla
 from pallas_kernels.sparse_attention.reference import Indexer, Positions, Statistics
 from pallas_kernels.sparse_attention.selection import Variance
 
-IMPLEMENTATIONS = {"reference": reference.sparse_attention, "xla": xla.sparse_attention}
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Statistics]]] = {
+    "reference": reference.sparse_attention,
+    "xla": xla.sparse_attention,
+    "pallas_tpu": pallas_tpu.sparse_attention,
+    "pallas_tpu_interpreted": functools.partial(pallas_tpu.sparse_attention, interpret=True),  # as plain JAX, slowly
+}
 TILED_FROM = 512  # tokens of a row: from here tiles are faster on a CPU; below, dense compiles sooner and holds little
 
 __all__ = ["IMPLEMENTATIONS", "TILED_FROM", "Indexer", "Positions", "Statistics", "Variance", "sparse_attention"]
@@ -37,17 +45,25 @@ def sparse_attention(
 ) -> tuple[Float[Array, "b t h v"], Statistics]:
     """Attention over at most `k_max` keys a query, chosen by the indexer; see `reference.sparse_attention`.
 
-    `implementation` None is "xla", in tiles with memory O(t), where queries times keys are at least `TILED_FROM`
-    squared, else "reference", dense. Raises ValueError listing every argument that does not fit.
+    `implementation` None is the best one for the platform and the length. Where queries times keys are at least
+    `TILED_FROM` squared, in tiles with memory O(t): when compiling for a TPU the Pallas kernels, if they take these
+    arguments, and "xla" otherwise; below, "reference", dense. Raises ValueError listing what does not fit.
     """
     check_arguments(q, k, v, indexer, positions, k_min, k_max, sinks, implementation)
     if implementation is None:
-        implementation = "xla" if q.shape[1] * k.shape[1] >= TILED_FROM**2 else "reference"
+        implementation = _best(q, k, v, indexer)
     options: dict[str, Any] = {
         "k_base": k_base, "k_min": k_min, "k_max": k_max, "sinks": sinks, "score_scale": score_scale,
         "variance": variance, "head_axes": head_axes,
     }  # fmt: skip
     return IMPLEMENTATIONS[implementation](q, k, v, indexer, positions, **options)
+
+
+def _best(q: Array, k: Array, v: Array, indexer: Indexer) -> str:
+    if q.shape[1] * k.shape[1] < TILED_FROM**2:
+        return "reference"
+    fits = target_device()[0] == "tpu" and not pallas_tpu.unsupported(q, k, v, indexer)
+    return "pallas_tpu" if fits else "xla"
 
 
 def check_arguments(
@@ -65,6 +81,11 @@ def check_arguments(
     problems = []
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         problems.append(f"implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    elif implementation == "pallas_tpu" and target_device()[0] != "tpu":
+        problems.append(
+            f"implementation 'pallas_tpu' needs a TPU, this is for {target_device()[0]}; 'pallas_tpu_interpreted' runs "
+            "its kernels anywhere, slowly"
+        )
     if not 0 <= k_min <= k_max:
         problems.append(f"k_min {k_min} must be at least 0 and at most k_max, {k_max}")
     if sinks < 0:
@@ -74,7 +95,10 @@ def check_arguments(
         problems.append("q must be [b, t, h, k], k [b, s, h, k], v [b, s, h, v], indexer.query [b, t, n, i], got "
                         + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))  # fmt: skip
     else:
-        problems += _shape_problems(q, k, v, indexer, positions)
+        of_shapes = _shape_problems(q, k, v, indexer, positions)
+        problems += of_shapes
+        if not of_shapes and implementation in ("pallas_tpu", "pallas_tpu_interpreted"):
+            problems += pallas_tpu.unsupported(q, k, v, indexer)
     if problems:
         raise ValueError("sparse_attention:\n" + "\n".join(f"  - {problem}" for problem in problems))
 

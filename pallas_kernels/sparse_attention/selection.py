@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 Variance = Literal["visible", "row"]
 KEY_BITS = 30  # scores lie in [0, 1], so their float32 bits are at most 0x3F800000 < 2^30
-_SINK_KEY = (1 << KEY_BITS) - 1
+SINK_KEY = (1 << KEY_BITS) - 1
 
 
 def accumulator(x: Array) -> jnp.dtype:
@@ -119,7 +119,7 @@ def ordered(
     """Integers that order like the selection: 0 where not visible, then by score, sinks the largest."""
     scores = jax.lax.stop_gradient(scores).astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(scores, jnp.int32) + 1
-    return jnp.where(visible[:, None], jnp.where(sink[:, None], _SINK_KEY, bits), 0)
+    return jnp.where(visible[:, None], jnp.where(sink[:, None], SINK_KEY, bits), 0)
 
 
 def thresholds(

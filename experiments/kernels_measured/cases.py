@@ -36,7 +36,8 @@ class Case:
 
     unit: of work, as "chunk and value head".
     arguments: shape and dtype of each, on one device.
-    run: for a chip, the function of these that uses the kernels; `beside` is the same by plain XLA.
+    run: for a chip, the function of these that uses the kernels; `beside` is the same by plain XLA, None for a part of
+        an operation that has no counterpart there.
     kernels: for a chip, those in `run`.
     loop_length: of the loops of `beside` whose length depends on the data, or on the step of another loop; the mean.
     """
@@ -46,6 +47,6 @@ class Case:
     unit: str
     arguments: Sequence[tuple[tuple[int, ...], str]]
     run: Callable[[Chip], Callable[..., Any]]
-    beside: Callable[..., Any]
+    beside: Callable[..., Any] | None
     kernels: Callable[[Chip], Sequence[Kernel]]
     loop_length: float = 1

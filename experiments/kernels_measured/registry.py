@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from experiments.kernels_measured import gated_delta_rule, gated_delta_rule_decode
+from experiments.kernels_measured import gated_delta_rule, gated_delta_rule_decode, sparse_attention
 from experiments.kernels_measured.cases import Case
 
-OPERATIONS = (gated_delta_rule, gated_delta_rule_decode)
+OPERATIONS = (gated_delta_rule, gated_delta_rule_decode, sparse_attention)
 
 
 def all_cases() -> dict[str, Case]:

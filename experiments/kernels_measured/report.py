@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ def rows_of(case: Case, chip: str, dump: Path, with_xla: bool) -> list[Row]:
     except CompileError as error:
         _say(f"{said}the kernels do not compile")
         return [about | {"compiles": False, "error": str(error)[:2000]}]
-    beside: Row = {"xla": "left out"}
-    if with_xla:
+    beside: Row = {"xla": "left out" if case.beside else "no part of it alone"}
+    if with_xla and case.beside:
         _say(f"{said}kernels compiled in {time.monotonic() - began:.0f} s; compiling the XLA path")
-        beside = _beside(case, CHIPS[chip], program["kernels_bytes"])
+        beside = _beside(case, case.beside, CHIPS[chip], program["kernels_bytes"])
     _say(f"{said}done in {time.monotonic() - began:.0f} s{'' if with_xla else ', the XLA path left out'}")
     return [about | {"compiles": True} | row | program | beside for row in rows]
 
@@ -85,14 +86,14 @@ def kernel_row(case: Case, chip: Chip, kernel: Kernel, dump: Path, passed_bytes:
     }
 
 
-def _beside(case: Case, chip: Chip, kernels_bytes: int) -> Row:
+def _beside(case: Case, function: Callable[..., Any], chip: Chip, kernels_bytes: int) -> Row:
     """What plain XLA moves and keeps for the same arguments, and how often that is what the kernels move.
 
     Bytes are those that its operations read and write; those in HBM are fewer where XLA finds room in VMEM for what
     goes from one operation to the next, as for a small batch on a chip with 128 MiB.
     """
     try:
-        compiled = compile_for(chip, case.beside, case.arguments, alone=False)
+        compiled = compile_for(chip, function, case.arguments, alone=False)
     except CompileError as error:
         return {"xla": f"does not compile: {str(error)[:2000]}"}
     moved = hbm_traffic(compiled.as_text(), loop_length=case.loop_length)

@@ -19,6 +19,8 @@ from experiments.kernels_measured.compiler import CompileError
 from experiments.kernels_measured.registry import all_cases
 
 STORED = Path(__file__).parents[2] / "experiments" / "results"
+RECURRENCE = {"plain", "grouped", "segments", "chunk 128"}
+LEFT_OUT = {"tpu7x": {"chunk 128"}}  # more than a quarter of an hour to compile
 PADDED = {"width 64", "one head"}  # heads of half a register, the gates of one head: whole registers in HBM
 
 ANALYSIS = "Schedule analysis:\n\ttotal scheduled bundles:    {}\n\tempty scheduled bundles:    3\n"
@@ -211,12 +213,15 @@ def test_the_command_without_the_compiler_and_with_wrong_words(tmp_path, monkeyp
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_stored_figures_keep_the_promises(chip):
-    """All that is stored compiles, in 0.8 of the VMEM, at most 1.15 times the least traffic and an eighth of XLA's."""
+    """Every case is stored and compiles, in 0.8 of the VMEM; the recurrence moves at most 1.15 times the least there is
+    and an eighth of what XLA's operations do. (Sparse attention reads keys again for each tile of queries.)
+    """
     stored = json.loads((STORED / f"kernels_{chip}.json").read_text())
-    assert {"plain"} <= {row["case"] for row in stored["rows"]} <= set(all_cases())
+    assert {row["case"] for row in stored["rows"]} == set(all_cases()) - LEFT_OUT.get(chip, set())
     assert all(row["compiles"] and row["vmem_share"] <= 0.8 for row in stored["rows"])
-    assert all(row["hbm_over_least"] <= 1.15 for row in stored["rows"] if row["case"] not in PADDED)
-    beside = [row["xla_over_kernels"] for row in stored["rows"] if "xla_over_kernels" in row]
+    recurrence = [row for row in stored["rows"] if row["operation"] != "sparse attention"]
+    assert all(row["hbm_over_least"] <= 1.15 for row in recurrence if row["case"] not in PADDED)
+    beside = [row["xla_over_kernels"] for row in recurrence if "xla_over_kernels" in row and row["case"] in RECURRENCE]
     assert beside and min(beside) >= 8
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 
@@ -119,9 +120,7 @@ def test_held_out_text_is_apart(text):
     found = separation(material.text)
     assert found["shared_tokens"] == 0 and found["windows_seen"] == 0 and found["windows"] > 5
     spans = material.text.training_spans
-    both = material.text.__class__(**{**{f: getattr(material.text, f) for f in
-                                         ("config", "source", "tokens", "documents", "training_spans")},
-                                      "held_out_spans": spans[:1]})  # fmt: skip
+    both = dataclasses.replace(material.text, held_out_spans=spans[:1])
     with pytest.raises(Exception, match="both in the training and the held-out part"):
         separation(both)
     with pytest.raises(Refused, match="held-out batches"):

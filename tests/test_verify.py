@@ -248,7 +248,7 @@ def test_a_curve_of_training_on(monkeypatch, tmp_path):
     def step(state, batch):
         total = state.params + int(batch["tokens"].sum())
         return state._replace(params=total, step=state.step + 1), {
-            "loss": 1 / total, "total_loss": 1 / total, "gradient_norm": 1.0}  # fmt: skip
+            "loss": 1 / total, "total_loss": 1 / total, "gradient_norm": 1.0, "bad": 0.0}  # fmt: skip
 
     trainer = Trainer(step, lambda variables, batch, control: (variables["params"], 1, None),
                       lambda variables: TrainState(variables["params"], {}, None, None, 0))  # fmt: skip

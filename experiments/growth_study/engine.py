@@ -156,7 +156,7 @@ class Engine:
         if 0 in points:
             losses[0] = self.losses(config, variables_of(state), held_out)
 
-        def after(step: int, state: TrainState) -> None:
+        def after(step: int, state: TrainState, last: bool) -> None:
             jax.block_until_ready(state.step)
             before = time.monotonic()
             losses[step] = self.losses(config, variables_of(state), held_out)

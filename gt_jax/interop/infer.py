@@ -67,6 +67,7 @@ def _base(sizes: Sizes, types: str, stored: Mapping[str, Any] | None) -> Json:
     base["param_dtype"] = sizes.param_dtype()
     if stored is None:
         base["compute_dtype"] = base["param_dtype"]
+        base["remat"] = default["remat"] if base["adaptive"] else preset(DEFAULTS).plain.remat
     return base
 
 

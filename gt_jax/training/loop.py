@@ -83,7 +83,8 @@ def fit(
         while pending:
             number, metrics = pending.pop()
             values = jax.device_get(metrics)
-            record(number, values)
+            # "bad" only where it is: nobody reads a column of zeros
+            record(number, {name: value for name, value in values.items() if name != "bad" or value})
             borne.see(number, values)
 
     for step in range(int(state.step) + 1, steps + 1):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gt_jax.sharding import Rules, has_mesh, per_device
+from gt_jax.sharding import Rules, has_mesh, per_device, reshard
 from gt_jax.typing import Activations, Scalar
 
 LOGITS = 1 << 26  # of a piece on one device: 256 MiB in float32
@@ -123,11 +123,11 @@ _loss.defvjp(_loss_forward, _loss_backward)
 def _run(plan: _Plan, matrix: Array, hidden: Array, targets: Array, gradients: bool) -> tuple[Array, ...]:
     """(loss, count) and, asked for, (dW, dh); each device has its own rows and its own part of the vocabulary."""
     rules = plan.rules
-    stored, tokens = rules.spec("embed", plan.vocab), rules.spec("batch", None, None)
+    stored, tokens, rows = rules.spec("embed", plan.vocab), rules.spec("batch", None, None), rules.spec("batch", None)
     whole: Any = rules.spec()
     results = (whole, whole, stored, tokens) if gradients else (whole, whole)
     local = functools.partial(_local, plan, gradients)
-    return per_device(local, (stored, tokens, rules.spec("batch", None)), results)(matrix, hidden, targets)
+    return per_device(local, (stored, tokens, rows), results)(matrix, hidden, reshard(targets, rows))
 
 
 def _local(plan: _Plan, gradients: bool, matrix: Array, hidden: Array, targets: Array) -> tuple[Array, ...]:

@@ -209,16 +209,19 @@ def test_no_output_depends_on_a_later_token_or_another_document():
 
 
 def test_heads_split_over_devices_equal_the_whole():
-    positions = packed(*PACKED)
+    assert_split_heads_equal_the_whole(TILED, TILED, packed(*PACKED), OPTIONS | {"variance": "row"})
+
+
+def assert_split_heads_equal_the_whole(attend, against, positions, options):
+    """Half the heads on each of two devices: outputs, statistics and gradients of `against` on one."""
     x = [jnp.asarray(a, jnp.float32) for a in draw(positions)]
     d_o, d_kl = (jnp.asarray(d, jnp.float32) for d in cotangents(x))
-    options = OPTIONS | {"variance": "row"}
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     of_heads, per_head = P(None, None, "tensor"), P("tensor")
 
     def local(*x):
         indexer = Indexer(*x[3:], jnp.asarray(EMA, jnp.float32))
-        return TILED(*x[:3], indexer, positions, **options, head_axes=("tensor",))
+        return attend(*x[:3], indexer, positions, **options, head_axes=("tensor",))
 
     specs = tuple([of_heads] * 6 + [per_head] * 2), (of_heads, reference.Statistics(*[P()] * 4))
     split = jax.shard_map(local, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
@@ -228,7 +231,7 @@ def test_heads_split_over_devices_equal_the_whole():
         return jnp.sum(o * d_o) + jnp.sum(seen.kl * d_kl), (o, seen)
 
     gradients, (o, seen) = jax.jit(jax.grad(loss, argnums=range(8), has_aux=True))(*x)
-    wanted = run(x, positions, d_o, d_kl, attend=TILED, options=tuple(options.items()))
+    wanted = run(x, positions, d_o, d_kl, attend=against, options=tuple(options.items()))
     for name, a, b in zip(NAMES, (o, *seen, *gradients), wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=name)
 

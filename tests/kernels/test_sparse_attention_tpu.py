@@ -10,19 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.sparse_attention import pallas_tpu, reference
+from pallas_kernels.sparse_attention import pallas_tpu
 from pallas_kernels.sparse_attention import tpu_layout as layout
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
 from pallas_kernels.sparse_attention.tpu_cost import kernels
 from tests.kernels.test_sparse_attention import (
     CASES,
     DENSE,
-    EMA,
     NAMES,
     OPTIONS,
+    assert_split_heads_equal_the_whole,
     cotangents,
     draw,
     packed,
@@ -107,27 +105,7 @@ def test_a_cache_a_head_an_indexer_head_and_row_variance():
 
 @pytest.mark.exhaustive
 def test_heads_split_over_devices_equal_the_whole():
-    positions = packed(*ROWS)
-    x = [jnp.asarray(a, jnp.float32) for a in draw(positions)]
-    d_o, d_kl = (jnp.asarray(d, jnp.float32) for d in cotangents(x))
-    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    of_heads, per_head = P(None, None, "tensor"), P("tensor")
-
-    def local(*x):
-        indexer = Indexer(*x[3:], jnp.asarray(EMA, jnp.float32))
-        return KERNELS(*x[:3], indexer, positions, **OPTIONS, head_axes=("tensor",))
-
-    specs = tuple([of_heads] * 6 + [per_head] * 2), (of_heads, reference.Statistics(*[P()] * 4))
-    split = jax.shard_map(local, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
-
-    def loss(*x):
-        o, seen = split(*x)
-        return jnp.sum(o * d_o) + jnp.sum(seen.kl * d_kl), (o, seen)
-
-    gradients, (o, seen) = jax.jit(jax.grad(loss, argnums=range(8), has_aux=True))(*x)
-    wanted = run(x, positions, d_o, d_kl, attend=DENSE, options=tuple(OPTIONS.items()))
-    for name, a, b in zip(NAMES, (o, *seen, *gradients), wanted, strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=name)
+    assert_split_heads_equal_the_whole(KERNELS, DENSE, packed(*ROWS), OPTIONS)
 
 
 def test_tiles_without_survivors_are_left_out():

@@ -89,7 +89,7 @@ def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
     return whole and all(a <= b for a, b in zip(sorted(shape), sorted(chip.largest), strict=True))
 
 
-def use_compiler(directory: str | None = None) -> None:
+def use_compiler() -> None:
     """Let the TPU's compiler run on a machine without a TPU; has to be called before JAX is imported."""
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
@@ -98,8 +98,6 @@ def use_compiler(directory: str | None = None) -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    if directory is not None:
-        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={directory}"
 
 
 def devices_of(topology: Topology) -> list[Any]:

@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.kernels_measured.chips import Chip
+from gt_jax.pods.topologies import ENVIRONMENT
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v6e-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 _STAGES = "(post-ra|packed-bundles-post-ra|pre-delay_hlo-static-per-bundle-utilization)"  # of some seventy
 
 

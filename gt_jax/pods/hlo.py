@@ -64,8 +64,13 @@ class Program:
 
 def array_bytes(text: str) -> tuple[int, ...]:
     """Bytes of each array type in an HLO type, `(f32[2,3]{1,0}, s32[])` -> (24, 4)."""
+    return tuple(WIDTHS[kind] * math.prod(dims) for kind, dims in arrays(text))
+
+
+def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Element type and dimensions of each array type in an HLO type."""
     found = [(kind, dims) for kind, dims in _ARRAY.findall(text) if kind in WIDTHS]
-    return tuple(WIDTHS[kind] * math.prod(int(d) for d in dims.split(",") if d) for kind, dims in found)
+    return [(kind, tuple(int(d) for d in dims.split(",") if d)) for kind, dims in found]
 
 
 def read(text: str) -> Program:

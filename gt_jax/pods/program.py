@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -36,21 +35,16 @@ class Job:
     accumulate: int = 1
 
 
-def abstract_state(job: Job, rules: Rules) -> TrainState:
-    """Shapes and places of all that a run carries from step to step, on the mesh in context."""
-    trainer = make_trainer(job.model, TrainConfig(), rules)
-    state = jax.eval_shape(trainer.new_state, abstract(job.model, rules))
-    return TrainState(*jax.tree.map(with_devices, tuple(state)))
-
-
-def lower(job: Job, rules: Rules) -> Any:
-    """The step as a run jits it, state donated, lowered for the mesh in context."""
+def lower(job: Job, rules: Rules) -> tuple[TrainState, Any]:
+    """(shapes and places of all that a run carries, the step as a run jits it, lowered) for the mesh in context."""
     trainer = make_trainer(job.model, TrainConfig(accumulate=job.accumulate), rules)
+    shapes = jax.eval_shape(trainer.new_state, abstract(job.model, rules))
+    state = TrainState(*jax.tree.map(with_devices, tuple(shapes)))
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), rules.spec("batch", None))
     tokens = jax.ShapeDtypeStruct((job.batch, job.sequence), jnp.int32, sharding=sharding)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
     step: Any = trainer.step
-    return step.lower(abstract_state(job, rules), batch)
+    return state, step.lower(state, batch)
 
 
 def compile_step(job: Job, mesh: jax.sharding.Mesh, memory: int, rules: Rules | None = None) -> dict[str, Any]:
@@ -61,10 +55,10 @@ def compile_step(job: Job, mesh: jax.sharding.Mesh, memory: int, rules: Rules | 
     rules = rules or Rules()
     with jax.set_mesh(mesh):
         start = time.monotonic()
-        lowered = lower(job, rules)
+        state, lowered = lower(job, rules)
         middle = time.monotonic()
         found: dict[str, Any] = {"mesh": dict(mesh.shape), "accumulate": job.accumulate}
-        found["replicated"] = replicated(abstract_state(job, rules))
+        found["replicated"] = replicated(state._asdict())
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -104,7 +98,7 @@ def measured(compiled: Any, job: Job, memory: int) -> dict[str, Any]:
 def replicated(state: Tree) -> list[dict[str, Any]]:
     """The tensors above `REPLICATED` bytes that every device holds whole."""
     rows = []
-    for path, leaf in flatten(state._asdict() if isinstance(state, TrainState) else state).items():
+    for path, leaf in flatten(state).items():
         whole = math.prod(leaf.shape) * leaf.dtype.itemsize
         shards = leaf.sharding.shard_shape(leaf.shape)
         if whole > REPLICATED and tuple(shards) == tuple(leaf.shape) and leaf.sharding.num_devices > 1:
@@ -116,15 +110,6 @@ def expert_gathers(program: hlo.Program, model: ModelConfig) -> list[str]:
     """The all-gathers whose result is all experts of a layer, whole; there should be none."""
     if model.moe is None:
         return []
-    whole = (model.moe.experts, model.width, model.moe.expert_width)
-    return sorted({i.source for i in hlo.gathers(program) if _has_dimensions(i.shapes, whole)})
-
-
-def _has_dimensions(shapes: str, wanted: Iterable[int]) -> bool:
-    dims = {tuple(int(d) for d in part.split(",") if d) for part in _brackets(shapes)}
-    need = sorted(wanted)
-    return any(sorted(d for d in shape if d > 1) == sorted(d for d in need if d > 1) for shape in dims)
-
-
-def _brackets(shapes: str) -> list[str]:
-    return [part.partition("]")[0] for part in shapes.split("[")[1:]]
+    whole = sorted((model.moe.experts, model.width, model.moe.expert_width))
+    return sorted({i.source for i in hlo.gathers(program)
+                   if any(sorted(d for d in dims if d > 1) == whole for _, dims in hlo.arrays(i.shapes))})  # fmt: skip

@@ -11,6 +11,13 @@ from typing import Any
 from gt_jax.errors import Failed, Refused
 
 GIB = 1 << 30
+ENVIRONMENT = {  # in which the TPU's compiler runs on a machine without a TPU, for any of them
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v6e-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -91,13 +98,7 @@ def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
 
 def use_compiler() -> None:
     """Let the TPU's compiler run on a machine without a TPU; has to be called before JAX is imported."""
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5p-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+    os.environ |= ENVIRONMENT
 
 
 def devices_of(topology: Topology) -> list[Any]:

@@ -32,7 +32,6 @@ from pallas_kernels.platform import matrix_unit_width, target_device
 
 CHUNK_SIZES = (64, 128)
 WIDEST = 256
-_VMEM_LIMIT = 50 << 20  # of the 64 MiB of the smallest chip
 
 
 def gated_delta_rule(
@@ -149,7 +148,7 @@ def _launch(
         out_specs=out_specs,
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=layout.VMEM_LIMIT
         ),
         interpret=call.interpret,
         name=name,

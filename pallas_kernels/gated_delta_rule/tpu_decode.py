@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gated_delta_rule import xla
-from pallas_kernels.gated_delta_rule.tpu_layout import padded_width
+from pallas_kernels.gated_delta_rule.tpu_layout import VMEM_LIMIT, padded_width
 from pallas_kernels.gated_delta_rule.tpu_parts import Ref
 
 LONGEST = 32
@@ -30,7 +30,6 @@ WORTHWHILE = 8  # tokens; a chunk of the other kernels costs as much as some 5 t
 WIDEST = 256
 _STATE_BYTES = 2 << 20  # of a grid step, in and out and two of each: long beside the start of a copy
 _TOGETHER = 16  # heads that are scheduled together: about 500 cycles of latency to share
-_VMEM_LIMIT = 50 << 20
 
 
 class Plan(NamedTuple):
@@ -170,7 +169,7 @@ def _forward(
         out_shape=[jax.ShapeDtypeStruct(tokens[2].shape, v.dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32)],
         input_output_aliases={4: 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_VMEM_LIMIT
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT
         ),
         interpret=interpret,
         name="gated_delta_rule_decode",

@@ -17,6 +17,7 @@ from pallas_kernels.gated_delta_rule.tpu_parts import LANES, MASKED, Plan
 _LOWEST_DECAY = -110.0  # e^-110 is 0 in float32
 _COARSE = 256.0
 _MOST_HEADS = 32
+VMEM_LIMIT = 50 << 20  # of the 64 MiB of the smallest chip
 _VMEM_BLOCKS = 28 << 20  # what the blocks of a backward step may take; as much again is left for what spills
 
 

@@ -12,9 +12,9 @@ pytestmark = [
 ]
 
 EACH = """
-import os, sys
-from experiments.kernels_measured.compiler import ENVIRONMENT
-os.environ |= ENVIRONMENT
+import sys
+from gt_jax.pods.topologies import use_compiler
+use_compiler()
 import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
@@ -37,9 +37,9 @@ def test_every_kernel_compiles_for(chip):
 
 
 PICKED = """
-import os, re
-from experiments.kernels_measured.compiler import ENVIRONMENT
-os.environ |= ENVIRONMENT
+import re
+from gt_jax.pods.topologies import use_compiler
+use_compiler()
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P

@@ -44,9 +44,8 @@ def test_compiles_for(chip):
 
 
 PICKED = """
-import os
-from experiments.kernels_measured.compiler import ENVIRONMENT
-os.environ |= ENVIRONMENT
+from gt_jax.pods.topologies import use_compiler
+use_compiler()
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
@@ -77,9 +76,9 @@ def test_chosen_inside_shard_map_for_a_topology_that_is_not_here():
 
 
 DECODE = """
-import json, os, sys
-from experiments.kernels_measured.compiler import ENVIRONMENT
-os.environ |= ENVIRONMENT
+import json, sys
+from gt_jax.pods.topologies import use_compiler
+use_compiler()
 import jax, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P

@@ -1,17 +1,21 @@
-"""Blocks are scanned: what the compiler is given does not grow with their number."""
+"""Blocks are scanned, and so are neighbours of a kind: what the compiler is given does not grow with their number."""
 
 from __future__ import annotations
 
+import chex
 import jax
+import jax.numpy as jnp
 import pytest
 
-from gt_jax.model import abstract
+from gt_jax.config import ModelConfig, StackConfig
+from gt_jax.layers import block
+from gt_jax.model import LanguageModel, abstract
 from gt_jax.sharding import Rules
 from gt_jax.training.config import TrainConfig
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import new_state
 from gt_jax.training.step import make_step
-from tests.support import small_model
+from tests.support import perturbed, small_model, tokens
 
 
 @pytest.mark.slow
@@ -26,3 +30,41 @@ def test_the_training_step_is_the_same_program_at_2_and_at_20_blocks():
         step = make_step(config, train.price, optimizer, train.steps, Rules())
         sizes.append(len(step.lower(state, batch).as_text().splitlines()))
     assert sizes[1] <= 1.01 * sizes[0], f"{sizes} lines of StableHLO"
+
+
+ALIKE = {
+    "residual": small_model("DDDG", adaptive=False, remat="block"),
+    "lambda": small_model("DDDG", adaptive=False, stack=StackConfig("lambda", skips=((0, 2),))),
+    "midpoint": small_model("DDDG", adaptive=False, stack=StackConfig("midpoint", mixing=0.5)),
+    "adaptive": small_model("DDDG"),
+}
+
+
+RARE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("midpoint", "adaptive")]
+
+
+@pytest.mark.parametrize("name", ["residual", "lambda", *RARE])
+def test_neighbours_of_a_kind_are_one_program_that_computes_the_same(monkeypatch, name):
+    """Values, statistics and gradients of three D layers scanned, and one after the other."""
+    config = ALIKE[name]
+    lines, answers = [], []
+    for together in (True, False):
+        monkeypatch.setattr(block, "compiled_once", lambda _, together=together: together)
+        run = jax.jit(jax.value_and_grad(answer(config), has_aux=True))
+        lowered = run.lower(perturbed(config)["params"])
+        lines.append(len(lowered.as_text().splitlines()))
+        answers.append(lowered.compile()(perturbed(config)["params"]))
+    assert lines[0] < 0.8 * lines[1]
+    chex.assert_trees_all_close(*answers, rtol=2e-5, atol=2e-6)
+
+
+def answer(config: ModelConfig):
+    """params -> (a number that depends on every logit, statistics)."""
+    network, x = LanguageModel(config), tokens(12)
+    rest = {name: tree for name, tree in perturbed(config).items() if name != "params"}
+
+    def run(params):
+        output = network.apply({"params": params} | rest, x)
+        return jnp.mean(jnp.sin(output.logits)), output.statistics
+
+    return run

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -21,10 +22,12 @@ from gt_jax.layers.early_exit import alive_share, bucket_lengths, exit_step
 from gt_jax.layers.mixer import Place, real_tokens
 from gt_jax.layers.residual import Layer, Update, moved_variance
 from gt_jax.layers.reversible import Delta
+from gt_jax.layers.shown import INTERMEDIATES
 from gt_jax.layers.stack import Coefficients, SkipBuffer, advance, enter, record
 from gt_jax.sharding import Rules
 from gt_jax.typing import Activations, State, Tree
 from pallas_kernels.gated_delta_rule.xla import SAVED_NAMES
+from pallas_kernels.platform import target_device
 
 
 class Stream(NamedTuple):
@@ -67,31 +70,75 @@ class Block(nn.Module):
     ) -> tuple[Stream, tuple[PassStatistics, Tree]]:
         forced, numbers, mixing, caches = xs
         statistics, new_caches, link = [], {}, None
-        for slot, kind in enumerate(self.pattern):
-            name = f"layer{slot}"
-            layer = Layer(kind, self.config, self.rules, name=name)
-            cache = None if caches is None else caches[name]
+        for slots in self._runs(caches):
+            kind, first = self.pattern[slots.start], slots.start
+            if len(slots) > 1:
+                cut = jax.tree.map(lambda a, slots=slots: a[slots.start : slots.stop], (forced, numbers, mixing))
+                stream, seen = self._alike(kind, slots, stream, common, cut)
+                statistics.append(seen)
+                continue
+            layer = Layer(kind, self.config, self.rules, name=f"layer{first}")
+            cache = None if caches is None else caches[layer.name]
+            given = jax.tree.map(lambda a, slot=first: a[slot], (forced, numbers, mixing))
             if self.config.exit is not None:
-                stream, seen, new_caches[name] = self._leaving(layer, stream, common, numbers[slot], cache)
-            elif self.config.stack.kind == "midpoint":
-                one = layer.update(stream.x, common.place, cache, link)
-                x = advance(stream.previous, stream.x, one.value, [column[slot] for column in mixing])
-                stream = stream._replace(x=x, previous=stream.x, first=stream_mean(x))
-                seen, new_caches[name], link = one.statistics, one.cache, one.link or link
+                stream, seen, new_cache = self._leaving(layer, stream, common, numbers[first], cache)
             else:
-                x, skips = stream.x, self.config.stack.skips
-                if self.config.stack.kind == "lambda":
-                    x = enter(x, stream.skips, common.skip_weights, numbers[slot], skips)
-                    x = layer.mixed(x, common.x0)
-                control, place = PassControl(forced[slot], common.p_max), common.place
-                if place.key is not None:  # each layer draws for itself
-                    place = place._replace(key=jax.random.fold_in(place.key, numbers[slot]))
-                x, first, seen, new_caches[name], new_link = layer(x, place, control, cache, link)
-                kept = record(x, stream.skips, numbers[slot], skips)
-                stream, link = stream._replace(x=x, first=first, skips=kept), new_link or link
-            statistics.append(seen)
-        stacked = jax.tree.map(lambda *a: jnp.stack(a), *statistics)
-        return stream, (stacked, None if caches is None else new_caches)
+                stream, seen, new_cache, new_link = self._one(layer, stream, common, given, cache, link)
+                link = new_link or link
+            new_caches[layer.name] = new_cache
+            statistics.append(jax.tree.map(lambda a: a[None], seen))
+        together = jax.tree.map(lambda *a: jnp.concatenate(a), *statistics)
+        return stream, (together, None if caches is None else new_caches)
+
+    def _runs(self, caches: Tree) -> list[range]:
+        """The slots in order, those together that one program runs: neighbours of kind D.
+
+        Each alone where parameters are made, where someone looks inside, where a cache is updated in place, and where
+        a layer hands something on beside the stream.
+        """
+        c, slots = self.config, range(len(self.pattern))
+        alone = self.is_initializing() or self.is_mutable_collection(INTERMEDIATES) or caches is not None
+        if alone or c.exit is not None or not compiled_once(c):
+            return [range(slot, slot + 1) for slot in slots]
+        starts = [slot for slot in slots if slot == 0 or self.pattern[slot - 1 : slot + 1] != "DD"]
+        return [range(start, stop) for start, stop in itertools.pairwise([*starts, len(slots)])]
+
+    def _alike(
+        self, kind: str, slots: range, stream: Stream, common: Common, given: tuple[Array, Array, Coefficients]
+    ) -> tuple[Stream, PassStatistics]:
+        """Neighbours that differ in their weights alone, compiled once: a scan over their weights, stacked."""
+        stored = [{name: layers[f"layer{slot}"] for name, layers in self.variables.items() if f"layer{slot}" in layers}
+                  for slot in slots]  # fmt: skip
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), *stored)
+
+        def body(stream: Stream, xs: Tree) -> tuple[Stream, PassStatistics]:
+            variables, numbers = xs
+            layer = Layer(kind, self.config, self.rules, parent=None).bind(variables)
+            moved, seen, _, _ = self._one(layer, stream, common, numbers, None, None)
+            return moved, seen
+
+        return cast(tuple[Stream, PassStatistics], jax.lax.scan(body, stream, (stacked, given)))
+
+    def _one(
+        self, layer: Layer, stream: Stream, common: Common, given: tuple[Array, Array, Coefficients], cache: Tree,
+        link: Tree,
+    ) -> tuple[Stream, PassStatistics, Tree, Tree]:  # fmt: skip
+        """One layer of a residual, lambda or midpoint stack: (stream, statistics, cache, link)."""
+        forced, number, mixing = given
+        if self.config.stack.kind == "midpoint":
+            one = layer.update(stream.x, common.place, cache, link)
+            x = advance(stream.previous, stream.x, one.value, mixing)
+            return stream._replace(x=x, previous=stream.x, first=stream_mean(x)), one.statistics, one.cache, one.link
+        x, skips = stream.x, self.config.stack.skips
+        if self.config.stack.kind == "lambda":
+            x = enter(x, stream.skips, common.skip_weights, number, skips)
+            x = layer.mixed(x, common.x0)
+        place = common.place
+        if place.key is not None:  # each layer draws for itself
+            place = place._replace(key=jax.random.fold_in(place.key, number))
+        x, first, seen, new_cache, new_link = layer(x, place, PassControl(forced, common.p_max), cache, link)
+        kept = record(x, stream.skips, number, skips)
+        return stream._replace(x=x, first=first, skips=kept), seen, new_cache, new_link
 
     def _leaving(
         self, layer: Layer, stream: Stream, common: Common, number: Array, cache: Tree
@@ -113,6 +160,17 @@ class Block(nn.Module):
             buckets=None if training else bucket_lengths(place.segment_ids.shape[1]),
         )  # fmt: skip
         return stream._replace(x=state.x, exit=state), seen._replace(survival=share, alive=share), new_cache
+
+
+def compiled_once(config: ModelConfig) -> bool:
+    """Whether neighbours of kind D are one program: on a TPU, and elsewhere where a pass is computed again.
+
+    The step of the 8B model then compiles in half the time. What the backward pass needs is stacked, and cut out again:
+    on a CPU these copies are a sixth of the step, unless it is only what a pass starts from. The groundthink variant
+    has a link from layer to layer.
+    """
+    plain_link = config.deltanet is not None and config.deltanet.variant != "groundthink"
+    return plain_link and (config.remat == "pass" or target_device()[0] == "tpu")
 
 
 def remats_blocks(config: ModelConfig) -> bool:

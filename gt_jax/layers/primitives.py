@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from gt_jax.config import Rope
 from gt_jax.sharding import Rules, on_mesh, reshard
 from gt_jax.typing import Activations
+from pallas_kernels.platform import target_device
 
 Initializer = jax.nn.initializers.Initializer
 INIT = nn.initializers.normal(0.02)
@@ -94,8 +95,12 @@ def rope(
     if table == "none":
         return x
     frequency = rotary_frequencies(x.shape[-1], base, table, widen(x).dtype)
+    turn = _turn_halves
+    if table == "origin" and target_device()[0] == "tpu":
+        turn, frequency = _turn_lanes, jnp.repeat(frequency, 2)
+    elif table == "origin":
+        turn = _turn_adjacent
     angle = positions.astype(frequency.dtype)[..., None, None] * frequency[None, None, None]
-    turn = _turn_adjacent if table == "origin" else _turn_halves
     return turn(widen(x), jnp.cos(angle), jnp.sin(angle)).astype(x.dtype)
 
 
@@ -109,6 +114,13 @@ def _turn_adjacent(x: Float[Array, "b t h k"], cos: Array, sin: Array) -> Float[
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     signed = jnp.stack([-sin, sin], axis=-1)
     return (pairs * cos[..., None] + jnp.flip(pairs, axis=-1) * signed).reshape(x.shape)
+
+
+def _turn_lanes(x: Float[Array, "b t h k"], cos: Array, sin: Array) -> Float[Array, "b t h k"]:
+    """`_turn_adjacent` for a TPU, cos and sin [b, t, 1, k]: an axis of two would fill a sixty-fourth of its lanes."""
+    first = (jnp.arange(x.shape[-1]) % 2 == 0)[None, None, None]
+    other = jnp.where(first, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+    return x * cos + other * jnp.where(first, -sin, sin)
 
 
 class Einsum(nn.Module):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gt_jax.config import DeltaNetConfig, GSAConfig
-from gt_jax.layers import deltanet, gsa
+from gt_jax.layers import deltanet, gsa, primitives
 from gt_jax.layers.mixer import Place, place_rows
 from gt_jax.layers.primitives import WeightSpec, rope
 from gt_jax.sharding import Rules, lay_out, make_mesh, with_devices
@@ -283,3 +284,14 @@ def test_rotary_embedding_knows_only_distances(table):
     np.testing.assert_allclose(near, far, atol=1e-4)
     assert abs(jnp.sum(at(q, 4) * at(k, 0)) - near) > 1e-3
     np.testing.assert_allclose(jnp.linalg.norm(at(q, 9)), jnp.linalg.norm(q), rtol=1e-5)
+
+
+def test_the_turn_of_a_tpu_is_the_turn_of_neighbours(monkeypatch):
+    """Lanes rolled and chosen from, against pairs taken apart: values and gradients."""
+    x, weight = jax.random.normal(jax.random.key(6), (2, 2, 9, 3, 16))
+    positions = jnp.arange(18, dtype=jnp.int32).reshape(2, 9)
+    turned = jax.value_and_grad(lambda x: jnp.sum(rope(x, positions, 100.0, "origin") * weight))
+    here = turned(x)
+    monkeypatch.setattr(primitives, "target_device", lambda: ("tpu", "TPU v5"))
+    chex.assert_trees_all_close(turned(x), here, rtol=1e-5, atol=1e-5)
+    assert "concatenate" in str(jax.make_jaxpr(turned)(x))

@@ -120,13 +120,33 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"compiling for {topology.name}: {words}, batch in {parts} part(s)", file=sys.stderr, flush=True)
         mesh = make_mesh(**sizes, devices=devices)
         one = Job(job.model, job.batch, job.sequence, parts)
-        tried.append(compile_step(one, mesh, topology.chip.device_memory))
-    tried.sort(key=lambda row: (not row["fits"], -row.get("memory", {}).get("free_share", -1)))
+        row = compile_step(one, mesh, topology.chip.device_memory)
+        tried.append(row | least_seconds(row, topology.chip, devices[0].device_kind))
+    tried.sort(key=lambda row: (not row["fits"], -_free(row)))
     return {
         "preset": arguments.preset, "topology": topology.name, "devices": len(devices),
         "devices_a_chip": topology.chip.devices, "parameters": parameters_of(job.model), "batch": job.batch,
         "sequence_length": job.sequence, "tried": tried,
     }  # fmt: skip
+
+
+def _free(row: dict[str, Any]) -> float:
+    """Bytes that are left, below 0 those that are missing."""
+    memory = row.get("memory")
+    return -row.get("short_by", math.inf) if memory is None else memory["of"] - memory["total"]
+
+
+def least_seconds(row: dict[str, Any], chip: Any, device_kind: str) -> dict[str, Any]:
+    """{"least_seconds": of a step, by "flops" at the bfloat16 peak and by "bytes" at HBM's}, {} where it did not fit.
+
+    What is sent between devices has no bound here: no published rate says what a collective gets of the links.
+    """
+    from gt_jax.flops import peak_flops
+
+    peak = peak_flops(device_kind)
+    if "flops" not in row or peak is None:
+        return {}
+    return {"least_seconds": {"flops": row["flops"] / peak, "bytes": row["bytes"] * chip.devices / chip.bandwidth}}
 
 
 def report_lines(result: dict[str, Any]) -> list[str]:
@@ -149,8 +169,7 @@ def _mesh_lines(row: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{name} {memory[name] / GIB:.2f}" for name in ("arguments", "temporaries", "outputs", "program"))
     lines.append(f"  memory of a device, GiB: {parts}; together {memory['total'] / GIB:.2f} "
                  f"of {memory['of'] / GIB:.0f}, {memory['free_share']:.0%} free")  # fmt: skip
-    lines.append(f"  {row['kernels']} kernels; one run of every loop's body: {row['flops'] or 0:.3g} FLOP, "
-                 f"{(row['bytes'] or 0) / GIB:.0f} GiB")  # fmt: skip
+    lines += _work_lines(row)
     for kind, sums in sorted(row["collectives"].items()):
         lines.append(f"  {kind}: {sums['count']} a step, {sums['bytes'] / GIB:.2f} GiB")
     lines += [f"  gathers all experts of a layer: {source}" for source in row["whole_expert_stacks"]]
@@ -159,14 +178,29 @@ def _mesh_lines(row: dict[str, Any]) -> list[str]:
     return lines + ([] if row["fits"] else advice(row))
 
 
+def _work_lines(row: dict[str, Any]) -> list[str]:
+    """FLOPs and bytes of a step, the time that they take at least, and what they do not count."""
+    least = row.get("least_seconds")
+    by_flops, by_bytes = ("" if least is None else f", at least {least[name]:.3g} s" for name in ("flops", "bytes"))
+    lines = [
+        f"  work of a device in a step: {row['flops']:.3g} FLOP of matrix products{by_flops}; "
+        f"{row['bytes'] / GIB:.3g} GiB to and from HBM{by_bytes}",
+        f"  {row['kernels']} kernels in the program, {row['flops_of_kernels']:.3g} of the FLOP",
+    ]
+    if row["loops_counted_once"]:
+        lines.append(f"  {row['loops_counted_once']} loops of unknown length are counted as if they ran once")
+    return lines
+
+
 def advice(row: dict[str, Any]) -> list[str]:
     """What would help a step that does not fit."""
-    memory = row.get("memory")
+    has = row["memory"]["of"] if "memory" in row else row.get("available")
     lines = []
-    if memory is not None:
-        lines.append(f"  {(memory['total'] - memory['of']) / GIB:.1f} GiB too much")
-    if memory is not None and memory["arguments"] > memory["of"] / 2:
-        lines.append("  the state alone takes more than half: more devices on fsdp, tensor or expert")
+    if "short_by" in row:
+        lines.append(f"  {row['short_by'] / GIB:.2f} GiB too much")
+    if has is not None and row["state"] > has / 2:
+        lines.append(f"  the state alone takes {row['state'] / GIB:.2f} GiB, more than half: more devices on fsdp, "
+                     "tensor or expert")  # fmt: skip
     else:
         parts = 2 * row["accumulate"]
         lines.append(f"  what would help: --accumulate {parts}, more devices, or --remat block")

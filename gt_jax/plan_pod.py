@@ -10,15 +10,17 @@ Exit code 0 when it fits, 1 when it does not, 2 when the request makes no sense.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from gt_jax.errors import Refused, run_command
+from gt_jax.errors import Refused, refuse_all, run_command
 
 GIB, MIB = 1 << 30, 1 << 20
 TOKENS = 1 << 19  # of a batch, where no --batch is given
@@ -26,10 +28,12 @@ TOKENS = 1 << 19  # of a batch, where no --batch is given
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    from gt_jax.config import Remat
+
     p = argparse.ArgumentParser(prog="python -m gt_jax.plan_pod", description="Compile the training step for a pod.")
     p.add_argument("--preset", default="8b", help="the model; see python -m gt_jax.describe --help")
     p.add_argument("--model", type=Path, metavar="FILE", help="JSON of config fields that differ from the preset")
-    p.add_argument("--remat", help="none, pass, block or kernels: what the backward pass computes again")
+    p.add_argument("--remat", choices=get_args(Remat), help="what the backward pass computes again")
     p.add_argument("--topology", required=True, help="v5e, v5p, v6e or tpu7x and its shape, for example v5p:4x4x4")
     p.add_argument("--mesh", help="sizes of the axes, for example data=1,fsdp=16,tensor=4; the others are 1")
     p.add_argument("--batch", type=int, help="rows a step (default: half a million tokens)")
@@ -44,15 +48,22 @@ def mesh_sizes(text: str, devices: int) -> dict[str, int]:
     """`fsdp=16,tensor=4` as sizes of all four axes; raises `Refused` for other words or another number of devices."""
     from gt_jax.sharding import MESH_AXES
 
-    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes: dict[str, int] = {}
+    wrong = []
     for part in text.split(","):
         axis, _, number = part.partition("=")
-        if axis not in sizes or not number.isdigit() or int(number) < 1:
-            raise Refused(f"--mesh has {part!r}; it must be AXIS=SIZE with axes {', '.join(MESH_AXES)}")
-        sizes[axis] = int(number)
+        if axis not in MESH_AXES or not re.fullmatch("0*[1-9][0-9]{0,8}", number):
+            wrong.append(f"--mesh has {part!r}; it must be AXIS=SIZE with axes {', '.join(MESH_AXES)}")
+        elif axis in sizes:
+            wrong.append(f"--mesh has {axis} twice")
+        else:
+            sizes[axis] = int(number)
+    refuse_all(wrong, "this is no mesh:")
+    sizes = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
     product = math.prod(sizes.values())
     if product != devices:
-        raise Refused(f"--mesh {text} is for {product} devices; the topology has {devices}")
+        raise Refused(f"--mesh {text} is for {product} devices; the topology has {devices}, so the sizes must multiply "
+                      f"to {devices}")  # fmt: skip
     return sizes
 
 
@@ -74,25 +85,27 @@ def job_of(arguments: argparse.Namespace) -> Any:
               ("tries", arguments.tries)) if value < 1]  # fmt: skip
     if not wrong and batch % arguments.accumulate:
         wrong = [f"--batch {batch} is not divisible by --accumulate {arguments.accumulate}"]
-    if wrong:
-        raise Refused("\n  - ".join(["these do not fit:", *wrong]))
+    refuse_all(wrong, "these do not fit:")
     return Job(model, batch, length, arguments.accumulate)
 
 
 def chosen(arguments: argparse.Namespace, job: Any, devices: int) -> list[tuple[dict[str, int], int]]:
     """(sizes of the mesh, parts of the batch) to compile for; raises `Refused` where nothing divides."""
+    from gt_jax.fit import refuse_misfits
     from gt_jax.pods import meshes
+    from gt_jax.sharding import Rules
 
     if arguments.mesh is not None:
         sizes = mesh_sizes(arguments.mesh, devices)
-        wrong = meshes.misfits(job.model, job.batch // job.accumulate, sizes)
-        if wrong:
-            raise Refused("\n  - ".join([f"--mesh {arguments.mesh} does not cut the model evenly:", *wrong]))
+        heading = f"--mesh {arguments.mesh} does not cut the model evenly:"
+        refuse_misfits(job.model, job.batch // job.accumulate, sizes, heading, Rules())
         return [(sizes, job.accumulate)]
     found = meshes.candidates(job, devices, parameters_of(job.model))
     if not found:
-        raise Refused(f"no mesh of {devices} devices divides batch {job.batch} and the model evenly; a batch that is a "
-                      f"multiple of {devices} has one")
+        whole = dataclasses.replace(job, batch=devices * job.accumulate)
+        other = f"--batch {whole.batch}, or a multiple of it, has one" if meshes.candidates(whole, devices, 1) else \
+            "neither does any other batch: name one with --mesh, to see what it does not divide"  # fmt: skip
+        raise Refused(f"no mesh of {devices} devices divides batch {job.batch} and the model evenly; {other}")
     return [(one.sizes, one.accumulate) for one in found[: arguments.tries]]
 
 

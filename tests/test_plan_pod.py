@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from gt_jax.errors import Refused
+from gt_jax.fit import refuse_misfits, uneven_tensors
 from gt_jax.flops import model_flops
-from gt_jax.plan_pod import advice, least_seconds, mesh_sizes, report_lines
+from gt_jax.plan_pod import advice, chosen, least_seconds, mesh_sizes, parser, report_lines
 from gt_jax.pods import meshes, topologies
 from gt_jax.pods.program import OUT_OF_MEMORY, Job, compile_step, replicated, shortage
 from gt_jax.presets import preset
-from gt_jax.sharding import make_mesh
+from gt_jax.sharding import Rules, make_mesh
 from tests.support import small_model
 
 ROOT = Path(__file__).parents[1]
@@ -37,17 +38,44 @@ def test_meshes_divide_what_they_cut_and_come_in_the_order_of_their_cost():
     for one in found:
         assert np.prod(list(one.sizes.values())) == 64 and one.sizes["tensor"] * one.sizes["expert"] > 1
         rows = 128 // one.accumulate
-        assert not meshes.misfits(job.model, rows, one.sizes) and rows % (one.sizes["data"] * one.sizes["fsdp"]) == 0
+        assert not Rules().misfits(job.model, rows, one.sizes) and rows % (one.sizes["data"] * one.sizes["fsdp"]) == 0
     assert not meshes.candidates(Job(preset("8b"), 7, 4096), 64, 1)
 
 
-def test_misfits_name_the_tensor_and_the_axis():
-    sizes = {"data": 1, "fsdp": 1, "expert": 3, "tensor": 1}
-    assert meshes.misfits(preset("8b"), 8, sizes) == ["moe.experts is 20; the mesh cuts it in 3 (expert)"]
-    with pytest.raises(Refused, match=r"--mesh has 'rows=2'; it must be AXIS=SIZE with axes data, fsdp"):
-        mesh_sizes("rows=2", 2)
-    with pytest.raises(Refused, match="--mesh fsdp=3 is for 3 devices; the topology has 4"):
+def test_misfits_name_the_field_the_tensors_and_the_axis():
+    """Where the fields say that all divides, all tensors do."""
+    assert Rules().misfits(preset("8b"), 8, {"expert": 3}) == ["moe.experts is 20; the mesh cuts it in 3 (expert)"]
+    model = preset("tiny_3b")
+    sizes = {"data": 1, "fsdp": 4, "expert": 3, "tensor": 2}
+    with pytest.raises(Refused) as error, jax.set_mesh(make_mesh(fsdp=8)):  # whatever the mesh of the moment
+        refuse_misfits(model, 6, sizes, "no:", Rules())
+    lines = str(error.value).splitlines()
+    assert lines[:3] == ["no:", "  - batch (rows that run together) is 6; the mesh cuts it in 4 (data x fsdp)",
+                         "  - moe.experts is 8; the mesh cuts it in 3 (expert)"]  # fmt: skip
+    assert lines[3].startswith("  - params/mtp/layer/mlp/experts/down/w: axis 0 of [8, ")
+    assert lines[6:] == [f"  - params/segment0/layer0/mlp/experts/{name}/w and 3 like it: axis 1 of [2, 8, {shape}] "
+                         "is 8; the mesh cuts it in 3 (expert)"
+                         for name, shape in (("down", "32, 64"), ("gate", "64, 32"), ("up", "64, 32"))]  # fmt: skip
+    fitting = {"data": 2, "fsdp": 4, "expert": 8, "tensor": 2}
+    assert not Rules().misfits(model, 8, fitting) and not uneven_tensors(model, fitting, Rules())
+
+
+def test_a_mesh_in_words():
+    assert mesh_sizes("tensor=2,fsdp=2", 4) == {"data": 1, "fsdp": 2, "expert": 1, "tensor": 2}
+    with pytest.raises(Refused) as error:
+        mesh_sizes("rows=2,fsdp=2,fsdp=2,tensor=0", 2)
+    assert all(part in str(error.value) for part in (
+        "--mesh has 'rows=2'; it must be AXIS=SIZE with axes data, fsdp", "fsdp twice", "'tensor=0'"))  # fmt: skip
+    with pytest.raises(Refused, match="--mesh fsdp=3 is for 3 devices; the topology has 4, so the sizes must multiply"):
         mesh_sizes("fsdp=3", 4)
+
+
+def test_a_batch_that_no_mesh_divides_is_refused_with_one_that_has_a_mesh():
+    model, arguments = small_model("D", adaptive=False), parser().parse_args(["--topology", "v5p:2x2x1"])
+    with pytest.raises(Refused, match="no mesh of 4 devices divides batch 7 and the model evenly; --batch 4, or a mul"):
+        chosen(arguments, Job(model, 7, 128), 4)
+    with pytest.raises(Refused, match="neither does any other batch"):
+        chosen(arguments, Job(model, 9, 128), 9)  # nine does not divide the width
 
 
 @pytest.mark.slow

@@ -107,7 +107,8 @@ def devices_of(topology: Topology) -> list[Any]:
     import jax
     from jax.experimental import topologies
 
+    hosts = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.shape) == 1 else {}  # they have four else
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **hosts).devices)
     except jax.errors.JaxRuntimeError as error:
         raise Failed(f"the TPU compiler does not know {topology.name}: {error}") from error

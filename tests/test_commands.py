@@ -183,7 +183,7 @@ def refused(capsys, main, *words: str) -> str:
         (("--learning-rate", "-1"), "learning_rate"),
         (("--tensor", "3"), "8 devices"),
         (("--tensor", "0"), "tensor is 0; it must be at least 1"),
-        (("--tensor", "8"), "mixer/key/w and 3 like it: axis 2 of [2, 128, 4, 32] is 4; the mesh cuts it in 8 (tensor)"),
+        (("--tensor", "8"), "key/w and 3 like it: axis 2 of [2, 128, 4, 32] is 4; the mesh cuts it in 8 (tensor)"),
         (("--batch-size", "7"), "batch (rows that run together) is 7; the mesh cuts it in 8 (data x fsdp)"),
     ],
 )

@@ -45,7 +45,7 @@ def test_meshes_divide_what_they_cut_and_come_in_the_order_of_their_cost():
 def test_misfits_name_the_field_the_tensors_and_the_axis():
     """Where the fields say that all divides, all tensors do."""
     assert Rules().misfits(preset("8b"), 8, {"expert": 3}) == ["moe.experts is 20; the mesh cuts it in 3 (expert)"]
-    model = preset("tiny_3b")
+    model = preset("tiny_3b").plain.replace(layout="DG")
     sizes = {"data": 1, "fsdp": 4, "expert": 3, "tensor": 2}
     with pytest.raises(Refused) as error, jax.set_mesh(make_mesh(fsdp=8)):  # whatever the mesh of the moment
         refuse_misfits(model, 6, sizes, "no:", Rules())
@@ -53,7 +53,7 @@ def test_misfits_name_the_field_the_tensors_and_the_axis():
     assert lines[:3] == ["no:", "  - batch (rows that run together) is 6; the mesh cuts it in 4 (data x fsdp)",
                          "  - moe.experts is 8; the mesh cuts it in 3 (expert)"]  # fmt: skip
     assert lines[3].startswith("  - params/mtp/layer/mlp/experts/down/w: axis 0 of [8, ")
-    assert lines[6:] == [f"  - params/segment0/layer0/mlp/experts/{name}/w and 3 like it: axis 1 of [2, 8, {shape}] "
+    assert lines[6:] == [f"  - params/segment0/layer0/mlp/experts/{name}/w and 1 like it: axis 1 of [1, 8, {shape}] "
                          "is 8; the mesh cuts it in 3 (expert)"
                          for name, shape in (("down", "32, 64"), ("gate", "64, 32"), ("up", "64, 32"))]  # fmt: skip
     fitting = {"data": 2, "fsdp": 4, "expert": 8, "tensor": 2}
@@ -75,7 +75,7 @@ def test_a_batch_that_no_mesh_divides_is_refused_with_one_that_has_a_mesh():
     with pytest.raises(Refused, match="no mesh of 4 devices divides batch 7 and the model evenly; --batch 4, or a mul"):
         chosen(arguments, Job(model, 7, 128), 4)
     with pytest.raises(Refused, match="neither does any other batch"):
-        chosen(arguments, Job(model, 9, 128), 9)  # nine does not divide the width
+        chosen(arguments, Job(preset("tiny_3b").plain.replace(layout="D"), 9, 128), 9)  # all experts on one device
 
 
 @pytest.mark.slow

@@ -35,11 +35,15 @@ def text_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def data_config(metadata: dict[str, Any], named: dict[str, Any] | None) -> Any:
-    """The data of a run, or other text in the same shape; a checkpoint without a run reads the embedded default."""
+    """The data of a run, or other text in the same shape; a checkpoint without a run reads the embedded default.
+
+    One that was grown keeps the tokenizer of the run that it was grown from.
+    """
     from gt_jax.data import DataConfig
+    from gt_jax.tokenizers import BYTES, tokenizer_of
 
     stored = metadata.get("run", {}).get("data")
-    base = DataConfig() if stored is None else DataConfig.from_json(stored)
+    base = DataConfig(tokenizer=tokenizer_of(metadata) or BYTES) if stored is None else DataConfig.from_json(stored)
     return base if named is None else base.replace(**named)
 
 

@@ -10,15 +10,17 @@ Exit code 0 when it fits, 1 when it does not, 2 when the request makes no sense.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from gt_jax.errors import Refused, run_command
+from gt_jax.errors import Refused, refuse_all, run_command
 
 GIB, MIB = 1 << 30, 1 << 20
 TOKENS = 1 << 19  # of a batch, where no --batch is given
@@ -26,10 +28,12 @@ TOKENS = 1 << 19  # of a batch, where no --batch is given
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    from gt_jax.config import Remat
+
     p = argparse.ArgumentParser(prog="python -m gt_jax.plan_pod", description="Compile the training step for a pod.")
     p.add_argument("--preset", default="8b", help="the model; see python -m gt_jax.describe --help")
     p.add_argument("--model", type=Path, metavar="FILE", help="JSON of config fields that differ from the preset")
-    p.add_argument("--remat", help="none, pass, block or kernels: what the backward pass computes again")
+    p.add_argument("--remat", choices=get_args(Remat), help="what the backward pass computes again")
     p.add_argument("--topology", required=True, help="v5e, v5p, v6e or tpu7x and its shape, for example v5p:4x4x4")
     p.add_argument("--mesh", help="sizes of the axes, for example data=1,fsdp=16,tensor=4; the others are 1")
     p.add_argument("--batch", type=int, help="rows a step (default: half a million tokens)")
@@ -44,15 +48,22 @@ def mesh_sizes(text: str, devices: int) -> dict[str, int]:
     """`fsdp=16,tensor=4` as sizes of all four axes; raises `Refused` for other words or another number of devices."""
     from gt_jax.sharding import MESH_AXES
 
-    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes: dict[str, int] = {}
+    wrong = []
     for part in text.split(","):
         axis, _, number = part.partition("=")
-        if axis not in sizes or not number.isdigit() or int(number) < 1:
-            raise Refused(f"--mesh has {part!r}; it must be AXIS=SIZE with axes {', '.join(MESH_AXES)}")
-        sizes[axis] = int(number)
+        if axis not in MESH_AXES or not re.fullmatch("0*[1-9][0-9]{0,8}", number):
+            wrong.append(f"--mesh has {part!r}; it must be AXIS=SIZE with axes {', '.join(MESH_AXES)}")
+        elif axis in sizes:
+            wrong.append(f"--mesh has {axis} twice")
+        else:
+            sizes[axis] = int(number)
+    refuse_all(wrong, "this is no mesh:")
+    sizes = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
     product = math.prod(sizes.values())
     if product != devices:
-        raise Refused(f"--mesh {text} is for {product} devices; the topology has {devices}")
+        raise Refused(f"--mesh {text} is for {product} devices; the topology has {devices}, so the sizes must multiply "
+                      f"to {devices}")  # fmt: skip
     return sizes
 
 
@@ -74,25 +85,27 @@ def job_of(arguments: argparse.Namespace) -> Any:
               ("tries", arguments.tries)) if value < 1]  # fmt: skip
     if not wrong and batch % arguments.accumulate:
         wrong = [f"--batch {batch} is not divisible by --accumulate {arguments.accumulate}"]
-    if wrong:
-        raise Refused("\n  - ".join(["these do not fit:", *wrong]))
+    refuse_all(wrong, "these do not fit:")
     return Job(model, batch, length, arguments.accumulate)
 
 
 def chosen(arguments: argparse.Namespace, job: Any, devices: int) -> list[tuple[dict[str, int], int]]:
     """(sizes of the mesh, parts of the batch) to compile for; raises `Refused` where nothing divides."""
+    from gt_jax.fit import refuse_misfits
     from gt_jax.pods import meshes
+    from gt_jax.sharding import Rules
 
     if arguments.mesh is not None:
         sizes = mesh_sizes(arguments.mesh, devices)
-        wrong = meshes.misfits(job.model, job.batch // job.accumulate, sizes)
-        if wrong:
-            raise Refused("\n  - ".join([f"--mesh {arguments.mesh} does not cut the model evenly:", *wrong]))
+        heading = f"--mesh {arguments.mesh} does not cut the model evenly:"
+        refuse_misfits(job.model, job.batch // job.accumulate, sizes, heading, Rules())
         return [(sizes, job.accumulate)]
     found = meshes.candidates(job, devices, parameters_of(job.model))
     if not found:
-        raise Refused(f"no mesh of {devices} devices divides batch {job.batch} and the model evenly; a batch that is a "
-                      f"multiple of {devices} has one")
+        whole = dataclasses.replace(job, batch=devices * job.accumulate)
+        other = f"--batch {whole.batch}, or a multiple of it, has one" if meshes.candidates(whole, devices, 1) else \
+            "neither does any other batch: name one with --mesh, to see what it does not divide"  # fmt: skip
+        raise Refused(f"no mesh of {devices} devices divides batch {job.batch} and the model evenly; {other}")
     return [(one.sizes, one.accumulate) for one in found[: arguments.tries]]
 
 
@@ -120,13 +133,33 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"compiling for {topology.name}: {words}, batch in {parts} part(s)", file=sys.stderr, flush=True)
         mesh = make_mesh(**sizes, devices=devices)
         one = Job(job.model, job.batch, job.sequence, parts)
-        tried.append(compile_step(one, mesh, topology.chip.device_memory))
-    tried.sort(key=lambda row: (not row["fits"], -row.get("memory", {}).get("free_share", -1)))
+        row = compile_step(one, mesh, topology.chip.device_memory)
+        tried.append(row | least_seconds(row, topology.chip, devices[0].device_kind))
+    tried.sort(key=lambda row: (not row["fits"], -_free(row)))
     return {
         "preset": arguments.preset, "topology": topology.name, "devices": len(devices),
         "devices_a_chip": topology.chip.devices, "parameters": parameters_of(job.model), "batch": job.batch,
         "sequence_length": job.sequence, "tried": tried,
     }  # fmt: skip
+
+
+def _free(row: dict[str, Any]) -> float:
+    """Bytes that are left, below 0 those that are missing."""
+    memory = row.get("memory")
+    return -row.get("short_by", math.inf) if memory is None else memory["of"] - memory["total"]
+
+
+def least_seconds(row: dict[str, Any], chip: Any, device_kind: str) -> dict[str, Any]:
+    """{"least_seconds": of a step, by "flops" at the bfloat16 peak and by "bytes" at HBM's}, {} where it did not fit.
+
+    What is sent between devices has no bound here: no published rate says what a collective gets of the links.
+    """
+    from gt_jax.flops import peak_flops
+
+    peak = peak_flops(device_kind)
+    if "flops" not in row or peak is None:
+        return {}
+    return {"least_seconds": {"flops": row["flops"] / peak, "bytes": row["bytes"] * chip.devices / chip.bandwidth}}
 
 
 def report_lines(result: dict[str, Any]) -> list[str]:
@@ -149,8 +182,7 @@ def _mesh_lines(row: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{name} {memory[name] / GIB:.2f}" for name in ("arguments", "temporaries", "outputs", "program"))
     lines.append(f"  memory of a device, GiB: {parts}; together {memory['total'] / GIB:.2f} "
                  f"of {memory['of'] / GIB:.0f}, {memory['free_share']:.0%} free")  # fmt: skip
-    lines.append(f"  {row['kernels']} kernels; one run of every loop's body: {row['flops'] or 0:.3g} FLOP, "
-                 f"{(row['bytes'] or 0) / GIB:.0f} GiB")  # fmt: skip
+    lines += _work_lines(row)
     for kind, sums in sorted(row["collectives"].items()):
         lines.append(f"  {kind}: {sums['count']} a step, {sums['bytes'] / GIB:.2f} GiB")
     lines += [f"  gathers all experts of a layer: {source}" for source in row["whole_expert_stacks"]]
@@ -159,14 +191,29 @@ def _mesh_lines(row: dict[str, Any]) -> list[str]:
     return lines + ([] if row["fits"] else advice(row))
 
 
+def _work_lines(row: dict[str, Any]) -> list[str]:
+    """FLOPs and bytes of a step, the time that they take at least, and what they do not count."""
+    least = row.get("least_seconds")
+    by_flops, by_bytes = ("" if least is None else f", at least {least[name]:.3g} s" for name in ("flops", "bytes"))
+    lines = [
+        f"  work of a device in a step: {row['flops']:.3g} FLOP of matrix products{by_flops}; "
+        f"{row['bytes'] / GIB:.3g} GiB to and from HBM{by_bytes}",
+        f"  {row['kernels']} kernels in the program, {row['flops_of_kernels']:.3g} of the FLOP",
+    ]
+    if row["loops_counted_once"]:
+        lines.append(f"  {row['loops_counted_once']} loops of unknown length are counted as if they ran once")
+    return lines
+
+
 def advice(row: dict[str, Any]) -> list[str]:
     """What would help a step that does not fit."""
-    memory = row.get("memory")
+    has = row["memory"]["of"] if "memory" in row else row.get("available")
     lines = []
-    if memory is not None:
-        lines.append(f"  {(memory['total'] - memory['of']) / GIB:.1f} GiB too much")
-    if memory is not None and memory["arguments"] > memory["of"] / 2:
-        lines.append("  the state alone takes more than half: more devices on fsdp, tensor or expert")
+    if "short_by" in row:
+        lines.append(f"  {row['short_by'] / GIB:.2f} GiB too much")
+    if has is not None and row["state"] > has / 2:
+        lines.append(f"  the state alone takes {row['state'] / GIB:.2f} GiB, more than half: more devices on fsdp, "
+                     "tensor or expert")  # fmt: skip
     else:
         parts = 2 * row["accumulate"]
         lines.append(f"  what would help: --accumulate {parts}, more devices, or --remat block")

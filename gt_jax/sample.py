@@ -125,12 +125,15 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the prompt and its continuation up to the end of the document."""
     from gt_jax.loading import data_config, load_model
-    from gt_jax.tokenizers import open_tokenizer
+    from gt_jax.tokenizers import open_tokenizer, other_tokens, tokenizer_of
 
     arguments = parser().parse_args(argv)
     if not arguments.prompt:
         raise Refused("--prompt is empty; give at least one character")
     config, variables, metadata = load_model(arguments.checkpoint)
+    known = tokenizer_of(metadata)
+    if arguments.tokenizer and known and (other := other_tokens(known, arguments.tokenizer)):
+        raise Refused(f"{arguments.checkpoint} was trained with another tokenizer: {other}; leave --tokenizer out")
     tokenizer = open_tokenizer(arguments.tokenizer or data_config(metadata, None).tokenizer)
     if tokenizer.vocab_size > config.vocab:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} ids, {arguments.checkpoint} a vocabulary of "

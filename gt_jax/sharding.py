@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from gt_jax.config import ModelConfig
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, refuse_all
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 MeshAxes = str | tuple[str, ...] | None
@@ -48,11 +48,11 @@ class Rules:
 
     def shards(self, axis: str) -> int:
         """Into how many pieces the current mesh cuts a logical axis; 1 without a mesh."""
-        sizes = jax.sharding.get_abstract_mesh().shape
+        sizes = current_sizes()
         return math.prod(sizes.get(name, 1) for name in self.mesh_axes(axis))
 
-    def misfits(self, model: ModelConfig, batch_size: int) -> list[str]:
-        """What the current mesh cannot cut evenly, one line each: rows of a batch, heads, MLP width, vocabulary."""
+    def misfits(self, model: ModelConfig, rows: int, sizes: Mapping[str, int]) -> list[str]:
+        """What a mesh of these `sizes` cannot cut evenly, a line each: rows at a time, heads, MLP width, vocabulary."""
         heads = {"deltanet": model.deltanet, "gsa": model.gsa, "sliding": model.sliding}
         named_heads = {f"{name}.heads": layer.heads for name, layer in heads.items() if layer is not None}
         if model.gsa is not None:
@@ -61,16 +61,17 @@ class Rules:
         if model.moe is not None:
             mlp["moe.expert_width"] = model.moe.expert_width
             experts["moe.experts"] = model.moe.experts
-        sizes = {
-            "batch": {"batch_size": batch_size}, "heads": named_heads, "mlp": mlp, "experts": experts,
+        cut = {
+            "batch": {"batch (rows that run together)": rows}, "heads": named_heads, "mlp": mlp, "experts": experts,
             "vocab": {"vocab": model.vocab}, "embed": {"width": model.width},
         }  # fmt: skip
         lines = []
-        for axis, named in sizes.items():
+        for axis, named in cut.items():
+            pieces = math.prod(sizes.get(name, 1) for name in self.mesh_axes(axis))
             for name, size in named.items():
-                if size % self.shards(axis):
+                if size % pieces:
                     over = " x ".join(self.mesh_axes(axis))
-                    lines.append(f"{name} is {size}; the mesh cuts it in {self.shards(axis)} ({over})")
+                    lines.append(f"{name} is {size}; the mesh cuts it in {pieces} ({over})")
         return lines
 
     def gathered(self, *axes: str | None) -> P:
@@ -86,12 +87,16 @@ def make_mesh(
     Raises `Refused` when the sizes do not multiply to the number of devices.
     """
     available = list(devices) if devices is not None else jax.devices()
+    asked = zip(MESH_AXES, (data, fsdp, expert, tensor), strict=True)
+    refuse_all([f"{name} is {size}; it must be at least 1" for name, size in asked if size is not None and size < 1],
+               "the axes of the mesh:")  # fmt: skip
     rest = fsdp * expert * tensor
-    data = len(available) // max(rest, 1) if data is None else data
+    data = max(1, len(available) // rest) if data is None else data
     shape = (data, fsdp, expert, tensor)
-    if min(shape) < 1 or math.prod(shape) != len(available):
+    if math.prod(shape) != len(available):
         wanted = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, shape, strict=True))
-        raise Refused(f"mesh {wanted} does not use exactly the {len(available)} devices there are")
+        raise Refused(f"mesh {wanted} does not use exactly the {len(available)} devices there are; the sizes must "
+                      "multiply to their number")  # fmt: skip
     return jax.make_mesh(shape, MESH_AXES, devices=available)
 
 
@@ -99,6 +104,11 @@ def mesh_for_rows(rows: int) -> jax.sharding.Mesh:
     """As many devices on `data` as divide a batch of `rows` evenly."""
     devices = jax.devices()[: math.gcd(rows, len(jax.devices()))]
     return make_mesh(devices=devices)
+
+
+def current_sizes() -> dict[str, int]:
+    """Sizes of the axes of the mesh in this context, empty without one."""
+    return dict(jax.sharding.get_abstract_mesh().shape)
 
 
 def has_mesh() -> bool:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -152,6 +152,32 @@ def open_tokenizer(name: str) -> Tokenizer:
     if path.suffix not in (".json", ".model"):
         raise Refused(f"tokenizer {name} must be a tokenizer.json or a SentencePiece .model file")
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def tokenizer_of(metadata: Mapping[str, Any]) -> str | None:
+    """The name of the tokenizer whose tokens the model of a checkpoint speaks; None where its metadata do not say."""
+    run = metadata.get("run")
+    if isinstance(run, Mapping):
+        return str(run.get("data", {}).get("tokenizer", BYTES))
+    name = metadata.get("tokenizer")
+    return name if isinstance(name, str) else None
+
+
+def other_tokens(known: str, named: str) -> str | None:
+    """How the tokens of tokenizer `named` differ from those of `known`, in words; None where they do not.
+
+    None too where one of the two is not there any more: nothing can be said then.
+    """
+    if known == named:
+        return None
+    try:
+        texts, others = open_tokenizer(known).texts(), open_tokenizer(named).texts()
+    except Refused:
+        return None
+    if texts == others:
+        return None
+    common = sum(one == other for one, other in zip(texts, others, strict=False))
+    return f"{known} has {len(texts)} tokens, {named} {len(others)}, of which {common} stand for the same bytes"
 
 
 def encode_all(tokenizer: Tokenizer, name: str, documents: Sequence[bytes]) -> list[Int32[np.ndarray, "_"]]:

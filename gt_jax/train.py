@@ -44,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--text", nargs="+", help="text files (default: the Python library's sources)")
     data.add_argument("--tfds", help="prepared TFDS dataset, for example tiny_shakespeare")
     data.add_argument("--tfds-dir", help="where TFDS datasets lie")
-    data.add_argument("--tokenizer", help="bytes (default), or a tokenizer.json, SentencePiece .model or their folder")
+    data.add_argument("--tokenizer", help="bytes, a tokenizer.json, a SentencePiece .model or their folder (default: "
+                      "what --start was trained with, else bytes)")  # fmt: skip
     data.add_argument("--sequence-length", type=int)
     data.add_argument("--batch-size", type=int, help="rows a step")
     data.add_argument("--held-out", type=float, help="share of the text that is only evaluated on")
@@ -143,7 +144,9 @@ def changed_by_file(model: Any, path: Path) -> Any:
 def default_config(arguments: argparse.Namespace) -> Any:
     """What a run is before its flags: its own config when resuming, else the preset's or the starting checkpoint's."""
     from gt_jax import checkpoint
+    from gt_jax.data import DataConfig
     from gt_jax.presets import preset
+    from gt_jax.tokenizers import BYTES, other_tokens, tokenizer_of
     from gt_jax.training.config import RunConfig
     from gt_jax.training.loop import read_run_config
 
@@ -158,7 +161,10 @@ def default_config(arguments: argparse.Namespace) -> Any:
         raise Refused("--start brings its own model; leave out --preset, --model, --layout and --plain")
     place = checkpoint.resolve(arguments.start)
     leaves, metadata = checkpoint.describe(place)
-    return RunConfig(model=checkpoint.model_config(place, leaves, metadata))
+    known = tokenizer_of(metadata)
+    if known and arguments.tokenizer and (other := other_tokens(known, arguments.tokenizer)):
+        raise Refused(f"--start {arguments.start} was trained with another tokenizer: {other}; leave --tokenizer out")
+    return RunConfig(model=checkpoint.model_config(place, leaves, metadata), data=DataConfig(tokenizer=known or BYTES))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,12 +181,13 @@ def _train(arguments: argparse.Namespace, team: Any) -> int:
     """Everything after the command line, in each process of the team."""
     import jax
 
-    from gt_jax.sharding import make_mesh
+    from gt_jax.sharding import MESH_AXES, make_mesh
     from gt_jax.training.loop import train_run
 
     config = team.agree(lambda: run_config(arguments, default_config(arguments)))
-    sizes = {axis: getattr(arguments, f"mesh_{axis}") or 1 for axis in ("fsdp", "expert", "tensor")}
-    mesh = team.agree(lambda: make_mesh(arguments.mesh_data, sizes["fsdp"], sizes["expert"], sizes["tensor"]))
+    asked = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_AXES}
+    given = {axis: size for axis, size in asked.items() if size is not None}
+    mesh = team.agree(lambda: make_mesh(**given))
     with jax.set_mesh(mesh):
         train_run(
             arguments.run, config, resume=arguments.resume, team=team, tensorboard=arguments.tensorboard

@@ -35,7 +35,8 @@ from gt_jax.growth.provenance import grown_plan, other_values
 from gt_jax.loading import add_text_arguments, data_config, text_config
 from gt_jax.metrics import table, to_json
 from gt_jax.model import abstract
-from gt_jax.sharding import Rules
+from gt_jax.sharding import Rules, current_sizes
+from gt_jax.tokenizers import other_tokens, tokenizer_of
 from gt_jax.training.config import RunConfig, TrainConfig
 from gt_jax.training.loop import fit, make_trainer, variables_of
 from gt_jax.training.optimizer import OptimizerConfig
@@ -107,8 +108,10 @@ def incomparable(source: Checkpoint, target: Checkpoint) -> list[str]:
     """Why the two do not speak of the same tokens."""
     if source.config.vocab != target.config.vocab:
         return [f"vocab is {source.config.vocab} in {source.path} and {target.config.vocab} in {target.path}"]
-    if not all(path in one.tensors for path in TOKENS for one in (source, target)):
-        return []  # a table knows no bytes
+    if not all(path in one.tensors for path in TOKENS for one in (source, target)):  # a table knows no bytes
+        known, named = tokenizer_of(source.metadata), tokenizer_of(target.metadata)
+        differ = None if known is None or named is None else other_tokens(known, named)
+        return [f"{target.path} was trained with another tokenizer than {source.path}: {differ}"] if differ else []
     (text, length), (other, other_length) = (
         [checkpoint.load_paths(one.place, TOKENS)[path] for path in TOKENS] for one in (source, target)
     )
@@ -127,7 +130,7 @@ def _refuse_rows(reading: Text, target: Checkpoint, rows: int, iterations: int) 
         wrong.append(f"--jacobian-rows is {rows}; a batch has {size} rows, and 0 leaves the Jacobians out")
     if iterations < 2:
         wrong.append(f"--jacobian-iterations is {iterations}; at least 2 are needed to see how far they have come")
-    refuse_all(wrong + Rules().misfits(target.config, size), "this cannot be verified:")
+    refuse_all(wrong + Rules().misfits(target.config, size, current_sizes()), "this cannot be verified:")
 
 
 def plan_between(source: Checkpoint, target: Checkpoint) -> tuple[Plan | None, str | None]:

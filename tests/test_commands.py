@@ -111,7 +111,8 @@ def test_measure_grow_verify_sample_describe(folder, run, capsys, monkeypatch):
     assert grow.main(["run", "again", *growth]) == 0  # in this process: what is compared are two processes
     capsys.readouterr()
     assert checkpoint.content_hash(folder / "grown") == checkpoint.content_hash(folder / "again")
-    assert checkpoint.describe(folder / "grown")[1]["grown_from"]["step"] == 24
+    grown = checkpoint.describe(folder / "grown")[1]
+    assert grown["grown_from"]["step"] == 24 and grown["tokenizer"] == "bytes"
 
     result = json.loads(done(folder, "gt_jax.verify", "run", "grown", "--json", "--batches", "2",
                              "--jacobian-rows", "0"))
@@ -181,6 +182,9 @@ def refused(capsys, main, *words: str) -> str:
         (("--steps", "0"), "steps is 0"),
         (("--learning-rate", "-1"), "learning_rate"),
         (("--tensor", "3"), "8 devices"),
+        (("--tensor", "0"), "tensor is 0; it must be at least 1"),
+        (("--tensor", "8"), "key/w and 3 like it: axis 2 of [2, 128, 4, 32] is 4; the mesh cuts it in 8 (tensor)"),
+        (("--batch-size", "7"), "batch (rows that run together) is 7; the mesh cuts it in 8 (data x fsdp)"),
     ],
 )
 def test_train_refuses_and_leaves_nothing(folder, capsys, monkeypatch, words, says):

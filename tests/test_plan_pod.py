@@ -12,62 +12,16 @@ import numpy as np
 import pytest
 
 from gt_jax.errors import Refused
-from gt_jax.plan_pod import advice, mesh_sizes, report_lines
-from gt_jax.pods import hlo, meshes, topologies
-from gt_jax.pods.program import Job, compile_step, replicated
+from gt_jax.fit import refuse_misfits, uneven_tensors
+from gt_jax.flops import model_flops
+from gt_jax.plan_pod import advice, chosen, least_seconds, mesh_sizes, parser, report_lines
+from gt_jax.pods import meshes, topologies
+from gt_jax.pods.program import OUT_OF_MEMORY, Job, compile_step, replicated, shortage
 from gt_jax.presets import preset
-from gt_jax.sharding import make_mesh
+from gt_jax.sharding import Rules, make_mesh
 from tests.support import small_model
 
 ROOT = Path(__file__).parents[1]
-
-PROGRAM = """HloModule jit_step, is_scheduled=true
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %sum = f32[] add(%a, %b)
-}
-
-%body.1 (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
-  %p = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
-  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p), index=1
-  %gathered = f32[32,128]{1,0:T(8,128)} all-gather(%x), dimensions={0}, metadata={op_name="jit(step)/experts/gate"}
-  %summed = (f32[8,128]{1,0}, f32[]) all-reduce(%x, %x), to_apply=%add
-  ROOT %t = (s32[]{:T(128)}, /*index=1*/f32[8,128]{1,0:T(8,128)}) tuple(%x)
-}
-
-%condition.1 (p: (s32[], f32[8,128])) -> pred[] {
-  %p = (s32[], f32[8,128]) parameter(0)
-  %n = s32[]{:T(128)} constant(5)
-  %i = s32[] get-tuple-element(%p), index=0
-  ROOT %less = pred[] compare(%i, %n), direction=LT
-}
-
-%condition.2 (p: (s32[], f32[8,128])) -> pred[] {
-  ROOT %less = pred[] compare(%i, %m), direction=LT
-}
-
-ENTRY %main (x: f32[8,128]) -> f32[8,128] {
-  %x = f32[8,128]{1,0} parameter(0)
-  %start = (f32[8,128]{1,0}, f32[16,128]{1,0}) all-gather-start(%x), dimensions={0}
-  %one = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%x), condition=%condition.1, body=%body.1
-  %two = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%one), condition=%condition.2, body=%body.1
-  ROOT %out = f32[8,128]{1,0} get-tuple-element(%two), index=1
-}
-"""
-
-
-def test_a_loops_collectives_count_as_often_as_it_runs():
-    program = hlo.read(PROGRAM)
-    assert program.entry == "main" and program.times["body.1"] == 6 and program.unknown_loops == 1
-    assert hlo.collectives(program) == {
-        "all-gather": {"count": 7, "bytes": 6 * 32 * 128 * 4 + 16 * 128 * 4},
-        "all-reduce": {"count": 6, "bytes": 6 * (8 * 128 * 4 + 4)},
-    }
-    first = hlo.largest(program)[0]
-    assert (first["bytes"], first["shape"], first["source"]) == (16384, "f32[32,128]", "jit(step)/experts/gate")
-
 
 def test_topologies_by_name():
     assert topologies.parse("v5p:4x4x4").devices == 64 and topologies.parse("tpu7x:2x2x1").devices == 8
@@ -84,17 +38,44 @@ def test_meshes_divide_what_they_cut_and_come_in_the_order_of_their_cost():
     for one in found:
         assert np.prod(list(one.sizes.values())) == 64 and one.sizes["tensor"] * one.sizes["expert"] > 1
         rows = 128 // one.accumulate
-        assert not meshes.misfits(job.model, rows, one.sizes) and rows % (one.sizes["data"] * one.sizes["fsdp"]) == 0
+        assert not Rules().misfits(job.model, rows, one.sizes) and rows % (one.sizes["data"] * one.sizes["fsdp"]) == 0
     assert not meshes.candidates(Job(preset("8b"), 7, 4096), 64, 1)
 
 
-def test_misfits_name_the_tensor_and_the_axis():
-    sizes = {"data": 1, "fsdp": 1, "expert": 3, "tensor": 1}
-    assert meshes.misfits(preset("8b"), 8, sizes) == ["moe.experts is 20; the mesh cuts it in 3 (expert)"]
-    with pytest.raises(Refused, match=r"--mesh has 'rows=2'; it must be AXIS=SIZE with axes data, fsdp"):
-        mesh_sizes("rows=2", 2)
-    with pytest.raises(Refused, match="--mesh fsdp=3 is for 3 devices; the topology has 4"):
+def test_misfits_name_the_field_the_tensors_and_the_axis():
+    """Where the fields say that all divides, all tensors do."""
+    assert Rules().misfits(preset("8b"), 8, {"expert": 3}) == ["moe.experts is 20; the mesh cuts it in 3 (expert)"]
+    model = preset("tiny_3b").plain.replace(layout="DG")
+    sizes = {"data": 1, "fsdp": 4, "expert": 3, "tensor": 2}
+    with pytest.raises(Refused) as error, jax.set_mesh(make_mesh(fsdp=8)):  # whatever the mesh of the moment
+        refuse_misfits(model, 6, sizes, "no:", Rules())
+    lines = str(error.value).splitlines()
+    assert lines[:3] == ["no:", "  - batch (rows that run together) is 6; the mesh cuts it in 4 (data x fsdp)",
+                         "  - moe.experts is 8; the mesh cuts it in 3 (expert)"]  # fmt: skip
+    assert lines[3].startswith("  - params/mtp/layer/mlp/experts/down/w: axis 0 of [8, ")
+    assert lines[6:] == [f"  - params/segment0/layer0/mlp/experts/{name}/w and 1 like it: axis 1 of [1, 8, {shape}] "
+                         "is 8; the mesh cuts it in 3 (expert)"
+                         for name, shape in (("down", "32, 64"), ("gate", "64, 32"), ("up", "64, 32"))]  # fmt: skip
+    fitting = {"data": 2, "fsdp": 4, "expert": 8, "tensor": 2}
+    assert not Rules().misfits(model, 8, fitting) and not uneven_tensors(model, fitting, Rules())
+
+
+def test_a_mesh_in_words():
+    assert mesh_sizes("tensor=2,fsdp=2", 4) == {"data": 1, "fsdp": 2, "expert": 1, "tensor": 2}
+    with pytest.raises(Refused) as error:
+        mesh_sizes("rows=2,fsdp=2,fsdp=2,tensor=0", 2)
+    assert all(part in str(error.value) for part in (
+        "--mesh has 'rows=2'; it must be AXIS=SIZE with axes data, fsdp", "fsdp twice", "'tensor=0'"))  # fmt: skip
+    with pytest.raises(Refused, match="--mesh fsdp=3 is for 3 devices; the topology has 4, so the sizes must multiply"):
         mesh_sizes("fsdp=3", 4)
+
+
+def test_a_batch_that_no_mesh_divides_is_refused_with_one_that_has_a_mesh():
+    model, arguments = small_model("D", adaptive=False), parser().parse_args(["--topology", "v5p:2x2x1"])
+    with pytest.raises(Refused, match="no mesh of 4 devices divides batch 7 and the model evenly; --batch 4, or a mul"):
+        chosen(arguments, Job(model, 7, 128), 4)
+    with pytest.raises(Refused, match="neither does any other batch"):
+        chosen(arguments, Job(preset("tiny_3b").plain.replace(layout="D"), 9, 128), 9)  # all experts on one device
 
 
 @pytest.mark.slow
@@ -107,16 +88,43 @@ def test_a_step_is_measured_where_it_is_compiled():
     memory = row["memory"]
     assert memory["total"] == sum(memory[name] for name in ("arguments", "outputs", "temporaries", "program"))
     assert row["collectives"]["all-gather"]["bytes"] > 0 and row["largest"][0]["bytes"] > 0
+    assert row["state"] <= memory["arguments"] and row["loops_counted_once"] == 0 and row["kernels"] == 0
+    # the weights' products alone take forward and backward what the model counts; what XLA does beyond is recomputed,
+    # masked, or work of the chunks
+    counted = model_flops(job.model, 16).training() * 8 * 16 / 4
+    assert counted < row["flops"] < 4 * counted and row["bytes"] > memory["arguments"]
+    row |= least_seconds(row, topologies.CHIPS["v5p"], "TPU v5")
+    assert row["least_seconds"] == {"flops": row["flops"] / 459e12, "bytes": row["bytes"] / 2765e9}
     result = {"preset": "small", "parameters": 1, "topology": "cpu", "devices": 4, "batch": 8, "sequence_length": 16,
               "tried": [row, row | {"fits": False}]}  # fmt: skip
     text = "\n".join(report_lines(json.loads(json.dumps(result))))
     assert "fits" in text and "DOES NOT FIT" in text and "--accumulate 4" in text
+    assert f"{row['flops']:.3g} FLOP of matrix products, at least {row['flops'] / 459e12:.3g} s" in text
 
 
 def test_what_would_help():
-    memory = {"total": 3 << 30, "of": 2 << 30, "arguments": 2 << 30}
-    assert advice({"accumulate": 1, "memory": memory})[-1].startswith("  the state alone takes more than half")
-    assert "--accumulate 2" in advice({"accumulate": 1, "memory": memory | {"arguments": 1 << 20}})[-1]
+    row = {"accumulate": 1, "memory": {"total": 3 << 30, "of": 2 << 30}, "short_by": 1 << 30, "state": 2 << 30}
+    assert advice(row)[0] == "  1.00 GiB too much"
+    assert advice(row)[1].startswith("  the state alone takes 2.00 GiB, more than half")
+    assert "--accumulate 2" in advice(row | {"state": 1 << 20})[-1]
+
+
+def test_what_the_compiler_says_of_missing_memory():
+    """Its own words, of this version and of earlier ones; a kernel's VMEM is another matter."""
+    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.66G) " \
+           "exceeds available HBM (15.75G)."  # fmt: skip
+    found = shortage(said)
+    assert found["needed"] == round(18.66 * 2**30) and found["available"] == round(15.75 * 2**30)
+    assert found["short_by"] == found["needed"] - found["available"]
+    row = {"fits": False, "error": said, "accumulate": 2, "state": 1 << 20, **found}
+    assert advice(row)[0] == "  2.91 GiB too much" and "--accumulate 4" in advice(row)[1]
+    used = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 27.5G " \
+           "of 15.48G hbm. Exceeded hbm capacity by 12.02G."  # fmt: skip
+    assert shortage(used) == {"needed": round(27.5 * 2**30), "available": round(15.48 * 2**30),
+                              "short_by": round(27.5 * 2**30) - round(15.48 * 2**30)}  # fmt: skip
+    assert OUT_OF_MEMORY.search(said) and OUT_OF_MEMORY.search(used)
+    assert not OUT_OF_MEMORY.search("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 80M of 64M vmem")
+    assert shortage("RESOURCE_EXHAUSTED: Out of memory") == {}
 
 
 def test_a_large_tensor_that_every_device_holds_is_named():

@@ -8,13 +8,17 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from gt_jax import checkpoint, grow, sample, train
 from gt_jax.data import DataConfig, open_text
 from gt_jax.errors import Refused
+from gt_jax.loading import data_config
 from gt_jax.model import initialise
 from gt_jax.presets import tiny_3b
-from gt_jax.tokenizers import ByteTokenizer, open_tokenizer
+from gt_jax.tokenizers import ByteTokenizer, open_tokenizer, other_tokens, tokenizer_of
 from gt_jax.training.config import RunConfig
 from gt_jax.training.loop import train_run, with_token_bytes
+from gt_jax.verify import incomparable, open_checkpoint
+from tests.support import small_model
 
 STORY = "Once upon a time a small net grew deep, and was glad of it – très deep.\n"
 
@@ -111,3 +115,34 @@ def test_a_kronecker_embedding_reads_the_bytes_of_the_tokenizers_tokens(files):
         assert bytes(np.asarray(told["token_bytes"][i, :length])) == texts[i][:32]
     assert told["token_bytes"].shape[0] == 304
     assert ByteTokenizer().texts()[65] == b"A"
+
+
+def test_a_model_keeps_its_tokenizer_when_it_is_grown_trained_on_and_sampled(files, tmp_path):
+    """Its ids would be other words: another tokenizer is refused, and the default is the model's own, not bytes."""
+    own, other = str(files / "hf"), str(files / "sp.model")
+    model = small_model("D", adaptive=False, vocab=600)
+    run = RunConfig(model=model, data=DataConfig(tokenizer=own)).to_json()
+    variables = initialise(model, seed=0)
+    for name, tokenizer in (("source", own), ("another", other)):
+        run["data"]["tokenizer"] = tokenizer
+        metadata = {"config": model.to_json(), "kind": "train", "step": 1, "run": run}
+        checkpoint.save(tmp_path / name, variables, metadata)
+    source, grown, another = (tmp_path / name for name in ("source", "grown", "another"))
+    assert grow.main([str(source), str(grown), "--plan", "identity"]) == 0
+    metadata = checkpoint.describe(grown)[1]
+    assert tokenizer_of(metadata) == data_config(metadata, None).tokenizer == own
+    assert tokenizer_of({"config": {}}) is None and data_config({}, None).tokenizer == "bytes"
+
+    def started(*words):
+        return train.default_config(train.parser().parse_args(["new", "--start", str(grown), *words]))
+
+    assert started().data.tokenizer == own
+    for wrong in (lambda: started("--tokenizer", other),
+                  lambda: sample.main([str(grown), "--tokenizer", "bytes", "--prompt", "a"])):  # fmt: skip
+        with pytest.raises(Refused, match=r"was trained with another tokenizer: .*; leave --tokenizer out"):
+            wrong()
+    (difference,) = incomparable(open_checkpoint(grown), open_checkpoint(another))
+    assert f"{another} was trained with another tokenizer than {grown}" in difference
+    assert not incomparable(open_checkpoint(grown), open_checkpoint(source))
+    assert other_tokens(own, str(files / "hf" / "tokenizer.json")) is None  # the same by another name
+    assert other_tokens("gone.json", other) is None

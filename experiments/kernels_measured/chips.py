@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gt_jax.pods.topologies import CHIPS as PODS
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -36,8 +38,8 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip("v5e:2x2", 128, 1, 197e12, 819e9, 16e9, 128 << 20),
-    "v5p": Chip("v5p:2x2x1", 128, 2, 459e12 / 2, 2765e9 / 2, 95 * 2**30 / 2, 64 << 20),
-    "v6e": Chip("v6e:2x2", 256, 1, 918e12, 1638e9, 32 * 2**30, 128 << 20),
-    "tpu7x": Chip("tpu7x:2x2x1", 256, 2, 2307e12 / 2, 7380e9 / 2, 192 * 2**30 / 2, 64 << 20),
+    "v5e": Chip("v5e:2x2", 128, 1, 197e12, PODS["v5e"].bandwidth, 16e9, 128 << 20),
+    "v5p": Chip("v5p:2x2x1", 128, 2, 459e12 / 2, PODS["v5p"].bandwidth / 2, 95 * 2**30 / 2, 64 << 20),
+    "v6e": Chip("v6e:2x2", 256, 1, 918e12, PODS["v6e"].bandwidth, 32 * 2**30, 128 << 20),
+    "tpu7x": Chip("tpu7x:2x2x1", 256, 2, 2307e12 / 2, PODS["tpu7x"].bandwidth / 2, 192 * 2**30 / 2, 64 << 20),
 }

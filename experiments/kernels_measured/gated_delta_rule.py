@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from experiments.kernels_measured.cases import Case, Kernel
 from experiments.kernels_measured.chips import Chip
 from pallas_kernels.gated_delta_rule import pallas_tpu, tpu_layout, xla
+from pallas_kernels.gated_delta_rule.tpu_cost import Sizes, chunk_flops
 
 BATCH, CHUNKS = 2, 32  # with one row the compiler would keep a single buffer for the states
 
@@ -97,17 +98,9 @@ def _kernels(shape: Shape, chip: Chip) -> Sequence[Kernel]:
 
 
 def flops(shape: Shape, backward: bool) -> float:
-    """Of a chunk, all heads: the matrix products of the equations in `tpu_forward` and `tpu_backward`.
-
-    Forward: K K^T and Q K^T a key head; K S, Q S, K^T U, the inverse (C^3 / 3), A (..) and P U a value head. Backward:
-    the scores again; K S, Q S, Y S^T, dO S^T, K dS', U dS'^T, Q^T dO, K^T Y; U, P^T dO, A^T dU, dO U^T, Y U^T; and dP
-    and dL with K, their transposes with Q and K.
-    """
-    pairs, with_state = 2 * shape.chunk**2 * shape.width, 2 * shape.chunk * shape.width**2
-    scores = 2 * pairs * shape.key_heads
-    if backward:
-        return scores + (8 * with_state + 9 * pairs) * shape.value_heads
-    return scores + (3 * with_state + 2 * pairs + shape.chunk**3 / 3) * shape.value_heads
+    """Of a chunk, all heads: the matrix products."""
+    sizes = Sizes(shape.chunk, shape.key_heads, shape.value_heads, shape.width, shape.width)
+    return chunk_flops(sizes, backward)
 
 
 def least(shape: Shape, backward: bool) -> int:

@@ -12,7 +12,8 @@ from experiments.kernels_measured.cases import Case, Kernel
 from experiments.kernels_measured.chips import CHIPS, Chip
 from experiments.kernels_measured.compiler import CompileError, compile_for
 from experiments.kernels_measured.schedule import read_schedule
-from experiments.kernels_measured.traffic import called_bytes, hbm_traffic
+from gt_jax.pods import hlo
+from gt_jax.pods.traffic import called_bytes, hbm_traffic
 
 Row = dict[str, Any]
 
@@ -44,11 +45,11 @@ def _kernel_rows(case: Case, chip: Chip, dump: Path) -> tuple[list[Row], Row]:
         path.unlink()
     kernels = case.kernels(chip)
     compiled = compile_for(chip, case.run(chip), case.arguments, alone=True)
-    text = compiled.as_text()
-    passed = {kernel.in_dump: called_bytes(text, kernel.in_dump) for kernel in kernels}
+    program = hlo.read(compiled.as_text())
+    passed = {kernel.in_dump: called_bytes(program, kernel.in_dump) for kernel in kernels}
     rows = [kernel_row(case, chip, kernel, dump, passed[kernel.in_dump]) for kernel in kernels]
     of_kernels = sum(row["hbm_bytes"] for row in rows)
-    around = hbm_traffic(text, leave_out=list(passed)).bytes
+    around = hbm_traffic(program, leave_out=list(passed)).bytes
     return rows, {
         "program_bytes": around + of_kernels,
         "program_temporaries": compiled.memory_analysis().temp_size_in_bytes,
@@ -96,7 +97,7 @@ def _beside(case: Case, function: Callable[..., Any], chip: Chip, kernels_bytes:
         compiled = compile_for(chip, function, case.arguments, alone=False)
     except CompileError as error:
         return {"xla": f"does not compile: {str(error)[:2000]}"}
-    moved = hbm_traffic(compiled.as_text(), loop_length=case.loop_length)
+    moved = hbm_traffic(hlo.read(compiled.as_text()), loop_length=case.loop_length)
     loops = f", {moved.unknown_loops} loops taken as {case.loop_length:g} long" if moved.unknown_loops else ""
     return {
         "xla": f"compiled{loops}",

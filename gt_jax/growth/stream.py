@@ -33,6 +33,7 @@ from gt_jax.growth.plan import Plan
 from gt_jax.growth.rules import check_noise
 from gt_jax.growth.transform import child_abstract, match, target_config
 from gt_jax.processes import Team
+from gt_jax.tokenizers import tokenizer_of
 from gt_jax.tree_paths import combine_digests
 
 MEMORY = 2 * 2**30
@@ -92,6 +93,8 @@ class _Growth:
             "carry": carry, "noise_std": noise_std, "seed": seed, "dtype": dtype, "versions": _versions()}
         self.metadata: dict[str, Any] = {
             "config": config.to_json(), "kind": "grown", "step": 0, "grown_from": grown_from}
+        if (tokenizer := tokenizer_of(source_metadata)) is not None:
+            self.metadata["tokenizer"] = tokenizer
         self.identity = identity_of(self.metadata)
         self.described = False  # whether the unfinished folder is a checkpoint already
         prepare_parent(self.place)

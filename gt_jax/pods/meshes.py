@@ -16,9 +16,6 @@ import dataclasses
 import itertools
 import math
 
-import jax
-
-from gt_jax.config import ModelConfig
 from gt_jax.pods.program import Job
 from gt_jax.sharding import MESH_AXES, Rules
 
@@ -43,12 +40,12 @@ def candidates(job: Job, devices: int, parameters: int) -> list[Candidate]:
     found = []
     for tensor, expert in itertools.product((1, 2, 4, 8), repeat=2):
         rest, odd = divmod(devices, tensor * expert)
-        if odd or (expert > 1 if job.model.moe is None else expert * tensor == 1):
+        if odd or (expert > 1 if job.model.moe is None else expert * tensor == 1 < devices):
             continue
         fsdp = math.gcd(rest, 256)
         sizes = dict(zip(MESH_AXES, (rest // fsdp, fsdp, expert, tensor), strict=True))
         parts = parts_of(job, rest)
-        if parts and not misfits(job.model, job.batch // parts, sizes):
+        if parts and not Rules().misfits(job.model, job.batch // parts, sizes):
             found.append(Candidate(sizes, parts, cost(job, sizes, parts, parameters)))
     return sorted(found, key=lambda c: c.cost)
 
@@ -62,15 +59,6 @@ def parts_of(job: Job, shards: int) -> int:
         return job.accumulate if rows % job.accumulate == 0 else 0
     fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n * job.sequence <= TOKENS]
     return fitting[0] if fitting else rows
-
-
-def misfits(model: ModelConfig, rows: int, sizes: dict[str, int]) -> list[str]:
-    """What a mesh of these sizes cannot cut evenly, one line each."""
-    mesh = jax.sharding.AbstractMesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(jax.sharding.AxisType.Explicit,) * len(sizes)
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
-        return Rules().misfits(model, rows)
 
 
 def cost(job: Job, sizes: dict[str, int], parts: int, parameters: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 from typing import Any
 
@@ -13,6 +14,9 @@ import jax.numpy as jnp
 from gt_jax.config import ModelConfig
 from gt_jax.model import abstract
 from gt_jax.pods import hlo
+from gt_jax.pods.collectives import collectives, gathers, largest
+from gt_jax.pods.traffic import hbm_traffic
+from gt_jax.pods.work import is_kernel, work
 from gt_jax.sharding import Rules, with_devices
 from gt_jax.training.config import TrainConfig
 from gt_jax.training.loop import make_trainer
@@ -22,7 +26,9 @@ from gt_jax.typing import Tree
 
 MIB = 1 << 20
 REPLICATED = 64 * MIB  # bytes of a tensor that every device may hold whole
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*\bHBM\b", re.IGNORECASE)  # other memory is a kernel's
+_NEEDED = re.compile(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)|"
+                     r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,9 @@ def lower(job: Job, rules: Rules) -> tuple[TrainState, Any]:
 def compile_step(job: Job, mesh: jax.sharding.Mesh, memory: int, rules: Rules | None = None) -> dict[str, Any]:
     """Compile the step for `mesh` and measure it: a JSON object; `fits` is False where a device has less `memory`.
 
-    Bytes are those of one device. Raises `jax.errors.JaxRuntimeError` for what the compiler refuses otherwise.
+    Bytes and FLOPs are those of one device and step, every loop counted as often as it runs; `bytes` are those to and
+    from HBM. Where it does not fit, `short_by` says by how much, if the compiler does. Raises
+    `jax.errors.JaxRuntimeError` for what the compiler refuses otherwise.
     """
     rules = rules or Rules()
     with jax.set_mesh(mesh):
@@ -58,13 +66,13 @@ def compile_step(job: Job, mesh: jax.sharding.Mesh, memory: int, rules: Rules | 
         state, lowered = lower(job, rules)
         middle = time.monotonic()
         found: dict[str, Any] = {"mesh": dict(mesh.shape), "accumulate": job.accumulate}
-        found["replicated"] = replicated(state._asdict())
+        found |= {"replicated": replicated(state._asdict()), "state": device_bytes(state)}
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if OUT_OF_MEMORY not in str(error):
+            if not OUT_OF_MEMORY.search(str(error)):
                 raise
-            found |= {"fits": False, "error": str(error).splitlines()[0]}
+            found |= {"fits": False, "error": str(error).splitlines()[0]} | shortage(str(error))
             compiled = None
         found |= {"seconds_lowering": round(middle - start, 1)}
         found |= {"seconds_compiling": round(time.monotonic() - middle, 1)}
@@ -73,7 +81,8 @@ def compile_step(job: Job, mesh: jax.sharding.Mesh, memory: int, rules: Rules | 
 
 def measured(compiled: Any, job: Job, memory: int) -> dict[str, Any]:
     """Memory, work and communication of a compiled step, of one device."""
-    stats, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    stats, program = compiled.memory_analysis(), hlo.read(compiled.as_text())
+    done = work(program)
     parts = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
@@ -81,18 +90,38 @@ def measured(compiled: Any, job: Job, memory: int) -> dict[str, Any]:
         "program": stats.generated_code_size_in_bytes,
     }
     total = sum(parts.values())
-    program = hlo.read(compiled.as_text())
     return {
         "fits": total <= memory,
+        **({"short_by": total - memory} if total > memory else {}),
         "memory": {**parts, "total": total, "of": memory, "free_share": round(1 - total / memory, 3)},
-        "flops": cost.get("flops"),
-        "bytes": cost.get("bytes accessed"),
-        "kernels": sum(i.operation == "custom-call" and "tpu_custom_call" in i.line for i, _ in program.executed()),
-        "collectives": hlo.collectives(program),
+        "flops": done.flops,
+        "flops_of_kernels": done.of_kernels,
+        "bytes": hbm_traffic(program).bytes,
+        "kernels": sum(is_kernel(i) for i, _ in program.executed()),
+        "silent_kernels": done.silent_kernels,
+        "collectives": collectives(program),
         "loops_counted_once": program.unknown_loops,
-        "largest": hlo.largest(program),
+        "largest": largest(program),
         "whole_expert_stacks": expert_gathers(program, job.model),
     }
+
+
+def shortage(message: str) -> dict[str, int]:
+    """Bytes that a device would need and has, in the compiler's words (17.91G are GiB); {} where it does not say."""
+    if (found := _NEEDED.search(message)) is None:
+        return {}
+    needed, available = (_bytes(size) for size in found.groups() if size is not None)
+    return {"needed": needed, "available": available, "short_by": needed - available}
+
+
+def _bytes(size: str) -> int:
+    unit = 1 << 10 * (" KMGT".find(size[-1]) if size[-1].isalpha() else 0)
+    return round(float(size.rstrip("KMGT")) * unit)
+
+
+def device_bytes(state: Tree) -> int:
+    """What the arrays of a state take of one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def replicated(state: Tree) -> list[dict[str, Any]]:
@@ -111,5 +140,5 @@ def expert_gathers(program: hlo.Program, model: ModelConfig) -> list[str]:
     if model.moe is None:
         return []
     whole = sorted((model.moe.experts, model.width, model.moe.expert_width))
-    return sorted({i.source for i in hlo.gathers(program)
-                   if any(sorted(d for d in dims if d > 1) == whole for _, dims in hlo.arrays(i.shapes))})  # fmt: skip
+    return sorted({i.source for i in gathers(program)
+                   if any(sorted(d for d in array.shape if d > 1) == whole for array in i.arrays)})  # fmt: skip

@@ -22,7 +22,7 @@ ENVIRONMENT = {  # in which the TPU's compiler runs on a machine without a TPU, 
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation: memory of a chip in GiB, JAX devices on it, numbers in a shape, largest shape of a pod.
+    """One generation: memory of a chip in GiB, JAX devices on it, numbers in a shape, largest shape, bytes/s of HBM.
 
     Source: Google Cloud's TPU documentation, "System architecture" of each generation.
     """
@@ -31,6 +31,7 @@ class Chip:
     devices: int
     dimensions: int
     largest: tuple[int, ...]
+    bandwidth: float
 
     @property
     def device_memory(self) -> int:
@@ -39,10 +40,10 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(16, 1, 2, (16, 16)),
-    "v5p": Chip(95, 1, 3, (16, 16, 24)),
-    "v6e": Chip(32, 1, 2, (16, 16)),
-    "tpu7x": Chip(192, 2, 3, (16, 24, 24)),
+    "v5e": Chip(16, 1, 2, (16, 16), 819e9),
+    "v5p": Chip(95, 1, 3, (16, 16, 24), 2765e9),
+    "v6e": Chip(32, 1, 2, (16, 16), 1638e9),
+    "tpu7x": Chip(192, 2, 3, (16, 24, 24), 7380e9),
 }
 FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 EXAMPLES = {"v5p": "2x2x1, 2x2x2, 2x2x4, 2x4x4 and multiples of 4 such as 4x4x4, 4x4x8, 8x8x8, 8x16x16"}
@@ -106,7 +107,8 @@ def devices_of(topology: Topology) -> list[Any]:
     import jax
     from jax.experimental import topologies
 
+    hosts = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.shape) == 1 else {}  # they have four else
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **hosts).devices)
     except jax.errors.JaxRuntimeError as error:
         raise Failed(f"the TPU compiler does not know {topology.name}: {error}") from error

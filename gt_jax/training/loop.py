@@ -20,11 +20,12 @@ from gt_jax.config import ModelConfig
 from gt_jax.data import Text, open_text
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import write_whole
+from gt_jax.fit import refuse_misfits
 from gt_jax.flops import utilisation
 from gt_jax.metrics import Recorder
 from gt_jax.model import abstract, initialise
 from gt_jax.processes import Team
-from gt_jax.sharding import Rules, everywhere, with_devices
+from gt_jax.sharding import Rules, current_sizes, everywhere, with_devices
 from gt_jax.tensorboard import TensorBoard, writer_module
 from gt_jax.token_bytes import default_texts, token_table
 from gt_jax.tokenizers import BYTES
@@ -148,7 +149,7 @@ def train_run(
     if tensorboard:
         writer_module()  # refuses where there is none, before the directory is a run
     rows = config.data.batch_size // config.train.accumulate
-    refuse_all(rules.misfits(config.model, rows), "the model does not fit this mesh:")
+    refuse_misfits(config.model, rows, current_sizes(), "the model does not fit this mesh:", rules)
     text = team.agree(lambda: open_text(config.data))
     needed = text.tokenizer.vocab_size
     if needed > config.model.vocab:

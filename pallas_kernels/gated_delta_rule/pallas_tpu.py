@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.gated_delta_rule import tpu_layout as layout
 from pallas_kernels.gated_delta_rule.chunks import runs
 from pallas_kernels.gated_delta_rule.tpu_backward import backward_kernel
+from pallas_kernels.gated_delta_rule.tpu_cost import estimate
 from pallas_kernels.gated_delta_rule.tpu_forward import forward_kernel
 from pallas_kernels.gated_delta_rule.tpu_parts import Plan
 from pallas_kernels.gated_delta_rule.xla import SAVED_NAMES
@@ -136,22 +137,24 @@ def _specs(plan: Plan, count: int, reverse: bool) -> _Specs:
 
 
 def _launch(
-    call: _Call, kernel: Callable[..., None], name: str, count: int, operands: list[Array], in_specs: list[Any],
+    call: _Call, kernel: Callable[..., None], backward: bool, count: int, operands: list[Array], in_specs: list[Any],
     results: list[tuple[tuple[int, ...], Any]], out_specs: list[Any],
 ) -> tuple[Array, ...]:  # fmt: skip
     plan, q, v = call.plan, operands[0], operands[2]
     grid = (q.shape[0], v.shape[2] // (plan.heads * plan.value_width), count)
+    made = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
     return pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=in_specs,
         out_specs=out_specs,
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results],
+        out_shape=made,
+        cost_estimate=estimate(plan, backward, grid[0] * count, grid[1], [*operands, *made]),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=layout.VMEM_LIMIT
         ),
         interpret=call.interpret,
-        name=name,
+        name=f"gated_delta_rule_{'backward' if backward else 'forward'}",
     )(*operands)
 
 
@@ -188,7 +191,7 @@ def _forward(
         results += [((q.shape[0], count, packs, *shape), call.dtype) for shape in shapes]
         out_specs += [specs.states, specs.inverse]
     output, final, *saved = _launch(
-        call, functools.partial(forward_kernel, plan, saving), "gated_delta_rule_forward", count,
+        call, functools.partial(forward_kernel, plan, saving), False, count,
         [*x.arrays, state], [*x.specs, specs.state], results, out_specs,
     )  # fmt: skip
     return layout.take_tokens(output, v), layout.take_state(final.swapaxes(2, 3), initial), saved
@@ -208,7 +211,7 @@ def _backward(
     tokens = [(array.shape, like.dtype) for array, like in zip(x.arrays[:3], (q, k, v), strict=True)]
     gates = (q.shape[0], steps, count, plan.chunk, 2 * plan.heads)
     d_q, d_k, d_v, d_gates, d_initial = _launch(
-        call, functools.partial(backward_kernel, plan), "gated_delta_rule_backward", count,
+        call, functools.partial(backward_kernel, plan), True, count,
         [*x.arrays, *saved, d_o, d_state], [*x.specs, specs.states, specs.inverse, specs.value, specs.state],
         [*tokens, (gates, jnp.float32), (d_state.shape, jnp.float32)],
         [specs.key, specs.key, specs.value, specs.d_gates, specs.state],

@@ -13,6 +13,7 @@ the old ones where those are donated or carried by a loop; XLA copies them first
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -161,6 +162,9 @@ def _forward(
     scalars = pl.BlockSpec((None, None, *gates.shape[2:]), lambda b, h: (b, h, 0, 0), memory_space=pltpu.SMEM)
     key, value = block(plan.key_heads, plan.key_width), block(plan.heads, plan.value_width)
     states = pl.BlockSpec((plan.rows, plan.heads, *state.shape[2:]), lambda b, h: (b, h, 0, 0))
+    # S^T k and S^T q, 2 k v each; d S + k e^T, 3 k v; the state comes and goes, what belongs to tokens once
+    products = 7 * v.shape[1] * math.prod(state.shape)
+    moved = sum(x.size * x.dtype.itemsize for x in (gates, q, k, v, v, state, state))
     output, final = pl.pallas_call(
         functools.partial(decode_kernel, plan),
         grid=(q.shape[0] // plan.rows, steps),
@@ -168,6 +172,7 @@ def _forward(
         out_specs=[value, states],
         out_shape=[jax.ShapeDtypeStruct(tokens[2].shape, v.dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32)],
         input_output_aliases={4: 1},
+        cost_estimate=pl.CostEstimate(flops=products, transcendentals=0, bytes_accessed=moved),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT
         ),

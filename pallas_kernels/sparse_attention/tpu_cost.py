@@ -1,4 +1,4 @@
-"""What the TPU kernels of sparse attention cost, counted, and each of them alone, to be compiled for any chip.
+"""The TPU kernels of sparse attention, each of them alone, to be compiled for any chip, with what it costs.
 
     for kernel in kernels(1, 8192, heads=16, width=128, indexer_heads=4, indexer_width=32, dtype="bfloat16"):
         jax.jit(kernel.run).lower(*kernel.arguments).compile()
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.sparse_attention import tpu_launch as launch
 from pallas_kernels.sparse_attention import tpu_layout as layout
+from pallas_kernels.sparse_attention.tpu_counts import counts
 from pallas_kernels.sparse_attention.tpu_layout import SUBLANES, Plan
 
 
@@ -83,53 +84,7 @@ def kernels(
     return [
         Kernel(
             name=f"sparse_attention_{name}", run=functools.partial(run, call), arguments=arguments, plan=plan,
-            **_counts(plan, name, batch, length),
+            **counts(plan, name, batch, length, length),
         )
         for name, (run, arguments) in runs.items()
     ]  # fmt: skip
-
-
-def _counts(plan: Plan, name: str, batch: int, length: int) -> dict[str, int]:
-    """Of causal rows: pairs of tiles on and below the diagonal."""
-    rows, columns = length // plan.query_tile, length // plan.key_tile
-    last = [min(columns, -(-(i + 1) * plan.query_tile // plan.key_tile)) for i in range(rows)]
-    live = batch * sum(last)
-    per_band = plan.band // plan.key_tile
-    steps = {
-        "select": batch * length // plan.strip,
-        "backward": batch * sum(-(-x // per_band) for x in last),
-    }.get(name, live)
-    return {
-        "calls": length // plan.band if name == "backward" else 1,
-        "steps": steps,
-        "tiles": live,
-        "flops": live * plan.query_tile * plan.key_tile * flops_of_pair(plan, name),
-        "least_bytes": batch * length * least_bytes_of_token(plan, name),
-        "moved_bytes": batch * layout.moved_bytes(plan, name, length, length),
-        "vmem_bytes": layout.step_bytes(plan, name, length),
-    }
-
-
-def flops_of_pair(plan: Plan, name: str) -> int:
-    """Of matrix products, of one query and one key, all heads; scores of indexer heads over the depth of all."""
-    key, value = 2 * plan.heads * plan.key_width, 2 * plan.heads * plan.value_width
-    scores = 2 * plan.indexer_heads * plan.depth
-    return {
-        "select": 2 * plan.depth * plan.lanes // plan.strip,
-        "attend": scores + key + value,
-        "diverge": scores + key,
-        "backward": 4 * scores + 3 * key + 2 * value,  # scores twice: before and after the attention of all heads
-    }[name]
-
-
-def least_bytes_of_token(plan: Plan, name: str) -> int:
-    """Arguments and results of a token once, as the interface has them: neither padding nor sums that come and go."""
-    key, value = plan.heads * plan.key_width * plan.item, plan.heads * plan.value_width * plan.item
-    index, heads = 2 * plan.indexer_heads * plan.indexer_width * plan.item, 4 * plan.heads
-    scores = index + 4 * plan.indexer_heads
-    return {
-        "select": scores + 3 * heads,
-        "attend": scores + 2 * key + 2 * value + 4 * heads,
-        "diverge": scores + 2 * key + 3 * heads + 12,
-        "backward": 2 * scores + 4 * key + 3 * value + 4 * heads + 8,
-    }[name]

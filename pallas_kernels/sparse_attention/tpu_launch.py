@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.sparse_attention import tpu_layout as layout
 from pallas_kernels.sparse_attention.tpu_attend import attend_kernel
 from pallas_kernels.sparse_attention.tpu_backward import backward_kernel
+from pallas_kernels.sparse_attention.tpu_counts import estimate
 from pallas_kernels.sparse_attention.tpu_diverge import diverge_kernel
 from pallas_kernels.sparse_attention.tpu_layout import LANES, SUBLANES, Plan
 from pallas_kernels.sparse_attention.tpu_scores import room_shapes
@@ -65,8 +66,12 @@ class Laid(NamedTuple):
 def _launch(
     call: Call, kernel: Callable[..., None], name: str, grid: tuple[int, ...], parallel: int, scalars: list[Array],
     operands: list[tuple[Array, Any]], results: list[tuple[Any, Any]], scratch: list[Any], aliases: dict[int, int],
+    sizes: tuple[int, int, int], calls: int = 1,
 ) -> tuple[Array, ...]:  # fmt: skip
-    """`operands`: (array, spec); `results`: (shape and dtype, spec); the first `parallel` axes may go in any order."""
+    """`operands`: (array, spec); `results`: (shape and dtype, spec); the first `parallel` axes may go in any order.
+
+    `sizes`: rows of the batch, queries and keys, which this and other calls work through, `calls` in all.
+    """
     order = [pltpu.PARALLEL] * parallel + [pltpu.ARBITRARY] * (len(grid) - parallel)
     call_kernel = pl.pallas_call(
         kernel,
@@ -79,6 +84,7 @@ def _launch(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=order, vmem_limit_bytes=layout.VMEM_LIMIT
         ),
+        cost_estimate=estimate(call.plan, name, *sizes, calls),
         interpret=call.interpret,
         name=f"sparse_attention_{name}",
     )
@@ -126,7 +132,7 @@ def select(
             (jax.ShapeDtypeStruct((b, strips, 1, plan.lanes), jnp.float32), block(1, plan.lanes)),
             (jax.ShapeDtypeStruct((b, strips, 1, width), jnp.int32), block(1, width)),
         ],
-        [pltpu.VMEM((s, plan.lanes), jnp.int32)], {},
+        [pltpu.VMEM((s, plan.lanes), jnp.int32)], {}, (b, t, s),
     )  # fmt: skip
     *of_queries, flags = results
     flags = flags.reshape(b, t // plan.query_tile, -1, width)[..., :tiles].max(axis=2)
@@ -193,7 +199,7 @@ def softmax(call: Call, x: Laid) -> tuple[Array, ...]:
             *_scratch(call), wide((*heads, plan.value_width, tile)), *[wide((*heads, tile))] * 3,
             wide((2, plan.group, plan.key_tile, tile)),
             pltpu.VMEM((2, plan.group, plan.key_tile, tile), call.dtype),
-        ], {},
+        ], {}, (b, t, x.k.shape[1]),
     )  # fmt: skip
 
 
@@ -220,6 +226,7 @@ def divergence(call: Call, x: Laid, log_sum: Array, band: Array | None) -> tuple
             ),
         ],
         results, [*_scratch(call), pltpu.VMEM((2, *block), jnp.float32)], {},
+        (b, t, x.k.shape[1]), 1 if band is None else x.k.shape[1] // plan.band,
     )  # fmt: skip
 
 
@@ -269,4 +276,5 @@ def band_gradients(
     return _launch(
         call, functools.partial(backward_kernel, plan, not plan.head_axes), "backward", (b, t // tile), 1,
         [x.table, table, band.reshape(1)], operands, results, scratch, aliases,
+        (b, t, x.k.shape[1]), x.k.shape[1] // plan.band,
     )  # fmt: skip

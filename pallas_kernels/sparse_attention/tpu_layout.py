@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.gated_delta_rule.tpu_parts import LANES
@@ -236,20 +237,22 @@ def moved_bytes(
     t, s = padded(queries, plan.query_tile), padded(keys, plan.band)
     steps, columns = t // plan.query_tile, s // plan.key_tile
     if live is None:
-        last = (jnp.arange(steps)[:, None] + 1) * plan.query_tile
-        live = jnp.arange(columns)[None] * plan.key_tile < last
+        last = (np.arange(steps)[:, None] + 1) * plan.query_tile
+        found = np.arange(columns)[None] * plan.key_tile < last
+    else:
+        found = np.asarray(live)
     item = plan.item
     k_row, v_row, depth = plan.heads * plan.key_width * item, plan.heads * plan.value_width * item, plan.depth * item
     heads = 4 * plan.heads
     if kernel == "select":
         strips = t // plan.strip
         return s * (depth + 4 * SUBLANES) + strips * plan.lanes * (depth + 4 * (3 * plan.group + 2 * SUBLANES + 2))
-    loaded, held = int(live.sum()) * plan.key_tile, t * (k_row + depth + 2 * heads + 4 * SUBLANES)
+    loaded, held = int(found.sum()) * plan.key_tile, t * (k_row + depth + 2 * heads + 4 * SUBLANES)
     if kernel == "attend":
         return loaded * (k_row + v_row + depth + 4 * SUBLANES) + held + t * (v_row + 2 * heads)
     if kernel == "diverge":
         return loaded * (k_row + depth + 4 * SUBLANES) + held + t * (heads + 4 * SUBLANES)
-    bands = live.reshape(steps, s // plan.band, -1).any(-1)
+    bands = found.reshape(steps, s // plan.band, -1).any(-1)
     passing = int(bands.sum()) * plan.query_tile
     sums = 8 * (plan.heads * plan.key_width + plan.depth + plan.indexer_heads)
     per_query = k_row + v_row + 2 * depth + 4 * heads + 8 * SUBLANES + sums

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from experiments import kernel_report
 from experiments.kernels_measured import gated_delta_rule as rule
-from experiments.kernels_measured import report, schedule, tables, traffic
+from experiments.kernels_measured import report, schedule, tables
 from experiments.kernels_measured.chips import CHIPS
 from experiments.kernels_measured.compiler import CompileError
 from experiments.kernels_measured.registry import all_cases
@@ -62,90 +62,6 @@ def test_a_schedule_is_read_from_the_files_of_its_kernel_alone(tmp_path):
         schedule.read_cycles("Schedule analysis:\n")
     with pytest.raises(ValueError, match="no table"):
         schedule.read_units("")
-
-
-# A loop of 4: takes a slice of %big through a conversion, keeps it in VMEM, and writes it to its slice of the result.
-HLO = """HloModule jit_f
-
-%slice_of (p.0: f32[4,8,128], p.1: s32[]) -> bf16[8,128] {
-  %p.0 = f32[4,8,128]{2,1,0} parameter(0)
-  %p.1 = s32[]{:S(6)} parameter(1)
-  %zero.1 = s32[] constant(0)
-  %narrow = bf16[4,8,128]{2,1,0} convert(%p.0)
-  %slice.1 = bf16[1,8,128]{2,1,0} dynamic-slice(%narrow, %p.1, %zero.1, %zero.1), dynamic_slice_sizes={1,8,128}
-  ROOT %flat = bf16[8,128]{1,0} bitcast(%slice.1)
-}
-
-%put (q.0: f32[4,8,128], q.1: bf16[8,128], q.2: s32[]) -> f32[4,8,128] {
-  %q.0 = f32[4,8,128]{2,1,0} parameter(0)
-  %q.1 = bf16[8,128]{1,0:S(1)} parameter(1)
-  %q.2 = s32[]{:S(6)} parameter(2)
-  %zero.2 = s32[] constant(0)
-  %wide = f32[1,8,128]{2,1,0} convert(%q.1)
-  ROOT %put.1 = f32[4,8,128]{2,1,0} dynamic-update-slice(%q.0, %wide, %q.2, %zero.2, %zero.2)
-}
-
-%body (b: (s32[], f32[4,8,128], f32[4,8,128])) -> (s32[], f32[4,8,128], f32[4,8,128]) {
-  %b = (s32[]{:S(6)}, f32[4,8,128]{2,1,0}, /*index=2*/f32[4,8,128]{2,1,0}) parameter(0)
-  %i = s32[]{:S(6)} get-tuple-element(%b), index=0
-  %big = f32[4,8,128]{2,1,0} get-tuple-element(%b), index=1
-  %result = f32[4,8,128]{2,1,0} get-tuple-element(%b), index=2
-  %taken = bf16[8,128]{1,0:S(1)} fusion(%big, %i), kind=kLoop, calls=%slice_of, metadata={op_name="a(b)"}
-  %put_back = f32[4,8,128]{2,1,0} fusion(%result, %taken, %i), kind=kLoop, calls=%put
-  ROOT %next = (s32[]{:S(6)}, f32[4,8,128]{2,1,0}, f32[4,8,128]{2,1,0}) tuple(%i, %big, %put_back)
-}
-
-%ended (c: (s32[], f32[4,8,128], f32[4,8,128])) -> pred[] {
-  %c = (s32[]{:S(6)}, f32[4,8,128]{2,1,0}, f32[4,8,128]{2,1,0}) parameter(0)
-  %end = s32[] constant(4)
-  %at = s32[]{:S(6)} get-tuple-element(%c), index=0
-  ROOT %lt = pred[]{:S(6)} compare(%at, %end), direction=LT
-}
-
-ENTRY %main (x: f32[4,8,128]) -> f32[4,8,128] {
-  %x = f32[4,8,128]{2,1,0} parameter(0)
-  %start = s32[]{:S(6)} constant(0)
-  %buffer = f32[4,8,128]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
-  %init = (s32[]{:S(6)}, f32[4,8,128]{2,1,0}, f32[4,8,128]{2,1,0}) tuple(%start, %x, %buffer)
-  %loop = (s32[]{:S(6)}, f32[4,8,128]{2,1,0}, f32[4,8,128]{2,1,0}) while(%init), condition=%ended, body=%body
-  %made = f32[4,8,128]{2,1,0} get-tuple-element(%loop), index=2
-  %there = (f32[4,8,128]{2,1,0:S(1)}, f32[4,8,128]{2,1,0}, u32[]{:S(2)}) copy-start(%made)
-  %here = f32[4,8,128]{2,1,0:S(1)} copy-done(%there)
-  ROOT %rule.1 = f32[4,8,128]{2,1,0} custom-call(%here, %x), custom_call_target="tpu_custom_call"
-}
-"""
-
-
-def test_traffic_counts_loops_out_and_slices_not_wholes():
-    whole, slice_ = 4 * 8 * 128 * 4, 8 * 128 * 4
-    found = traffic.hbm_traffic(HLO)
-    # four slices read and four written; the copy reads; the kernel reads %x from HBM, the other from VMEM, and writes
-    assert found == (4 * 2 * slice_ + whole + 2 * whole, 4 * (2 * slice_ + 2 * slice_ // 2) + 3 * whole, 0)
-    assert traffic.called_bytes(HLO, "rule") == 2 * whole
-    assert traffic.hbm_traffic(HLO, leave_out=["rule"]).bytes == found.bytes - 2 * whole
-    endless = HLO.replace("constant(4)", "parameter(1)")
-    assert traffic.hbm_traffic(endless)[::2] == (2 * slice_ + 3 * whole, 1)
-    assert traffic.hbm_traffic(endless, loop_length=2.5)[::2] == (5 * slice_ + 3 * whole, 1)
-    with pytest.raises(ValueError, match="no custom-call of other"):
-        traffic.called_bytes(HLO, "other")
-    with pytest.raises(ValueError, match="no ENTRY"):
-        traffic.hbm_traffic("nothing")
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("f32[64,64]{1,0:T(8,128)}", 64 * 128 * 4),
-        ("f32[64,64]{0,1:T(8,128)}", 64 * 128 * 4),
-        ("bf16[3,5,128]{2,1,0:T(8,128)(2,1)}", 3 * 8 * 128 * 2),
-        ("s32[]{:T(128)}", 4),
-        ("pred[7]{0}", 7),
-        ("f32[8,128]{1,0:T(8,128)S(1)}", 0),
-        ("(f32[8,128]{1,0:T(8,128)}, /*index=1*/token[], f8e4m3fn[16]{0})", 4096 + 16),
-    ],
-)
-def test_arrays_are_as_large_as_their_layout(text, size):
-    assert traffic.array_bytes(text) == size
 
 
 def test_least_bytes_are_those_of_the_arrays():

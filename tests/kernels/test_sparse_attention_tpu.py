@@ -148,3 +148,13 @@ def test_costs_are_those_of_the_shapes():
         assert kernel.least_bytes == 2 * short[name].least_bytes
         assert kernel.least_bytes <= kernel.moved_bytes
     assert long["backward"].calls == 4 and long["backward"].steps == 20 and long["attend"].tiles == 36
+
+
+def test_the_compiler_is_told_what_a_kernel_costs():
+    """All calls of a kernel together are told to do what is counted for it."""
+    for kernel in kernels(1, 1024, heads=4, width=128, indexer_heads=2, indexer_width=32):
+        jaxpr = jax.make_jaxpr(kernel.run)(*kernel.arguments)
+        (call,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "pallas_call")
+        told = call.params["cost_estimate"]
+        assert (told.flops * kernel.calls, told.bytes_accessed * kernel.calls) == (kernel.flops, kernel.moved_bytes)
+        assert told.transcendentals >= 0 and told.flops > 0

@@ -1,0 +1,43 @@
+"""Does a model, and a batch, divide over a mesh? Which field of the config does not, which tensor, on which axis."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+
+from gt_jax.config import ModelConfig
+from gt_jax.errors import refuse_all
+from gt_jax.model import abstract
+from gt_jax.sharding import Rules, make_mesh
+from gt_jax.tree_paths import flatten
+
+_SHOWN = 12  # lines of tensors
+_NUMBERED = re.compile(r"\b(segment|layer)\d+\b")
+
+
+def refuse_misfits(model: ModelConfig, rows: int, sizes: dict[str, int], heading: str, rules: Rules) -> None:
+    """Raise `Refused` that lists what a mesh of these sizes cannot cut evenly: `rows` of a batch, fields, tensors."""
+    wrong = rules.misfits(model, rows, sizes)
+    refuse_all(wrong and [*wrong, *uneven_tensors(model, sizes, rules)], heading)
+
+
+def uneven_tensors(model: ModelConfig, sizes: dict[str, int], rules: Rules) -> list[str]:
+    """The parameters with an axis that a mesh of these sizes cannot cut evenly, a line for all layers with the same."""
+    found: dict[tuple[str, int], list[str]] = {}
+    words: dict[tuple[str, int], str] = {}
+    with jax.set_mesh(make_mesh(devices=jax.local_devices()[:1])):  # which cuts nothing, so that shapes can be had
+        shapes = abstract(model, rules)
+    for path, leaf in flatten(shapes).items():
+        for axis, (size, names) in enumerate(zip(leaf.shape, leaf.sharding.spec, strict=False)):
+            names = (names,) if isinstance(names, str) else names or ()
+            pieces = math.prod(sizes.get(name, 1) for name in names)
+            if size % pieces:
+                key = _NUMBERED.sub(r"\1", path), axis
+                found.setdefault(key, []).append(path)
+                words[key] = f"axis {axis} of {list(leaf.shape)} is {size}; the mesh cuts it in {pieces} " \
+                             f"({' x '.join(names)})"  # fmt: skip
+    lines = [f"{paths[0]}{f' and {len(paths) - 1} like it' if len(paths) > 1 else ''}: {words[key]}"
+             for key, paths in found.items()]  # fmt: skip
+    return lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} kinds of tensors more"] if len(lines) > _SHOWN else [])

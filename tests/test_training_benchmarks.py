@@ -19,7 +19,7 @@ from gt_jax.model import abstract
 TOY = ["--size", "toy", "--batch", "2", "--tokens", "16", "--rounds", "2"]
 
 
-@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("experts", [pytest.param(0, marks=pytest.mark.exhaustive), 4])
 def test_both_sides_have_the_same_matrices(experts):
     """Counted from the equations of Qwen3-Next; ours has a value gate and an indexer more, theirs less than 1 %."""
     config = sizes.plain_form("small", experts)

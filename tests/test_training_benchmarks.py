@@ -86,7 +86,7 @@ def test_a_contestant_trains_in_a_process_of_its_own():
 def test_beside_pytorch(capsys, tmp_path):
     for name in bench_training.NEEDED:
         pytest.importorskip(name)
-    assert bench_training.main([*TOY, "--models", "dense", "experts", "--theirs", "eager", "--json",
+    assert bench_training.main([*TOY, "--steps", "25", "--models", "dense", "experts", "--theirs", "eager", "--json",
                                 "--output", str(tmp_path)]) == 0  # fmt: skip
     report = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / "bench_training_toy.json").read_text()) == report

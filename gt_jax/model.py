@@ -35,6 +35,9 @@ from gt_jax.layers.shown import INTERMEDIATES
 from gt_jax.layers.stack import coefficients, empty_buffer
 from gt_jax.sharding import Rules, on_mesh, reshard, with_devices
 from gt_jax.typing import Activations, Scalar, State, Tokens, Tree
+from pallas_kernels.platform import target_device
+
+UNROLLED = 4  # blocks; compiling takes longer with each
 
 
 class ModelOutput(NamedTuple):
@@ -83,6 +86,7 @@ class LanguageModel(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
                 length=segment.repeats,
+                unroll=blocks_a_turn(c, segment.repeats),
             )
             setattr(self, f"segment{index}", scanned(segment.pattern, c, rules))
         self.final_norm = RMSNorm(c.width, rules, c.norm_epsilon)
@@ -206,6 +210,16 @@ class LanguageModel(nn.Module):
         if self.config.embedding.tied:
             return cast(Array, self.embedding.unembed(hidden))
         return self.unembedding("btd,dv->btv", hidden, ("batch", None, "vocab"), accumulate=True)
+
+
+def blocks_a_turn(config: ModelConfig, blocks: int) -> int:
+    """How many blocks the compiler sees at once: all of a few on a CPU where nothing is computed again, else one.
+
+    A loop stacks what its backward pass needs and cuts it out again. Where that is every activation, the copies were a
+    fifth of a CPU's step.
+    """
+    few = blocks <= UNROLLED and config.remat == "none" and config.adaptive is None
+    return blocks if few and target_device()[0] == "cpu" else 1
 
 
 def _by_layer(a: Array) -> Array:

@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gt_jax import model
 from gt_jax.config import ModelConfig, StackConfig
 from gt_jax.layers import block
-from gt_jax.model import LanguageModel, abstract
+from gt_jax.model import LanguageModel, abstract, blocks_a_turn
 from gt_jax.sharding import Rules
 from gt_jax.training.config import TrainConfig
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import new_state
 from gt_jax.training.step import make_step
-from tests.support import perturbed, small_model, tokens
+from tests.support import drawn, perturbed, small_model, tokens
 
 
 @pytest.mark.slow
@@ -68,3 +69,32 @@ def answer(config: ModelConfig):
         return jnp.mean(jnp.sin(output.logits)), output.statistics
 
     return run
+
+
+def test_only_few_blocks_of_a_plain_model_that_keeps_everything_are_laid_out_one_by_one():
+    """On the CPUs of the tests; what a loop's backward pass needs is stacked there, and cut out again."""
+    keeps = small_model("D*4", adaptive=False, remat="none")
+    assert [blocks_a_turn(keeps, blocks) for blocks in (1, 2, 4, 5, 20)] == [1, 2, 4, 1, 1]
+    for other in (keeps.replace(remat="block"), keeps.replace(remat="kernels"), small_model("D*4", remat="none")):
+        assert blocks_a_turn(other, 4) == 1
+
+
+@pytest.mark.exhaustive
+def test_blocks_one_by_one_are_the_loop_over_them(monkeypatch):
+    config = small_model("DG*2", adaptive=False, remat="none")
+    variables, row = drawn(abstract(config), 0.1, middle={"scale": 1.0, "gain": 1.0}), tokens(16)
+
+    def loss(params, statistics):
+        output = LanguageModel(config).apply({"params": params, "statistics": statistics}, row)
+        return jnp.mean(jnp.square(jax.nn.log_softmax(output.logits)))
+
+    found = []
+    for most in (model.UNROLLED, 0):
+        monkeypatch.setattr(model, "UNROLLED", most)
+        jax.clear_caches()
+        gradient = jax.jit(jax.value_and_grad(loss))
+        arguments = variables["params"], variables["statistics"]
+        lowered = gradient.lower(*arguments)
+        found.append((lowered.as_text().count("stablehlo.while"), lowered.compile()(*arguments)))
+    assert found[0][0] < found[1][0]
+    chex.assert_trees_all_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)

@@ -19,7 +19,7 @@ from gt_jax.metrics import read_metrics
 from gt_jax.tree_paths import flatten
 from tests.training import killed_training
 
-KILLS, STEPS = 30, 140
+KILLS, STEPS = 30, 80
 WORDS = ["--text", "story.txt", "--layout", "DG", "--batch-size", "2", "--sequence-length", "32", "--checkpoint-every",
          "2", "--evaluate-every", "5"]  # fmt: skip
 

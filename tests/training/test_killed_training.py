@@ -19,7 +19,7 @@ from gt_jax.metrics import read_metrics
 from gt_jax.tree_paths import flatten
 from tests.training import killed_training
 
-KILLS, STEPS = 30, 80
+KILLS, STEPS = 30, 240  # more than the lives get through on a machine with nothing else to do
 WORDS = ["--text", "story.txt", "--layout", "DG", "--batch-size", "2", "--sequence-length", "32", "--checkpoint-every",
          "2", "--evaluate-every", "5"]  # fmt: skip
 

@@ -4,7 +4,8 @@
   and tuples become dicts, empty nodes vanish. A restore is told the structure, so it gives back what was saved.
 - Everything is written under NAME.unfinished and renamed once complete; a killed save leaves only that name.
 - The metadata (`config`, `step`, `kind`, ...) and files.json, every file with its size, are in the same rename: half a
-  copy of a checkpoint is found out before a value is read.
+  copy of a checkpoint is found out before a value is read. So is checksums.json, by which a run that is resumed finds
+  out about bits that have changed.
 - Arrays that are written value by value (checkpoint_arrays) lie in a folder each; here they become a checkpoint.
 - The only file that imports Orbax; its logging stays silent, its errors become `Refused`, `Damaged` or `OSError`.
 """
@@ -29,7 +30,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from gt_jax.checkpoint_files import (
@@ -37,6 +37,7 @@ from gt_jax.checkpoint_files import (
     UNFINISHED,
     Damaged,
     StrPath,
+    note_checksums,
     prepare_parent,
     publish,
     remove,
@@ -46,6 +47,7 @@ from gt_jax.checkpoint_files import (
 from gt_jax.checkpoint_slices import SliceReader, writing_axes
 from gt_jax.config import ModelConfig
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.processes import Team
 from gt_jax.tree_paths import combine_digests, differences, flatten, nest, storable
 
 _BROKEN = (ValueError, KeyError, TypeError, OSError)  # what Orbax and TensorStore raise on a broken file
@@ -74,7 +76,7 @@ def save(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> None:
 
     def work() -> None:
         ocp.save(unfinished, nest(leaves), custom_metadata=dict(metadata))
-        on_primary(functools.partial(publish, unfinished, target))
+        on_primary(functools.partial(_publish, unfinished, target))
 
     _write(target, unfinished, work)
 
@@ -82,8 +84,9 @@ def save(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> None:
 def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callable[[], None]:
     """`save` that returns once the values are copied from the devices, and writes on beside the caller.
 
-    The function returned waits for the end of the writing and raises what `save` would have raised of it; a checkpoint
-    is there, whole, from the moment the writing ends. On several processes every process calls both.
+    The function returned waits for the end of the writing and raises what `save` would have raised of it, or `Failed`
+    with what another process had to raise; a checkpoint is there, whole, from the moment the writing ends. On several
+    processes every process calls both.
     """
     target, unfinished, leaves = _prepare(path, tree, metadata)
     if jax.default_backend() == "cpu":  # there "from the devices" copies nothing, and the caller may donate its arrays
@@ -101,11 +104,13 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
     thread = threading.Thread(target=finish, name=f"saving {target.name}")
     thread.start()
 
-    def wait() -> None:
-        thread.join()
-        on_primary(lambda: None)
+    def outcome() -> None:
         if errors:
             raise errors[0]
+
+    def wait() -> None:
+        thread.join()
+        Team().agree(outcome)
 
     return wait
 
@@ -127,7 +132,13 @@ def _publish_alone(response: Any, unfinished: Path, target: Path) -> None:
     """When all processes have written, one publishes; in a thread, where processes cannot wait for each other."""
     response.result()
     if jax.process_index() == 0:
-        publish(unfinished, target)
+        _publish(unfinished, target)
+
+
+def _publish(unfinished: Path, target: Path) -> None:
+    """Note what every file holds, then `publish`."""
+    note_checksums(unfinished)
+    publish(unfinished, target)
 
 
 def _is_local(leaf: Any) -> bool:
@@ -361,8 +372,6 @@ def _on_device(leaf: Any) -> Any:
 
 
 def on_primary(work: Callable[[], None]) -> None:
-    """Run `work` on one process only; the others wait for it."""
-    if jax.process_index() == 0:
-        work()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("gt_jax.checkpoint")
+    """Run `work` on one process only; the others wait for it, and hear of its error."""
+    team = Team()
+    team.agree(lambda: work() if team.first else None)

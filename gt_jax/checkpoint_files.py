@@ -1,6 +1,7 @@
 """A checkpoint as files: whether it is complete, what an unfinished one is called, which step of a run is the newest.
 
-Nothing here reads values, so that a look at a folder costs a few small files.
+Nothing here reads values, so that a look at a folder costs a few small files; but for `changed_bytes`, which a run asks
+before it goes on from a checkpoint.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from gt_jax.errors import Refused
 
@@ -19,6 +23,8 @@ JOURNALS = "journal.*.jsonl"  # what a growth has finished so far, in the unfini
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for what it writes at this moment
 CHUNK = 2**24  # bytes of a stored chunk and of a slice read: below what malloc maps anew each time, yet few files
 _FILES = "files.json"
+_CHECKSUMS = "checksums.json"
+_THREADS = 4  # zlib lets go of the interpreter's lock
 _NEEDED = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "state/_METADATA")
 _DATABASE = "state/manifest.ocdbt"  # where arrays lie together in one database; else each has a folder of its own
 
@@ -82,11 +88,57 @@ def note_files(unfinished: Path) -> None:
     files = {str(file.relative_to(unfinished)): file.stat().st_size
              for file in sorted(unfinished.rglob("*"))
              if file.is_file() and file.name != _FILES and not file.match(f"{JOURNALS}*")}
-    with open(unfinished / _FILES, "w") as stream:
-        json.dump(files, stream)
+    _write_durably(unfinished / _FILES, files)
+    sync(unfinished)
+
+
+def note_checksums(unfinished: Path) -> None:
+    """Write checksums.json, the CRC-32 of every file; before `note_files`, which lists it too.
+
+    Neither TensorStore's chunks of raw bytes nor a disk say that a bit has changed.
+    """
+    files = [file for file in sorted(unfinished.rglob("*")) if file.is_file() and file.name != _CHECKSUMS]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        sums = dict(zip((str(file.relative_to(unfinished)) for file in files), pool.map(_checksum, files), strict=True))
+    _write_durably(unfinished / _CHECKSUMS, sums)
+
+
+def checked_files(path: Path) -> dict[str, int]:
+    """The files of a complete checkpoint that have a checksum, with their sizes; raises `Damaged` where one is gone."""
+    try:
+        return {name: (path / name).stat().st_size for name in _checksums(path)}
+    except (OSError, ValueError, TypeError) as error:
+        raise Damaged(f"checkpoint {path} is not usable: its checksums cannot be read ({error})") from error
+
+
+def changed_bytes(path: Path, names: Collection[str]) -> str | None:
+    """The first of these files that does not hold what was written; all of their bytes are read."""
+    noted = _checksums(path)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = zip(names, pool.map(_checksum, [path / name for name in names]), strict=True)
+        wrong = [name for name, value in found if value != noted[name]]
+    return f"{wrong[0]} holds other bytes than were written" if wrong else None
+
+
+def _checksums(path: Path) -> dict[str, int]:
+    """Empty for a checkpoint of which none were noted: a grown or converted one."""
+    file = path / _CHECKSUMS
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with open(file, "rb", buffering=0) as stream:
+        while block := stream.read(CHUNK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _write_durably(file: Path, content: Any) -> None:
+    with open(file, "w") as stream:
+        json.dump(content, stream)
         stream.flush()
         os.fsync(stream.fileno())
-    sync(unfinished)
 
 
 def sync(path: Path) -> None:

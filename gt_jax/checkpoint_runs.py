@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gt_jax import checkpoint
 from gt_jax.checkpoint import on_primary
@@ -15,6 +15,8 @@ from gt_jax.checkpoint_files import (
     UNFINISHED,
     Damaged,
     StrPath,
+    changed_bytes,
+    checked_files,
     damage,
     prepare_parent,
     resolve,
@@ -22,6 +24,9 @@ from gt_jax.checkpoint_files import (
     step_folders,
 )
 from gt_jax.errors import Refused
+from gt_jax.processes import Team
+
+T = TypeVar("T")
 
 
 class RunCheckpoints:
@@ -71,29 +76,49 @@ class RunCheckpoints:
         return int(resolve(self.root, self._warn).name)
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """(tree, metadata) of one step; raises `Damaged` when it cannot be read, `Refused` when it does not fit."""
-        folder = self.root / str(step)
-        return checkpoint.load(folder, abstract), checkpoint.describe(folder)[1]
+        """(tree, metadata) of one step; raises `Damaged` when it cannot be read, `Refused` when it does not fit.
+
+        Every byte is compared with what was written. On several processes each compares a share, and all raise alike.
+        """
+        folder, team = self.root / str(step), Team()
+        self._together(team, lambda: _refuse_changed(folder, team))
+        return self._together(team, lambda: (checkpoint.load(folder, abstract), checkpoint.describe(folder)[1]))
 
     def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, tree, metadata) of the newest step whose values can be read, None for a run without steps.
 
-        A step that cannot be read is named to `warn` and set aside as RUN/<step>.damaged, so that the run can write
-        that step again. Raises `Damaged` when steps are there and none is readable.
+        Newer steps that cannot be read are named to `warn` and set aside as RUN/<step>.damaged, so that the run can
+        write those steps again. Raises `Damaged` when steps are there and none is readable; then all stay.
         """
         folders = step_folders(self.root) if self.root.is_dir() else {}
         if not folders:
             return None
-        problems = []
+        problems: dict[int, str] = {}
         for step in sorted(folders, reverse=True):
             try:
-                return step, *self.restore(step, abstract)
+                found = step, *self.restore(step, abstract)
             except Damaged as error:
-                problems.append(str(error))
-                aside = folders[step].with_name(f"{step}.damaged")
-                self._warn(f"{error}; set aside as {aside}, the step before it is used")
-                on_primary(functools.partial(set_aside, folders[step], aside))
-        raise Damaged("\n".join([f"no step of the run {self.root} can be read:", *problems]))
+                problems[step] = str(error)
+                continue
+            for damaged, problem in problems.items():
+                aside = folders[damaged].with_name(f"{damaged}.damaged")
+                self._warn(f"{problem}; set aside as {aside}, step {step} is used")
+                on_primary(functools.partial(set_aside, folders[damaged], aside))
+            return found
+        raise Damaged("\n".join([f"no step of the run {self.root} can be read:", *problems.values()]))
+
+    @staticmethod
+    def _together(team: Team, work: Callable[[], T]) -> T:
+        """`work()`, or in every process the `Damaged` that one of them raised."""
+        result, problem = None, None
+        try:
+            result = work()
+        except Damaged as error:
+            problem = str(error)
+        found = [one for one in team.gather(problem) if one is not None]
+        if found:
+            raise Damaged(found[0])
+        return result  # type: ignore[return-value]
 
     def _forget_old(self) -> None:
         for step in self.steps()[: -self.keep]:
@@ -104,3 +129,12 @@ class RunCheckpoints:
     def _clear_leftovers(self) -> None:
         for leftover in self.root.glob(f"*{UNFINISHED}*"):
             shutil.rmtree(leftover)
+
+
+def _refuse_changed(folder: Path, team: Team) -> None:
+    """Raise `Damaged` where files are missing, or hold other bytes than were written; a process reads its share."""
+    problem = damage(folder)
+    if problem is None:
+        problem = changed_bytes(folder, team.share(checked_files(folder)))
+    if problem is not None:
+        raise Damaged(f"checkpoint {folder} is not usable: {problem}")

@@ -30,7 +30,7 @@ from gt_jax.layers.adaptive_depth import PassControl
 from gt_jax.layers.mixer import real_tokens
 from gt_jax.layers.stack import coefficients
 from gt_jax.model import LanguageModel, fixed_passes, free_passes
-from gt_jax.sharding import Rules
+from gt_jax.sharding import Rules, everywhere
 from gt_jax.spectrum import Step, layer_stretches
 from gt_jax.training.loss import cross_entropy
 from gt_jax.training.step import Batch
@@ -201,7 +201,7 @@ def compare_models(
     sums, shown = None, None
     for number, batch in enumerate(batches, 1):
         say(f"batch {number}/{len(batches)}")
-        one, *inside = compare(source_variables, target_variables, batch)
+        one, *inside = compare(source_variables, target_variables, everywhere(dict(batch), rules))
         shown = shown or inside
         wide = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(one))
         sums = wide if sums is None else jax.tree.map(np.add, sums, wide)
@@ -270,7 +270,7 @@ def _stretches(
             continue
         strength = strengths(config, variables)
         steps = [Step(layer, index, strength[layer][index]) for layer, index in passes]
-        segment_ids = jnp.asarray(batch["segment_ids"])[:rows, : inside.states.shape[3]]
+        segment_ids = jnp.asarray(batch["segment_ids"][:rows, : inside.states.shape[3]])
         found = layer_stretches(config, variables, inside, segment_ids, steps, rules=rules, iterations=iterations,
                                 seed=seed, say=say)  # fmt: skip
         values.append({at: float(np.max(one.value)) for at, one in zip(passes, found, strict=True)})

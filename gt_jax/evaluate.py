@@ -9,6 +9,7 @@
 - Several checkpoints are run on the same rows; the others are compared with the first in pairs, row by row, so that a
   difference far smaller than the intervals of the two can be certain.
 - The text is the held-out part of the one that the first checkpoint was trained on, or of the one that is named.
+- Several processes share the work: the same command with --coordinator HOST:PORT --processes N --process I in each.
 - An adaptive model takes as many passes as it likes; --passes fixes them.
 """
 
@@ -27,15 +28,17 @@ import jax
 import numpy as np
 
 from gt_jax.config import ModelConfig
-from gt_jax.data import DataConfig, open_text
+from gt_jax.data import DataConfig, Text, open_text
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.intervals import Interval, ratio_interval, sums_by_unit
 from gt_jax.layers.adaptive_depth import PassControl
-from gt_jax.loading import add_text_arguments, data_config, text_config
+from gt_jax.loading import add_device_flags, add_text_arguments, data_config, mesh_of, text_config
 from gt_jax.metrics import table
 from gt_jax.model import fixed_passes, free_passes
+from gt_jax.process_flags import wrong_process_flags
+from gt_jax.processes import Team, joined
 from gt_jax.scoring import Units, byte_lengths, score, targets_of, units_of
-from gt_jax.sharding import Rules, mesh_for_rows
+from gt_jax.sharding import Rules, current_sizes, mesh_for_rows
 from gt_jax.tokenizers import Tokenizer, open_tokenizer
 from gt_jax.verify import Checkpoint, incomparable, open_checkpoint
 
@@ -57,7 +60,7 @@ class Covered(NamedTuple):
 
 def evaluate_checkpoints(
     sources: Sequence[Path], named: dict[str, Any] | None = None, batches: int | None = BATCHES, passes: Passes = None,
-    *, say: Say = lambda line: None,
+    *, say: Say = lambda line: None, mesh: jax.sharding.Mesh | None = None, team: Team | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate checkpoints on the same held-out rows; returns JSON values.
 
@@ -66,28 +69,18 @@ def evaluate_checkpoints(
         named: DataConfig fields that name other text (None: what the first checkpoint was trained on).
         batches: how many batches of that run's shape, None for all there are.
         passes: of every adaptive model, one number or one a layer; None leaves them to its halting heads.
+        mesh: where they run; None takes as many devices as divide a batch.
+        team: the processes, each of which calls it; then there is a mesh of the devices of all.
 
     Raises `Refused` that lists all that keeps them from being evaluated, before anything is computed.
     """
-    if batches is not None and batches < 1:
-        raise Refused(f"--batches is {batches}; at least one is needed, and --all takes all there are")
-    if not sources:
-        raise Refused("there is no checkpoint to evaluate; name at least one")
-    opened = [open_checkpoint(source) for source in sources]
+    team = team or Team()
+    opened, tokenizer, text = team.agree(lambda: _open(sources, named, batches, passes, mesh))
     first = opened[0]
-    data = data_config(first.metadata, named)
-    tokenizer = open_tokenizer(data.tokenizer)
-    wrong = [problem for other in opened[1:] for problem in incomparable(first, other)]
-    for one in opened:
-        wrong += _misfits(one, data, passes, tokenizer.vocab_size)
-    if passes is not None and all(one.config.adaptive is None for one in opened):
-        wrong.append("--passes fixes the passes of adaptive models; here every layer runs once, leave it out")
-    refuse_all(wrong, "this cannot be evaluated:")
-    text = open_text(data)
     rows = text.held_out(batches)
     covered = _covered(units_of(text, rows, tokenizer.end_of_document), targets_of(rows), tokenizer)
     sums = []
-    with jax.set_mesh(mesh_for_rows(data.batch_size)):
+    with jax.set_mesh(mesh or mesh_for_rows(text.config.batch_size)):
         for one in opened:
             say(f"{one.path}: {len(rows)} batches")
             control = _control(one.config, passes)
@@ -103,6 +96,31 @@ def evaluate_checkpoints(
         "differences": [_difference(first, one, nats - sums[0], covered)
                         for one, nats in zip(opened[1:], sums[1:], strict=True)],
     }  # fmt: skip
+
+
+def _open(
+    sources: Sequence[Path], named: dict[str, Any] | None, batches: int | None, passes: Passes,
+    mesh: jax.sharding.Mesh | None,
+) -> tuple[list[Checkpoint], Tokenizer, Text]:  # fmt: skip
+    """All that can be refused before anything is computed."""
+    if batches is not None and batches < 1:
+        raise Refused(f"--batches is {batches}; at least one is needed, and --all takes all there are")
+    if not sources:
+        raise Refused("there is no checkpoint to evaluate; name at least one")
+    opened = [open_checkpoint(source) for source in sources]
+    first = opened[0]
+    data = data_config(first.metadata, named)
+    tokenizer = open_tokenizer(data.tokenizer)
+    wrong = [problem for other in opened[1:] for problem in incomparable(first, other)]
+    for one in opened:
+        wrong += _misfits(one, data, passes, tokenizer.vocab_size)
+        if mesh is not None:
+            with jax.set_mesh(mesh):
+                wrong += [f"{one.path}: {line}" for line in Rules().misfits(one.config, data.batch_size, current_sizes())]
+    if passes is not None and all(one.config.adaptive is None for one in opened):
+        wrong.append("--passes fixes the passes of adaptive models; here every layer runs once, leave it out")
+    refuse_all(wrong, "this cannot be evaluated:")
+    return opened, tokenizer, open_text(data)
 
 
 def _misfits(one: Checkpoint, data: DataConfig, passes: Passes, tokens: int) -> list[str]:
@@ -245,6 +263,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--all", action="store_true", help=f"the whole held-out part (default: {BATCHES} batches)")
     p.add_argument("--passes", metavar="N|N,N,…|FILE", help="fixed passes of adaptive models, or a file of measure")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_device_flags(p)
     return p
 
 
@@ -253,12 +272,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.all and arguments.batches is not None:
         raise Refused(f"--all and --batches {arguments.batches} exclude each other; leave one out")
+    refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
     batches = None if arguments.all else BATCHES if arguments.batches is None else arguments.batches
-    result = evaluate_checkpoints(
-        arguments.checkpoint, text_config(arguments), batches, read_passes(arguments.passes),
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )  # fmt: skip
-    print(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)))
+    with joined(arguments) as team:
+        passes, mesh = team.agree(lambda: (read_passes(arguments.passes), mesh_of(arguments)))
+        result = evaluate_checkpoints(
+            arguments.checkpoint, text_config(arguments), batches, passes, mesh=mesh, team=team,
+            say=lambda line: print(line, file=sys.stderr, flush=True) if team.first else None,
+        )  # fmt: skip
+        if team.first:
+            print(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)))
     return 0
 
 

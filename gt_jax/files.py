@@ -1,8 +1,11 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all; and what to say of a disk that is full."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -14,3 +17,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
     else:
         temporary.write_text(content, encoding="utf-8")
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def room_matters(place: Path, then: str = "finish with --resume") -> Iterator[None]:
+    """Say of a full disk, in an OSError that names `place`, what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        reason = os.strerror(error.errno)
+        raise OSError(error.errno, f"{reason} while writing {place}; make room, then {then}") from error

@@ -98,11 +98,13 @@ class Recorder:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._also is not None:
-            self._also.close()
+        file, self._file = self._file, None
+        try:
+            if file is not None:
+                file.close()  # on a full disk it fails once more
+        finally:
+            if self._also is not None:
+                self._also.close()
 
     def log(self, step: int, **values: Any) -> None:
         """One line: `step`, `values` (scalars, small arrays or strings; jax or numpy), and the time since the start."""

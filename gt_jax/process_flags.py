@@ -1,4 +1,4 @@
-"""The flags of a command that may run in several processes; nothing here imports JAX."""
+"""The flags of a command that may run in several processes or on a mesh; nothing here imports JAX."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ def add_process_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
     group.add_argument("--distributed", action="store_true",
                        help="several processes, as the cluster's own environment says (jax.distributed)")  # fmt: skip
+
+
+def add_mesh_flags(group: argparse._ActionsContainer) -> None:
+    """--data, --fsdp, --expert and --tensor, as mesh_data and so on; None where they are not given."""
+    for axis in ("data", "fsdp", "expert", "tensor"):
+        group.add_argument(f"--{axis}", type=int, dest=f"mesh_{axis}", help=f"size of the mesh axis {axis}")
 
 
 def several(args: argparse.Namespace) -> bool:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -82,16 +83,30 @@ def joined(args: argparse.Namespace) -> Iterator[Team]:
         yield Team()
         return
     by_hand = {"coordinator_address": args.coordinator, "num_processes": args.processes, "process_id": args.process}
-    stdout = os.dup(1)
-    os.dup2(2, 1)  # the library that connects the processes says so on stdout, which is for results
-    try:
+    with _results_alone():
         jax.distributed.initialize(**({} if args.distributed else by_hand))
-        team = Team()
-        team.gather(None)
-    finally:
-        os.dup2(stdout, 1)
-        os.close(stdout)
+        try:
+            team = Team()
+            team.gather(None)
+            yield team
+        finally:
+            jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _results_alone() -> Iterator[None]:
+    """Standard output for what Python prints there.
+
+    The library that connects the processes says so, at every new group of devices, where it finds file descriptor 1:
+    that is standard error meanwhile.
+    """
+    printed, results = sys.stdout, os.dup(1)
+    printed.flush()
+    os.dup2(2, 1)
     try:
-        yield team
+        with open(results, "w", encoding=printed.encoding, closefd=False) as sys.stdout:
+            yield
     finally:
-        jax.distributed.shutdown()
+        sys.stdout = printed
+        os.dup2(results, 1)
+        os.close(results)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int, Int64
 
 from gt_jax.chunks import over_chunks
@@ -22,7 +23,7 @@ from gt_jax.config import ModelConfig
 from gt_jax.data import Text
 from gt_jax.layers.adaptive_depth import PassControl
 from gt_jax.model import LanguageModel, forward
-from gt_jax.sharding import Rules
+from gt_jax.sharding import Rules, everywhere, reshard
 from gt_jax.tokenizers import Tokenizer
 from gt_jax.training.loss import token_losses
 from gt_jax.training.step import Batch, place
@@ -70,7 +71,8 @@ def make_scores(
             return (carry[0], output.memory), nats
 
         _, nats = over_chunks(chunk, model, rules, (), placed)
-        return jnp.moveaxis(nats, 0, 1).reshape(placed["tokens"].shape)
+        whole = jnp.moveaxis(nats, 0, 1).reshape(placed["tokens"].shape)
+        return reshard(whole, P(None, None))  # every process reads all of it
 
     return jax.jit(scores)
 
@@ -82,7 +84,7 @@ def score(
     scores = make_scores(model, rules)
     found = []
     for batch in batches:
-        nats = np.asarray(jax.device_get(scores(variables, batch, control)))
+        nats = np.asarray(jax.device_get(scores(variables, everywhere(dict(batch), rules), control)))
         found.append(nats[batch["targets"] >= 0])
     return np.concatenate(found)
 

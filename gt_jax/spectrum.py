@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from gt_jax.config import EmbeddingConfig, ModelConfig
@@ -97,7 +98,8 @@ def make_stretch(kind: str, config: ModelConfig, rules: Rules, iterations: int, 
             return x + strength * update[0]
 
         with jax.default_matmul_precision("highest"):
-            return largest_singular_value(moved, x, real_tokens(place.segment_ids), iterations, seed)
+            found = largest_singular_value(moved, x, real_tokens(place.segment_ids), iterations, seed)
+        return jax.tree.map(lambda a: reshard(a, P(None)), found)  # every process reads all of it
 
     return jax.jit(stretch)
 

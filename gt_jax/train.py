@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from gt_jax.errors import Refused, refuse_all, run_command
-from gt_jax.process_flags import add_process_flags, wrong_process_flags
+from gt_jax.process_flags import add_mesh_flags, add_process_flags, wrong_process_flags
 
 UNDER_SERVED = "under-served"
 
@@ -67,9 +67,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--accumulate", type=int, metavar="N", help="run each batch in N parts, for less memory")
     train.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard too (needs tensorboardX)")
     add_process_flags(p.add_argument_group("several processes, each with its own devices"))
-    mesh = p.add_argument_group("mesh (default: all devices on data)")
-    for axis in ("data", "fsdp", "expert", "tensor"):
-        mesh.add_argument(f"--{axis}", type=int, dest=f"mesh_{axis}", help=f"size of the mesh axis {axis}")
+    add_mesh_flags(p.add_argument_group("mesh (default: all devices on data)"))
     return p
 
 

@@ -9,6 +9,7 @@
   Jacobian, router entropy, KL of the routers, null rate.
 - Any two models of one vocabulary can be compared. Where DST was not grown from SRC, no layer stands for a pass: then
   the source's columns are empty, and the report says why.
+- Several processes share the work: the same command with --coordinator HOST:PORT --processes N --process I in each.
 - Thresholds: a loss less than 3 % above the source's is good, less than 10 % usable; a cosine above 0.995 is good.
 """
 
@@ -32,10 +33,12 @@ from gt_jax.data import Text, open_text
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.growth.plan import Plan
 from gt_jax.growth.provenance import grown_plan, other_values
-from gt_jax.loading import add_text_arguments, data_config, text_config
+from gt_jax.loading import add_device_flags, add_text_arguments, data_config, mesh_of, text_config
 from gt_jax.metrics import table, to_json
 from gt_jax.model import abstract
-from gt_jax.sharding import Rules, current_sizes
+from gt_jax.process_flags import wrong_process_flags
+from gt_jax.processes import Team, joined
+from gt_jax.sharding import Rules, current_sizes, everywhere, mesh_for_rows
 from gt_jax.tokenizers import other_tokens, tokenizer_of
 from gt_jax.training.config import RunConfig, TrainConfig
 from gt_jax.training.loop import fit, make_trainer, variables_of
@@ -65,28 +68,35 @@ class Checkpoint(NamedTuple):
 
 def verify(
     source: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None, tfds_dir: str | None = None,
-    batches: int = 8, jacobian_rows: int = 1, jacobian_iterations: int = 20, curve: int = 0,
-    say: Say = lambda line: None,
+    batches: int = 8, jacobian_rows: int | None = None, jacobian_iterations: int = 20, curve: int = 0,
+    say: Say = lambda line: None, team: Team | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare two checkpoints on held-out text (default: the source's own); numbers that are not finite as strings.
 
-    `jacobian_rows` 0 leaves the singular values out; `curve` > 0 trains the target so many steps more, on the text's
-    training part, with a fresh optimizer. Raises `Refused` before anything is computed.
+    `jacobian_rows` None is as few as the mesh can cut, one on one device; 0 leaves the singular values out. `curve` > 0
+    trains the target so many steps more, on the text's training part, with a fresh optimizer. Every process of the
+    `team` calls it, on a mesh of the devices of all. Raises `Refused` before anything is computed.
     """
-    if batches < 1:
-        raise Refused(f"--batches is {batches}; at least one is needed")
-    if curve < 0:
-        raise Refused(f"--curve is {curve}; name a number of steps, 0 trains none")
-    shallow, deep = open_checkpoint(source), open_checkpoint(target)
-    refuse_all(incomparable(shallow, deep), f"{source} and {target} cannot be compared:")
+    team = team or Team()
+    rows = Rules().shards("batch") if jacobian_rows is None else jacobian_rows
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir}
-    reading = open_text(data_config(shallow.metadata, named if any(named.values()) else None))
-    _refuse_rows(reading, deep, jacobian_rows, jacobian_iterations)
-    plan, reason = plan_between(shallow, deep)
+
+    def prepare() -> tuple[Checkpoint, Checkpoint, Text, Plan | None, str | None]:
+        if batches < 1:
+            raise Refused(f"--batches is {batches}; at least one is needed")
+        if curve < 0:
+            raise Refused(f"--curve is {curve}; name a number of steps, 0 trains none")
+        shallow, deep = open_checkpoint(source), open_checkpoint(target)
+        refuse_all(incomparable(shallow, deep), f"{source} and {target} cannot be compared:")
+        reading = open_text(data_config(shallow.metadata, named if any(named.values()) else None))
+        _refuse_rows(reading, shallow, deep, rows, jacobian_iterations)
+        return shallow, deep, reading, *plan_between(shallow, deep)
+
+    shallow, deep, reading, plan, reason = team.agree(prepare)
     held_out, rules, variables = reading.held_out(batches), Rules(), deep.load()
     result = compare_models(
         shallow.config, shallow.load(), deep.config, variables, plan, held_out, rules, say=say,
-        jacobian_rows=jacobian_rows, jacobian_iterations=jacobian_iterations,
+        jacobian_rows=rows, jacobian_iterations=jacobian_iterations,
     )  # fmt: skip
     notes = [*([] if reason is None else [reason]), *result.pop("notes")]
     more: dict[str, Any] = {}
@@ -124,13 +134,17 @@ def incomparable(source: Checkpoint, target: Checkpoint) -> list[str]:
             f"{int(np.argmin(same))}; compare models of one tokenizer"]  # fmt: skip
 
 
-def _refuse_rows(reading: Text, target: Checkpoint, rows: int, iterations: int) -> None:
-    size, wrong = reading.config.batch_size, []
+def _refuse_rows(reading: Text, source: Checkpoint, target: Checkpoint, rows: int, iterations: int) -> None:
+    size, cuts, wrong = reading.config.batch_size, Rules().shards("batch"), []
     if not 0 <= rows <= size:
         wrong.append(f"--jacobian-rows is {rows}; a batch has {size} rows, and 0 leaves the Jacobians out")
+    elif rows % cuts:
+        wrong.append(f"--jacobian-rows is {rows}; the mesh cuts rows in {cuts}")
     if iterations < 2:
         wrong.append(f"--jacobian-iterations is {iterations}; at least 2 are needed to see how far they have come")
-    refuse_all(wrong + Rules().misfits(target.config, size, current_sizes()), "this cannot be verified:")
+    for one in (source, target):
+        wrong += [f"{one.path}: {line}" for line in Rules().misfits(one.config, size, current_sizes())]
+    refuse_all(wrong, "this cannot be verified:")
 
 
 def plan_between(source: Checkpoint, target: Checkpoint) -> tuple[Plan | None, str | None]:
@@ -164,7 +178,8 @@ def train_curve(
 
     The schedule is `optimizer`'s over these steps, warm-up included. The variables are used up.
     """
-    trainer = make_trainer(config, TrainConfig(steps=steps, optimizer=optimizer))
+    rules, trainer = Rules(), make_trainer(config, TrainConfig(steps=steps, optimizer=optimizer))
+    batches = (everywhere(batch, rules) for batch in text.train(position))
     losses: list[list[float]] = []
 
     def record(step: int, metrics: dict[str, Any]) -> None:
@@ -172,8 +187,8 @@ def train_curve(
         if step % max(1, steps // 10) == 0:
             say(f"training on: step {step}/{steps}, loss {float(metrics['loss']):.4f}")
 
-    state = fit(trainer, trainer.new_state(variables), text.train(position), steps, record=record)
-    after = evaluate(trainer.evaluation, variables_of(state), held_out)
+    state = fit(trainer, trainer.new_state(variables), batches, steps, record=record)
+    after = evaluate(trainer.evaluation, variables_of(state), [everywhere(batch, rules) for batch in held_out])
     return {"steps": steps, "learning_rate": optimizer.learning_rate, "loss": losses, "held_out_loss": after}
 
 
@@ -249,13 +264,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", type=Path, help="the adaptive checkpoint")
     p.add_argument("target", type=Path, help="the checkpoint grown from it, or any of the same vocabulary")
     add_text_arguments(p)
-    p.add_argument("--jacobian-rows", type=int, default=1, metavar="N",
-                   help="rows of text for the singular values of the layers (1); 0 leaves them out")  # fmt: skip
+    p.add_argument("--jacobian-rows", type=int, metavar="N",
+                   help="rows of text for the singular values of the layers (as few as the mesh can cut, 1 on one "
+                   "device); 0 leaves them out")  # fmt: skip
     p.add_argument("--jacobian-iterations", type=int, default=20, metavar="N", help="of the power iteration (20)")
     p.add_argument("--curve", type=int, default=0, metavar="STEPS",
                    help="train the target so many steps more, in memory, and report the losses")  # fmt: skip
     p.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the figures by layer")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_device_flags(p)
     return p
 
 
@@ -273,23 +290,32 @@ def _refuse_picture(path: Path | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare and print; 0 whatever the verdict."""
-    from gt_jax.sharding import mesh_for_rows
-
     arguments = parser().parse_args(argv)
-    _refuse_picture(arguments.picture)
+    refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
+    with joined(arguments) as team:
+        _verify(arguments, team)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace, team: Team) -> None:
+    """Everything after the command line, in each process of the team; the first one prints and draws."""
+    team.agree(lambda: _refuse_picture(arguments.picture))
     named = text_config(arguments) or {}
-    with jax.set_mesh(mesh_for_rows(1)):
+    with jax.set_mesh(team.agree(lambda: mesh_of(arguments)) or mesh_for_rows(1)):
         result = verify(
             arguments.source, arguments.target, batches=arguments.batches, jacobian_rows=arguments.jacobian_rows,
-            jacobian_iterations=arguments.jacobian_iterations, curve=arguments.curve, **named,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
+            jacobian_iterations=arguments.jacobian_iterations, curve=arguments.curve, **named, team=team,
+            say=lambda line: print(line, file=sys.stderr, flush=True) if team.first else None,
         )  # fmt: skip
+    team.agree(lambda: _show(result, arguments) if team.first else None)
+
+
+def _show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.picture is not None:
         from gt_jax.plots import plot_verification
 
         plot_verification(result, arguments.picture)
     print(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)))
-    return 0
 
 
 if __name__ == "__main__":

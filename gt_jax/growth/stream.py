@@ -10,12 +10,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import resource
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from gt_jax import checkpoint
 from gt_jax.checkpoint_files import StrPath, note_files, prepare_parent, rename
 from gt_jax.checkpoint_slices import SliceReader
 from gt_jax.errors import Failed, Refused, refuse_all
+from gt_jax.files import room_matters
 from gt_jax.growth.journal import Journal
 from gt_jax.growth.leftovers import Leftovers, identity_of, only_writer
 from gt_jax.growth.pipeline import Budget, Pipeline, Settings, feeds, throttled
@@ -101,7 +101,7 @@ class _Growth:
 
     def open(self, stack: contextlib.ExitStack) -> None:
         """On process 0: become the only writer; make the unfinished folder, or take over the one that is there."""
-        with _room_matters(self.place):
+        with room_matters(self.place):
             stack.enter_context(only_writer(self.place))
             _refuse_existing(self.place)  # another process may have finished it meanwhile
             self.leftovers.refuse_another(self.identity)
@@ -129,12 +129,12 @@ class _Growth:
     def describe(self, metadata: Mapping[str, Any]) -> None:
         """On all processes: the arrays become a checkpoint."""
         if not self.described:
-            with _room_matters(self.place):
+            with room_matters(self.place):
                 checkpoint.write_metadata(self.leftovers.folder, [leaf.path for leaf in self.leaves], metadata)
 
     def publish(self) -> None:
         """On process 0: the checkpoint gets its name."""
-        with _room_matters(self.place):
+        with room_matters(self.place):
             if not self.described:
                 note_files(self.leftovers.folder)
                 self.leftovers.forget_journals()
@@ -168,7 +168,7 @@ class _Growth:
                     f"{_gib(rate)}/s, {_gib(_resident())} resident")
 
         def run() -> list[list[str]]:
-            with _room_matters(self.place):
+            with room_matters(self.place):
                 try:
                     pipeline.run(share, throttled(line, say, SECONDS))
                 finally:
@@ -186,7 +186,7 @@ class _Growth:
         refuse_all(target, "the target's values are not finite; nothing is left of this growth:")
 
     def _journal(self, process: int) -> Journal:
-        with _room_matters(self.place):
+        with room_matters(self.place):
             return Journal(self.leftovers.folder, process, self.identity)
 
     def _refuse_small_budget(self) -> None:
@@ -198,18 +198,6 @@ class _Growth:
                  for name, size in needed.items() if size > memory]
         refuse_all(large, f"a memory budget of {_gib(memory)} ({memory} bytes) is too small; --memory must be at least "
                           f"{max(needed.values())} bytes:")
-
-
-@contextlib.contextmanager
-def _room_matters(place: Path) -> Iterator[None]:
-    """Say of a full disk what to do about it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        reason = os.strerror(error.errno)
-        raise OSError(error.errno, f"{reason} while writing {place}; make room, then finish with --resume") from error
 
 
 def _paths(source: StrPath, target: StrPath) -> tuple[Path, Path]:

@@ -19,7 +19,7 @@ from gt_jax.checkpoint_runs import RunCheckpoints
 from gt_jax.config import ModelConfig
 from gt_jax.data import Text, open_text
 from gt_jax.errors import Failed, Refused, refuse_all
-from gt_jax.files import write_whole
+from gt_jax.files import room_matters, write_whole
 from gt_jax.fit import refuse_misfits
 from gt_jax.flops import utilisation
 from gt_jax.metrics import Recorder
@@ -142,7 +142,7 @@ def train_run(
 
     Every process of the `team` calls it, on a mesh of the devices of all; the first one writes and shows. With
     `tensorboard` the metrics go to RUN/tensorboard too. Raises `Refused` when `run` is already a run (without
-    `resume`), is none (with it), or was of another config.
+    `resume`), is none (with it), or was of another config, OSError when the disk is full: the last checkpoint stays.
     """
     team, rules = team or Team(), rules or Rules()
     team.agree(lambda: _check(run, config, resume))
@@ -160,7 +160,7 @@ def train_run(
     notes: list[str] = []
     steps = RunCheckpoints(run, config.train.keep, notes.append)
     state, before = _start(config, trainer, steps, rules, text)
-    stream = text.train(before.get("data"))
+    stream = team.agree(lambda: text.train(before.get("data")))
     if not resume:  # all that can be refused has been: from here on the directory is a run
         team.agree(lambda: _mark(run, config) if team.first else None)
     length, resumed = config.data.sequence_length, int(state.step) if resume else None
@@ -170,11 +170,12 @@ def train_run(
         watch=Watch(config), utilisation=utilisation(config.model, length),
         also=TensorBoard(run / "tensorboard", resumed) if tensorboard and team.first else None,
     )  # fmt: skip
-    with recorder:
+    with room_matters(run), recorder:
         for note in [*notes, text.summary()]:
             recorder.message(note)
         train = config.train
         places: dict[int, Any] = {}
+        unheard: list[OSError] = []
         patience = Patience(train.bad_steps, recorder.message, places.pop)
 
         def batches() -> Iterator[Batch]:
@@ -185,7 +186,8 @@ def train_run(
         def after(step: int, state: TrainState, last: bool) -> None:
             if _due(step, train.evaluate_every, train.steps):
                 loss = evaluate(trainer.evaluation, variables_of(state), held_out)
-                recorder.log(step, held_out_loss=loss)
+                record(step, {"held_out_loss": loss})
+            team.agree(heard)
             if last or _due(step, train.checkpoint_every, train.steps):
                 here = _metadata(config, text, stream.state(), state)
                 steps.save_beside(step, state._asdict(), {**_origin(before), **here})
@@ -196,7 +198,16 @@ def train_run(
             return any(_due(step, every, train.steps) for every in (train.evaluate_every, train.checkpoint_every))
 
         def record(step: int, metrics: dict[str, Any]) -> None:
-            recorder.log(step, **metrics)
+            try:
+                recorder.log(step, **metrics)
+            except OSError as error:
+                if team.count == 1:
+                    raise
+                unheard.append(error)  # the others go on to the next meeting, which comes before any save
+
+        def heard() -> None:
+            for error in unheard:
+                raise error
 
         with Termination() as termination:
             try:
@@ -272,8 +283,9 @@ def _check(run: Path, config: RunConfig, resume: bool) -> None:
 def _mark(run: Path, config: RunConfig) -> None:
     """Write RUN/config.json, the mark of a run directory, whole or not at all (a kill may leave config.json.tmp)."""
     file = run / "config.json"
-    checkpoint.prepare_parent(file)
-    write_whole(file, json.dumps(config.to_json(), indent=1) + "\n")
+    with room_matters(run, "start it again"):
+        checkpoint.prepare_parent(file)
+        write_whole(file, json.dumps(config.to_json(), indent=1) + "\n")
 
 
 def read_run_config(run: Path) -> RunConfig:

@@ -1,7 +1,13 @@
-"""Nothing is lost: bad steps change nothing and end a run in time, saves go on beside it, SIGTERM is heard."""
+"""Nothing is lost: bad steps change nothing and end a run in time, saves go on beside it, SIGTERM is heard.
 
+Nor by what happens to a run's directory: a damaged checkpoint, a full disk, another text.
+"""
+
+import contextlib
 import functools
 import os
+import resource
+import shutil
 import signal
 
 import jax
@@ -10,9 +16,16 @@ import numpy as np
 import pytest
 
 from gt_jax import checkpoint
+from gt_jax.checkpoint_runs import RunCheckpoints
+from gt_jax.data import DataConfig
+from gt_jax.errors import Refused
+from gt_jax.metrics import read_metrics
 from gt_jax.model import initialise
-from gt_jax.training.config import TrainConfig
-from gt_jax.training.loop import Diverged, Patience, fit, make_trainer
+from gt_jax.training import loop
+from gt_jax.training.config import RunConfig, TrainConfig
+from gt_jax.training.loop import Diverged, Patience, Trainer, fit, make_trainer, train_run
+from gt_jax.training.price import PriceConfig, initial_price
+from gt_jax.training.state import TrainState
 from gt_jax.training.stopping import Termination
 from tests.support import small_model
 
@@ -96,3 +109,157 @@ def test_a_loop_that_is_asked_to_stop_hands_its_state_over_once():
         after=lambda step, state, last: calls.append((step, int(state.step), last)),
     )  # fmt: skip
     assert calls == [(2, 2, True)] and int(state.step) == 2
+
+
+STORY = b"Once upon a time a small net grew deep and was glad of it.\n" * 20
+
+
+def toy_state(variables):
+    """A model of one matrix, with a moment: what a run does with its files asks for no more."""
+    w = variables["params"]["w"]
+    return TrainState({"w": w}, {}, {"mean": 0 * w}, initial_price(PriceConfig()), jnp.zeros((), jnp.int32))
+
+
+@jax.jit
+def toy_step(state, batch):
+    mean = 0.9 * state.optimizer["mean"] + jnp.mean(batch["tokens"]) * state.params["w"]
+    loss = jnp.mean(mean)
+    after = state._replace(params={"w": state.params["w"] - 1e-3 * mean}, optimizer={"mean": mean}, step=state.step + 1)
+    return after, {"loss": loss, "total_loss": loss, "gradient_norm": loss, "bad": 0.0}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(config, the directory of an uninterrupted run of ten steps of a toy, every second one saved)."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "story.txt").write_bytes(STORY)
+    data = DataConfig(text=(str(folder / "story.txt"),), sequence_length=8, batch_size=2)
+    train = TrainConfig(steps=10, evaluate_every=0, evaluation_batches=1, checkpoint_every=2, keep=5)
+    config = RunConfig(model=CONFIG, train=train, data=data)
+    weight = jax.ShapeDtypeStruct((128, 128), np.float32)
+    toy = Trainer(toy_step, lambda variables, batch, control: (variables["params"]["w"].sum(), 1, None), toy_state)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_trainer", lambda *_: toy)
+        patch.setattr(loop, "abstract", lambda *_: {"params": {"w": weight}})
+        patch.setattr(loop, "initialise", lambda *_: {"params": {"w": jnp.ones(weight.shape)}})
+        train_run(folder / "whole", config, show=False)
+        yield config, folder / "whole"
+
+
+def cut(whole, run):
+    """`run` as `whole` was when step 6 was saved and step 7 recorded."""
+    shutil.copytree(whole, run)
+    for step in ("8", "10"):
+        shutil.rmtree(run / step)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:7]))
+    return run
+
+
+def assert_as_whole(run, whole):
+    """The bytes of every checkpoint, the text's position there, and the metrics but for their times."""
+    assert RunCheckpoints(run).steps() == RunCheckpoints(whole).steps() == [2, 4, 6, 8, 10]
+    for step in ("2", "4", "6", "8", "10"):
+        assert checkpoint.content_hash(run / step) == checkpoint.content_hash(whole / step)
+        assert checkpoint.describe(run / step) == checkpoint.describe(whole / step)
+    lines = [[{name: value for name, value in line.items() if not name.startswith("time_")}
+              for line in read_metrics(place / "metrics.jsonl")] for place in (run, whole)]  # fmt: skip
+    assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == [*range(1, 11), 10]
+
+
+def values_of(step):
+    """The file with most of a checkpoint's values."""
+    return max((step / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
+
+
+def truncate(step):
+    os.truncate(values_of(step), 100)
+
+
+def delete(step):
+    values_of(step).unlink()
+
+
+def flip(step):
+    data = bytearray(values_of(step).read_bytes())
+    data[len(data) // 2] ^= 1
+    values_of(step).write_bytes(data)
+
+
+def leave_unfinished(step):
+    shutil.copytree(step, step.with_name("8.unfinished.orbax-checkpoint-tmp"))
+    (step / "files.json").unlink()
+    step.rename(step.with_name("6.unfinished"))
+
+
+@pytest.mark.parametrize(("harm", "says"), [
+    (truncate, "has 100 bytes instead of"), (delete, "is missing"), (flip, "holds other bytes than were written"),
+    (leave_unfinished, None),
+])  # fmt: skip
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(whole, harm, says, tmp_path, capsys):
+    config, place = whole
+    run = cut(place, tmp_path / "run")
+    harm(run / "6")
+    train_run(run, config, resume=True)
+    said = capsys.readouterr().err
+    assert says is None or (f"{run / '6'} " in said and says in said and "step 4 is used" in said)
+    assert [path.name for path in run.glob("*[!0-9]*") if path.is_dir()] == ([] if says is None else ["6.damaged"])
+    assert_as_whole(run, place)
+
+
+@contextlib.contextmanager
+def files_up_to(size):
+    """No file of this process may grow beyond `size`, which stands in for a full disk; what is written fails so."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [0, 2**16], ids=["nothing", "metrics but no checkpoint"])
+def test_a_full_disk_ends_a_run_in_words_and_costs_it_nothing(whole, room, tmp_path, monkeypatch):
+    """The save is under way beside the training when it fails: the next save, or the end, hears of it."""
+    config, place = whole
+    run, full = tmp_path / "run", contextlib.ExitStack()
+    save = RunCheckpoints.save_beside
+
+    def and_then_no_room(self, step, *rest):
+        if step == 6:
+            self.wait()
+            full.enter_context(files_up_to(room))
+        save(self, step, *rest)
+
+    monkeypatch.setattr(RunCheckpoints, "save_beside", and_then_no_room)
+    with pytest.raises(OSError, match=f"too large while writing {run}; make room, then finish with --resume"), full:
+        train_run(run, config, show=False)
+    assert RunCheckpoints(run).steps() == [2, 4] and not any(run.glob("*.unfinished*"))
+    for step in ("2", "4"):
+        assert checkpoint.content_hash(run / step) == checkpoint.content_hash(place / step)
+    with pytest.raises(OSError, match="make room"), files_up_to(0):  # still none
+        train_run(run, config, resume=True, show=False)
+    monkeypatch.undo()
+    train_run(run, config, resume=True, show=False)
+    assert_as_whole(run, place)
+
+
+def test_another_config_or_text_is_refused_by_what_differs(whole, tmp_path):
+    config, place = whole
+    run = cut(place, tmp_path / "run")
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    story = tmp_path / "story.txt"
+    story.write_bytes(STORY.replace(b"glad", b"sad!"))
+    optimizer = config.train.optimizer.replace(learning_rate=1.0)
+    data = config.data.replace(text=(str(story),), tokenizer=str(tmp_path / "tokenizer.json"))
+    other = config.replace(train=config.train.replace(optimizer=optimizer), data=data)
+    with pytest.raises(Refused, match=r"(?s)another config.*train.optimizer.learning_rate.*data.text.*data.tokenizer"):
+        train_run(run, other, resume=True, show=False)
+    text = whole[1].parent / "story.txt"
+    try:
+        text.write_bytes(story.read_bytes())  # the same names, other bytes
+        with pytest.raises(Refused, match="the saved position in the data does not fit this text:\n  - content is"):
+            train_run(run, config, resume=True, show=False)
+    finally:
+        text.write_bytes(STORY)
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before

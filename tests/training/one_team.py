@@ -1,0 +1,62 @@
+"""`python one_team.py JOB.json --coordinator …`: several commands in one team of processes, for the cost of one start.
+
+Each is what `python -m gt_jax.train` and `python -m gt_jax.verify` do after they have joined the team.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from gt_jax import train, verify
+from gt_jax.errors import run_command
+from gt_jax.processes import Team, joined
+from gt_jax.training import loop
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[str]]:
+    """A digest of every batch that a run is given, the held-out ones first."""
+    seen: list[str] = []
+    everywhere = loop.everywhere
+
+    def note(batch: dict[str, np.ndarray], *rest: object) -> dict[str, object]:
+        seen.append(hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest())
+        return everywhere(batch, *rest)  # type: ignore[arg-type]
+
+    loop.everywhere = note  # type: ignore[assignment]
+    try:
+        yield seen
+    finally:
+        loop.everywhere = everywhere
+
+
+def trained(team: Team, words: Sequence[str]) -> list[str]:
+    """Train as `words` say; the digests of the batches."""
+    with noted() as seen:
+        train._train(train.parser().parse_args(words), team)
+    return seen
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """All of the job; process I notes its batches in batches.I.json."""
+    job, *flags = argv or sys.argv[1:]
+    with open(job) as file:
+        work = json.load(file)
+    loop.make_trainer = functools.cache(loop.make_trainer)  # runs of one config compile once
+    with joined(train.parser().parse_args(["run", *flags])) as team:
+        batches = [trained(team, words) for words in work["train"]]
+        with open(f"batches.{team.index}.json", "w") as file:
+            json.dump(batches, file)
+        verify._verify(verify.parser().parse_args([*work["verify"], *flags]), team)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

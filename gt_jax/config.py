@@ -13,7 +13,7 @@ from gt_jax.errors import Refused
 from gt_jax.json_config import Config, below
 
 DType = Literal["float32", "bfloat16"]
-Remat = Literal["none", "pass", "block", "kernels"]
+Remat = Literal["none", "pass", "layer", "block", "kernels"]
 Rope = Literal["none", "standard", "origin"]
 
 
@@ -313,7 +313,7 @@ class ModelConfig(Config):
 
     With `moe` the SwiGLU of width `mlp_width` is the shared expert. A config of a layer type may be None where the
     layout does without it; None elsewhere turns the component off. `remat` says what the backward pass computes again:
-    nothing, each adaptive pass, each block, or each block but for what the kernels keep.
+    nothing, each adaptive pass, each layer, each block, or each block but for what the kernels keep.
     """
 
     layout: str
@@ -385,9 +385,9 @@ class ModelConfig(Config):
     def plain(self) -> ModelConfig:
         """The same model with every layer run once: same weight names less the halting heads.
 
-        Where passes were computed again in the backward pass, blocks are: a layer that runs once has no other passes.
+        Where passes were computed again in the backward pass, layers are: each of them is one pass.
         """
-        return self.replace(adaptive=None, remat="block" if self.remat == "pass" else self.remat)
+        return self.replace(adaptive=None, remat="layer" if self.remat == "pass" else self.remat)
 
     @property
     def twice_differentiable(self) -> ModelConfig:

@@ -116,7 +116,8 @@ def _open(
         wrong += _misfits(one, data, passes, tokenizer.vocab_size)
         if mesh is not None:
             with jax.set_mesh(mesh):
-                wrong += [f"{one.path}: {line}" for line in Rules().misfits(one.config, data.batch_size, current_sizes())]
+                uneven = Rules().misfits(one.config, data.batch_size, current_sizes())
+            wrong += [f"{one.path}: {line}" for line in uneven]
     if passes is not None and all(one.config.adaptive is None for one in opened):
         wrong.append("--passes fixes the passes of adaptive models; here every layer runs once, leave it out")
     refuse_all(wrong, "this cannot be evaluated:")

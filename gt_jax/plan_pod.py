@@ -216,7 +216,7 @@ def advice(row: dict[str, Any]) -> list[str]:
                      "tensor or expert")  # fmt: skip
     else:
         parts = 2 * row["accumulate"]
-        lines.append(f"  what would help: --accumulate {parts}, more devices, or --remat block")
+        lines.append(f"  what would help: --accumulate {parts}, more devices, or --remat layer")
     return lines
 
 

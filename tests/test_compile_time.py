@@ -34,9 +34,9 @@ def test_the_training_step_is_the_same_program_at_2_and_at_20_blocks():
 
 
 ALIKE = {
-    "residual": small_model("DDDG", adaptive=False, remat="block"),
-    "lambda": small_model("DDDG", adaptive=False, stack=StackConfig("lambda", skips=((0, 2),))),
-    "midpoint": small_model("DDDG", adaptive=False, stack=StackConfig("midpoint", mixing=0.5)),
+    "residual": small_model("DDDG", adaptive=False, remat="layer"),
+    "lambda": small_model("DDDG", adaptive=False, remat="layer", stack=StackConfig("lambda", skips=((0, 2),))),
+    "midpoint": small_model("DDDG", adaptive=False, remat="layer", stack=StackConfig("midpoint", mixing=0.5)),
     "adaptive": small_model("DDDG"),
 }
 

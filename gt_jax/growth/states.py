@@ -129,7 +129,8 @@ def _block(
         for slot, layer in enumerate(layers):
             own = {kind: tree[f"layer{slot}"] for kind, tree in stored.items() if f"layer{slot}" in tree}
             given = (x, place, PassControl(forced[slot], p_max), None, link)
-            x, _, _, _, new_link = layer.apply(own, *given)  # type: ignore[misc]
+            apply = jax.checkpoint(layer.apply, prevent_cse=False) if config.remat == "layer" else layer.apply
+            x, _, _, _, new_link = apply(own, *given)  # type: ignore[misc]
             link = new_link or link
             kept += [x] if slot in slots else []
         return x, kept

@@ -32,8 +32,8 @@ def wanted():
     return gradient("none")(*inputs())
 
 
-@pytest.mark.parametrize("remat", ["block", "kernels"])
-def test_rematerialised_blocks_have_the_same_gradients(remat):
+@pytest.mark.parametrize("remat", ["layer", "block", "kernels"])
+def test_what_is_rematerialised_has_the_same_gradients(remat):
     found = gradient(remat)(*inputs())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), found, wanted())
 

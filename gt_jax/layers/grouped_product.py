@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,11 +25,13 @@ LANES = 128
 class Dispatch(NamedTuple):
     """Picks in rows, sorted by expert; each expert's run is filled up with empty rows to a multiple of the block.
 
-    `pick`: which pick lies in a row, or the number of picks for an empty row. `sizes`: rows of each expert's run. Runs
-    follow one another from row 0; the rows after the last run are empty.
+    `pick`: which pick lies in a row, or the number of picks for an empty row. `row`: in which row a pick lies, or the
+    number of rows for one that has none. `sizes`: rows of each expert's run. Runs follow one another from row 0; the
+    rows after the last run are empty.
     """
 
     pick: Int[Array, "r"]
+    row: Int[Array, "m"]
     sizes: Int[Array, "e"]
 
 
@@ -54,8 +57,33 @@ def dispatch(experts: Int[Array, "m"], count: int, block: int) -> Dispatch:
     moved = (jnp.cumsum(runs) - runs) - (jnp.cumsum(sizes) - sizes)  # by the empty rows of the experts before
     rows = row_count(picks, count, block)
     row = jnp.arange(picks, dtype=jnp.int32) + moved[jnp.minimum(owner, count - 1)]
-    row = jnp.where(owner < count, row, rows)
-    return Dispatch(jnp.full((rows,), picks, jnp.int32).at[row].set(order, mode="drop"), runs)
+    row = jnp.where(owner < count, row, rows).astype(jnp.int32)
+    pick = jnp.full((rows,), picks, jnp.int32).at[row].set(order, mode="drop")
+    return Dispatch(pick, jnp.zeros((picks,), jnp.int32).at[order].set(row, unique_indices=True), runs)
+
+
+@jax.custom_vjp
+def spread(x: Float[Array, "n d"], source: Int[Array, "r"], rows: Int[Array, "n k"]) -> Float[Array, "r d"]:
+    """y_r = x[source_r], 0 where source_r is n. `rows` says the same the other way: those that came from each of x.
+
+    The transpose of a gather is a sum of scattered rows, which a TPU sorts first and then writes one by one; as the
+    rows are known, it is `collect`, a gather again.
+    """
+    return x.at[source].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def collect(y: Float[Array, "r d"], source: Int[Array, "r"], rows: Int[Array, "n k"]) -> Float[Array, "n d"]:
+    """x_n = sum_k y[rows_nk], where rows_nk is r nothing: the transpose of `spread`."""
+    return jnp.sum(y.at[rows].get(mode="fill", fill_value=0), axis=1)
+
+
+def _kept(function: Callable[..., Array]) -> Callable[..., tuple[Array, tuple[Array, Array]]]:
+    return lambda x, source, rows: (function(x, source, rows), (source, rows))
+
+
+spread.defvjp(_kept(spread), lambda kept, gradient: (collect(gradient, *kept), None, None))
+collect.defvjp(_kept(collect), lambda kept, gradient: (spread(gradient, *kept), None, None))
 
 
 def ragged_product(x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"]) -> Float[Array, "r f"]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gt_jax.config import MoEConfig
-from gt_jax.layers.grouped_product import block_size, dispatch, grouped_product
+from gt_jax.layers.grouped_product import block_size, collect, dispatch, grouped_product, spread
 from gt_jax.layers.mixer import masked_mean
 from gt_jax.layers.primitives import SwiGLU, WeightSpec, widen
 from gt_jax.layers.shown import show
@@ -109,15 +109,13 @@ def mix_experts(
     tokens, picks, count = x.shape[0] * x.shape[1], routing.experts.shape[-1], gate.shape[0]
     block = block_size(tokens * picks, count)
     rows = dispatch(routing.experts.reshape(-1), count, block)
-    token = rows.pick // picks  # an empty row: one past the last token
-    inner = x.reshape(tokens, -1).at[token].get(mode="fill", fill_value=0)
+    token, of_token = rows.pick // picks, rows.row.reshape(tokens, picks)  # an empty row: one past the last token
+    inner = spread(x.reshape(tokens, -1), token, of_token)
     hidden = jax.nn.silu(grouped_product(inner, gate, rows.sizes, block))
     hidden = hidden * grouped_product(inner, up, rows.sizes, block)
     outer = widen(grouped_product(hidden, down, rows.sizes, block))
-    weight = routing.weights.reshape(-1).at[rows.pick].get(mode="fill", fill_value=0)
-    weighted = outer * weight[:, None]
-    total = jnp.zeros((tokens, x.shape[2]), weighted.dtype).at[token].add(weighted, mode="drop")
-    return total.astype(x.dtype).reshape(x.shape)
+    weight = spread(routing.weights.reshape(-1, 1), rows.pick, rows.row[:, None])
+    return collect(outer * weight, token, of_token).astype(x.dtype).reshape(x.shape)
 
 
 class Router(nn.Module):

@@ -35,5 +35,8 @@ class MultiTokenPrediction(nn.Module):
         x = fusion("btcd,cde->bte", both, ("batch", None, None))
         state = x if c.hyper is None else to_streams(x, c.hyper.streams)
         plain = c.plain.replace(stack=c.stack.replace(kind="residual", skips=()))
-        one = Layer("G", plain, rules, with_gain=False, name="layer").update(state, place)
+        # not in the scan over blocks: without a barrier the compiler would keep what it can instead of computing again
+        again = c.remat in ("layer", "block", "kernels") and not self.is_initializing()
+        update = nn.remat(Layer.update) if again else Layer.update
+        one = update(Layer("G", plain, rules, with_gain=False, name="layer"), state, place)
         return stream_mean(state + one.value), jnp.sum(one.statistics.auxiliary_loss)

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -84,7 +85,7 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
     """A mesh with the four named axes; `data=None` takes the devices that the others leave.
 
-    Raises `Refused` when the sizes do not multiply to the number of devices.
+    Raises `Refused` when the sizes do not multiply to the number of devices, and for devices of several slices.
     """
     available = list(devices) if devices is not None else jax.devices()
     asked = zip(MESH_AXES, (data, fsdp, expert, tensor), strict=True)
@@ -97,7 +98,12 @@ def make_mesh(
         wanted = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, shape, strict=True))
         raise Refused(f"mesh {wanted} does not use exactly the {len(available)} devices there are; the sizes must "
                       "multiply to their number")  # fmt: skip
-    return jax.make_mesh(shape, MESH_AXES, devices=available)
+    slices = {getattr(device, "slice_index", 0) for device in available}
+    if len(slices) > 1:
+        raise Refused(f"the devices belong to {len(slices)} slices; a mesh is of one slice")
+    # not jax.make_mesh, which on most tori wants whole axes: 16x16 has none for tensor 4
+    placed = mesh_utils.create_device_mesh(shape, available, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, MESH_AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(MESH_AXES))
 
 
 def mesh_for_rows(rows: int) -> jax.sharding.Mesh:

@@ -1,5 +1,6 @@
 """plan_pod: what it reads from a program, which meshes it tries, what it refuses; a real topology where libtpu is."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -22,6 +23,7 @@ from gt_jax.sharding import Rules, make_mesh
 from tests.support import small_model
 
 ROOT = Path(__file__).parents[1]
+
 
 def test_topologies_by_name():
     assert topologies.parse("v5p:4x4x4").devices == 64 and topologies.parse("tpu7x:2x2x1").devices == 8
@@ -146,6 +148,34 @@ def command(*words):
 
 
 @pytest.mark.slow
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a TPU as a mesh asks for."""
+
+    id: int
+    coords: tuple[int, ...]
+    slice_index: int
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+
+
+def torus(*shape, slices=1):
+    return [Device(i, at, i % slices) for i, at in enumerate(np.ndindex(*shape))]
+
+
+def test_an_axis_may_be_a_part_of_an_axis_of_the_torus():
+    """v6e:16x16 has no axis of 4: neighbours on `tensor` are neighbours on the torus all the same."""
+    mesh = make_mesh(fsdp=64, tensor=4, devices=torus(16, 16, 1))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 64, "expert": 1, "tensor": 4}
+    coordinates = np.array([[device.coords for device in row] for row in mesh.devices.reshape(64, 4)])
+    assert len(np.unique(coordinates.reshape(-1, 3), axis=0)) == 256
+    assert np.all(np.ptp(coordinates, axis=1).sum(axis=-1) == 3)
+    with pytest.raises(Refused, match="2 slices"):
+        make_mesh(fsdp=64, tensor=4, devices=torus(16, 16, 1, slices=2))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
 def test_a_tiny_model_for_a_real_topology():
     words = ("--preset", "tiny_8b", "--topology", "v5p:2x2x1", "--batch", "8", "--sequence-length", "128", "--json")

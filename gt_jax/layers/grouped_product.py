@@ -94,14 +94,39 @@ def ragged_product(x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[
 def blocked_product(
     x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], block: int
 ) -> Float[Array, "r f"]:
-    """`ragged_product` for runs that are multiples of `block`: each block of rows times its expert's matrix."""
-    blocks = x.shape[0] // block
-    start = block * jnp.arange(blocks, dtype=jnp.int32)
-    owner = jnp.sum(start[:, None] >= jnp.cumsum(sizes)[None], axis=1)
-    matrices = w.at[jnp.minimum(owner, w.shape[0] - 1)].get(mode="promise_in_bounds")
-    product = jnp.einsum("nbd,ndf->nbf", x.reshape(blocks, block, -1), matrices)
-    product = jnp.where((owner < w.shape[0])[:, None, None], product, 0.0)
+    """`ragged_product` for runs that are multiples of `block`: each block of rows times its expert's matrix.
+
+    One block after the other: a product of all at once copies a matrix for each, and took three times as long.
+    """
+
+    def one(_: None, piece: tuple[Array, Array, Array]) -> tuple[None, Array]:
+        rows, real, owner = piece
+        return None, jnp.where(real, rows @ w[owner], 0.0)
+
+    _, product = jax.lax.scan(one, None, (x.reshape(-1, block, x.shape[1]), *_owners(x, w, sizes, block)))
     return product.reshape(x.shape[0], -1)
+
+
+def blocked_gradients(
+    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], gradient: Float[Array, "r f"], block: int
+) -> tuple[Float[Array, "r d"], Float[Array, "e d f"]]:
+    """dx = gradient w^T and dw_i = x_i^T gradient_i, block after block; dw is added to in place."""
+
+    def one(dw: Array, piece: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        rows, pulled, real, owner = piece
+        pulled = jnp.where(real, pulled, 0.0)
+        return dw.at[owner].add(rows.T @ pulled), pulled @ w[owner].T
+
+    pieces = (x.reshape(-1, block, x.shape[1]), gradient.reshape(-1, block, gradient.shape[1]))
+    dw, dx = jax.lax.scan(one, jnp.zeros_like(w), (*pieces, *_owners(x, w, sizes, block)))
+    return dx.reshape(x.shape), dw
+
+
+def _owners(x: Array, w: Array, sizes: Array, block: int) -> tuple[Array, Array]:
+    """Of each block of rows, whether it lies in a run, and whose."""
+    start = jnp.arange(0, x.shape[0], block, dtype=jnp.int32)
+    owner = jnp.sum(start[:, None] >= jnp.cumsum(sizes)[None], axis=1)
+    return owner < w.shape[0], jnp.minimum(owner, w.shape[0] - 1)
 
 
 def tiled_product(
@@ -172,11 +197,11 @@ def _grouped_backward(block: int, kept: tuple[Array, Array, Array], gradient: Ar
     if _tiled(*kept[:2]):
         return *tiled_gradients(*kept, gradient), None
 
-    def transpose(product, x, w, sizes, gradient):
-        return jax.vjp(lambda x, w: product(x, w, sizes), x, w)[1](gradient)
+    def ragged(x: Array, w: Array, sizes: Array, gradient: Array) -> tuple[Array, Array]:
+        dx, dw = jax.vjp(lambda x, w: ragged_product(x, w, sizes), x, w)[1](gradient)
+        return dx, dw
 
-    blocked = functools.partial(transpose, functools.partial(blocked_product, block=block))
-    ragged = functools.partial(transpose, ragged_product)
+    blocked = functools.partial(blocked_gradients, block=block)
     return *jax.lax.platform_dependent(*kept, gradient, cpu=blocked, default=ragged), None
 
 

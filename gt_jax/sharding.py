@@ -146,7 +146,7 @@ def lay_out(tree: Any, shapes: Any) -> Any:
     return jax.tree.map(lambda leaf, shape: jax.device_put(np.array(leaf), shape.sharding), tree, shapes)
 
 
-def everywhere(batch: dict[str, np.ndarray], rules: Rules) -> dict[str, Any]:
+def everywhere(batch: Mapping[str, np.ndarray | Array], rules: Rules) -> dict[str, Any]:
     """A batch that every process has whole, as arrays over the devices of all; a single process keeps it as it is."""
     if jax.process_count() == 1 or not has_mesh():
         return dict(batch)

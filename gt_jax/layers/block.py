@@ -27,6 +27,7 @@ from gt_jax.layers.stack import Coefficients, SkipBuffer, advance, enter, record
 from gt_jax.sharding import Rules
 from gt_jax.typing import Activations, State, Tree
 from pallas_kernels.gated_delta_rule.xla import SAVED_NAMES
+from pallas_kernels.platform import target_device
 
 
 class Stream(NamedTuple):
@@ -112,7 +113,7 @@ class Block(nn.Module):
 
         def body(stream: Stream, xs: Tree) -> tuple[Stream, PassStatistics]:
             variables, numbers = xs
-            layer = Layer(kind, self.config, self.rules, parent=None).bind(variables)
+            layer = Layer(kind, self.config, self.rules, parent=None, name=f"layer{slots.start}").bind(variables)
             moved, seen, _, _ = self._one(layer, stream, common, numbers, None, None)
             return moved, seen
 
@@ -175,13 +176,14 @@ class Block(nn.Module):
 
 
 def compiled_once(config: ModelConfig) -> bool:
-    """Whether neighbours of kind D are one program: where the backward pass computes a pass or a layer again.
+    """Whether neighbours of kind D are one program: where a layer is computed again, and on a TPU a pass.
 
     The step of the 8B model then compiles in half the time. A loop stacks what the backward pass needs and cuts it out
-    again: cheap for what a layer starts from, a fifth of the step's traffic for all that it computes. The groundthink
-    variant has a link from layer to layer.
+    again: cheap for what a layer starts from, a fifth of the step's traffic for all that it computes. The passes of an
+    adaptive model on a CPU gain nothing from it. The groundthink variant has a link from layer to layer.
     """
-    return config.remat in ("pass", "layer") and config.deltanet is not None and config.deltanet.variant == "gated"
+    again = config.remat == "layer" or (config.remat == "pass" and target_device()[0] == "tpu")
+    return again and config.deltanet is not None and config.deltanet.variant == "gated"
 
 
 def remats_blocks(config: ModelConfig) -> bool:

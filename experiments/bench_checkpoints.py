@@ -34,7 +34,7 @@ if __name__ == "__main__" and (_root := str(Path(__file__).resolve().parent.pare
     sys.path.insert(0, _root)  # run as a file: `experiments` is a folder of the repository, not installed
 
 from experiments.training_measured import sizes
-from experiments.training_measured.report import keep, note, seconds, spread
+from experiments.training_measured.report import add_common, common_problems, keep, note, seconds, spread
 from gt_jax.errors import refuse_all, run_command
 
 ASKED = 0.03
@@ -66,26 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--size", choices=tuple(sizes.SIZES), default="small")
+    add_common(p)
     p.add_argument("--every", type=int, default=50, help="steps from save to save that the overhead is of (50)")
     p.add_argument("--steps", type=int, default=5, help="of a stretch (5); the writing should end within them")
     p.add_argument("--rounds", type=int, default=3, help="stretches with and without a save (3)")
-    p.add_argument("--batch", type=int, default=4, help="rows a step (4)")
-    p.add_argument("--tokens", type=int, default=256, help="of a row (256)")
     p.add_argument("--workdir", type=Path, help="folder to save in")
-    p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    p.add_argument("--output", type=Path, help="folder to keep the results in")
     return p
 
 
 def problems(options: argparse.Namespace) -> list[str]:
     """What is wrong with the arguments."""
-    wrong = [f"--{name} {getattr(options, name)}: at least 1 is needed"
-             for name in ("every", "steps", "rounds", "batch") if getattr(options, name) < 1]
-    if options.tokens < 2:
-        wrong.append(f"--tokens {options.tokens}: at least 2 are needed")
-    return wrong + [f"--{name} {folder} is no folder" for name in ("workdir", "output")
-                    if (folder := getattr(options, name)) is not None and not folder.is_dir()]
+    return common_problems(options, ("every", "steps", "rounds", "batch"), ("workdir", "output"))
 
 
 class Run:

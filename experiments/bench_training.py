@@ -31,7 +31,7 @@ if __name__ in ("__main__", "__mp_main__") and (_root := str(Path(__file__).reso
     sys.path.insert(0, _root)  # run as a file: `experiments` is a folder of the repository, not installed
 
 from experiments.training_measured import sizes
-from experiments.training_measured.report import keep, markdown_table, note, spread
+from experiments.training_measured.report import add_common, common_problems, keep, markdown_table, note, spread
 from experiments.training_measured.turns import Contestant, Job, Turn
 from gt_jax.errors import Failed, refuse_all, run_command
 
@@ -58,31 +58,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--size", choices=tuple(sizes.SIZES), default="small")
+    add_common(p)
     p.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which comparisons (all)")
     p.add_argument("--experts", type=int, default=4, help="of the model with experts, top-2 (4)")
     p.add_argument("--theirs", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"),
                    help="how PyTorch runs (both)")
     p.add_argument("--theirs-experts", metavar="NAME", help="transformers' way to run experts (its own choice)")
-    p.add_argument("--batch", type=int, default=4, help="rows a step (4)")
-    p.add_argument("--tokens", type=int, default=256, help="of a row (256)")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--steps", type=int, default=2, help="of a contestant in a round (2)")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--limit", type=float, default=240.0, help="seconds that torch.compile may take (240)")
-    p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    p.add_argument("--output", type=Path, help="folder to keep the results in")
     return p
 
 
 def problems(options: argparse.Namespace) -> list[str]:
     """What is wrong with the arguments, or missing."""
-    wrong = [f"--{name} {getattr(options, name)}: at least 1 is needed"
-             for name in ("batch", "rounds", "steps", "threads") if getattr(options, name) < 1]
-    if options.tokens < 2:
-        wrong.append(f"--tokens {options.tokens}: at least 2 are needed")
-    if options.output is not None and not options.output.is_dir():
-        wrong.append(f"--output {options.output} is no folder")
+    wrong = common_problems(options, ("batch", "rounds", "steps", "threads"), ("output",))
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing and set(options.models) - {"as it is"}:
         wrong.append(f"{' and '.join(missing)} not installed: pip install 'gt-jax[bench]', or leave them out with "

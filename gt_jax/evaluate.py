@@ -38,7 +38,7 @@ from gt_jax.model import fixed_passes, free_passes
 from gt_jax.process_flags import wrong_process_flags
 from gt_jax.processes import Team, joined
 from gt_jax.scoring import Units, byte_lengths, score, targets_of, units_of
-from gt_jax.sharding import Rules, current_sizes, mesh_for_rows
+from gt_jax.sharding import Rules, mesh_for_rows
 from gt_jax.tokenizers import Tokenizer, open_tokenizer
 from gt_jax.verify import Checkpoint, incomparable, open_checkpoint
 
@@ -115,9 +115,7 @@ def _open(
     for one in opened:
         wrong += _misfits(one, data, passes, tokenizer.vocab_size)
         if mesh is not None:
-            with jax.set_mesh(mesh):
-                uneven = Rules().misfits(one.config, data.batch_size, current_sizes())
-            wrong += [f"{one.path}: {line}" for line in uneven]
+            wrong += [f"{one.path}: {line}" for line in Rules().misfits(one.config, data.batch_size, mesh.shape)]
     if passes is not None and all(one.config.adaptive is None for one in opened):
         wrong.append("--passes fixes the passes of adaptive models; here every layer runs once, leave it out")
     refuse_all(wrong, "this cannot be evaluated:")

@@ -39,9 +39,9 @@ def mesh_of(arguments: argparse.Namespace) -> Any:
     """The mesh that the flags name, the rest of the devices on fsdp; None where one process is given none of them."""
     import jax
 
-    from gt_jax.sharding import make_mesh
+    from gt_jax.sharding import MESH_AXES, make_mesh
 
-    given = {axis: getattr(arguments, f"mesh_{axis}") for axis in ("data", "fsdp", "expert", "tensor")}
+    given = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_AXES}
     if not several(arguments) and all(size is None for size in given.values()):
         return None
     data, expert, tensor = (given[axis] or 1 for axis in ("data", "expert", "tensor"))

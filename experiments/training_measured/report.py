@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from experiments.training_measured import sizes
+
+
+def add_common(p: argparse.ArgumentParser) -> None:
+    """The flags of both benchmarks."""
+    p.add_argument("--size", choices=tuple(sizes.SIZES), default="small")
+    p.add_argument("--batch", type=int, default=4, help="rows a step (4)")
+    p.add_argument("--tokens", type=int, default=256, help="of a row (256)")
+    p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    p.add_argument("--output", type=Path, help="folder to keep the results in")
+
+
+def common_problems(options: argparse.Namespace, counts: Sequence[str], folders: Sequence[str]) -> list[str]:
+    """What is wrong with numbers that must be at least 1, with --tokens, and with folders that must be there."""
+    wrong = [f"--{name} {value}: at least 1 is needed" for name in counts if (value := getattr(options, name)) < 1]
+    if options.tokens < 2:
+        wrong.append(f"--tokens {options.tokens}: at least 2 are needed")
+    return wrong + [f"--{name} {folder} is no folder" for name in folders
+                    if (folder := getattr(options, name)) is not None and not folder.is_dir()]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

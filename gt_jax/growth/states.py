@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from gt_jax.chunks import over_chunks
 from gt_jax.config import ModelConfig
 from gt_jax.layers.adaptive_depth import PassControl
-from gt_jax.layers.block import remat_policy, remats_blocks
+from gt_jax.layers.block import remat_policy, remats_blocks, slot_variables
 from gt_jax.layers.hyper_connections import to_streams
 from gt_jax.layers.memory_stream import Memory, carry_memory
 from gt_jax.layers.mixer import Place, place_rows
@@ -127,10 +127,9 @@ def _block(
         stored, forced = xs
         link, kept = None, []
         for slot, layer in enumerate(layers):
-            own = {kind: tree[f"layer{slot}"] for kind, tree in stored.items() if f"layer{slot}" in tree}
             given = (x, place, PassControl(forced[slot], p_max), None, link)
             apply = jax.checkpoint(layer.apply, prevent_cse=False) if config.remat == "layer" else layer.apply
-            x, _, _, _, new_link = apply(own, *given)  # type: ignore[misc]
+            x, _, _, _, new_link = apply(slot_variables(stored, slot), *given)  # type: ignore[misc]
             link = new_link or link
             kept += [x] if slot in slots else []
         return x, kept

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -71,13 +71,13 @@ class Block(nn.Module):
         forced, numbers, mixing, caches = xs
         statistics, new_caches, link = [], {}, None
         for slots in self._runs(caches):
-            kind, first = self.pattern[slots.start], slots.start
+            first = slots.start
             if len(slots) > 1:
                 cut = jax.tree.map(lambda a, slots=slots: a[slots.start : slots.stop], (forced, numbers, mixing))
-                stream, seen = self._alike(kind, slots, stream, common, cut)
+                stream, seen = self._alike(slots, stream, common, cut)
                 statistics.append(seen)
                 continue
-            layer = Layer(kind, self.config, self.rules, name=f"layer{first}")
+            layer = Layer(self.pattern[first], self.config, self.rules, name=f"layer{first}")
             cache = None if caches is None else caches[layer.name]
             given = jax.tree.map(lambda a, slot=first: a[slot], (forced, numbers, mixing))
             if self.config.exit is not None:
@@ -104,12 +104,11 @@ class Block(nn.Module):
         return [range(start, stop) for start, stop in itertools.pairwise([*starts, len(slots)])]
 
     def _alike(
-        self, kind: str, slots: range, stream: Stream, common: Common, given: tuple[Array, Array, Coefficients]
+        self, slots: range, stream: Stream, common: Common, given: tuple[Array, Array, Coefficients]
     ) -> tuple[Stream, PassStatistics]:
         """Neighbours that differ in their weights alone, compiled once: a scan over their weights, stacked."""
-        stored = [{name: layers[f"layer{slot}"] for name, layers in self.variables.items() if f"layer{slot}" in layers}
-                  for slot in slots]  # fmt: skip
-        stacked = jax.tree.map(lambda *a: jnp.stack(a), *stored)
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), *(slot_variables(self.variables, slot) for slot in slots))
+        kind = self.pattern[slots.start]
 
         def body(stream: Stream, xs: Tree) -> tuple[Stream, PassStatistics]:
             variables, numbers = xs
@@ -199,13 +198,17 @@ def remat_policy(config: ModelConfig) -> Callable[..., bool] | None:
     return jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES) if config.remat == "kernels" else None
 
 
+def slot_variables(variables: Mapping[str, Any], slot: int) -> Tree:
+    """Those of one layer, of a block's."""
+    return {name: block[f"layer{slot}"] for name, block in variables.items() if f"layer{slot}" in block}
+
+
 def layer_delta(kind: str, slot: int, config: ModelConfig, rules: Rules) -> Delta:
     """A layer's update as a function of its block's variables, for `reversible_stack`; extras are the statistics."""
     layer = Layer(kind, config, rules, parent=None)
 
     def delta(variables: Tree, x: State, place: Place) -> tuple[State, PassStatistics]:
-        own = {name: block[f"layer{slot}"] for name, block in variables.items() if f"layer{slot}" in block}
-        one = cast(Update, layer.apply(own, x, place, method=Layer.update))
+        one = cast(Update, layer.apply(slot_variables(variables, slot), x, place, method=Layer.update))
         return one.value, one.statistics
 
     return delta

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gt_jax import presets
+from gt_jax.configs import presets
 from gt_jax.errors import Failed, Refused, run_command
 
 BLOCK = 16 * 2**20

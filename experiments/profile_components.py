@@ -26,13 +26,14 @@ from typing import Any
 
 import jax
 
-from gt_jax import presets
-from gt_jax.config import ModelConfig
-from gt_jax.data import DataConfig, open_text
+from gt_jax.configs import presets
+from gt_jax.configs.data import DataConfig
+from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.run import TrainConfig
+from gt_jax.data import open_text
 from gt_jax.metrics import table
 from gt_jax.model import initialise
 from gt_jax.sharding import mesh_for_rows
-from gt_jax.training.config import TrainConfig
 from gt_jax.training.loop import make_trainer
 
 PARTS: tuple[tuple[str, str], ...] = (  # first match in the operation's scope wins

@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gt_jax import checkpoint, model, presets
+from gt_jax import checkpoint, model
 from gt_jax.checkpoint_arrays import ArrayFiles
 from gt_jax.checkpoint_files import UNFINISHED, prepare_parent, publish, remove
-from gt_jax.config import ModelConfig
+from gt_jax.configs import presets
+from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, run_command
 from gt_jax.growth import noise
 from gt_jax.growth.behind import WriteBehind

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gt_jax.training.config import RunConfig
+from gt_jax.configs.run import RunConfig
 
 READ = ("loss", "gradient_norm", "price", "expected_k", "delta_ratio", "null_rate", "experts", "gate_mean", "gate_std",
         "gate_floored", "layers_used")  # fmt: skip

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused
 from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.layers.memory_stream import Memory, no_memory

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gt_jax.chunks import forward_rows
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused
 from gt_jax.growth.plan import Plan
 from gt_jax.growth.states import gains_of

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gt_jax import presets
+from gt_jax.configs import presets
 from gt_jax.errors import Refused, run_command
 
 
@@ -66,7 +66,7 @@ def describe(name: str) -> dict[str, Any]:
 
 def report_lines(result: dict[str, Any]) -> list[str]:
     """The result as lines for a reader."""
-    from gt_jax.layout import parse
+    from gt_jax.configs.layout import parse
     from gt_jax.metrics import table
 
     layout = parse(result["layout"])

@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gt_jax.config import ModelConfig
-from gt_jax.data import DataConfig, Text, open_text
+from gt_jax.configs.data import DataConfig
+from gt_jax.configs.model import ModelConfig
+from gt_jax.data import Text, open_text
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.intervals import Interval, ratio_interval, sums_by_unit
 from gt_jax.layers.adaptive_depth import PassControl

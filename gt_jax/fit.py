@@ -7,7 +7,7 @@ import re
 
 import jax
 
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import refuse_all
 from gt_jax.model import abstract
 from gt_jax.sharding import Rules, make_mesh

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from gt_jax.config import AdaptiveConfig, HyperConfig, ModelConfig
+from gt_jax.configs.model import AdaptiveConfig, HyperConfig, ModelConfig
 from gt_jax.layers.adaptive_depth import FEATURES
 from gt_jax.sharding import has_mesh
 

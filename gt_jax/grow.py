@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gt_jax.configs.layout import Layout, parse
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.files import write_whole
 from gt_jax.growth import report
@@ -33,13 +34,12 @@ from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, fitted, ident
 from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, reference
 from gt_jax.growth.rounding import ROUNDS
 from gt_jax.growth.rules import CARRIES, check_noise
-from gt_jax.layout import Layout, parse
 from gt_jax.process_flags import add_process_flags, several, wrong_process_flags
 
 if TYPE_CHECKING:
     import jax
 
-    from gt_jax.config import ModelConfig
+    from gt_jax.configs.model import ModelConfig
 
 DEFAULT_PLAN = "dealt"
 DEFAULTS = {"coefficient": "expected", "correct": "none", "carry": "gain"}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.chunks import over_chunks
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.layers.shown import INTERMEDIATES
 from gt_jax.model import LanguageModel

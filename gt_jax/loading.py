@@ -60,8 +60,8 @@ def data_config(metadata: dict[str, Any], named: dict[str, Any] | None) -> Any:
 
     One that was grown keeps the tokenizer of the run that it was grown from.
     """
-    from gt_jax.data import DataConfig
-    from gt_jax.tokenizers import BYTES, tokenizer_of
+    from gt_jax.configs.data import BYTES, DataConfig
+    from gt_jax.tokenizers import tokenizer_of
 
     stored = metadata.get("run", {}).get("data")
     base = DataConfig(tokenizer=tokenizer_of(metadata) or BYTES) if stored is None else DataConfig.from_json(stored)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.layers import deltanet, early_exit, groundthink, gsa, sliding
 from gt_jax.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
 from gt_jax.layers.block import Block, Common, Stream, layer_delta, observed, remat_policy, remats_blocks

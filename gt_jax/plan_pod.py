@@ -28,7 +28,7 @@ TOKENS = 1 << 19  # of a batch, where no --batch is given
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from gt_jax.config import Remat
+    from gt_jax.configs.model import Remat
 
     p = argparse.ArgumentParser(prog="python -m gt_jax.plan_pod", description="Compile the training step for a pod.")
     p.add_argument("--preset", default="8b", help="the model; see python -m gt_jax.describe --help")
@@ -69,9 +69,9 @@ def mesh_sizes(text: str, devices: int) -> dict[str, int]:
 
 def job_of(arguments: argparse.Namespace) -> Any:
     """The model and the batch that the words name."""
+    from gt_jax.configs.json_config import changed_by_file
+    from gt_jax.configs.presets import preset
     from gt_jax.pods.program import Job
-    from gt_jax.presets import preset
-    from gt_jax.train import changed_by_file
 
     model = preset(arguments.preset)
     if arguments.model is not None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.layers.memory_stream import no_memory
 from gt_jax.model import LanguageModel, empty_cache, forward

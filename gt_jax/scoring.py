@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int, Int64
 
 from gt_jax.chunks import over_chunks
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.data import Text
 from gt_jax.layers.adaptive_depth import PassControl
 from gt_jax.model import LanguageModel, forward

@@ -20,7 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")

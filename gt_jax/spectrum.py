@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from gt_jax.config import EmbeddingConfig, ModelConfig
+from gt_jax.configs.model import EmbeddingConfig, ModelConfig
 from gt_jax.inside import Inside
 from gt_jax.layers.mixer import place_rows, real_tokens
 from gt_jax.layers.residual import Layer

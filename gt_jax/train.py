@@ -24,7 +24,7 @@ UNDER_SERVED = "under-served"
 
 def parser() -> argparse.ArgumentParser:
     """The command line; a flag that is not given leaves the default, or with --resume the run's own value."""
-    from gt_jax.config import Remat
+    from gt_jax.configs.model import Remat
 
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.train", description="Train a language model that decides its depth."
@@ -80,6 +80,8 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
 
     model, train = base.model, base.train
     if arguments.model is not None:
+        from gt_jax.configs.json_config import changed_by_file
+
         model = changed_by_file(model, arguments.model)
     model = model.replace(**pick("layout", "remat"), **({"compute_dtype": given["dtype"]} if "dtype" in given else {}))
     model = model.plain if "plain" in given else model
@@ -95,7 +97,7 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
 
 def thaw_config(arguments: argparse.Namespace, stored: Any, start: str | None) -> Any:
     """The ThawConfig that --thaw and --thaw-steps ask for, else `stored`; raises `Refused` where they do not fit."""
-    from gt_jax.training.thaw import ThawConfig
+    from gt_jax.configs.thaw import ThawConfig
 
     steps = {} if arguments.thaw_steps is None else {"steps": arguments.thaw_steps}
     if arguments.thaw is None:
@@ -128,24 +130,13 @@ def under_served_children(start: str | None) -> tuple[int, ...]:
     return tuple(sorted(layer for one in found for layer in one.children))
 
 
-def changed_by_file(model: Any, path: Path) -> Any:
-    """`model` with the fields that a JSON file names; raises `Refused` for a file or fields that do not fit."""
-    from gt_jax.json_config import merged, read_object
-
-    changes = read_object(path, "--model")
-    try:
-        return type(model).from_json(merged(model.to_json(), changes))
-    except Refused as error:
-        raise Refused(f"--model {path}: {error}") from error
-
-
 def default_config(arguments: argparse.Namespace) -> Any:
     """What a run is before its flags: its own config when resuming, else the preset's or the starting checkpoint's."""
     from gt_jax import checkpoint
-    from gt_jax.data import DataConfig
-    from gt_jax.presets import preset
-    from gt_jax.tokenizers import BYTES, other_tokens, tokenizer_of
-    from gt_jax.training.config import RunConfig
+    from gt_jax.configs.data import BYTES, DataConfig
+    from gt_jax.configs.presets import preset
+    from gt_jax.configs.run import RunConfig
+    from gt_jax.tokenizers import other_tokens, tokenizer_of
     from gt_jax.training.loop import read_run_config
 
     if arguments.resume:

@@ -28,7 +28,9 @@ import numpy as np
 
 from gt_jax import checkpoint
 from gt_jax.comparison import COSINE, GOOD, USABLE, compare_models
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.optimizer import OptimizerConfig
+from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.data import Text, open_text
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.growth.plan import Plan
@@ -40,9 +42,7 @@ from gt_jax.process_flags import wrong_process_flags
 from gt_jax.processes import Team, joined
 from gt_jax.sharding import Rules, current_sizes, everywhere, mesh_for_rows
 from gt_jax.tokenizers import other_tokens, tokenizer_of
-from gt_jax.training.config import RunConfig, TrainConfig
 from gt_jax.training.loop import fit, make_trainer, variables_of
-from gt_jax.training.optimizer import OptimizerConfig
 from gt_jax.training.step import evaluate
 from gt_jax.typing import Tree
 

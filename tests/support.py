@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gt_jax.config import (
+from gt_jax.configs.model import (
     AdaptiveConfig,
     DeltaNetConfig,
     EmbeddingConfig,

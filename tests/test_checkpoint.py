@@ -19,10 +19,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax import checkpoint, presets
+from gt_jax import checkpoint
 from gt_jax.checkpoint import Damaged
 from gt_jax.checkpoint_arrays import ArrayFiles
 from gt_jax.checkpoint_runs import RunCheckpoints
+from gt_jax.configs import presets
 from gt_jax.errors import Refused
 from gt_jax.tree_paths import flatten
 

@@ -246,7 +246,7 @@ def test_a_json_file_changes_the_model(tmp_path):
 
 
 def test_describe_reports_what_a_lambda_stack_hands_on(tmp_path):
-    from gt_jax.config import StackConfig
+    from gt_jax.configs.model import StackConfig
     from gt_jax.describe import describe, report_lines
     from tests.support import perturbed, small_model
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from gt_jax import model
-from gt_jax.config import ModelConfig, StackConfig
+from gt_jax.configs.model import ModelConfig, StackConfig
+from gt_jax.configs.run import TrainConfig
 from gt_jax.layers import block
 from gt_jax.model import LanguageModel, abstract, blocks_a_turn
 from gt_jax.sharding import Rules
-from gt_jax.training.config import TrainConfig
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import new_state
 from gt_jax.training.step import make_step

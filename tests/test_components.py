@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gt_jax.chunks import forward_rows, over_chunks
-from gt_jax.config import (
+from gt_jax.configs.model import (
     AdaptiveConfig,
     DeltaNetConfig,
     ExitConfig,
@@ -20,11 +20,12 @@ from gt_jax.config import (
     SlidingConfig,
     StackConfig,
 )
+from gt_jax.configs.price import PriceConfig
 from gt_jax.errors import Refused
 from gt_jax.model import LanguageModel, abstract, forward, free_passes
 from gt_jax.sample import generate
 from gt_jax.sharding import Rules, lay_out, make_mesh
-from gt_jax.training.price import PriceConfig, phase
+from gt_jax.training.price import phase
 from gt_jax.training.step import after_next_targets, make_loss
 from gt_jax.tree_paths import flatten, nest
 from tests.support import decoded, full_model, perturbed, small_model, tokens

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gt_jax import config, layout, presets
+from gt_jax.configs import layout, model, presets
+from gt_jax.configs.run import RunConfig, TrainConfig, differences
 from gt_jax.errors import Refused
-from gt_jax.training.config import RunConfig, TrainConfig, differences
 from tests.support import small_model
 
 segments = st.lists(st.tuples(st.text("DGS", min_size=1, max_size=5), st.integers(1, 40)), min_size=1, max_size=4)
@@ -53,8 +53,8 @@ def test_bad_notation_is_refused_with_the_part_that_is_wrong(text, says):
 @pytest.mark.parametrize("name", sorted(presets.PRESETS))
 def test_presets_go_through_json(name):
     preset = presets.preset(name)
-    assert config.ModelConfig.from_json(json.loads(json.dumps(preset.to_json()))) == preset
-    assert config.ModelConfig.from_json(preset.plain.to_json()).adaptive is None
+    assert model.ModelConfig.from_json(json.loads(json.dumps(preset.to_json()))) == preset
+    assert model.ModelConfig.from_json(preset.plain.to_json()).adaptive is None
 
 
 def test_run_config_goes_through_json_and_differences_name_the_fields():
@@ -66,7 +66,7 @@ def test_run_config_goes_through_json_and_differences_name_the_fields():
 
 def test_all_problems_are_reported_at_once():
     with pytest.raises(Refused) as refused:
-        config.DeltaNetConfig(heads=0, value_heads=4, key_width=8, value_width=0, beta_max=3.0)
+        model.DeltaNetConfig(heads=0, value_heads=4, key_width=8, value_width=0, beta_max=3.0)
     assert all(name in str(refused.value) for name in ("heads", "value_width", "beta_max"))
 
 
@@ -79,7 +79,7 @@ def test_all_problems_are_reported_at_once():
 def test_json_that_does_not_fit_is_refused(change, says):
     data = {**presets.tiny().to_json(), **change}
     with pytest.raises(Refused, match=says):
-        config.ModelConfig.from_json(data)
+        model.ModelConfig.from_json(data)
 
 
 def test_an_unknown_preset_names_the_known_ones():

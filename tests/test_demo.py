@@ -9,7 +9,8 @@ import json
 
 import pytest
 
-from gt_jax import checkpoint, demo, presets
+from gt_jax import checkpoint, demo
+from gt_jax.configs import presets
 
 
 @pytest.mark.slow

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.config import DeltaNetConfig, GSAConfig, ModelConfig, MTPConfig
+from gt_jax.configs.model import DeltaNetConfig, GSAConfig, ModelConfig, MTPConfig
+from gt_jax.configs.presets import preset
 from gt_jax.flops import PEAKS, model_flops, peak_flops, utilisation
 from gt_jax.model import LanguageModel, abstract, forward
-from gt_jax.presets import preset
 from gt_jax.tree_paths import flatten
 
 ROWS, TOKENS = 2, 16

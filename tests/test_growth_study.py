@@ -17,12 +17,13 @@ from experiments.growth_study import flops, operators, results, run, tables
 from experiments.growth_study.engine import Engine, Losses, pace, paced
 from experiments.growth_study.operators import BLOCK, CALIBRATED, DEALT, ONCE, OPERATORS, README
 from experiments.growth_study.study import StudyConfig, Watched, open_material, separation
+from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.data import open_text
 from gt_jax.errors import Refused
 from gt_jax.growth import calibration, repetition
 from gt_jax.model import abstract
 from gt_jax.sharding import mesh_for_rows
-from gt_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from gt_jax.training.optimizer import learning_rate, make_optimizer
 from tests.support import perturbed
 
 TOY = {"layout": "D*2", "target_layers": 4, "width": 16, "sequence_length": 16, "rows": 2, "source_steps": 4,

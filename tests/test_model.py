@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax import presets
+from gt_jax.configs import presets
 from gt_jax.model import LanguageModel, abstract, empty_cache, fixed_passes, free_passes
 from gt_jax.sharding import Rules, lay_out, make_mesh
 from gt_jax.tree_paths import flatten, nest

@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 
+from gt_jax.configs.presets import preset
 from gt_jax.errors import Refused
 from gt_jax.fit import refuse_misfits, uneven_tensors
 from gt_jax.flops import model_flops
 from gt_jax.plan_pod import advice, chosen, least_seconds, mesh_sizes, parser, report_lines
 from gt_jax.pods import meshes, topologies
 from gt_jax.pods.program import OUT_OF_MEMORY, Job, compile_step, replicated, shortage
-from gt_jax.presets import preset
 from gt_jax.sharding import Rules, make_mesh
 from tests.support import small_model
 

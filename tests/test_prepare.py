@@ -5,7 +5,8 @@ import json
 import pytest
 
 from gt_jax import prepare
-from gt_jax.data import DataConfig, open_text
+from gt_jax.configs.data import DataConfig
+from gt_jax.data import open_text
 from gt_jax.errors import Refused
 from gt_jax.text_sources import tfds_text
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from gt_jax import presets
+from gt_jax.configs import presets
 from gt_jax.model import abstract
 from gt_jax.sharding import make_mesh
 from gt_jax.tree_paths import flatten

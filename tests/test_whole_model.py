@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax import presets
-from gt_jax.config import (
+from gt_jax.configs import presets
+from gt_jax.configs.model import (
     AdaptiveConfig,
     DeltaNetConfig,
     EmbeddingConfig,

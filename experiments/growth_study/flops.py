@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from experiments.profile_components import flops
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 
 BACKWARD = 2.0
 

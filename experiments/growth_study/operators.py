@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.growth_study.flops import calibration_flops
 from experiments.growth_study.study import Batch, StudyConfig
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.growth import repetition
 from gt_jax.growth.entries import Plan
 from gt_jax.growth.plan import identity_plan, make_plan

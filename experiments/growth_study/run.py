@@ -18,7 +18,7 @@ from experiments.growth_study.operators import BLOCK, DEALT, OPERATORS, Operator
 from experiments.growth_study.store import Store
 from experiments.growth_study.study import StudyConfig, open_material, separation
 from gt_jax import checkpoint
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Failed
 from gt_jax.growth import repetition
 from gt_jax.growth.entries import Plan

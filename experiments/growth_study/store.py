@@ -13,10 +13,10 @@ from typing import Any
 
 from experiments.growth_study.study import StudyConfig
 from gt_jax.checkpoint import prepare_parent
+from gt_jax.configs.json_config import read_object
+from gt_jax.configs.run import differences
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import write_whole
-from gt_jax.json_config import read_object
-from gt_jax.training.config import differences
 
 
 class Store:

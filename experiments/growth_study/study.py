@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gt_jax.config import DeltaNetConfig, GSAConfig, ModelConfig
-from gt_jax.data import DataConfig, Text, open_text
+from gt_jax.configs.data import DataConfig
+from gt_jax.configs.json_config import Config, below
+from gt_jax.configs.model import DeltaNetConfig, GSAConfig, ModelConfig
+from gt_jax.configs.presets import tiny
+from gt_jax.configs.price import PriceConfig
+from gt_jax.data import Text, open_text
 from gt_jax.errors import Failed, Refused
-from gt_jax.json_config import Config, below
-from gt_jax.presets import tiny
-from gt_jax.training.price import PriceConfig
 
 Batch = dict[str, np.ndarray]
 WINDOW, WINDOWS = 64, 300

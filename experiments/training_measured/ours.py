@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from experiments.training_measured import sizes
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.optimizer import OptimizerConfig
+from gt_jax.configs.run import TrainConfig
 from gt_jax.model import initialise
 from gt_jax.sharding import mesh_for_rows
-from gt_jax.training.config import TrainConfig
 from gt_jax.training.loop import make_trainer
-from gt_jax.training.optimizer import OptimizerConfig
 
 STEPS = 1000  # of the schedule
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gt_jax import presets
-from gt_jax.config import ModelConfig, MoEConfig
+from gt_jax.configs import presets
+from gt_jax.configs.model import ModelConfig, MoEConfig
 from gt_jax.errors import Refused
 
 TOP_K = 2

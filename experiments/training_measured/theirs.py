@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from experiments.training_measured import sizes
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 
 
 class Theirs:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth.entries import Plan
 from gt_jax.growth.states import States, columns, gains_of, states_after, with_gains

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gt_jax.configs.layout import Layout, parse
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.layout import Layout, parse
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,13 +22,13 @@ from fractions import Fraction
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from gt_jax.configs.layout import Layout, Segment, parse
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS, own_mass, pass_weights, strengths
 from gt_jax.growth.entries import Entry, Plan, depth_of
 from gt_jax.growth.layer_map import spelled
 from gt_jax.growth.repetition import MOST_PASSES, Repetition
 from gt_jax.growth.rounding import ROUNDS, rounded, unit
-from gt_jax.layout import Layout, Segment, parse
 
 PLANS = ("block", "dealt", "layer", "split", "map", "stack")
 PASSES_FROM = ("k_exec", "expected_k")

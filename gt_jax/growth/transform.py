@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, ShapeDtypeStruct
 
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth import noise, rules
 from gt_jax.growth.plan import Plan

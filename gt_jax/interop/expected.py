@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.interop.names import ALPHA, Leaf, alpha_names, leaves
 from gt_jax.interop.sources import Source
 from gt_jax.interop.tensor_files import Info

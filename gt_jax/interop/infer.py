@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gt_jax import layout
-from gt_jax.config import ModelConfig
+from gt_jax.configs import layout
+from gt_jax.configs.json_config import merged
+from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.presets import preset
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.interop.sizes import Key, Sizes, layer_types
 from gt_jax.interop.tensor_files import Info
-from gt_jax.json_config import merged
-from gt_jax.presets import preset
 
 DEFAULTS = "3b"
 Json = dict[str, Any]

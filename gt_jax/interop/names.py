@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.interop.forms import Flat, Form, Matrix, Row, Taps
 
 SAME, FLAT, ROW, TAPS = Form(), Flat(), Row(), Taps()

@@ -22,7 +22,8 @@ import numpy as np
 
 from gt_jax import checkpoint
 from gt_jax.checkpoint_files import UNFINISHED, StrPath, prepare_parent
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.presets import preset
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.growth.leftovers import only_writer
 from gt_jax.interop.expected import Expected, expect, origin_infos
@@ -31,7 +32,6 @@ from gt_jax.interop.names import alpha_names
 from gt_jax.interop.safetensors import Writer
 from gt_jax.interop.tensor_files import Info, groups, same_bytes
 from gt_jax.interop.to_orbax import Progress, refuse_existing
-from gt_jax.presets import preset
 from gt_jax.tree_paths import differences
 
 _MODEL = ("params/", "statistics/")

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gt_jax.config import AdaptiveConfig
+from gt_jax.configs.model import AdaptiveConfig
 from gt_jax.layers.hyper_connections import from_streams
 from gt_jax.layers.mixer import MixerOutput, masked_mean
 from gt_jax.layers.moe import MLPOutput

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
 from gt_jax.layers.early_exit import alive_share, bucket_lengths, exit_step
 from gt_jax.layers.mixer import Place, real_tokens

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gt_jax.config import DeltaNetConfig
+from gt_jax.configs.model import DeltaNetConfig
 from gt_jax.layers.mixer import MixerOutput, Place, gate_statistics
 from gt_jax.layers.primitives import INIT, Einsum, RMSNorm, WeightSpec, rope, short_convolution, widen
 from gt_jax.sharding import Rules, on_mesh, per_device, reshard

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from gt_jax.config import ExitConfig
+from gt_jax.configs.model import ExitConfig
 from gt_jax.layers.mixer import masked_mean
 from gt_jax.layers.primitives import widen
 from gt_jax.sharding import Rules, has_mesh, on_mesh, per_device, reshard

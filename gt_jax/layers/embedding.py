@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from gt_jax.config import EmbeddingConfig
+from gt_jax.configs.model import EmbeddingConfig
 from gt_jax.layers.primitives import RMSNorm, WeightSpec, widen
 from gt_jax.sharding import Rules, on_mesh, per_device, reshard
 from gt_jax.token_bytes import default_texts, token_table

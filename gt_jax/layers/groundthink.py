@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gt_jax.config import DeltaNetConfig
+from gt_jax.configs.model import DeltaNetConfig
 from gt_jax.layers.deltanet import HeadGate, l2_normalise
 from gt_jax.layers.mixer import MixerOutput, Place, gate_statistics
 from gt_jax.layers.primitives import Einsum, WeightSpec, widen

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from gt_jax.config import GSAConfig
+from gt_jax.configs.model import GSAConfig
 from gt_jax.layers.mixer import MixerOutput, Place, gate_statistics, masked_mean, real_tokens
 from gt_jax.layers.primitives import Einsum, WeightSpec, rope, widen
 from gt_jax.sharding import Rules, has_mesh, on_mesh, per_device, reshard

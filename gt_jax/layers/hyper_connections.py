@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gt_jax.config import HyperConfig
+from gt_jax.configs.model import HyperConfig
 from gt_jax.layers.primitives import WeightSpec, widen
 from gt_jax.sharding import Rules, on_mesh, reshard
 from gt_jax.typing import Activations

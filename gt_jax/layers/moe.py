@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gt_jax.config import MoEConfig
+from gt_jax.configs.model import MoEConfig
 from gt_jax.layers.grouped_product import block_size, collect, dispatch, grouped_product, spread
 from gt_jax.layers.mixer import masked_mean
 from gt_jax.layers.primitives import SwiGLU, WeightSpec, widen

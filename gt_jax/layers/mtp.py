@@ -9,7 +9,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
 from gt_jax.layers.adaptive_depth import stream_mean
 from gt_jax.layers.hyper_connections import to_streams
 from gt_jax.layers.mixer import Place

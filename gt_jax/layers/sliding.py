@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gt_jax.config import SlidingConfig
+from gt_jax.configs.model import SlidingConfig
 from gt_jax.errors import Refused
 from gt_jax.layers.deltanet import HeadGate
 from gt_jax.layers.groundthink import Link, project_keys, read_pairs

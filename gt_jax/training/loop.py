@@ -16,7 +16,9 @@ import jax
 from gt_jax import checkpoint
 from gt_jax.alerts import Watch
 from gt_jax.checkpoint_runs import RunCheckpoints
-from gt_jax.config import ModelConfig
+from gt_jax.configs.data import BYTES
+from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.run import RunConfig, TrainConfig, differences
 from gt_jax.data import Text, open_text
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import room_matters, write_whole
@@ -28,8 +30,6 @@ from gt_jax.processes import Team
 from gt_jax.sharding import Rules, current_sizes, everywhere, with_devices
 from gt_jax.tensorboard import TensorBoard, writer_module
 from gt_jax.token_bytes import default_texts, token_table
-from gt_jax.tokenizers import BYTES
-from gt_jax.training.config import RunConfig, TrainConfig, differences
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import TrainState, new_state
 from gt_jax.training.step import Batch, evaluate, make_evaluation, make_step

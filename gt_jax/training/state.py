@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from gt_jax.training.price import PriceConfig, PriceState, initial_price
+from gt_jax.configs.price import PriceConfig
+from gt_jax.training.price import PriceState, initial_price
 from gt_jax.typing import Tree
 
 

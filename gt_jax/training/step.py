@@ -13,7 +13,9 @@ import optax
 from jaxtyping import Array, Int
 
 from gt_jax.chunks import over_chunks
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.price import PriceConfig
+from gt_jax.configs.thaw import ThawConfig
 from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.layers.memory_stream import Memory
 from gt_jax.layers.primitives import widen
@@ -22,9 +24,9 @@ from gt_jax.sharding import Rules, reshard
 from gt_jax.training.accumulate import in_parts
 from gt_jax.training.loss import unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State
-from gt_jax.training.price import Phase, PriceConfig, move_price, phase, price_loss
+from gt_jax.training.price import Phase, move_price, phase, price_loss
 from gt_jax.training.state import TrainState
-from gt_jax.training.thaw import ThawConfig, kept
+from gt_jax.training.thaw import kept
 from gt_jax.typing import Activations, Scalar, Tree
 
 Batch = Mapping[str, Any]

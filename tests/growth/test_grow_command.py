@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint, grow, model, presets
-from gt_jax.config import HyperConfig
+from gt_jax import checkpoint, grow, model
+from gt_jax.configs import presets
+from gt_jax.configs.model import HyperConfig
 from gt_jax.errors import Refused
 from gt_jax.growth.entries import Plan, read_plan
 from gt_jax.tree_paths import flatten, nest

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gt_jax import layout
+from gt_jax.configs import layout
 from gt_jax.errors import Refused
 from gt_jax.growth import repetition
 from gt_jax.growth.plan import (

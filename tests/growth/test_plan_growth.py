@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from gt_jax import layout
+from gt_jax.configs import layout
 from gt_jax.growth.layer_map import read_map
 from gt_jax.growth.plan import make_plan
 from gt_jax.growth.repetition import from_json, reference

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gt_jax import presets
-from gt_jax.config import ExitConfig, StackConfig
+from gt_jax.configs import presets
+from gt_jax.configs.model import ExitConfig, StackConfig
 from gt_jax.errors import Refused
 from gt_jax.growth import rules
 from gt_jax.growth.plan import block_plan

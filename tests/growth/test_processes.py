@@ -12,15 +12,16 @@ from typing import Any
 import jax
 import pytest
 
-from gt_jax import checkpoint, config, grow, presets
+from gt_jax import checkpoint, grow
+from gt_jax.configs import model, presets
 from gt_jax.errors import Refused
 from gt_jax.processes import Team
 from tests.support import perturbed
 
 CONFIG = presets.tiny().replace(
     layout="DG*2", width=8, vocab=264, mlp_width=8,
-    deltanet=config.DeltaNetConfig(heads=2, value_heads=2, key_width=4, value_width=4),
-    gsa=config.GSAConfig(heads=2, head_width=4, indexer_heads=2, indexer_width=4, k_base=8, k_min=4, k_max=16))
+    deltanet=model.DeltaNetConfig(heads=2, value_heads=2, key_width=4, value_width=4),
+    gsa=model.GSAConfig(heads=2, head_width=4, indexer_heads=2, indexer_width=4, k_base=8, k_min=4, k_max=16))
 STOPPED = """
 import sys
 from gt_jax import grow

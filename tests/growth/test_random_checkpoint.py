@@ -8,7 +8,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint, presets
+from gt_jax import checkpoint
+from gt_jax.configs import presets
 from gt_jax.errors import Refused
 from gt_jax.tree_paths import flatten
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from gt_jax import model, presets
+from gt_jax import model
+from gt_jax.configs import presets
 from gt_jax.errors import Refused
 from gt_jax.growth import rules
 from gt_jax.tree_paths import flatten

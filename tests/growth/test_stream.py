@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax import checkpoint, config, model, presets
+from gt_jax import checkpoint, model
 from gt_jax.checkpoint_slices import SliceReader
+from gt_jax.configs import presets
+from gt_jax.configs.model import DeltaNetConfig, GSAConfig
 from gt_jax.errors import Refused
 from gt_jax.growth import stream, transform
 from gt_jax.growth.leftovers import only_writer
@@ -25,8 +27,8 @@ from gt_jax.tree_paths import flatten, nest
 
 CONFIG = presets.tiny().replace(
     layout="DG*2", width=8, vocab=16, mlp_width=8,
-    deltanet=config.DeltaNetConfig(heads=2, value_heads=2, key_width=4, value_width=4),
-    gsa=config.GSAConfig(heads=2, head_width=4, indexer_heads=2, indexer_width=4, k_base=8, k_min=4, k_max=16))
+    deltanet=DeltaNetConfig(heads=2, value_heads=2, key_width=4, value_width=4),
+    gsa=GSAConfig(heads=2, head_width=4, indexer_heads=2, indexer_width=4, k_base=8, k_min=4, k_max=16))
 COUNTS = (1, 3, 2, 4)
 PLAN = block_plan(from_json({f"layer{layer}": {"k_exec": k, "p_mu": 0.5} for layer, k in enumerate(COUNTS)}),
                   CONFIG.depth)

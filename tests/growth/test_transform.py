@@ -7,7 +7,8 @@ import pytest
 from jax import ShapeDtypeStruct
 from jax.sharding import PartitionSpec as P
 
-from gt_jax import layout, model, presets
+from gt_jax import model
+from gt_jax.configs import layout, presets
 from gt_jax.errors import Refused
 from gt_jax.growth import transform
 from gt_jax.growth.plan import Entry, Plan, block_plan, default_layout, identity_plan

@@ -12,10 +12,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.presets import preset
 from gt_jax.interop.safetensors import Writer
 from gt_jax.interop.tensor_files import Info
-from gt_jax.presets import preset
 
 Shapes = dict[str, tuple[int, ...]]
 

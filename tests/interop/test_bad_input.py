@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gt_jax import checkpoint, convert
-from gt_jax.config import DeltaNetConfig
+from gt_jax.configs.model import DeltaNetConfig
 from gt_jax.errors import Refused, run_command
 from gt_jax.tree_paths import nest
 from tests.interop import origin

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from gt_jax.config import ModelConfig
+from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.presets import preset
 from gt_jax.errors import Refused
 from gt_jax.interop import infer, names
 from gt_jax.interop.tensor_files import Info
-from gt_jax.presets import preset
 from tests.interop import origin
 from tests.interop.origin import CONFIG, OVERRIDES
 

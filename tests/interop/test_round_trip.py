@@ -8,7 +8,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from gt_jax import checkpoint, model
-from gt_jax.config import EmbeddingConfig, ModelConfig
+from gt_jax.configs.model import EmbeddingConfig, ModelConfig
 from gt_jax.interop.sources import Source
 from gt_jax.interop.to_orbax import to_orbax
 from gt_jax.interop.to_safetensors import to_safetensors

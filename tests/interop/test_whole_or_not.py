@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gt_jax import checkpoint
-from gt_jax.config import EmbeddingConfig
+from gt_jax.configs.model import EmbeddingConfig
 from gt_jax.errors import Refused
 from gt_jax.growth.leftovers import only_writer
 from gt_jax.interop import expected, tensor_files, to_orbax, to_safetensors

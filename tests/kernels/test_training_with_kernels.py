@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from gt_jax.config import DeltaNetConfig, ModelConfig
+from gt_jax.configs.model import DeltaNetConfig, ModelConfig
+from gt_jax.configs.optimizer import OptimizerConfig
+from gt_jax.configs.run import TrainConfig
 from gt_jax.model import initialise
-from gt_jax.training.config import TrainConfig
 from gt_jax.training.loop import make_trainer
-from gt_jax.training.optimizer import OptimizerConfig
 
 STEPS, ROWS, TOKENS, LETTERS = 200, 4, 80, 16
 

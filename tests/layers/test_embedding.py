@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.config import EmbeddingConfig
+from gt_jax.configs.model import EmbeddingConfig
 from gt_jax.layers.embedding import Embedding, Kronecker, byte_rows
 from gt_jax.layers.primitives import WeightSpec
 from gt_jax.sharding import Rules, lay_out, make_mesh, reshard, with_devices

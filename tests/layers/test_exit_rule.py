@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gt_jax.config import ExitConfig
+from gt_jax.configs.model import ExitConfig
 from gt_jax.layers.early_exit import (
     EXIT_PRESETS,
     ExitHead,

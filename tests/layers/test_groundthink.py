@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.config import DeltaNetConfig, SlidingConfig
+from gt_jax.configs.model import DeltaNetConfig, SlidingConfig
 from gt_jax.errors import Refused
 from gt_jax.layers import groundthink
 from gt_jax.layers.groundthink import GroundThinkDeltaNet, Pairs

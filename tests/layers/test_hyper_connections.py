@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.config import HyperConfig
+from gt_jax.configs.model import HyperConfig
 from gt_jax.layers.hyper_connections import (
     Coefficients,
     HyperConnection,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.config import DeltaNetConfig, GSAConfig
+from gt_jax.configs.model import DeltaNetConfig, GSAConfig
 from gt_jax.layers import deltanet, gsa, primitives
 from gt_jax.layers.mixer import Place, place_rows
 from gt_jax.layers.primitives import WeightSpec, rope

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.config import MoEConfig
+from gt_jax.configs.model import MoEConfig
 from gt_jax.layers import grouped_product, moe
 from gt_jax.layers.primitives import WeightSpec
 from gt_jax.sharding import Rules, make_mesh, reshard

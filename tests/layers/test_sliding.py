@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.config import SlidingConfig
+from gt_jax.configs.model import SlidingConfig
 from gt_jax.errors import Refused
 from gt_jax.layers import groundthink, sliding
 from gt_jax.layers.groundthink import GroundThinkDeltaNet

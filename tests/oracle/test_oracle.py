@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gt_jax import presets
-from gt_jax.config import (
+from gt_jax.configs import presets
+from gt_jax.configs.model import (
     AdaptiveConfig,
     DeltaNetConfig,
     EmbeddingConfig,

@@ -17,14 +17,15 @@ import pytest
 
 from gt_jax import checkpoint
 from gt_jax.checkpoint_runs import RunCheckpoints
-from gt_jax.data import DataConfig
+from gt_jax.configs.data import DataConfig
+from gt_jax.configs.price import PriceConfig
+from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.errors import Refused
 from gt_jax.metrics import read_metrics
 from gt_jax.model import initialise
 from gt_jax.training import loop
-from gt_jax.training.config import RunConfig, TrainConfig
 from gt_jax.training.loop import Diverged, Patience, Trainer, fit, make_trainer, train_run
-from gt_jax.training.price import PriceConfig, initial_price
+from gt_jax.training.price import initial_price
 from gt_jax.training.state import TrainState
 from gt_jax.training.stopping import Termination
 from tests.support import small_model

@@ -9,18 +9,19 @@ import pytest
 
 from gt_jax import checkpoint, train
 from gt_jax.checkpoint_runs import RunCheckpoints
-from gt_jax.data import DataConfig
+from gt_jax.configs.data import DataConfig
+from gt_jax.configs.layout import parse
+from gt_jax.configs.optimizer import OptimizerConfig
+from gt_jax.configs.run import RunConfig, TrainConfig, differences
+from gt_jax.configs.thaw import ThawConfig
 from gt_jax.errors import Refused
 from gt_jax.growth.entries import Entry, Plan
 from gt_jax.growth.provenance import stored_plan
 from gt_jax.growth.under_served import under_served
-from gt_jax.layout import parse
 from gt_jax.model import abstract
 from gt_jax.sharding import Rules, lay_out, make_mesh
-from gt_jax.training.config import RunConfig, TrainConfig, differences
 from gt_jax.training.loop import make_trainer
-from gt_jax.training.optimizer import OptimizerConfig
-from gt_jax.training.thaw import ThawConfig, kept, moving
+from gt_jax.training.thaw import kept, moving
 from gt_jax.tree_paths import flatten
 from tests.support import perturbed, small_model
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from gt_jax import layout
+from gt_jax.configs import layout
+from gt_jax.configs.json_config import Config, below
 from gt_jax.errors import Refused
-from gt_jax.json_config import Config, below
 
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "pass", "layer", "block", "kernels"]

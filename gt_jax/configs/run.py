@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from gt_jax.config import ModelConfig
-from gt_jax.data import DataConfig
-from gt_jax.json_config import Config, below
-from gt_jax.tokenizers import BYTES
-from gt_jax.training.optimizer import OptimizerConfig
-from gt_jax.training.price import PriceConfig
-from gt_jax.training.thaw import ThawConfig
+from gt_jax.configs.data import BYTES, DataConfig
+from gt_jax.configs.json_config import Config, below
+from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.optimizer import OptimizerConfig
+from gt_jax.configs.price import PriceConfig
+from gt_jax.configs.thaw import ThawConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

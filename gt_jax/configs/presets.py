@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from gt_jax.config import (
+from gt_jax.configs.model import (
     AdaptiveConfig,
     DeltaNetConfig,
     EmbeddingConfig,

@@ -1,0 +1,40 @@
+"""The compute price of a run: the depth it aims at, and when it acts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gt_jax.configs.json_config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class PriceConfig(Config):
+    """Target depth, bounds of lambda, and the phases as fractions of the run."""
+
+    target: float = 1.30
+    rate: float = 1.0
+    lowest: float = 1e-4
+    highest: float = 5e-2
+    coupon: float = 2.0
+    forced_until: float = 0.30
+    price_from: float = 0.35
+    clipped_until: float = 0.40
+    p_max: float = 0.95
+    forced_passes: int = 2
+    audit_every: int = 20
+    settled_after: float = 0.005
+
+    def problems(self) -> list[str]:
+        wrong = []
+        if self.target < 1:
+            wrong.append(f"target is {self.target}; a layer runs at least once, so it must be at least 1")
+        if not 0 < self.lowest <= self.highest:
+            wrong.append(f"0 < lowest {self.lowest} <= highest {self.highest} does not hold")
+        if not 0 <= self.forced_until <= self.price_from <= self.clipped_until <= 1:
+            wrong.append(
+                f"0 <= forced_until {self.forced_until} <= price_from {self.price_from} <= "
+                f"clipped_until {self.clipped_until} <= 1 does not hold"
+            )
+        if self.audit_every < 2:
+            wrong.append(f"audit_every is {self.audit_every}; it must be at least 2")
+        return wrong

@@ -140,7 +140,7 @@ def measure(options: argparse.Namespace, workdir: Path) -> dict[str, Any]:
     import jax
 
     from experiments.machine import machine
-    from gt_jax.sharding import mesh_for_rows
+    from gt_jax.devices.sharding import mesh_for_rows
 
     without: list[Stretch] = []
     saving: list[Stretch] = []

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the study and print its report."""
     import jax
 
-    from gt_jax.sharding import mesh_for_rows
+    from gt_jax.devices.sharding import mesh_for_rows
 
     arguments = parser().parse_args(argv)
     words = list(sys.argv[1:] if argv is None else argv)

@@ -32,9 +32,9 @@ def calibrate(
     """
     from gt_jax import checkpoint
     from gt_jax.data import open_text
+    from gt_jax.devices.sharding import Rules
     from gt_jax.growth.calibration import calibrate_gains
     from gt_jax.loading import data_config, load_model
-    from gt_jax.sharding import Rules
     from gt_jax.training.step import evaluate, make_evaluation
 
     say = progress or (lambda line: None)
@@ -142,8 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate and print; 0 when DST is written."""
     import jax
 
+    from gt_jax.devices.sharding import mesh_for_rows
     from gt_jax.loading import text_config
-    from gt_jax.sharding import mesh_for_rows
 
     arguments = parser().parse_args(argv)
     started = time.monotonic()

@@ -46,8 +46,8 @@ from gt_jax.checkpoint_files import (
 )
 from gt_jax.checkpoint_slices import SliceReader, writing_axes
 from gt_jax.configs.model import ModelConfig
+from gt_jax.devices.processes import Team
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.processes import Team
 from gt_jax.tree_paths import combine_digests, differences, flatten, nest, storable
 
 _BROKEN = (ValueError, KeyError, TypeError, OSError)  # what Orbax and TensorStore raise on a broken file

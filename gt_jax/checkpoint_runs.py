@@ -23,8 +23,8 @@ from gt_jax.checkpoint_files import (
     set_aside,
     step_folders,
 )
+from gt_jax.devices.processes import Team
 from gt_jax.errors import Refused
-from gt_jax.processes import Team
 
 T = TypeVar("T")
 

@@ -30,17 +30,18 @@ import numpy as np
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
 from gt_jax.data import Text, open_text
+from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
+from gt_jax.devices.processes import Team, joined
+from gt_jax.devices.sharding import Rules, mesh_for_rows
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.intervals import Interval, ratio_interval, sums_by_unit
 from gt_jax.layers.adaptive_depth import PassControl
-from gt_jax.loading import add_device_flags, add_text_arguments, data_config, mesh_of, text_config
+from gt_jax.loading import add_text_arguments, data_config, text_config
 from gt_jax.metrics import table
 from gt_jax.model import fixed_passes, free_passes
-from gt_jax.process_flags import wrong_process_flags
-from gt_jax.processes import Team, joined
 from gt_jax.scoring import Units, byte_lengths, score, targets_of, units_of
-from gt_jax.sharding import Rules, mesh_for_rows
 from gt_jax.tokenizers import Tokenizer, open_tokenizer
+from gt_jax.training.divisibility import indivisible_fields
 from gt_jax.verify import Checkpoint, incomparable, open_checkpoint
 
 CONFIDENCE = 0.95
@@ -116,7 +117,8 @@ def _open(
     for one in opened:
         wrong += _misfits(one, data, passes, tokenizer.vocab_size)
         if mesh is not None:
-            wrong += [f"{one.path}: {line}" for line in Rules().misfits(one.config, data.batch_size, mesh.shape)]
+            uneven = indivisible_fields(one.config, data.batch_size, mesh.shape, Rules())
+            wrong += [f"{one.path}: {line}" for line in uneven]
     if passes is not None and all(one.config.adaptive is None for one in opened):
         wrong.append("--passes fixes the passes of adaptive models; here every layer runs once, leave it out")
     refuse_all(wrong, "this cannot be evaluated:")

@@ -22,8 +22,8 @@ import numpy as np
 from jaxtyping import Float
 
 from gt_jax.configs.model import AdaptiveConfig, HyperConfig, ModelConfig
+from gt_jax.devices.sharding import has_mesh
 from gt_jax.layers.adaptive_depth import FEATURES
-from gt_jax.sharding import has_mesh
 
 FORWARD_AND_BACKWARD = 3.0
 Passes = Sequence[float] | Float[np.ndarray, "l"]

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gt_jax.configs.layout import Layout, parse
+from gt_jax.devices.flags import add_process_flags, several, wrong_process_flags
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.files import write_whole
 from gt_jax.growth import report
@@ -34,7 +35,6 @@ from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, fitted, ident
 from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, reference
 from gt_jax.growth.rounding import ROUNDS
 from gt_jax.growth.rules import CARRIES, check_noise
-from gt_jax.process_flags import add_process_flags, several, wrong_process_flags
 
 if TYPE_CHECKING:
     import jax
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_all(_wrong_processes(args), "these arguments do not go together:")
     if not several(args):
         return _run(args, lambda work: work())
-    from gt_jax.processes import joined
+    from gt_jax.devices.processes import joined
 
     with joined(args) as team:
         return _run(args, team.agree, team.first)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gt_jax.errors import Refused
-from gt_jax.process_flags import add_mesh_flags, add_process_flags, several
 
 
 class Loaded(NamedTuple):
@@ -27,26 +26,6 @@ def add_text_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tfds", help="prepared TFDS dataset")
     p.add_argument("--tfds-dir", help="where TFDS datasets lie")
     p.add_argument("--batches", type=int, default=8, help="held-out batches to run")
-
-
-def add_device_flags(p: argparse.ArgumentParser) -> None:
-    """The flags that say which processes and devices share the work; `mesh_of` reads the latter."""
-    add_process_flags(p.add_argument_group("several processes, each with its own devices"))
-    add_mesh_flags(p.add_argument_group("mesh (default: one process takes few devices, several all, on fsdp)"))
-
-
-def mesh_of(arguments: argparse.Namespace) -> Any:
-    """The mesh that the flags name, the rest of the devices on fsdp; None where one process is given none of them."""
-    import jax
-
-    from gt_jax.sharding import MESH_AXES, make_mesh
-
-    given = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_AXES}
-    if not several(arguments) and all(size is None for size in given.values()):
-        return None
-    data, expert, tensor = (given[axis] or 1 for axis in ("data", "expert", "tensor"))
-    rest = max(len(jax.devices()) // max(data * expert * tensor, 1), 1)
-    return make_mesh(data, rest if given["fsdp"] is None else given["fsdp"], expert, tensor)
 
 
 def text_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -82,7 +61,7 @@ def load_model(source: Path) -> tuple[Any, Any, dict[str, Any]]:
 def load_for_text(source: Path, named: dict[str, Any] | None, batches: int) -> Loaded:
     """A checkpoint and `batches` held-out batches of the named text (None: the text it was trained on)."""
     from gt_jax.data import open_text
-    from gt_jax.sharding import Rules
+    from gt_jax.devices.sharding import Rules
 
     if batches < 1:
         raise Refused(f"--batches is {batches}; at least one is needed")

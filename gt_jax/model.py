@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.configs.model import ModelConfig
+from gt_jax.devices.sharding import Rules, on_mesh, reshard, with_devices
 from gt_jax.layers import deltanet, early_exit, groundthink, gsa, sliding
 from gt_jax.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
 from gt_jax.layers.block import Block, Common, Stream, layer_delta, observed, remat_policy, remats_blocks
@@ -33,7 +34,6 @@ from gt_jax.layers.reversible import reversible_stack
 from gt_jax.layers.reversible import start as start_pair
 from gt_jax.layers.shown import INTERMEDIATES
 from gt_jax.layers.stack import coefficients, empty_buffer
-from gt_jax.sharding import Rules, on_mesh, reshard, with_devices
 from gt_jax.typing import Activations, Scalar, State, Tokens, Tree
 from pallas_kernels.platform import target_device
 

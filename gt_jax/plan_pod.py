@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 def mesh_sizes(text: str, devices: int) -> dict[str, int]:
     """`fsdp=16,tensor=4` as sizes of all four axes; raises `Refused` for other words or another number of devices."""
-    from gt_jax.sharding import MESH_AXES
+    from gt_jax.devices.sharding import MESH_AXES
 
     sizes: dict[str, int] = {}
     wrong = []
@@ -71,7 +71,7 @@ def job_of(arguments: argparse.Namespace) -> Any:
     """The model and the batch that the words name."""
     from gt_jax.configs.json_config import changed_by_file
     from gt_jax.configs.presets import preset
-    from gt_jax.pods.program import Job
+    from gt_jax.training.ahead_of_time import Job
 
     model = preset(arguments.preset)
     if arguments.model is not None:
@@ -91,19 +91,20 @@ def job_of(arguments: argparse.Namespace) -> Any:
 
 def chosen(arguments: argparse.Namespace, job: Any, devices: int) -> list[tuple[dict[str, int], int]]:
     """(sizes of the mesh, parts of the batch) to compile for; raises `Refused` where nothing divides."""
-    from gt_jax.fit import refuse_misfits
-    from gt_jax.pods import meshes
-    from gt_jax.sharding import Rules
+    from gt_jax.devices.sharding import Rules
+    from gt_jax.training import mesh_search
+    from gt_jax.training.divisibility import refuse_indivisible
 
     if arguments.mesh is not None:
         sizes = mesh_sizes(arguments.mesh, devices)
         heading = f"--mesh {arguments.mesh} does not cut the model evenly:"
-        refuse_misfits(job.model, job.batch // job.accumulate, sizes, heading, Rules())
+        refuse_indivisible(job.model, job.batch // job.accumulate, sizes, heading, Rules())
         return [(sizes, job.accumulate)]
-    found = meshes.candidates(job, devices, parameters_of(job.model))
+    found = mesh_search.candidates(job, devices, parameters_of(job.model))
     if not found:
         whole = dataclasses.replace(job, batch=devices * job.accumulate)
-        other = f"--batch {whole.batch}, or a multiple of it, has one" if meshes.candidates(whole, devices, 1) else \
+        divides = mesh_search.candidates(whole, devices, 1)
+        other = f"--batch {whole.batch}, or a multiple of it, has one" if divides else \
             "neither does any other batch: name one with --mesh, to see what it does not divide"  # fmt: skip
         raise Refused(f"no mesh of {devices} devices divides batch {job.batch} and the model evenly; {other}")
     return [(one.sizes, one.accumulate) for one in found[: arguments.tries]]
@@ -120,9 +121,9 @@ def parameters_of(model: Any) -> int:
 
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compile for each mesh: {"topology", "devices", "parameters", "tried": [...]}, what fits first."""
-    from gt_jax.pods import topologies
-    from gt_jax.pods.program import Job, compile_step
-    from gt_jax.sharding import make_mesh
+    from gt_jax.devices.pods import topologies
+    from gt_jax.devices.sharding import make_mesh
+    from gt_jax.training.ahead_of_time import Job, compile_step
 
     topology = topologies.parse(arguments.topology)
     job = job_of(arguments)
@@ -225,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if importlib.util.find_spec("libtpu") is None:
         raise Refused("the TPU compiler is not installed: pip install 'gt-jax[tpu]'")
-    from gt_jax.pods.topologies import parse, use_compiler
+    from gt_jax.devices.pods.topologies import parse, use_compiler
 
     parse(arguments.topology)
     use_compiler()  # before JAX is imported

@@ -28,12 +28,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gt_jax.alerts import Alert, Course, alerts, texts
-from gt_jax.configs.run import RunConfig
+from gt_jax.configs.run import RunConfig, read_run_config
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.files import write_whole
 from gt_jax.metrics import read_metrics, seconds_of, short
 from gt_jax.run_plots import plot_runs
-from gt_jax.training.loop import read_run_config
 
 LAST = 20  # records that the table's figures are a mean of
 SMOOTH = 50  # at most so many parts of a curve are told apart: the mean is over 1/50 of the points

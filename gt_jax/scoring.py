@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Float32, Int, Int64
 from gt_jax.chunks import over_chunks
 from gt_jax.configs.model import ModelConfig
 from gt_jax.data import Text
+from gt_jax.devices.sharding import Rules, everywhere, reshard
 from gt_jax.layers.adaptive_depth import PassControl
 from gt_jax.model import LanguageModel, forward
-from gt_jax.sharding import Rules, everywhere, reshard
 from gt_jax.tokenizers import Tokenizer
 from gt_jax.training.loss import token_losses
 from gt_jax.training.step import Batch, place

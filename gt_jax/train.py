@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from gt_jax.devices.flags import add_mesh_flags, add_process_flags, wrong_process_flags
 from gt_jax.errors import Refused, refuse_all, run_command
-from gt_jax.process_flags import add_mesh_flags, add_process_flags, wrong_process_flags
 
 UNDER_SERVED = "under-served"
 
@@ -135,9 +135,8 @@ def default_config(arguments: argparse.Namespace) -> Any:
     from gt_jax import checkpoint
     from gt_jax.configs.data import BYTES, DataConfig
     from gt_jax.configs.presets import preset
-    from gt_jax.configs.run import RunConfig
+    from gt_jax.configs.run import RunConfig, read_run_config
     from gt_jax.tokenizers import other_tokens, tokenizer_of
-    from gt_jax.training.loop import read_run_config
 
     if arguments.resume:
         stored = read_run_config(arguments.run)
@@ -160,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; 0 when the last step is done and saved."""
     arguments = parser().parse_args(argv)
     refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
-    from gt_jax.processes import joined
+    from gt_jax.devices.processes import joined
 
     with joined(arguments) as team:
         return _train(arguments, team)
@@ -170,7 +169,7 @@ def _train(arguments: argparse.Namespace, team: Any) -> int:
     """Everything after the command line, in each process of the team."""
     import jax
 
-    from gt_jax.sharding import MESH_AXES, make_mesh
+    from gt_jax.devices.sharding import MESH_AXES, make_mesh
     from gt_jax.training.loop import train_run
 
     config = team.agree(lambda: run_config(arguments, default_config(arguments)))

@@ -32,16 +32,17 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.data import Text, open_text
+from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
+from gt_jax.devices.processes import Team, joined
+from gt_jax.devices.sharding import Rules, current_sizes, everywhere, mesh_for_rows
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.growth.plan import Plan
 from gt_jax.growth.provenance import grown_plan, other_values
-from gt_jax.loading import add_device_flags, add_text_arguments, data_config, mesh_of, text_config
+from gt_jax.loading import add_text_arguments, data_config, text_config
 from gt_jax.metrics import table, to_json
 from gt_jax.model import abstract
-from gt_jax.process_flags import wrong_process_flags
-from gt_jax.processes import Team, joined
-from gt_jax.sharding import Rules, current_sizes, everywhere, mesh_for_rows
 from gt_jax.tokenizers import other_tokens, tokenizer_of
+from gt_jax.training.divisibility import indivisible_fields
 from gt_jax.training.loop import fit, make_trainer, variables_of
 from gt_jax.training.step import evaluate
 from gt_jax.typing import Tree
@@ -143,7 +144,7 @@ def _refuse_rows(reading: Text, source: Checkpoint, target: Checkpoint, rows: in
     if iterations < 2:
         wrong.append(f"--jacobian-iterations is {iterations}; at least 2 are needed to see how far they have come")
     for one in (source, target):
-        wrong += [f"{one.path}: {line}" for line in Rules().misfits(one.config, size, current_sizes())]
+        wrong += [f"{one.path}: {line}" for line in indivisible_fields(one.config, size, current_sizes(), Rules())]
     refuse_all(wrong, "this cannot be verified:")
 
 

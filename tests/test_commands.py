@@ -130,7 +130,7 @@ def test_measure_grow_verify_sample_describe(folder, run, capsys, monkeypatch):
 def test_a_run_says_how_its_gates_stand_and_is_reported(folder, run, capsys, monkeypatch):
     from gt_jax import report
     from gt_jax.alerts import Course, alerts
-    from gt_jax.training.loop import read_run_config
+    from gt_jax.configs.run import read_run_config
 
     config, lines = read_run_config(run), read_metrics(run / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]

@@ -10,9 +10,9 @@ import pytest
 from gt_jax import model
 from gt_jax.configs.model import ModelConfig, StackConfig
 from gt_jax.configs.run import TrainConfig
+from gt_jax.devices.sharding import Rules
 from gt_jax.layers import block
 from gt_jax.model import LanguageModel, abstract, blocks_a_turn
-from gt_jax.sharding import Rules
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import new_state
 from gt_jax.training.step import make_step

@@ -21,10 +21,10 @@ from gt_jax.configs.model import (
     StackConfig,
 )
 from gt_jax.configs.price import PriceConfig
+from gt_jax.devices.sharding import Rules, lay_out, make_mesh
 from gt_jax.errors import Refused
 from gt_jax.model import LanguageModel, abstract, forward, free_passes
 from gt_jax.sample import generate
-from gt_jax.sharding import Rules, lay_out, make_mesh
 from gt_jax.training.price import phase
 from gt_jax.training.step import after_next_targets, make_loss
 from gt_jax.tree_paths import flatten, nest

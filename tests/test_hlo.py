@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gt_jax.pods import hlo
-from gt_jax.pods.collectives import collectives, largest
-from gt_jax.pods.traffic import called_bytes, hbm_traffic
-from gt_jax.pods.work import _meetings, work
+from gt_jax.devices.pods import hlo
+from gt_jax.devices.pods.collectives import collectives, largest
+from gt_jax.devices.pods.hbm_traffic import called_bytes, hbm_traffic
+from gt_jax.devices.pods.program_flops import _meetings, work
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from gt_jax.configs.presets import preset
+from gt_jax.devices.pods import topologies
+from gt_jax.devices.sharding import Rules, make_mesh
 from gt_jax.errors import Refused
-from gt_jax.fit import refuse_misfits, uneven_tensors
 from gt_jax.flops import model_flops
 from gt_jax.plan_pod import advice, chosen, least_seconds, mesh_sizes, parser, report_lines
-from gt_jax.pods import meshes, topologies
-from gt_jax.pods.program import OUT_OF_MEMORY, Job, compile_step, replicated, shortage
-from gt_jax.sharding import Rules, make_mesh
+from gt_jax.training import mesh_search
+from gt_jax.training.ahead_of_time import OUT_OF_MEMORY, Job, compile_step, replicated, shortage
+from gt_jax.training.divisibility import indivisible_fields, indivisible_tensors, refuse_indivisible
 from tests.support import small_model
 
 ROOT = Path(__file__).parents[1]
@@ -35,22 +36,24 @@ def test_topologies_by_name():
 
 def test_meshes_divide_what_they_cut_and_come_in_the_order_of_their_cost():
     job = Job(preset("8b"), 128, 4096)
-    found = meshes.candidates(job, 64, 8_309_921_685)
+    found = mesh_search.candidates(job, 64, 8_309_921_685)
     assert found and [c.cost for c in found] == sorted(c.cost for c in found)
     for one in found:
         assert np.prod(list(one.sizes.values())) == 64 and one.sizes["tensor"] * one.sizes["expert"] > 1
         rows = 128 // one.accumulate
-        assert not Rules().misfits(job.model, rows, one.sizes) and rows % (one.sizes["data"] * one.sizes["fsdp"]) == 0
-    assert not meshes.candidates(Job(preset("8b"), 7, 4096), 64, 1)
+        assert not indivisible_fields(job.model, rows, one.sizes, Rules())
+        assert rows % (one.sizes["data"] * one.sizes["fsdp"]) == 0
+    assert not mesh_search.candidates(Job(preset("8b"), 7, 4096), 64, 1)
 
 
-def test_misfits_name_the_field_the_tensors_and_the_axis():
+def test_what_does_not_divide_names_the_field_the_tensors_and_the_axis():
     """Where the fields say that all divides, all tensors do."""
-    assert Rules().misfits(preset("8b"), 8, {"expert": 3}) == ["moe.experts is 20; the mesh cuts it in 3 (expert)"]
+    lines = indivisible_fields(preset("8b"), 8, {"expert": 3}, Rules())
+    assert lines == ["moe.experts is 20; the mesh cuts it in 3 (expert)"]
     model = preset("tiny_3b").plain.replace(layout="DG")
     sizes = {"data": 1, "fsdp": 4, "expert": 3, "tensor": 2}
     with pytest.raises(Refused) as error, jax.set_mesh(make_mesh(fsdp=8)):  # whatever the mesh of the moment
-        refuse_misfits(model, 6, sizes, "no:", Rules())
+        refuse_indivisible(model, 6, sizes, "no:", Rules())
     lines = str(error.value).splitlines()
     assert lines[:3] == ["no:", "  - batch (rows that run together) is 6; the mesh cuts it in 4 (data x fsdp)",
                          "  - moe.experts is 8; the mesh cuts it in 3 (expert)"]  # fmt: skip
@@ -59,7 +62,7 @@ def test_misfits_name_the_field_the_tensors_and_the_axis():
                          "is 8; the mesh cuts it in 3 (expert)"
                          for name, shape in (("down", "32, 64"), ("gate", "64, 32"), ("up", "64, 32"))]  # fmt: skip
     fitting = {"data": 2, "fsdp": 4, "expert": 8, "tensor": 2}
-    assert not Rules().misfits(model, 8, fitting) and not uneven_tensors(model, fitting, Rules())
+    assert not indivisible_fields(model, 8, fitting, Rules()) and not indivisible_tensors(model, fitting, Rules())
 
 
 def test_a_mesh_in_words():

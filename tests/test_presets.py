@@ -13,8 +13,8 @@ import jax
 import pytest
 
 from gt_jax.configs import presets
+from gt_jax.devices.sharding import make_mesh
 from gt_jax.model import abstract
-from gt_jax.sharding import make_mesh
 from gt_jax.tree_paths import flatten
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -19,9 +19,9 @@ from experiments.growth_study.study import Batch, StudyConfig, Watched
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig
+from gt_jax.devices.sharding import Rules, lay_out
 from gt_jax.layers.adaptive_depth import PassControl
 from gt_jax.model import LanguageModel, abstract, fixed_passes
-from gt_jax.sharding import Rules, lay_out
 from gt_jax.training.loop import Trainer, fit, variables_of
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.price import PriceState

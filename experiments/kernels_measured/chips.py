@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gt_jax.pods.topologies import CHIPS as PODS
+from gt_jax.devices.pods.topologies import CHIPS as PODS
 
 
 @dataclass(frozen=True)

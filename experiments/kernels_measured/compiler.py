@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.kernels_measured.chips import Chip
-from gt_jax.pods.topologies import ENVIRONMENT
+from gt_jax.devices.pods.topologies import ENVIRONMENT
 
 _STAGES = "(post-ra|packed-bundles-post-ra|pre-delay_hlo-static-per-bundle-utilization)"  # of some seventy
 

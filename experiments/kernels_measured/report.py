@@ -12,8 +12,8 @@ from experiments.kernels_measured.cases import Case, Kernel
 from experiments.kernels_measured.chips import CHIPS, Chip
 from experiments.kernels_measured.compiler import CompileError, compile_for
 from experiments.kernels_measured.schedule import read_schedule
-from gt_jax.pods import hlo
-from gt_jax.pods.traffic import called_bytes, hbm_traffic
+from gt_jax.devices.pods import hlo
+from gt_jax.devices.pods.hbm_traffic import called_bytes, hbm_traffic
 
 Row = dict[str, Any]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 from gt_jax.configs.data import BYTES, DataConfig
 from gt_jax.configs.json_config import Config, below
@@ -10,6 +12,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.thaw import ThawConfig
+from gt_jax.errors import Refused
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,3 +77,15 @@ def differences(a: Config, b: Config) -> list[str]:
         elif left != right:
             lines.append(f"{field.name}: {left!r} and {right!r}")
     return lines
+
+
+def read_run_config(run: Path) -> RunConfig:
+    """The config of a run directory; raises `Refused` where there is none or it does not parse."""
+    file = run / "config.json"
+    try:
+        data = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise Refused(f"{run} is no run directory (it has no config.json); start one without --resume") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError, IsADirectoryError) as error:
+        raise Refused(f"{file} cannot be read as a run's config: {error}") from error
+    return RunConfig.from_json(data)

@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gt_jax.configs.model import ModelConfig
+from gt_jax.devices.sharding import Rules, on_mesh, reshard
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth.entries import Plan
 from gt_jax.growth.states import States, columns, gains_of, states_after, with_gains
@@ -36,7 +37,6 @@ from gt_jax.layers.adaptive_depth import PassControl, stream_mean
 from gt_jax.layers.mixer import real_tokens
 from gt_jax.layers.primitives import widen
 from gt_jax.model import LanguageModel, free_passes
-from gt_jax.sharding import Rules, on_mesh, reshard
 from gt_jax.typing import PerToken, Tree
 
 OBJECTIVES = ("blocks", "final", "kl")

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from gt_jax.chunks import over_chunks
 from gt_jax.configs.layout import Segment
 from gt_jax.configs.model import ModelConfig
+from gt_jax.devices.sharding import Rules, reshard
 from gt_jax.layers.adaptive_depth import PassControl
 from gt_jax.layers.block import remat_policy, remats_blocks, slot_variables
 from gt_jax.layers.hyper_connections import to_streams
@@ -25,7 +26,6 @@ from gt_jax.layers.memory_stream import Memory, carry_memory
 from gt_jax.layers.mixer import Place, place_rows
 from gt_jax.layers.residual import Layer
 from gt_jax.model import LanguageModel
-from gt_jax.sharding import Rules, reshard
 from gt_jax.typing import State, Tokens, Tree
 
 States = Float[Array, "s b t *n d"]

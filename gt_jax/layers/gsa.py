@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from gt_jax.configs.model import GSAConfig
+from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, per_device, reshard
 from gt_jax.layers.mixer import MixerOutput, Place, gate_statistics, masked_mean, real_tokens
 from gt_jax.layers.primitives import Einsum, WeightSpec, rope, widen
-from gt_jax.sharding import Rules, has_mesh, on_mesh, per_device, reshard
 from gt_jax.typing import Activations, Tree
 from pallas_kernels.sparse_attention.api import Indexer, Positions, Statistics, sparse_attention
 

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.configs.model import HyperConfig
+from gt_jax.devices.sharding import Rules, on_mesh, reshard
 from gt_jax.layers.primitives import WeightSpec, widen
-from gt_jax.sharding import Rules, on_mesh, reshard
 from gt_jax.typing import Activations
 
 Streams = Float[Array, "b t n d"]

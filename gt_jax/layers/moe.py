@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.model import MoEConfig
+from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, per_device, reshard
 from gt_jax.layers.grouped_product import block_size, collect, dispatch, grouped_product, spread
 from gt_jax.layers.mixer import masked_mean
 from gt_jax.layers.primitives import SwiGLU, WeightSpec, widen
 from gt_jax.layers.shown import show
-from gt_jax.sharding import Rules, has_mesh, on_mesh, per_device, reshard
 from gt_jax.typing import Activations, PerToken, Scalar
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.model import Rope
-from gt_jax.sharding import Rules, on_mesh, reshard
+from gt_jax.devices.sharding import Rules, on_mesh, reshard
 from gt_jax.typing import Activations
 from pallas_kernels.platform import target_device
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gt_jax.configs.model import ModelConfig
+from gt_jax.devices.sharding import Rules, on_mesh
 from gt_jax.layers.adaptive_depth import (
     FEATURES,
     HaltingHead,
@@ -36,7 +37,6 @@ from gt_jax.layers.primitives import RMSNorm, SwiGLU, WeightSpec
 from gt_jax.layers.shown import show
 from gt_jax.layers.sliding import SlidingAttention
 from gt_jax.layers.stack import mix
-from gt_jax.sharding import Rules, on_mesh
 from gt_jax.typing import Activations, State, Tree
 
 

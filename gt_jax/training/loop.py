@@ -18,18 +18,18 @@ from gt_jax.alerts import Watch
 from gt_jax.checkpoint_runs import RunCheckpoints
 from gt_jax.configs.data import BYTES
 from gt_jax.configs.model import ModelConfig
-from gt_jax.configs.run import RunConfig, TrainConfig, differences
+from gt_jax.configs.run import RunConfig, TrainConfig, differences, read_run_config
 from gt_jax.data import Text, open_text
+from gt_jax.devices.processes import Team
+from gt_jax.devices.sharding import Rules, current_sizes, everywhere, with_devices
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import room_matters, write_whole
-from gt_jax.fit import refuse_misfits
 from gt_jax.flops import utilisation
 from gt_jax.metrics import Recorder
 from gt_jax.model import abstract, initialise
-from gt_jax.processes import Team
-from gt_jax.sharding import Rules, current_sizes, everywhere, with_devices
 from gt_jax.tensorboard import TensorBoard, writer_module
 from gt_jax.token_bytes import default_texts, token_table
+from gt_jax.training.divisibility import refuse_indivisible
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import TrainState, new_state
 from gt_jax.training.step import Batch, evaluate, make_evaluation, make_step
@@ -149,7 +149,7 @@ def train_run(
     if tensorboard:
         writer_module()  # refuses where there is none, before the directory is a run
     rows = config.data.batch_size // config.train.accumulate
-    refuse_misfits(config.model, rows, current_sizes(), "the model does not fit this mesh:", rules)
+    refuse_indivisible(config.model, rows, current_sizes(), "the model does not fit this mesh:", rules)
     text = team.agree(lambda: open_text(config.data))
     needed = text.tokenizer.vocab_size
     if needed > config.model.vocab:
@@ -286,15 +286,3 @@ def _mark(run: Path, config: RunConfig) -> None:
     with room_matters(run, "start it again"):
         checkpoint.prepare_parent(file)
         write_whole(file, json.dumps(config.to_json(), indent=1) + "\n")
-
-
-def read_run_config(run: Path) -> RunConfig:
-    """The config of a run directory; raises `Refused` where there is none or it does not parse."""
-    file = run / "config.json"
-    try:
-        data = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise Refused(f"{run} is no run directory (it has no config.json); start one without --resume") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError, IsADirectoryError) as error:
-        raise Refused(f"{file} cannot be read as a run's config: {error}") from error
-    return RunConfig.from_json(data)

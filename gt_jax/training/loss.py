@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gt_jax.sharding import Rules, has_mesh, per_device, reshard
+from gt_jax.devices.sharding import Rules, has_mesh, per_device, reshard
 from gt_jax.typing import Activations, Scalar
 
 LOGITS = 1 << 26  # of a piece on one device: 256 MiB in float32

@@ -15,6 +15,7 @@ from gt_jax.chunks import forward_rows
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.layout import parse
 from gt_jax.configs.model import HyperConfig, MemoryConfig
+from gt_jax.devices.sharding import Rules, lay_out, mesh_for_rows
 from gt_jax.errors import Refused
 from gt_jax.growth import states
 from gt_jax.growth.calibration import Sync, calibrate_gains, sync_points
@@ -23,7 +24,6 @@ from gt_jax.growth.plan import block_plan, identity_plan, make_plan
 from gt_jax.growth.repetition import from_json
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.model import LanguageModel, abstract, fixed_passes, free_passes
-from gt_jax.sharding import Rules, lay_out, mesh_for_rows
 from gt_jax.tree_paths import flatten
 from tests.support import perturbed, small_model
 

@@ -14,8 +14,8 @@ import pytest
 
 from gt_jax import checkpoint, grow
 from gt_jax.configs import model, presets
+from gt_jax.devices.processes import Team
 from gt_jax.errors import Refused
-from gt_jax.processes import Team
 from tests.support import perturbed
 
 CONFIG = presets.tiny().replace(

@@ -13,7 +13,7 @@ pytestmark = [
 
 EACH = """
 import sys
-from gt_jax.pods.topologies import use_compiler
+from gt_jax.devices.pods.topologies import use_compiler
 use_compiler()
 import jax
 from jax.experimental import topologies
@@ -38,7 +38,7 @@ def test_every_kernel_compiles_for(chip):
 
 PICKED = """
 import re
-from gt_jax.pods.topologies import use_compiler
+from gt_jax.devices.pods.topologies import use_compiler
 use_compiler()
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies

@@ -44,7 +44,7 @@ def test_compiles_for(chip):
 
 
 PICKED = """
-from gt_jax.pods.topologies import use_compiler
+from gt_jax.devices.pods.topologies import use_compiler
 use_compiler()
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
@@ -80,7 +80,7 @@ def test_chosen_inside_shard_map_for_a_topology_that_is_not_here():
 
 DECODE = """
 import json, sys
-from gt_jax.pods.topologies import use_compiler
+from gt_jax.devices.pods.topologies import use_compiler
 use_compiler()
 import jax, numpy as np
 from jax.experimental import topologies

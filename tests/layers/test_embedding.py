@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from gt_jax.configs.model import EmbeddingConfig
+from gt_jax.devices.sharding import Rules, lay_out, make_mesh, reshard, with_devices
 from gt_jax.layers.embedding import Embedding, Kronecker, byte_rows
 from gt_jax.layers.primitives import WeightSpec
-from gt_jax.sharding import Rules, lay_out, make_mesh, reshard, with_devices
 from gt_jax.token_bytes import default_texts, token_table
 from tests.support import random_tree
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gt_jax.configs.model import HyperConfig
+from gt_jax.devices.sharding import Rules, lay_out, make_mesh, reshard, with_devices
 from gt_jax.layers.hyper_connections import (
     Coefficients,
     HyperConnection,
@@ -21,7 +22,6 @@ from gt_jax.layers.hyper_connections import (
     write,
 )
 from gt_jax.layers.primitives import WeightSpec
-from gt_jax.sharding import Rules, lay_out, make_mesh, reshard, with_devices
 from tests.support import random_tree
 
 WIDTH, EPSILON = 16, 1e-6

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gt_jax.devices.sharding import Rules, make_mesh, reshard
 from gt_jax.layers.memory_stream import Memory, MemoryStream, carry_memory, no_memory
-from gt_jax.sharding import Rules, make_mesh, reshard
 from tests.support import random_tree, segments
 
 WIDTH, TOKENS, STREAM = 16, 6, 2

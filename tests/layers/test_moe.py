@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from gt_jax.configs.model import MoEConfig
+from gt_jax.devices.sharding import Rules, make_mesh, reshard
 from gt_jax.layers import grouped_product, moe
 from gt_jax.layers.primitives import WeightSpec
-from gt_jax.sharding import Rules, make_mesh, reshard
 from tests.layers.oracle import silu
 from tests.support import random_tree
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gt_jax.devices.sharding import make_mesh, on_mesh, reshard
 from gt_jax.layers.reversible import Pair, reconstruct, reversible_stack, start
 from gt_jax.layers.stack import advance, coefficients
-from gt_jax.sharding import make_mesh, on_mesh, reshard
 from tests.support import random_tree
 
 STEP, WIDTH, HIDDEN, TOKENS = 0.25, 8, 12, 512

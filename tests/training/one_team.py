@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from gt_jax import train, verify
+from gt_jax.devices.processes import Team, joined
 from gt_jax.errors import run_command
-from gt_jax.processes import Team, joined
 from gt_jax.training import loop
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.sharding import Rules, make_mesh, reshard
+from gt_jax.devices.sharding import Rules, make_mesh, reshard
 from gt_jax.training.loss import cross_entropy, token_losses, unembedded_cross_entropy
 
 B, T, D, V = 4, 7, 8, 24

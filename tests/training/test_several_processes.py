@@ -20,11 +20,12 @@ import jax
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint, evaluate, sharding, train, verify
+from gt_jax import checkpoint, evaluate, train, verify
 from gt_jax.checkpoint_runs import RunCheckpoints
+from gt_jax.devices import sharding
+from gt_jax.devices.processes import Team
 from gt_jax.errors import Refused
 from gt_jax.metrics import read_metrics
-from gt_jax.processes import Team
 from gt_jax.training import loop
 from tests.training import one_team
 

@@ -14,12 +14,12 @@ from gt_jax.configs.layout import parse
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, differences
 from gt_jax.configs.thaw import ThawConfig
+from gt_jax.devices.sharding import Rules, lay_out, make_mesh
 from gt_jax.errors import Refused
 from gt_jax.growth.entries import Entry, Plan
 from gt_jax.growth.provenance import stored_plan
 from gt_jax.growth.under_served import under_served
 from gt_jax.model import abstract
-from gt_jax.sharding import Rules, lay_out, make_mesh
 from gt_jax.training.loop import make_trainer
 from gt_jax.training.thaw import kept, moving
 from gt_jax.tree_paths import flatten

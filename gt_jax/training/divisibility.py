@@ -4,26 +4,51 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 import jax
 
 from gt_jax.configs.model import ModelConfig
+from gt_jax.devices.sharding import Rules, make_mesh
 from gt_jax.errors import refuse_all
 from gt_jax.model import abstract
-from gt_jax.sharding import Rules, make_mesh
 from gt_jax.tree_paths import flatten
 
 _SHOWN = 12  # lines of tensors
 _NUMBERED = re.compile(r"\b(segment|layer)\d+\b")
 
 
-def refuse_misfits(model: ModelConfig, rows: int, sizes: dict[str, int], heading: str, rules: Rules) -> None:
+def refuse_indivisible(model: ModelConfig, rows: int, sizes: dict[str, int], heading: str, rules: Rules) -> None:
     """Raise `Refused` that lists what a mesh of these sizes cannot cut evenly: `rows` of a batch, fields, tensors."""
-    wrong = rules.misfits(model, rows, sizes)
-    refuse_all(wrong and [*wrong, *uneven_tensors(model, sizes, rules)], heading)
+    wrong = indivisible_fields(model, rows, sizes, rules)
+    refuse_all(wrong and [*wrong, *indivisible_tensors(model, sizes, rules)], heading)
 
 
-def uneven_tensors(model: ModelConfig, sizes: dict[str, int], rules: Rules) -> list[str]:
+def indivisible_fields(model: ModelConfig, rows: int, sizes: Mapping[str, int], rules: Rules) -> list[str]:
+    """What a mesh of these `sizes` cannot cut evenly, a line each: rows at a time, heads, MLP width, vocabulary."""
+    heads = {"deltanet": model.deltanet, "gsa": model.gsa, "sliding": model.sliding}
+    named_heads = {f"{name}.heads": layer.heads for name, layer in heads.items() if layer is not None}
+    if model.gsa is not None:
+        named_heads["gsa.indexer_heads"] = model.gsa.indexer_heads
+    mlp, experts = {"mlp_width": model.mlp_width}, {}
+    if model.moe is not None:
+        mlp["moe.expert_width"] = model.moe.expert_width
+        experts["moe.experts"] = model.moe.experts
+    cut = {
+        "batch": {"batch (rows that run together)": rows}, "heads": named_heads, "mlp": mlp, "experts": experts,
+        "vocab": {"vocab": model.vocab}, "embed": {"width": model.width},
+    }  # fmt: skip
+    lines = []
+    for axis, named in cut.items():
+        pieces = math.prod(sizes.get(name, 1) for name in rules.mesh_axes(axis))
+        for name, size in named.items():
+            if size % pieces:
+                over = " x ".join(rules.mesh_axes(axis))
+                lines.append(f"{name} is {size}; the mesh cuts it in {pieces} ({over})")
+    return lines
+
+
+def indivisible_tensors(model: ModelConfig, sizes: dict[str, int], rules: Rules) -> list[str]:
     """The parameters with an axis that a mesh of these sizes cannot cut evenly, a line for all layers with the same."""
     found: dict[tuple[str, int], list[str]] = {}
     words: dict[tuple[str, int], str] = {}

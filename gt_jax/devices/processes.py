@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gt_jax.devices.flags import several
 from gt_jax.errors import Failed, Refused
-from gt_jax.process_flags import several
 
 T = TypeVar("T")
 

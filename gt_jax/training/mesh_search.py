@@ -16,8 +16,9 @@ import dataclasses
 import itertools
 import math
 
-from gt_jax.pods.program import Job
-from gt_jax.sharding import MESH_AXES, Rules
+from gt_jax.devices.sharding import MESH_AXES, Rules
+from gt_jax.training.ahead_of_time import Job
+from gt_jax.training.divisibility import indivisible_fields
 
 TOKENS = 16384  # of a part on one device, at most: more only adds memory, fewer send weights more often
 
@@ -45,7 +46,7 @@ def candidates(job: Job, devices: int, parameters: int) -> list[Candidate]:
         fsdp = math.gcd(rest, 256)
         sizes = dict(zip(MESH_AXES, (rest // fsdp, fsdp, expert, tensor), strict=True))
         parts = parts_of(job, rest)
-        if parts and not Rules().misfits(job.model, job.batch // parts, sizes):
+        if parts and not indivisible_fields(job.model, job.batch // parts, sizes, Rules()):
             found.append(Candidate(sizes, parts, cost(job, sizes, parts, parameters)))
     return sorted(found, key=lambda c: c.cost)
 

@@ -13,7 +13,7 @@ import math
 import re
 from typing import NamedTuple
 
-from gt_jax.pods.hlo import Computation, Instruction, Program
+from gt_jax.devices.pods.hlo import Computation, Instruction, Program
 
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")

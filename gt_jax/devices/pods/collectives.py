@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gt_jax.pods.hlo import Instruction, Program
+from gt_jax.devices.pods.hlo import Instruction, Program
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _NOT_STORED = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call")

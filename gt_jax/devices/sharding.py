@@ -20,7 +20,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
@@ -51,29 +50,6 @@ class Rules:
         """Into how many pieces the current mesh cuts a logical axis; 1 without a mesh."""
         sizes = current_sizes()
         return math.prod(sizes.get(name, 1) for name in self.mesh_axes(axis))
-
-    def misfits(self, model: ModelConfig, rows: int, sizes: Mapping[str, int]) -> list[str]:
-        """What a mesh of these `sizes` cannot cut evenly, a line each: rows at a time, heads, MLP width, vocabulary."""
-        heads = {"deltanet": model.deltanet, "gsa": model.gsa, "sliding": model.sliding}
-        named_heads = {f"{name}.heads": layer.heads for name, layer in heads.items() if layer is not None}
-        if model.gsa is not None:
-            named_heads["gsa.indexer_heads"] = model.gsa.indexer_heads
-        mlp, experts = {"mlp_width": model.mlp_width}, {}
-        if model.moe is not None:
-            mlp["moe.expert_width"] = model.moe.expert_width
-            experts["moe.experts"] = model.moe.experts
-        cut = {
-            "batch": {"batch (rows that run together)": rows}, "heads": named_heads, "mlp": mlp, "experts": experts,
-            "vocab": {"vocab": model.vocab}, "embed": {"width": model.width},
-        }  # fmt: skip
-        lines = []
-        for axis, named in cut.items():
-            pieces = math.prod(sizes.get(name, 1) for name in self.mesh_axes(axis))
-            for name, size in named.items():
-                if size % pieces:
-                    over = " x ".join(self.mesh_axes(axis))
-                    lines.append(f"{name} is {size}; the mesh cuts it in {pieces} ({over})")
-        return lines
 
     def gathered(self, *axes: str | None) -> P:
         """The partition of a weight at the moment of use: as `spec`, with "embed" whole."""

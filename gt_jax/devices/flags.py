@@ -1,8 +1,9 @@
-"""The flags of a command that may run in several processes or on a mesh; nothing here imports JAX."""
+"""Command-line flags of processes and meshes, and what they mean. JAX is imported when a mesh is made, not before."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
 def add_process_flags(group: argparse._ActionsContainer) -> None:
@@ -35,3 +36,23 @@ def wrong_process_flags(args: argparse.Namespace) -> list[str]:
     if args.processes is not None and not 0 <= args.process < args.processes:
         return [f"--process {args.process}: with --processes {args.processes} it is one of 0 to {args.processes - 1}"]
     return []
+
+
+def add_device_flags(p: argparse.ArgumentParser) -> None:
+    """The flags that say which processes and devices share the work; `mesh_of` reads the latter."""
+    add_process_flags(p.add_argument_group("several processes, each with its own devices"))
+    add_mesh_flags(p.add_argument_group("mesh (default: one process takes few devices, several all, on fsdp)"))
+
+
+def mesh_of(arguments: argparse.Namespace) -> Any:
+    """The mesh that the flags name, the rest of the devices on fsdp; None where one process is given none of them."""
+    import jax
+
+    from gt_jax.devices.sharding import MESH_AXES, make_mesh
+
+    given = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_AXES}
+    if not several(arguments) and all(size is None for size in given.values()):
+        return None
+    data, expert, tensor = (given[axis] or 1 for axis in ("data", "expert", "tensor"))
+    rest = max(len(jax.devices()) // max(data * expert * tensor, 1), 1)
+    return make_mesh(data, rest if given["fsdp"] is None else given["fsdp"], expert, tensor)

@@ -14,9 +14,9 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
-from gt_jax.pods.collectives import COLLECTIVES
-from gt_jax.pods.hlo import Computation, Instruction, Program, array_bytes
-from gt_jax.pods.work import estimated
+from gt_jax.devices.pods.collectives import COLLECTIVES
+from gt_jax.devices.pods.hlo import Computation, Instruction, Program, array_bytes
+from gt_jax.devices.pods.program_flops import estimated
 
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",

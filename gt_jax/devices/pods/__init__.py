@@ -1,0 +1,1 @@
+"""TPU pods by name, and what a program compiled for one costs: FLOPs, HBM traffic, collectives."""

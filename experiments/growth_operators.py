@@ -58,7 +58,7 @@ def study_and_report(study: StudyConfig, work: Path, output: Path, command: Sequ
     from experiments.growth_study.engine import Engine
     from experiments.growth_study.run import CONTROLS, LONGER, SCRATCH_FLOPS, Progress, Seed, costs
     from experiments.growth_study.store import Store
-    from gt_jax.data import open_text
+    from gt_jax.text.batches import open_text
 
     began = time.monotonic()
     content = open_text(study.data(0)).content_hash()

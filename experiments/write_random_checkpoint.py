@@ -32,7 +32,7 @@ from gt_jax.errors import Refused, run_command
 from gt_jax.growth import noise
 from gt_jax.growth.behind import WriteBehind
 from gt_jax.growth.pipeline import PIECES, pieces, throttled
-from gt_jax.token_bytes import default_texts, token_table
+from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.tree_paths import flatten
 
 WAITING = 2**26  # bytes

@@ -31,10 +31,10 @@ def calibrate(
     checkpoints that do not belong together, text that cannot be read, and a target that exists.
     """
     from gt_jax import checkpoint
-    from gt_jax.data import open_text
     from gt_jax.devices.sharding import Rules
     from gt_jax.growth.calibration import calibrate_gains
     from gt_jax.loading import data_config, load_model
+    from gt_jax.text.batches import open_text
     from gt_jax.training.step import evaluate, make_evaluation
 
     say = progress or (lambda line: None)

@@ -68,7 +68,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
 def _import(args: argparse.Namespace) -> dict[str, Any]:
     from gt_jax.configs.json_config import read_object
     from gt_jax.interop.to_orbax import to_orbax
-    from gt_jax.interop.token_files import read_tokens
+    from gt_jax.text.vocabulary_files import read_tokens
     return to_orbax(args.source, args.target, overrides=read_object(args.config, "--config") if args.config else None,
                     step=args.step, tokens=read_tokens(args.tokens) if args.tokens else None, progress=_say)
 

@@ -27,7 +27,6 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig, TrainConfig
-from gt_jax.data import Text, open_text
 from gt_jax.devices.sharding import lay_out, mesh_for_rows
 from gt_jax.errors import Refused, run_command
 from gt_jax.files import write_whole
@@ -39,6 +38,7 @@ from gt_jax.loading import load_model
 from gt_jax.measure import measure
 from gt_jax.metrics import Recorder, plot_depth, plot_growth, read_metrics, seconds_of, table
 from gt_jax.model import abstract, initialise
+from gt_jax.text.batches import Text, open_text
 from gt_jax.training.loop import Trainer, fit, make_trainer, train_run, variables_of
 from gt_jax.training.step import evaluate
 from gt_jax.typing import Tree

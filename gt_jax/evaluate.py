@@ -29,7 +29,6 @@ import numpy as np
 
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
-from gt_jax.data import Text, open_text
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
 from gt_jax.devices.processes import Team, joined
 from gt_jax.devices.sharding import Rules, mesh_for_rows
@@ -40,7 +39,8 @@ from gt_jax.loading import add_text_arguments, data_config, text_config
 from gt_jax.metrics import table
 from gt_jax.model import fixed_passes, free_passes
 from gt_jax.scoring import Units, byte_lengths, score, targets_of, units_of
-from gt_jax.tokenizers import Tokenizer, open_tokenizer
+from gt_jax.text.batches import Text, open_text
+from gt_jax.text.tokenizers import Tokenizer, open_tokenizer
 from gt_jax.training.divisibility import indivisible_fields
 from gt_jax.verify import Checkpoint, incomparable, open_checkpoint
 

@@ -153,8 +153,8 @@ class _Source:
 
     def refuse_text(self, files: Sequence[Path]) -> None:
         """Refuse, before anything is written, text that cannot be verified on."""
-        from gt_jax.data import open_text
         from gt_jax.loading import data_config
+        from gt_jax.text.batches import open_text
         open_text(data_config(self.metadata, {"text": tuple(map(str, files)), "tfds": None, "tfds_dir": None}))
 
 

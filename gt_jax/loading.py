@@ -40,7 +40,7 @@ def data_config(metadata: dict[str, Any], named: dict[str, Any] | None) -> Any:
     One that was grown keeps the tokenizer of the run that it was grown from.
     """
     from gt_jax.configs.data import BYTES, DataConfig
-    from gt_jax.tokenizers import tokenizer_of
+    from gt_jax.text.tokenizers import tokenizer_of
 
     stored = metadata.get("run", {}).get("data")
     base = DataConfig(tokenizer=tokenizer_of(metadata) or BYTES) if stored is None else DataConfig.from_json(stored)
@@ -60,8 +60,8 @@ def load_model(source: Path) -> tuple[Any, Any, dict[str, Any]]:
 
 def load_for_text(source: Path, named: dict[str, Any] | None, batches: int) -> Loaded:
     """A checkpoint and `batches` held-out batches of the named text (None: the text it was trained on)."""
-    from gt_jax.data import open_text
     from gt_jax.devices.sharding import Rules
+    from gt_jax.text.batches import open_text
 
     if batches < 1:
         raise Refused(f"--batches is {batches}; at least one is needed")

@@ -23,7 +23,7 @@ SHARD = 100_000  # documents of an array_record file
 
 def prepare(name: str, files: Sequence[str], folder: Path) -> dict[str, Any]:
     """Write the dataset: {"dataset", "documents", "bytes", "folder"}; raises `Refused`, with nothing written."""
-    from gt_jax.text_sources import text_files
+    from gt_jax.text.sources import text_files
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise Refused(f"dataset name {name!r} must be lower-case letters, digits and _, a letter first")

@@ -125,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the prompt and its continuation up to the end of the document."""
     from gt_jax.loading import data_config, load_model
-    from gt_jax.tokenizers import open_tokenizer, other_tokens, tokenizer_of
+    from gt_jax.text.tokenizers import open_tokenizer, other_tokens, tokenizer_of
 
     arguments = parser().parse_args(argv)
     if not arguments.prompt:

@@ -136,7 +136,7 @@ def default_config(arguments: argparse.Namespace) -> Any:
     from gt_jax.configs.data import BYTES, DataConfig
     from gt_jax.configs.presets import preset
     from gt_jax.configs.run import RunConfig, read_run_config
-    from gt_jax.tokenizers import other_tokens, tokenizer_of
+    from gt_jax.text.tokenizers import other_tokens, tokenizer_of
 
     if arguments.resume:
         stored = read_run_config(arguments.run)

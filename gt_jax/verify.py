@@ -31,7 +31,6 @@ from gt_jax.comparison import COSINE, GOOD, USABLE, compare_models
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
-from gt_jax.data import Text, open_text
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
 from gt_jax.devices.processes import Team, joined
 from gt_jax.devices.sharding import Rules, current_sizes, everywhere, mesh_for_rows
@@ -41,7 +40,8 @@ from gt_jax.growth.provenance import grown_plan, other_values
 from gt_jax.loading import add_text_arguments, data_config, text_config
 from gt_jax.metrics import table, to_json
 from gt_jax.model import abstract
-from gt_jax.tokenizers import other_tokens, tokenizer_of
+from gt_jax.text.batches import Text, open_text
+from gt_jax.text.tokenizers import other_tokens, tokenizer_of
 from gt_jax.training.divisibility import indivisible_fields
 from gt_jax.training.loop import fit, make_trainer, variables_of
 from gt_jax.training.step import evaluate

@@ -13,15 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gt_jax import data, text_sources
+from gt_jax.configs.data import DataConfig
 from gt_jax.errors import Refused
-from gt_jax.tokenizers import ByteTokenizer
+from gt_jax.text import batches as packing
+from gt_jax.text import sources
+from gt_jax.text.tokenizers import ByteTokenizer
 
 ROW = 16
 
 
-def config(**changes) -> data.DataConfig:
-    return data.DataConfig(**{"sequence_length": ROW, "batch_size": 3, "seed": 5, **changes})
+def config(**changes) -> DataConfig:
+    return DataConfig(**{"sequence_length": ROW, "batch_size": 3, "seed": 5, **changes})
 
 
 def text_file(folder: Path, documents: Sequence[bytes], name: str = "text.txt") -> str:
@@ -37,12 +39,12 @@ def random_documents(count: int, longest: int, seed: int = 0) -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> data.Text:
+def text(tmp_path_factory) -> packing.Text:
     path = text_file(tmp_path_factory.mktemp("data"), random_documents(60, 400))
-    return data.open_text(config(text=(path,)))
+    return packing.open_text(config(text=(path,)))
 
 
-def pairs(batches: Sequence[data.Batch]) -> Counter:
+def pairs(batches: Sequence[packing.Batch]) -> Counter:
     """How often each (token, target) occurs, padding apart."""
     found: Counter = Counter()
     for batch in batches:
@@ -51,7 +53,7 @@ def pairs(batches: Sequence[data.Batch]) -> Counter:
     return found
 
 
-def expected_pairs(text: data.Text, spans: np.ndarray) -> Counter:
+def expected_pairs(text: packing.Text, spans: np.ndarray) -> Counter:
     found: Counter = Counter()
     for start, stop in spans.tolist():
         tokens = text.tokens[start:stop].tolist()
@@ -77,7 +79,7 @@ def test_split_is_disjoint_covers_everything_and_has_a_row_on_each_side(lengths,
     ends = np.cumsum(lengths)
     if ends[-1] < 2 * row:
         return
-    training, held = data.split_documents(ends, held_out, row)
+    training, held = packing.split_documents(ends, held_out, row)
     covered = np.concatenate([np.arange(start, stop) for start, stop in np.concatenate([training, held])])
     assert sorted(covered.tolist()) == list(range(ends[-1]))
     for spans in (training, held):
@@ -87,15 +89,15 @@ def test_split_is_disjoint_covers_everything_and_has_a_row_on_each_side(lengths,
 
 
 def test_split_holds_out_the_asked_fraction_in_several_places():
-    whole_documents = data.split_documents(np.cumsum(np.full(400, 3000)), 0.05, 256)[1]
+    whole_documents = packing.split_documents(np.cumsum(np.full(400, 3000)), 0.05, 256)[1]
     assert np.diff(whole_documents).sum() == 0.05 * 400 * 3000 and (np.diff(whole_documents) == 3000).all()
-    one_document = data.split_documents(np.array([1_115_394]), 0.05, 256)[1]
+    one_document = packing.split_documents(np.array([1_115_394]), 0.05, 256)[1]
     assert len(one_document) >= 4 and np.diff(one_document).max() <= 65536
     np.testing.assert_allclose(np.diff(one_document).sum() / 1_115_394, 0.05, atol=0.005)
 
 
 def test_split_does_not_depend_on_seed_but_the_order_does(text):
-    other = data.open_text(text.config.replace(seed=6))
+    other = packing.open_text(text.config.replace(seed=6))
     np.testing.assert_array_equal(other.held_out_spans, text.held_out_spans)
     for mine, theirs in zip(text.held_out(), other.held_out(), strict=True):
         np.testing.assert_equal(mine, theirs)
@@ -121,7 +123,7 @@ def test_each_epoch_holds_every_token_once_in_another_order():
     tokens = np.random.default_rng(0).integers(0, 256, 100 * ROW).astype(np.uint16)
     cuts = np.array([0, 3, 500, 501, 1100, 1600])
     spans = np.stack([cuts[:-1], cuts[1:]], axis=1)
-    rows = data.PackedRows(tokens, spans, ROW, seed=5, endless=True)
+    rows = packing.PackedRows(tokens, spans, ROW, seed=5, endless=True)
     once: Counter = Counter()
     for start, stop in spans.tolist():
         once.update(zip(tokens[start:stop].tolist(), [*tokens[start + 1:stop].tolist(), -1], strict=True))
@@ -134,7 +136,7 @@ def test_each_epoch_holds_every_token_once_in_another_order():
 
 def test_epochs_that_end_within_a_row_lose_nothing(text):
     """At the end of a window of rows every pair has been seen once for each whole epoch, and at most once more."""
-    rows = data.PackedRows(text.tokens, text.training_spans, ROW, seed=5, endless=True)
+    rows = packing.PackedRows(text.tokens, text.training_spans, ROW, seed=5, endless=True)
     once, total = expected_pairs(text, text.training_spans), int(np.diff(text.training_spans).sum())
     window = total // ROW
     assert window < 1024 and total % ROW, "the text is one window of rows and a rest"
@@ -152,23 +154,23 @@ def test_held_out_holds_every_held_out_token_once(text):
     for mine, few in zip(batches, text.held_out(2), strict=False):
         np.testing.assert_equal(mine, few)
     assert len(text.held_out(2)) == 2 and len(text.held_out(10_000)) == len(batches)
-    np.testing.assert_equal(data.held_out_batches(text.config, 1), batches[:1])
+    np.testing.assert_equal(packing.held_out_batches(text.config, 1), batches[:1])
 
 
 def test_one_document_is_split_into_pieces_without_a_leak(tmp_path):
     # Every token of this text occurs once in 251, so a leaked target would show as a pair that no span holds.
     body = bytes(range(251)) * 40
-    text = data.open_text(config(text=(text_file(tmp_path, [body]),), held_out=0.2))
+    text = packing.open_text(config(text=(text_file(tmp_path, [body]),), held_out=0.2))
     assert text.documents == 1
-    rows = data.PackedRows(text.tokens, text.held_out_spans, ROW, seed=0, endless=False)
+    rows = packing.PackedRows(text.tokens, text.held_out_spans, ROW, seed=0, endless=False)
     assert pairs([rows[i] for i in range(len(rows))]) == expected_pairs(text, text.held_out_spans)
     assert b"".join(ByteTokenizer().decode(text.tokens[a:b]) for a, b in sorted(
         np.concatenate([text.training_spans, text.held_out_spans]).tolist())) == body
 
 
 def test_neighbouring_rows_come_from_different_places(tmp_path):
-    long = np.arange(40 * ROW * data._PIECE_ROWS) // (ROW * data._PIECE_ROWS)
-    text = data.open_text(config(text=(text_file(tmp_path, [long.astype(np.uint8).tobytes()]),), batch_size=2))
+    long = np.arange(40 * ROW * packing._PIECE_ROWS) // (ROW * packing._PIECE_ROWS)
+    text = packing.open_text(config(text=(text_file(tmp_path, [long.astype(np.uint8).tobytes()]),), batch_size=2))
     stream = text.train()
     same = [len(set(next(stream)["tokens"][:, 0].tolist())) == 1 for _ in range(100)]
     assert sum(same) < 15, "without mixing, most batches of two rows hold one piece"
@@ -183,7 +185,7 @@ def test_a_restart_goes_on_bit_for_bit(text, stop):
         next(killed)
     saved = json.loads(json.dumps(killed.state()))
     assert len(json.dumps(saved)) < 300
-    resumed = data.open_text(text.config).train(saved)
+    resumed = packing.open_text(text.config).train(saved)
     for batch in batches[stop:]:
         np.testing.assert_equal(next(resumed), batch)
     killed.restore(text.train().state())
@@ -193,8 +195,8 @@ def test_a_restart_goes_on_bit_for_bit(text, stop):
 def test_restoring_does_not_replay(text, monkeypatch):
     stream = text.train()
     calls = Counter()
-    get_row = data.PackedRows.__getitem__
-    monkeypatch.setattr(data.PackedRows, "__getitem__", lambda self, i: (calls.update("r"), get_row(self, i))[1])
+    get_row = packing.PackedRows.__getitem__
+    monkeypatch.setattr(packing.PackedRows, "__getitem__", lambda self, i: (calls.update("r"), get_row(self, i))[1])
     stream.restore({**stream.state(), "batches": 10_000_000})
     next(stream)
     assert calls["r"] == text.config.batch_size
@@ -203,7 +205,7 @@ def test_restoring_does_not_replay(text, monkeypatch):
 
 def test_a_position_in_another_text_or_shape_is_refused(text, tmp_path):
     state = text.train().state()
-    other = data.open_text(config(text=(text_file(tmp_path, random_documents(60, 400, seed=1)),), batch_size=2))
+    other = packing.open_text(config(text=(text_file(tmp_path, random_documents(60, 400, seed=1)),), batch_size=2))
     with pytest.raises(Refused, match=r"(?s)content.*batch_size is 2 here and 3 in the saved"):
         other.train(state)
     for batches in (None, -1, 1.5, True, "1"):
@@ -214,15 +216,16 @@ def test_a_position_in_another_text_or_shape_is_refused(text, tmp_path):
 def test_same_seed_same_bytes_across_processes_and_light_imports(text):
     """Importing the module brings neither jax nor grain nor TensorFlow; another process gives the same batches."""
     program = (
-        "import sys, hashlib, json; from gt_jax import data\n"
+        "import sys, hashlib, json\nfrom gt_jax.configs.data import DataConfig\n"
+        "from gt_jax.text import batches as packing\n"
         "heavy = {'jax', 'grain', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules); assert not heavy, heavy\n"
-        "t = data.open_text(data.DataConfig.from_json(json.loads(sys.argv[1]))); s = t.train()\n"
+        "t = packing.open_text(DataConfig.from_json(json.loads(sys.argv[1]))); s = t.train()\n"
         "assert 'tensorflow' not in sys.modules and 'tensorflow_datasets' not in sys.modules\n"
         "print(t.content_hash(), hashlib.sha256(b''.join(v.tobytes() for v in next(s).values())).hexdigest())\n"
         "import threading; assert threading.active_count() == 1"
     )
     arguments = [sys.executable, "-c", program, json.dumps(text.config.to_json())]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(data.__file__).parents[1], check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(packing.__file__).parents[2], check=False)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     digest = hashlib.sha256(b"".join(v.tobytes() for v in next(text.train()).values())).hexdigest()
     assert done.stdout.split() == [text.content_hash(), digest]
@@ -231,7 +234,7 @@ def test_same_seed_same_bytes_across_processes_and_light_imports(text):
 def test_golden_order():
     """The order of the stream is part of what a checkpoint means: it must not change between versions of anything."""
     tokens = np.arange(24, dtype=np.uint16)
-    rows = data.PackedRows(tokens, np.array([[0, 10], [10, 24]]), 4, seed=1, endless=True)
+    rows = packing.PackedRows(tokens, np.array([[0, 10], [10, 24]]), 4, seed=1, endless=True)
     assert [rows[i]["tokens"].tolist() for i in range(6)] == GOLDEN
 
 
@@ -239,13 +242,13 @@ GOLDEN = [[0, 1, 2, 3], [20, 21, 22, 23], [12, 13, 14, 15], [16, 17, 18, 19], [8
 
 
 def test_the_embedded_text_is_the_standard_library():
-    text = data.open_text(data.DataConfig())
-    assert text.documents > 300 and 6e6 < len(text.tokens) <= text_sources.EMBEDDED_LIMIT + text.documents
-    assert Path(json.__file__).read_bytes() in text_sources.standard_library()[1]
+    text = packing.open_text(DataConfig())
+    assert text.documents > 300 and 6e6 < len(text.tokens) <= sources.EMBEDDED_LIMIT + text.documents
+    assert Path(json.__file__).read_bytes() in sources.standard_library()[1]
     assert "standard library" in text.summary() and "held out" in text.summary() and "\n" not in text.summary()
     held = np.diff(text.held_out_spans).sum() / len(text.tokens)
     np.testing.assert_allclose(held, 0.05, atol=0.002)
-    assert text.content_hash() == data.open_text(data.DataConfig(seed=3, sequence_length=64)).content_hash()
+    assert text.content_hash() == packing.open_text(DataConfig(seed=3, sequence_length=64)).content_hash()
 
 
 def test_no_test_suite_and_no_installed_package_in_the_embedded_text(tmp_path, monkeypatch):
@@ -253,24 +256,24 @@ def test_no_test_suite_and_no_installed_package_in_the_embedded_text(tmp_path, m
                  "config-3.11/f.py", "idlelib/g.py", "lib2to3/h.py", "i.txt", "empty.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text("" if path == "empty.py" else path)
-    monkeypatch.setattr(text_sources.sysconfig, "get_path", lambda _: str(tmp_path))
-    assert text_sources.standard_library()[1] == [b"a.py", b"json/b.py"]
-    monkeypatch.setattr(text_sources, "EMBEDDED_LIMIT", 5)
-    assert text_sources.standard_library()[1] == [b"a.py"]
-    monkeypatch.setattr(text_sources.sysconfig, "get_path", lambda _: str(tmp_path / "nowhere"))
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert sources.standard_library()[1] == [b"a.py", b"json/b.py"]
+    monkeypatch.setattr(sources, "EMBEDDED_LIMIT", 5)
+    assert sources.standard_library()[1] == [b"a.py"]
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda _: str(tmp_path / "nowhere"))
     with pytest.raises(Refused, match="name a text file instead"):
-        text_sources.standard_library()
+        sources.standard_library()
 
 
 def test_lines_of_endoftext_divide_documents(tmp_path):
     path = tmp_path / "stories.txt"
     path.write_bytes(b"one\n<|endoftext|>\ntwo <|endoftext|> two\r\n<|endoftext|>\r\n"
                      b"<|endoftext|>\nthree\n<|endoftext|>")
-    assert text_sources.text_files([str(path)])[1] == [b"one\n", b"two <|endoftext|> two\r\n", b"three\n"]
+    assert sources.text_files([str(path)])[1] == [b"one\n", b"two <|endoftext|> two\r\n", b"three\n"]
 
 
 def test_bytes_that_are_not_utf8_are_text(tmp_path):
-    text = data.open_text(config(text=(text_file(tmp_path, [b"\xff\xfe\x80" * 200]),)))
+    text = packing.open_text(config(text=(text_file(tmp_path, [b"\xff\xfe\x80" * 200]),)))
     assert set(next(text.train())["tokens"].ravel().tolist()) <= {0xFF, 0xFE, 0x80, 256}
 
 
@@ -278,7 +281,7 @@ def test_unusable_files_are_all_named_at_once(tmp_path):
     empty = text_file(tmp_path, [b""], "empty.txt")
     good = text_file(tmp_path, [b"x" * 1000], "good.txt")
     with pytest.raises(Refused) as error:
-        data.open_text(config(text=(good, empty, str(tmp_path), str(tmp_path / "gone.txt"), "a\0b")))
+        packing.open_text(config(text=(good, empty, str(tmp_path), str(tmp_path / "gone.txt"), "a\0b")))
     message = str(error.value)
     for part in ("empty.txt' is empty", "gone.txt", "No such file", "Is a directory", "a\\x00b"):
         assert part in message
@@ -289,30 +292,30 @@ def test_unusable_files_are_all_named_at_once(tmp_path):
 def test_a_text_too_short_is_refused_with_numbers(tmp_path, size):
     path = text_file(tmp_path, [b"x" * size], "short.txt")
     with pytest.raises(Refused, match=rf"short.txt.* too short: {size + 1} tokens \({size} bytes\).*need 32"):
-        data.open_text(config(text=(path,)))
+        packing.open_text(config(text=(path,)))
 
 
 def test_the_shortest_text_that_fits_works(tmp_path):
-    text = data.open_text(config(text=(text_file(tmp_path, [b"x" * (2 * ROW - 1)]),)))
+    text = packing.open_text(config(text=(text_file(tmp_path, [b"x" * (2 * ROW - 1)]),)))
     assert len(text.held_out()) == 1 and next(text.train())["tokens"].shape == (3, ROW)
     assert text.summary().endswith("1 document, 31 bytes, 16 bytes (50.0 %) held out")
 
 
 def test_config_names_every_problem():
     with pytest.raises(Refused) as error:
-        data.DataConfig(sequence_length=1, batch_size=0, held_out=1.0, seed=-1, text=("a",), tfds="b")
+        DataConfig(sequence_length=1, batch_size=0, held_out=1.0, seed=-1, text=("a",), tfds="b")
     message = str(error.value)
     assert all(part in message for part in ("sequence_length is 1", "batch_size is 0", "held_out is 1.0", "seed is -1",
                                             "both given"))
     with pytest.raises(Refused, match="tfds_dir"):
-        data.DataConfig(tfds_dir="somewhere")
+        DataConfig(tfds_dir="somewhere")
     with pytest.raises(Refused, match="held-out batches is 0"):
-        data.open_text(data.DataConfig()).held_out(0)
+        packing.open_text(DataConfig()).held_out(0)
 
 
 def test_config_round_trip():
     before = config(text=("a", "b"), held_out=0.1)
-    assert data.DataConfig.from_json(json.loads(json.dumps(before.to_json()))) == before
+    assert DataConfig.from_json(json.loads(json.dumps(before.to_json()))) == before
 
 
 def write_tfds(root: Path, name: str, features: dict, examples: list[dict], split: str = "train") -> None:
@@ -335,8 +338,8 @@ def test_tfds_text_without_tensorflow(tmp_path):
 
     documents = [f"document {i} ".encode() * 20 for i in range(40)]
     write_tfds(tmp_path, "lines", {"text": tfds.features.Text()}, [{"text": d.decode()} for d in documents])
-    text = data.open_text(config(tfds="lines", tfds_dir=str(tmp_path)))
-    assert text_sources.tfds_text("lines", str(tmp_path))[1] == documents
+    text = packing.open_text(config(tfds="lines", tfds_dir=str(tmp_path)))
+    assert sources.tfds_text("lines", str(tmp_path))[1] == documents
     assert text.documents == 40 and "tensorflow" not in sys.modules
     assert b"document" in ByteTokenizer().decode(next(text.train())["tokens"])
 
@@ -350,4 +353,4 @@ def test_tfds_text_without_tensorflow(tmp_path):
                           "untrained": "split 'train'", "blank": "has no text",
                           "missing": "nothing is downloaded", "../x": "cannot be read"}.items():
         with pytest.raises(Refused, match=message):
-            data.open_text(config(tfds=name, tfds_dir=str(tmp_path)))
+            packing.open_text(config(tfds=name, tfds_dir=str(tmp_path)))

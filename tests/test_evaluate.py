@@ -16,13 +16,13 @@ from gt_jax.chunks import forward_rows
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import MemoryConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
-from gt_jax.data import open_text
 from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused
 from gt_jax.intervals import ratio_interval
 from gt_jax.model import LanguageModel, fixed_passes, free_passes
 from gt_jax.scoring import FEWEST_DOCUMENTS, STRETCHES, byte_lengths, score, targets_of, units_of
-from gt_jax.tokenizers import ByteTokenizer
+from gt_jax.text.batches import open_text
+from gt_jax.text.tokenizers import ByteTokenizer
 from tests.support import perturbed, small_model
 
 ROW, END = 24, 256

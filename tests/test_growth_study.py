@@ -18,11 +18,11 @@ from experiments.growth_study.engine import Engine, Losses, pace, paced
 from experiments.growth_study.operators import BLOCK, CALIBRATED, DEALT, ONCE, OPERATORS, README
 from experiments.growth_study.study import StudyConfig, Watched, open_material, separation
 from gt_jax.configs.optimizer import OptimizerConfig
-from gt_jax.data import open_text
 from gt_jax.devices.sharding import mesh_for_rows
 from gt_jax.errors import Refused
 from gt_jax.growth import calibration, repetition
 from gt_jax.model import abstract
+from gt_jax.text.batches import open_text
 from gt_jax.training.optimizer import learning_rate, make_optimizer
 from tests.support import perturbed
 

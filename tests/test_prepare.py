@@ -6,9 +6,9 @@ import pytest
 
 from gt_jax import prepare
 from gt_jax.configs.data import DataConfig
-from gt_jax.data import open_text
 from gt_jax.errors import Refused
-from gt_jax.text_sources import tfds_text
+from gt_jax.text.batches import open_text
+from gt_jax.text.sources import tfds_text
 
 STORIES = [f"Story {i}: très deep, {i % 7} passes.\n".encode() * (i + 1) for i in range(9)]
 

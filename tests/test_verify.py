@@ -23,7 +23,6 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import EmbeddingConfig, HyperConfig, MoEConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig
-from gt_jax.data import open_text
 from gt_jax.devices.sharding import Rules, lay_out, mesh_for_rows, reshard
 from gt_jax.errors import Refused
 from gt_jax.growth.plan import make_plan
@@ -35,6 +34,7 @@ from gt_jax.layers.residual import Layer
 from gt_jax.model import abstract
 from gt_jax.plots import plot_verification
 from gt_jax.spectrum import largest_singular_value, layer_config, layer_variables, make_stretch
+from gt_jax.text.batches import open_text
 from gt_jax.training.loop import Trainer
 from gt_jax.training.state import TrainState
 from tests.support import perturbed, small_model

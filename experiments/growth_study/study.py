@@ -18,8 +18,8 @@ from gt_jax.configs.json_config import Config, below
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig, ModelConfig
 from gt_jax.configs.presets import tiny
 from gt_jax.configs.price import PriceConfig
-from gt_jax.data import Text, open_text
 from gt_jax.errors import Failed, Refused
+from gt_jax.text.batches import Text, open_text
 
 Batch = dict[str, np.ndarray]
 WINDOW, WINDOWS = 64, 300

@@ -13,7 +13,7 @@ BYTES = "bytes"  # the tokenizer that needs no file
 class DataConfig(Config):
     """Which text, in what shape: `text` files, or TFDS dataset `tfds` in `tfds_dir`, or the standard library's sources.
 
-    `tokenizer` is "bytes", or a file or folder that `gt_jax.tokenizers.open_tokenizer` opens. A batch is [batch_size,
+    `tokenizer` is "bytes", or a file or folder that `text.tokenizers.open_tokenizer` opens. A batch is [batch_size,
     sequence_length] tokens; `held_out` is the part of the text that is never trained on.
     """
 

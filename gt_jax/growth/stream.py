@@ -33,7 +33,7 @@ from gt_jax.growth.pipeline import Budget, Pipeline, Settings, feeds, throttled
 from gt_jax.growth.plan import Plan
 from gt_jax.growth.rules import check_noise
 from gt_jax.growth.transform import child_abstract, match, target_config
-from gt_jax.tokenizers import tokenizer_of
+from gt_jax.text.tokenizers import tokenizer_of
 from gt_jax.tree_paths import combine_digests
 
 MEMORY = 2 * 2**30

@@ -26,7 +26,7 @@ DTYPES = {name: np.dtype(dtype) for name, dtype in {
     "U32": np.uint32, "U64": np.uint64,
 }.items()}  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_CONFIG, _STEP = "gt_jax.configs.model", "gt_jax.step"  # what our own files say of the model
+_CONFIG, _STEP = "gt_jax.config", "gt_jax.step"  # what our own files say of the model
 _LENGTH = struct.Struct("<Q")
 _MOST = 100_000_000  # bytes of a header, as in the reference implementation
 

@@ -40,7 +40,7 @@ def to_orbax(sources: Sequence[StrPath], target: StrPath, *, overrides: Mapping[
     """Write the checkpoint `target` from the origin's files; returns a report.
 
     `overrides` are config fields; `step` is what the metadata say (else what the file says, else 0); `tokens` the
-    bytes of every token, for a Kronecker embedding (else the default of `gt_jax.token_bytes`). Raises `Refused` that
+    bytes of every token, for a Kronecker embedding (else the default of `text.token_bytes`). Raises `Refused` that
     lists everything that does not fit, with nothing written.
     """
     say = progress or (lambda line: None)
@@ -99,7 +99,7 @@ def _own(expected: Expected, config: ModelConfig, tokens: Sequence[bytes] | None
         if tokens is not None:
             raise Refused("token texts have no meaning for this model; its embedding is a plain table")
         return made
-    from gt_jax.token_bytes import default_texts, token_table
+    from gt_jax.text.token_bytes import default_texts, token_table
 
     if tokens is not None and len(tokens) != config.vocab:
         raise Refused(f"there are {len(tokens)} token texts; the model has a vocabulary of {config.vocab}")

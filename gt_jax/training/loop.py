@@ -19,7 +19,6 @@ from gt_jax.checkpoint_runs import RunCheckpoints
 from gt_jax.configs.data import BYTES
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, differences, read_run_config
-from gt_jax.data import Text, open_text
 from gt_jax.devices.processes import Team
 from gt_jax.devices.sharding import Rules, current_sizes, everywhere, with_devices
 from gt_jax.errors import Failed, Refused, refuse_all
@@ -28,7 +27,8 @@ from gt_jax.flops import utilisation
 from gt_jax.metrics import Recorder
 from gt_jax.model import abstract, initialise
 from gt_jax.tensorboard import TensorBoard, writer_module
-from gt_jax.token_bytes import default_texts, token_table
+from gt_jax.text.batches import Text, open_text
+from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.training.divisibility import refuse_indivisible
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import TrainState, new_state

@@ -12,7 +12,7 @@ from gt_jax.configs.model import EmbeddingConfig, ModelConfig
 from gt_jax.interop.sources import Source
 from gt_jax.interop.to_orbax import to_orbax
 from gt_jax.interop.to_safetensors import to_safetensors
-from gt_jax.token_bytes import default_texts, token_table
+from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.tree_paths import flatten, nest
 from tests.interop import origin
 from tests.interop.origin import BF16, CONFIG, OVERRIDES

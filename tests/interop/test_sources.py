@@ -9,7 +9,7 @@ from gt_jax import checkpoint
 from gt_jax.errors import Refused
 from gt_jax.interop.sources import Source
 from gt_jax.interop.to_orbax import to_orbax
-from gt_jax.interop.token_files import read_tokens
+from gt_jax.text.vocabulary_files import read_tokens
 from gt_jax.tree_paths import flatten
 from tests.interop import origin
 

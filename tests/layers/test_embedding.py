@@ -15,7 +15,7 @@ from gt_jax.configs.model import EmbeddingConfig
 from gt_jax.devices.sharding import Rules, lay_out, make_mesh, reshard, with_devices
 from gt_jax.layers.embedding import Embedding, Kronecker, byte_rows
 from gt_jax.layers.primitives import WeightSpec
-from gt_jax.token_bytes import default_texts, token_table
+from gt_jax.text.token_bytes import default_texts, token_table
 from tests.support import random_tree
 
 VOCAB, WIDTH, POSITIONS, EPSILON = 300, 16, 8, 1e-6

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt
 
-from gt_jax import text_sources
 from gt_jax.configs.data import BYTES, DataConfig
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.tokenizers import Tokenizer, encode_all, open_tokenizer
+from gt_jax.text import sources
+from gt_jax.text.tokenizers import Tokenizer, encode_all, open_tokenizer
 
 Batch = dict[str, Int32[np.ndarray, "b t"]]
 Row = dict[str, Int32[np.ndarray, "t"]]
@@ -245,11 +245,11 @@ class Text:
 def open_text(config: DataConfig) -> Text:
     """Read, tokenize and split the text that `config` names; raises `Refused` for one that cannot be used."""
     if config.tfds is not None:
-        source, documents = text_sources.tfds_text(config.tfds, config.tfds_dir)
+        source, documents = sources.tfds_text(config.tfds, config.tfds_dir)
     elif config.text:
-        source, documents = text_sources.text_files(config.text)
+        source, documents = sources.text_files(config.text)
     else:
-        source, documents = text_sources.standard_library()
+        source, documents = sources.standard_library()
     tokenizer = open_tokenizer(config.tokenizer)
     encoded = encode_all(tokenizer, config.tokenizer, documents)
     ends = np.cumsum([len(document) + 1 for document in encoded])

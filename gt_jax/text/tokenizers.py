@@ -59,7 +59,7 @@ class ByteTokenizer:
 
     def texts(self) -> list[bytes]:
         """One byte each; the end of a document has a text of its own."""
-        from gt_jax.token_bytes import default_texts
+        from gt_jax.text.token_bytes import default_texts
 
         return default_texts(self.vocab_size)
 
@@ -105,7 +105,7 @@ class HuggingFaceTokenizer(_Text):
         return text.encode()
 
     def texts(self) -> list[bytes]:
-        from gt_jax.interop.token_files import read_tokens
+        from gt_jax.text.vocabulary_files import read_tokens
 
         return self._with_end(read_tokens(self._path))
 

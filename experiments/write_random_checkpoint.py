@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gt_jax import checkpoint, model
+from gt_jax import checkpoint
 from gt_jax.checkpoint_arrays import ArrayFiles
 from gt_jax.checkpoint_files import UNFINISHED, prepare_parent, publish, remove
 from gt_jax.configs import presets
@@ -32,6 +32,7 @@ from gt_jax.errors import Refused, run_command
 from gt_jax.growth import noise
 from gt_jax.growth.behind import WriteBehind
 from gt_jax.growth.pipeline import PIECES, pieces, throttled
+from gt_jax.models import language_model
 from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.tree_paths import flatten
 
@@ -92,7 +93,7 @@ def write(path: Path, config: ModelConfig, seed: int) -> int:
     prepare_parent(target)
     unfinished = target.with_name(target.name + UNFINISHED)
     remove(unfinished)
-    leaves, total, started = flatten(model.abstract(config)), 0, time.monotonic()
+    leaves, total, started = flatten(language_model.abstract(config)), 0, time.monotonic()
 
     def line() -> str:
         return f"{total / 1e9:.2f} GB, {total / 1e9 / (time.monotonic() - started):.2f} GB/s"

@@ -20,17 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gt_jax.chunks import forward_rows
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, everywhere
 from gt_jax.errors import Refused
 from gt_jax.growth.plan import Plan
 from gt_jax.growth.states import gains_of
 from gt_jax.inside import Inside, inside_rows
-from gt_jax.layers.adaptive_depth import PassControl
-from gt_jax.layers.mixer import real_tokens
-from gt_jax.layers.stack import coefficients
-from gt_jax.model import LanguageModel, fixed_passes, free_passes
+from gt_jax.models.language_model import LanguageModel, fixed_passes, free_passes
+from gt_jax.models.layers.adaptive_depth import PassControl
+from gt_jax.models.layers.mixer import real_tokens
+from gt_jax.models.layers.stack import coefficients
+from gt_jax.models.memory_chunks import forward_rows
 from gt_jax.spectrum import Step, layer_stretches
 from gt_jax.training.loss import cross_entropy
 from gt_jax.training.step import Batch

@@ -29,7 +29,7 @@ def lambda_report(place: Path, config: Any) -> dict[str, Any]:
     import numpy as np
 
     from gt_jax import checkpoint
-    from gt_jax.layers.stack import contributions
+    from gt_jax.models.layers.stack import contributions
 
     where = [config.depth.position(layer) for layer in range(len(config.depth))]
     paths = [f"params/segment{segment}/layer{slot}/residual_scale" for segment, _, slot in where]
@@ -43,7 +43,7 @@ def lambda_report(place: Path, config: Any) -> dict[str, Any]:
 def describe(name: str) -> dict[str, Any]:
     """What a preset, or the checkpoint or run directory at a path, is made of; raises `Refused` for neither."""
     if name in presets.PRESETS:
-        from gt_jax.model import abstract
+        from gt_jax.models.language_model import abstract
         from gt_jax.tree_paths import flatten
 
         config = presets.preset(name)

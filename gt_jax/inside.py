@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gt_jax.chunks import over_chunks
 from gt_jax.configs.model import ModelConfig
-from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
-from gt_jax.layers.shown import INTERMEDIATES
-from gt_jax.model import LanguageModel
+from gt_jax.models.language_model import LanguageModel
+from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.models.layers.sow import INTERMEDIATES
+from gt_jax.models.memory_chunks import over_chunks
 from gt_jax.typing import Tokens, Tree
 
 

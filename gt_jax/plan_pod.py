@@ -114,7 +114,7 @@ def parameters_of(model: Any) -> int:
     """How many numbers are trained."""
     import jax
 
-    from gt_jax.model import abstract
+    from gt_jax.models.language_model import abstract
 
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(model)["params"]))
 
@@ -155,7 +155,7 @@ def least_seconds(row: dict[str, Any], chip: Any, device_kind: str) -> dict[str,
 
     What is sent between devices has no bound here: no published rate says what a collective gets of the links.
     """
-    from gt_jax.flops import peak_flops
+    from gt_jax.models.flops import peak_flops
 
     peak = peak_flops(device_kind)
     if "flops" not in row or peak is None:

@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Int
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused, refuse_all, run_command
-from gt_jax.layers.memory_stream import no_memory
-from gt_jax.model import LanguageModel, empty_cache, forward
+from gt_jax.models.language_model import LanguageModel, empty_cache, forward
+from gt_jax.models.layers.memory_stream import no_memory
 from gt_jax.typing import Tree
 
 

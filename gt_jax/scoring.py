@@ -18,11 +18,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int, Int64
 
-from gt_jax.chunks import over_chunks
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, everywhere, reshard
-from gt_jax.layers.adaptive_depth import PassControl
-from gt_jax.model import LanguageModel, forward
+from gt_jax.models.language_model import LanguageModel, forward
+from gt_jax.models.layers.adaptive_depth import PassControl
+from gt_jax.models.memory_chunks import over_chunks
 from gt_jax.text.batches import Text
 from gt_jax.text.tokenizers import Tokenizer
 from gt_jax.training.loss import token_losses

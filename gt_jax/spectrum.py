@@ -27,8 +27,8 @@ from jaxtyping import Array, Float
 from gt_jax.configs.model import EmbeddingConfig, ModelConfig
 from gt_jax.devices.sharding import Rules, reshard
 from gt_jax.inside import Inside
-from gt_jax.layers.mixer import place_rows, real_tokens
-from gt_jax.layers.residual import Layer
+from gt_jax.models.layers.mixer import place_rows, real_tokens
+from gt_jax.models.layers.residual import Layer
 from gt_jax.typing import PerToken, State, Tokens, Tree
 
 TINY = 1e-30

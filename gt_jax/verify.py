@@ -39,7 +39,7 @@ from gt_jax.growth.plan import Plan
 from gt_jax.growth.provenance import grown_plan, other_values
 from gt_jax.loading import add_text_arguments, data_config, text_config
 from gt_jax.metrics import table, to_json
-from gt_jax.model import abstract
+from gt_jax.models.language_model import abstract
 from gt_jax.text.batches import Text, open_text
 from gt_jax.text.tokenizers import other_tokens, tokenizer_of
 from gt_jax.training.divisibility import indivisible_fields

@@ -20,7 +20,7 @@ from gt_jax.configs.model import (
     MoEConfig,
     MTPConfig,
 )
-from gt_jax.model import LanguageModel, abstract, empty_cache, forward
+from gt_jax.models.language_model import LanguageModel, abstract, empty_cache, forward
 from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.tree_paths import flatten, nest
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gt_jax import model
 from gt_jax.configs.model import ModelConfig, StackConfig
 from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.sharding import Rules
-from gt_jax.layers import block
-from gt_jax.model import LanguageModel, abstract, blocks_a_turn
+from gt_jax.models import language_model
+from gt_jax.models.language_model import LanguageModel, abstract, blocks_a_turn
+from gt_jax.models.layers import block
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import new_state
 from gt_jax.training.step import make_step
@@ -89,8 +89,8 @@ def test_blocks_one_by_one_are_the_loop_over_them(monkeypatch):
         return jnp.mean(jnp.square(jax.nn.log_softmax(output.logits)))
 
     found = []
-    for most in (model.UNROLLED, 0):
-        monkeypatch.setattr(model, "UNROLLED", most)
+    for most in (language_model.UNROLLED, 0):
+        monkeypatch.setattr(language_model, "UNROLLED", most)
         jax.clear_caches()
         gradient = jax.jit(jax.value_and_grad(loss))
         arguments = variables["params"], variables["statistics"]

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from gt_jax import checkpoint, evaluate
-from gt_jax.chunks import forward_rows
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import MemoryConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused
 from gt_jax.intervals import ratio_interval
-from gt_jax.model import LanguageModel, fixed_passes, free_passes
+from gt_jax.models.language_model import LanguageModel, fixed_passes, free_passes
+from gt_jax.models.memory_chunks import forward_rows
 from gt_jax.scoring import FEWEST_DOCUMENTS, STRETCHES, byte_lengths, score, targets_of, units_of
 from gt_jax.text.batches import open_text
 from gt_jax.text.tokenizers import ByteTokenizer

@@ -21,7 +21,7 @@ from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.devices.sharding import mesh_for_rows
 from gt_jax.errors import Refused
 from gt_jax.growth import calibration, repetition
-from gt_jax.model import abstract
+from gt_jax.models.language_model import abstract
 from gt_jax.text.batches import open_text
 from gt_jax.training.optimizer import learning_rate, make_optimizer
 from tests.support import perturbed

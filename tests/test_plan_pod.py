@@ -16,7 +16,7 @@ from gt_jax.configs.presets import preset
 from gt_jax.devices.pods import topologies
 from gt_jax.devices.sharding import Rules, make_mesh
 from gt_jax.errors import Refused
-from gt_jax.flops import model_flops
+from gt_jax.models.flops import model_flops
 from gt_jax.plan_pod import advice, chosen, least_seconds, mesh_sizes, parser, report_lines
 from gt_jax.training import mesh_search
 from gt_jax.training.ahead_of_time import OUT_OF_MEMORY, Job, compile_step, replicated, shortage

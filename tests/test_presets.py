@@ -14,7 +14,7 @@ import pytest
 
 from gt_jax.configs import presets
 from gt_jax.devices.sharding import make_mesh
-from gt_jax.model import abstract
+from gt_jax.models.language_model import abstract
 from gt_jax.tree_paths import flatten
 
 GOLDEN = Path(__file__).parent / "golden"

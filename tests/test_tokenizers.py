@@ -14,7 +14,7 @@ from gt_jax.configs.presets import tiny_3b
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.loading import data_config
-from gt_jax.model import initialise
+from gt_jax.models.language_model import initialise
 from gt_jax.text.batches import open_text
 from gt_jax.text.tokenizers import ByteTokenizer, open_tokenizer, other_tokens, tokenizer_of
 from gt_jax.training.loop import train_run, with_token_bytes

@@ -14,7 +14,7 @@ from experiments import bench_checkpoints, bench_training
 from experiments.training_measured import sizes
 from experiments.training_measured.turns import Contestant, Job, Turn
 from gt_jax.errors import Failed, Refused
-from gt_jax.model import abstract
+from gt_jax.models.language_model import abstract
 
 TOY = ["--size", "toy", "--batch", "2", "--tokens", "16", "--rounds", "2"]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from gt_jax.comparison import compare_models, make_comparison, strengths
 from gt_jax.configs.model import DeltaNetConfig, ExitConfig, SlidingConfig, StackConfig
 from gt_jax.devices.sharding import Rules
-from gt_jax.model import abstract
+from gt_jax.models.language_model import abstract
 from tests.support import perturbed, small_model
 
 

@@ -24,7 +24,7 @@ from gt_jax.configs.model import (
     MoEConfig,
     StackConfig,
 )
-from gt_jax.model import LanguageModel, Memory, abstract, fixed_passes, forward, free_passes
+from gt_jax.models.language_model import LanguageModel, Memory, abstract, fixed_passes, forward, free_passes
 from gt_jax.tree_paths import flatten
 from tests.oracle import model as oracle
 from tests.oracle.basics import block, float64, rms_norm

@@ -20,8 +20,8 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.devices.sharding import Rules, lay_out
-from gt_jax.layers.adaptive_depth import PassControl
-from gt_jax.model import LanguageModel, abstract, fixed_passes
+from gt_jax.models.language_model import LanguageModel, abstract, fixed_passes
+from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.training.loop import Trainer, fit, variables_of
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.price import PriceState
@@ -113,7 +113,7 @@ class Engine:
         return self._evaluations[config]
 
     def fresh(self, config: ModelConfig, seed: int) -> Tree:
-        """What `gt_jax.model.initialise` draws, compiled once for all seeds."""
+        """What `gt_jax.models.language_model.initialise` draws, compiled once for all seeds."""
         if config not in self._fresh:
             network, rows = LanguageModel(config, self._rules), jnp.zeros((1, 2), jnp.int32)
             self._fresh[config] = jax.jit(lambda key: dict(network.init(key, rows)))

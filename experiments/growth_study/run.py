@@ -23,7 +23,7 @@ from gt_jax.errors import Failed
 from gt_jax.growth import repetition
 from gt_jax.growth.entries import Plan
 from gt_jax.measure import measure
-from gt_jax.model import abstract, fixed_passes
+from gt_jax.models.language_model import abstract, fixed_passes
 from gt_jax.training.loop import Diverged
 from gt_jax.training.price import PriceState, phase
 from gt_jax.typing import Tree

@@ -27,7 +27,7 @@ class DeltaNetConfig(Config):
     `value_heads` is a multiple of `heads`; `beta_max` 2 allows negative eigenvalues. The fields from `rope` on are what
     the origin (PyTorch) system does otherwise: rotary embedding of q and k after the convolution, its bias, the read
     at `read_scale` (None: key_width^-0.5), `skip` D_h (q.k) v, SiLU on the normalised output instead of the gate, and a
-    floor of the log decay. `variant` "groundthink" is another recurrence (gt_jax.layers.groundthink).
+    floor of the log decay. `variant` "groundthink" is another recurrence (gt_jax.models.layers.groundthink).
     """
 
     heads: int

@@ -33,10 +33,10 @@ from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth.entries import Plan
 from gt_jax.growth.states import States, columns, gains_of, states_after, with_gains
 from gt_jax.growth.transform import target_config
-from gt_jax.layers.adaptive_depth import PassControl, stream_mean
-from gt_jax.layers.mixer import real_tokens
-from gt_jax.layers.primitives import widen
-from gt_jax.model import LanguageModel, free_passes
+from gt_jax.models.language_model import LanguageModel, free_passes
+from gt_jax.models.layers.adaptive_depth import PassControl, stream_mean
+from gt_jax.models.layers.mixer import real_tokens
+from gt_jax.models.layers.primitives import widen
 from gt_jax.typing import PerToken, Tree
 
 OBJECTIVES = ("blocks", "final", "kl")

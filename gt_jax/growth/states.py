@@ -1,6 +1,6 @@
 """The stream of a model after chosen layers, its gains as one vector, and how the one moves with the other.
 
-- Layers are scanned block by block, as in `gt_jax.model`; only the states that are asked for leave the scan.
+- Layers are scanned block by block, as in `models.language_model`; only the states that are asked for leave the scan.
 - The kernels and routers define a reverse rule only (`custom_vjp`), which `jax.jvp` refuses. The reverse pass is linear
   in its cotangent, so its own reverse pass is the forward derivative, exact, and works with every mixer.
 """
@@ -15,17 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gt_jax.chunks import over_chunks
 from gt_jax.configs.layout import Segment
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, reshard
-from gt_jax.layers.adaptive_depth import PassControl
-from gt_jax.layers.block import remat_policy, remats_blocks, slot_variables
-from gt_jax.layers.hyper_connections import to_streams
-from gt_jax.layers.memory_stream import Memory, carry_memory
-from gt_jax.layers.mixer import Place, place_rows
-from gt_jax.layers.residual import Layer
-from gt_jax.model import LanguageModel
+from gt_jax.models.language_model import LanguageModel
+from gt_jax.models.layers.adaptive_depth import PassControl
+from gt_jax.models.layers.block import remat_policy, remats_blocks, slot_variables
+from gt_jax.models.layers.hyper_connections import to_streams
+from gt_jax.models.layers.memory_stream import Memory, carry_memory
+from gt_jax.models.layers.mixer import Place, place_rows
+from gt_jax.models.layers.residual import Layer
+from gt_jax.models.memory_chunks import over_chunks
 from gt_jax.typing import State, Tokens, Tree
 
 States = Float[Array, "s b t *n d"]

@@ -99,9 +99,9 @@ def child_abstract(source_config: ModelConfig, plan: Plan, dtype: str | None = N
     Raises `Refused` as `target_config` does. This is the `target` to match a checkpoint against: it knows which tensors
     stay float32 under a narrower param_dtype, and shows what half a checkpoint lacks.
     """
-    from gt_jax import model  # loads Flax, which the pure part does without
+    from gt_jax.models import language_model  # loads Flax, which the pure part does without
 
-    return abstract(model.abstract(target_config(source_config, plan, dtype)))
+    return abstract(language_model.abstract(target_config(source_config, plan, dtype)))
 
 
 def target_abstract(source: Abstract, plan: Plan) -> dict[str, ShapeDtypeStruct]:

@@ -36,7 +36,7 @@ class Expected(NamedTuple):
 
 def model_leaves(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every leaf of a model of this config, by path."""
-    from gt_jax.model import abstract  # the whole model's code is asked for it
+    from gt_jax.models.language_model import abstract  # the whole model's code is asked for it
 
     return flatten(abstract(config))
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gt_jax.devices.sharding import Rules, on_mesh
-from gt_jax.layers.primitives import widen
+from gt_jax.models.layers.primitives import widen
 from gt_jax.typing import Scalar, Tree
 
 

@@ -18,7 +18,7 @@ from gt_jax.devices.pods.collectives import collectives, gathers, largest
 from gt_jax.devices.pods.hbm_traffic import hbm_traffic
 from gt_jax.devices.pods.program_flops import is_kernel, work
 from gt_jax.devices.sharding import Rules, with_devices
-from gt_jax.model import abstract
+from gt_jax.models.language_model import abstract
 from gt_jax.training.loop import make_trainer
 from gt_jax.training.state import TrainState
 from gt_jax.tree_paths import flatten

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.price import PriceConfig
-from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.typing import Scalar
 
 

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from gt_jax.chunks import over_chunks
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.thaw import ThawConfig
 from gt_jax.devices.sharding import Rules, reshard
-from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
-from gt_jax.layers.memory_stream import Memory
-from gt_jax.layers.primitives import widen
-from gt_jax.model import LanguageModel, ModelOutput, forward, free_passes
+from gt_jax.models.language_model import LanguageModel, ModelOutput, forward, free_passes
+from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.models.layers.memory_stream import Memory
+from gt_jax.models.layers.primitives import widen
+from gt_jax.models.memory_chunks import over_chunks
 from gt_jax.training.accumulate import in_parts
 from gt_jax.training.loss import unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State

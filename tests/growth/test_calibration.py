@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from gt_jax import calibrate, checkpoint
-from gt_jax.chunks import forward_rows
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.layout import parse
 from gt_jax.configs.model import HyperConfig, MemoryConfig
@@ -23,7 +22,8 @@ from gt_jax.growth.entries import Entry, Plan
 from gt_jax.growth.plan import block_plan, identity_plan, make_plan
 from gt_jax.growth.repetition import from_json
 from gt_jax.growth.transform import grow, target_config
-from gt_jax.model import LanguageModel, abstract, fixed_passes, free_passes
+from gt_jax.models.language_model import LanguageModel, abstract, fixed_passes, free_passes
+from gt_jax.models.memory_chunks import forward_rows
 from gt_jax.tree_paths import flatten
 from tests.support import perturbed, small_model
 

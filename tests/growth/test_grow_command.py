@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint, grow, model
+from gt_jax import checkpoint, grow
 from gt_jax.configs import presets
 from gt_jax.configs.model import HyperConfig
 from gt_jax.errors import Refused
 from gt_jax.growth.entries import Plan, read_plan
+from gt_jax.models import language_model
 from gt_jax.tree_paths import flatten, nest
 
 REFERENCE = [2, 1, 2, 3, 2, 3, 4, 3]
@@ -40,7 +41,7 @@ def refusal(*arguments):
 def source(tmp_path_factory):
     """A checkpoint of the tiny model, narrowed; zeros, because a dry run reads no value."""
     small = presets.tiny().replace(width=16, mlp_width=16)
-    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract(small))
+    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), language_model.abstract(small))
     path = tmp_path_factory.mktemp("grow") / "source"
     checkpoint.save(path, tree, {"config": small.to_json(), "step": 3, "kind": "train"})
     return path
@@ -114,7 +115,7 @@ def test_dry_run_with_a_source_adds_every_tensor(source, capsys):
     assert "reference counts" in err
     rows = {row["path"]: row for row in found["tensors"]}
     small = presets.tiny().replace(width=16, mlp_width=16, layout="DDDG*5", adaptive=None)
-    assert {path: list(leaf.shape) for path, leaf in flatten(model.abstract(small)).items()} == {
+    assert {path: list(leaf.shape) for path, leaf in flatten(language_model.abstract(small)).items()} == {
         path: row["shape"] for path, row in rows.items()}
     assert rows["params/segment0/layer0/mlp/up/w"] == {
         "path": "params/segment0/layer0/mlp/up/w", "old_shape": [2, 16, 16], "shape": [5, 16, 16],
@@ -308,7 +309,7 @@ def test_a_growth_that_is_refused_writes_no_plan(source, tmp_path):
 
 def test_strength_zero_on_hyper_connections_is_pointed_out(tmp_path, capsys):
     config = presets.tiny().replace(layout="DG", width=16, mlp_width=16, hyper=HyperConfig(streams=2))
-    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract(config))
+    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), language_model.abstract(config))
     checkpoint.save(tmp_path / "hyper", tree, {"config": config.to_json(), "step": 0, "kind": "train"})
     for carry, told in (("output", True), ("gain", False)):
         grow.main([str(tmp_path / "hyper"), "--dry-run", "--plan", "split", "--carry", carry,

@@ -12,7 +12,7 @@ import pytest
 from gt_jax.growth.plan import block_plan
 from gt_jax.growth.repetition import from_json
 from gt_jax.growth.transform import grow, target_config
-from gt_jax.model import LanguageModel, fixed_passes, forward
+from gt_jax.models.language_model import LanguageModel, fixed_passes, forward
 from tests.support import perturbed, small_model
 
 K_EXEC = (3, 1, 2, 4)

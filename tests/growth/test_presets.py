@@ -13,7 +13,7 @@ from gt_jax.growth.plan import block_plan
 from gt_jax.growth.repetition import reference
 from gt_jax.growth.transform import abstract as shapes_of
 from gt_jax.growth.transform import child_abstract, grow, match, target_config
-from gt_jax.model import abstract
+from gt_jax.models.language_model import abstract
 from gt_jax.tree_paths import flatten
 from tests.support import perturbed
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from gt_jax import model
 from gt_jax.configs import presets
 from gt_jax.errors import Refused
 from gt_jax.growth import rules
+from gt_jax.models import language_model
 from gt_jax.tree_paths import flatten
 
 LAYER = "params/segment0/layer3"
@@ -45,7 +45,7 @@ def test_what_is_unknown_has_no_rule(path):
 
 
 def test_every_tensor_of_the_model_has_a_rule_and_a_place():
-    paths = flatten(model.abstract(presets.tiny()))
+    paths = flatten(language_model.abstract(presets.tiny()))
     assert [path for path in paths if rules.rule(path) is None] == []
     for path in paths:
         place = rules.place(path)

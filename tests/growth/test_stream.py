@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax import checkpoint, model
+from gt_jax import checkpoint
 from gt_jax.checkpoint_slices import SliceReader
 from gt_jax.configs import presets
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig
@@ -23,6 +23,7 @@ from gt_jax.growth import stream, transform
 from gt_jax.growth.leftovers import only_writer
 from gt_jax.growth.plan import Plan, block_plan, identity_plan
 from gt_jax.growth.repetition import from_json
+from gt_jax.models import language_model
 from gt_jax.tree_paths import flatten, nest
 
 CONFIG = presets.tiny().replace(
@@ -59,7 +60,7 @@ def small_and_once() -> Any:
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A training checkpoint of random values, and what the pure transform makes of it."""
     random = np.random.default_rng(3)
-    tree = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(leaf.dtype), model.abstract(CONFIG))
+    tree = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(leaf.dtype), language_model.abstract(CONFIG))
     folder = tmp_path_factory.mktemp("case")
     training = {**tree, "optimizer": ({"mu": np.full((3,), np.nan)}, ()), "step": 12, "price": 0.5}
     metadata = {"config": CONFIG.to_json(), "kind": "train", "step": 12, "data": {"position": 4}}

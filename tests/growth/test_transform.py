@@ -7,12 +7,12 @@ import pytest
 from jax import ShapeDtypeStruct
 from jax.sharding import PartitionSpec as P
 
-from gt_jax import model
 from gt_jax.configs import layout, presets
 from gt_jax.errors import Refused
 from gt_jax.growth import transform
 from gt_jax.growth.plan import Entry, Plan, block_plan, default_layout, identity_plan
 from gt_jax.growth.repetition import from_json, reference
+from gt_jax.models import language_model
 from gt_jax.tree_paths import flatten, nest
 
 D, HEADS, KEY, FF, VOCAB = 8, 2, 4, 12, 16
@@ -169,7 +169,7 @@ def test_a_block_with_more_values_than_positions_is_refused():
 
 def test_grows_under_eval_shape_into_what_the_model_declares():
     tiny, plan = presets.tiny(), readme_plan()
-    tree = model.abstract(tiny)
+    tree = language_model.abstract(tiny)
     grow = jax.eval_shape(lambda tree: transform.grow(tree, plan, tiny, noise_std=1e-4, dtype="bfloat16"), tree)
     shapes = transform.abstract(grow)
     follows = transform.target_abstract(transform.abstract(tree), plan)

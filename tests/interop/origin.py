@@ -153,7 +153,7 @@ def layer_leaves(kind: str, config: ModelConfig, whole: bool) -> dict[str, tuple
 
 
 def contract(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every leaf of the model of `config`: what `gt_jax.model.abstract` must say, in a moment instead of many."""
+    """Every leaf of the model of `config`: what `language_model.abstract` must say, in a moment instead of many."""
     c, d = config, config.width
     made: dict[str, tuple[tuple[int, ...], str]] = {}
     for index, segment in enumerate(c.depth.segments):

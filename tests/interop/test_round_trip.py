@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax import checkpoint, model
+from gt_jax import checkpoint
 from gt_jax.configs.model import EmbeddingConfig, ModelConfig
 from gt_jax.interop.sources import Source
 from gt_jax.interop.to_orbax import to_orbax
 from gt_jax.interop.to_safetensors import to_safetensors
+from gt_jax.models import language_model
 from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.tree_paths import flatten, nest
 from tests.interop import origin
@@ -132,7 +133,7 @@ def test_metadata_say_where_it_came_from(tmp_path):
 
 @pytest.mark.slow
 def test_the_contract_is_what_the_model_says_and_its_checkpoint_opens(tmp_path):
-    abstract = model.abstract(CONFIG)
+    abstract = language_model.abstract(CONFIG)
     said = {path: (leaf.shape, leaf.dtype) for path, leaf in flatten(abstract).items()}
     assert said == {path: (leaf.shape, leaf.dtype) for path, leaf in origin.contract(CONFIG).items()}
     source = origin.write(tmp_path / "a.safetensors", origin.state())

@@ -9,7 +9,7 @@ import pytest
 from gt_jax.configs.model import DeltaNetConfig, ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import TrainConfig
-from gt_jax.model import initialise
+from gt_jax.models.language_model import initialise
 from gt_jax.training.loop import make_trainer
 
 STEPS, ROWS, TOKENS, LETTERS = 200, 4, 80, 16

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from gt_jax.devices.sharding import Rules
-from gt_jax.layers.adaptive_depth import HaltingHead, PassControl, halting_features
-from gt_jax.layers.mixer import place_rows
-from gt_jax.layers.residual import Layer
+from gt_jax.models.layers.adaptive_depth import HaltingHead, PassControl, halting_features
+from gt_jax.models.layers.mixer import place_rows
+from gt_jax.models.layers.residual import Layer
 from gt_jax.tree_paths import flatten
 from tests.support import drawn, small_model
 

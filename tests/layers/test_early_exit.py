@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gt_jax.devices.sharding import Rules, make_mesh, on_mesh, reshard
-from gt_jax.layers.early_exit import (
+from gt_jax.models.layers.early_exit import (
     ExitHead,
     alive_share,
     bucket_lengths,

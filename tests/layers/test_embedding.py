@@ -13,8 +13,8 @@ import pytest
 
 from gt_jax.configs.model import EmbeddingConfig
 from gt_jax.devices.sharding import Rules, lay_out, make_mesh, reshard, with_devices
-from gt_jax.layers.embedding import Embedding, Kronecker, byte_rows
-from gt_jax.layers.primitives import WeightSpec
+from gt_jax.models.layers.embedding import Embedding, Kronecker, byte_rows
+from gt_jax.models.layers.primitives import WeightSpec
 from gt_jax.text.token_bytes import default_texts, token_table
 from tests.support import random_tree
 

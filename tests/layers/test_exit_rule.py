@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gt_jax.configs.model import ExitConfig
-from gt_jax.layers.early_exit import (
+from gt_jax.models.layers.early_exit import (
     EXIT_PRESETS,
     ExitHead,
     alive,

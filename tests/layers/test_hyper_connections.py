@@ -12,7 +12,7 @@ import pytest
 
 from gt_jax.configs.model import HyperConfig
 from gt_jax.devices.sharding import Rules, lay_out, make_mesh, reshard, with_devices
-from gt_jax.layers.hyper_connections import (
+from gt_jax.models.layers.hyper_connections import (
     Coefficients,
     HyperConnection,
     from_streams,
@@ -21,7 +21,7 @@ from gt_jax.layers.hyper_connections import (
     to_streams,
     write,
 )
-from gt_jax.layers.primitives import WeightSpec
+from gt_jax.models.layers.primitives import WeightSpec
 from tests.support import random_tree
 
 WIDTH, EPSILON = 16, 1e-6

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gt_jax.devices.sharding import Rules, make_mesh, reshard
-from gt_jax.layers.memory_stream import Memory, MemoryStream, carry_memory, no_memory
+from gt_jax.models.layers.memory_stream import Memory, MemoryStream, carry_memory, no_memory
 from tests.support import random_tree, segments
 
 WIDTH, TOKENS, STREAM = 16, 6, 2

@@ -12,8 +12,8 @@ import pytest
 
 from gt_jax.configs.model import MoEConfig
 from gt_jax.devices.sharding import Rules, make_mesh, reshard
-from gt_jax.layers import grouped_product, moe
-from gt_jax.layers.primitives import WeightSpec
+from gt_jax.models.layers import grouped_product, moe
+from gt_jax.models.layers.primitives import WeightSpec
 from tests.layers.oracle import silu
 from tests.support import random_tree
 

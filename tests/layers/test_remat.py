@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.model import LanguageModel
+from gt_jax.models.language_model import LanguageModel
 from tests.support import perturbed, small_model, tokens
 
 

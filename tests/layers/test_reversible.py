@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gt_jax.devices.sharding import make_mesh, on_mesh, reshard
-from gt_jax.layers.reversible import Pair, reconstruct, reversible_stack, start
-from gt_jax.layers.stack import advance, coefficients
+from gt_jax.models.layers.reversible import Pair, reconstruct, reversible_stack, start
+from gt_jax.models.layers.stack import advance, coefficients
 from tests.support import random_tree
 
 STEP, WIDTH, HIDDEN, TOKENS = 0.25, 8, 12, 512

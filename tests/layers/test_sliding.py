@@ -13,11 +13,11 @@ import pytest
 from gt_jax.configs.model import SlidingConfig
 from gt_jax.devices.sharding import Rules, lay_out, make_mesh, with_devices
 from gt_jax.errors import Refused
-from gt_jax.layers import groundthink, sliding
-from gt_jax.layers.groundthink import GroundThinkDeltaNet
-from gt_jax.layers.mixer import place_rows
-from gt_jax.layers.primitives import WeightSpec
-from gt_jax.layers.sliding import SlidingAttention
+from gt_jax.models.layers import groundthink, sliding
+from gt_jax.models.layers.groundthink import GroundThinkDeltaNet
+from gt_jax.models.layers.mixer import place_rows
+from gt_jax.models.layers.primitives import WeightSpec
+from gt_jax.models.layers.sliding import SlidingAttention
 from tests.layers.test_groundthink import CONFIG, inputs, sigmoid
 from tests.layers.test_groundthink import oracle as deltanet_oracle
 from tests.support import WIDTH, random_tree, segments

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gt_jax.devices.sharding import Rules
-from gt_jax.layers.gsa import GatedSparseAttention
-from gt_jax.layers.mixer import place_rows
-from gt_jax.layers.primitives import WeightSpec
+from gt_jax.models.layers.gsa import GatedSparseAttention
+from gt_jax.models.layers.mixer import place_rows
+from gt_jax.models.layers.primitives import WeightSpec
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
 from pallas_kernels.sparse_attention.selection import budget, indexer_scores, row_variance, select, visible_variance
 from tests.support import GSA, WIDTH, drawn, segments

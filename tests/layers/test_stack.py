@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.layers.stack import Coefficients, advance, coefficients, contributions, empty_buffer, enter, mix, record
+from gt_jax.models.layers.stack import (
+    Coefficients,
+    advance,
+    coefficients,
+    contributions,
+    empty_buffer,
+    enter,
+    mix,
+    record,
+)
 
 DEPTH = 6
 SKIPS = ((0, 3), (1, 4), (1, 5), (2, 4))

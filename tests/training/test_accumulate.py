@@ -9,7 +9,7 @@ import pytest
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.devices.sharding import lay_out, make_mesh
 from gt_jax.errors import Refused
-from gt_jax.model import abstract, initialise
+from gt_jax.models.language_model import abstract, initialise
 from gt_jax.training.loop import make_trainer
 from tests.support import small_model
 

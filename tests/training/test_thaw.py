@@ -19,7 +19,7 @@ from gt_jax.errors import Refused
 from gt_jax.growth.entries import Entry, Plan
 from gt_jax.growth.provenance import stored_plan
 from gt_jax.growth.under_served import under_served
-from gt_jax.model import abstract
+from gt_jax.models.language_model import abstract
 from gt_jax.training.loop import make_trainer
 from gt_jax.training.thaw import kept, moving
 from gt_jax.tree_paths import flatten

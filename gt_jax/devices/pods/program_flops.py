@@ -4,7 +4,7 @@
   inside fusions. XLA for TPU writes products as convolutions, batched ones as convolutions with holes between the
   elements, so of a window only the positions count that meet an element: neither padding nor holes.
 * A kernel counts by the estimate that it gave the compiler (`pl.CostEstimate`).
-* What is computed element by element and reductions are not counted, as nowhere in `gt_jax.flops`.
+* What is computed element by element and reductions are not counted, as nowhere in `gt_jax.models.flops`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gt_jax.devices.sharding import Rules, reshard
-from gt_jax.layers.primitives import widen
+from gt_jax.models.layers.primitives import widen
 from gt_jax.typing import Activations, PerToken, Scalar, Tokens, Tree
 
 

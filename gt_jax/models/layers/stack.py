@@ -11,7 +11,7 @@ Midpoint stack (leapfrog, arXiv 2512.02056), with mixing a and step h:
 - Pure functions of a stream X of any shape, [b,t,d] or [b,t,n,d]. Sums run in float32 at least and are rounded to X's
   dtype once: in bfloat16 the scale 1.1 itself would be off by 0.1 % a layer.
 - Layers are scanned, so `layer` may be a traced int. What a skip needs later rides in a buffer that is a scan carry.
-- At mixing 1 the midpoint stack can be run backwards: gt_jax.layers.reversible.
+- At mixing 1 the midpoint stack can be run backwards: gt_jax.models.layers.reversible.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gt_jax.layers.primitives import widen
+from gt_jax.models.layers.primitives import widen
 
 Skips: TypeAlias = tuple[tuple[int, ...], ...]
 """Pairs (from, to) of layer indices, static."""

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, on_mesh
-from gt_jax.layers.adaptive_depth import (
+from gt_jax.models.layers.adaptive_depth import (
     FEATURES,
     HaltingHead,
     LayerOutput,
@@ -27,16 +27,16 @@ from gt_jax.layers.adaptive_depth import (
     run_passes,
     stream_mean,
 )
-from gt_jax.layers.deltanet import GatedDeltaNet
-from gt_jax.layers.groundthink import GroundThinkDeltaNet
-from gt_jax.layers.gsa import GatedSparseAttention
-from gt_jax.layers.hyper_connections import HyperConnection, read, write
-from gt_jax.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
-from gt_jax.layers.moe import MixtureOfExperts, MLPOutput
-from gt_jax.layers.primitives import RMSNorm, SwiGLU, WeightSpec
-from gt_jax.layers.shown import show
-from gt_jax.layers.sliding import SlidingAttention
-from gt_jax.layers.stack import mix
+from gt_jax.models.layers.deltanet import GatedDeltaNet
+from gt_jax.models.layers.groundthink import GroundThinkDeltaNet
+from gt_jax.models.layers.gsa import GatedSparseAttention
+from gt_jax.models.layers.hyper_connections import HyperConnection, read, write
+from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
+from gt_jax.models.layers.moe import MixtureOfExperts, MLPOutput
+from gt_jax.models.layers.primitives import RMSNorm, SwiGLU, WeightSpec
+from gt_jax.models.layers.sliding import SlidingAttention
+from gt_jax.models.layers.sow import sow
+from gt_jax.models.layers.stack import mix
 from gt_jax.typing import Activations, State, Tree
 
 
@@ -97,9 +97,9 @@ class Layer(nn.Module):
 
     def delta(self, x: State, place: Place, cache: Tree = None, link: Tree = None) -> tuple[State, LayerOutput]:
         """Delta(X) = MLPblock(MixerBlock(X)) - X, the update before gain and strength."""
-        show(self, "state", x)
+        sow(self, "state", x)
         if self.kind == "S":
-            show(self, "link", link)
+            sow(self, "link", link)
 
         def attend(u: Activations) -> tuple[Activations, MixerOutput]:
             arguments = (link,) if self.kind == "S" else ()

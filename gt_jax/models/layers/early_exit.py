@@ -27,8 +27,8 @@ from jaxtyping import Array, Bool, Float
 
 from gt_jax.configs.model import ExitConfig
 from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, per_device, reshard
-from gt_jax.layers.mixer import masked_mean
-from gt_jax.layers.primitives import widen
+from gt_jax.models.layers.mixer import masked_mean
+from gt_jax.models.layers.primitives import widen
 from gt_jax.typing import PerToken, Scalar, Tokens, Tree
 
 _PRESETS = {"accuracy": (0.99, 0.001), "balanced": (0.95, 0.01), "speed": (0.80, 0.1)}

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import HyperConfig
 from gt_jax.devices.sharding import Rules, on_mesh, reshard
-from gt_jax.layers.primitives import WeightSpec, widen
+from gt_jax.models.layers.primitives import WeightSpec, widen
 from gt_jax.typing import Activations
 
 Streams = Float[Array, "b t n d"]

@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from gt_jax.configs.model import AdaptiveConfig, HyperConfig, ModelConfig
 from gt_jax.devices.sharding import has_mesh
-from gt_jax.layers.adaptive_depth import FEATURES
+from gt_jax.models.layers.adaptive_depth import FEATURES
 
 FORWARD_AND_BACKWARD = 3.0
 Passes = Sequence[float] | Float[np.ndarray, "l"]

@@ -20,8 +20,8 @@ from jaxtyping import Array
 
 from gt_jax.configs.model import GSAConfig
 from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, per_device, reshard
-from gt_jax.layers.mixer import MixerOutput, Place, gate_statistics, masked_mean, real_tokens
-from gt_jax.layers.primitives import Einsum, WeightSpec, rope, widen
+from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics, masked_mean, real_tokens
+from gt_jax.models.layers.primitives import Einsum, WeightSpec, rope, widen
 from gt_jax.typing import Activations, Tree
 from pallas_kernels.sparse_attention.api import Indexer, Positions, Statistics, sparse_attention
 

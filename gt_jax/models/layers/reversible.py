@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gt_jax.layers.primitives import widen
-from gt_jax.layers.stack import coefficients
+from gt_jax.models.layers.primitives import widen
+from gt_jax.models.layers.stack import coefficients
 from gt_jax.typing import Tree
 
 Delta: TypeAlias = Callable[[Any, Any, Any], tuple[Any, Any]]

@@ -18,10 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 from gt_jax.configs.model import SlidingConfig
 from gt_jax.devices.sharding import Rules, on_mesh, per_device, reshard
 from gt_jax.errors import Refused
-from gt_jax.layers.deltanet import HeadGate
-from gt_jax.layers.groundthink import Link, project_keys, read_pairs
-from gt_jax.layers.mixer import MixerOutput, Place, gate_statistics
-from gt_jax.layers.primitives import Einsum, WeightSpec, widen
+from gt_jax.models.layers.deltanet import HeadGate
+from gt_jax.models.layers.groundthink import Link, project_keys, read_pairs
+from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics
+from gt_jax.models.layers.primitives import Einsum, WeightSpec, widen
 from gt_jax.typing import Activations, Tokens, Tree
 
 

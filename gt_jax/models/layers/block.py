@@ -18,13 +18,13 @@ from jaxtyping import Array
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
-from gt_jax.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
-from gt_jax.layers.early_exit import alive_share, bucket_lengths, exit_step
-from gt_jax.layers.mixer import Place, real_tokens
-from gt_jax.layers.residual import Layer, Update, moved_variance
-from gt_jax.layers.reversible import Delta
-from gt_jax.layers.shown import INTERMEDIATES
-from gt_jax.layers.stack import Coefficients, SkipBuffer, advance, enter, record
+from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
+from gt_jax.models.layers.early_exit import alive_share, bucket_lengths, exit_step
+from gt_jax.models.layers.mixer import Place, real_tokens
+from gt_jax.models.layers.residual import Layer, Update, moved_variance
+from gt_jax.models.layers.reversible import Delta
+from gt_jax.models.layers.sow import INTERMEDIATES
+from gt_jax.models.layers.stack import Coefficients, SkipBuffer, advance, enter, record
 from gt_jax.typing import Activations, State, Tree
 from pallas_kernels.gated_delta_rule.xla import SAVED_NAMES
 from pallas_kernels.platform import target_device

@@ -22,9 +22,9 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import DeltaNetConfig
 from gt_jax.devices.sharding import Rules, on_mesh, per_device, reshard
-from gt_jax.layers.deltanet import HeadGate, l2_normalise
-from gt_jax.layers.mixer import MixerOutput, Place, gate_statistics
-from gt_jax.layers.primitives import Einsum, WeightSpec, widen
+from gt_jax.models.layers.deltanet import HeadGate, l2_normalise
+from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics
+from gt_jax.models.layers.primitives import Einsum, WeightSpec, widen
 from gt_jax.typing import Activations, Tokens, Tree
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 

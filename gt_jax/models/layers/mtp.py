@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
-from gt_jax.layers.adaptive_depth import stream_mean
-from gt_jax.layers.hyper_connections import to_streams
-from gt_jax.layers.mixer import Place
-from gt_jax.layers.primitives import Einsum, WeightSpec
-from gt_jax.layers.residual import Layer
+from gt_jax.models.layers.adaptive_depth import stream_mean
+from gt_jax.models.layers.hyper_connections import to_streams
+from gt_jax.models.layers.mixer import Place
+from gt_jax.models.layers.primitives import Einsum, WeightSpec
+from gt_jax.models.layers.residual import Layer
 from gt_jax.typing import Activations, Scalar
 
 

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import DeltaNetConfig
 from gt_jax.devices.sharding import Rules, on_mesh, per_device, reshard
-from gt_jax.layers.mixer import MixerOutput, Place, gate_statistics
-from gt_jax.layers.primitives import INIT, Einsum, RMSNorm, WeightSpec, rope, short_convolution, widen
+from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics
+from gt_jax.models.layers.primitives import INIT, Einsum, RMSNorm, WeightSpec, rope, short_convolution, widen
 from gt_jax.typing import Activations, Tokens, Tree
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 

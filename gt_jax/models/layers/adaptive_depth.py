@@ -24,11 +24,11 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import AdaptiveConfig
 from gt_jax.devices.sharding import Rules, on_mesh
-from gt_jax.layers.hyper_connections import from_streams
-from gt_jax.layers.mixer import MixerOutput, masked_mean
-from gt_jax.layers.moe import MLPOutput
-from gt_jax.layers.primitives import INIT, widen
-from gt_jax.layers.shown import INTERMEDIATES
+from gt_jax.models.layers.hyper_connections import from_streams
+from gt_jax.models.layers.mixer import MixerOutput, masked_mean
+from gt_jax.models.layers.moe import MLPOutput
+from gt_jax.models.layers.primitives import INIT, widen
+from gt_jax.models.layers.sow import INTERMEDIATES
 from gt_jax.typing import Activations, PerToken, State, Tree
 
 FEATURES = 5

@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.model import MoEConfig
 from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, per_device, reshard
-from gt_jax.layers.grouped_product import block_size, collect, dispatch, grouped_product, spread
-from gt_jax.layers.mixer import masked_mean
-from gt_jax.layers.primitives import SwiGLU, WeightSpec, widen
-from gt_jax.layers.shown import show
+from gt_jax.models.layers.grouped_product import block_size, collect, dispatch, grouped_product, spread
+from gt_jax.models.layers.mixer import masked_mean
+from gt_jax.models.layers.primitives import SwiGLU, WeightSpec, widen
+from gt_jax.models.layers.sow import sow
 from gt_jax.typing import Activations, PerToken, Scalar
 
 
@@ -207,7 +207,7 @@ class MixtureOfExperts(nn.Module):
     def __call__(self, x: Activations, real: PerToken) -> MLPOutput:
         config = self.config
         slots = self.router(x)
-        show(self, "slots", slots)
+        sow(self, "slots", slots)
         routing = route(slots, config.experts, config.top_k)
         loss, *statistics = router_losses(config, slots, routing.experts, real)
         sent = jnp.where(real[..., None] > 0, routing.experts, config.experts)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from gt_jax.configs.model import EmbeddingConfig
 from gt_jax.devices.sharding import Rules, on_mesh, per_device, reshard
-from gt_jax.layers.primitives import RMSNorm, WeightSpec, widen
+from gt_jax.models.layers.primitives import RMSNorm, WeightSpec, widen
 from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.typing import Activations, Tokens
 

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, reshard
 from gt_jax.errors import Refused
-from gt_jax.layers.adaptive_depth import PassControl, PassStatistics
-from gt_jax.layers.memory_stream import Memory, no_memory
-from gt_jax.model import LanguageModel, forward
+from gt_jax.models.language_model import LanguageModel, forward
+from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.models.layers.memory_stream import Memory, no_memory
 from gt_jax.typing import Tokens, Tree
 
 

@@ -4,8 +4,8 @@
   depth.
 - The stream X is [b, t, d], with hyper-connections [b, t, n, d], in the compute dtype; norms, gates, states, softmax
   and loss are float32.
-- The stack is residual, lambda or midpoint (gt_jax.layers.stack); midpoint at mixing 1 runs backward by reconstruction
-  (gt_jax.layers.reversible).
+- The stack is residual, lambda or midpoint (`layers.stack`); midpoint at mixing 1 runs backward by reconstruction
+  (`layers.reversible`).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, on_mesh, reshard, with_devices
-from gt_jax.layers import deltanet, early_exit, groundthink, gsa, sliding
-from gt_jax.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
-from gt_jax.layers.block import Block, Common, Stream, layer_delta, observed, remat_policy, remats_blocks
-from gt_jax.layers.early_exit import ExitHead, even_bias
-from gt_jax.layers.embedding import Embedding
-from gt_jax.layers.hyper_connections import to_streams
-from gt_jax.layers.memory_stream import Memory, MemoryStream, carry_memory
-from gt_jax.layers.mixer import Place, place_rows, real_tokens
-from gt_jax.layers.mtp import MultiTokenPrediction
-from gt_jax.layers.primitives import Einsum, RMSNorm, WeightSpec
-from gt_jax.layers.reversible import reversible_stack
-from gt_jax.layers.reversible import start as start_pair
-from gt_jax.layers.shown import INTERMEDIATES
-from gt_jax.layers.stack import coefficients, empty_buffer
+from gt_jax.models.layers import deltanet, early_exit, groundthink, gsa, sliding
+from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
+from gt_jax.models.layers.block import Block, Common, Stream, layer_delta, observed, remat_policy, remats_blocks
+from gt_jax.models.layers.early_exit import ExitHead, even_bias
+from gt_jax.models.layers.embedding import Embedding
+from gt_jax.models.layers.hyper_connections import to_streams
+from gt_jax.models.layers.memory_stream import Memory, MemoryStream, carry_memory
+from gt_jax.models.layers.mixer import Place, place_rows, real_tokens
+from gt_jax.models.layers.mtp import MultiTokenPrediction
+from gt_jax.models.layers.primitives import Einsum, RMSNorm, WeightSpec
+from gt_jax.models.layers.reversible import reversible_stack
+from gt_jax.models.layers.reversible import start as start_pair
+from gt_jax.models.layers.sow import INTERMEDIATES
+from gt_jax.models.layers.stack import coefficients, empty_buffer
 from gt_jax.typing import Activations, Scalar, State, Tokens, Tree
 from pallas_kernels.platform import target_device
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gt_jax.devices.sharding import Rules, on_mesh, reshard
-from gt_jax.layers.primitives import INIT, widen
+from gt_jax.models.layers.primitives import INIT, widen
 from gt_jax.typing import Activations, PerToken, State, Tokens
 
 EPSILON = 1e-5

@@ -84,7 +84,7 @@ class Run:
 
     def __init__(self, options: argparse.Namespace, root: Path) -> None:
         from experiments.training_measured.ours import train_config
-        from gt_jax.checkpoint_runs import RunCheckpoints
+        from gt_jax.checkpoints.runs import RunCheckpoints
         from gt_jax.models.language_model import initialise
         from gt_jax.training.loop import make_trainer
 

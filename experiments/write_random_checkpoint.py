@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gt_jax import checkpoint
-from gt_jax.checkpoint_arrays import ArrayFiles
-from gt_jax.checkpoint_files import UNFINISHED, prepare_parent, publish, remove
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.arrays import ArrayFiles
+from gt_jax.checkpoints.folders import UNFINISHED, prepare_parent, publish, remove
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, run_command
@@ -34,7 +35,6 @@ from gt_jax.growth.behind import WriteBehind
 from gt_jax.growth.pipeline import PIECES, pieces, throttled
 from gt_jax.models import language_model
 from gt_jax.text.token_bytes import default_texts, token_table
-from gt_jax.tree_paths import flatten
 
 WAITING = 2**26  # bytes
 

@@ -30,7 +30,7 @@ def calibrate(
     `options` are those of `calibrate_gains`: objective, iterations, ridge. Raises `Refused`, with nothing written, for
     checkpoints that do not belong together, text that cannot be read, and a target that exists.
     """
-    from gt_jax import checkpoint
+    from gt_jax.checkpoints import checkpoint
     from gt_jax.devices.sharding import Rules
     from gt_jax.growth.calibration import calibrate_gains
     from gt_jax.loading import data_config, load_model
@@ -64,7 +64,7 @@ def _belonging(
     source: Path, grown: Path, target: Path, batches: int
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The plan, the metadata of SRC and of GROWN; raises `Refused` for all that can be wrong before a value is read."""
-    from gt_jax import checkpoint
+    from gt_jax.checkpoints import checkpoint
     from gt_jax.growth.calibration import mismatches
     from gt_jax.growth.provenance import other_values, stored_plan
 
@@ -90,7 +90,7 @@ def _belonging(
 
 
 def _model(place: Path) -> tuple[Any, dict[str, Any]]:
-    from gt_jax import checkpoint
+    from gt_jax.checkpoints import checkpoint
 
     leaves, metadata = checkpoint.describe(place)
     return checkpoint.model_config(place, leaves, metadata), metadata

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gt_jax import checkpoint
+from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig

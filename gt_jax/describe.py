@@ -28,7 +28,7 @@ def lambda_report(place: Path, config: Any) -> dict[str, Any]:
         return {}
     import numpy as np
 
-    from gt_jax import checkpoint
+    from gt_jax.checkpoints import checkpoint
     from gt_jax.models.layers.stack import contributions
 
     where = [config.depth.position(layer) for layer in range(len(config.depth))]
@@ -43,14 +43,14 @@ def lambda_report(place: Path, config: Any) -> dict[str, Any]:
 def describe(name: str) -> dict[str, Any]:
     """What a preset, or the checkpoint or run directory at a path, is made of; raises `Refused` for neither."""
     if name in presets.PRESETS:
+        from gt_jax.checkpoints.tree_paths import flatten
         from gt_jax.models.language_model import abstract
-        from gt_jax.tree_paths import flatten
 
         config = presets.preset(name)
         origin: dict[str, Any] = {"preset": name}
         leaves = flatten(abstract(config))
     elif Path(name).exists():
-        from gt_jax import checkpoint
+        from gt_jax.checkpoints import checkpoint
 
         place = checkpoint.resolve(name)
         leaves, metadata = checkpoint.describe(place)

@@ -144,7 +144,7 @@ class _Source:
     metadata: dict[str, Any]
 
     def __init__(self, path: Path) -> None:
-        from gt_jax import checkpoint
+        from gt_jax.checkpoints import checkpoint
         where = checkpoint.resolve(path)
         leaves, metadata = checkpoint.describe(where)
         self.config = checkpoint.model_config(where, leaves, metadata)

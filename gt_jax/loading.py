@@ -49,7 +49,7 @@ def data_config(metadata: dict[str, Any], named: dict[str, Any] | None) -> Any:
 
 def load_model(source: Path) -> tuple[Any, Any, dict[str, Any]]:
     """(ModelConfig, variables on the current mesh, metadata) of a checkpoint."""
-    from gt_jax import checkpoint
+    from gt_jax.checkpoints import checkpoint
     from gt_jax.models.language_model import abstract
 
     place = checkpoint.resolve(source)

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = parser().parse_args(argv)
     if arguments.output is not None:
-        from gt_jax.checkpoint import prepare_parent
+        from gt_jax.checkpoints.checkpoint import prepare_parent
 
         if arguments.output.exists():
             raise Refused(f"{arguments.output} exists; choose another -o")

@@ -115,7 +115,7 @@ def thaw_config(arguments: argparse.Namespace, stored: Any, start: str | None) -
 
 def under_served_children(start: str | None) -> tuple[int, ...]:
     """The target layers to train first, by the plan that the starting checkpoint carries; named on stderr."""
-    from gt_jax import checkpoint
+    from gt_jax.checkpoints import checkpoint
     from gt_jax.growth.provenance import stored_plan
     from gt_jax.growth.under_served import under_served
 
@@ -132,7 +132,7 @@ def under_served_children(start: str | None) -> tuple[int, ...]:
 
 def default_config(arguments: argparse.Namespace) -> Any:
     """What a run is before its flags: its own config when resuming, else the preset's or the starting checkpoint's."""
-    from gt_jax import checkpoint
+    from gt_jax.checkpoints import checkpoint
     from gt_jax.configs.data import BYTES, DataConfig
     from gt_jax.configs.presets import preset
     from gt_jax.configs.run import RunConfig, read_run_config

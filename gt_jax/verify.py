@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gt_jax import checkpoint
+from gt_jax.checkpoints import checkpoint
 from gt_jax.comparison import COSINE, GOOD, USABLE, compare_models
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.model import (
     AdaptiveConfig,
     DeltaNetConfig,
@@ -22,7 +23,6 @@ from gt_jax.configs.model import (
 )
 from gt_jax.models.language_model import LanguageModel, abstract, empty_cache, forward
 from gt_jax.text.token_bytes import default_texts, token_table
-from gt_jax.tree_paths import flatten, nest
 
 WIDTH = 32
 DELTANET = DeltaNetConfig(heads=2, value_heads=4, key_width=8, value_width=8, chunk_size=16)

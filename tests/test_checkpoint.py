@@ -19,13 +19,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax import checkpoint
-from gt_jax.checkpoint import Damaged
-from gt_jax.checkpoint_arrays import ArrayFiles
-from gt_jax.checkpoint_runs import RunCheckpoints
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.arrays import ArrayFiles
+from gt_jax.checkpoints.checkpoint import Damaged
+from gt_jax.checkpoints.runs import RunCheckpoints
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
 from gt_jax.errors import Refused
-from gt_jax.tree_paths import flatten
 
 CONFIG = presets.tiny().replace(width=8, vocab=16)
 METADATA = {"config": CONFIG.to_json(), "kind": "train", "step": 3, "data": {"position": [1, 2], "epoch": None}}
@@ -318,7 +318,7 @@ def test_a_changed_byte_in_any_file_of_the_newest_step_is_found(tmp_path: Path) 
 CHILD = """
 import resource, sys, time
 import numpy as np
-from gt_jax.checkpoint_runs import RunCheckpoints
+from gt_jax.checkpoints.runs import RunCheckpoints
 run = RunCheckpoints(sys.argv[1], keep=2)
 if len(sys.argv) > 2:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax import checkpoint, checkpoint_arrays
-from gt_jax.checkpoint import Damaged
-from gt_jax.checkpoint_arrays import ArrayFiles, chunk_shape
-from gt_jax.checkpoint_files import publish
-from gt_jax.checkpoint_slices import SliceReader, cut
+from gt_jax.checkpoints import arrays, checkpoint
+from gt_jax.checkpoints.arrays import ArrayFiles, chunk_shape
+from gt_jax.checkpoints.checkpoint import Damaged
+from gt_jax.checkpoints.folders import publish
+from gt_jax.checkpoints.slices import SliceReader, cut
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.growth.behind import Countdown, WriteBehind
 from gt_jax.growth.pipeline import pieces
-from gt_jax.tree_paths import flatten, nest
 
 METADATA = {"config": {}, "kind": "random"}
 SHAPES = [(), (5,), (5, 7), (2, 20, 4, 6), (3, 1, 5), (7, 11), (1, 13, 3)]
@@ -36,7 +36,7 @@ def tree() -> dict[str, np.ndarray]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 64 bytes."""
-    monkeypatch.setattr(checkpoint_arrays, "CHUNK", 64)
+    monkeypatch.setattr(arrays, "CHUNK", 64)
 
 
 def write(folder: Path, values: dict[str, np.ndarray]) -> Path:

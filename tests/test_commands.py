@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint
-from gt_jax.checkpoint_runs import RunCheckpoints
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.metrics import read_metrics
 
 TRAIN = ["--layout", "DG", "--steps", "24", "--checkpoint-every", "4", "--evaluate-every", "12", "--batch-size", "2",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.model import (
     AdaptiveConfig,
     DeltaNetConfig,
@@ -27,7 +28,6 @@ from gt_jax.models.memory_chunks import forward_rows, over_chunks
 from gt_jax.sample import generate
 from gt_jax.training.price import phase
 from gt_jax.training.step import after_next_targets, make_loss
-from gt_jax.tree_paths import flatten, nest
 from tests.support import decoded, full_model, perturbed, small_model, tokens
 
 FULL = full_model()

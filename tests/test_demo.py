@@ -9,7 +9,8 @@ import json
 
 import pytest
 
-from gt_jax import checkpoint, demo
+from gt_jax import demo
+from gt_jax.checkpoints import checkpoint
 from gt_jax.configs import presets
 
 

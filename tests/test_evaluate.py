@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint, evaluate
+from gt_jax import evaluate
+from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import MemoryConfig
 from gt_jax.configs.run import RunConfig, TrainConfig

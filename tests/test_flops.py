@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig, ModelConfig, MTPConfig
 from gt_jax.configs.presets import preset
 from gt_jax.models.flops import PEAKS, model_flops, peak_flops, utilisation
 from gt_jax.models.language_model import LanguageModel, abstract, forward
-from gt_jax.tree_paths import flatten
 
 ROWS, TOKENS = 2, 16
 DENSE = ModelConfig(

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import presets
 from gt_jax.devices.sharding import Rules, lay_out, make_mesh
 from gt_jax.models.language_model import LanguageModel, abstract, empty_cache, fixed_passes, free_passes
-from gt_jax.tree_paths import flatten, nest
 from tests.support import decoded, perturbed, small_model, tokens
 
 ADAPTIVE = small_model()

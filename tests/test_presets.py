@@ -12,10 +12,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
 from gt_jax.devices.sharding import make_mesh
 from gt_jax.models.language_model import abstract
-from gt_jax.tree_paths import flatten
 
 GOLDEN = Path(__file__).parent / "golden"
 COUNTS = {"3b": 3_914_051_889, "8b": 8_309_921_685, "3b_table": 4_417_364_273}

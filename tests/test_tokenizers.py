@@ -8,7 +8,8 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from gt_jax import checkpoint, grow, sample, train
+from gt_jax import grow, sample, train
+from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.presets import tiny_3b
 from gt_jax.configs.run import RunConfig

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint, verify
+from gt_jax import verify
+from gt_jax.checkpoints import checkpoint
 from gt_jax.comparison import (
     agreement,
     compare_models,

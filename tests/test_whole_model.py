@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
 from gt_jax.configs.model import (
     AdaptiveConfig,
@@ -25,7 +26,6 @@ from gt_jax.configs.model import (
     StackConfig,
 )
 from gt_jax.models.language_model import LanguageModel, Memory, abstract, fixed_passes, forward, free_passes
-from gt_jax.tree_paths import flatten
 from tests.oracle import model as oracle
 from tests.oracle.basics import block, float64, rms_norm
 from tests.oracle.mixers import gsa

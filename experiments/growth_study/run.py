@@ -17,7 +17,7 @@ from experiments.growth_study.engine import NO_LOSS, Engine, Losses, Run
 from experiments.growth_study.operators import BLOCK, DEALT, OPERATORS, Operator, build
 from experiments.growth_study.store import Store
 from experiments.growth_study.study import StudyConfig, open_material, separation
-from gt_jax import checkpoint
+from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Failed
 from gt_jax.growth import repetition

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.growth_study.study import StudyConfig
-from gt_jax.checkpoint import prepare_parent
+from gt_jax.checkpoints.checkpoint import prepare_parent
 from gt_jax.configs.json_config import read_object
 from gt_jax.configs.run import differences
 from gt_jax.errors import Refused, refuse_all

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gt_jax.checkpoint_files import JOURNALS, sync
+from gt_jax.checkpoints.folders import JOURNALS, sync
 
 
 def read_journals(folder: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:

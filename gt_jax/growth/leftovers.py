@@ -7,17 +7,13 @@ without journals is therefore either whole, with only its name missing, or has n
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gt_jax.checkpoint_files import JOURNALS, UNFINISHED, damage, sync
+from gt_jax.checkpoints.folders import JOURNALS, UNFINISHED, damage, sync
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth.journal import gather_journals, read_journals
 
@@ -97,23 +93,6 @@ def identity_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     grown_from = {name: value for name, value in metadata["grown_from"].items() if name not in ("source", _HASH)}
     own = {name: value for name, value in metadata.items() if name != "grown_from"}
     return json.loads(json.dumps({**own, **grown_from}))
-
-
-@contextlib.contextmanager
-def only_writer(target: Path) -> Iterator[None]:
-    """Hold TARGET.lock, which a killed process lets go of; raises `Refused` while another process holds it."""
-    lock = target.with_name(target.name + ".lock")
-    with open(lock, "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise Refused(f"another process is growing {target} at this moment ({lock} is locked)") from error
-            raise
-        try:
-            yield
-        finally:
-            os.unlink(lock)
 
 
 def _short(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gt_jax.checkpoint_files import StrPath
+from gt_jax.checkpoints.folders import StrPath
 from gt_jax.errors import Refused
 from gt_jax.growth.entries import Plan
 
@@ -30,7 +30,7 @@ def other_values(metadata: Mapping[str, Any], source: StrPath) -> str | None:
 
     Reads all of the source's model.
     """
-    from gt_jax import checkpoint
+    from gt_jax.checkpoints import checkpoint
 
     known = metadata["grown_from"].get("content_hash")
     if known is None:

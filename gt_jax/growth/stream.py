@@ -21,20 +21,21 @@ from typing import Any
 
 import jax
 
-from gt_jax import checkpoint
-from gt_jax.checkpoint_files import StrPath, note_files, prepare_parent, rename
-from gt_jax.checkpoint_slices import SliceReader
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.folders import StrPath, note_files, prepare_parent, rename
+from gt_jax.checkpoints.lock import only_writer
+from gt_jax.checkpoints.slices import SliceReader
+from gt_jax.checkpoints.tree_paths import combine_digests
 from gt_jax.devices.processes import Team
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import room_matters
 from gt_jax.growth.journal import Journal
-from gt_jax.growth.leftovers import Leftovers, identity_of, only_writer
+from gt_jax.growth.leftovers import Leftovers, identity_of
 from gt_jax.growth.pipeline import Budget, Pipeline, Settings, feeds, throttled
 from gt_jax.growth.plan import Plan
 from gt_jax.growth.rules import check_noise
 from gt_jax.growth.transform import child_abstract, match, target_config
 from gt_jax.text.tokenizers import tokenizer_of
-from gt_jax.tree_paths import combine_digests
 
 MEMORY = 2 * 2**30
 SECONDS = 1.0  # between two lines of progress

@@ -1,6 +1,6 @@
 """Growth as a pure function on a pytree: match every tensor first, then gather, add noise, scale.
 
-- A tensor is known by its path, `params/segment0/layer0/mixer/query/w` (gt_jax.tree_paths). Layers of a
+- A tensor is known by its path, `params/segment0/layer0/mixer/query/w` (gt_jax.checkpoints.tree_paths). Layers of a
   segment are stacked along one leading, unsharded block axis.
 - `match` works on shapes alone and refuses with a list of everything that does not fit; after it nothing can surprise.
 - One block is the unit: child = c * (W + N) in float32, cast to the child's dtype. The noise N of a value depends on
@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, ShapeDtypeStruct
 
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth import noise, rules
 from gt_jax.growth.plan import Plan
-from gt_jax.tree_paths import flatten, nest
 
 Abstract = Mapping[str, ShapeDtypeStruct]
 _CARRIER = {"weights": rules.SCALED, "output": rules.OUTPUT, "gain": rules.GAIN}

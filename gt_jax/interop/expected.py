@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import ModelConfig
 from gt_jax.interop.names import ALPHA, Leaf, alpha_names, leaves
 from gt_jax.interop.sources import Source
 from gt_jax.interop.tensor_files import Info
-from gt_jax.tree_paths import flatten
 
 TOKENS = ("statistics/embedding/token_bytes", "statistics/embedding/token_length")
 _GAIN = "/gain"

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from gt_jax import checkpoint
-from gt_jax.checkpoint_arrays import ArrayFiles
-from gt_jax.checkpoint_files import StrPath, prepare_parent, publish
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.arrays import ArrayFiles
+from gt_jax.checkpoints.folders import StrPath, prepare_parent, publish
+from gt_jax.checkpoints.lock import only_writer
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.growth.leftovers import only_writer
 from gt_jax.interop.expected import TOKENS, Expected, block_shape, expect, mismatches, origin_infos, pass_strengths
 from gt_jax.interop.infer import infer
 from gt_jax.interop.names import Leaf

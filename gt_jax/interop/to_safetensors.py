@@ -20,19 +20,19 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from gt_jax import checkpoint
-from gt_jax.checkpoint_files import UNFINISHED, StrPath, prepare_parent
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.folders import UNFINISHED, StrPath, prepare_parent
+from gt_jax.checkpoints.lock import only_writer
+from gt_jax.checkpoints.tree_paths import differences
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.presets import preset
 from gt_jax.errors import Failed, Refused, refuse_all
-from gt_jax.growth.leftovers import only_writer
 from gt_jax.interop.expected import Expected, expect, origin_infos
 from gt_jax.interop.infer import DEFAULTS
 from gt_jax.interop.names import alpha_names
 from gt_jax.interop.safetensors import Writer
 from gt_jax.interop.tensor_files import Info, groups, same_bytes
 from gt_jax.interop.to_orbax import Progress, refuse_existing
-from gt_jax.tree_paths import differences
 
 _MODEL = ("params/", "statistics/")
 _VARIANTS = {  # fields without a tensor that change what a layer computes

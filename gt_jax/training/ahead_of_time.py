@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.pods import hlo
@@ -21,7 +22,6 @@ from gt_jax.devices.sharding import Rules, with_devices
 from gt_jax.models.language_model import abstract
 from gt_jax.training.loop import make_trainer
 from gt_jax.training.state import TrainState
-from gt_jax.tree_paths import flatten
 from gt_jax.typing import Tree
 
 MIB = 1 << 20

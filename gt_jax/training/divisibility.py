@@ -8,11 +8,11 @@ from collections.abc import Mapping
 
 import jax
 
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, make_mesh
 from gt_jax.errors import refuse_all
 from gt_jax.models.language_model import abstract
-from gt_jax.tree_paths import flatten
 
 _SHOWN = 12  # lines of tensors
 _NUMBERED = re.compile(r"\b(segment|layer)\d+\b")

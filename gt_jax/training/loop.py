@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gt_jax import checkpoint
 from gt_jax.alerts import Watch
-from gt_jax.checkpoint_runs import RunCheckpoints
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs.data import BYTES
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, differences, read_run_config

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax import calibrate, checkpoint
+from gt_jax import calibrate
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.layout import parse
 from gt_jax.configs.model import HyperConfig, MemoryConfig
@@ -24,7 +26,6 @@ from gt_jax.growth.repetition import from_json
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.models.language_model import LanguageModel, abstract, fixed_passes, free_passes
 from gt_jax.models.memory_chunks import forward_rows
-from gt_jax.tree_paths import flatten
 from tests.support import perturbed, small_model
 
 SOURCE = small_model("D*2")

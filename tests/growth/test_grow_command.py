@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint, grow
+from gt_jax import grow
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import presets
 from gt_jax.configs.model import HyperConfig
 from gt_jax.errors import Refused
 from gt_jax.growth.entries import Plan, read_plan
 from gt_jax.models import language_model
-from gt_jax.tree_paths import flatten, nest
 
 REFERENCE = [2, 1, 2, 3, 2, 3, 4, 3]
 

@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import layout
 from gt_jax.growth.layer_map import read_map
 from gt_jax.growth.plan import make_plan
 from gt_jax.growth.repetition import from_json, reference
 from gt_jax.growth.transform import abstract, grow, match, target_abstract, target_config
 from gt_jax.models.language_model import LanguageModel, fixed_passes, forward
-from gt_jax.tree_paths import flatten, nest
 from tests.support import perturbed, small_model, tokens
 
 SOURCE = layout.parse("DDDG*2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
 from gt_jax.configs.model import ExitConfig, StackConfig
 from gt_jax.errors import Refused
@@ -14,7 +15,6 @@ from gt_jax.growth.repetition import reference
 from gt_jax.growth.transform import abstract as shapes_of
 from gt_jax.growth.transform import child_abstract, grow, match, target_config
 from gt_jax.models.language_model import abstract
-from gt_jax.tree_paths import flatten
 from tests.support import perturbed
 
 RECIPES = [("weights", "schedule"), ("gain", "expected"),

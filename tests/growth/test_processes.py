@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import pytest
 
-from gt_jax import checkpoint, grow
+from gt_jax import grow
+from gt_jax.checkpoints import checkpoint
 from gt_jax.configs import model, presets
 from gt_jax.devices.processes import Team
 from gt_jax.errors import Refused

@@ -8,10 +8,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
 from gt_jax.errors import Refused
-from gt_jax.tree_paths import flatten
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
 from gt_jax.errors import Refused
 from gt_jax.growth import rules
 from gt_jax.models import language_model
-from gt_jax.tree_paths import flatten
 
 LAYER = "params/segment0/layer3"
 SCALED = [

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax import checkpoint
-from gt_jax.checkpoint_slices import SliceReader
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.lock import only_writer
+from gt_jax.checkpoints.slices import SliceReader
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import presets
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig
 from gt_jax.errors import Refused
 from gt_jax.growth import stream, transform
-from gt_jax.growth.leftovers import only_writer
 from gt_jax.growth.plan import Plan, block_plan, identity_plan
 from gt_jax.growth.repetition import from_json
 from gt_jax.models import language_model
-from gt_jax.tree_paths import flatten, nest
 
 CONFIG = presets.tiny().replace(
     layout="DG*2", width=8, vocab=16, mlp_width=8,
@@ -220,7 +220,7 @@ def test_a_source_that_cannot_be_read_half_way_keeps_what_is_done(
 
 
 def test_two_growths_into_one_target(case: Case, tmp_path: Path) -> None:
-    with only_writer(tmp_path / "target"), pytest.raises(Refused, match="another process is growing"):
+    with only_writer(tmp_path / "target"), pytest.raises(Refused, match="another process is writing"):
         grow(case.source, tmp_path / "target")
     assert not any(tmp_path.iterdir())
 

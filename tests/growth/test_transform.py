@@ -7,13 +7,13 @@ import pytest
 from jax import ShapeDtypeStruct
 from jax.sharding import PartitionSpec as P
 
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import layout, presets
 from gt_jax.errors import Refused
 from gt_jax.growth import transform
 from gt_jax.growth.plan import Entry, Plan, block_plan, default_layout, identity_plan
 from gt_jax.growth.repetition import from_json, reference
 from gt_jax.models import language_model
-from gt_jax.tree_paths import flatten, nest
 
 D, HEADS, KEY, FF, VOCAB = 8, 2, 4, 12, 16
 OUTPUT = {"mixer/output/w", "mlp/down/w"}

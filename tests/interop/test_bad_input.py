@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint, convert
+from gt_jax import convert
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.tree_paths import nest
 from gt_jax.configs.model import DeltaNetConfig
 from gt_jax.errors import Refused, run_command
-from gt_jax.tree_paths import nest
 from tests.interop import origin
 from tests.interop.origin import CONFIG, OVERRIDES
 

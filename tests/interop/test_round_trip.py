@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax import checkpoint
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.model import EmbeddingConfig, ModelConfig
 from gt_jax.interop.sources import Source
 from gt_jax.interop.to_orbax import to_orbax
 from gt_jax.interop.to_safetensors import to_safetensors
 from gt_jax.models import language_model
 from gt_jax.text.token_bytes import default_texts, token_table
-from gt_jax.tree_paths import flatten, nest
 from tests.interop import origin
 from tests.interop.origin import BF16, CONFIG, OVERRIDES
 

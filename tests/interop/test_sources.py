@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.errors import Refused
 from gt_jax.interop.sources import Source
 from gt_jax.interop.to_orbax import to_orbax
 from gt_jax.text.vocabulary_files import read_tokens
-from gt_jax.tree_paths import flatten
 from tests.interop import origin
 
 A, B, C = (np.full(3, number, np.float32) for number in (1, 2, 3))

@@ -9,12 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.errors import Refused
 from gt_jax.interop import torch_files
 from gt_jax.interop.sources import Source
 from gt_jax.interop.to_orbax import to_orbax
-from gt_jax.tree_paths import flatten
 from tests.interop import origin
 
 

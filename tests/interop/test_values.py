@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.interop import expected
 from gt_jax.interop.to_orbax import to_orbax
-from gt_jax.tree_paths import flatten
 from tests.interop import origin
 
 C = origin.CONFIG

@@ -10,13 +10,13 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.lock import only_writer
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import EmbeddingConfig
 from gt_jax.errors import Refused
-from gt_jax.growth.leftovers import only_writer
 from gt_jax.interop import expected, tensor_files, to_orbax, to_safetensors
 from gt_jax.interop.sources import Source
-from gt_jax.tree_paths import flatten
 from tests.interop import killed_conversion, origin
 from tests.interop.origin import CONFIG, OVERRIDES
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.devices.sharding import Rules
 from gt_jax.models.layers.adaptive_depth import HaltingHead, PassControl, halting_features
 from gt_jax.models.layers.mixer import place_rows
 from gt_jax.models.layers.residual import Layer
-from gt_jax.tree_paths import flatten
 from tests.support import drawn, small_model
 
 CONFIG = small_model()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.devices.sharding import Rules, make_mesh, on_mesh, reshard
 from gt_jax.models.layers.early_exit import (
     ExitHead,
@@ -24,7 +25,6 @@ from gt_jax.models.layers.early_exit import (
     run_compacted,
     start,
 )
-from gt_jax.tree_paths import flatten
 from tests.support import drawn, segments
 
 RULES, WIDTH, LAYERS, THRESHOLD = Rules(), 8, 5, 0.9

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import ExitConfig
 from gt_jax.models.layers.early_exit import (
     EXIT_PRESETS,
@@ -18,7 +19,6 @@ from gt_jax.models.layers.early_exit import (
     ponder,
     start,
 )
-from gt_jax.tree_paths import flatten
 from tests.layers.test_early_exit import IDS, RULES, THRESHOLD, WIDTH, inputs
 from tests.support import segments
 

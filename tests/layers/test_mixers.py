@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig
 from gt_jax.devices.sharding import Rules, lay_out, make_mesh, with_devices
 from gt_jax.models.layers import deltanet, gsa, primitives
 from gt_jax.models.layers.mixer import Place, place_rows
 from gt_jax.models.layers.primitives import WeightSpec, rope
-from gt_jax.tree_paths import flatten, nest
 from tests.layers import oracle
 from tests.support import DELTANET, GSA, WIDTH, segments
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint
-from gt_jax.checkpoint_runs import RunCheckpoints
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.runs import RunCheckpoints
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.metrics import read_metrics
-from gt_jax.tree_paths import flatten
 from tests.training import killed_training
 
 KILLS, STEPS = 30, 240  # more than the lives get through on a machine with nothing else to do

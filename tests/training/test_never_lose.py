@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint
-from gt_jax.checkpoint_runs import RunCheckpoints
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import RunConfig, TrainConfig

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.errors import Refused
@@ -15,7 +16,6 @@ from gt_jax.models.language_model import abstract
 from gt_jax.models.layers.adaptive_depth import PassStatistics
 from gt_jax.training.optimizer import Float32State, groups, in_float32, learning_rate, make_optimizer
 from gt_jax.training.price import initial_price, move_price, phase, price_loss
-from gt_jax.tree_paths import flatten
 from tests.support import small_model
 
 PRICE = PriceConfig()

@@ -20,8 +20,9 @@ import jax
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint, evaluate, train, verify
-from gt_jax.checkpoint_runs import RunCheckpoints
+from gt_jax import evaluate, train, verify
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.devices import sharding
 from gt_jax.devices.processes import Team
 from gt_jax.errors import Refused

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax import checkpoint, train
-from gt_jax.checkpoint_runs import RunCheckpoints
+from gt_jax import train
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.runs import RunCheckpoints
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.layout import parse
 from gt_jax.configs.optimizer import OptimizerConfig
@@ -22,7 +24,6 @@ from gt_jax.growth.under_served import under_served
 from gt_jax.models.language_model import abstract
 from gt_jax.training.loop import make_trainer
 from gt_jax.training.thaw import kept, moving
-from gt_jax.tree_paths import flatten
 from tests.support import perturbed, small_model
 
 MODEL = small_model("G*3", adaptive=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gt_jax.checkpoint_files import CHUNK, sync
+from gt_jax.checkpoints.folders import CHUNK, sync
 
 _DESCRIPTION = "zarr.json"
 

@@ -3,7 +3,7 @@
 - A slice is a run of values in C order. It covers whole chunks, so that no chunk is read twice; an array stored as one
   chunk is one slice, whatever the limit.
 - `SliceReader.read` returns at once; several slices can be under way. While it is read a slice takes twice its bytes.
-- Beside gt_jax.checkpoint the only file that imports TensorStore; its errors become `Damaged`.
+- Beside gt_jax.checkpoints.checkpoint the only file that imports TensorStore; its errors become `Damaged`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import jax
 import numpy as np
 import tensorstore
 
-from gt_jax.checkpoint_arrays import Shape, split_axis
-from gt_jax.checkpoint_files import CHUNK, Damaged
-from gt_jax.tree_paths import LeafDigest
+from gt_jax.checkpoints.arrays import Shape, split_axis
+from gt_jax.checkpoints.folders import CHUNK, Damaged
+from gt_jax.checkpoints.tree_paths import LeafDigest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gt_jax import checkpoint
-from gt_jax.checkpoint import on_primary
-from gt_jax.checkpoint_files import (
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.checkpoint import on_primary
+from gt_jax.checkpoints.folders import (
     UNFINISHED,
     Damaged,
     StrPath,

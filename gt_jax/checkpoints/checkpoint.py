@@ -6,7 +6,7 @@
 - The metadata (`config`, `step`, `kind`, ...) and files.json, every file with its size, are in the same rename: half a
   copy of a checkpoint is found out before a value is read. So is checksums.json, by which a run that is resumed finds
   out about bits that have changed.
-- Arrays that are written value by value (checkpoint_arrays) lie in a folder each; here they become a checkpoint.
+- Arrays that are written value by value (`arrays`) lie in a folder each; here they become a checkpoint.
 - The only file that imports Orbax; its logging stays silent, its errors become `Refused`, `Damaged` or `OSError`.
 """
 
@@ -32,7 +32,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax.checkpoint_files import (
+from gt_jax.checkpoints.folders import (
     CHUNK,
     UNFINISHED,
     Damaged,
@@ -44,11 +44,11 @@ from gt_jax.checkpoint_files import (
     resolve,
     sync,
 )
-from gt_jax.checkpoint_slices import SliceReader, writing_axes
+from gt_jax.checkpoints.slices import SliceReader, writing_axes
+from gt_jax.checkpoints.tree_paths import combine_digests, differences, flatten, nest, storable
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.processes import Team
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.tree_paths import combine_digests, differences, flatten, nest, storable
 
 _BROKEN = (ValueError, KeyError, TypeError, OSError)  # what Orbax and TensorStore raise on a broken file
 _MOMENT = 0.2  # seconds

@@ -31,8 +31,8 @@ from gt_jax.configs import presets
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, run_command
 from gt_jax.growth import noise
-from gt_jax.growth.behind import WriteBehind
 from gt_jax.growth.pipeline import PIECES, pieces, throttled
+from gt_jax.growth.write_behind import WriteBehind
 from gt_jax.models import language_model
 from gt_jax.text.token_bytes import default_texts, token_table
 

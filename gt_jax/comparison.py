@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Int
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, everywhere
 from gt_jax.errors import Refused
+from gt_jax.growth.layer_states import gains_of
 from gt_jax.growth.plan import Plan
-from gt_jax.growth.states import gains_of
 from gt_jax.inside import Inside, inside_rows
 from gt_jax.models.language_model import LanguageModel, fixed_passes, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl

@@ -27,11 +27,11 @@ from gt_jax.configs.layout import Layout, parse
 from gt_jax.devices.flags import add_process_flags, several, wrong_process_flags
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.files import write_whole
-from gt_jax.growth import report
+from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
-from gt_jax.growth.entries import Plan, read_plan
 from gt_jax.growth.layer_map import EXAMPLE, read_map
 from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, fitted, identity_plan, make_plan
+from gt_jax.growth.plan_entries import Plan, read_plan
 from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, reference
 from gt_jax.growth.rounding import ROUNDS
 from gt_jax.growth.rules import CARRIES, check_noise
@@ -320,12 +320,12 @@ def _dry_run(plan: Plan, settings: Mapping[str, Any], source: _Source | None,
              warnings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The dry run's JSON object, and its lines."""
     shown = {**plan.to_json(), **settings, "warnings": list(warnings)}
-    lines = [*report.plan_lines(plan), f"carry {settings['carry']}, noise {settings['noise_std']:g} with seed "
+    lines = [*plan_table.plan_lines(plan), f"carry {settings['carry']}, noise {settings['noise_std']:g} with seed "
              f"{settings['seed']}, recipe {settings['recipe'] or 'none'}"]
     if source is not None:
         tensors, dropped = _tensors(plan, settings, source)
         shown |= {"tensors": tensors, "dropped": list(dropped), "bytes": sum(row["bytes"] for row in tensors)}
-        lines += ["", *report.tensor_lines(tensors, dropped)]
+        lines += ["", *plan_table.tensor_lines(tensors, dropped)]
     return shown, lines
 
 
@@ -349,8 +349,8 @@ def _grow(args: argparse.Namespace, plan: Plan, settings: Mapping[str, Any],
         progress=(lambda line: print(line, file=sys.stderr, flush=True)) if first else None)
     shown: dict[str, Any] = {"source": str(args.source), "target": str(args.target), "plan": plan.to_json(),
                              **settings, "report": result}
-    lines = [*report.plan_lines(plan), "", f"{args.target}: {result['tensors']} tensors, "
-             f"{report.size(result['bytes'])}, {result['seconds']:.1f} s; {len(result['dropped'])} tensors dropped"]
+    lines = [*plan_table.plan_lines(plan), "", f"{args.target}: {result['tensors']} tensors, "
+             f"{plan_table.size(result['bytes'])}, {result['seconds']:.1f} s; {len(result['dropped'])} tensors dropped"]
     if args.verify_text:
         from gt_jax import verify
         shown["verify"] = verify.verify(args.source, args.target, text=[str(path) for path in args.verify_text])

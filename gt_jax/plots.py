@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gt_jax.growth.entries import Plan
+from gt_jax.growth.plan_entries import Plan
 
 Number = float | int | np.number
 # Okabe and Ito's palette, told apart by colour-blind readers; the first curve, the source, is dark grey.

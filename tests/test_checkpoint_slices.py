@@ -18,8 +18,8 @@ from gt_jax.checkpoints.checkpoint import Damaged
 from gt_jax.checkpoints.folders import publish
 from gt_jax.checkpoints.slices import SliceReader, cut
 from gt_jax.checkpoints.tree_paths import flatten, nest
-from gt_jax.growth.behind import Countdown, WriteBehind
 from gt_jax.growth.pipeline import pieces
+from gt_jax.growth.write_behind import Countdown, WriteBehind
 
 METADATA = {"config": {}, "kind": "random"}
 SHAPES = [(), (5,), (5, 7), (2, 20, 4, 6), (3, 1, 5), (7, 11), (1, 13, 3)]

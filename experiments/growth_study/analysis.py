@@ -19,7 +19,7 @@ from experiments.growth_study.engine import Engine
 from experiments.growth_study.study import Batch, StudyConfig
 from gt_jax.configs.layout import Layout, Segment
 from gt_jax.errors import Failed
-from gt_jax.growth.entries import Entry, Plan
+from gt_jax.growth.plan_entries import Entry, Plan
 from gt_jax.growth.repetition import Repetition
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.typing import Tree

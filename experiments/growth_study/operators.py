@@ -18,8 +18,8 @@ from experiments.growth_study.study import Batch, StudyConfig
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.growth import repetition
-from gt_jax.growth.entries import Plan
 from gt_jax.growth.plan import identity_plan, make_plan
+from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.training.thaw import moving
 from gt_jax.typing import Tree

@@ -30,8 +30,8 @@ from jaxtyping import Array, Float
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, on_mesh, reshard
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.growth.entries import Plan
-from gt_jax.growth.states import States, columns, gains_of, states_after, with_gains
+from gt_jax.growth.layer_states import States, columns, gains_of, states_after, with_gains
+from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.transform import target_config
 from gt_jax.models.language_model import LanguageModel, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl, stream_mean

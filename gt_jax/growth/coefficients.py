@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from gt_jax.growth.entries import share
+from gt_jax.growth.plan_entries import share
 from gt_jax.growth.repetition import LayerRepetition
 
 COEFFICIENTS = ("schedule", "expected")

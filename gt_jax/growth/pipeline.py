@@ -28,11 +28,11 @@ from gt_jax.checkpoints.arrays import ArrayFiles, Extent, write_at
 from gt_jax.checkpoints.folders import CHUNK, sync
 from gt_jax.checkpoints.slices import Slice, SliceReader
 from gt_jax.checkpoints.tree_paths import LeafDigest
-from gt_jax.growth.behind import Countdown, WriteBehind
-from gt_jax.growth.finite import first_not_finite
+from gt_jax.growth.finite_check import first_not_finite
 from gt_jax.growth.journal import Journal
 from gt_jax.growth.rules import treatment
 from gt_jax.growth.transform import Leaf, grow_slice
+from gt_jax.growth.write_behind import Countdown, WriteBehind
 
 PIECES = (2**21, 2**17, 2**13)  # values; the large one and its result stay in a core's cache
 _AHEAD = 2**26  # bytes under way at most, each way, however large the budget

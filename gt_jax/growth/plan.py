@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 from gt_jax.configs.layout import Layout, Segment, parse
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS, own_mass, pass_weights, strengths
-from gt_jax.growth.entries import Entry, Plan, depth_of
 from gt_jax.growth.layer_map import spelled
+from gt_jax.growth.plan_entries import Entry, Plan, depth_of
 from gt_jax.growth.repetition import MOST_PASSES, Repetition
 from gt_jax.growth.rounding import ROUNDS, rounded, unit
 

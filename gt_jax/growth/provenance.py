@@ -7,7 +7,7 @@ from typing import Any
 
 from gt_jax.checkpoints.folders import StrPath
 from gt_jax.errors import Refused
-from gt_jax.growth.entries import Plan
+from gt_jax.growth.plan_entries import Plan
 
 
 def grown_plan(metadata: Mapping[str, Any]) -> Plan | None:

@@ -30,11 +30,11 @@ from gt_jax.devices.processes import Team
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import room_matters
 from gt_jax.growth.journal import Journal
-from gt_jax.growth.leftovers import Leftovers, identity_of
 from gt_jax.growth.pipeline import Budget, Pipeline, Settings, feeds, throttled
 from gt_jax.growth.plan import Plan
 from gt_jax.growth.rules import check_noise
 from gt_jax.growth.transform import child_abstract, match, target_config
+from gt_jax.growth.unfinished import UnfinishedGrowth, identity_of
 from gt_jax.text.tokenizers import tokenizer_of
 
 MEMORY = 2 * 2**30
@@ -53,7 +53,7 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str,
     The report holds "tensors", "bytes", "kept" (source tensors whose part `resume` took over), "dropped", "seconds",
     "config" and "grown_from". Where `jax.distributed` runs several processes, each of them calls it, with `target` on a
     disk that all see. Raises `Refused`, with nothing left behind, for everything that does not fit: paths, plan, values
-    that are not finite, a budget below what the source's chunks need, leftovers of another growth. OSError when the
+    that are not finite, a budget below what the source's chunks need, an unfinished growth of another plan or source. OSError when the
     disk is full: then, as after a kill, `target` does not exist and `resume` goes on.
     """
     team, started = Team(), time.monotonic()
@@ -75,8 +75,8 @@ class _Growth:
     def __init__(self, source: StrPath, target: StrPath, plan: Plan, carry: str, noise_std: float, seed: int,
                  dtype: str | None, memory: int, resume: bool) -> None:
         self.where, self.place = _paths(source, target)
-        self.leftovers = Leftovers(self.place)
-        self.leftovers.refuse_unless(resume)
+        self.unfinished = UnfinishedGrowth(self.place)
+        self.unfinished.refuse_unless(resume)
         stored, source_metadata = checkpoint.describe(self.where)
         source_config = checkpoint.model_config(self.where, stored, source_metadata)
         config = target_config(source_config, plan, _known(dtype))
@@ -105,25 +105,25 @@ class _Growth:
         with room_matters(self.place):
             stack.enter_context(only_writer(self.place))
             _refuse_existing(self.place)  # another process may have finished it meanwhile
-            self.leftovers.refuse_another(self.identity)
-            if self.leftovers.whole() is None:
-                self.leftovers.begin(self.identity)
-                (self.leftovers.folder / "state").mkdir(exist_ok=True)
+            self.unfinished.refuse_another(self.identity)
+            if self.unfinished.whole() is None:
+                self.unfinished.begin(self.identity)
+                (self.unfinished.folder / "state").mkdir(exist_ok=True)
 
     def work(self, team: Team, say: Progress) -> tuple[int, dict[str, Any]]:
         """Compare what is finished with the source, make the rest; (source tensors kept, metadata of the target)."""
-        whole, finished = team.agree(lambda: (self.leftovers.whole(), self.leftovers.finished()))
+        whole, finished = team.agree(lambda: (self.unfinished.whole(), self.unfinished.finished()))
         self.described = whole is not None
         kept = self.model.keys() if whole else finished.keys()
         digests = self._compare(team, kept, finished, say)
         if whole is None:
             self._make(team, [name for name in self.model if name not in kept], say)
-            digests = team.agree(self.leftovers.finished)
+            digests = team.agree(self.unfinished.finished)
         if digests.keys() != self.model.keys():
-            raise Failed(f"the journals in {self.leftovers.folder} lack source tensors; was it changed meanwhile?")
+            raise Failed(f"the journals in {self.unfinished.folder} lack source tensors; was it changed meanwhile?")
         content = combine_digests(digests)
         if whole is not None and (there := whole["grown_from"]["content_hash"]) != content:
-            self.leftovers.refuse_another_source([f"content_hash: {there} there, {content} now"])
+            self.unfinished.refuse_another_source([f"content_hash: {there} there, {content} now"])
         grown_from = {**self.metadata["grown_from"], "content_hash": content}
         return len(kept), whole or {**self.metadata, "grown_from": grown_from}
 
@@ -131,15 +131,15 @@ class _Growth:
         """On all processes: the arrays become a checkpoint."""
         if not self.described:
             with room_matters(self.place):
-                checkpoint.write_metadata(self.leftovers.folder, [leaf.path for leaf in self.leaves], metadata)
+                checkpoint.write_metadata(self.unfinished.folder, [leaf.path for leaf in self.leaves], metadata)
 
     def publish(self) -> None:
         """On process 0: the checkpoint gets its name."""
         with room_matters(self.place):
             if not self.described:
-                note_files(self.leftovers.folder)
-                self.leftovers.forget_journals()
-            rename(self.leftovers.folder, self.place)
+                note_files(self.unfinished.folder)
+                self.unfinished.forget_journals()
+            rename(self.unfinished.folder, self.place)
 
     def _compare(self, team: Team, kept: Collection[str], finished: Mapping[str, str], say: Progress) -> dict[str, str]:
         """Digests, as they are now, of the source tensors whose part is kept; raises `Refused` naming changed ones."""
@@ -149,7 +149,7 @@ class _Growth:
                 f"{_gib(sum(_nbytes(self.model[name]) for name in share))}")
         own = team.agree(lambda: {name: self.reader.digest(name, self.budget.slice) for name in share})
         digests = {name: digest for part in team.gather(own) for name, digest in part.items()}
-        self.leftovers.refuse_another_source(sorted(
+        self.unfinished.refuse_another_source(sorted(
             f"{name} holds other values than those that were grown" for name, digest in digests.items()
             if finished.get(name, digest) != digest))
         return digests
@@ -178,17 +178,17 @@ class _Growth:
             return [pipeline.source_problems, pipeline.target_problems]
 
         journal = team.agree(lambda: self._journal(team.index))
-        pipeline = Pipeline(self.reader, fed, self.leftovers.folder / "state", journal, self.settings, self.budget)
+        pipeline = Pipeline(self.reader, fed, self.unfinished.folder / "state", journal, self.settings, self.budget)
         found = team.gather(team.agree(run))
         source, target = ([line for part in found for line in part[which]] for which in (0, 1))
         if (source or target) and team.first:
-            self.leftovers.discard()
+            self.unfinished.discard()
         refuse_all(source, f"source {self.where} has values that are not finite; grow from an earlier step:")
         refuse_all(target, "the target's values are not finite; nothing is left of this growth:")
 
     def _journal(self, process: int) -> Journal:
         with room_matters(self.place):
-            return Journal(self.leftovers.folder, process, self.identity)
+            return Journal(self.unfinished.folder, process, self.identity)
 
     def _refuse_small_budget(self) -> None:
         """Raise `Refused` naming the source tensors whose chunks are too large for the budget."""

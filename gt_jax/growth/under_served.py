@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from gt_jax.growth.entries import Plan
+from gt_jax.growth.plan_entries import Plan
 
 _ROUNDING = 1e-6
 

@@ -21,7 +21,7 @@ from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.models.layers.memory_stream import Memory
 from gt_jax.models.layers.primitives import widen
 from gt_jax.models.memory_chunks import over_chunks
-from gt_jax.training.accumulate import in_parts
+from gt_jax.training.accumulation import in_parts
 from gt_jax.training.loss import unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State
 from gt_jax.training.price import Phase, move_price, phase, price_loss

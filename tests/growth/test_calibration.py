@@ -18,10 +18,10 @@ from gt_jax.configs.layout import parse
 from gt_jax.configs.model import HyperConfig, MemoryConfig
 from gt_jax.devices.sharding import Rules, lay_out, mesh_for_rows
 from gt_jax.errors import Refused
-from gt_jax.growth import states
+from gt_jax.growth import layer_states
 from gt_jax.growth.calibration import Sync, calibrate_gains, sync_points
-from gt_jax.growth.entries import Entry, Plan
 from gt_jax.growth.plan import block_plan, identity_plan, make_plan
+from gt_jax.growth.plan_entries import Entry, Plan
 from gt_jax.growth.repetition import from_json
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.models.language_model import LanguageModel, abstract, fixed_passes, free_passes
@@ -59,7 +59,7 @@ def grown():
 
 
 def scrambled(child, tree):
-    return states.with_gains(child, tree, states.gains_of(child, tree) * SCRAMBLE)
+    return layer_states.with_gains(child, tree, layer_states.gains_of(child, tree) * SCRAMBLE)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def recovered(grown):
 
 def test_scrambled_gains_are_found_again(grown, recovered):
     _, child, tree = grown
-    truth = states.gains_of(child, tree)
-    np.testing.assert_allclose(states.gains_of(child, recovered.variables), truth, atol=2e-3)
+    truth = layer_states.gains_of(child, tree)
+    np.testing.assert_allclose(layer_states.gains_of(child, recovered.variables), truth, atol=2e-3)
     report = recovered.report
     np.testing.assert_array_equal(report["gains"]["before"], (truth * SCRAMBLE).astype(np.float32))
     for part in (report["fitted"], report["held_out"]):
@@ -99,7 +99,7 @@ def test_only_gains_change(grown, recovered):
 @pytest.mark.parametrize(("objective", "ridge"), [("kl", 1e-3), ("kl", 0.0), ("blocks", 1e-3)])
 def test_the_loss_never_rises_from_wherever_it_starts(grown, objective, ridge):
     variables, child, tree = grown
-    start = states.with_gains(child, tree, np.array([3.0, -2.0, 0.1], np.float32))
+    start = layer_states.with_gains(child, tree, np.array([3.0, -2.0, 0.1], np.float32))
     report = calibrate_gains(SOURCE, variables, child, start, PLAN, [batch(1)], objective=objective, ridge=ridge).report
     assert report["iterations"] == len(report["loss"]) - 1 >= 1
     assert np.all(np.diff(report["loss"]) <= 0) and report["loss"][-1] < 0.9 * report["loss"][0]
@@ -125,11 +125,11 @@ def test_columns_equal_central_differences_in_float64():
         one = {name: array[:, :16] for name, array in batch(1).items()}
 
         def state(gains: jax.Array) -> jax.Array:
-            own = states.with_gains(config, variables, gains)
-            return states.states_after(config, Rules(), own, (0, 1), one, free_passes())
+            own = layer_states.with_gains(config, variables, gains)
+            return layer_states.states_after(config, Rules(), own, (0, 1), one, free_passes())
 
         gains = jnp.asarray([1.1, 0.8], jnp.float64)
-        value, columns = jax.jit(lambda g: states.columns(state, g))(gains)
+        value, columns = jax.jit(lambda g: layer_states.columns(state, g))(gains)
         moved = jax.jit(state)
         assert value.dtype == columns.dtype == np.float64 and columns.shape == (2, 2, 2, 16, 32)
         for layer, column in enumerate(columns):
@@ -145,7 +145,7 @@ def test_states_are_those_of_the_model():
 
     def logits(variables, tokens, ids):
         given = {"tokens": tokens, "segment_ids": ids}
-        last = states.states_after(config, Rules(), variables, (1,), given, free_passes())[0]
+        last = layer_states.states_after(config, Rules(), variables, (1,), given, free_passes())[0]
         return LanguageModel(config).apply(variables, jnp.mean(last, axis=2), method=LanguageModel.unembed)
 
     got = jax.jit(logits)(variables, one["tokens"], one["segment_ids"])
@@ -202,7 +202,7 @@ def test_models_that_do_not_belong_together_are_refused(grown):
     refused("not one of blocks, final, kl", 5, good[5], objective="mse")
     refused("ridge is -1", 5, good[5], ridge=-1.0)
     refused("at least 1", 5, good[5], iterations=0)
-    refused("not finite", 3, states.with_gains(child, tree, np.full(3, np.nan, np.float32)))
+    refused("not finite", 3, layer_states.with_gains(child, tree, np.full(3, np.nan, np.float32)))
 
 
 @pytest.fixture(scope="module")

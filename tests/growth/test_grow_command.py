@@ -15,7 +15,7 @@ from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import presets
 from gt_jax.configs.model import HyperConfig
 from gt_jax.errors import Refused
-from gt_jax.growth.entries import Plan, read_plan
+from gt_jax.growth.plan_entries import Plan, read_plan
 from gt_jax.models import language_model
 
 REFERENCE = [2, 1, 2, 3, 2, 3, 4, 3]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gt_jax.growth import noise
-from gt_jax.growth.finite import first_not_finite
+from gt_jax.growth.finite_check import first_not_finite
 
 
 @pytest.fixture(scope="module")

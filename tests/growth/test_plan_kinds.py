@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from gt_jax.configs import layout
 from gt_jax.errors import Refused
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
-from gt_jax.growth.entries import Entry, Plan, read_plan
 from gt_jax.growth.layer_map import read_map, spelled
 from gt_jax.growth.plan import PASSES_FROM, PLANS, fitted, identity_plan, make_plan
+from gt_jax.growth.plan_entries import Entry, Plan, read_plan
 from gt_jax.growth.repetition import LayerRepetition, Repetition, reference
 
 ALPHA = (1.0, 0.7, 0.5, 0.35)

@@ -18,7 +18,7 @@ from gt_jax.configs.run import RunConfig, TrainConfig, differences
 from gt_jax.configs.thaw import ThawConfig
 from gt_jax.devices.sharding import Rules, lay_out, make_mesh
 from gt_jax.errors import Refused
-from gt_jax.growth.entries import Entry, Plan
+from gt_jax.growth.plan_entries import Entry, Plan
 from gt_jax.growth.provenance import stored_plan
 from gt_jax.growth.under_served import under_served
 from gt_jax.models.language_model import abstract

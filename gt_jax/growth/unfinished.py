@@ -20,7 +20,7 @@ from gt_jax.growth.journal import gather_journals, read_journals
 _HASH = "content_hash"
 
 
-class Leftovers:
+class UnfinishedGrowth:
     """The unfinished growth of one target, as it is on disk."""
 
     def __init__(self, target: Path) -> None:

@@ -28,9 +28,8 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 import numpy as np
 
 from gt_jax.errors import Refused
-from gt_jax.plots import plot_depth, plot_growth
 
-__all__ = ["Recorder", "keep_until", "plot_depth", "plot_growth", "read_metrics", "seconds_of", "short", "table",
+__all__ = ["Recorder", "keep_until", "read_metrics", "seconds_of", "short", "table",
            "to_json"]
 
 Stream = TextIO | io.TextIOBase

@@ -1,1 +1,1 @@
-"""Growth: measured pass counts to a plan, the plan to a deeper model. Pure on pytrees; `stream` works on checkpoints."""
+"""Growth: measured pass counts become a plan, the plan a deeper model. Pure on pytrees; `stream` reads checkpoints."""

@@ -53,8 +53,8 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str,
     The report holds "tensors", "bytes", "kept" (source tensors whose part `resume` took over), "dropped", "seconds",
     "config" and "grown_from". Where `jax.distributed` runs several processes, each of them calls it, with `target` on a
     disk that all see. Raises `Refused`, with nothing left behind, for everything that does not fit: paths, plan, values
-    that are not finite, a budget below what the source's chunks need, an unfinished growth of another plan or source. OSError when the
-    disk is full: then, as after a kill, `target` does not exist and `resume` goes on.
+    that are not finite, a budget below what the source's chunks need, another growth that is unfinished. OSError when
+    the disk is full: then, as after a kill, `target` does not exist and `resume` goes on.
     """
     team, started = Team(), time.monotonic()
     growth = team.agree(lambda: _Growth(source, target, plan, carry, float(noise_std), seed, dtype, memory, resume))

@@ -23,11 +23,19 @@ from gt_jax.checkpoints.folders import StrPath, prepare_parent, publish
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.interop.expected import TOKENS, Expected, block_shape, expect, mismatches, origin_infos, pass_strengths
-from gt_jax.interop.infer import infer
-from gt_jax.interop.names import Leaf
-from gt_jax.interop.sources import Source, summary
+from gt_jax.interop.expected_tensors import (
+    TOKENS,
+    Expected,
+    block_shape,
+    expect,
+    mismatches,
+    origin_infos,
+    pass_strengths,
+)
+from gt_jax.interop.inferred_config import infer
+from gt_jax.interop.shards import Source, summary
 from gt_jax.interop.tensor_files import Info, groups
+from gt_jax.interop.tensor_names import Leaf
 
 STAGE = ".converting"
 
@@ -135,7 +143,7 @@ def _convert(source: Source, leaf: Leaf, tensor: Any, stage: Path) -> None:
     """One leaf of ours from the tensors of its blocks, a block at a time."""
     files, shape = _leaf_files(stage, leaf.path, tensor), block_shape(leaf, tensor)
     for block, name in enumerate(leaf.origins):
-        value = leaf.form.to_ours(source.read(name), shape)
+        value = leaf.transform.to_ours(source.read(name), shape)
         files.write(block * value.size, value.astype(files.dtype, copy=False))
     files.sync()
 

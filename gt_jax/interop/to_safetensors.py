@@ -27,11 +27,11 @@ from gt_jax.checkpoints.tree_paths import differences
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.presets import preset
 from gt_jax.errors import Failed, Refused, refuse_all
-from gt_jax.interop.expected import Expected, expect, origin_infos
-from gt_jax.interop.infer import DEFAULTS
-from gt_jax.interop.names import alpha_names
+from gt_jax.interop.expected_tensors import Expected, expect, origin_infos
+from gt_jax.interop.inferred_config import DEFAULTS
 from gt_jax.interop.safetensors import Writer
 from gt_jax.interop.tensor_files import Info, groups, same_bytes
+from gt_jax.interop.tensor_names import alpha_names
 from gt_jax.interop.to_orbax import Progress, refuse_existing
 
 _MODEL = ("params/", "statistics/")
@@ -137,7 +137,7 @@ def _write(where: Path, expected: Expected, config: ModelConfig, tensors: Mappin
         for leaf in group:
             value = values.pop(leaf.path)
             for block, name in enumerate(leaf.origins):
-                piece = leaf.form.to_origin(value[block, ...] if leaf.stacked else value)
+                piece = leaf.transform.to_origin(value[block, ...] if leaf.stacked else value)
                 writer.put(name, _formed(name, piece, tensors[name]))
             done += value.nbytes
             del value

@@ -2,10 +2,10 @@
 
 import pytest
 
-from gt_jax.interop import expected
+from gt_jax.interop import expected_tensors
 from tests.interop import origin
 
 
 @pytest.fixture(autouse=True)
 def contract_leaves(monkeypatch):
-    monkeypatch.setattr(expected, "model_leaves", origin.contract)
+    monkeypatch.setattr(expected_tensors, "model_leaves", origin.contract)

@@ -11,11 +11,11 @@ import signal
 import sys
 
 from gt_jax.errors import run_command
-from gt_jax.interop import expected, tensor_files, to_orbax, to_safetensors
+from gt_jax.interop import expected_tensors, tensor_files, to_orbax, to_safetensors
 from tests.growth.killed_growth import changes_something
 from tests.interop import origin
 
-expected.model_leaves = origin.contract
+expected_tensors.model_leaves = origin.contract
 LIMIT = 200_000  # bytes: several groups
 
 

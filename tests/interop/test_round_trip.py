@@ -10,7 +10,7 @@ from orbax.checkpoint import v1 as ocp
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.model import EmbeddingConfig, ModelConfig
-from gt_jax.interop.sources import Source
+from gt_jax.interop.shards import Source
 from gt_jax.interop.to_orbax import to_orbax
 from gt_jax.interop.to_safetensors import to_safetensors
 from gt_jax.models import language_model

@@ -8,7 +8,7 @@ import pytest
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.errors import Refused
-from gt_jax.interop.sources import Source
+from gt_jax.interop.shards import Source
 from gt_jax.interop.to_orbax import to_orbax
 from gt_jax.text.vocabulary_files import read_tokens
 from tests.interop import origin

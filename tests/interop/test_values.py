@@ -5,7 +5,7 @@ import pytest
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.tree_paths import flatten
-from gt_jax.interop import expected
+from gt_jax.interop import expected_tensors
 from gt_jax.interop.to_orbax import to_orbax
 from tests.interop import origin
 
@@ -20,7 +20,7 @@ def case(tmp_path_factory):
     folder = tmp_path_factory.mktemp("values")
     there = origin.state()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expected, "model_leaves", origin.contract)
+        patch.setattr(expected_tensors, "model_leaves", origin.contract)
         to_orbax([origin.write(folder / "source.safetensors", there)], folder / "target", overrides=origin.OVERRIDES)
     return there, flatten(checkpoint.load(folder / "target"))
 

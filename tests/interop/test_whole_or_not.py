@@ -15,8 +15,8 @@ from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import EmbeddingConfig
 from gt_jax.errors import Refused
-from gt_jax.interop import expected, tensor_files, to_orbax, to_safetensors
-from gt_jax.interop.sources import Source
+from gt_jax.interop import expected_tensors, tensor_files, to_orbax, to_safetensors
+from gt_jax.interop.shards import Source
 from tests.interop import killed_conversion, origin
 from tests.interop.origin import CONFIG, OVERRIDES
 
@@ -26,7 +26,7 @@ def case(tmp_path_factory):
     """(source file, its conversion)."""
     folder = tmp_path_factory.mktemp("case")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expected, "model_leaves", origin.contract)
+        patch.setattr(expected_tensors, "model_leaves", origin.contract)
         source = origin.write(folder / "source.safetensors", origin.state())
         to_orbax.to_orbax([source], folder / "ours", overrides=OVERRIDES)
     return source, folder / "ours"

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.interop.names import canonical
 from gt_jax.interop.safetensors import SafetensorsFile
 from gt_jax.interop.tensor_files import Info, TensorFile, same_bytes
+from gt_jax.interop.tensor_names import canonical
 from gt_jax.interop.torch_files import TorchFile
 
 _INDEX = ".index.json"

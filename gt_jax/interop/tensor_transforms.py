@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class Transform:
     """The same axes on both sides. `flat`: a matrix that the origin may also hold as one axis."""
 
     flat: bool = False
@@ -42,7 +42,7 @@ class Form:
 
 
 @dataclasses.dataclass(frozen=True)
-class Flat(Form):
+class Flat(Transform):
     """[h, k] here, [h * k] there."""
 
     def origin_shape(self, ours: Shape) -> Shape:
@@ -50,7 +50,7 @@ class Flat(Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class Row(Form):
+class Row(Transform):
     """One output of a linear layer: [*s] here, [1, *s] there."""
 
     def origin_shape(self, ours: Shape) -> Shape:
@@ -58,7 +58,7 @@ class Row(Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class Matrix(Form):
+class Matrix(Transform):
     """[*in, *out] here with `inputs` axes of input, [out, in] there."""
 
     inputs: int = 1
@@ -74,7 +74,7 @@ class Matrix(Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class Taps(Form):
+class Taps(Transform):
     """A depthwise convolution: [taps, h, k] here, [h * k, 1, taps] there."""
 
     def origin_shape(self, ours: Shape) -> Shape:

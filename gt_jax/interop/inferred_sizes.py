@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from gt_jax.errors import Refused
-from gt_jax.interop.names import DELTANET, GSA
 from gt_jax.interop.tensor_files import Info
+from gt_jax.interop.tensor_names import DELTANET, GSA
 
 Key = tuple[str, ...]
 

@@ -16,7 +16,7 @@ from gt_jax.configs.json_config import merged
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.presets import preset
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.interop.sizes import Key, Sizes, layer_types
+from gt_jax.interop.inferred_sizes import Key, Sizes, layer_types
 from gt_jax.interop.tensor_files import Info
 
 DEFAULTS = "3b"

@@ -11,9 +11,9 @@ import numpy as np
 
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import ModelConfig
-from gt_jax.interop.names import ALPHA, Leaf, alpha_names, leaves
-from gt_jax.interop.sources import Source
+from gt_jax.interop.shards import Source
 from gt_jax.interop.tensor_files import Info
+from gt_jax.interop.tensor_names import ALPHA, Leaf, alpha_names, leaves
 
 TOKENS = ("statistics/embedding/token_bytes", "statistics/embedding/token_length")
 _GAIN = "/gain"
@@ -57,7 +57,7 @@ def block_shape(leaf: Leaf, tensor: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 def origin_infos(expected: Expected, config: ModelConfig) -> dict[str, Info]:
     """Shape and dtype of every tensor of the origin as we write it, the buffers of pass strengths included."""
-    found = {name: Info(leaf.form.origin_shape(block_shape(leaf, tensor)), np.dtype(tensor.dtype))
+    found = {name: Info(leaf.transform.origin_shape(block_shape(leaf, tensor)), np.dtype(tensor.dtype))
              for leaf in expected.leaves for tensor in [expected.tensors[leaf.path]] for name in leaf.origins}
     passes = () if config.adaptive is None else (config.adaptive.max_passes,)
     return found | {name: Info(passes, np.dtype(np.float32)) for name in alpha_names(config)}
@@ -79,8 +79,8 @@ def mismatches(source: Source, expected: Expected, config: ModelConfig) -> list[
 
 def _misfit(leaf: Leaf, tensor: jax.ShapeDtypeStruct, found: Info) -> str | None:
     shape = block_shape(leaf, tensor)
-    if not leaf.form.fits(found.shape, shape):
-        return f"has shape {list(found.shape)}; {list(leaf.form.origin_shape(shape))} is expected"
+    if not leaf.transform.fits(found.shape, shape):
+        return f"has shape {list(found.shape)}; {list(leaf.transform.origin_shape(shape))} is expected"
     if not exact(found.dtype, tensor.dtype):
         return f"is {found.dtype}; {tensor.dtype}, which this config stores, does not hold its values exactly"
     return None

@@ -13,12 +13,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from gt_jax.configs.model import ModelConfig
-from gt_jax.interop.forms import Flat, Form, Matrix, Row, Taps
+from gt_jax.interop.tensor_transforms import Flat, Matrix, Row, Taps, Transform
 
-SAME, FLAT, ROW, TAPS = Form(), Flat(), Row(), Taps()
+SAME, FLAT, ROW, TAPS = Transform(), Flat(), Row(), Taps()
 LINEAR, MERGED = Matrix(), Matrix(inputs=2)
 
-Table = tuple[tuple[str, str, Form], ...]
+Table = tuple[tuple[str, str, Transform], ...]
 
 DELTANET: Table = (
     ("q_proj.weight", "query/w", LINEAR),
@@ -75,7 +75,7 @@ HYPER: Table = (
     ("coeffs.b_post", "post/b", SAME),
     ("coeffs.alpha_post", "post/alpha", SAME),
     ("coeffs.phi_res.weight", "res/w", MERGED),
-    ("coeffs.b_res", "res/b", Form(flat=True)),
+    ("coeffs.b_res", "res/b", Transform(flat=True)),
     ("coeffs.alpha_res", "res/alpha", SAME),
 )
 HALTING: Table = (
@@ -115,7 +115,7 @@ class Leaf(NamedTuple):
     """A leaf of ours and the origin's names of its blocks in order; `stacked` if it has a block axis."""
 
     path: str
-    form: Form
+    transform: Transform
     origins: tuple[str, ...]
     stacked: bool
 

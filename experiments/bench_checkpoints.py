@@ -195,7 +195,7 @@ def said(report: Mapping[str, Any]) -> str:
 
 def lines(report: Mapping[str, Any]) -> list[str]:
     """The result for a reader."""
-    from gt_jax.metrics import table
+    from gt_jax.monitoring.metrics import table
 
     return [said(report), table(rows(report), list(HEAD))]
 

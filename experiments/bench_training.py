@@ -166,7 +166,7 @@ def said(report: Mapping[str, Any]) -> str:
 
 def lines(report: Mapping[str, Any]) -> list[str]:
     """The result for a reader."""
-    from gt_jax.metrics import table
+    from gt_jax.monitoring.metrics import table
 
     failed = [f"{model['model']}: {words}" for model in report["models"] for words in model["failures"].values()]
     return [said(report), table(rows(report), list(HEAD)), *failed]

@@ -31,8 +31,8 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.sharding import mesh_for_rows
-from gt_jax.metrics import table
 from gt_jax.models.language_model import initialise
+from gt_jax.monitoring.metrics import table
 from gt_jax.text.batches import open_text
 from gt_jax.training.loop import make_trainer
 

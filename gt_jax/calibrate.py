@@ -98,7 +98,7 @@ def _model(place: Path) -> tuple[Any, dict[str, Any]]:
 
 def report_lines(result: dict[str, Any], target: Path) -> list[str]:
     """The result as lines for a reader."""
-    from gt_jax.metrics import table
+    from gt_jax.monitoring.metrics import table
 
     losses, held, gains = result["losses"], result["held_out"], result["gains"]
     sync = [[one["target"], one["source"], f"{one['before']:.4f}", f"{one['after']:.4f}"] for one in held["sync"]]

@@ -36,9 +36,9 @@ from gt_jax.growth.stream import grow_checkpoint
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.loading import load_model
 from gt_jax.measure import measure
-from gt_jax.metrics import Recorder, read_metrics, seconds_of, table
 from gt_jax.models.language_model import abstract, initialise
-from gt_jax.plots import plot_depth, plot_growth
+from gt_jax.monitoring.metrics import Recorder, read_metrics, seconds_of, table
+from gt_jax.monitoring.plots import plot_depth, plot_growth
 from gt_jax.text.batches import Text, open_text
 from gt_jax.training.loop import Trainer, fit, make_trainer, train_run, variables_of
 from gt_jax.training.step import evaluate

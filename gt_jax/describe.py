@@ -67,7 +67,7 @@ def describe(name: str) -> dict[str, Any]:
 def report_lines(result: dict[str, Any]) -> list[str]:
     """The result as lines for a reader."""
     from gt_jax.configs.layout import parse
-    from gt_jax.metrics import table
+    from gt_jax.monitoring.metrics import table
 
     layout = parse(result["layout"])
     rows = [[t["path"], "x".join(map(str, t["shape"])), t["dtype"], f"{t['parameters']:,}"] for t in result["tensors"]]

@@ -35,9 +35,9 @@ from gt_jax.devices.sharding import Rules, mesh_for_rows
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.intervals import Interval, ratio_interval, sums_by_unit
 from gt_jax.loading import add_text_arguments, data_config, text_config
-from gt_jax.metrics import table
 from gt_jax.models.language_model import fixed_passes, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl
+from gt_jax.monitoring.metrics import table
 from gt_jax.scoring import Units, byte_lengths, score, targets_of, units_of
 from gt_jax.text.batches import Text, open_text
 from gt_jax.text.tokenizers import Tokenizer, open_tokenizer

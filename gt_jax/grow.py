@@ -312,7 +312,7 @@ def _keep(plan: Plan, plan_out: Path | None, picture: Path | None) -> None:
     if plan_out is not None:
         write_whole(plan_out, json.dumps(plan.to_json(), indent=1, allow_nan=False) + "\n")
     if picture is not None:
-        from gt_jax.plots import plot_plan
+        from gt_jax.monitoring.plots import plot_plan
         plot_plan(plan, picture)
 
 

@@ -38,8 +38,8 @@ from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.growth.plan import Plan
 from gt_jax.growth.provenance import grown_plan, other_values
 from gt_jax.loading import add_text_arguments, data_config, text_config
-from gt_jax.metrics import table, to_json
 from gt_jax.models.language_model import abstract
+from gt_jax.monitoring.metrics import table, to_json
 from gt_jax.text.batches import Text, open_text
 from gt_jax.text.tokenizers import other_tokens, tokenizer_of
 from gt_jax.training.divisibility import indivisible_fields
@@ -313,7 +313,7 @@ def _verify(arguments: argparse.Namespace, team: Team) -> None:
 
 def _show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.picture is not None:
-        from gt_jax.plots import plot_verification
+        from gt_jax.monitoring.plots import plot_verification
 
         plot_verification(result, arguments.picture)
     print(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)))

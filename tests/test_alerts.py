@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gt_jax import alerts
 from gt_jax.configs.model import ExitConfig, MoEConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.configs.thaw import ThawConfig
-from gt_jax.metrics import Recorder, read_metrics
+from gt_jax.monitoring import alerts
+from gt_jax.monitoring.metrics import Recorder, read_metrics
 from gt_jax.training.price import phase
 from tests.support import small_model
 

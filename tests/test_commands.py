@@ -15,7 +15,7 @@ import pytest
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.runs import RunCheckpoints
-from gt_jax.metrics import read_metrics
+from gt_jax.monitoring.metrics import read_metrics
 
 TRAIN = ["--layout", "DG", "--steps", "24", "--checkpoint-every", "4", "--evaluate-every", "12", "--batch-size", "2",
          "--sequence-length", "32"]  # fmt: skip
@@ -129,8 +129,8 @@ def test_measure_grow_verify_sample_describe(folder, run, capsys, monkeypatch):
 
 def test_a_run_says_how_its_gates_stand_and_is_reported(folder, run, capsys, monkeypatch):
     from gt_jax import report
-    from gt_jax.alerts import Course, alerts
     from gt_jax.configs.run import read_run_config
+    from gt_jax.monitoring.alerts import Course, alerts
 
     config, lines = read_run_config(run), read_metrics(run / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gt_jax import metrics, plots
 from gt_jax.errors import Refused
+from gt_jax.monitoring import metrics, plots
 
 
 class Terminal(io.StringIO):
@@ -233,14 +233,14 @@ def test_pictures_are_the_same_bytes_each_time_in_each_process_without_pyplot(tm
     first = draw(tmp_path)
     assert all(content.startswith(b"\x89PNG") and b"Software" not in content for content in first)
     assert draw(tmp_path) == first
-    program = ("import sys; from gt_jax import metrics; assert 'matplotlib' not in sys.modules\n"
-               "metrics.plot_growth({'a': [(0, 1.0), (1, 2.0)]}, sys.argv[1], growth_at=1)\n"
+    program = ("import sys; from gt_jax.monitoring import plots; assert 'matplotlib' not in sys.modules\n"
+               "plots.plot_growth({'a': [(0, 1.0), (1, 2.0)]}, sys.argv[1], growth_at=1)\n"
                "assert 'matplotlib.pyplot' not in sys.modules")
     target = tmp_path / "other.png"
     done = subprocess.run([sys.executable, "-c", program, str(target)], capture_output=True, text=True, check=False,
-                          cwd=Path(metrics.__file__).parents[1])
+                          cwd=Path(metrics.__file__).parents[2])
     assert done.returncode == 0, done.stderr
-    metrics.plot_growth({"a": [(0, 1.0), (1, 2.0)]}, tmp_path / "mine.png", growth_at=1)
+    plots.plot_growth({"a": [(0, 1.0), (1, 2.0)]}, tmp_path / "mine.png", growth_at=1)
     assert target.read_bytes() == (tmp_path / "mine.png").read_bytes()
 
 

@@ -13,8 +13,10 @@ import pytest
 
 from gt_jax import report
 from gt_jax.errors import Refused
-from gt_jax.metrics import to_json
-from gt_jax.run_plots import plot_runs
+from gt_jax.monitoring import run_page
+from gt_jax.monitoring.alerts import Course
+from gt_jax.monitoring.metrics import to_json
+from gt_jax.monitoring.run_plots import plot_runs
 from tests.test_alerts import PLAIN, RUN, at, changed, healthy
 
 PNG = b"\x89PNG"
@@ -146,13 +148,13 @@ def test_what_cannot_be_reported_is_refused(folder, monkeypatch, words, says):
 
 def test_config_fields_that_differ():
     a, b = {"x": 1, "deep": {"y": [1], "z": None}}, {"x": 1, "deep": {"y": [2], "w": "v"}}
-    assert report.config_differences([a, b, a]) == [
+    assert run_page.config_differences([a, b, a]) == [
         ("deep.y", ["[1]", "[2]", "[1]"]), ("deep.z", ["null", "-", "null"]), ("deep.w", ["-", '"v"', "-"])]
-    assert report.config_differences([a, a]) == []
+    assert run_page.config_differences([a, a]) == []
 
 
 def test_curves_leave_out_audits_and_what_there_is_not():
-    course = report.Course(RUN)
+    course = Course(RUN)
     run = report.Run("r", RUN, healthy(steps=200), [])
     drawn = report.drawable(run)
     assert [r["step"] for r in drawn if "expected_k" not in r] == [s for s in range(1, 201) if course.audit(s)]

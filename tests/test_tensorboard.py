@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gt_jax.errors import Refused
-from gt_jax.metrics import Recorder
-from gt_jax.tensorboard import TensorBoard, scalars
+from gt_jax.monitoring.metrics import Recorder
+from gt_jax.monitoring.tensorboard import TensorBoard, scalars
 
 
 class Writer:

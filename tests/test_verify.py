@@ -33,7 +33,7 @@ from gt_jax.growth.transform import grow, target_config
 from gt_jax.models.language_model import abstract
 from gt_jax.models.layers.mixer import place_rows
 from gt_jax.models.layers.residual import Layer
-from gt_jax.plots import plot_verification
+from gt_jax.monitoring.plots import plot_verification
 from gt_jax.spectrum import largest_singular_value, layer_config, layer_variables, make_stretch
 from gt_jax.text.batches import open_text
 from gt_jax.training.loop import Trainer

@@ -121,7 +121,7 @@ class Leaf(NamedTuple):
 
 
 def _under(origin: str, ours: str, table: Table) -> Table:
-    return tuple((origin + name, ours + path, form) for name, path, form in table)
+    return tuple((origin + name, ours + path, transform) for name, path, transform in table)
 
 
 def _layer(mixer: Table) -> Table:

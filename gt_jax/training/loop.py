@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gt_jax.alerts import Watch
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs.data import BYTES
@@ -23,10 +22,11 @@ from gt_jax.devices.processes import Team
 from gt_jax.devices.sharding import Rules, current_sizes, everywhere, with_devices
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import room_matters, write_whole
-from gt_jax.metrics import Recorder
 from gt_jax.models.flops import utilisation
 from gt_jax.models.language_model import abstract, initialise
-from gt_jax.tensorboard import TensorBoard, writer_module
+from gt_jax.monitoring.alerts import Watch
+from gt_jax.monitoring.metrics import Recorder
+from gt_jax.monitoring.tensorboard import TensorBoard, writer_module
 from gt_jax.text.batches import Text, open_text
 from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.training.divisibility import refuse_indivisible

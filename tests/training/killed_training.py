@@ -20,7 +20,7 @@ import grain  # noqa: F401 - what the runs import
 
 from gt_jax import train
 from gt_jax.errors import run_command
-from gt_jax.metrics import Recorder
+from gt_jax.monitoring.metrics import Recorder
 from gt_jax.training import loop  # noqa: F401
 from tests.growth.killed_growth import changes_something
 

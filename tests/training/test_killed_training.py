@@ -16,7 +16,7 @@ import pytest
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.checkpoints.tree_paths import flatten
-from gt_jax.metrics import read_metrics
+from gt_jax.monitoring.metrics import read_metrics
 from tests.training import killed_training
 
 KILLS, STEPS = 30, 240  # more than the lives get through on a machine with nothing else to do

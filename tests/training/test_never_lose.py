@@ -21,8 +21,8 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.errors import Refused
-from gt_jax.metrics import read_metrics
 from gt_jax.models.language_model import initialise
+from gt_jax.monitoring.metrics import read_metrics
 from gt_jax.training import loop
 from gt_jax.training.loop import Diverged, Patience, Trainer, fit, make_trainer, train_run
 from gt_jax.training.price import initial_price

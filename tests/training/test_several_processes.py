@@ -26,7 +26,7 @@ from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.devices import sharding
 from gt_jax.devices.processes import Team
 from gt_jax.errors import Refused
-from gt_jax.metrics import read_metrics
+from gt_jax.monitoring.metrics import read_metrics
 from gt_jax.training import loop
 from tests.training import one_team
 

@@ -37,7 +37,7 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class TensorBoard:
-    """Writes records under `folder`; a `gt_jax.metrics.Listener`. Nothing is written before the first record.
+    """Writes records under `folder`; a `metrics.Listener`. Nothing is written before the first record.
 
     `resume_step` is the last step that stays, None for a new run. Raises `Refused` where no package is installed.
     """

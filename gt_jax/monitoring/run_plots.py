@@ -1,7 +1,7 @@
 """The curves of runs, side by side in one picture: loss, depth, price, gates, routers, updates, gradients.
 
 A panel that no run has values for is left out: a plain model has no depth to show, a dense one no router. PNG, always
-the same bytes, as in gt_jax.plots.
+the same bytes, as in gt_jax.monitoring.plots.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gt_jax.plots import COLOURS, average, new_figure, save_png
+from gt_jax.monitoring.plots import COLOURS, average, new_figure, save_png
 
 Record = Mapping[str, Any]
 

@@ -32,8 +32,8 @@ def calibrate(
     """
     from gt_jax.checkpoints import checkpoint
     from gt_jax.devices.sharding import Rules
+    from gt_jax.evaluation.loading import data_config, load_model
     from gt_jax.growth.calibration import calibrate_gains
-    from gt_jax.loading import data_config, load_model
     from gt_jax.text.batches import open_text
     from gt_jax.training.step import evaluate, make_evaluation
 
@@ -118,8 +118,8 @@ def report_lines(result: dict[str, Any], target: Path) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    from gt_jax.evaluation.loading import add_text_arguments
     from gt_jax.growth.calibration import ITERATIONS, OBJECTIVE, OBJECTIVES, RIDGE
-    from gt_jax.loading import add_text_arguments
 
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     from gt_jax.devices.sharding import mesh_for_rows
-    from gt_jax.loading import text_config
+    from gt_jax.evaluation.loading import text_config
 
     arguments = parser().parse_args(argv)
     started = time.monotonic()

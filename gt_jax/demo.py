@@ -29,13 +29,13 @@ from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.devices.sharding import lay_out, mesh_for_rows
 from gt_jax.errors import Refused, run_command
+from gt_jax.evaluation.loading import load_model
+from gt_jax.evaluation.measurement import measure
 from gt_jax.files import write_whole
 from gt_jax.growth import repetition
 from gt_jax.growth.plan import Plan, identity_plan, make_plan
 from gt_jax.growth.stream import grow_checkpoint
 from gt_jax.growth.transform import grow, target_config
-from gt_jax.loading import load_model
-from gt_jax.measure import measure
 from gt_jax.models.language_model import abstract, initialise
 from gt_jax.monitoring.metrics import Recorder, read_metrics, seconds_of, table
 from gt_jax.monitoring.plots import plot_depth, plot_growth

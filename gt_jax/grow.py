@@ -153,7 +153,7 @@ class _Source:
 
     def refuse_text(self, files: Sequence[Path]) -> None:
         """Refuse, before anything is written, text that cannot be verified on."""
-        from gt_jax.loading import data_config
+        from gt_jax.evaluation.loading import data_config
         from gt_jax.text.batches import open_text
         open_text(data_config(self.metadata, {"text": tuple(map(str, files)), "tfds": None, "tfds_dir": None}))
 
@@ -352,9 +352,10 @@ def _grow(args: argparse.Namespace, plan: Plan, settings: Mapping[str, Any],
     lines = [*plan_table.plan_lines(plan), "", f"{args.target}: {result['tensors']} tensors, "
              f"{plan_table.size(result['bytes'])}, {result['seconds']:.1f} s; {len(result['dropped'])} tensors dropped"]
     if args.verify_text:
-        from gt_jax import verify
-        shown["verify"] = verify.verify(args.source, args.target, text=[str(path) for path in args.verify_text])
-        lines += ["", *verify.report_lines(shown["verify"])]
+        from gt_jax.evaluation.verification import verify
+        from gt_jax.evaluation.verification_table import report_lines
+        shown["verify"] = verify(args.source, args.target, text=[str(path) for path in args.verify_text])
+        lines += ["", *report_lines(shown["verify"])]
     return shown, lines
 
 

@@ -10,95 +10,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from gt_jax.errors import Refused, run_command
 from gt_jax.files import write_whole
 
-ALIVE_SHARE = 0.02
-
-
-def k_exec(alive: np.ndarray) -> int:
-    """The least k >= 1 after which at most 2 % of the tokens are alive; `alive[k]` is the share entering pass k + 1."""
-    after = np.append(alive[1:], 0.0)
-    return int(np.argmax(after <= ALIVE_SHARE)) + 1
-
-
-def halting_entropy(alive: np.ndarray) -> float:
-    """Entropy over log K of the number of passes a token takes."""
-    share = alive - np.append(alive[1:], 0.0)
-    share = share[share > 0]
-    return float(-np.sum(share * np.log(share)) / np.log(max(len(alive), 2)))
-
-
-def repetition(statistics: Any, types: str, meta: dict[str, Any]) -> dict[str, Any]:
-    """The JSON object of GROWTH 1 from mean pass statistics with axes [l, p]."""
-    s = {name: np.asarray(value, np.float64) for name, value in statistics._asdict().items()}
-    layers: dict[str, Any] = {"_meta": meta}
-    for layer, kind in enumerate(types):
-        expected = float(s["survival"][layer].sum())
-        passes = s["survival"].shape[1]
-        entropy = halting_entropy(s["alive"][layer]) if kind == "D" else float(s["entropy"][layer][0])
-        layers[f"layer{layer}"] = {
-            "type": kind,
-            "k_exec": k_exec(s["alive"][layer]),
-            "expected_k": expected,
-            "s_fin": float(s["s_after"][layer][-1]),
-            "entropy": entropy,
-            "p_mu": float(s["p_mean"][layer][0]),
-            "p_std": float(s["p_std"][layer][0]),
-            "p_floored": float(s["p_floored"][layer][0]),
-            "ponder": max(expected - 1.0, 0.0) / max(passes - 1, 1),
-            "survival": s["survival"][layer].tolist(),
-            "alive": s["alive"][layer].tolist(),
-            "delta_ratio": s["delta_ratio"][layer].tolist(),
-        }
-    return layers
-
-
-def measure(evaluation: Any, variables: Any, batches: Sequence[Any], config: Any, **meta: Any) -> dict[str, Any]:
-    """Run `evaluation` (`training.step.make_evaluation`) over the batches and return the repetition object.
-
-    Batches weigh equally. Raises `Refused` for a plain model, which has no passes to measure.
-    """
-    import jax
-
-    if config.adaptive is None:
-        raise Refused("measure needs an adaptive model; this one runs every layer once")
-    total, loss, count = None, 0.0, 0.0
-    for batch in batches:
-        ce, tokens, statistics = jax.device_get(evaluation(variables, batch))
-        loss, count = loss + float(ce), count + float(tokens)
-        total = statistics if total is None else jax.tree.map(np.add, total, statistics)
-    mean = jax.tree.map(lambda x: x / len(batches), total)
-    meta = {
-        **meta,
-        "tokens": int(count),
-        "loss": loss / max(count, 1.0),
-        "alpha": list(config.adaptive.alpha),
-        "threshold": config.adaptive.threshold,
-        "layout": config.layout,
-        "entropy": "G: of the attention over log of the visible keys; D: of the number of passes over log K",
-    }
-    return repetition(mean, config.depth.types, meta)
-
-
-def measure_checkpoint(source: Path, data: Any, batches: int) -> dict[str, Any]:
-    """`measure` for a checkpoint and a DataConfig (None: the text it was trained on)."""
-    from gt_jax.loading import load_for_text
-    from gt_jax.training.step import make_evaluation
-
-    loaded = load_for_text(source, data, batches)
-    evaluation = make_evaluation(loaded.config, loaded.rules)
-    meta = {"source": str(source), "step": loaded.metadata.get("step"), "lambda_p": loaded.metadata.get("price")}
-    return measure(evaluation, loaded.variables, loaded.batches, loaded.config, **meta, text=loaded.text)
-
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from gt_jax.loading import add_text_arguments
+    from gt_jax.evaluation.loading import add_text_arguments
 
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.measure", description="Measure how many passes every layer uses."
@@ -111,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; an existing output is refused."""
-    from gt_jax.loading import text_config
+    from gt_jax.evaluation.loading import text_config
+    from gt_jax.evaluation.measurement import measure_checkpoint
 
     arguments = parser().parse_args(argv)
     if arguments.output is not None:

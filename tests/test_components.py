@@ -23,9 +23,9 @@ from gt_jax.configs.model import (
 from gt_jax.configs.price import PriceConfig
 from gt_jax.devices.sharding import Rules, lay_out, make_mesh
 from gt_jax.errors import Refused
+from gt_jax.evaluation.generation import generate
 from gt_jax.models.language_model import LanguageModel, abstract, forward, free_passes
 from gt_jax.models.memory_chunks import forward_rows, over_chunks
-from gt_jax.sample import generate
 from gt_jax.training.price import phase
 from gt_jax.training.step import after_next_targets, make_loss
 from tests.support import decoded, full_model, perturbed, small_model, tokens

@@ -18,10 +18,11 @@ from gt_jax.configs.model import MemoryConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused
-from gt_jax.intervals import ratio_interval
+from gt_jax.evaluation.confidence_intervals import ratio_interval
+from gt_jax.evaluation.held_out import evaluate_checkpoints
+from gt_jax.evaluation.scoring import FEWEST_DOCUMENTS, STRETCHES, byte_lengths, score, targets_of, units_of
 from gt_jax.models.language_model import LanguageModel, fixed_passes, free_passes
 from gt_jax.models.memory_chunks import forward_rows
-from gt_jax.scoring import FEWEST_DOCUMENTS, STRETCHES, byte_lengths, score, targets_of, units_of
 from gt_jax.text.batches import open_text
 from gt_jax.text.tokenizers import ByteTokenizer
 from tests.support import perturbed, small_model
@@ -104,7 +105,7 @@ def test_stretches_are_even_and_in_order(folder):
 
 
 def test_the_figures_by_hand(folder):
-    found = evaluate.evaluate_checkpoints([folder / "a", folder / "b"], batches=None)
+    found = evaluate_checkpoints([folder / "a", folder / "b"], batches=None)
     text = text_of(folder)
     batches = text.held_out()
     targets, units = targets_of(batches), units_of(text, batches, END).number
@@ -127,7 +128,7 @@ def test_the_figures_by_hand(folder):
     signs = {"worse": limits["low"] > 0, "better": limits["high"] < 0,
              "not told apart": limits["low"] <= 0 <= limits["high"]}  # fmt: skip
     assert signs[one["verdict"]]
-    assert evaluate.evaluate_checkpoints([folder / "a", folder / "a"])["differences"][0]["verdict"] == "not told apart"
+    assert evaluate_checkpoints([folder / "a", folder / "a"])["differences"][0]["verdict"] == "not told apart"
 
 
 def test_passes_are_fixed_as_asked(folder, capsys, monkeypatch):
@@ -180,7 +181,7 @@ def test_text_that_another_model_may_know_is_noted(folder):
     run = RunConfig.from_json(here["run"])
     other = run.replace(data=run.data.replace(held_out=0.1))
     checkpoint.save(folder / "elsewhere", perturbed(ADAPTIVE), {**here, "run": other.to_json()})
-    notes = evaluate.evaluate_checkpoints([folder / "a", folder / "elsewhere"], batches=1)["notes"]
+    notes = evaluate_checkpoints([folder / "a", folder / "elsewhere"], batches=1)["notes"]
     assert len(notes) == 1 and "may know what is held out" in notes[0]
 
 

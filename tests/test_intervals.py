@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gt_jax.intervals import ratio_interval, sums_by_unit
+from gt_jax.evaluation.confidence_intervals import ratio_interval, sums_by_unit
 
 TRIALS = 600
 

@@ -155,12 +155,12 @@ def test_config_fields_that_differ():
 
 def test_curves_leave_out_audits_and_what_there_is_not():
     course = Course(RUN)
-    run = report.Run("r", RUN, healthy(steps=200), [])
-    drawn = report.drawable(run)
+    run = run_page.Run("r", RUN, healthy(steps=200), [])
+    drawn = run_page.drawable(run)
     assert [r["step"] for r in drawn if "expected_k" not in r] == [s for s in range(1, 201) if course.audit(s)]
     assert all("loss" in record for record in drawn)
-    plain = report.Run("p", PLAIN, healthy(PLAIN, steps=30), [])
-    assert not any("expected_k" in record or "price" in record for record in report.drawable(plain))
+    plain = run_page.Run("p", PLAIN, healthy(PLAIN, steps=30), [])
+    assert not any("expected_k" in record or "price" in record for record in run_page.drawable(plain))
     with pytest.raises(ValueError, match="no run has a value to draw; runs are a"):
         plot_runs({"a": [{"step": 1, "loss": np.nan}]}, io.BytesIO())
     target = io.BytesIO()

@@ -14,12 +14,12 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.presets import tiny_3b
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
-from gt_jax.loading import data_config
+from gt_jax.evaluation.loading import data_config
+from gt_jax.evaluation.pairs import incomparable, open_checkpoint
 from gt_jax.models.language_model import initialise
 from gt_jax.text.batches import open_text
 from gt_jax.text.tokenizers import ByteTokenizer, open_tokenizer, other_tokens, tokenizer_of
 from gt_jax.training.loop import train_run, with_token_bytes
-from gt_jax.verify import incomparable, open_checkpoint
 from tests.support import small_model
 
 STORY = "Once upon a time a small net grew deep, and was glad of it – très deep.\n"

@@ -12,7 +12,14 @@ import pytest
 
 from gt_jax import verify
 from gt_jax.checkpoints import checkpoint
-from gt_jax.comparison import (
+from gt_jax.configs.data import DataConfig
+from gt_jax.configs.model import EmbeddingConfig, HyperConfig, MoEConfig
+from gt_jax.configs.optimizer import OptimizerConfig
+from gt_jax.configs.run import RunConfig
+from gt_jax.devices.sharding import Rules, lay_out, mesh_for_rows, reshard
+from gt_jax.errors import Refused
+from gt_jax.evaluation import verification
+from gt_jax.evaluation.comparison import (
     agreement,
     compare_models,
     make_comparison,
@@ -20,12 +27,9 @@ from gt_jax.comparison import (
     relative_entropy,
     routing,
 )
-from gt_jax.configs.data import DataConfig
-from gt_jax.configs.model import EmbeddingConfig, HyperConfig, MoEConfig
-from gt_jax.configs.optimizer import OptimizerConfig
-from gt_jax.configs.run import RunConfig
-from gt_jax.devices.sharding import Rules, lay_out, mesh_for_rows, reshard
-from gt_jax.errors import Refused
+from gt_jax.evaluation.pairs import open_checkpoint, plan_between
+from gt_jax.evaluation.singular_values import largest_singular_value, layer_config, layer_variables, make_stretch
+from gt_jax.evaluation.verification_table import report_lines
 from gt_jax.growth.plan import make_plan
 from gt_jax.growth.repetition import from_json
 from gt_jax.growth.stream import grow_checkpoint
@@ -34,7 +38,6 @@ from gt_jax.models.language_model import abstract
 from gt_jax.models.layers.mixer import place_rows
 from gt_jax.models.layers.residual import Layer
 from gt_jax.monitoring.plots import plot_verification
-from gt_jax.spectrum import largest_singular_value, layer_config, layer_variables, make_stretch
 from gt_jax.text.batches import open_text
 from gt_jax.training.loop import Trainer
 from gt_jax.training.state import TrainState
@@ -254,11 +257,12 @@ def test_a_curve_of_training_on(monkeypatch, tmp_path):
 
     trainer = Trainer(step, lambda variables, batch, control: (variables["params"], 1, None),
                       lambda variables: TrainState(variables["params"], {}, None, None, 0))  # fmt: skip
-    monkeypatch.setattr(verify, "make_trainer", lambda config, train: trainer)
+    monkeypatch.setattr(verification, "make_trainer", lambda config, train: trainer)
     stream, said = text.train(), []
     next(stream)
-    found = verify.train_curve(SOURCE, {"params": 0}, text, stream.state(), 12, text.held_out(1), OptimizerConfig(),
-                               said.append)  # fmt: skip
+    found = verification.train_curve(
+        SOURCE, {"params": 0}, text, stream.state(), 12, text.held_out(1), OptimizerConfig(), said.append,
+    )  # fmt: skip
     sums = np.cumsum([next(stream)["tokens"].sum() for _ in range(12)])
     assert found["loss"] == [[number, 1 / total] for number, total in enumerate(sums.tolist(), 1)]
     assert found["held_out_loss"] == sums[-1] and len(said) == 12
@@ -292,7 +296,7 @@ def test_the_command_reports_draws_and_repeats_itself(pair, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert result["notes"] == [] and result["jacobian"]["rows"] == ROWS and result["jacobian"]["tokens"] == LENGTH
     assert all(one["jacobian"] == pytest.approx(one["source_jacobian"], rel=1e-4) for one in result["layers"])
-    lines = "\n".join(verify.report_lines(result)).splitlines()
+    lines = "\n".join(report_lines(result)).splitlines()
     assert run(capsys, pair / "source", pair / "child").splitlines() == lines
     assert f"gap {100 * result['gap']:+.2f} % ({result['verdict']}" in "\n".join(lines)
     assert all(name in lines[-7] for name in ("|dh|/|h|", "singular v.", "entropy", "KL", "nulls"))
@@ -302,23 +306,23 @@ def test_the_command_reports_draws_and_repeats_itself(pair, capsys):
 def test_a_pair_without_a_plan_says_why(pair, capsys, grown):
     """Not grown; grown from another source, by its values or by its layout."""
     result = json.loads(run(capsys, pair / "plain", pair / "source", "--json"))
-    assert "was not grown" in result["notes"][0] and "loss of the target" in "\n".join(verify.report_lines(result))
+    assert "was not grown" in result["notes"][0] and "loss of the target" in "\n".join(report_lines(result))
     norm = {"scale": grown[0]["params"]["final_norm"]["scale"] * 1.01}
     other = {**grown[0], "params": {**grown[0]["params"], "final_norm": norm}}
     checkpoint.save(pair / "other", other, checkpoint.describe(pair / "source")[1])
-    another, child, source = (verify.open_checkpoint(pair / name) for name in ("other", "child", "source"))
-    plan, reason = verify.plan_between(another, child)
+    another, child, source = (open_checkpoint(pair / name) for name in ("other", "child", "source"))
+    plan, reason = plan_between(another, child)
     assert plan is None and "another source" in reason and "values are others" in reason
-    assert verify.plan_between(source, child) == (PLAN, None)
-    assert "DG*2" in verify.plan_between(source._replace(config=SOURCE.replace(layout="DG*2")), child)[1]
+    assert plan_between(source, child) == (PLAN, None)
+    assert "DG*2" in plan_between(source._replace(config=SOURCE.replace(layout="DG*2")), child)[1]
 
 
 def test_numbers_that_are_not_finite_are_reported_as_such(grown, tmp_path):
     curve = {"steps": 2, "loss": [[1, 2.0], [2, 1.0]], "held_out_loss": 1.5}
     result = {**grown[2], "notes": [], "gap": math.nan, "target_loss": math.inf, "verdict": "poor", "curve": curve}
-    shown = verify._finite(result)
+    shown = verification._finite(result)
     assert json.loads(json.dumps(shown, allow_nan=False))["gap"] == "NaN"
-    assert "gap +nan %" in "\n".join(verify.report_lines(shown))
+    assert "gap +nan %" in "\n".join(report_lines(shown))
     for name in ("a.png", "b.png"):
         plot_verification(shown, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -356,4 +360,4 @@ def test_tokens_that_stand_for_other_bytes_are_refused(tmp_path):
         checkpoint.save(tmp_path / name, {**variables, "statistics": statistics},
                         {"config": config.to_json(), "kind": "train"})  # fmt: skip
     with pytest.raises(Refused, match=r"1 of 264 tokens stand for other bytes.*token 5"):
-        verify.verify(tmp_path / "one", tmp_path / "two")
+        verification.verify(tmp_path / "one", tmp_path / "two")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gt_jax.comparison import compare_models, make_comparison, strengths
 from gt_jax.configs.model import DeltaNetConfig, ExitConfig, SlidingConfig, StackConfig
 from gt_jax.devices.sharding import Rules
+from gt_jax.evaluation.comparison import compare_models, make_comparison, strengths
 from gt_jax.models.language_model import abstract
 from tests.support import perturbed, small_model
 

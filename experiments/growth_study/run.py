@@ -20,9 +20,9 @@ from experiments.growth_study.study import StudyConfig, open_material, separatio
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Failed
+from gt_jax.evaluation.measurement import measure
 from gt_jax.growth import repetition
 from gt_jax.growth.plan_entries import Plan
-from gt_jax.measure import measure
 from gt_jax.models.language_model import abstract, fixed_passes
 from gt_jax.training.loop import Diverged
 from gt_jax.training.price import PriceState, phase

@@ -1,5 +1,6 @@
 """`python -m gt_jax.grow`: the dry run's contract, and exit code 2 with a clear message for everything impossible."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -277,11 +278,13 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
         return {"text": list(text)}
 
     for name, members in (("gt_jax.growth.stream", {"grow_checkpoint": grow_checkpoint}),
-                          ("gt_jax.verify", {"verify": verify, "report_lines": lambda result: [f"verified {result}"]})):
+                          ("gt_jax.evaluation.verification", {"verify": verify}),
+                          ("gt_jax.evaluation.verification_table",
+                           {"report_lines": lambda result: [f"verified {result}"]})):
         module = types.SimpleNamespace(**members)
         monkeypatch.setitem(sys.modules, name, module)
         package, _, leaf = name.rpartition(".")
-        monkeypatch.setattr(sys.modules[package], leaf, module, raising=False)
+        monkeypatch.setattr(importlib.import_module(package), leaf, module, raising=False)
     text = tmp_path / "held_out.txt"
     text.write_text("held out " * 200)
     files = ["--plan-out", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "plan.png")]

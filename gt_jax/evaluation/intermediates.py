@@ -21,7 +21,7 @@ from gt_jax.models.memory_chunks import over_chunks
 from gt_jax.typing import Tokens, Tree
 
 
-class Inside(NamedTuple):
+class Intermediates(NamedTuple):
     """By layer and pass: `slots`, the router's logits [l,p,b,t,s] float32, None for a dense MLP.
 
     Of the first rows asked for, and of their first chunk where the model has a memory stream: `states`, the input of
@@ -33,9 +33,9 @@ class Inside(NamedTuple):
     links: dict[int, Tree]
 
 
-def inside_rows(
+def forward_with_intermediates(
     network: LanguageModel, variables: Tree, tokens: Tokens, segment_ids: Tokens, control: PassControl, rows: int
-) -> tuple[Float[Array, "b t v"], PassStatistics, Inside]:
+) -> tuple[Float[Array, "b t v"], PassStatistics, Intermediates]:
     """`chunks.forward_rows`, with what is to be seen inside; every pass is run, those that count and those that do not.
 
     Not for models whose tokens leave the stack early: a layer there has no row of states to show.
@@ -58,10 +58,10 @@ def inside_rows(
         by_layer = jnp.moveaxis(inside.slots, 0, 3)
         slots = by_layer.reshape(*by_layer.shape[:2], *tokens.shape, by_layer.shape[-1])
     first = jax.tree.map(lambda a: a[0], (inside.states, inside.links))
-    return whole, jax.tree.map(lambda a: jnp.mean(a, axis=0), statistics), Inside(slots, *first)
+    return whole, jax.tree.map(lambda a: jnp.mean(a, axis=0), statistics), Intermediates(slots, *first)
 
 
-def _inside(config: ModelConfig, shown: Tree, rows: int) -> Inside:
+def _inside(config: ModelConfig, shown: Tree, rows: int) -> Intermediates:
     """What the segments show, [blocks, (p,) …] a slot of the pattern, by layer."""
 
     def of(layer: int, name: str) -> Tree:
@@ -75,4 +75,4 @@ def _inside(config: ModelConfig, shown: Tree, rows: int) -> Inside:
 
     links = {layer: of(layer, "link") for layer, kind in enumerate(config.depth.types) if kind == "S"}
     slots = None if config.moe is None else by_pass("slots")
-    return Inside(slots, by_pass("state")[:, :, :rows], links)
+    return Intermediates(slots, by_pass("state")[:, :, :rows], links)

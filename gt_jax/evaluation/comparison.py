@@ -23,15 +23,15 @@ from jaxtyping import Array, Float, Int
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, everywhere
 from gt_jax.errors import Refused
+from gt_jax.evaluation.intermediates import Intermediates, forward_with_intermediates
+from gt_jax.evaluation.singular_values import Step, layer_stretches
 from gt_jax.growth.layer_states import gains_of
 from gt_jax.growth.plan import Plan
-from gt_jax.inside import Inside, inside_rows
 from gt_jax.models.language_model import LanguageModel, fixed_passes, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.stack import coefficients
 from gt_jax.models.memory_chunks import forward_rows
-from gt_jax.spectrum import Step, layer_stretches
 from gt_jax.training.loss import cross_entropy
 from gt_jax.training.step import Batch
 from gt_jax.training.step import place as on_devices
@@ -128,7 +128,7 @@ def passes_stood_for(plan: Plan, source: ModelConfig) -> dict[int, Pass]:
 @functools.lru_cache(maxsize=8)
 def make_comparison(
     source: ModelConfig, target: ModelConfig, plan: Plan | None, rules: Rules, rows: int = 0
-) -> Callable[[Tree, Tree, Batch], tuple[Totals, Inside | None, Inside | None]]:
+) -> Callable[[Tree, Tree, Batch], tuple[Totals, Intermediates | None, Intermediates | None]]:
     """The jitted compare(source variables, target variables, batch) -> (totals, source inside, target inside).
 
     The last two show the states of the first `rows` rows; None where nothing of them is needed. The same arguments give
@@ -143,7 +143,7 @@ def make_comparison(
         if config.exit is not None or (config.moe is None and not rows):
             logits, passes = forward_rows(network, variables, *tokens, control)
             return logits, passes.delta_ratio, None
-        logits, passes, inside = inside_rows(network, variables, *tokens, control, rows)
+        logits, passes, inside = forward_with_intermediates(network, variables, *tokens, control, rows)
         return logits, passes.delta_ratio, inside
 
     def compare(source_variables: Tree, target_variables: Tree, batch: Batch) -> tuple[Totals, Any, Any]:
@@ -170,8 +170,8 @@ def _fixed(source: ModelConfig, plan: Plan) -> list[int]:
 
 
 def _routings(
-    source: ModelConfig, target: ModelConfig, before: Inside | None, after: Inside | None, stood: dict[int, Pass],
-    real: PerToken,
+    source: ModelConfig, target: ModelConfig, before: Intermediates | None, after: Intermediates | None,
+    stood: dict[int, Pass], real: PerToken,
 ) -> tuple[Routing | None, Routing | None, Array | None]:  # fmt: skip
     """The routing figures of `Totals`."""
     if after is None or after.slots is None or target.moe is None:
@@ -246,7 +246,7 @@ def _notes(target: ModelConfig, rows: int) -> list[str]:
     return ["tokens leave the target's stack early, so its layers have no router figures and no Jacobians here"]
 
 
-Side = tuple[ModelConfig, Tree, Inside | None]
+Side = tuple[ModelConfig, Tree, Intermediates | None]
 
 
 def _stretches(

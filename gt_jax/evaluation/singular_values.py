@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import EmbeddingConfig, ModelConfig
 from gt_jax.devices.sharding import Rules, reshard
-from gt_jax.inside import Inside
+from gt_jax.evaluation.intermediates import Intermediates
 from gt_jax.models.layers.mixer import place_rows, real_tokens
 from gt_jax.models.layers.residual import Layer
 from gt_jax.typing import PerToken, State, Tokens, Tree
@@ -124,8 +124,8 @@ def _block(tree: Tree, index: Array) -> Tree:
 
 
 def layer_stretches(
-    config: ModelConfig, variables: Tree, inside: Inside, segment_ids: Tokens, steps: Sequence[Step], *, rules: Rules,
-    iterations: int, seed: int = 0, say: Callable[[str], None] = lambda line: None,
+    config: ModelConfig, variables: Tree, inside: Intermediates, segment_ids: Tokens, steps: Sequence[Step], *,
+    rules: Rules, iterations: int, seed: int = 0, say: Callable[[str], None] = lambda line: None,
 ) -> list[Stretch]:  # fmt: skip
     """The `Stretch` of each step at the states it was seen to start from; `segment_ids` [r, t] are their rows'."""
     found, shape = [], layer_config(config)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from gt_jax.errors import Refused
 
+HELD_OUT_BATCHES = 8  # of the run's own shape, where a command is not told how many
+
 
 class Loaded(NamedTuple):
     """A model ready to apply, with held-out batches."""
@@ -25,7 +27,7 @@ def add_text_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--text", nargs="+", help="text files; their held-out part is used (default: the training text)")
     p.add_argument("--tfds", help="prepared TFDS dataset")
     p.add_argument("--tfds-dir", help="where TFDS datasets lie")
-    p.add_argument("--batches", type=int, default=8, help="held-out batches to run")
+    p.add_argument("--batches", type=int, default=HELD_OUT_BATCHES, help="held-out batches to run")
 
 
 def text_config(arguments: argparse.Namespace) -> dict[str, Any] | None:

@@ -1,0 +1,1 @@
+"""Trained models looked at: loading, held-out scores with intervals, measured depth, generation, comparison of two."""

@@ -1,0 +1,115 @@
+"""Did a growth keep what was learned? The same batches through two checkpoints, and training on from the second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.optimizer import OptimizerConfig
+from gt_jax.configs.run import RunConfig, TrainConfig
+from gt_jax.devices.processes import Team
+from gt_jax.devices.sharding import Rules, current_sizes, everywhere
+from gt_jax.errors import Refused, refuse_all
+from gt_jax.evaluation.comparison import compare_models
+from gt_jax.evaluation.loading import data_config
+from gt_jax.evaluation.pairs import Checkpoint, incomparable, open_checkpoint, plan_between
+from gt_jax.growth.plan import Plan
+from gt_jax.monitoring.metrics import to_json
+from gt_jax.text.batches import Text, open_text
+from gt_jax.training.divisibility import indivisible_fields
+from gt_jax.training.loop import fit, make_trainer, variables_of
+from gt_jax.training.step import evaluate
+from gt_jax.typing import Tree
+
+Say = Callable[[str], None]
+
+
+def verify(
+    source: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None, tfds_dir: str | None = None,
+    batches: int = 8, jacobian_rows: int | None = None, jacobian_iterations: int = 20, curve: int = 0,
+    say: Say = lambda line: None, team: Team | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Compare two checkpoints on held-out text (default: the source's own); numbers that are not finite as strings.
+
+    `jacobian_rows` None is as few as the mesh can cut, one on one device; 0 leaves the singular values out. `curve` > 0
+    trains the target so many steps more, on the text's training part, with a fresh optimizer. Every process of the
+    `team` calls it, on a mesh of the devices of all. Raises `Refused` before anything is computed.
+    """
+    team = team or Team()
+    rows = Rules().shards("batch") if jacobian_rows is None else jacobian_rows
+    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir}
+
+    def prepare() -> tuple[Checkpoint, Checkpoint, Text, Plan | None, str | None]:
+        if batches < 1:
+            raise Refused(f"--batches is {batches}; at least one is needed")
+        if curve < 0:
+            raise Refused(f"--curve is {curve}; name a number of steps, 0 trains none")
+        shallow, deep = open_checkpoint(source), open_checkpoint(target)
+        refuse_all(incomparable(shallow, deep), f"{source} and {target} cannot be compared:")
+        reading = open_text(data_config(shallow.metadata, named if any(named.values()) else None))
+        _refuse_rows(reading, shallow, deep, rows, jacobian_iterations)
+        return shallow, deep, reading, *plan_between(shallow, deep)
+
+    shallow, deep, reading, plan, reason = team.agree(prepare)
+    held_out, rules, variables = reading.held_out(batches), Rules(), deep.load()
+    result = compare_models(
+        shallow.config, shallow.load(), deep.config, variables, plan, held_out, rules, say=say,
+        jacobian_rows=rows, jacobian_iterations=jacobian_iterations,
+    )  # fmt: skip
+    notes = [*([] if reason is None else [reason]), *result.pop("notes")]
+    more: dict[str, Any] = {}
+    if curve:
+        position = None if any(named.values()) else shallow.metadata.get("data")
+        more["curve"] = train_curve(deep.config, variables, reading, position, curve, held_out, _rate(shallow), say)
+    whole = {"source": str(source), "target": str(target), "text": reading.summary(), "notes": notes, **result, **more}
+    return _finite(whole)
+
+
+def _refuse_rows(reading: Text, source: Checkpoint, target: Checkpoint, rows: int, iterations: int) -> None:
+    size, cuts, wrong = reading.config.batch_size, Rules().shards("batch"), []
+    if not 0 <= rows <= size:
+        wrong.append(f"--jacobian-rows is {rows}; a batch has {size} rows, and 0 leaves the Jacobians out")
+    elif rows % cuts:
+        wrong.append(f"--jacobian-rows is {rows}; the mesh cuts rows in {cuts}")
+    if iterations < 2:
+        wrong.append(f"--jacobian-iterations is {iterations}; at least 2 are needed to see how far they have come")
+    for one in (source, target):
+        wrong += [f"{one.path}: {line}" for line in indivisible_fields(one.config, size, current_sizes(), Rules())]
+    refuse_all(wrong, "this cannot be verified:")
+
+
+def _rate(source: Checkpoint) -> OptimizerConfig:
+    """The optimizer that the source was trained with, the default for a source without a run."""
+    run = source.metadata.get("run")
+    return OptimizerConfig() if run is None else RunConfig.from_json(run).train.optimizer
+
+
+def train_curve(
+    config: ModelConfig, variables: Tree, text: Text, position: dict[str, Any] | None, steps: int,
+    held_out: Sequence[Any], optimizer: OptimizerConfig, say: Say = lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Training losses of `steps` steps with a fresh optimizer on the batches after `position`, and the loss after them.
+
+    The schedule is `optimizer`'s over these steps, warm-up included. The variables are used up.
+    """
+    rules, trainer = Rules(), make_trainer(config, TrainConfig(steps=steps, optimizer=optimizer))
+    batches = (everywhere(batch, rules) for batch in text.train(position))
+    losses: list[list[float]] = []
+
+    def record(step: int, metrics: dict[str, Any]) -> None:
+        losses.append([step, float(metrics["loss"])])
+        if step % max(1, steps // 10) == 0:
+            say(f"training on: step {step}/{steps}, loss {float(metrics['loss']):.4f}")
+
+    state = fit(trainer, trainer.new_state(variables), batches, steps, record=record)
+    after = evaluate(trainer.evaluation, variables_of(state), [everywhere(batch, rules) for batch in held_out])
+    return {"steps": steps, "learning_rate": optimizer.learning_rate, "loss": losses, "held_out_loss": after}
+
+
+def _finite(value: Any) -> Any:
+    """JSON values all the way down; NaN and infinities as the strings that `float` reads back."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else to_json(value)

@@ -1,0 +1,62 @@
+"""What `verify` found, as lines for a reader: losses, agreement, and a table of the figures by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gt_jax.evaluation.comparison import COSINE, GOOD, USABLE
+from gt_jax.monitoring.metrics import table
+
+
+def report_lines(result: dict[str, Any]) -> list[str]:
+    """The result as lines for a reader."""
+    fixed = result["source_fixed_loss"]
+    beside = "" if fixed is None else f", {float(fixed):.4f} at fixed k_exec"
+    lines = [
+        *(f"note: {note}" for note in result.get("notes", ())),
+        f"loss of the source: {float(result['source_loss']):.4f} adaptive{beside}",
+        f"loss of the {'grown model' if fixed is not None else 'target'}: {float(result['target_loss']):.4f}, "
+        f"gap {100 * float(result['gap']):+.2f} % ({result['verdict']}; "
+        f"below {100 * GOOD:.0f} % is good, below {100 * USABLE:.0f} % usable)",
+        f"KL {float(result['kl']):.4f} nats, same top token {100 * float(result['same_top1']):.1f} %, "
+        f"logit cosine {float(result['cosine']):.4f} ("
+        + (f"good, above {COSINE})" if result["cosine_verdict"] == "good" else f"wanted: above {COSINE})"),
+    ]
+    if (how := result["jacobian"]) is not None:
+        lines.append(f"singular values: {how['rows']} row{'s' * (how['rows'] != 1)} of {how['tokens']} tokens, "
+                     f"{how['iterations']} iterations, the last moved them by at most "
+                     f"{100 * float(how['relative_change']):.1g} %")  # fmt: skip
+    if "curve" in result:
+        curve = result["curve"]
+        lines.append(f"trained on for {curve['steps']} steps: training loss {float(curve['loss'][0][1]):.4f} to "
+                     f"{float(curve['loss'][-1][1]):.4f}, held out {float(curve['held_out_loss']):.4f}")  # fmt: skip
+    return [*lines, "", _layer_table(result)]
+
+
+FIGURES = (("delta_ratio", "|dh|/|h|"), ("jacobian", "singular v."), ("router_entropy", "entropy"), ("router_kl", "KL"),
+           ("null_rate", "nulls"))  # fmt: skip
+
+
+def _layer_table(result: dict[str, Any]) -> str:
+    """One line a target layer: each figure that the pair has, then that of the source's pass."""
+    layers = result["layers"]
+    headers = ["layer", "type", "source", "coefficient"]
+    rows = [[one["target"], one["type"], _stands_for(one),
+             None if one["coefficient"] is None else f"{one['coefficient']:.3f}"] for one in layers]  # fmt: skip
+    for name, header in FIGURES:
+        for key, title in ((name, header), (f"source_{name}", "of the source")):
+            if all(one.get(name) is None for one in layers) or key == "source_router_kl":
+                continue
+            headers.append(title)
+            for row, one in zip(rows, layers, strict=True):
+                row.append(None if one[key] is None else f"{float(one[key]):.3f}")
+    return table(rows, headers)
+
+
+def _stands_for(layer: dict[str, Any]) -> str | None:
+    if layer["source"] is None:
+        return None
+    if not layer["copy"]:
+        return "identity"
+    ran = "" if layer["source_delta_ratio"] is not None else ", did not run"
+    return f"{layer['source']}, pass {layer['copy']}{ran}"

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from experiments.kernels_measured.cases import Case, Kernel
 from experiments.kernels_measured.chips import Chip
-from pallas_kernels.gated_delta_rule import pallas_tpu, tpu_layout, xla
-from pallas_kernels.gated_delta_rule.tpu_cost import Sizes, chunk_flops
+from pallas_kernels.gated_delta_rule import pallas_tpu, xla
+from pallas_kernels.gated_delta_rule.tpu import layout
+from pallas_kernels.gated_delta_rule.tpu.cost import Sizes, chunk_flops
 
 BATCH, CHUNKS = 2, 32  # with one row the compiler would keep a single buffer for the states
 
@@ -86,7 +87,7 @@ def _kernels(shape: Shape, chip: Chip) -> Sequence[Kernel]:
     )
 
     def a_step(q: Any, v: Any) -> Any:
-        plan = tpu_layout.make_plan((q, q, v), shape.chunk, 1.0, shape.segments, chip.matrix_unit)
+        plan = layout.make_plan((q, q, v), shape.chunk, 1.0, shape.segments, chip.matrix_unit)
         return jnp.zeros(plan.heads)
 
     heads = jax.eval_shape(a_step, q, v).size

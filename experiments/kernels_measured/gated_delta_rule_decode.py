@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments.kernels_measured.cases import Case, Kernel
-from pallas_kernels.gated_delta_rule import reference, tpu_decode
+from pallas_kernels.gated_delta_rule import reference
+from pallas_kernels.gated_delta_rule.tpu import decode
 
 HEADS, WIDTH = 32, 128
 
@@ -27,7 +28,7 @@ def _case(batch: int) -> Case:
         operation="decode",
         unit="value head",
         arguments=[*[(token, "bfloat16")] * 3, gates, gates, (state, "float32")],
-        run=lambda chip: _rule(tpu_decode.gated_delta_rule),
+        run=lambda chip: _rule(decode.gated_delta_rule),
         beside=_rule(reference.gated_delta_rule),
         kernels=lambda chip: [_kernel(batch)],
     )
@@ -39,7 +40,7 @@ def _rule(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 def _kernel(batch: int) -> Kernel:
     token = jax.ShapeDtypeStruct((batch, 1, HEADS, WIDTH), jnp.bfloat16)
-    plan = tpu_decode.make_plan(token, token, 1.0)
+    plan = decode.make_plan(token, token, 1.0)
     assert plan.rows == 1  # rows of a step are a loop, which the schedule has once
     steps, heads = batch * HEADS // plan.heads, batch * HEADS
     # S^T k and S^T q, 2 k v each; d S + k e^T, 3 k v. The state comes and goes; q, k, v, o, g, beta once.

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from experiments.kernels_measured.cases import Case, Kernel
-from pallas_kernels.sparse_attention import tpu_cost
+from pallas_kernels.sparse_attention.tpu import standalone
 
 SIZES: dict[str, Any] = {"heads": 16, "width": 128, "indexer_heads": 4, "indexer_width": 32}
 LENGTH = 8192
@@ -20,10 +20,10 @@ LENGTH = 8192
 
 def cases() -> list[Case]:
     """The kernels in the order in which they run."""
-    return [_case(kernel) for kernel in tpu_cost.kernels(1, LENGTH, **SIZES)]
+    return [_case(kernel) for kernel in standalone.kernels(1, LENGTH, **SIZES)]
 
 
-def _case(kernel: tpu_cost.Kernel) -> Case:
+def _case(kernel: standalone.Kernel) -> Case:
     leaves, tree = jax.tree.flatten(kernel.arguments)
     name = kernel.name.removeprefix("sparse_attention_")
 

@@ -11,17 +11,18 @@ import numpy as np
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gated_delta_rule import pallas_tpu, reference, tpu_decode, xla
+from pallas_kernels.gated_delta_rule import pallas_tpu, reference, xla
 from pallas_kernels.gated_delta_rule.reference import gated_delta_rule_step as _step
+from pallas_kernels.gated_delta_rule.tpu import decode
 from pallas_kernels.platform import target_device
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "reference": reference.gated_delta_rule,
     "xla": xla.gated_delta_rule,
     "pallas_tpu": pallas_tpu.gated_delta_rule,
-    "pallas_tpu_decode": tpu_decode.gated_delta_rule,
+    "pallas_tpu_decode": decode.gated_delta_rule,
     "pallas_tpu_interpreted": functools.partial(pallas_tpu.gated_delta_rule, interpret=True),  # as plain JAX, slowly
-    "pallas_tpu_decode_interpreted": functools.partial(tpu_decode.gated_delta_rule, interpret=True),
+    "pallas_tpu_decode_interpreted": functools.partial(decode.gated_delta_rule, interpret=True),
 }
 _TPU_ONLY = ("pallas_tpu", "pallas_tpu_decode")
 MOST_BETA = 2.0  # I - beta k k^T turns no unit key into a longer one
@@ -91,7 +92,7 @@ def gated_delta_rule(
 
 def _best(q: Array, k: Array, v: Array, chunk_size: int) -> str:
     if target_device()[0] == "tpu":
-        if q.shape[1] <= tpu_decode.WORTHWHILE and not tpu_decode.unsupported(q, k, v):
+        if q.shape[1] <= decode.WORTHWHILE and not decode.unsupported(q, k, v):
             return "pallas_tpu_decode"
         if not pallas_tpu.unsupported(q, k, v, chunk_size):
             return "pallas_tpu"
@@ -146,7 +147,7 @@ def check_arguments(
         if implementation in ("pallas_tpu", "pallas_tpu_interpreted"):
             problems += pallas_tpu.unsupported(q, k, v, chunk_size)
         elif implementation in ("pallas_tpu_decode", "pallas_tpu_decode_interpreted"):
-            problems += tpu_decode.unsupported(q, k, v)
+            problems += decode.unsupported(q, k, v)
     _raise(problems)
 
 

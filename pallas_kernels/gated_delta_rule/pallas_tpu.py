@@ -2,8 +2,8 @@
 
 * Grid (batch, steps of up to 32 value heads, chunks); chunks in order, or in reverse order in the backward kernel, with
   the states, or their gradients, in VMEM between them: in the block of the result, which leaves at the end.
-* The equations stand in `tpu_forward` and `tpu_backward`; how heads share registers and matrix products in `tpu_parts`.
-* A few tokens are `tpu_decode`'s.
+* The equations stand in `tpu.forward` and `tpu.backward`; how heads share registers and matrix products in `tpu.packs`.
+* A few tokens are `tpu.decode`'s.
 * Saved for the backward pass, by name for checkpoint policies: the states before the chunks, and A^T, in the dtype of
   the inputs. What is computed again costs less than to load it.
 """
@@ -22,12 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gated_delta_rule import tpu_layout as layout
-from pallas_kernels.gated_delta_rule.chunks import runs
-from pallas_kernels.gated_delta_rule.tpu_backward import backward_kernel
-from pallas_kernels.gated_delta_rule.tpu_cost import estimate
-from pallas_kernels.gated_delta_rule.tpu_forward import forward_kernel
-from pallas_kernels.gated_delta_rule.tpu_parts import Plan
+from pallas_kernels.gated_delta_rule.common.chunks import runs
+from pallas_kernels.gated_delta_rule.tpu import layout as layout
+from pallas_kernels.gated_delta_rule.tpu.backward import backward_kernel
+from pallas_kernels.gated_delta_rule.tpu.cost import estimate
+from pallas_kernels.gated_delta_rule.tpu.forward import forward_kernel
+from pallas_kernels.gated_delta_rule.tpu.packs import Plan
 from pallas_kernels.gated_delta_rule.xla import SAVED_NAMES
 from pallas_kernels.platform import matrix_unit_width, target_device
 

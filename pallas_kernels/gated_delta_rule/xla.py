@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gated_delta_rule.chunks import Decays, decays, pad_tokens, put_chunk, runs, take_chunk
-from pallas_kernels.gated_delta_rule.inverse import invert_unit_lower
+from pallas_kernels.gated_delta_rule.common.chunks import Decays, decays, pad_tokens, put_chunk, runs, take_chunk
+from pallas_kernels.gated_delta_rule.common.triangular_inverse import invert_unit_lower
 
 SAVED_NAMES = ("delta_rule_output", "delta_rule_states", "delta_rule_inverse")  # for checkpoint policies
 

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.platform import target_device
 from pallas_kernels.sparse_attention import pallas_tpu, reference, xla
+from pallas_kernels.sparse_attention.common.selection import Variance
 from pallas_kernels.sparse_attention.reference import Indexer, Positions, Statistics
-from pallas_kernels.sparse_attention.selection import Variance
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Statistics]]] = {
     "reference": reference.sparse_attention,

@@ -1,9 +1,9 @@
 """Gated sparse attention on TPU: Pallas kernels under one `custom_vjp`; memory O(t * tile), whatever the length.
 
-* `tpu_select`: a strip of queries at a time, the threshold of every row and head, and which tiles hold survivors.
-* `tpu_attend`: online softmax over the tiles with survivors; scores are computed again.
-* `tpu_diverge`: the KL, which needs the attention of all heads.
-* `tpu_backward`: a band of keys at a time, all gradients in one pass; one call a band, with sums for the queries.
+* `tpu.select`: a strip of queries at a time, the threshold of every row and head, and which tiles hold survivors.
+* `tpu.attend`: online softmax over the tiles with survivors; scores are computed again.
+* `tpu.diverge`: the KL, which needs the attention of all heads.
+* `tpu.backward`: a band of keys at a time, all gradients in one pass; one call a band, with sums for the queries.
 
 Saved for the backward pass: arguments, output, thresholds, the logarithms of the softmax's sums, the slope of the KL.
 """
@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.sparse_attention import tpu_layout as layout
+from pallas_kernels.sparse_attention.common.selection import Variance
 from pallas_kernels.sparse_attention.reference import Indexer, Positions, Statistics, head_mean, relative_entropy
-from pallas_kernels.sparse_attention.selection import Variance
-from pallas_kernels.sparse_attention.tpu_diverge import TINY
-from pallas_kernels.sparse_attention.tpu_launch import (
+from pallas_kernels.sparse_attention.tpu import layout as layout
+from pallas_kernels.sparse_attention.tpu.diverge import TINY
+from pallas_kernels.sparse_attention.tpu.launch import (
     Call,
     Laid,
     Shared,
@@ -33,7 +33,7 @@ from pallas_kernels.sparse_attention.tpu_launch import (
     select,
     softmax,
 )
-from pallas_kernels.sparse_attention.tpu_layout import SUBLANES, Shaped4
+from pallas_kernels.sparse_attention.tpu.layout import SUBLANES, Shaped4
 
 
 def sparse_attention(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.sparse_attention.selection import (
+from pallas_kernels.sparse_attention.common.selection import (
     Variance,
     accumulator,
     budget,

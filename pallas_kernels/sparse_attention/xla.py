@@ -22,6 +22,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.sparse_attention.common.selection import (
+    Variance,
+    accumulator,
+    chosen,
+    indexer_scores,
+    ordered,
+    sees,
+)
+from pallas_kernels.sparse_attention.common.strip_selection import fill_strip, select_rows
+from pallas_kernels.sparse_attention.common.tiles import Keys, Queries, Selection, add, pad, put, reach, take
 from pallas_kernels.sparse_attention.reference import (
     Indexer,
     Positions,
@@ -29,18 +39,6 @@ from pallas_kernels.sparse_attention.reference import (
     head_mean,
     head_weights,
     relative_entropy,
-)
-from pallas_kernels.sparse_attention.rows import fill_strip, select_rows
-from pallas_kernels.sparse_attention.selection import Variance, accumulator, chosen, indexer_scores, ordered, sees
-from pallas_kernels.sparse_attention.tiles import (
-    Keys,
-    Queries,
-    Selection,
-    add,
-    pad,
-    put,
-    reach,
-    take,
 )
 
 QUERY_TILE, KEY_TILE = 128, 256  # the fastest of a few on a CPU; a block of 16 heads is 2 MiB

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.gated_delta_rule import tpu_decode, xla
+from pallas_kernels.gated_delta_rule import xla
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
+from pallas_kernels.gated_delta_rule.tpu import decode
 from tests.kernels.delta_rule_cases import TOLERANCE, cast, hard_inputs, make_inputs, relative_error, token_scan
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def run(inputs, segment_ids=None, interpret=True):
     scale = inputs[0].shape[-1] ** -0.5
-    outputs = tpu_decode.gated_delta_rule(*inputs, segment_ids, scale, 64, interpret=interpret)
+    outputs = decode.gated_delta_rule(*inputs, segment_ids, scale, 64, interpret=interpret)
     return dict(zip(("o", "state"), outputs, strict=True))
 
 
@@ -62,10 +63,10 @@ def test_neither_races_nor_reads_what_nobody_wrote(monkeypatch):
     )
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-    monkeypatch.setattr(tpu_decode, "_STATE_BYTES", 4 * 8 * 128 * 4)  # four heads of [8, 8]
+    monkeypatch.setattr(decode, "_STATE_BYTES", 4 * 8 * 128 * 4)  # four heads of [8, 8]
     for shape, steps in (((4, 2, 2, 4, 8, 8), (4, 1)), ((2, 2, 8, 8, 8, 8), (2, 2)), ((8, 2, 1, 2, 8, 8), (4, 1))):
         inputs, cotangents = cast(*make_inputs(shape), "bfloat16")
-        plan = tpu_decode.make_plan(inputs[0], inputs[2], 1.0)
+        plan = decode.make_plan(inputs[0], inputs[2], 1.0)
         assert (shape[0] // plan.rows, shape[2] // plan.key_heads) == steps
         results = jax.block_until_ready(run(inputs, interpret=params))
         assert_agrees(results, token_scan(inputs, cotangents), "bfloat16")
@@ -103,7 +104,7 @@ def test_gradients_are_those_of_xla():
         return jax.vjp(lambda *x: rule(*x, ids, 0.25, 64), *inputs)[1](tuple(cotangents))
 
     for ours, theirs in zip(
-        gradients(functools.partial(tpu_decode.gated_delta_rule, interpret=True), *inputs),
+        gradients(functools.partial(decode.gated_delta_rule, interpret=True), *inputs),
         gradients(xla.gated_delta_rule, *inputs),
         strict=True,
     ):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gated_delta_rule.inverse import invert_unit_lower
+from pallas_kernels.gated_delta_rule.common.triangular_inverse import invert_unit_lower
 
 invert = jax.jit(invert_unit_lower)
 

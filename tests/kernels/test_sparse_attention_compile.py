@@ -19,7 +19,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from experiments.kernels_measured.chips import CHIPS
-from pallas_kernels.sparse_attention.tpu_cost import kernels
+from pallas_kernels.sparse_attention.tpu.standalone import kernels
 
 device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[sys.argv[1]].topology).devices[0]
 sizes = dict(heads=8, width=128, indexer_heads=2, indexer_width=32, sharding=SingleDeviceSharding(device))

@@ -12,9 +12,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.sparse_attention import pallas_tpu
-from pallas_kernels.sparse_attention import tpu_layout as layout
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
-from pallas_kernels.sparse_attention.tpu_cost import kernels
+from pallas_kernels.sparse_attention.tpu import layout as layout
+from pallas_kernels.sparse_attention.tpu.standalone import kernels
 from tests.kernels.test_sparse_attention import (
     CASES,
     DENSE,

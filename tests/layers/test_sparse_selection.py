@@ -17,7 +17,13 @@ from gt_jax.models.layers.gsa import GatedSparseAttention
 from gt_jax.models.layers.mixer import place_rows
 from gt_jax.models.layers.primitives import WeightSpec
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
-from pallas_kernels.sparse_attention.selection import budget, indexer_scores, row_variance, select, visible_variance
+from pallas_kernels.sparse_attention.common.selection import (
+    budget,
+    indexer_scores,
+    row_variance,
+    select,
+    visible_variance,
+)
 from tests.support import GSA, WIDTH, drawn, segments
 
 TOKENS = 12

@@ -18,17 +18,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.gated_delta_rule.tpu_chunk import Gates, Pack, read_gates
-from pallas_kernels.gated_delta_rule.tpu_parts import (
-    NN,
-    NT,
-    Plan,
-    Ref,
-    expand,
-    invert_unit_upper,
-    multiply,
-    multiply_finely,
-)
+from pallas_kernels.gated_delta_rule.tpu.chunk import Gates, Pack, read_gates
+from pallas_kernels.gated_delta_rule.tpu.packs import Plan, expand, invert_unit_upper, multiply_finely
+from pallas_kernels.matrix_unit import NN, NT, Ref, multiply
 
 TOGETHER = 8  # packs whose second halves are scheduled together; more of them only spill more
 

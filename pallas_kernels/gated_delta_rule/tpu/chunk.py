@@ -7,20 +7,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.gated_delta_rule.tpu_parts import (
-    MASKED,
-    NN,
-    NT,
-    TN,
-    Form,
-    Masks,
-    Plan,
-    Ref,
-    expand,
-    masks,
-    multiply,
-    widen,
-)
+from pallas_kernels.gated_delta_rule.tpu.packs import MASKED, Masks, Plan, expand, masks, widen
+from pallas_kernels.matrix_unit import NN, NT, TN, Form, Ref, multiply
 
 
 @dataclass(frozen=True)

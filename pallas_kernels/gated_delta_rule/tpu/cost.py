@@ -1,6 +1,6 @@
 """What the TPU kernels of the gated delta rule cost, counted: for the compiler, and for who measures them.
 
-Products as the equations of `tpu_forward` and `tpu_backward` have them, C tokens a chunk. Forward: K K^T and Q K^T a
+Products as the equations of `tpu.forward` and `tpu.backward` have them, C tokens a chunk. Forward: K K^T and Q K^T a
 key head; K S, Q S, K^T U, the inverse (C^3 / 3), A (..) and P U a value head. Backward: the scores again; K S, Q S,
 Y S^T, dO S^T, K dS', U dS'^T, Q^T dO, K^T Y; U, P^T dO, A^T dU, dO U^T, Y U^T; dP and dL with K, their transposes with
 Q and K.
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.gated_delta_rule.tpu_parts import Plan
+from pallas_kernels.gated_delta_rule.tpu.packs import Plan
 
 
 class Sizes(NamedTuple):

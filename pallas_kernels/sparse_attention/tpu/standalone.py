@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_attention import tpu_launch as launch
-from pallas_kernels.sparse_attention import tpu_layout as layout
-from pallas_kernels.sparse_attention.tpu_counts import counts
-from pallas_kernels.sparse_attention.tpu_layout import SUBLANES, Plan
+from pallas_kernels.sparse_attention.tpu import launch as launch
+from pallas_kernels.sparse_attention.tpu import layout as layout
+from pallas_kernels.sparse_attention.tpu.cost import counts
+from pallas_kernels.sparse_attention.tpu.layout import SUBLANES, Plan
 
 
 class Kernel(NamedTuple):

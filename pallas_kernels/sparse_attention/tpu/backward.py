@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.gated_delta_rule.tpu_parts import LANES, NN, NT, TN, Ref, multiply
-from pallas_kernels.sparse_attention.tpu_diverge import TINY, attention
-from pallas_kernels.sparse_attention.tpu_layout import Plan
-from pallas_kernels.sparse_attention.tpu_scores import LOG2_E, Block, QueryRefs, Room, expand_queries, head_lanes
-from pallas_kernels.sparse_attention.tpu_select import total
+from pallas_kernels.matrix_unit import LANES, NN, NT, TN, Ref, multiply
+from pallas_kernels.sparse_attention.tpu.diverge import TINY, attention
+from pallas_kernels.sparse_attention.tpu.layout import Plan
+from pallas_kernels.sparse_attention.tpu.scores import LOG2_E, Block, QueryRefs, Room, expand_queries, head_lanes
+from pallas_kernels.sparse_attention.tpu.select import total
 
 
 @dataclass

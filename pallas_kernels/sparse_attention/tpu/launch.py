@@ -15,14 +15,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.sparse_attention import tpu_layout as layout
-from pallas_kernels.sparse_attention.tpu_attend import attend_kernel
-from pallas_kernels.sparse_attention.tpu_backward import backward_kernel
-from pallas_kernels.sparse_attention.tpu_counts import estimate
-from pallas_kernels.sparse_attention.tpu_diverge import diverge_kernel
-from pallas_kernels.sparse_attention.tpu_layout import LANES, SUBLANES, Plan
-from pallas_kernels.sparse_attention.tpu_scores import room_shapes
-from pallas_kernels.sparse_attention.tpu_select import select_kernel
+from pallas_kernels.sparse_attention.tpu import layout as layout
+from pallas_kernels.sparse_attention.tpu.attend import attend_kernel
+from pallas_kernels.sparse_attention.tpu.backward import backward_kernel
+from pallas_kernels.sparse_attention.tpu.cost import estimate
+from pallas_kernels.sparse_attention.tpu.diverge import diverge_kernel
+from pallas_kernels.sparse_attention.tpu.layout import LANES, SUBLANES, Plan
+from pallas_kernels.sparse_attention.tpu.scores import room_shapes
+from pallas_kernels.sparse_attention.tpu.select import select_kernel
 
 
 class Call(NamedTuple):

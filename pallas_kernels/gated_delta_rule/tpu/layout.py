@@ -11,8 +11,9 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gated_delta_rule.chunks import pad_tokens
-from pallas_kernels.gated_delta_rule.tpu_parts import LANES, MASKED, Plan
+from pallas_kernels.gated_delta_rule.common.chunks import pad_tokens
+from pallas_kernels.gated_delta_rule.tpu.packs import MASKED, Plan
+from pallas_kernels.matrix_unit import LANES
 
 _LOWEST_DECAY = -110.0  # e^-110 is 0 in float32
 _COARSE = 256.0

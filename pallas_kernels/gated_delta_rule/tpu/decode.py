@@ -23,8 +23,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gated_delta_rule import xla
-from pallas_kernels.gated_delta_rule.tpu_layout import VMEM_LIMIT, padded_width
-from pallas_kernels.gated_delta_rule.tpu_parts import Ref
+from pallas_kernels.gated_delta_rule.tpu.layout import VMEM_LIMIT, padded_width
+from pallas_kernels.matrix_unit import Ref
 
 LONGEST = 32
 WORTHWHILE = 8  # tokens; a chunk of the other kernels costs as much as some 5 to 8 of these, see kernel_levers.md

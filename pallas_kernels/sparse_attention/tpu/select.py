@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gated_delta_rule.tpu_parts import NN, Ref, multiply
-from pallas_kernels.sparse_attention.selection import SINK_KEY, budget
-from pallas_kernels.sparse_attention.tpu_layout import LANES, SUBLANES, Plan, padded
-from pallas_kernels.sparse_attention.tpu_scores import (
+from pallas_kernels.matrix_unit import NN, Ref, multiply
+from pallas_kernels.sparse_attention.common.selection import SINK_KEY, budget
+from pallas_kernels.sparse_attention.tpu.layout import LANES, SUBLANES, Plan, padded
+from pallas_kernels.sparse_attention.tpu.scores import (
     block_gates,
     block_order,
     block_sees,

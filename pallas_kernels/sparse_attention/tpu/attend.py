@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.gated_delta_rule.tpu_parts import NT, TN, Ref, multiply
-from pallas_kernels.sparse_attention.tpu_layout import SUBLANES, Plan
-from pallas_kernels.sparse_attention.tpu_scores import (
+from pallas_kernels.matrix_unit import NT, TN, Ref, multiply
+from pallas_kernels.sparse_attention.tpu.layout import SUBLANES, Plan
+from pallas_kernels.sparse_attention.tpu.scores import (
     LOG2_E,
     LOWEST,
     MASKED,
@@ -22,7 +22,7 @@ from pallas_kernels.sparse_attention.tpu_scores import (
     expand_queries,
     head_lanes,
 )
-from pallas_kernels.sparse_attention.tpu_select import fold, partial_total, total
+from pallas_kernels.sparse_attention.tpu.select import fold, partial_total, total
 
 
 def attend_kernel(

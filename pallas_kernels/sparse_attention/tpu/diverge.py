@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.gated_delta_rule.tpu_parts import NT, Ref, multiply
-from pallas_kernels.sparse_attention.tpu_layout import SUBLANES, Plan
-from pallas_kernels.sparse_attention.tpu_scores import (
+from pallas_kernels.matrix_unit import NT, Ref, multiply
+from pallas_kernels.sparse_attention.tpu.layout import SUBLANES, Plan
+from pallas_kernels.sparse_attention.tpu.scores import (
     LOG2_E,
     MASKED,
     Block,
@@ -21,7 +21,7 @@ from pallas_kernels.sparse_attention.tpu_scores import (
     expand_queries,
     head_lanes,
 )
-from pallas_kernels.sparse_attention.tpu_select import total
+from pallas_kernels.sparse_attention.tpu.select import total
 
 TINY = 1e-30  # below it a sum counts as nothing, as in the reference
 

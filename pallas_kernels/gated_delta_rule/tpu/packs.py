@@ -15,19 +15,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-LANES = 128
+from pallas_kernels.matrix_unit import LANES, NN, Form, lane_index, multiply, split
+
 MASKED = -1e30  # an exponent; -inf would make the difference of two masked ones nan
-Ref = Any  # of a block or of scratch, in VMEM
-Form = tuple[tuple[int, ...], tuple[int, ...]]
-NN: Form = ((1,), (0,))  # X Y
-NT: Form = ((1,), (1,))  # X Y^T
-TN: Form = ((0,), (0,))  # X^T Y
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class Plan:
 
     @property
     def gates(self) -> tuple[str, ...]:
-        """What the kernels get of each head and token: `tpu_layout.lay_gates`."""
+        """What the kernels get of each head and token: `tpu.layout.lay_gates`."""
         return ("sum", "fine", "gamma", "lam", "beta") if self.exact else ("sum", "gamma", "lam", "beta")
 
     def keys(self, pack: int) -> list[int]:
@@ -112,23 +107,6 @@ def widen(columns: Sequence[Float[Array, "c 1"]], width: int) -> Float[Array, "c
     return wide
 
 
-def multiply(x: Array, y: Array, form: Form, exact: bool) -> Array:
-    """One pass of the matrix unit, float32 sums; `exact` keeps float32 operands whole."""
-    if exact:
-        x, y, precision = x.astype(jnp.float32), y.astype(jnp.float32), jax.lax.Precision.HIGHEST
-    else:
-        x, y, precision = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(x, y, (form, ((), ())), precision=precision, preferred_element_type=jnp.float32)
-
-
-def split(x: Array) -> list[Array]:
-    """x = high + low in bfloat16, to 2^-17 of x."""
-    if x.dtype == jnp.bfloat16:
-        return [x]
-    high = x.astype(jnp.bfloat16)
-    return [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]
-
-
 def multiply_finely(x: Array, y: Array, form: Form, exact: bool, pack: int = 1) -> Array:
     """X Y with y expanded over the pack, in passes: (Xh + Xl)(Yh + Yl) without Xl Yl; bfloat16 has no low part."""
     return multiply_each([x], y, form, exact, pack)[0]
@@ -156,11 +134,6 @@ def _cut_rows(x: Array, count: int) -> list[Array]:
     return [x[i * size : (i + 1) * size] for i in range(count)]
 
 
-def lane_index(shape: tuple[int, ...]) -> Array:
-    """The lane of every element."""
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-
-
 @dataclass(frozen=True)
 class Masks:
     """Pairs of tokens of a chunk, over a pack: token in the rows, other token in the lanes."""
@@ -183,7 +156,7 @@ def masks(chunk: int, pack: int, run_column: Array | None, run_row: Array | None
 
 
 def invert_unit_upper(systems: list[Float[Array, "c pc"]], plan: Plan) -> list[Float[Array, "c pc"]]:
-    """(I + R)^-1 of every pack of strictly upper triangular matrices, by the ladder (see `inverse.py`).
+    """(I + R)^-1 of every pack of strictly upper triangular matrices, by the ladder (see `common.triangular_inverse`).
 
         X = I;   for s = 1, 2, 4 .. C/2:   X <- X - X (R_s X),   R_s the upper right s x s of each 2s block
 

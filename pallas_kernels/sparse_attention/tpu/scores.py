@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.gated_delta_rule.tpu_parts import NN, Ref, multiply
-from pallas_kernels.sparse_attention.selection import SINK_KEY
-from pallas_kernels.sparse_attention.tpu_layout import Plan
+from pallas_kernels.matrix_unit import NN, Ref, multiply
+from pallas_kernels.sparse_attention.common.selection import SINK_KEY
+from pallas_kernels.sparse_attention.tpu.layout import Plan
 
 LOG2_E = math.log2(math.e)
 MASKED = -1e30  # a logit that is not there

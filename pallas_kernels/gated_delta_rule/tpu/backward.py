@@ -25,21 +25,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.gated_delta_rule.tpu_chunk import Gates, Pack, read_gates, scores
-from pallas_kernels.gated_delta_rule.tpu_forward import copy_states
-from pallas_kernels.gated_delta_rule.tpu_parts import (
-    LANES,
-    NN,
-    NT,
-    Plan,
-    Ref,
-    lane_index,
-    masks,
-    multiply,
-    multiply_each,
-    multiply_finely,
-    transpose,
-)
+from pallas_kernels.gated_delta_rule.tpu.chunk import Gates, Pack, read_gates, scores
+from pallas_kernels.gated_delta_rule.tpu.forward import copy_states
+from pallas_kernels.gated_delta_rule.tpu.packs import Plan, masks, multiply_each, multiply_finely, transpose
+from pallas_kernels.matrix_unit import LANES, NN, NT, Ref, lane_index, multiply
 
 TOGETHER = 8  # packs that are scheduled together: fewer leave the matrix unit waiting, more spill
 

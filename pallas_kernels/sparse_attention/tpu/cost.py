@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from jax.experimental import pallas as pl
 
-from pallas_kernels.sparse_attention import tpu_layout as layout
-from pallas_kernels.sparse_attention.tpu_layout import Plan
+from pallas_kernels.sparse_attention.tpu import layout as layout
+from pallas_kernels.sparse_attention.tpu.layout import Plan
 
 
 def estimate(plan: Plan, name: str, batch: int, queries: int, keys: int, calls: int) -> pl.CostEstimate:

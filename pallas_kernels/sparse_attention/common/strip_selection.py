@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.sparse_attention.selection import (
+from pallas_kernels.sparse_attention.common.selection import (
     Variance,
     budget,
     entries,
@@ -18,7 +18,7 @@ from pallas_kernels.sparse_attention.selection import (
     thresholds,
     variance_of,
 )
-from pallas_kernels.sparse_attention.tiles import Keys, Queries, Selection, take
+from pallas_kernels.sparse_attention.common.tiles import Keys, Queries, Selection, take
 
 
 class RowStatistics(NamedTuple):

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from pallas_kernels.gated_delta_rule.tpu_parts import LANES
-from pallas_kernels.sparse_attention.selection import Variance
-from pallas_kernels.sparse_attention.tiles import Keys, Queries, reach
+from pallas_kernels.matrix_unit import LANES
+from pallas_kernels.sparse_attention.common.selection import Variance
+from pallas_kernels.sparse_attention.common.tiles import Keys, Queries, reach
 
 Shaped4 = Array | jax.ShapeDtypeStruct  # [b, t, heads, width], or only the shape of it
 SUBLANES = 8

@@ -1,0 +1,1 @@
+"""What the implementations of this operation share."""

@@ -1,6 +1,6 @@
 """What does a checkpoint every 50 steps cost a training run, and how large is one?
 
-    PYTHONPATH=. python experiments/bench_checkpoints.py [--size small] [--every 50] [--steps 5] [--rounds 3]
+    python -m experiments.bench_checkpoints [--size small] [--every 50] [--steps 5] [--rounds 3]
                                                          [--workdir DIR] [--json] [--output experiments/results]
 
 * One process trains as `python -m gt_jax.train` does (`training.loop.fit`), in stretches of a few steps. In every
@@ -23,15 +23,11 @@ import itertools
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-if __name__ == "__main__" and (_root := str(Path(__file__).resolve().parent.parent)) not in sys.path:
-    sys.path.insert(0, _root)  # run as a file: `experiments` is a folder of the repository, not installed
 
 from experiments.training_measured import sizes
 from experiments.training_measured.report import add_common, common_problems, keep, note, seconds, spread

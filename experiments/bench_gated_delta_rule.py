@@ -1,6 +1,6 @@
 """How fast is the gated delta rule here, and against PyTorch's chunk form in the same process?
 
-    python experiments/bench_gated_delta_rule.py [--chunks 16 32 64] [--rounds 10] [--json FILE]
+    python -m experiments.bench_gated_delta_rule [--chunks 16 32 64] [--rounds 10] [--json FILE]
 
 * Two shapes: a long sequence (b1 t2048 h8, k = v = 64) and a training batch of the demo (b8 t256 h4, k = v = 32).
 * The other side is `torch_chunk_gated_delta_rule` of transformers (Qwen3-Next), at its own chunk of 64, when torch and
@@ -26,8 +26,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from machine import machine
 
+from experiments.machine import machine
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 
 SHAPES = {"long": (1, 2048, 8, 64), "demo": (8, 256, 4, 32)}

@@ -1,6 +1,6 @@
 """How fast is `gt_jax.grow` beside the disk it reads from and writes to, and how much memory does it hold?
 
-    PYTHONPATH=. python experiments/bench_grow.py [--preset-source 3b] [--scales 1] [--repeats 3] [--workdir DIR]
+    python -m experiments.bench_grow [--preset-source 3b] [--scales 1] [--repeats 3] [--workdir DIR]
 
 * The floor: `cat SOURCE/* > /dev/null`, then `dd if=/dev/zero conv=fsync` of the target's bytes, on the same disk.
 * The growth: `python -m gt_jax.grow` as a process of its own, wall time with a final `sync`; its peak resident memory
@@ -132,7 +132,7 @@ def measure(source: Path, workdir: Path, repeats: int, extra: Sequence[str]) -> 
 def one_scale(preset: str, scale: float, workdir: Path, repeats: int, extra: Sequence[str]) -> dict[str, Any]:
     """`measure` for a random source of one size, which is deleted afterwards."""
     source = workdir / "source"
-    timed([sys.executable, str(Path(__file__).with_name("write_random_checkpoint.py")), str(source), "--preset", preset,
+    timed([sys.executable, "-m", "experiments.write_random_checkpoint", str(source), "--preset", preset,
            "--scale", str(scale)])
     try:
         return {"preset": preset, "scale": scale, **measure(source, workdir, repeats, extra)}

@@ -1,6 +1,6 @@
 """What do tiles cost, and save, against the dense path of sparse attention?
 
-    python experiments/bench_sparse_attention.py [--lengths 256 512 1024 2048] [--dtype float32] [--json FILE]
+    python -m experiments.bench_sparse_attention [--lengths 256 512 1024 2048] [--dtype float32] [--json FILE]
 
 * One row of one document, by default 8 heads of 64 with 2 indexer heads of 32, budgets as in the `8b` model.
 * Temporaries are what the compiled program needs beside its arguments and results, forward and backward; no run is
@@ -23,8 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from machine import machine
 
+from experiments.machine import machine
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
 
 SIDES = {"dense": "reference", "tiled": "xla"}

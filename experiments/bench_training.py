@@ -1,6 +1,6 @@
 """How many tokens a second does a training step take in, beside the same model in PyTorch, on two CPU cores?
 
-    PYTHONPATH=. python experiments/bench_training.py [--size small] [--batch 4] [--tokens 256] [--rounds 3] [--json]
+    python -m experiments.bench_training [--size small] [--batch 4] [--tokens 256] [--rounds 3] [--json]
                                                       [--output experiments/results]
 
 * Needs PyTorch and transformers: pip install 'gt-jax[bench]' (wheels for CPUs are enough).
@@ -21,14 +21,9 @@ import contextlib
 import importlib.util
 import json
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-if __name__ in ("__main__", "__mp_main__") and (_root := str(Path(__file__).resolve().parent.parent)) not in sys.path:
-    sys.path.insert(0, _root)  # run as a file: `experiments` is a folder of the repository, not installed
 
 from experiments.training_measured import sizes
 from experiments.training_measured.report import add_common, common_problems, keep, markdown_table, note, spread

@@ -1,6 +1,6 @@
 """Does bfloat16 compute cost loss? States, gates, norms, Sinkhorn, softmax and router stay float32.
 
-    PYTHONPATH=. python experiments/bfloat16_training.py [--preset tiny_3b] [--steps 200] [--json FILE]
+    python -m experiments.bfloat16_training [--preset tiny_3b] [--steps 200] [--json FILE]
 
 * Two runs in one process from the same weights on the same batches, one in float32, one in bfloat16 compute; both keep
   float32 weights. The held-out loss of each, and their ratio.

@@ -1,6 +1,6 @@
 """Which way of growing an adaptive checkpoint is best? Every operator from the same sources, with controls.
 
-    python experiments/growth_operators.py --text tinystories.txt [--seeds 0,1,2] [--scale 1] [--work runs/growth]
+    python -m experiments.growth_operators --text tinystories.txt [--seeds 0,1,2] [--scale 1] [--work runs/growth]
 
 - A source a seed: 8 adaptive layers, trained under the compute price and measured. It is grown to 20 layers in memory
   by every operator (growth_study/operators.py), evaluated, and trained on by a fresh optimizer: the same batches, the
@@ -54,7 +54,7 @@ def configured(arguments: argparse.Namespace) -> StudyConfig:
 
 def study_and_report(study: StudyConfig, work: Path, output: Path, command: Sequence[str]) -> str:
     """Run what is not done yet, write the three results, and return the Markdown text."""
-    from experiments.growth_study import results
+    from experiments.growth_study import report, results
     from experiments.growth_study.engine import Engine
     from experiments.growth_study.run import CONTROLS, LONGER, SCRATCH_FLOPS, Progress, Seed, costs
     from experiments.growth_study.store import Store
@@ -72,7 +72,7 @@ def study_and_report(study: StudyConfig, work: Path, output: Path, command: Sequ
         units[seed], rates = Seed(engine, study, store, seed, progress).run(rates)
     assert rates is not None and set(CONTROLS) <= set(units[study.seeds[0]])
     about = results.About(study, content, tuple(command), time.monotonic() - began)
-    return results.write(output, about, units, rates)
+    return report.write(output, about, units, rates)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,9 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    root = str(Path(__file__).resolve().parent.parent)
-    if root not in sys.path:  # run as a file: `experiments` is a folder of the repository, not installed
-        sys.path.insert(0, root)
     from gt_jax.errors import run_command
 
     run_command(main)

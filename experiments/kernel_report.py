@@ -1,6 +1,6 @@
 """What would the TPU kernels cost on a chip that is not here? Compiles them for it and reads the compiler's schedule.
 
-    python experiments/kernel_report.py [--chip v5e|v5p|v6e|tpu7x] [--case NAME ...] [--kernels-only] [--json]
+    python -m experiments.kernel_report [--chip v5e|v5p|v6e|tpu7x] [--case NAME ...] [--kernels-only] [--json]
                                         [--output experiments/results]
 
 * Needs `jax[tpu]` (its compiler), no TPU. One that does not compile prints its error, and the exit code is 1.
@@ -21,9 +21,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__" and (_root := str(Path(__file__).resolve().parent.parent)) not in sys.path:
-    sys.path.insert(0, _root)  # run as a file: `experiments` is a folder of the repository, not installed
 
 from experiments.kernels_measured.chips import CHIPS
 from experiments.kernels_measured.compiler import set_up

@@ -1,6 +1,6 @@
 """Where does a training step's time go, and is any part of the model dearer than its FLOPs?
 
-    PYTHONPATH=. python experiments/profile_components.py [--preset tiny_3b] [--batch 8] [--tokens 128] [--json FILE]
+    python -m experiments.profile_components [--preset tiny_3b] [--batch 8] [--tokens 128] [--json FILE]
 
 * One process: compile the step, warm it up, time a few steps (the fastest and the median count), then trace three.
 * Time: every operation of the compiled program carries the scope it came from (Linen modules and named scopes); the

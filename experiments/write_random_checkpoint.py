@@ -1,6 +1,6 @@
 """A checkpoint of random values, of any preset, written slice by slice: something to grow that nobody had to train.
 
-    PYTHONPATH=. python experiments/write_random_checkpoint.py PATH --preset 3b [--seed 0] [--scale 0.5]
+    python -m experiments.write_random_checkpoint PATH --preset 3b [--seed 0] [--scale 0.5]
 
 * Every float tensor is the library's positional noise, a bell of standard deviation init_std keyed by (seed, path);
   gains and scales stand around 1, variances at 1. The same seed gives the same bytes, whatever the machine.

@@ -7,8 +7,6 @@ and held-out text, so that operators are compared by their differences seed by s
 from __future__ import annotations
 
 import itertools
-import json
-import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +16,10 @@ import numpy as np
 
 from experiments.growth_study.engine import Losses
 from experiments.growth_study.operators import OPERATORS
-from experiments.growth_study.run import CONTROLS, SCRATCH_TOKENS, Rates
+from experiments.growth_study.run import CONTROLS, SCRATCH_TOKENS
 from experiments.growth_study.store import check_same
 from experiments.growth_study.study import StudyConfig
 from gt_jax.errors import Refused
-from gt_jax.files import write_whole
 
 NAME = "growth_operators"
 Units = Mapping[int, Mapping[str, Any]]
@@ -135,51 +132,11 @@ def check_output(output: Path, study: StudyConfig, content: str) -> None:
     """Refuse an --output that holds another study's results, before any work is done."""
     file = output / f"{NAME}.json"
     if file.exists():
-        check_same(file, {"config": _named(study).to_json(), "content": content}, _named(study))
+        check_same(file, {"config": named(study).to_json(), "content": content}, named(study))
     if output.exists() and not output.is_dir():
         raise Refused(f"--output {output} is a file; name a folder")
 
 
-def _named(study: StudyConfig) -> StudyConfig:
+def named(study: StudyConfig) -> StudyConfig:
     """The study with its files by name: results say nothing of the machine's folders."""
     return study.replace(text=tuple(Path(name).name for name in study.text))
-
-
-def write(output: Path, about: About, units: Units, rates: Rates) -> str:
-    """Write OUTPUT/growth_operators.{json,md,png}; returns the Markdown text."""
-    from experiments.growth_study.picture import draw
-    from experiments.growth_study.tables import markdown
-
-    found = figures(about.study, units)
-    study, folders = _named(about.study), {name: Path(name).name for name in about.study.text}
-    command = " ".join(["python experiments/growth_operators.py", *(folders.get(w, w) for w in about.command)])
-    text = markdown(study, units, found, rates, command)
-    output.mkdir(parents=True, exist_ok=True)
-    everything = {
-        "config": study.to_json(), "content": about.content, "command": command, "versions": versions(),
-        "machine": {"cores": _cores(), "device": _device()}, "seconds_of_this_call": about.seconds,
-        "rates": rates._asdict(), "figures": found, "units": {str(seed): one for seed, one in units.items()},
-    }  # fmt: skip
-    write_whole(output / f"{NAME}.json", json.dumps(everything) + "\n")
-    write_whole(output / f"{NAME}.md", text)
-    draw(study, units, found, output / f"{NAME}.png")
-    return text
-
-
-def versions() -> dict[str, str]:
-    """What computed it."""
-    from importlib.metadata import version
-
-    return {"python": platform.python_version(), **{name: version(name) for name in ("jax", "flax", "optax", "numpy")}}
-
-
-def _cores() -> int:
-    import os
-
-    return os.cpu_count() or 1
-
-
-def _device() -> str:
-    import jax
-
-    return str(jax.devices()[0].device_kind)

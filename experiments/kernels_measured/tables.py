@@ -66,7 +66,7 @@ def terminal(rows: Sequence[Row]) -> str:
 def markdown(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """All chips' reports, by chip; a part an operation, a table a chip."""
     lines = ["# What the TPU kernels cost", "", *EXPLAINED.splitlines(), ""]
-    lines += ["Written by `python experiments/kernel_report.py --output experiments/results`, from its JSON.", ""]
+    lines += ["Written by `python -m experiments.kernel_report --output experiments/results`, from its JSON.", ""]
     for name, report in reports.items():
         chip = CHIPS[name]
         rates = f"{chip.peak / 1e12:.0f} TFLOP/s bfloat16, {chip.bandwidth / 1e9:.0f} GB/s, {chip.clock / 1e9:.2f} GHz"

@@ -1,33 +1,22 @@
 """The scripts behind the full-size figures, scaled down: a random checkpoint, and the benchmark that grows it."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
+from experiments import bench_grow, write_random_checkpoint
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
 from gt_jax.errors import Refused
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("random") / "source"
-    script("write_random_checkpoint").main([str(path), "--preset", "tiny", "--scale", "0.25", "--seed", "4"])
+    write_random_checkpoint.main([str(path), "--preset", "tiny", "--scale", "0.25", "--seed", "4"])
     return path
 
 
@@ -38,7 +27,7 @@ def test_a_random_checkpoint_is_a_model_and_follows_its_seed(source: Path, tmp_p
     assert all(np.isfinite(value).all() for value in values.values())
     np.testing.assert_allclose(np.std(values["embedding/table"]), config.init_std, rtol=0.05)
     np.testing.assert_allclose(np.mean(values["segment0/layer0/gain"]), 1, atol=4 * config.init_std)
-    write = script("write_random_checkpoint").write
+    write = write_random_checkpoint.write
     for seed in (4, 5):
         write(tmp_path / str(seed), config, seed)
     hashes = [checkpoint.content_hash(path) for path in (source, tmp_path / "4", tmp_path / "5")]
@@ -48,7 +37,7 @@ def test_a_random_checkpoint_is_a_model_and_follows_its_seed(source: Path, tmp_p
 
 
 def test_scale_is_about_the_share_of_parameters() -> None:
-    scaled = script("write_random_checkpoint").scaled
+    scaled = write_random_checkpoint.scaled
     whole = presets.preset("3b")
     assert scaled(whole, 1.0) == whole
     half = scaled(whole, 0.25)
@@ -59,10 +48,9 @@ def test_scale_is_about_the_share_of_parameters() -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_reports_ratio_and_memory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = script("bench_grow")
-    monkeypatch.setattr(bench, "forget", lambda folder: "nothing")  # other tests use the same caches
-    monkeypatch.setattr(bench, "touch_memory", lambda: None)
-    bench.main(["--source", str(source), "--repeats", "1", "--workdir", str(tmp_path), "--json", str(tmp_path / "j")])
+    monkeypatch.setattr(bench_grow, "forget", lambda folder: "nothing")  # other tests use the same caches
+    monkeypatch.setattr(bench_grow, "touch_memory", lambda: None)
+    bench_grow.main(["--source", str(source), "--repeats", "1", "--workdir", str(tmp_path), "--json", str(tmp_path / "j")])
     found, = json.loads((tmp_path / "j").read_text())
     assert found["target_bytes"] > 1.8 * found["source_bytes"] and found["ratio"]["median"] > 0
     assert 0.1 < found["peak_gib"] < 1

@@ -118,8 +118,8 @@ def report_lines(result: dict[str, Any], target: Path) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    from gt_jax.configs.calibration import ITERATIONS, OBJECTIVE, OBJECTIVES, RIDGE
     from gt_jax.evaluation.loading import add_text_arguments
-    from gt_jax.growth.calibration import ITERATIONS, OBJECTIVE, OBJECTIVES, RIDGE
 
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

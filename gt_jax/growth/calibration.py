@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gt_jax.configs.calibration import ITERATIONS, OBJECTIVE, OBJECTIVES, RIDGE
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, on_mesh, reshard
 from gt_jax.errors import Refused, refuse_all
@@ -39,8 +40,6 @@ from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.primitives import widen
 from gt_jax.typing import PerToken, Tree
 
-OBJECTIVES = ("blocks", "final", "kl")
-OBJECTIVE, ITERATIONS, RIDGE = "kl", 6, 1e-3
 _HALVINGS = 6
 _SETTLED = 1e-4  # a step that gains less than this share of the loss is the last one
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.oracle.basics import rms_norm, sigmoid
+from tests.models.oracle.basics import rms_norm, sigmoid
 
 
 class Coefficients(NamedTuple):

@@ -19,7 +19,7 @@ from tests.support import perturbed
 
 RECIPES = [("weights", "schedule"), ("gain", "expected"),
            pytest.param("output", "schedule", marks=pytest.mark.exhaustive)]
-SOURCES = ("tiny", "3b", "3b_table")  # small has the tensors of tiny, tiny_3b those of 3b (tests/test_presets.py)
+SOURCES = ("tiny", "3b", "3b_table")  # small has the tensors of tiny, tiny_3b those of 3b (configs/test_presets.py)
 
 
 @pytest.mark.slow

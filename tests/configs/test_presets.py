@@ -1,6 +1,6 @@
 """The presets at their true size, through shapes alone: exact parameter counts, every tensor's place on a mesh.
 
-After a wanted change, write the golden files anew: PYTHONPATH=. python tests/test_presets.py
+After a wanted change, write the golden files anew: PYTHONPATH=. python tests/configs/test_presets.py
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.oracle.basics import gelu, sigmoid
-from tests.oracle.mixers import Gates
+from tests.models.oracle.basics import gelu, sigmoid
+from tests.models.oracle.mixers import Gates
 
 
 class Delta(NamedTuple):

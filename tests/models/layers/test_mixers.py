@@ -21,7 +21,7 @@ from gt_jax.devices.sharding import Rules, lay_out, make_mesh, with_devices
 from gt_jax.models.layers import deltanet, gsa, primitives
 from gt_jax.models.layers.mixer import Place, place_rows
 from gt_jax.models.layers.primitives import WeightSpec, rope
-from tests.layers import oracle
+from tests.models.layers import oracle
 from tests.support import DELTANET, GSA, WIDTH, segments
 
 FLOOR = -0.7  # high enough that some tokens of these layers reach it
@@ -249,7 +249,7 @@ def test_a_later_part_leaves_what_is_cached_alone():
     assert later["segments"].tolist() == [[1] * 20]
 
 
-@pytest.mark.parametrize("kind", ["D origin", "G origin", "G tiles"])  # the others run on meshes in tests/test_model.py
+@pytest.mark.parametrize("kind", ["D origin", "G origin", "G tiles"])  # the others: test_language_model.py
 def test_a_mesh_gives_the_same_values(kind):
     x, ids = three_rows()
     v = variables(CONFIGS[kind])

@@ -50,7 +50,8 @@ def test_scale_is_about_the_share_of_parameters() -> None:
 def test_the_benchmark_reports_ratio_and_memory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_grow, "forget", lambda folder: "nothing")  # other tests use the same caches
     monkeypatch.setattr(bench_grow, "touch_memory", lambda: None)
-    bench_grow.main(["--source", str(source), "--repeats", "1", "--workdir", str(tmp_path), "--json", str(tmp_path / "j")])
+    words = ["--source", str(source), "--repeats", "1", "--workdir", str(tmp_path), "--json", str(tmp_path / "j")]
+    bench_grow.main(words)
     found, = json.loads((tmp_path / "j").read_text())
     assert found["target_bytes"] > 1.8 * found["source_bytes"] and found["ratio"]["median"] > 0
     assert 0.1 < found["peak_gib"] < 1

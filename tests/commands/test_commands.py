@@ -34,7 +34,7 @@ def command(folder: Path, *words: str) -> list[str]:
 
 def environment(folder: Path) -> dict[str, str]:
     """One CPU device, little optimisation, and every program compiled once for all the processes of these tests."""
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
     cheap = {"XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return {**os.environ, **cheap, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}

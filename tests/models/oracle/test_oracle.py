@@ -15,12 +15,12 @@ from gt_jax.configs.model import (
     MoEConfig,
     StackConfig,
 )
-from tests.oracle import hyper, model
-from tests.oracle.basics import rms_norm, rotate, sigmoid, silu, softmax
-from tests.oracle.embedding import kronecker_code
-from tests.oracle.mixers import deltanet, gsa, selected_keys
-from tests.oracle.mlp import dense, mixture
-from tests.oracle.weights import Draw, random_variables
+from tests.models.oracle import hyper, model
+from tests.models.oracle.basics import rms_norm, rotate, sigmoid, silu, softmax
+from tests.models.oracle.embedding import kronecker_code
+from tests.models.oracle.mixers import deltanet, gsa, selected_keys
+from tests.models.oracle.mlp import dense, mixture
+from tests.models.oracle.weights import Draw, random_variables
 
 RNG = np.random.default_rng(0)
 OWN = presets.tiny().replace(

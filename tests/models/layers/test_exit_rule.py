@@ -19,7 +19,7 @@ from gt_jax.models.layers.early_exit import (
     ponder,
     start,
 )
-from tests.layers.test_early_exit import IDS, RULES, THRESHOLD, WIDTH, inputs
+from tests.models.layers.test_early_exit import IDS, RULES, THRESHOLD, WIDTH, inputs
 from tests.support import segments
 
 

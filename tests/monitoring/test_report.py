@@ -17,7 +17,7 @@ from gt_jax.monitoring import run_page
 from gt_jax.monitoring.alerts import Course
 from gt_jax.monitoring.metrics import to_json
 from gt_jax.monitoring.run_plots import plot_runs
-from tests.test_alerts import PLAIN, RUN, at, changed, healthy
+from tests.monitoring.test_alerts import PLAIN, RUN, at, changed, healthy
 
 PNG = b"\x89PNG"
 

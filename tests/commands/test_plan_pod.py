@@ -23,7 +23,7 @@ from gt_jax.training.ahead_of_time import OUT_OF_MEMORY, Job, compile_step, repl
 from gt_jax.training.divisibility import indivisible_fields, indivisible_tensors, refuse_indivisible
 from tests.support import small_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_topologies_by_name():

@@ -14,7 +14,7 @@ from gt_jax.configs.model import MoEConfig
 from gt_jax.devices.sharding import Rules, make_mesh, reshard
 from gt_jax.models.layers import grouped_product, moe
 from gt_jax.models.layers.primitives import WeightSpec
-from tests.layers.oracle import silu
+from tests.models.layers.oracle import silu
 from tests.support import random_tree
 
 WIDTH, SHARED = 16, 12

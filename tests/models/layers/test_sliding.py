@@ -18,8 +18,8 @@ from gt_jax.models.layers.groundthink import GroundThinkDeltaNet
 from gt_jax.models.layers.mixer import place_rows
 from gt_jax.models.layers.primitives import WeightSpec
 from gt_jax.models.layers.sliding import SlidingAttention
-from tests.layers.test_groundthink import CONFIG, inputs, sigmoid
-from tests.layers.test_groundthink import oracle as deltanet_oracle
+from tests.models.layers.test_groundthink import CONFIG, inputs, sigmoid
+from tests.models.layers.test_groundthink import oracle as deltanet_oracle
 from tests.support import WIDTH, random_tree, segments
 
 SLIDING = SlidingConfig(heads=4, head_width=8, window=5)

@@ -1,4 +1,4 @@
-"""Every component at once: logits of tiny models against the plain numpy float64 computation in tests/oracle.
+"""Every component at once: logits of tiny models against the plain numpy float64 computation in tests/models/oracle.
 
 The rows hold two packed documents, the first ends in padding. Heads decay at all rates; budgets of keys and passes of
 tokens vary, the first two tests make sure that they do.
@@ -26,10 +26,10 @@ from gt_jax.configs.model import (
     StackConfig,
 )
 from gt_jax.models.language_model import LanguageModel, Memory, abstract, fixed_passes, forward, free_passes
-from tests.oracle import model as oracle
-from tests.oracle.basics import block, float64, rms_norm
-from tests.oracle.mixers import gsa
-from tests.oracle.weights import random_variables
+from tests.models.oracle import model as oracle
+from tests.models.oracle.basics import block, float64, rms_norm
+from tests.models.oracle.mixers import gsa
+from tests.models.oracle.weights import random_variables
 
 IDS = np.array([[1] * 9 + [2] * 11 + [0] * 4, [1] * 14 + [2] * 10], np.int32)
 TOKENS = np.random.default_rng(7).integers(0, 40, IDS.shape).astype(np.int32)

@@ -16,12 +16,12 @@ from typing import Literal
 
 import numpy as np
 
-from tests.oracle import hyper
-from tests.oracle.adaptive import Delta, Depth, adaptive_depth, one_pass
-from tests.oracle.basics import block, float64, rms_norm
-from tests.oracle.embedding import add_memory, embed
-from tests.oracle.mixers import Gates, deltanet, deltanet_gates, gsa, gsa_gates
-from tests.oracle.mlp import dense, mixture
+from tests.models.oracle import hyper
+from tests.models.oracle.adaptive import Delta, Depth, adaptive_depth, one_pass
+from tests.models.oracle.basics import block, float64, rms_norm
+from tests.models.oracle.embedding import add_memory, embed
+from tests.models.oracle.mixers import Gates, deltanet, deltanet_gates, gsa, gsa_gates
+from tests.models.oracle.mlp import dense, mixture
 
 FeaturesFrom = Literal["mixer_input", "stream_mean"]
 SkipEnters = Literal["before_mixing", "after_mixing"]

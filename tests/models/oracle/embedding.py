@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.oracle.basics import layer_norm, rms_norm, sigmoid, softplus
+from tests.models.oracle.basics import layer_norm, rms_norm, sigmoid, softplus
 
 
 def kronecker_code(token_bytes, length, positions):

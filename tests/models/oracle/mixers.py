@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.oracle.basics import rms_norm, rotate, sigmoid, silu, softplus, unit
+from tests.models.oracle.basics import rms_norm, rotate, sigmoid, silu, softplus, unit
 
 
 class Gates(NamedTuple):

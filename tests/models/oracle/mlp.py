@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.oracle.basics import silu, softmax
+from tests.models.oracle.basics import silu, softmax
 
 
 class MLPResult(NamedTuple):

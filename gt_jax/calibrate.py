@@ -32,7 +32,8 @@ def calibrate(
     """
     from gt_jax.checkpoints import checkpoint
     from gt_jax.devices.sharding import Rules
-    from gt_jax.evaluation.loading import data_config, load_model
+    from gt_jax.evaluation.loading import data_config
+    from gt_jax.evaluation.model_files import load
     from gt_jax.growth.calibration import calibrate_gains
     from gt_jax.text.batches import open_text
     from gt_jax.training.step import evaluate, make_evaluation
@@ -41,7 +42,7 @@ def calibrate(
     plan, source_metadata, metadata = _belonging(source, grown, target, batches)
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir}
     reading = open_text(data_config(source_metadata, named if any(named.values()) else None))
-    (shallow, shallow_variables, _), (deep, deep_variables, _) = load_model(source), load_model(grown)
+    (shallow, shallow_variables, _), (deep, deep_variables, _) = load(source), load(grown)
     stream, held_out = reading.train(), reading.held_out(batches)
     fitted = [next(stream) for _ in range(batches)]
     say(f"{reading.summary()}; fitting {len(deep.depth)} gains on {len(fitted)} batches")

@@ -29,8 +29,8 @@ from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.devices.sharding import lay_out, mesh_for_rows
 from gt_jax.errors import Refused, run_command
-from gt_jax.evaluation.loading import load_model
-from gt_jax.evaluation.measurement import measure
+from gt_jax.evaluation.measurement import pass_counts
+from gt_jax.evaluation.model_files import load
 from gt_jax.files import write_whole
 from gt_jax.growth import repetition
 from gt_jax.growth.plan import Plan, identity_plan, make_plan
@@ -114,7 +114,7 @@ def contenders(
     for name, (plan, carry) in plans(measured, config).items():
         child = target_config(config, plan)
         if name == LAST:
-            _, grown, _ = load_model(_grow_once(source, output / "grown", plan, carry))
+            _, grown, _ = load(_grow_once(source, output / "grown", plan, carry))
         else:
             grown = grow(variables, plan, carry=carry, noise_std=1e-4 if "grown" in name else 0.0)
         found.append(Contender(name, child, grown))
@@ -195,7 +195,7 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
     reading = open_text(config.data)
     held_out = reading.held_out(EVALUATION_BATCHES)
     price = float(state.price.value)
-    found = measure(trainer.evaluation, variables, held_out, model, source=str(place), lambda_p=price)
+    found = pass_counts(trainer.evaluation, variables, held_out, model, source=str(place), lambda_p=price)
     counts = output / "layer_repetition_factor.json"
     write_whole(counts, json.dumps(found, indent=1) + "\n")
     measured = repetition.read(counts)
@@ -248,14 +248,19 @@ def _pictures(
     plot_depth(names, passes, output / "depth.png", title="Passes each layer uses")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo and print its table."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = argparse.ArgumentParser(prog="python -m gt_jax.demo", description=(__doc__ or "").partition("\n")[0])
     p.add_argument("--output", type=Path, default=Path("demo"), help="folder for the run, the counts and the pictures")
     p.add_argument("--text", nargs="+", default=(), help="text files instead of the Python library's sources")
     p.add_argument("--steps", type=int, default=360, help="of the source")
     p.add_argument("--more", type=int, default=40, help="steps each model trains on")
-    arguments = p.parse_args(argv)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo and print its table."""
+    arguments = parser().parse_args(argv)
     if arguments.steps < 1 or arguments.more < 1:
         raise Refused(f"--steps {arguments.steps} and --more {arguments.more} must be at least 1")
     with jax.set_mesh(mesh_for_rows(ROWS)):

@@ -83,12 +83,17 @@ def report_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the description."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = argparse.ArgumentParser(prog="python -m gt_jax.describe", description="Describe a preset or a checkpoint.")
     p.add_argument("name", help=f"preset ({', '.join(sorted(presets.PRESETS))}), checkpoint or run directory")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    arguments = p.parse_args(argv)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the description."""
+    arguments = parser().parse_args(argv)
     result = describe(arguments.name)
     print(json.dumps(result) if arguments.json else "\n".join(report_lines(result)))
     return 0

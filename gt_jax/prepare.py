@@ -53,14 +53,19 @@ def _write(name: str, documents: Sequence[bytes], folder: Path) -> None:
     writer.close_all()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare and say what was written."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = argparse.ArgumentParser(prog="python -m gt_jax.prepare", description="Text files into a TFDS dataset.")
     p.add_argument("name", help="of the dataset, as --tfds will name it")
     p.add_argument("files", nargs="+", help="text files")
     p.add_argument("--tfds-dir", type=Path, help="where TFDS datasets lie (TFDS' own default)")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    arguments = p.parse_args(argv)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepare and say what was written."""
+    arguments = parser().parse_args(argv)
     folder = arguments.tfds_dir
     if folder is None:
         import tensorflow_datasets as tfds

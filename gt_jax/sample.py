@@ -27,14 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the prompt and its continuation up to the end of the document."""
     import numpy as np
 
-    from gt_jax.evaluation.generation import generate
-    from gt_jax.evaluation.loading import data_config, load_model
+    from gt_jax.evaluation.generation import sample
+    from gt_jax.evaluation.loading import data_config
+    from gt_jax.evaluation.model_files import load
     from gt_jax.text.tokenizers import open_tokenizer, other_tokens, tokenizer_of
 
     arguments = parser().parse_args(argv)
     if not arguments.prompt:
         raise Refused("--prompt is empty; give at least one character")
-    config, variables, metadata = load_model(arguments.checkpoint)
+    config, variables, metadata = load(arguments.checkpoint)
     known = tokenizer_of(metadata)
     if arguments.tokenizer and known and (other := other_tokens(known, arguments.tokenizer)):
         raise Refused(f"{arguments.checkpoint} was trained with another tokenizer: {other}; leave --tokenizer out")
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} ids, {arguments.checkpoint} a vocabulary of "
                       f"{config.vocab}; name the one it was trained with by --tokenizer")  # fmt: skip
     prompt = np.asarray(tokenizer.encode(arguments.prompt.encode()), np.int32)[None]
-    drawn = generate(
+    drawn = sample(
         config, variables, prompt, arguments.length, temperature=arguments.temperature, top_k=arguments.top_k,
         seed=arguments.seed, tokens=tokenizer.vocab_size,
     )[0]  # fmt: skip

@@ -24,8 +24,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers and commands under test i
     os.environ["XLA_FLAGS"] = f"{given} {ours}".strip()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gt_jax-compiled-")
 
-import jax
-import pytest
+import jax  # noqa: E402 - reads the environment
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

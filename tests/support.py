@@ -21,7 +21,7 @@ from gt_jax.configs.model import (
     MoEConfig,
     MTPConfig,
 )
-from gt_jax.models.language_model import LanguageModel, abstract, empty_cache, forward
+from gt_jax.models.language_model import LanguageModel, abstract, apply_network, empty_cache
 from gt_jax.text.token_bytes import default_texts, token_table
 
 WIDTH = 32
@@ -97,7 +97,7 @@ def segments(*lengths: int) -> jax.Array:
 
 def decoded(config: ModelConfig, variables: dict[str, object], x: jax.Array, prompt: int) -> tuple[jax.Array, object]:
     """(logits of all tokens, the cache after them): `prompt` tokens in one call with a cache, then one at a time."""
-    go_on = jax.jit(lambda v, t, cache: forward(LanguageModel(config), v, t, cache=cache))
+    go_on = jax.jit(lambda v, t, cache: apply_network(LanguageModel(config), v, t, cache=cache))
     first = go_on(variables, x[:, :prompt], empty_cache(config, *x.shape))
     cache, parts = first.cache, [first.logits]
     for i in range(prompt, x.shape[1]):

@@ -20,7 +20,7 @@ from experiments.growth_study.study import StudyConfig, open_material, separatio
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Failed
-from gt_jax.evaluation.measurement import measure
+from gt_jax.evaluation.measurement import pass_counts
 from gt_jax.growth import repetition
 from gt_jax.growth.plan_entries import Plan
 from gt_jax.models.language_model import abstract, fixed_passes
@@ -162,7 +162,7 @@ class Seed:
                            study.source_rate, points=sorted(points), held_out=self.material.evaluation[:2],
                            price=study.price,
                            say=lambda line: self.progress.say(f"seed {self.seed}, source: {line}"))  # fmt: skip
-        measured = measure(engine.evaluation(config), run.variables, self.material.measuring, config,
+        measured = pass_counts(engine.evaluation(config), run.variables, self.material.measuring, config,
                            lambda_p=float(run.price.value))  # fmt: skip
         counts = repetition.from_json(measured)
         adaptive = engine.losses(config, run.variables, self.material.evaluation)

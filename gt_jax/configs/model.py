@@ -314,6 +314,11 @@ class ModelConfig(Config):
     With `moe` the SwiGLU of width `mlp_width` is the shared expert. A config of a layer type may be None where the
     layout does without it; None elsewhere turns the component off. `remat` says what the backward pass computes again:
     nothing, each adaptive pass, each layer, each block, or each block but for what the kernels keep.
+
+    >>> import gt_jax
+    >>> config = gt_jax.preset("tiny").replace(layout="DDDG*5")
+    >>> gt_jax.ModelConfig.from_json(config.to_json()) == config, len(config.depth)
+    (True, 20)
     """
 
     layout: str

@@ -123,7 +123,12 @@ PRESETS: Mapping[str, Callable[[], ModelConfig]] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The named preset; raises `Refused` with the names there are."""
+    """The named preset; raises `Refused` with the names there are.
+
+    >>> import gt_jax
+    >>> gt_jax.preset("tiny").layout
+    'DDDG*2'
+    """
     if name not in PRESETS:
         raise Refused(f"unknown preset {name!r}; known are {', '.join(sorted(PRESETS))}")
     return PRESETS[name]()

@@ -28,7 +28,12 @@ MeshAxes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Logical axis -> mesh axes. Change a field to change the strategy of the whole model."""
+    """Logical axis -> mesh axes. Change a field to change the strategy of the whole model.
+
+    >>> import gt_jax
+    >>> tuple(gt_jax.Rules(embed=None).spec("embed", "heads"))
+    (None, 'tensor')
+    """
 
     batch: MeshAxes = ("data", "fsdp")
     embed: MeshAxes = "fsdp"  # the model-width axis of weights; activations keep theirs whole
@@ -62,6 +67,11 @@ def make_mesh(
     """A mesh with the four named axes; `data=None` takes the devices that the others leave.
 
     Raises `Refused` when the sizes do not multiply to the number of devices, and for devices of several slices.
+
+    >>> import gt_jax, jax
+    >>> mesh = gt_jax.make_mesh(devices=jax.devices()[:1])
+    >>> dict(mesh.shape)
+    {'data': 1, 'fsdp': 1, 'expert': 1, 'tensor': 1}
     """
     available = list(devices) if devices is not None else jax.devices()
     asked = zip(MESH_AXES, (data, fsdp, expert, tensor), strict=True)

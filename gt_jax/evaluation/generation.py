@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.errors import refuse_all
-from gt_jax.models.language_model import LanguageModel, empty_cache, forward
+from gt_jax.models.language_model import LanguageModel, apply_network, empty_cache
 from gt_jax.models.layers.memory_stream import no_memory
 from gt_jax.typing import Tree
 
@@ -32,7 +32,7 @@ def choose(key: Array, logits: Float[Array, "b v"], temperature: float, top_k: i
     return jax.random.categorical(key, logits / temperature, axis=-1).astype(jnp.int32)
 
 
-def generate(
+def sample(
     config: ModelConfig,
     variables: Tree,
     prompt: Int[np.ndarray, "b p"],
@@ -47,6 +47,12 @@ def generate(
     """`length` tokens after each row of `prompt`; only the first `tokens` ids of the vocabulary are drawn.
 
     Raises `Refused` for an empty prompt, a length below 1, a negative temperature or a top_k outside 1 … tokens.
+
+    >>> import gt_jax, numpy as np
+    >>> config = gt_jax.preset("tiny").replace(layout="DG")
+    >>> variables = gt_jax.initialise(config, seed=0)
+    >>> gt_jax.sample(config, variables, np.array([[100, 101, 102]]), length=3).shape
+    (1, 3)
     """
     tokens = config.vocab if tokens is None else tokens
     wrong = [] if prompt.shape[1] else ["the prompt is empty; give at least one token"]
@@ -64,7 +70,7 @@ def generate(
 
         def step(state: _State, key: Array) -> tuple[_State, Array]:
             token = choose(key, state.logits[:, :tokens], temperature, top_k)
-            output = forward(model, variables, token[:, None], cache=state.cache, memory=state.entered)
+            output = apply_network(model, variables, token[:, None], cache=state.cache, memory=state.entered)
             return _State(output.cache, output.logits[:, -1], state.entered, output.memory), token
 
         while done < length:
@@ -97,9 +103,9 @@ def _read(model: LanguageModel, variables: Tree, prompt: Array, chunk: int, leng
     c, start = model.config, 0
     memory = None if c.memory is None else no_memory(prompt.shape[0], c.width, c.compute_dtype)
     while prompt.shape[1] - start > chunk:
-        memory = forward(model, variables, prompt[:, start : start + chunk], memory=memory).memory
+        memory = apply_network(model, variables, prompt[:, start : start + chunk], memory=memory).memory
         start += chunk
     rest = prompt[:, start:]
     cache = empty_cache(model.config, prompt.shape[0], min(chunk, rest.shape[1] + length))
-    output = forward(model, variables, rest, cache=cache, memory=memory)
+    output = apply_network(model, variables, rest, cache=cache, memory=memory)
     return _State(output.cache, output.logits[:, -1], memory, output.memory), rest.shape[1]

@@ -49,24 +49,14 @@ def data_config(metadata: dict[str, Any], named: dict[str, Any] | None) -> Any:
     return base if named is None else base.replace(**named)
 
 
-def load_model(source: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """(ModelConfig, variables on the current mesh, metadata) of a checkpoint."""
-    from gt_jax.checkpoints import checkpoint
-    from gt_jax.models.language_model import abstract
-
-    place = checkpoint.resolve(source)
-    leaves, metadata = checkpoint.describe(place)
-    config = checkpoint.model_config(place, leaves, metadata)
-    return config, checkpoint.load(place, abstract(config)), metadata
-
-
 def load_for_text(source: Path, named: dict[str, Any] | None, batches: int) -> Loaded:
     """A checkpoint and `batches` held-out batches of the named text (None: the text it was trained on)."""
     from gt_jax.devices.sharding import Rules
+    from gt_jax.evaluation.model_files import load
     from gt_jax.text.batches import open_text
 
     if batches < 1:
         raise Refused(f"--batches is {batches}; at least one is needed")
-    config, variables, metadata = load_model(source)
+    config, variables, metadata = load(source)
     text = open_text(data_config(metadata, named))
     return Loaded(config, variables, metadata, Rules(), text.held_out(batches), text.summary())

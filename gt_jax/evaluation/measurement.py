@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from gt_jax.configs.model import ModelConfig
+from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused
 from gt_jax.evaluation.loading import load_for_text
-from gt_jax.training.step import make_evaluation
+from gt_jax.growth.repetition import Repetition, from_json
+from gt_jax.training.step import Batch, make_evaluation
+from gt_jax.typing import Tokens, Tree
 
 ALIVE_SHARE = 0.02
 
@@ -54,7 +59,9 @@ def repetition(statistics: Any, types: str, meta: dict[str, Any]) -> dict[str, A
     return layers
 
 
-def measure(evaluation: Any, variables: Any, batches: Sequence[Any], config: Any, **meta: Any) -> dict[str, Any]:
+def pass_counts(
+    evaluation: Any, variables: Any, batches: Sequence[Any], config: Any, **meta: Any
+) -> dict[str, Any]:
     """Run `evaluation` (`training.step.make_evaluation`) over the batches and return the repetition object.
 
     Batches weigh equally. Raises `Refused` for a plain model, which has no passes to measure.
@@ -80,10 +87,37 @@ def measure(evaluation: Any, variables: Any, batches: Sequence[Any], config: Any
     return repetition(mean, config.depth.types, meta)
 
 
+def measure(
+    config: ModelConfig, variables: Tree, batches: Sequence[Batch | Tokens], rules: Rules | None = None
+) -> Repetition:
+    """How many passes every layer of an adaptive model runs on these batches.
+
+    A batch is {"tokens", "targets", "segment_ids"}, each int32 [b, t], or the tokens alone: then a row is one document
+    and each token's target the next. Raises `Refused` for a plain model.
+
+    >>> import gt_jax, jax.numpy as jnp
+    >>> config = gt_jax.preset("tiny").replace(layout="DG")
+    >>> variables = gt_jax.initialise(config, seed=0)
+    >>> counts = gt_jax.measure(config, variables, [jnp.arange(16).reshape(1, 16)])
+    >>> len(counts.k_exec), all(1 <= k <= 4 for k in counts.k_exec)
+    (2, True)
+    """
+    evaluation = make_evaluation(config, rules or Rules())
+    return from_json(pass_counts(evaluation, variables, [_whole_batch(batch) for batch in batches], config))
+
+
+def _whole_batch(batch: Batch | Tokens) -> Batch:
+    if isinstance(batch, Mapping):
+        return batch
+    tokens = jnp.asarray(batch, jnp.int32)
+    ahead = jnp.concatenate([tokens[:, 1:], jnp.full_like(tokens[:, :1], -1)], axis=1)
+    return {"tokens": tokens, "targets": ahead, "segment_ids": jnp.ones_like(tokens)}
+
+
 def measure_checkpoint(source: Path, data: Any, batches: int) -> dict[str, Any]:
-    """`measure` for a checkpoint and a DataConfig (None: the text it was trained on)."""
+    """`pass_counts` of a checkpoint and a DataConfig (None: the text it was trained on)."""
 
     loaded = load_for_text(source, data, batches)
     evaluation = make_evaluation(loaded.config, loaded.rules)
     meta = {"source": str(source), "step": loaded.metadata.get("step"), "lambda_p": loaded.metadata.get("price")}
-    return measure(evaluation, loaded.variables, loaded.batches, loaded.config, **meta, text=loaded.text)
+    return pass_counts(evaluation, loaded.variables, loaded.batches, loaded.config, **meta, text=loaded.text)

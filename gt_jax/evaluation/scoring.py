@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32, Int, Int64
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, everywhere, reshard
-from gt_jax.models.language_model import LanguageModel, forward
+from gt_jax.models.language_model import LanguageModel, apply_network
 from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.models.memory_chunks import over_chunks
 from gt_jax.text.batches import Text
@@ -62,7 +62,8 @@ def make_scores(
 
         def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Array]:
             one = piece[0]
-            output = forward(network, variables, one["tokens"], one["segment_ids"], control=control, memory=carry[1])
+            ids = one["tokens"], one["segment_ids"]
+            output = apply_network(network, variables, *ids, control=control, memory=carry[1])
             normed: Any = network.apply(variables, output.hidden, method=LanguageModel.normed)
             matrix: Any = network.apply(variables, method=LanguageModel.unembedding_matrix)
             nats = token_losses(

@@ -44,7 +44,7 @@ _MODEL = ("params/", "statistics/")
 Progress = Callable[[str], None]
 
 
-def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str, noise_std: float | int = 0.0,
+def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str = "gain", noise_std: float | int = 0.0,
                     seed: int = 0, dtype: str | None = None, memory: int = MEMORY, resume: bool = False,
                     progress: Progress | None = None) -> dict[str, Any]:
     """Grow the checkpoint (or a run's newest step) `source` into the new checkpoint `target`; returns a report.
@@ -55,6 +55,16 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str,
     disk that all see. Raises `Refused`, with nothing left behind, for everything that does not fit: paths, plan, values
     that are not finite, a budget below what the source's chunks need, another growth that is unfinished. OSError when
     the disk is full: then, as after a kill, `target` does not exist and `resume` goes on.
+
+    >>> import gt_jax, os, tempfile, jax.numpy as jnp
+    >>> config, folder = gt_jax.preset("tiny").replace(layout="DG"), tempfile.mkdtemp()
+    >>> variables = gt_jax.initialise(config, seed=0)
+    >>> gt_jax.save(os.path.join(folder, "source"), config, variables)
+    >>> counts = gt_jax.measure(config, variables, [jnp.arange(16).reshape(1, 16)])
+    >>> plan = gt_jax.grow(config, variables, counts).plan
+    >>> report = gt_jax.grow_checkpoint(os.path.join(folder, "source"), os.path.join(folder, "grown"), plan=plan)
+    >>> report["tensors"] == len(report["dropped"]) == 0, len(gt_jax.load(report["target"]).config.depth) >= 2
+    (False, True)
     """
     team, started = Team(), time.monotonic()
     growth = team.agree(lambda: _Growth(source, target, plan, carry, float(noise_std), seed, dtype, memory, resume))

@@ -227,7 +227,7 @@ def _by_layer(a: Array) -> Array:
     return a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])
 
 
-def forward(
+def apply_network(
     network: LanguageModel,
     variables: Tree,
     tokens: Tokens,
@@ -241,6 +241,34 @@ def forward(
     """`network` applied to frozen variables: nothing is updated."""
     given = {"control": control, "cache": cache, "memory": memory, "mtp": mtp}
     return cast(ModelOutput, network.apply(variables, tokens, segment_ids, **given))
+
+
+def forward(
+    config: ModelConfig,
+    variables: Tree,
+    tokens: Tokens,
+    segment_ids: Tokens | None = None,
+    *,
+    control: PassControl | None = None,
+    cache: Tree = None,
+    memory: Memory | None = None,
+    mtp: bool = False,
+    rules: Rules | None = None,
+) -> ModelOutput:
+    """The model of `config` applied to tokens [b, t] with frozen variables.
+
+    The arguments are those of `LanguageModel`; `rules` say where arrays lie on the current mesh. The output has
+    `.logits` float32 [b, t, vocab], `.hidden` [b, t, d], `.statistics` with axes [layer, pass] and `.cache`.
+
+    >>> import gt_jax, jax.numpy as jnp
+    >>> config = gt_jax.preset("tiny").replace(layout="DG")
+    >>> variables = gt_jax.initialise(config, seed=0)
+    >>> output = gt_jax.forward(config, variables, jnp.zeros((1, 8), jnp.int32))
+    >>> output.logits.shape, output.statistics.survival.shape
+    ((1, 8, 264), (2, 4))
+    """
+    network = LanguageModel(config, rules or Rules())
+    return apply_network(network, variables, tokens, segment_ids, control=control, cache=cache, memory=memory, mtp=mtp)
 
 
 def free_passes() -> PassControl:
@@ -296,7 +324,13 @@ def _initialiser(config: ModelConfig, rules: Rules) -> Callable[[Array], Tree]:
 
 
 def initialise(config: ModelConfig, seed: int, rules: Rules | None = None) -> Tree:
-    """Fresh {"params", "statistics"} of a model, drawn from `seed`, laid out by `rules` on the current mesh."""
+    """Fresh {"params", "statistics"} of a model, drawn from `seed`, laid out by `rules` on the current mesh.
+
+    >>> import gt_jax, jax
+    >>> variables = gt_jax.initialise(gt_jax.preset("tiny").replace(layout="DG"), seed=0)
+    >>> sorted(variables), sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    (['params', 'statistics'], 457626)
+    """
     return jax.jit(_initialiser(config, rules or Rules()))(jax.random.key(seed))
 
 

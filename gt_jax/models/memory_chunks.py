@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, reshard
 from gt_jax.errors import Refused
-from gt_jax.models.language_model import LanguageModel, forward
+from gt_jax.models.language_model import LanguageModel, apply_network
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.models.layers.memory_stream import Memory, no_memory
 from gt_jax.typing import Tokens, Tree
@@ -49,7 +49,7 @@ def forward_rows(
 
     def chunk(carry: tuple[Tree, Any], piece: tuple[Mapping[str, Array], Array]) -> tuple[tuple[Tree, Any], Any]:
         one = piece[0]
-        output = forward(network, variables, one["tokens"], one["segment_ids"], control=control, memory=carry[1])
+        output = apply_network(network, variables, one["tokens"], one["segment_ids"], control=control, memory=carry[1])
         return (carry[0], output.memory), (output.logits, output.statistics)
 
     rows = {"tokens": tokens, "segment_ids": segment_ids}

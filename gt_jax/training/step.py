@@ -16,7 +16,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.thaw import ThawConfig
 from gt_jax.devices.sharding import Rules, reshard
-from gt_jax.models.language_model import LanguageModel, ModelOutput, forward, free_passes
+from gt_jax.models.language_model import LanguageModel, ModelOutput, apply_network, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.models.layers.memory_stream import Memory
 from gt_jax.models.layers.primitives import widen
@@ -228,7 +228,8 @@ def make_evaluation(
 
         def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Any]:
             one = piece[0]
-            output = forward(network, variables, one["tokens"], one["segment_ids"], control=passes, memory=carry[1])
+            ids = one["tokens"], one["segment_ids"]
+            output = apply_network(network, variables, *ids, control=passes, memory=carry[1])
             measured = losses(network, variables, output.hidden, one["targets"])
             return (carry[0], output.memory), (measured, output.statistics)
 

@@ -97,7 +97,8 @@ def test_a_run_killed_or_stopped_at_any_moment_ends_with_the_bytes_of_an_uninter
 
 @pytest.mark.slow
 def test_measure_grow_verify_sample_describe(folder, run, capsys, monkeypatch):
-    from gt_jax import describe, grow
+    from gt_jax import describe
+    from gt_jax.grow import main as grow
 
     monkeypatch.chdir(folder)
     done(folder, "gt_jax.measure", "run", "-o", "counts.json", "--batches", "2")
@@ -108,7 +109,7 @@ def test_measure_grow_verify_sample_describe(folder, run, capsys, monkeypatch):
         assert 1 <= counts[layer]["k_exec"] <= 4
     growth = ["--repetition", "counts.json", "--round", "balance", "--target-layers", "6"]
     done(folder, "gt_jax.grow", "run", "grown", *growth)
-    assert grow.main(["run", "again", *growth]) == 0  # in this process: what is compared are two processes
+    assert grow(["run", "again", *growth]) == 0  # in this process: what is compared are two processes
     capsys.readouterr()
     assert checkpoint.content_hash(folder / "grown") == checkpoint.content_hash(folder / "again")
     grown = checkpoint.describe(folder / "grown")[1]
@@ -199,17 +200,20 @@ def test_train_refuses_and_leaves_nothing(folder, capsys, monkeypatch, words, sa
 
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, run, capsys, monkeypatch):
-    from gt_jax import grow, measure, sample, train
+    from gt_jax import train
+    from gt_jax.grow import main as grow
+    from gt_jax.measure import main as measure
+    from gt_jax.sample import main as sample
 
     monkeypatch.chdir(folder)
     before = checkpoint.content_hash(run)
     assert "exists" in refused(capsys, train.main, "run", *TRAIN)
     message = refused(capsys, train.main, "run", "--resume", "--steps", "99", "--batch-size", "4")
     assert "train.steps: 24 and 99" in message and "data.batch_size: 2 and 4" in message
-    assert "exists" in refused(capsys, grow.main, "run", "run/24", "--plan", "identity")
+    assert "exists" in refused(capsys, grow, "run", "run/24", "--plan", "identity")
     (folder / "counts2.json").write_text("{}")
-    assert "exists" in refused(capsys, measure.main, "run", "-o", "counts2.json")
-    assert "--prompt is empty" in refused(capsys, sample.main, "run", "--prompt", "")
+    assert "exists" in refused(capsys, measure, "run", "-o", "counts2.json")
+    assert "--prompt is empty" in refused(capsys, sample, "run", "--prompt", "")
     assert checkpoint.content_hash(run) == before
 
 

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from gt_jax import grow
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import presets
 from gt_jax.configs.model import HyperConfig
 from gt_jax.errors import Refused
+from gt_jax.grow import main, memory
 from gt_jax.growth.plan_entries import Plan, read_plan
 from gt_jax.models import language_model
 
@@ -35,7 +35,7 @@ def counts(folder, values, name="counts.json"):
 
 def refusal(*arguments):
     with pytest.raises(Refused) as caught:
-        grow.main([str(argument) for argument in arguments])
+        main([str(argument) for argument in arguments])
     return str(caught.value)
 
 
@@ -64,13 +64,13 @@ def test_dry_run_without_files_prints_one_json_object():
 
 
 def test_dry_run_loads_no_array_library():
-    code = "import sys; from gt_jax import grow; grow.main(['--dry-run']); print(sorted({'jax'} & set(sys.modules)))"
+    code = "import sys; from gt_jax.grow import main; main(['--dry-run']); print(sorted({'jax'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.endswith("[]\n")
 
 
 def test_default_coefficients_are_alpha_times_survival(capsys):
-    assert grow.main(["--dry-run", "--json"]) == 0
+    assert main(["--dry-run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["carry"] == "gain" and found["options"]["coefficient"] == "expected"
     first, again = found["layers"][:2]  # layer 0 runs twice, p_mu 0.1 ** (1 / 2)
@@ -80,7 +80,7 @@ def test_default_coefficients_are_alpha_times_survival(capsys):
 
 
 def test_dry_run_for_a_reader_names_what_each_layer_asked_for_and_got(capsys):
-    grow.main(["--dry-run", "--recipe", "readme"])
+    main(["--dry-run", "--recipe", "readme"])
     out = capsys.readouterr().out
     assert "DDDG*2 (8 layers) -> DDDG*5 (20 layers)" in out
     row = next(line for line in out.splitlines() if line.split()[:4] == ["6", "D", "4", "3"])
@@ -89,7 +89,7 @@ def test_dry_run_for_a_reader_names_what_each_layer_asked_for_and_got(capsys):
 
 def test_counts_from_a_file_with_the_earlier_name_and_its_warning(tmp_path, capsys):
     path = counts(tmp_path, [2, 1, 2, 4] * 2, "layer_repitation_factor.json")
-    assert grow.main(["--dry-run", "--json", "--repetition", str(path), "--round", "down"]) == 0
+    assert main(["--dry-run", "--json", "--repetition", str(path), "--round", "down"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert found["layout"] == "DDDG*4" and found["requested"] == [2, 1, 2, 4] * 2
@@ -98,20 +98,20 @@ def test_counts_from_a_file_with_the_earlier_name_and_its_warning(tmp_path, caps
 
 def test_every_flag_of_the_plan_takes_effect(tmp_path, capsys):
     path = counts(tmp_path, [2, 1, 2, 4] * 2)
-    grow.main(["--dry-run", "--json", "--repetition", str(path), "--round", "balance", "--target-layers", "28",
+    main(["--dry-run", "--json", "--repetition", str(path), "--round", "balance", "--target-layers", "28",
                "--coefficient", "schedule", "--correct", "ratio", "--carry", "output", "--noise-std", "0",
                "--seed", "5", "--dtype", "bfloat16"])
     found = json.loads(capsys.readouterr().out)
     assert found["layout"] == "DDDG*7"
     assert found["layers"][0]["coefficient"] == pytest.approx(2 / 2.25)
     assert [found[name] for name in ("carry", "noise_std", "seed", "dtype")] == ["output", 0.0, 5, "bfloat16"]
-    grow.main(["--dry-run", "--json", "--plan", "identity"])
+    main(["--dry-run", "--json", "--plan", "identity"])
     found = json.loads(capsys.readouterr().out)
     assert found["layout"] == "DDDG*2" and {row["coefficient"] for row in found["layers"]} == {1.0}
 
 
 def test_dry_run_with_a_source_adds_every_tensor(source, capsys):
-    assert grow.main([str(source), "--dry-run", "--json"]) == 0
+    assert main([str(source), "--dry-run", "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert "reference counts" in err
@@ -124,7 +124,7 @@ def test_dry_run_with_a_source_adds_every_tensor(source, capsys):
         "dtype": "float32", "rule": "scaled", "bytes": 5 * 16 * 16 * 4}
     assert len(found["dropped"]) == 20 and all("/halting/" in path for path in found["dropped"])
     assert found["bytes"] == sum(row["bytes"] for row in rows.values())
-    assert grow.main([str(source), "--dry-run"]) == 0
+    assert main([str(source), "--dry-run"]) == 0
     assert "params/segment0/layer0/mlp/up/w" in capsys.readouterr().out
 
 
@@ -199,7 +199,7 @@ def test_arguments_that_do_not_go_together(arguments, what):
 ], ids=str)
 def test_every_plan_goes_out_as_json_and_picture_and_comes_in_again(tmp_path, capsys, arguments, notation, granted):
     file, picture = tmp_path / "plan.json", tmp_path / "plan.PNG"
-    assert grow.main(["--dry-run", "--json", *arguments, "--plan-out", str(file), "--picture", str(picture)]) == 0
+    assert main(["--dry-run", "--json", *arguments, "--plan-out", str(file), "--picture", str(picture)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["layout"] == notation and found["granted"] == granted and found["requested"] == REFERENCE
     assert all(mass == pytest.approx(kept * asked) for mass, kept, asked in zip(
@@ -208,7 +208,7 @@ def test_every_plan_goes_out_as_json_and_picture_and_comes_in_again(tmp_path, ca
     assert written == {key: found[key] for key in written}
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.PNG", "plan.json"]
-    grow.main(["--dry-run", "--json", "--plan", str(file), "--target-layout", notation, "--carry", "output"])
+    main(["--dry-run", "--json", "--plan", str(file), "--target-layout", notation, "--carry", "output"])
     again = json.loads(capsys.readouterr().out)
     assert again | {"carry": "gain", "warnings": []} == found | {"warnings": []}
     dry = tmp_path / "dry.json"  # the whole object of a dry run is a plan file too
@@ -217,7 +217,7 @@ def test_every_plan_goes_out_as_json_and_picture_and_comes_in_again(tmp_path, ca
 
 
 def test_the_tables_name_identities_and_means(capsys):
-    grow.main(["--dry-run", "--plan", "split", "--from", "expected_k", "--round", "nearest"])
+    main(["--dry-run", "--plan", "split", "--from", "expected_k", "--round", "nearest"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "split plan: DDDG*2 (8 layers) -> DDDG*4 (16 layers)"
     assert ["0", "D", "1.32", "1"] in [line.split()[:4] for line in lines]
@@ -227,14 +227,14 @@ def test_the_tables_name_identities_and_means(capsys):
 
 def test_a_plan_file_for_another_source_is_refused(source, tmp_path, capsys):
     file = tmp_path / "plan.json"
-    grow.main(["--dry-run", "--repetition", str(counts(tmp_path, [1] * 12)), "--plan-out", str(file)])
+    main(["--dry-run", "--repetition", str(counts(tmp_path, [1] * 12)), "--plan-out", str(file)])
     message = refusal(source, "--dry-run", "--plan", file)
     assert f"plan file {file} is for a source of layout DDDG*3 (12 layers); this source is DDDG*2 (8 layers)" in message
     assert message == refusal(source, tmp_path / "new", "--plan", file)
     capsys.readouterr()
     fits = tmp_path / "fits.json"
-    grow.main([str(source), "--dry-run", "--plan", "split", "--plan-out", str(fits)])
-    grow.main([str(source), "--dry-run", "--json", "--plan", str(fits)])
+    main([str(source), "--dry-run", "--plan", "split", "--plan-out", str(fits)])
+    main([str(source), "--dry-run", "--json", "--plan", str(fits)])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row["path"]: row["shape"] for row in found["tensors"]}
     assert rows["params/segment0/layer0/gain"] == [6] and found["warnings"] == []
@@ -242,12 +242,12 @@ def test_a_plan_file_for_another_source_is_refused(source, tmp_path, capsys):
 
 
 def test_recipe_and_the_same_flag_agree(capsys):
-    assert grow.main(["--dry-run", "--recipe", "readme", "--carry", "weights"]) == 0
+    assert main(["--dry-run", "--recipe", "readme", "--carry", "weights"]) == 0
     assert "recipe readme" in capsys.readouterr().out
 
 
 def test_sizes():
-    assert [grow.memory(text) for text in ("2GiB", "512 MiB", "1.5GB", "100", "1KiB")] == [
+    assert [memory(text) for text in ("2GiB", "512 MiB", "1.5GB", "100", "1KiB")] == [
         2**31, 2**29, 1_500_000_000, 100, 1024]
 
 
@@ -290,7 +290,7 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
     files = ["--plan-out", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "plan.png")]
     arguments = [str(source), str(tmp_path / "new"), "--repetition", str(counts(tmp_path, REFERENCE)), "--recipe",
                  "readme", "--seed", "4", "--memory", "1MiB", "--resume", "--verify-text", str(text)]
-    assert grow.main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert found["report"]["tensors"] == 3 and found["verify"] == {"text": [str(text)]}
@@ -298,7 +298,7 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
     assert given.pop("progress") and str(given.pop("plan").target_layout) == "DDDG*5"
     assert given == {"source": source, "target": tmp_path / "new", "carry": "weights", "noise_std": 1e-4, "seed": 4,
                      "dtype": None, "memory": 2**20, "resume": True}
-    assert grow.main([*arguments, *files]) == 0
+    assert main([*arguments, *files]) == 0
     out = capsys.readouterr().out
     assert "3 tensors, 2.0 KiB" in out and "verified" in out and "coefficient mass kept in all" in out
     assert read_plan(tmp_path / "plan.json").to_json() == found["plan"]
@@ -316,7 +316,7 @@ def test_strength_zero_on_hyper_connections_is_pointed_out(tmp_path, capsys):
     tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), language_model.abstract(config))
     checkpoint.save(tmp_path / "hyper", tree, {"config": config.to_json(), "step": 0, "kind": "train"})
     for carry, told in (("output", True), ("gain", False)):
-        grow.main([str(tmp_path / "hyper"), "--dry-run", "--plan", "split", "--carry", carry,
+        main([str(tmp_path / "hyper"), "--dry-run", "--plan", "split", "--carry", carry,
                    "--repetition", str(counts(tmp_path, [1, 2]))])
         assert ("still mix the streams of the hyper-connections" in capsys.readouterr().err) == told
 
@@ -333,5 +333,5 @@ def test_half_a_checkpoint_names_every_missing_tensor(source, tmp_path):
 
 
 def test_all_zero_layers_under_weights_are_pointed_out(capsys):
-    grow.main(["--dry-run", "--carry", "weights", "--plan", "block"])
+    main(["--dry-run", "--carry", "weights", "--plan", "block"])
     assert "target layers 5, 16 0" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from gt_jax.growth.plan import block_plan
 from gt_jax.growth.repetition import from_json
 from gt_jax.growth.transform import grow, target_config
-from gt_jax.models.language_model import LanguageModel, fixed_passes, forward
+from gt_jax.models.language_model import LanguageModel, apply_network, fixed_passes
 from tests.support import perturbed, small_model
 
 K_EXEC = (3, 1, 2, 4)
@@ -22,7 +22,7 @@ SOURCE = small_model("D,G*2,D")
 
 @functools.cache
 def logits(config):
-    return jax.jit(lambda v, tokens, control: forward(LanguageModel(config), v, tokens, control=control).logits)
+    return jax.jit(lambda v, tokens, control: apply_network(LanguageModel(config), v, tokens, control=control).logits)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from gt_jax.growth.layer_map import read_map
 from gt_jax.growth.plan import make_plan
 from gt_jax.growth.repetition import from_json, reference
 from gt_jax.growth.transform import abstract, grow, match, target_abstract, target_config
-from gt_jax.models.language_model import LanguageModel, fixed_passes, forward
+from gt_jax.models.language_model import LanguageModel, apply_network, fixed_passes
 from tests.support import perturbed, small_model, tokens
 
 SOURCE = layout.parse("DDDG*2")
@@ -72,7 +72,7 @@ def test_a_layer_plan_with_gain_and_no_noise_is_the_recurrence_unrolled():
     grown = grow(variables, plan, config, carry="gain", noise_std=0.0)
 
     def logits(config, variables, passes):
-        run = jax.jit(lambda v, t, control: forward(LanguageModel(config), v, t, control=control).logits)
+        run = jax.jit(lambda v, t, control: apply_network(LanguageModel(config), v, t, control=control).logits)
         return [np.asarray(run(variables, tokens(24), fixed_passes(forced))) for forced in passes]
 
     want, other = logits(config, variables, (counts, (2, 1, 1, 1)))

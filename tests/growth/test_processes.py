@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import pytest
 
-from gt_jax import grow
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs import model, presets
 from gt_jax.devices.processes import Team
 from gt_jax.errors import Refused
+from gt_jax.grow import main as grow
 from tests.support import perturbed
 
 CONFIG = presets.tiny().replace(
@@ -25,7 +25,7 @@ CONFIG = presets.tiny().replace(
     gsa=model.GSAConfig(heads=2, head_width=4, indexer_heads=2, indexer_width=4, k_base=8, k_min=4, k_max=16))
 STOPPED = """
 import sys
-from gt_jax import grow
+from gt_jax.grow import main as grow
 from gt_jax.growth import stream
 from gt_jax.errors import run_command
 stream.SECONDS = 0.0
@@ -39,7 +39,7 @@ def stop(line):
 
 made = stream.grow_checkpoint
 stream.grow_checkpoint = lambda *a, **k: made(*a, **{**k, "progress": stop if sys.argv[-1] == "0" else None})
-run_command(grow.main)
+run_command(grow)
 """
 
 
@@ -73,7 +73,7 @@ def test_processes_stop_together_and_any_number_finishes_what_one_makes(tmp_path
     assert [first[0], *(end[0] for end in others)] == [0, 0, 0], (first, others)
     assert [end[1] for end in others] == ["", ""] and json.loads(first[1])["report"]["kept"] > 0
     for name, words in (("by_one", ["--resume"]), ("alone", [])):
-        grow.main([arguments[0], str(tmp_path / name), *arguments[2:], *words])
+        grow([arguments[0], str(tmp_path / name), *arguments[2:], *words])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "by_one", "source", "target"]
     made = [tmp_path / name for name in ("target", "by_one", "alone")]
     assert len({checkpoint.content_hash(path) for path in made}) == 1
@@ -107,4 +107,4 @@ def test_shares_are_whole_and_even(count: int, monkeypatch: pytest.MonkeyPatch) 
 ])
 def test_flags_that_do_not_go_together(flags: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=words):
-        grow.main([str(tmp_path / "source"), str(tmp_path / "target"), *flags])
+        grow([str(tmp_path / "source"), str(tmp_path / "target"), *flags])

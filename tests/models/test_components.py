@@ -23,8 +23,8 @@ from gt_jax.configs.model import (
 from gt_jax.configs.price import PriceConfig
 from gt_jax.devices.sharding import Rules, lay_out, make_mesh
 from gt_jax.errors import Refused
-from gt_jax.evaluation.generation import generate
-from gt_jax.models.language_model import LanguageModel, abstract, forward, free_passes
+from gt_jax.evaluation.generation import sample
+from gt_jax.models.language_model import LanguageModel, abstract, apply_network, free_passes
 from gt_jax.models.memory_chunks import forward_rows, over_chunks
 from gt_jax.training.price import phase
 from gt_jax.training.step import after_next_targets, make_loss
@@ -55,7 +55,7 @@ def variables(name):
 
 @functools.cache
 def program(name):
-    return jax.jit(lambda v, x, ids: forward(LanguageModel(MODELS[name]), v, x, ids, mtp=True))
+    return jax.jit(lambda v, x, ids: apply_network(LanguageModel(MODELS[name]), v, x, ids, mtp=True))
 
 
 def run(name, v, x, ids=None):
@@ -132,7 +132,7 @@ def test_chunks_hand_their_memory_on_and_only_to_their_own_document():
     two = jnp.asarray([[1] * 12 + [2] * 12] * 2, jnp.int32)
     together, divided = (rows(FULL)(v, x, ids)[:, 12:] for ids in (one_document, two))
     first = run("all components", v, x[:, :12])
-    second = jax.jit(lambda m: forward(LanguageModel(FULL), v, x[:, 12:], memory=m))(first.memory)
+    second = jax.jit(lambda m: apply_network(LanguageModel(FULL), v, x[:, 12:], memory=m))(first.memory)
     np.testing.assert_allclose(together, second.logits, atol=1e-5)
     apart = run("all components", v, x[:, 12:]).logits
     np.testing.assert_allclose(divided, apart, atol=1e-5)
@@ -145,7 +145,7 @@ def test_sampling_goes_on_from_chunk_to_chunk(prompt):
     v, config = variables("all components"), FULL.replace(adaptive=None)
     v = nest({path: leaf for path, leaf in flatten(v).items() if "/halting/" not in path})
     x = np.asarray(tokens(prompt), np.int32)
-    drawn = generate(config, v, x, 24 - prompt, temperature=0.0, top_k=None)
+    drawn = sample(config, v, x, 24 - prompt, temperature=0.0, top_k=None)
     whole = jnp.concatenate([x, drawn], axis=1)
     logits = rows(config)(v, whole, jnp.ones_like(whole))
     # the first token of a chunk is drawn from the logits of the last token of the chunk before
@@ -167,7 +167,7 @@ def test_the_token_after_the_next_is_of_the_same_document():
 def test_tokens_leave_the_stack_and_pay_for_what_they_use():
     v, x = variables("exit"), tokens(12)
     sooner = LanguageModel(MODELS["exit"].replace(exit=ExitConfig(threshold=0.2)))
-    outputs = jax.jit(lambda v, x: forward(sooner, v, x))(v, x), run("exit", v, x)
+    outputs = jax.jit(lambda v, x: apply_network(sooner, v, x))(v, x), run("exit", v, x)
     (few, cheap), (many, dear) = ((float(jnp.sum(one.statistics.alive)), float(one.ponder)) for one in outputs)
     assert 1 <= few < many <= 4
     assert few <= cheap <= few + 1 and many <= dear <= many + 1

@@ -25,7 +25,7 @@ from gt_jax.configs.model import (
     MoEConfig,
     StackConfig,
 )
-from gt_jax.models.language_model import LanguageModel, Memory, abstract, fixed_passes, forward, free_passes
+from gt_jax.models.language_model import LanguageModel, Memory, abstract, apply_network, fixed_passes, free_passes
 from tests.models.oracle import model as oracle
 from tests.models.oracle.basics import block, float64, rms_norm
 from tests.models.oracle.mixers import gsa
@@ -90,7 +90,7 @@ def ours(config):
     def run(variables, control, memory):
         given = None if config.memory is None else Memory(*memory)
         rows, with_mtp = (jnp.asarray(TOKENS), jnp.asarray(IDS)), config.mtp is not None
-        return forward(LanguageModel(config), variables, *rows, control=control, memory=given, mtp=with_mtp)
+        return apply_network(LanguageModel(config), variables, *rows, control=control, memory=given, mtp=with_mtp)
 
     return lambda control, memory=NO_MEMORY: jax.device_get(run(variables, control, memory))
 

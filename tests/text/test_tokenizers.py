@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from gt_jax import grow, sample, train
+from gt_jax import train
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.presets import tiny_3b
@@ -16,7 +16,9 @@ from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.evaluation.loading import data_config
 from gt_jax.evaluation.pairs import incomparable, open_checkpoint
+from gt_jax.grow import main as grow
 from gt_jax.models.language_model import initialise
+from gt_jax.sample import main as sample
 from gt_jax.text.batches import open_text
 from gt_jax.text.tokenizers import ByteTokenizer, open_tokenizer, other_tokens, tokenizer_of
 from gt_jax.training.loop import train_run, with_token_bytes
@@ -130,7 +132,7 @@ def test_a_model_keeps_its_tokenizer_when_it_is_grown_trained_on_and_sampled(fil
         metadata = {"config": model.to_json(), "kind": "train", "step": 1, "run": run}
         checkpoint.save(tmp_path / name, variables, metadata)
     source, grown, another = (tmp_path / name for name in ("source", "grown", "another"))
-    assert grow.main([str(source), str(grown), "--plan", "identity"]) == 0
+    assert grow([str(source), str(grown), "--plan", "identity"]) == 0
     metadata = checkpoint.describe(grown)[1]
     assert tokenizer_of(metadata) == data_config(metadata, None).tokenizer == own
     assert tokenizer_of({"config": {}}) is None and data_config({}, None).tokenizer == "bytes"
@@ -140,7 +142,7 @@ def test_a_model_keeps_its_tokenizer_when_it_is_grown_trained_on_and_sampled(fil
 
     assert started().data.tokenizer == own
     for wrong in (lambda: started("--tokenizer", other),
-                  lambda: sample.main([str(grown), "--tokenizer", "bytes", "--prompt", "a"])):  # fmt: skip
+                  lambda: sample([str(grown), "--tokenizer", "bytes", "--prompt", "a"])):  # fmt: skip
         with pytest.raises(Refused, match=r"was trained with another tokenizer: .*; leave --tokenizer out"):
             wrong()
     (difference,) = incomparable(open_checkpoint(grown), open_checkpoint(another))

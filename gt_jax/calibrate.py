@@ -67,7 +67,7 @@ def _belonging(
     """The plan, the metadata of SRC and of GROWN; raises `Refused` for all that can be wrong before a value is read."""
     from gt_jax.checkpoints import checkpoint
     from gt_jax.growth.calibration import mismatches
-    from gt_jax.growth.provenance import other_values, stored_plan
+    from gt_jax.growth.provenance import changed_content_hash, stored_plan
 
     if batches < 1:
         raise Refused(f"--batches is {batches}; at least one is needed")
@@ -83,7 +83,7 @@ def _belonging(
     if deep.vocab < BYTES:
         raise Refused(f"{grown} has a vocabulary of {deep.vocab}; text is read as bytes, which need {BYTES}")
     checkpoint.prepare_parent(target)
-    if other_values(metadata, places[0]) is not None:
+    if changed_content_hash(metadata, places[0]) is not None:
         grown_from = metadata["grown_from"]
         raise Refused(f"{grown} was not grown from the values in {places[0]} (their hash differs), but from "
                       f"{grown_from.get('source')} at step {grown_from.get('step')}; give that one")

@@ -27,11 +27,11 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig, TrainConfig
-from gt_jax.devices.sharding import lay_out, mesh_for_rows
+from gt_jax.devices.sharding import mesh_for_rows, place_like
 from gt_jax.errors import Refused, run_command
 from gt_jax.evaluation.measurement import pass_counts
 from gt_jax.evaluation.model_files import load
-from gt_jax.files import write_whole
+from gt_jax.files import write_atomically
 from gt_jax.growth import repetition
 from gt_jax.growth.plan import Plan, identity_plan, make_plan
 from gt_jax.growth.stream import grow_checkpoint
@@ -146,7 +146,7 @@ def train_on(one: Contender, stage: Stage, text: Text, position: dict[str, Any],
     """Evaluate, train `train.steps` more with a fresh optimizer on the batches after `position`, evaluate again."""
     held_out, trainer = text.held_out(EVALUATION_BATCHES), stage.trainer
     curve: list[tuple[float, float]] = []
-    state = trainer.new_state(lay_out(one.variables, stage.shapes))  # a copy: the step donates its state
+    state = trainer.new_state(place_like(one.variables, stage.shapes))  # a copy: the step donates its state
     before = evaluate(trainer.evaluation, variables_of(state), held_out)
     start = time.monotonic()
     with Recorder(total_steps=train.steps, every=50) as recorder:
@@ -197,7 +197,7 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
     price = float(state.price.value)
     found = pass_counts(trainer.evaluation, variables, held_out, model, source=str(place), lambda_p=price)
     counts = output / "layer_repetition_factor.json"
-    write_whole(counts, json.dumps(found, indent=1) + "\n")
+    write_atomically(counts, json.dumps(found, indent=1) + "\n")
     measured = repetition.read(counts)
     layers = [found[f"layer{layer}"] for layer in range(len(model.depth))]
     say(f"   k_exec {' '.join(str(layer['k_exec']) for layer in layers)}, "
@@ -220,7 +220,7 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
     }  # fmt: skip
     _pictures(output, trained, layers, model, outcomes, steps)
     summary = {"source": source, "outcomes": [one._asdict() for one in outcomes], "seconds": time.monotonic() - began}
-    write_whole(output / "report.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(output / "report.json", json.dumps(summary, indent=1) + "\n")
     say(f"pictures: {output / 'growth.png'}, {output / 'depth.png'}; {time.monotonic() - began:.0f} seconds in all")
     return report(source, outcomes, more)
 

@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate and print."""
-    from gt_jax.devices.processes import joined
+    from gt_jax.devices.processes import process_group
     from gt_jax.evaluation.held_out import evaluate_checkpoints
 
     arguments = parser().parse_args(argv)
@@ -104,13 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Refused(f"--all and --batches {arguments.batches} exclude each other; leave one out")
     refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
     batches = None if arguments.all else HELD_OUT_BATCHES if arguments.batches is None else arguments.batches
-    with joined(arguments) as team:
-        passes, mesh = team.agree(lambda: (read_passes(arguments.passes), mesh_of(arguments)))
+    with process_group(arguments) as group:
+        passes, mesh = group.agree(lambda: (read_passes(arguments.passes), mesh_of(arguments)))
         result = evaluate_checkpoints(
-            arguments.checkpoint, text_config(arguments), batches, passes, mesh=mesh, team=team,
-            say=lambda line: print(line, file=sys.stderr, flush=True) if team.first else None,
+            arguments.checkpoint, text_config(arguments), batches, passes, mesh=mesh, group=group,
+            say=lambda line: print(line, file=sys.stderr, flush=True) if group.first else None,
         )  # fmt: skip
-        if team.first:
+        if group.first:
             print(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)))
     return 0
 

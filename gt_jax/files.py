@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write under a temporary name beside `path`, then rename; a kill leaves the old file, or none, and PATH.tmp."""
     temporary = path.with_name(path.name + ".tmp")
     if isinstance(content, bytes):
@@ -20,7 +20,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def room_matters(place: Path, then: str = "finish with --resume") -> Iterator[None]:
+def explain_full_disk(place: Path, then: str = "finish with --resume") -> Iterator[None]:
     """Say of a full disk, in an OSError that names `place`, what to do about it."""
     try:
         yield

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gt_jax.configs.layout import Layout, parse
-from gt_jax.devices.flags import add_process_flags, several, wrong_process_flags
+from gt_jax.devices.flags import add_process_flags, is_distributed, wrong_process_flags
 from gt_jax.errors import Refused, refuse_all, run_command
-from gt_jax.files import write_whole
+from gt_jax.files import write_atomically
 from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
 from gt_jax.growth.layer_map import EXAMPLE, read_map
@@ -92,12 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or raises `Refused` with what would be right."""
     args = parser().parse_intermixed_args(argv)
     refuse_all(_wrong_processes(args), "these arguments do not go together:")
-    if not several(args):
+    if not is_distributed(args):
         return _run(args, lambda work: work())
-    from gt_jax.devices.processes import joined
+    from gt_jax.devices.processes import process_group
 
-    with joined(args) as team:
-        return _run(args, team.agree, team.first)
+    with process_group(args) as group:
+        return _run(args, group.agree, group.first)
 
 
 def _wrong_processes(args: argparse.Namespace) -> list[str]:
@@ -105,7 +105,7 @@ def _wrong_processes(args: argparse.Namespace) -> list[str]:
     alone = (("--dry-run", args.dry_run, "run it in one"),
              ("--verify-text", args.verify_text, "run gt_jax.verify afterwards"))  # fmt: skip
     return wrong_process_flags(args) + [f"{flag} has no meaning for several processes; {instead}"
-                                        for flag, value, instead in alone if several(args) and value]
+                                        for flag, value, instead in alone if is_distributed(args) and value]
 
 
 def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], first: bool = True) -> int:
@@ -310,7 +310,7 @@ def _silent(plan: Plan, carry: str, source: _Source | None) -> list[str]:
 def _keep(plan: Plan, plan_out: Path | None, picture: Path | None) -> None:
     """Write the plan and its picture where they are asked for."""
     if plan_out is not None:
-        write_whole(plan_out, json.dumps(plan.to_json(), indent=1, allow_nan=False) + "\n")
+        write_atomically(plan_out, json.dumps(plan.to_json(), indent=1, allow_nan=False) + "\n")
     if picture is not None:
         from gt_jax.monitoring.plots import plot_plan
         plot_plan(plan, picture)

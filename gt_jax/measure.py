@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gt_jax.errors import Refused, run_command
-from gt_jax.files import write_whole
+from gt_jax.files import write_atomically
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.output is None:
         print(text, end="")
         return 0
-    write_whole(arguments.output, text)
+    write_atomically(arguments.output, text)
     counts = [result[f"layer{i}"]["k_exec"] for i in range(len(result) - 1)]
     print(f"k_exec {' '.join(map(str, counts))} (sum {sum(counts)}) written to {arguments.output}")
     return 0

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gt_jax.errors import Refused, refuse_all, run_command
-from gt_jax.files import write_whole
+from gt_jax.files import write_atomically
 from gt_jax.monitoring.alerts import texts
 from gt_jax.monitoring.run_page import Run, page, picture, read_run
 
@@ -40,9 +40,9 @@ def write_report(sources: Sequence[Path], output: Path, png: Path | None = None,
     image = picture(runs)
     if png is not None and image is None:
         raise Refused(f"--png {png}: no run has metrics to draw yet; leave it out, or come back later")
-    write_whole(output, page(runs, image))
+    write_atomically(output, page(runs, image))
     if png is not None and image is not None:
-        write_whole(png, image)
+        write_atomically(png, image)
     return runs
 
 

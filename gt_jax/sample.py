@@ -30,14 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gt_jax.evaluation.generation import sample
     from gt_jax.evaluation.loading import data_config
     from gt_jax.evaluation.model_files import load
-    from gt_jax.text.tokenizers import open_tokenizer, other_tokens, tokenizer_of
+    from gt_jax.text.tokenizers import open_tokenizer, tokenizer_of, vocabulary_difference
 
     arguments = parser().parse_args(argv)
     if not arguments.prompt:
         raise Refused("--prompt is empty; give at least one character")
     config, variables, metadata = load(arguments.checkpoint)
     known = tokenizer_of(metadata)
-    if arguments.tokenizer and known and (other := other_tokens(known, arguments.tokenizer)):
+    if arguments.tokenizer and known and (other := vocabulary_difference(known, arguments.tokenizer)):
         raise Refused(f"{arguments.checkpoint} was trained with another tokenizer: {other}; leave --tokenizer out")
     tokenizer = open_tokenizer(arguments.tokenizer or data_config(metadata, None).tokenizer)
     if tokenizer.vocab_size > config.vocab:

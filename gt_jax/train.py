@@ -136,7 +136,7 @@ def default_config(arguments: argparse.Namespace) -> Any:
     from gt_jax.configs.data import BYTES, DataConfig
     from gt_jax.configs.presets import preset
     from gt_jax.configs.run import RunConfig, read_run_config
-    from gt_jax.text.tokenizers import other_tokens, tokenizer_of
+    from gt_jax.text.tokenizers import tokenizer_of, vocabulary_difference
 
     if arguments.resume:
         stored = read_run_config(arguments.run)
@@ -150,7 +150,7 @@ def default_config(arguments: argparse.Namespace) -> Any:
     place = checkpoint.resolve(arguments.start)
     leaves, metadata = checkpoint.describe(place)
     known = tokenizer_of(metadata)
-    if known and arguments.tokenizer and (other := other_tokens(known, arguments.tokenizer)):
+    if known and arguments.tokenizer and (other := vocabulary_difference(known, arguments.tokenizer)):
         raise Refused(f"--start {arguments.start} was trained with another tokenizer: {other}; leave --tokenizer out")
     return RunConfig(model=checkpoint.model_config(place, leaves, metadata), data=DataConfig(tokenizer=known or BYTES))
 
@@ -159,26 +159,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; 0 when the last step is done and saved."""
     arguments = parser().parse_args(argv)
     refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
-    from gt_jax.devices.processes import joined
+    from gt_jax.devices.processes import process_group
 
-    with joined(arguments) as team:
-        return _train(arguments, team)
+    with process_group(arguments) as group:
+        return _train(arguments, group)
 
 
-def _train(arguments: argparse.Namespace, team: Any) -> int:
-    """Everything after the command line, in each process of the team."""
+def _train(arguments: argparse.Namespace, group: Any) -> int:
+    """Everything after the command line, in each process of the group."""
     import jax
 
     from gt_jax.devices.sharding import MESH_AXES, make_mesh
     from gt_jax.training.loop import train_run
 
-    config = team.agree(lambda: run_config(arguments, default_config(arguments)))
+    config = group.agree(lambda: run_config(arguments, default_config(arguments)))
     asked = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_AXES}
     given = {axis: size for axis, size in asked.items() if size is not None}
-    mesh = team.agree(lambda: make_mesh(**given))
+    mesh = group.agree(lambda: make_mesh(**given))
     with jax.set_mesh(mesh):
         train_run(
-            arguments.run, config, resume=arguments.resume, team=team, tensorboard=arguments.tensorboard
+            arguments.run, config, resume=arguments.resume, group=group, tensorboard=arguments.tensorboard
         )
     return 0
 

@@ -28,7 +28,7 @@ from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.evaluation.loading import add_text_arguments, text_config
 
 if TYPE_CHECKING:
-    from gt_jax.devices.processes import Team
+    from gt_jax.devices.processes import ProcessGroup
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,31 +65,31 @@ def _refuse_picture(path: Path | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare and print; 0 whatever the verdict."""
-    from gt_jax.devices.processes import joined
+    from gt_jax.devices.processes import process_group
 
     arguments = parser().parse_args(argv)
     refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
-    with joined(arguments) as team:
-        _verify(arguments, team)
+    with process_group(arguments) as group:
+        _verify(arguments, group)
     return 0
 
 
-def _verify(arguments: argparse.Namespace, team: Team) -> None:
-    """Everything after the command line, in each process of the team; the first one prints and draws."""
+def _verify(arguments: argparse.Namespace, group: ProcessGroup) -> None:
+    """Everything after the command line, in each process of the group; the first one prints and draws."""
     import jax
 
     from gt_jax.devices.sharding import mesh_for_rows
     from gt_jax.evaluation.verification import verify
 
-    team.agree(lambda: _refuse_picture(arguments.picture))
+    group.agree(lambda: _refuse_picture(arguments.picture))
     named = text_config(arguments) or {}
-    with jax.set_mesh(team.agree(lambda: mesh_of(arguments)) or mesh_for_rows(1)):
+    with jax.set_mesh(group.agree(lambda: mesh_of(arguments)) or mesh_for_rows(1)):
         result = verify(
             arguments.source, arguments.target, batches=arguments.batches, jacobian_rows=arguments.jacobian_rows,
-            jacobian_iterations=arguments.jacobian_iterations, curve=arguments.curve, **named, team=team,
-            say=lambda line: print(line, file=sys.stderr, flush=True) if team.first else None,
+            jacobian_iterations=arguments.jacobian_iterations, curve=arguments.curve, **named, group=group,
+            say=lambda line: print(line, file=sys.stderr, flush=True) if group.first else None,
         )  # fmt: skip
-    team.agree(lambda: _show(result, arguments) if team.first else None)
+    group.agree(lambda: _show(result, arguments) if group.first else None)
 
 
 def _show(result: dict[str, Any], arguments: argparse.Namespace) -> None:

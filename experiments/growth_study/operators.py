@@ -21,7 +21,7 @@ from gt_jax.growth import repetition
 from gt_jax.growth.plan import identity_plan, make_plan
 from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.transform import grow, target_config
-from gt_jax.training.thaw import moving
+from gt_jax.training.thaw import trainable_mask
 from gt_jax.typing import Tree
 
 PlanKind = Literal["block", "dealt", "layer", "split", "re-entry", "stack", "once"]
@@ -142,5 +142,5 @@ def with_random_layers(config: ModelConfig, variables: Tree, plan: Plan, fresh: 
     def chosen(mask: np.ndarray, old: jax.Array, new: jax.Array) -> np.ndarray:
         return np.where(mask, np.asarray(new), np.asarray(old))
 
-    return {name: jax.tree.map(chosen, moving(tree, config.depth, added), tree, fresh[name])
+    return {name: jax.tree.map(chosen, trainable_mask(tree, config.depth, added), tree, fresh[name])
             for name, tree in variables.items()}  # fmt: skip

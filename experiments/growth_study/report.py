@@ -10,7 +10,7 @@ from experiments.growth_study.picture import draw
 from experiments.growth_study.results import NAME, About, Units, figures, named
 from experiments.growth_study.run import Rates
 from experiments.growth_study.tables import markdown
-from gt_jax.files import write_whole
+from gt_jax.files import write_atomically
 
 
 def write(output: Path, about: About, units: Units, rates: Rates) -> str:
@@ -25,8 +25,8 @@ def write(output: Path, about: About, units: Units, rates: Rates) -> str:
         "machine": {"cores": _cores(), "device": _device()}, "seconds_of_this_call": about.seconds,
         "rates": rates._asdict(), "figures": found, "units": {str(seed): one for seed, one in units.items()},
     }  # fmt: skip
-    write_whole(output / f"{NAME}.json", json.dumps(everything) + "\n")
-    write_whole(output / f"{NAME}.md", text)
+    write_atomically(output / f"{NAME}.json", json.dumps(everything) + "\n")
+    write_atomically(output / f"{NAME}.md", text)
     draw(study, units, found, output / f"{NAME}.png")
     return text
 

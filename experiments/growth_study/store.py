@@ -16,7 +16,7 @@ from gt_jax.checkpoints.checkpoint import prepare_parent
 from gt_jax.configs.json_config import read_object
 from gt_jax.configs.run import differences
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.files import write_whole
+from gt_jax.files import write_atomically
 
 
 class Store:
@@ -32,7 +32,7 @@ class Store:
         if root.exists() and (not root.is_dir() or any(path.name != "study.json.tmp" for path in root.iterdir())):
             raise Refused(f"--work {root} exists and is not this study's; give an empty or a new directory")
         prepare_parent(file)
-        write_whole(file, json.dumps(mine, indent=1) + "\n")
+        write_atomically(file, json.dumps(mine, indent=1) + "\n")
 
     def path(self, seed: int, name: str, suffix: str = ".json") -> Path:
         """Where a unit is kept."""
@@ -45,7 +45,7 @@ class Store:
             return read_object(file, "finished unit"), True
         made = dict(make())
         prepare_parent(file)
-        write_whole(file, json.dumps(made) + "\n")
+        write_atomically(file, json.dumps(made) + "\n")
         return json.loads(json.dumps(made)), False
 
 

@@ -47,7 +47,7 @@ from gt_jax.checkpoints.folders import (
 from gt_jax.checkpoints.slices import SliceReader, writing_axes
 from gt_jax.checkpoints.tree_paths import combine_digests, differences, flatten, nest, storable
 from gt_jax.configs.model import ModelConfig
-from gt_jax.devices.processes import Team
+from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Refused, refuse_all
 
 _BROKEN = (ValueError, KeyError, TypeError, OSError)  # what Orbax and TensorStore raise on a broken file
@@ -110,7 +110,7 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
 
     def wait() -> None:
         thread.join()
-        Team().agree(outcome)
+        ProcessGroup().agree(outcome)
 
     return wait
 
@@ -373,5 +373,5 @@ def _on_device(leaf: Any) -> Any:
 
 def on_primary(work: Callable[[], None]) -> None:
     """Run `work` on one process only; the others wait for it, and hear of its error."""
-    team = Team()
-    team.agree(lambda: work() if team.first else None)
+    group = ProcessGroup()
+    group.agree(lambda: work() if group.first else None)

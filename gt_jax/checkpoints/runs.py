@@ -23,7 +23,7 @@ from gt_jax.checkpoints.folders import (
     set_aside,
     step_folders,
 )
-from gt_jax.devices.processes import Team
+from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Refused
 
 T = TypeVar("T")
@@ -80,9 +80,9 @@ class RunCheckpoints:
 
         Every byte is compared with what was written. On several processes each compares a share, and all raise alike.
         """
-        folder, team = self.root / str(step), Team()
-        self._together(team, lambda: _refuse_changed(folder, team))
-        return self._together(team, lambda: (checkpoint.load(folder, abstract), checkpoint.describe(folder)[1]))
+        folder, group = self.root / str(step), ProcessGroup()
+        self._together(group, lambda: _refuse_changed(folder, group))
+        return self._together(group, lambda: (checkpoint.load(folder, abstract), checkpoint.describe(folder)[1]))
 
     def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, tree, metadata) of the newest step whose values can be read, None for a run without steps.
@@ -108,14 +108,14 @@ class RunCheckpoints:
         raise Damaged("\n".join([f"no step of the run {self.root} can be read:", *problems.values()]))
 
     @staticmethod
-    def _together(team: Team, work: Callable[[], T]) -> T:
+    def _together(group: ProcessGroup, work: Callable[[], T]) -> T:
         """`work()`, or in every process the `Damaged` that one of them raised."""
         result, problem = None, None
         try:
             result = work()
         except Damaged as error:
             problem = str(error)
-        found = [one for one in team.gather(problem) if one is not None]
+        found = [one for one in group.gather(problem) if one is not None]
         if found:
             raise Damaged(found[0])
         return result  # type: ignore[return-value]
@@ -131,10 +131,10 @@ class RunCheckpoints:
             shutil.rmtree(leftover)
 
 
-def _refuse_changed(folder: Path, team: Team) -> None:
+def _refuse_changed(folder: Path, group: ProcessGroup) -> None:
     """Raise `Damaged` where files are missing, or hold other bytes than were written; a process reads its share."""
     problem = damage(folder)
     if problem is None:
-        problem = changed_bytes(folder, team.share(checked_files(folder)))
+        problem = changed_bytes(folder, group.share(checked_files(folder)))
     if problem is not None:
         raise Damaged(f"checkpoint {folder} is not usable: {problem}")

@@ -19,8 +19,8 @@ from gt_jax.errors import Refused
 class TrainConfig(Config):
     """`seed` draws the initial weights; 0 for `evaluate_every` or `checkpoint_every` means only at the end.
 
-    So many `bad_steps` in a row, whose loss or gradient is not finite, end the run. With `accumulate` a batch runs in
-    so many parts, one after the other. With `thaw` only a few layers train at first.
+    So many `max_nonfinite_steps` in a row, whose loss or gradient is not finite, end the run. With `accumulate` a batch
+    runs in so many parts, one after the other. With `thaw` only a few layers train at first.
     """
 
     steps: int = 400
@@ -30,13 +30,13 @@ class TrainConfig(Config):
     checkpoint_every: int = 100
     keep: int = 2
     accumulate: int = 1
-    bad_steps: int = 3
+    max_nonfinite_steps: int = 3
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     price: PriceConfig = dataclasses.field(default_factory=PriceConfig)
     thaw: ThawConfig | None = None
 
     def problems(self) -> list[str]:
-        wrong = below(self, 1, "steps", "evaluation_batches", "keep", "accumulate", "bad_steps")
+        wrong = below(self, 1, "steps", "evaluation_batches", "keep", "accumulate", "max_nonfinite_steps")
         if self.thaw is not None and self.thaw.steps > self.steps:
             wrong.append(f"thaw.steps is {self.thaw.steps}; the run has {self.steps} steps, it can be at most that")
         return wrong + below(self, 0, "seed", "evaluate_every", "checkpoint_every")

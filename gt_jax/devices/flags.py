@@ -21,7 +21,7 @@ def add_mesh_flags(group: argparse._ActionsContainer) -> None:
         group.add_argument(f"--{axis}", type=int, dest=f"mesh_{axis}", help=f"size of the mesh axis {axis}")
 
 
-def several(args: argparse.Namespace) -> bool:
+def is_distributed(args: argparse.Namespace) -> bool:
     """Whether any of the flags is given."""
     return args.distributed or any(value is not None for value in (args.coordinator, args.processes, args.process))
 
@@ -51,7 +51,7 @@ def mesh_of(arguments: argparse.Namespace) -> Any:
     from gt_jax.devices.sharding import MESH_AXES, make_mesh
 
     given = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_AXES}
-    if not several(arguments) and all(size is None for size in given.values()):
+    if not is_distributed(arguments) and all(size is None for size in given.values()):
         return None
     data, expert, tensor = (given[axis] or 1 for axis in ("data", "expert", "tensor"))
     rest = max(len(jax.devices()) // max(data * expert * tensor, 1), 1)

@@ -18,13 +18,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gt_jax.devices.flags import several
+from gt_jax.devices.flags import is_distributed
 from gt_jax.errors import Failed, Refused
 
 T = TypeVar("T")
 
 
-class Team:
+class ProcessGroup:
     """The processes of this run (`jax.distributed`); a single one most of the time."""
 
     def __init__(self) -> None:
@@ -77,18 +77,18 @@ class Team:
 
 
 @contextlib.contextmanager
-def joined(args: argparse.Namespace) -> Iterator[Team]:
+def process_group(args: argparse.Namespace) -> Iterator[ProcessGroup]:
     """Be one process of `jax.distributed`, as the flags say, while the context lasts; alone if they say nothing."""
-    if not several(args):
-        yield Team()
+    if not is_distributed(args):
+        yield ProcessGroup()
         return
     by_hand = {"coordinator_address": args.coordinator, "num_processes": args.processes, "process_id": args.process}
     with _results_alone():
         jax.distributed.initialize(**({} if args.distributed else by_hand))
         try:
-            team = Team()
-            team.gather(None)
-            yield team
+            group = ProcessGroup()
+            group.gather(None)
+            yield group
         finally:
             jax.distributed.shutdown()
 

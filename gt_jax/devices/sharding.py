@@ -118,7 +118,7 @@ def reshard(x: Array, spec: P) -> Array:
     return jax.sharding.reshard(x, spec) if has_mesh() else x
 
 
-def with_devices(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def with_mesh_devices(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """`shape` laid out over the devices of the current mesh: a restore needs devices, tracing gives axes only."""
     if not has_mesh():
         return shape
@@ -127,12 +127,12 @@ def with_devices(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def lay_out(tree: Any, shapes: Any) -> Any:
+def place_like(tree: Any, shapes: Any) -> Any:
     """A copy of the arrays of `tree`, each where its stand-in in `shapes` (`model.abstract`) says."""
     return jax.tree.map(lambda leaf, shape: jax.device_put(np.array(leaf), shape.sharding), tree, shapes)
 
 
-def everywhere(batch: Mapping[str, np.ndarray | Array], rules: Rules) -> dict[str, Any]:
+def global_batch(batch: Mapping[str, np.ndarray | Array], rules: Rules) -> dict[str, Any]:
     """A batch that every process has whole, as arrays over the devices of all; a single process keeps it as it is."""
     if jax.process_count() == 1 or not has_mesh():
         return dict(batch)

@@ -21,10 +21,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.model import ModelConfig
-from gt_jax.devices.sharding import Rules, everywhere
+from gt_jax.devices.sharding import Rules, global_batch
 from gt_jax.errors import Refused
 from gt_jax.evaluation.intermediates import Intermediates, forward_with_intermediates
-from gt_jax.evaluation.singular_values import Step, layer_stretches
+from gt_jax.evaluation.singular_values import Step, layer_singular_values
 from gt_jax.growth.layer_states import gains_of
 from gt_jax.growth.plan import Plan
 from gt_jax.models.language_model import LanguageModel, fixed_passes, free_passes
@@ -201,7 +201,7 @@ def compare_models(
     sums, shown = None, None
     for number, batch in enumerate(batches, 1):
         say(f"batch {number}/{len(batches)}")
-        one, *inside = compare(source_variables, target_variables, everywhere(dict(batch), rules))
+        one, *inside = compare(source_variables, target_variables, global_batch(dict(batch), rules))
         shown = shown or inside
         wide = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(one))
         sums = wide if sums is None else jax.tree.map(np.add, sums, wide)
@@ -271,7 +271,7 @@ def _stretches(
         strength = strengths(config, variables)
         steps = [Step(layer, index, strength[layer][index]) for layer, index in passes]
         segment_ids = jnp.asarray(batch["segment_ids"][:rows, : inside.states.shape[3]])
-        found = layer_stretches(config, variables, inside, segment_ids, steps, rules=rules, iterations=iterations,
+        found = layer_singular_values(config, variables, inside, segment_ids, steps, rules=rules, iterations=iterations,
                                 seed=seed, say=say)  # fmt: skip
         values.append({at: float(np.max(one.value)) for at, one in zip(passes, found, strict=True)})
         changes += [float(np.max(one.change)) for one in found]

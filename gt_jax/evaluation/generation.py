@@ -22,7 +22,7 @@ from gt_jax.models.layers.memory_stream import no_memory
 from gt_jax.typing import Tree
 
 
-def choose(key: Array, logits: Float[Array, "b v"], temperature: float, top_k: int | None) -> Int[Array, "b"]:
+def sample_token(key: Array, logits: Float[Array, "b v"], temperature: float, top_k: int | None) -> Int[Array, "b"]:
     """A token from softmax(logits / temperature) over the `top_k` most likely; the most likely at temperature 0."""
     if top_k is not None:
         floor = jax.lax.top_k(logits, top_k)[0][:, -1:]
@@ -65,11 +65,11 @@ def sample(
 
     def run(variables: Tree, prompt: Array, key: Array) -> Array:
         chunk = prompt.shape[1] + length if config.memory is None else config.memory.chunk
-        state, filled = _read(model, variables, prompt, chunk, length)
+        state, filled = _prefill(model, variables, prompt, chunk, length)
         keys, done, drawn = jax.random.split(key, length), 0, []
 
         def step(state: _State, key: Array) -> tuple[_State, Array]:
-            token = choose(key, state.logits[:, :tokens], temperature, top_k)
+            token = sample_token(key, state.logits[:, :tokens], temperature, top_k)
             output = apply_network(model, variables, token[:, None], cache=state.cache, memory=state.entered)
             return _State(output.cache, output.logits[:, -1], state.entered, output.memory), token
 
@@ -98,7 +98,7 @@ class _State(NamedTuple):
     left: Any
 
 
-def _read(model: LanguageModel, variables: Tree, prompt: Array, chunk: int, length: int) -> tuple[_State, int]:
+def _prefill(model: LanguageModel, variables: Tree, prompt: Array, chunk: int, length: int) -> tuple[_State, int]:
     """The state after the prompt and how many tokens of its last chunk it fills; chunks before leave their memory."""
     c, start = model.config, 0
     memory = None if c.memory is None else no_memory(prompt.shape[0], c.width, c.compute_dtype)

@@ -15,7 +15,7 @@ import numpy as np
 
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
-from gt_jax.devices.processes import Team
+from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import Rules, mesh_for_rows
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.evaluation.confidence_intervals import Interval, ratio_interval, sums_by_unit
@@ -50,7 +50,7 @@ class Covered(NamedTuple):
 def evaluate_checkpoints(
     sources: Sequence[Path], named: dict[str, Any] | None = None, batches: int | None = HELD_OUT_BATCHES,
     passes: Passes = None, *, say: Say = lambda line: None, mesh: jax.sharding.Mesh | None = None,
-    team: Team | None = None,
+    group: ProcessGroup | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate checkpoints on the same held-out rows; returns JSON values.
 
@@ -60,12 +60,12 @@ def evaluate_checkpoints(
         batches: how many batches of that run's shape, None for all there are.
         passes: of every adaptive model, one number or one a layer; None leaves them to its halting heads.
         mesh: where they run; None takes as many devices as divide a batch.
-        team: the processes, each of which calls it; then there is a mesh of the devices of all.
+        group: the processes, each of which calls it; then there is a mesh of the devices of all.
 
     Raises `Refused` that lists all that keeps them from being evaluated, before anything is computed.
     """
-    team = team or Team()
-    opened, tokenizer, text = team.agree(lambda: _open(sources, named, batches, passes, mesh))
+    group = group or ProcessGroup()
+    opened, tokenizer, text = group.agree(lambda: _open(sources, named, batches, passes, mesh))
     first = opened[0]
     rows = text.held_out(batches)
     covered = _covered(units_of(text, rows, tokenizer.end_of_document), targets_of(rows), tokenizer)

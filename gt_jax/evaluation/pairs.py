@@ -10,9 +10,9 @@ import numpy as np
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.model import ModelConfig
 from gt_jax.growth.plan import Plan
-from gt_jax.growth.provenance import grown_plan, other_values
+from gt_jax.growth.provenance import changed_content_hash, grown_plan
 from gt_jax.models.language_model import abstract
-from gt_jax.text.tokenizers import other_tokens, tokenizer_of
+from gt_jax.text.tokenizers import tokenizer_of, vocabulary_difference
 from gt_jax.typing import Tree
 
 TOKENS = ("statistics/embedding/token_bytes", "statistics/embedding/token_length")
@@ -45,7 +45,7 @@ def incomparable(source: Checkpoint, target: Checkpoint) -> list[str]:
         return [f"vocab is {source.config.vocab} in {source.path} and {target.config.vocab} in {target.path}"]
     if not all(path in one.tensors for path in TOKENS for one in (source, target)):  # a table knows no bytes
         known, named = tokenizer_of(source.metadata), tokenizer_of(target.metadata)
-        differ = None if known is None or named is None else other_tokens(known, named)
+        differ = None if known is None or named is None else vocabulary_difference(known, named)
         return [f"{target.path} was trained with another tokenizer than {source.path}: {differ}"] if differ else []
     (text, length), (other, other_length) = (
         [checkpoint.load_paths(one.place, TOKENS)[path] for path in TOKENS] for one in (source, target)
@@ -68,7 +68,7 @@ def plan_between(source: Checkpoint, target: Checkpoint) -> tuple[Plan | None, s
         wrong = f"one of layout {plan.source_layout}; {source.path} has {source.config.layout}"
     elif plan.target_layout != target.config.depth:
         wrong = f"one by a plan for layout {plan.target_layout}; it has {target.config.layout} now"
-    elif (found := other_values(target.metadata, source.place)) is not None:
+    elif (found := changed_content_hash(target.metadata, source.place)) is not None:
         grown = target.metadata["grown_from"]
         wrong = (f"{grown.get('source')}, whose values are others (hash {grown['content_hash'][:12]}; {source.path}: "
                  f"{found[:12]})")  # fmt: skip

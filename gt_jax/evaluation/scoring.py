@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int, Int64
 
 from gt_jax.configs.model import ModelConfig
-from gt_jax.devices.sharding import Rules, everywhere, reshard
+from gt_jax.devices.sharding import Rules, global_batch, reshard
 from gt_jax.models.language_model import LanguageModel, apply_network
 from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.models.memory_chunks import over_chunks
@@ -85,7 +85,7 @@ def score(
     scores = make_scores(model, rules)
     found = []
     for batch in batches:
-        nats = np.asarray(jax.device_get(scores(variables, everywhere(dict(batch), rules), control)))
+        nats = np.asarray(jax.device_get(scores(variables, global_batch(dict(batch), rules), control)))
         found.append(nats[batch["targets"] >= 0])
     return np.concatenate(found)
 

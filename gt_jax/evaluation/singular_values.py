@@ -34,7 +34,7 @@ from gt_jax.typing import PerToken, State, Tokens, Tree
 TINY = 1e-30
 
 
-class Stretch(NamedTuple):
+class SingularValue(NamedTuple):
     """The largest singular value of each row's Jacobian, and how much of it the last iteration added."""
 
     value: Float[Array, "b"]
@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 def largest_singular_value(
     function: Callable[[State], State], x: State, real: PerToken, iterations: int, seed: int = 0
-) -> Stretch:
+) -> SingularValue:
     """Of P J P for each row, J the Jacobian of `function` at x and P the projection on the tokens with real 1.
 
     Rows must not depend on one another. `function` need be differentiable in reverse mode only, twice. The start is
@@ -78,18 +78,20 @@ def largest_singular_value(
 
     start, length = unit(jax.random.normal(jax.random.key(seed), x.shape, x.dtype) * inside)
     _, value, before = jax.lax.fori_loop(0, iterations, iterate, (start, 0 * length, 0 * length))
-    return Stretch(value, (value - before) / jnp.maximum(value, TINY))
+    return SingularValue(value, (value - before) / jnp.maximum(value, TINY))
 
 
 @functools.cache
-def make_stretch(kind: str, config: ModelConfig, rules: Rules, iterations: int, seed: int) -> Callable[..., Stretch]:
+def make_singular_value(
+    kind: str, config: ModelConfig, rules: Rules, iterations: int, seed: int
+) -> Callable[..., SingularValue]:
     """The jitted stretch(variables of one layer, X, g, segment ids, link) of the layers of a type, made once.
 
     X [r, t, d] or [r, t, n, d] are the states before the layer. `link` is held fixed.
     """
     layer = Layer(kind, config, rules, parent=None)
 
-    def stretch(variables: Tree, x: State, strength: Array, segment_ids: Tokens, link: Tree) -> Stretch:
+    def stretch(variables: Tree, x: State, strength: Array, segment_ids: Tokens, link: Tree) -> SingularValue:
         place = place_rows(segment_ids, rules=rules)
         x = reshard(x, rules.spec("batch", *[None] * (x.ndim - 1)))
 
@@ -123,15 +125,15 @@ def _block(tree: Tree, index: Array) -> Tree:
     return _float32(jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree))
 
 
-def layer_stretches(
+def layer_singular_values(
     config: ModelConfig, variables: Tree, inside: Intermediates, segment_ids: Tokens, steps: Sequence[Step], *,
     rules: Rules, iterations: int, seed: int = 0, say: Callable[[str], None] = lambda line: None,
-) -> list[Stretch]:  # fmt: skip
-    """The `Stretch` of each step at the states it was seen to start from; `segment_ids` [r, t] are their rows'."""
+) -> list[SingularValue]:  # fmt: skip
+    """The singular value of each step at the states it was seen to start from; `segment_ids` [r, t] are their rows'."""
     found, shape = [], layer_config(config)
     for count, step in enumerate(steps, 1):
         say(f"Jacobian {count}/{len(steps)}: layer {step.layer}, pass {step.number + 1}")
-        stretch = make_stretch(config.depth.types[step.layer], shape, rules, iterations, seed)
+        stretch = make_singular_value(config.depth.types[step.layer], shape, rules, iterations, seed)
         own = layer_variables(config, variables, step.layer)
         x, link = _float32((inside.states[step.layer, step.number], inside.links.get(step.layer)))
         found.append(jax.device_get(stretch(own, x, jnp.float32(step.strength), segment_ids, link)))

@@ -9,8 +9,8 @@ from typing import Any
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
-from gt_jax.devices.processes import Team
-from gt_jax.devices.sharding import Rules, current_sizes, everywhere
+from gt_jax.devices.processes import ProcessGroup
+from gt_jax.devices.sharding import Rules, current_sizes, global_batch
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.evaluation.comparison import compare_models
 from gt_jax.evaluation.loading import data_config
@@ -29,15 +29,15 @@ Say = Callable[[str], None]
 def verify(
     source: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None, tfds_dir: str | None = None,
     batches: int = 8, jacobian_rows: int | None = None, jacobian_iterations: int = 20, curve: int = 0,
-    say: Say = lambda line: None, team: Team | None = None,
+    say: Say = lambda line: None, group: ProcessGroup | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare two checkpoints on held-out text (default: the source's own); numbers that are not finite as strings.
 
     `jacobian_rows` None is as few as the mesh can cut, one on one device; 0 leaves the singular values out. `curve` > 0
     trains the target so many steps more, on the text's training part, with a fresh optimizer. Every process of the
-    `team` calls it, on a mesh of the devices of all. Raises `Refused` before anything is computed.
+    `group` calls it, on a mesh of the devices of all. Raises `Refused` before anything is computed.
     """
-    team = team or Team()
+    group = group or ProcessGroup()
     rows = Rules().shards("batch") if jacobian_rows is None else jacobian_rows
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir}
 
@@ -52,7 +52,7 @@ def verify(
         _refuse_rows(reading, shallow, deep, rows, jacobian_iterations)
         return shallow, deep, reading, *plan_between(shallow, deep)
 
-    shallow, deep, reading, plan, reason = team.agree(prepare)
+    shallow, deep, reading, plan, reason = group.agree(prepare)
     held_out, rules, variables = reading.held_out(batches), Rules(), deep.load()
     result = compare_models(
         shallow.config, shallow.load(), deep.config, variables, plan, held_out, rules, say=say,
@@ -95,7 +95,7 @@ def train_curve(
     The schedule is `optimizer`'s over these steps, warm-up included. The variables are used up.
     """
     rules, trainer = Rules(), make_trainer(config, TrainConfig(steps=steps, optimizer=optimizer))
-    batches = (everywhere(batch, rules) for batch in text.train(position))
+    batches = (global_batch(batch, rules) for batch in text.train(position))
     losses: list[list[float]] = []
 
     def record(step: int, metrics: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ def train_curve(
             say(f"training on: step {step}/{steps}, loss {float(metrics['loss']):.4f}")
 
     state = fit(trainer, trainer.new_state(variables), batches, steps, record=record)
-    after = evaluate(trainer.evaluation, variables_of(state), [everywhere(batch, rules) for batch in held_out])
+    after = evaluate(trainer.evaluation, variables_of(state), [global_batch(batch, rules) for batch in held_out])
     return {"steps": steps, "learning_rate": optimizer.learning_rate, "loss": losses, "held_out_loss": after}
 
 

@@ -25,7 +25,7 @@ def stored_plan(metadata: Mapping[str, Any], path: StrPath) -> Plan:
     return plan
 
 
-def other_values(metadata: Mapping[str, Any], source: StrPath) -> str | None:
+def changed_content_hash(metadata: Mapping[str, Any], source: StrPath) -> str | None:
     """The content hash of `source` where `metadata` name another one; None where they agree or do not say.
 
     Reads all of the source's model.

@@ -26,9 +26,9 @@ from gt_jax.checkpoints.folders import StrPath, note_files, prepare_parent, rena
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.slices import SliceReader
 from gt_jax.checkpoints.tree_paths import combine_digests
-from gt_jax.devices.processes import Team
+from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Failed, Refused, refuse_all
-from gt_jax.files import room_matters
+from gt_jax.files import explain_full_disk
 from gt_jax.growth.journal import Journal
 from gt_jax.growth.pipeline import Budget, Pipeline, Settings, feeds, throttled
 from gt_jax.growth.plan import Plan
@@ -66,13 +66,13 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
     >>> report["tensors"] == len(report["dropped"]) == 0, len(gt_jax.load(report["target"]).config.depth) >= 2
     (False, True)
     """
-    team, started = Team(), time.monotonic()
-    growth = team.agree(lambda: _Growth(source, target, plan, carry, float(noise_std), seed, dtype, memory, resume))
+    group, started = ProcessGroup(), time.monotonic()
+    growth = group.agree(lambda: _Growth(source, target, plan, carry, float(noise_std), seed, dtype, memory, resume))
     with contextlib.ExitStack() as stack:
-        team.agree(lambda: growth.open(stack) if team.first else None)
-        kept, metadata = growth.work(team, progress or (lambda line: None))
-        team.agree(lambda: growth.describe(metadata))
-        team.agree(lambda: growth.publish() if team.first else None)
+        group.agree(lambda: growth.open(stack) if group.first else None)
+        kept, metadata = growth.work(group, progress or (lambda line: None))
+        group.agree(lambda: growth.describe(metadata))
+        group.agree(lambda: growth.publish() if group.first else None)
     return {"source": str(growth.where), "target": str(growth.place), "tensors": len(growth.leaves),
             "bytes": sum(leaf.nbytes for leaf in growth.leaves), "kept": kept, "dropped": growth.dropped,
             "seconds": time.monotonic() - started, "config": metadata["config"],
@@ -112,7 +112,7 @@ class _Growth:
 
     def open(self, stack: contextlib.ExitStack) -> None:
         """On process 0: become the only writer; make the unfinished folder, or take over the one that is there."""
-        with room_matters(self.place):
+        with explain_full_disk(self.place):
             stack.enter_context(only_writer(self.place))
             _refuse_existing(self.place)  # another process may have finished it meanwhile
             self.unfinished.refuse_another(self.identity)
@@ -120,15 +120,15 @@ class _Growth:
                 self.unfinished.begin(self.identity)
                 (self.unfinished.folder / "state").mkdir(exist_ok=True)
 
-    def work(self, team: Team, say: Progress) -> tuple[int, dict[str, Any]]:
+    def work(self, group: ProcessGroup, say: Progress) -> tuple[int, dict[str, Any]]:
         """Compare what is finished with the source, make the rest; (source tensors kept, metadata of the target)."""
-        whole, finished = team.agree(lambda: (self.unfinished.whole(), self.unfinished.finished()))
+        whole, finished = group.agree(lambda: (self.unfinished.whole(), self.unfinished.finished()))
         self.described = whole is not None
         kept = self.model.keys() if whole else finished.keys()
-        digests = self._compare(team, kept, finished, say)
+        digests = self._compare(group, kept, finished, say)
         if whole is None:
-            self._make(team, [name for name in self.model if name not in kept], say)
-            digests = team.agree(self.unfinished.finished)
+            self._make(group, [name for name in self.model if name not in kept], say)
+            digests = group.agree(self.unfinished.finished)
         if digests.keys() != self.model.keys():
             raise Failed(f"the journals in {self.unfinished.folder} lack source tensors; was it changed meanwhile?")
         content = combine_digests(digests)
@@ -140,34 +140,35 @@ class _Growth:
     def describe(self, metadata: Mapping[str, Any]) -> None:
         """On all processes: the arrays become a checkpoint."""
         if not self.described:
-            with room_matters(self.place):
+            with explain_full_disk(self.place):
                 checkpoint.write_metadata(self.unfinished.folder, [leaf.path for leaf in self.leaves], metadata)
 
     def publish(self) -> None:
         """On process 0: the checkpoint gets its name."""
-        with room_matters(self.place):
+        with explain_full_disk(self.place):
             if not self.described:
                 note_files(self.unfinished.folder)
                 self.unfinished.forget_journals()
             rename(self.unfinished.folder, self.place)
 
-    def _compare(self, team: Team, kept: Collection[str], finished: Mapping[str, str], say: Progress) -> dict[str, str]:
+    def _compare(self, group: ProcessGroup, kept: Collection[str], finished: Mapping[str, str],
+                 say: Progress) -> dict[str, str]:
         """Digests, as they are now, of the source tensors whose part is kept; raises `Refused` naming changed ones."""
-        share = team.share({name: _nbytes(self.model[name]) for name in kept})
+        share = group.share({name: _nbytes(self.model[name]) for name in kept})
         if share:
             say(f"comparing {len(share)} source tensors with what was grown from them, "
                 f"{_gib(sum(_nbytes(self.model[name]) for name in share))}")
-        own = team.agree(lambda: {name: self.reader.digest(name, self.budget.slice) for name in share})
-        digests = {name: digest for part in team.gather(own) for name, digest in part.items()}
+        own = group.agree(lambda: {name: self.reader.digest(name, self.budget.slice) for name in share})
+        digests = {name: digest for part in group.gather(own) for name, digest in part.items()}
         self.unfinished.refuse_another_source(sorted(
             f"{name} holds other values than those that were grown" for name, digest in digests.items()
             if finished.get(name, digest) != digest))
         return digests
 
-    def _make(self, team: Team, names: Collection[str], say: Progress) -> None:
+    def _make(self, group: ProcessGroup, names: Collection[str], say: Progress) -> None:
         """This process's share of the source tensors `names`, into the unfinished folder and its journal."""
         fed, started = feeds(self.leaves), time.monotonic()
-        share = team.share({name: _nbytes(self.model[name]) + sum(
+        share = group.share({name: _nbytes(self.model[name]) + sum(
             feed.leaf.nbytes // len(feed.leaf.parts) for block in fed.get(name, {}).values() for feed in block)
             for name in names})
         total = sum(feed.leaf.nbytes // len(feed.leaf.parts)
@@ -179,7 +180,7 @@ class _Growth:
                     f"{_gib(rate)}/s, {_gib(_resident())} resident")
 
         def run() -> list[list[str]]:
-            with room_matters(self.place):
+            with explain_full_disk(self.place):
                 try:
                     pipeline.run(share, throttled(line, say, SECONDS))
                 finally:
@@ -187,17 +188,17 @@ class _Growth:
             say(line())
             return [pipeline.source_problems, pipeline.target_problems]
 
-        journal = team.agree(lambda: self._journal(team.index))
+        journal = group.agree(lambda: self._journal(group.index))
         pipeline = Pipeline(self.reader, fed, self.unfinished.folder / "state", journal, self.settings, self.budget)
-        found = team.gather(team.agree(run))
+        found = group.gather(group.agree(run))
         source, target = ([line for part in found for line in part[which]] for which in (0, 1))
-        if (source or target) and team.first:
+        if (source or target) and group.first:
             self.unfinished.discard()
         refuse_all(source, f"source {self.where} has values that are not finite; grow from an earlier step:")
         refuse_all(target, "the target's values are not finite; nothing is left of this growth:")
 
     def _journal(self, process: int) -> Journal:
-        with room_matters(self.place):
+        with explain_full_disk(self.place):
             return Journal(self.unfinished.folder, process, self.identity)
 
     def _refuse_small_budget(self) -> None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.configs.model import ModelConfig
-from gt_jax.devices.sharding import Rules, on_mesh, reshard, with_devices
+from gt_jax.devices.sharding import Rules, on_mesh, reshard, with_mesh_devices
 from gt_jax.models.layers import deltanet, early_exit, groundthink, gsa, sliding
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
 from gt_jax.models.layers.block import Block, Common, Stream, layer_delta, observed, remat_policy, remats_blocks
@@ -86,7 +86,7 @@ class LanguageModel(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
                 length=segment.repeats,
-                unroll=blocks_a_turn(c, segment.repeats),
+                unroll=scan_unroll(c, segment.repeats),
             )
             setattr(self, f"segment{index}", scanned(segment.pattern, c, rules))
         self.final_norm = RMSNorm(c.width, rules, c.norm_epsilon)
@@ -212,7 +212,7 @@ class LanguageModel(nn.Module):
         return self.unembedding("btd,dv->btv", hidden, ("batch", None, "vocab"), accumulate=True)
 
 
-def blocks_a_turn(config: ModelConfig, blocks: int) -> int:
+def scan_unroll(config: ModelConfig, blocks: int) -> int:
     """How many blocks the compiler sees at once: all of a few on a CPU where nothing is computed again, else one.
 
     A loop stacks what its backward pass needs and cuts it out again. Where that is every activation, the copies were a
@@ -339,4 +339,4 @@ def abstract(config: ModelConfig, rules: Rules | None = None) -> Tree:
     init = _initialiser(config, rules or Rules())
     # the key is made inside: the devices of the mesh may be a topology that is only compiled for
     shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
-    return jax.tree.map(with_devices, shapes)
+    return jax.tree.map(with_mesh_devices, shapes)

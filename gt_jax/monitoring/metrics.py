@@ -29,8 +29,7 @@ import numpy as np
 
 from gt_jax.errors import Refused
 
-__all__ = ["Recorder", "keep_until", "read_metrics", "seconds_of", "short", "table",
-           "to_json"]
+__all__ = ["Recorder", "format_value", "read_metrics", "seconds_of", "table", "to_json", "truncate_after"]
 
 Stream = TextIO | io.TextIOBase
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -81,7 +80,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if self._path is not None:
             if self._resume_step is not None:
-                keep_until(self._path, self._resume_step)
+                truncate_after(self._path, self._resume_step)
                 if self._watch is not None and self._path.exists():
                     for record in read_metrics(self._path):
                         self._watch(record)
@@ -196,7 +195,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [_numbers(record) for record, _ in _read_lines(Path(path))]
 
 
-def keep_until(path: Path, step: int) -> None:
+def truncate_after(path: Path, step: int) -> None:
     """Remove the lines after `step` and a half-written last one; the file is replaced at once or not at all."""
     if not path.exists():
         return
@@ -252,7 +251,7 @@ def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
     for number, row in enumerate(rows):
         if len(row) != len(headers):
             raise ValueError(f"row {number} has {len(row)} cells, {len(headers)} headers are given")
-    cells = [[short(cell) for cell in row] for row in rows]
+    cells = [[format_value(cell) for cell in row] for row in rows]
     columns = [[header, *column] for header, column in zip(headers, zip(*cells, strict=True), strict=True)] \
         if cells else [[header] for header in headers]
     aligned = []
@@ -264,7 +263,7 @@ def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
 
 
-def short(value: Any) -> str:
+def format_value(value: Any) -> str:
     """One scalar for a reader: four significant digits, whole numbers whole."""
     if value is None or isinstance(value, (str, bool)):
         return "-" if value is None else str(value)

@@ -19,7 +19,7 @@ import numpy as np
 from gt_jax.configs.run import RunConfig, read_run_config
 from gt_jax.errors import Refused
 from gt_jax.monitoring.alerts import Alert, Course, alerts, texts
-from gt_jax.monitoring.metrics import read_metrics, seconds_of, short
+from gt_jax.monitoring.metrics import format_value, read_metrics, seconds_of
 from gt_jax.monitoring.run_plots import plot_runs
 
 LAST = 20  # records that the table's figures are a mean of
@@ -59,9 +59,9 @@ def summary(run: Run) -> dict[str, str]:
         "steps": f"{records[-1]['step'] if records else 0} of {steps}",
         "loss": _mean(last, "loss"),
         "held-out loss": f"{short(held_out[-1][0])} at step {held_out[-1][1]}" if held_out else ABSENT,
-        "lowest held-out loss": "{} at step {}".format(*map(short, min(finite))) if finite else ABSENT,
+        "lowest held-out loss": "{} at step {}".format(*map(format_value, min(finite))) if finite else ABSENT,
         "expected passes a layer": _mean(_free(run, last), "expected_k"),
-        "price": short(last[-1].get("price")) if last else ABSENT,
+        "price": format_value(last[-1].get("price")) if last else ABSENT,
         "|dh|/|h| by layer": _by_layer(last, "delta_ratio"),
         "null rate by layer": _by_layer(last, "null_rate"),
         "gradient norm": _mean(last, "gradient_norm"),
@@ -82,7 +82,7 @@ def _free(run: Run, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, A
 
 def _mean(records: Sequence[Mapping[str, Any]], name: str) -> str:
     values = [np.mean(record[name]) for record in records if name in record]
-    return short(float(np.mean(values))) if values else ABSENT
+    return format_value(float(np.mean(values))) if values else ABSENT
 
 
 def _by_layer(records: Sequence[Mapping[str, Any]], name: str) -> str:

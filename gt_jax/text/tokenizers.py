@@ -163,7 +163,7 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def other_tokens(known: str, named: str) -> str | None:
+def vocabulary_difference(known: str, named: str) -> str | None:
     """How the tokens of tokenizer `named` differ from those of `known`, in words; None where they do not.
 
     None too where one of the two is not there any more: nothing can be said then.

@@ -21,7 +21,7 @@ from gt_jax.models.layers.primitives import widen
 from gt_jax.typing import Scalar, Tree
 
 
-def in_parts(
+def accumulate_gradients(
     loss: Callable[..., tuple[Scalar, dict[str, Any]]], parts: int, rules: Rules,
     counts: Callable[[Mapping[str, Array]], Any],
 ) -> Callable[..., tuple[tuple[Scalar, dict[str, Any]], Tree]]:

@@ -17,8 +17,8 @@ from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.pods import hlo
 from gt_jax.devices.pods.collectives import collectives, gathers, largest
 from gt_jax.devices.pods.hbm_traffic import hbm_traffic
-from gt_jax.devices.pods.program_flops import is_kernel, work
-from gt_jax.devices.sharding import Rules, with_devices
+from gt_jax.devices.pods.program_flops import count_flops, is_kernel
+from gt_jax.devices.sharding import Rules, with_mesh_devices
 from gt_jax.models.language_model import abstract
 from gt_jax.training.loop import make_trainer
 from gt_jax.training.state import TrainState
@@ -45,7 +45,7 @@ def lower(job: Job, rules: Rules) -> tuple[TrainState, Any]:
     """(shapes and places of all that a run carries, the step as a run jits it, lowered) for the mesh in context."""
     trainer = make_trainer(job.model, TrainConfig(accumulate=job.accumulate), rules)
     shapes = jax.eval_shape(trainer.new_state, abstract(job.model, rules))
-    state = TrainState(*jax.tree.map(with_devices, tuple(shapes)))
+    state = TrainState(*jax.tree.map(with_mesh_devices, tuple(shapes)))
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), rules.spec("batch", None))
     tokens = jax.ShapeDtypeStruct((job.batch, job.sequence), jnp.int32, sharding=sharding)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
@@ -82,7 +82,7 @@ def compile_step(job: Job, mesh: jax.sharding.Mesh, memory: int, rules: Rules | 
 def measured(compiled: Any, job: Job, memory: int) -> dict[str, Any]:
     """Memory, work and communication of a compiled step, of one device."""
     stats, program = compiled.memory_analysis(), hlo.read(compiled.as_text())
-    done = work(program)
+    done = count_flops(program)
     parts = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,

@@ -18,10 +18,10 @@ from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs.data import BYTES
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, differences, read_run_config
-from gt_jax.devices.processes import Team
-from gt_jax.devices.sharding import Rules, current_sizes, everywhere, with_devices
+from gt_jax.devices.processes import ProcessGroup
+from gt_jax.devices.sharding import Rules, current_sizes, global_batch, with_mesh_devices
 from gt_jax.errors import Failed, Refused, refuse_all
-from gt_jax.files import room_matters, write_whole
+from gt_jax.files import explain_full_disk, write_atomically
 from gt_jax.models.flops import utilisation
 from gt_jax.models.language_model import abstract, initialise
 from gt_jax.monitoring.alerts import Watch
@@ -136,58 +136,58 @@ def variables_of(state: TrainState) -> Tree:
 
 def train_run(
     run: Path, config: RunConfig, *, resume: bool = False, show: bool = True, rules: Rules | None = None,
-    team: Team | None = None, tensorboard: bool = False,
+    group: ProcessGroup | None = None, tensorboard: bool = False,
 ) -> TrainState:
     """Train `config` in the directory `run`; with `resume` go on from its newest checkpoint.
 
-    Every process of the `team` calls it, on a mesh of the devices of all; the first one writes and shows. With
+    Every process of the `group` calls it, on a mesh of the devices of all; the first one writes and shows. With
     `tensorboard` the metrics go to RUN/tensorboard too. Raises `Refused` when `run` is already a run (without
     `resume`), is none (with it), or was of another config, OSError when the disk is full: the last checkpoint stays.
     """
-    team, rules = team or Team(), rules or Rules()
-    team.agree(lambda: _check(run, config, resume))
+    group, rules = group or ProcessGroup(), rules or Rules()
+    group.agree(lambda: _check(run, config, resume))
     if tensorboard:
         writer_module()  # refuses where there is none, before the directory is a run
     rows = config.data.batch_size // config.train.accumulate
     refuse_indivisible(config.model, rows, current_sizes(), "the model does not fit this mesh:", rules)
-    text = team.agree(lambda: open_text(config.data))
+    text = group.agree(lambda: open_text(config.data))
     needed = text.tokenizer.vocab_size
     if needed > config.model.vocab:
         raise Refused(f"model.vocab is {config.model.vocab}; tokenizer {config.data.tokenizer} has ids up to "
                       f"{needed - 1}, so it must be at least {needed}")  # fmt: skip
     trainer = make_trainer(config.model, config.train, rules)
-    held_out = [everywhere(batch, rules) for batch in text.held_out(config.train.evaluation_batches)]
+    held_out = [global_batch(batch, rules) for batch in text.held_out(config.train.evaluation_batches)]
     notes: list[str] = []
     steps = RunCheckpoints(run, config.train.keep, notes.append)
     state, before = _start(config, trainer, steps, rules, text)
-    stream = team.agree(lambda: text.train(before.get("data")))
+    stream = group.agree(lambda: text.train(before.get("data")))
     if not resume:  # all that can be refused has been: from here on the directory is a run
-        team.agree(lambda: _mark(run, config) if team.first else None)
+        group.agree(lambda: _mark(run, config) if group.first else None)
     length, resumed = config.data.sequence_length, int(state.step) if resume else None
     recorder = Recorder(
-        run / "metrics.jsonl" if team.first else None, total_steps=config.train.steps,
-        tokens_per_step=config.data.batch_size * length, show=show and team.first, resume_step=resumed,
+        run / "metrics.jsonl" if group.first else None, total_steps=config.train.steps,
+        tokens_per_step=config.data.batch_size * length, show=show and group.first, resume_step=resumed,
         watch=Watch(config), utilisation=utilisation(config.model, length),
-        also=TensorBoard(run / "tensorboard", resumed) if tensorboard and team.first else None,
+        also=TensorBoard(run / "tensorboard", resumed) if tensorboard and group.first else None,
     )  # fmt: skip
-    with room_matters(run), recorder:
+    with explain_full_disk(run), recorder:
         for note in [*notes, text.summary()]:
             recorder.message(note)
         train = config.train
         places: dict[int, Any] = {}
         unheard: list[OSError] = []
-        patience = Patience(train.bad_steps, recorder.message, places.pop)
+        patience = Patience(train.max_nonfinite_steps, recorder.message, places.pop)
 
         def batches() -> Iterator[Batch]:
             for step, batch in enumerate(stream, int(state.step) + 1):
                 places[step] = stream.state()
-                yield everywhere(batch, rules)
+                yield global_batch(batch, rules)
 
         def after(step: int, state: TrainState, last: bool) -> None:
             if _due(step, train.evaluate_every, train.steps):
                 loss = evaluate(trainer.evaluation, variables_of(state), held_out)
                 record(step, {"held_out_loss": loss})
-            team.agree(heard)
+            group.agree(heard)
             if last or _due(step, train.checkpoint_every, train.steps):
                 here = _metadata(config, text, stream.state(), state)
                 steps.save_beside(step, state._asdict(), {**_origin(before), **here})
@@ -201,7 +201,7 @@ def train_run(
             try:
                 recorder.log(step, **metrics)
             except OSError as error:
-                if team.count == 1:
+                if group.count == 1:
                     raise
                 unheard.append(error)  # the others go on to the next meeting, which comes before any save
 
@@ -247,7 +247,7 @@ def _start(
     shapes = abstract(config.model, rules)
     state = jax.eval_shape(trainer.new_state, shapes)
     # the optimizer's moments are laid out like the parameters; scalars are whole everywhere
-    restored = steps.restore_latest(jax.tree.map(with_devices, state._asdict()))
+    restored = steps.restore_latest(jax.tree.map(with_mesh_devices, state._asdict()))
     if restored is not None:
         _, tree, metadata = restored
         return TrainState(**tree), metadata
@@ -283,6 +283,6 @@ def _check(run: Path, config: RunConfig, resume: bool) -> None:
 def _mark(run: Path, config: RunConfig) -> None:
     """Write RUN/config.json, the mark of a run directory, whole or not at all (a kill may leave config.json.tmp)."""
     file = run / "config.json"
-    with room_matters(run, "start it again"):
+    with explain_full_disk(run, "start it again"):
         checkpoint.prepare_parent(file)
-        write_whole(file, json.dumps(config.to_json(), indent=1) + "\n")
+        write_atomically(file, json.dumps(config.to_json(), indent=1) + "\n")

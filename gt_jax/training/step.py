@@ -21,12 +21,12 @@ from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.models.layers.memory_stream import Memory
 from gt_jax.models.layers.primitives import widen
 from gt_jax.models.memory_chunks import over_chunks
-from gt_jax.training.accumulation import in_parts
+from gt_jax.training.accumulation import accumulate_gradients
 from gt_jax.training.loss import unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State
 from gt_jax.training.price import Phase, move_price, phase, price_loss
 from gt_jax.training.state import TrainState
-from gt_jax.training.thaw import kept
+from gt_jax.training.thaw import keep_frozen
 from gt_jax.typing import Activations, Scalar, Tree
 
 Batch = Mapping[str, Any]
@@ -155,7 +155,7 @@ def make_step(
     loss = make_loss(model, price, rules, seed)
     gradient = jax.value_and_grad(loss, has_aux=True)
     if accumulate > 1:
-        gradient = in_parts(loss, accumulate, rules, target_counts)
+        gradient = accumulate_gradients(loss, accumulate, rules, target_counts)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         now = phase(price, state.step, steps)
@@ -163,15 +163,15 @@ def make_step(
         (total, extra), grads = gradient(state.params, state.statistics, placed, state.price.value, now, state.step)
         statistics = extra["statistics"]
         if thaw is not None:
-            grads = kept(thaw, model.depth, state.step, grads, jax.tree.map(jnp.zeros_like, grads))
+            grads = keep_frozen(thaw, model.depth, state.step, grads, jax.tree.map(jnp.zeros_like, grads))
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
         if thaw is not None:
-            params = kept(thaw, model.depth, state.step, params, state.params)
-            statistics = kept(thaw, model.depth, state.step, statistics, state.statistics)
+            params = keep_frozen(thaw, model.depth, state.step, params, state.params)
+            statistics = keep_frozen(thaw, model.depth, state.step, statistics, state.statistics)
             if isinstance(moments, Float32State):
-                copies = kept(thaw, model.depth, state.step, moments.copies, state.optimizer.copies)
+                copies = keep_frozen(thaw, model.depth, state.step, moments.copies, state.optimizer.copies)
                 moments = moments._replace(copies=copies)
         report = extra["report"]
         expected = jnp.sum(report["passes"].survival, axis=-1)

@@ -27,7 +27,7 @@ from gt_jax.configs.thaw import ThawConfig
 from gt_jax.typing import Tree
 
 
-def moving(tree: Tree, depth: Layout, layers: Sequence[int]) -> Tree:
+def trainable_mask(tree: Tree, depth: Layout, layers: Sequence[int]) -> Tree:
     """Which slices of the leaves belong to `layers`: bool [blocks, 1, …] for stacked leaves, False for all others.
 
     `tree` holds arrays or their shapes, keyed segment<i>, layer<slot> as the model's collections are.
@@ -45,11 +45,11 @@ def moving(tree: Tree, depth: Layout, layers: Sequence[int]) -> Tree:
     return jax.tree_util.tree_map_with_path(mask, tree)
 
 
-def kept(thaw: ThawConfig, depth: Layout, step: Array, new: Tree, old: Tree) -> Tree:
+def keep_frozen(thaw: ThawConfig, depth: Layout, step: Array, new: Tree, old: Tree) -> Tree:
     """`new` where the layer trains or `step` is past the restricted phase, else `old`, bit for bit."""
     past = step >= thaw.steps
 
     def choose(mask: np.ndarray, fresh: Array, before: Array) -> Array:
         return jnp.where(jnp.asarray(mask) | past, fresh, before)
 
-    return jax.tree.map(choose, moving(new, depth, thaw.layers), new, old)
+    return jax.tree.map(choose, trainable_mask(new, depth, thaw.layers), new, old)

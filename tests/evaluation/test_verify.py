@@ -16,7 +16,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import EmbeddingConfig, HyperConfig, MoEConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig
-from gt_jax.devices.sharding import Rules, lay_out, mesh_for_rows, reshard
+from gt_jax.devices.sharding import Rules, mesh_for_rows, place_like, reshard
 from gt_jax.errors import Refused
 from gt_jax.evaluation import verification
 from gt_jax.evaluation.comparison import (
@@ -28,7 +28,7 @@ from gt_jax.evaluation.comparison import (
     routing,
 )
 from gt_jax.evaluation.pairs import open_checkpoint, plan_between
-from gt_jax.evaluation.singular_values import largest_singular_value, layer_config, layer_variables, make_stretch
+from gt_jax.evaluation.singular_values import largest_singular_value, layer_config, layer_variables, make_singular_value
 from gt_jax.evaluation.verification_table import report_lines
 from gt_jax.growth.plan import make_plan
 from gt_jax.growth.repetition import from_json
@@ -87,7 +87,7 @@ def grown(mesh):
     """(source variables, child variables, all figures of the two)."""
     variables = perturbed(SOURCE)
     child = grow(variables, PLAN, SOURCE, carry="gain", noise_std=0.0)
-    variables, child = lay_out(variables, abstract(SOURCE)), lay_out(child, abstract(CHILD))
+    variables, child = place_like(variables, abstract(SOURCE)), place_like(child, abstract(CHILD))
     return variables, child, compared(SOURCE, variables, CHILD, child, PLAN)
 
 
@@ -162,7 +162,7 @@ STREAMS = SOURCE.replace(hyper=HyperConfig(streams=2), moe=None)
 @pytest.mark.parametrize(("kind", "config"), [("D", SOURCE), ("G", STREAMS)])
 def test_the_singular_value_is_that_of_the_dense_jacobian(kind, config):
     """Experts, streams, padding: the same as so many iterations in numpy on the whole matrix, and below its SVD."""
-    one, own = BATCHES[0], layer_variables(config, lay_out(perturbed(config), abstract(config)), "DG".index(kind))
+    one, own = BATCHES[0], layer_variables(config, place_like(perturbed(config), abstract(config)), "DG".index(kind))
     shape = (ROWS, LENGTH, 32) if config.hyper is None else (ROWS, LENGTH, 2, 32)
     x = reshard(2 * jax.random.normal(jax.random.key(1), shape), Rules().spec("batch", *[None] * (len(shape) - 1)))
     segment_ids, size = jnp.asarray(one["segment_ids"]), x[0].size
@@ -178,7 +178,7 @@ def test_the_singular_value_is_that_of_the_dense_jacobian(kind, config):
         return jax.lax.map(lambda u: pull(u + 0 * x)[0], basis)  # rows of text know nothing of each other
 
     dense = np.asarray(rows_of_the_jacobian(x, own), np.float64).reshape(size, ROWS, size)
-    stretch = make_stretch(kind, layer_config(config), Rules(), ITERATIONS, 0)
+    stretch = make_singular_value(kind, layer_config(config), Rules(), ITERATIONS, 0)
     found = stretch(own, x, jnp.float32(0.7), segment_ids, None)
     start = np.asarray(jax.random.normal(jax.random.key(0), x.shape), np.float64).reshape(ROWS, size)
     for row in range(ROWS):

@@ -14,7 +14,7 @@ import pytest
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs import model, presets
-from gt_jax.devices.processes import Team
+from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Refused
 from gt_jax.grow import main as grow
 from tests.support import perturbed
@@ -81,9 +81,9 @@ def test_processes_stop_together_and_any_number_finishes_what_one_makes(tmp_path
 
 
 def test_one_process_shares_with_nobody() -> None:
-    team = Team()
-    assert team.first and team.gather({"a": 1}) == [{"a": 1}] and team.agree(lambda: 3) == 3
-    assert team.share({"b": 1, "a": 2}) == ["a", "b"]
+    group = ProcessGroup()
+    assert group.first and group.gather({"a": 1}) == [{"a": 1}] and group.agree(lambda: 3) == 3
+    assert group.share({"b": 1, "a": 2}) == ["a", "b"]
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
@@ -93,7 +93,7 @@ def test_shares_are_whole_and_even(count: int, monkeypatch: pytest.MonkeyPatch) 
     shares = []
     for index in range(count):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        shares.append(Team().share(costs))
+        shares.append(ProcessGroup().share(costs))
     assert sorted(name for share in shares for name in share) == sorted(costs)
     loads = [sum(costs[name] for name in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs.values())

@@ -11,7 +11,7 @@ from gt_jax.configs.model import ModelConfig, StackConfig
 from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.models import language_model
-from gt_jax.models.language_model import LanguageModel, abstract, blocks_a_turn
+from gt_jax.models.language_model import LanguageModel, abstract, scan_unroll
 from gt_jax.models.layers import block
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import new_state
@@ -74,9 +74,9 @@ def answer(config: ModelConfig):
 def test_only_few_blocks_of_a_plain_model_that_keeps_everything_are_laid_out_one_by_one():
     """On the CPUs of the tests; what a loop's backward pass needs is stacked there, and cut out again."""
     keeps = small_model("D*4", adaptive=False, remat="none")
-    assert [blocks_a_turn(keeps, blocks) for blocks in (1, 2, 4, 5, 20)] == [1, 2, 4, 1, 1]
+    assert [scan_unroll(keeps, blocks) for blocks in (1, 2, 4, 5, 20)] == [1, 2, 4, 1, 1]
     for other in (keeps.replace(remat="block"), keeps.replace(remat="kernels"), small_model("D*4", remat="none")):
-        assert blocks_a_turn(other, 4) == 1
+        assert scan_unroll(other, 4) == 1
 
 
 @pytest.mark.exhaustive

@@ -129,7 +129,7 @@ def test_a_failed_cut_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(metrics.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        metrics.keep_until(path, 2)
+        metrics.truncate_after(path, 2)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["metrics.jsonl"]
 
 

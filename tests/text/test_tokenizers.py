@@ -20,7 +20,7 @@ from gt_jax.grow import main as grow
 from gt_jax.models.language_model import initialise
 from gt_jax.sample import main as sample
 from gt_jax.text.batches import open_text
-from gt_jax.text.tokenizers import ByteTokenizer, open_tokenizer, other_tokens, tokenizer_of
+from gt_jax.text.tokenizers import ByteTokenizer, open_tokenizer, tokenizer_of, vocabulary_difference
 from gt_jax.training.loop import train_run, with_token_bytes
 from tests.support import small_model
 
@@ -148,5 +148,5 @@ def test_a_model_keeps_its_tokenizer_when_it_is_grown_trained_on_and_sampled(fil
     (difference,) = incomparable(open_checkpoint(grown), open_checkpoint(another))
     assert f"{another} was trained with another tokenizer than {grown}" in difference
     assert not incomparable(open_checkpoint(grown), open_checkpoint(source))
-    assert other_tokens(own, str(files / "hf" / "tokenizer.json")) is None  # the same by another name
-    assert other_tokens("gone.json", other) is None
+    assert vocabulary_difference(own, str(files / "hf" / "tokenizer.json")) is None  # the same by another name
+    assert vocabulary_difference("gone.json", other) is None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gt_jax.configs.run import RunConfig, TrainConfig
-from gt_jax.devices.sharding import lay_out, make_mesh
+from gt_jax.devices.sharding import make_mesh, place_like
 from gt_jax.errors import Refused
 from gt_jax.models.language_model import abstract, initialise
 from gt_jax.training.loop import make_trainer
@@ -32,7 +32,7 @@ def batch():
 
 def after_one_step(accumulate, config=CONFIG):
     trainer = make_trainer(config, TrainConfig(steps=10, accumulate=accumulate))
-    variables = lay_out(start(), abstract(config))
+    variables = place_like(start(), abstract(config))
     state, metrics = trainer.step(trainer.new_state(variables), batch())
     return jax.device_get((state.params, metrics))
 

@@ -24,11 +24,11 @@ from gt_jax import evaluate, train, verify
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.devices import sharding
-from gt_jax.devices.processes import Team
+from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Refused
 from gt_jax.monitoring.metrics import read_metrics
 from gt_jax.training import loop
-from tests.training import one_team
+from tests.training import process_group_job
 
 WORDS = ("--text", "story.txt", "--layout", "D", "--plain", "--steps", "4", "--batch-size", "4",
          "--sequence-length", "32", "--checkpoint-every", "2", "--evaluate-every", "4")  # fmt: skip
@@ -113,14 +113,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_two_processes_train_and_verify_as_one_and_each_goes_on_where_the_other_stopped(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    batches = one_team.trained(Team(), ["one", *WORDS, *MESH])
+    batches = process_group_job.trained(ProcessGroup(), ["one", *WORDS, *MESH])
     cut(folder / "one", folder / "one_then_two")
     job = {"train": [["two", *WORDS, *MESH], ["one_then_two", "--resume", *MESH]], "verify": VERIFY}
     (folder / "job.json").write_text(json.dumps(job))
-    (code, out, said), (other_code, other_out, other_said) = ended(two(folder, one_team.__file__, "job.json"))
+    (code, out, said), (other_code, other_out, other_said) = ended(two(folder, process_group_job.__file__, "job.json"))
     assert (code, other_code) == (0, 0), (said, other_said)
     cut(folder / "two", folder / "two_then_one")
-    last = one_team.trained(Team(), ["two_then_one", "--resume", *MESH])
+    last = process_group_job.trained(ProcessGroup(), ["two_then_one", "--resume", *MESH])
     held_out = len(batches) - 4
     for index in range(2):
         fresh, resumed = json.loads((folder / f"batches.{index}.json").read_text())

@@ -16,14 +16,14 @@ from gt_jax.configs.layout import parse
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, differences
 from gt_jax.configs.thaw import ThawConfig
-from gt_jax.devices.sharding import Rules, lay_out, make_mesh
+from gt_jax.devices.sharding import Rules, make_mesh, place_like
 from gt_jax.errors import Refused
 from gt_jax.growth.plan_entries import Entry, Plan
 from gt_jax.growth.provenance import stored_plan
 from gt_jax.growth.under_served import under_served
 from gt_jax.models.language_model import abstract
 from gt_jax.training.loop import make_trainer
-from gt_jax.training.thaw import kept, moving
+from gt_jax.training.thaw import keep_frozen, trainable_mask
 from tests.support import perturbed, small_model
 
 MODEL = small_model("G*3", adaptive=False)
@@ -113,12 +113,12 @@ def test_masks_work_on_sharded_leaves():
     model, thaw = small_model("DG*2", adaptive=False), ThawConfig(layers=(1, 2), steps=2)
     with jax.set_mesh(make_mesh(2, 2, 1, 2)):
         shapes = abstract(model, Rules())["params"]
-        old = lay_out(perturbed(model)["params"], shapes)
+        old = place_like(perturbed(model)["params"], shapes)
         new = jax.tree.map(lambda leaf: leaf + 1, old)
-        run = jax.jit(lambda step, new, old: kept(thaw, model.depth, step, new, old))
+        run = jax.jit(lambda step, new, old: keep_frozen(thaw, model.depth, step, new, old))
         got, everything = run(jnp.asarray(1), new, old), run(jnp.asarray(2), new, old)
     for path, leaf in flatten(got).items():
-        mask = np.broadcast_to(flatten(moving(shapes, model.depth, thaw.layers))[path], leaf.shape)
+        mask = np.broadcast_to(flatten(trainable_mask(shapes, model.depth, thaw.layers))[path], leaf.shape)
         assert mask.any() == ("segment0" in path) and not mask.all()
         if "segment0" in path:  # layer 1 is G of block 0, layer 2 is D of block 1
             assert mask[0].any() == ("layer1" in path) and mask[1].any() == ("layer0" in path)

@@ -31,7 +31,7 @@ class Work(NamedTuple):
     silent_kernels: int
 
 
-def work(program: Program, loop_length: float | int = 1) -> Work:
+def count_flops(program: Program, loop_length: float | int = 1) -> Work:
     """Of one run of the program; a loop whose length is not in the text counts `loop_length` times.
 
     Raises ValueError for a product that is written in a way this does not know.

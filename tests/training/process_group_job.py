@@ -1,6 +1,6 @@
-"""`python one_team.py JOB.json --coordinator …`: several commands in one team of processes, for the cost of one start.
+"""`python one_team.py JOB.json --coordinator …`: several commands in one group of processes, for the cost of one start.
 
-Each is what `python -m gt_jax.train` and `python -m gt_jax.verify` do after they have joined the team.
+Each is what `python -m gt_jax.train` and `python -m gt_jax.verify` do after they have joined the group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from gt_jax import train, verify
-from gt_jax.devices.processes import Team, joined
+from gt_jax.devices.processes import ProcessGroup, process_group
 from gt_jax.errors import run_command
 from gt_jax.training import loop
 
@@ -24,23 +24,23 @@ from gt_jax.training import loop
 def noted() -> Iterator[list[str]]:
     """A digest of every batch that a run is given, the held-out ones first."""
     seen: list[str] = []
-    everywhere = loop.everywhere
+    global_batch = loop.global_batch
 
     def note(batch: dict[str, np.ndarray], *rest: object) -> dict[str, object]:
         seen.append(hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest())
-        return everywhere(batch, *rest)  # type: ignore[arg-type]
+        return global_batch(batch, *rest)  # type: ignore[arg-type]
 
-    loop.everywhere = note  # type: ignore[assignment]
+    loop.global_batch = note  # type: ignore[assignment]
     try:
         yield seen
     finally:
-        loop.everywhere = everywhere
+        loop.global_batch = global_batch
 
 
-def trained(team: Team, words: Sequence[str]) -> list[str]:
+def trained(group: ProcessGroup, words: Sequence[str]) -> list[str]:
     """Train as `words` say; the digests of the batches."""
     with noted() as seen:
-        train._train(train.parser().parse_args(words), team)
+        train._train(train.parser().parse_args(words), group)
     return seen
 
 
@@ -50,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open(job) as file:
         work = json.load(file)
     loop.make_trainer = functools.cache(loop.make_trainer)  # runs of one config compile once
-    with joined(train.parser().parse_args(["run", *flags])) as team:
-        batches = [trained(team, words) for words in work["train"]]
-        with open(f"batches.{team.index}.json", "w") as file:
+    with process_group(train.parser().parse_args(["run", *flags])) as group:
+        batches = [trained(group, words) for words in work["train"]]
+        with open(f"batches.{group.index}.json", "w") as file:
             json.dump(batches, file)
-        verify._verify(verify.parser().parse_args([*work["verify"], *flags]), team)
+        verify._verify(verify.parser().parse_args([*work["verify"], *flags]), group)
     return 0
 
 

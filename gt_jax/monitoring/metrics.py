@@ -141,7 +141,7 @@ class Recorder:
 
     def _show(self, step: int, values: Mapping[str, Any], line: Mapping[str, Any]) -> None:
         rate = self._steps_per_second()
-        shown = [f"{key} {short(value)}" for key, value in values.items()
+        shown = [f"{key} {format_value(value)}" for key, value in values.items()
                  if np.ndim(value) == 0 and not key.startswith("time_")]
         if rate and self._tokens_per_step:
             shown.append(f"{_thousands(rate * self._tokens_per_step)} tokens/s")

@@ -58,7 +58,7 @@ def summary(run: Run) -> dict[str, str]:
         "started from": run.config.start or "random weights",
         "steps": f"{records[-1]['step'] if records else 0} of {steps}",
         "loss": _mean(last, "loss"),
-        "held-out loss": f"{short(held_out[-1][0])} at step {held_out[-1][1]}" if held_out else ABSENT,
+        "held-out loss": f"{format_value(held_out[-1][0])} at step {held_out[-1][1]}" if held_out else ABSENT,
         "lowest held-out loss": "{} at step {}".format(*map(format_value, min(finite))) if finite else ABSENT,
         "expected passes a layer": _mean(_free(run, last), "expected_k"),
         "price": format_value(last[-1].get("price")) if last else ABSENT,

@@ -1,7 +1,7 @@
 """One job in several processes (`jax.distributed`): how they meet, who does what, that all hear of one's failure.
 
-Every process runs the same lines. Where the next step needs what others did, all of them meet in `ProcessGroup.agree`: an
-error of one becomes an error of all, so that nobody waits for a process that has given up.
+Every process runs the same lines. Where the next step needs what others did, all of them meet in `ProcessGroup.agree`:
+an error of one becomes an error of all, so that nobody waits for a process that has given up.
 """
 
 from __future__ import annotations

@@ -1,16 +1,24 @@
-# Two commands: `make demo` and `make test`. Both make .venv and install by themselves.
+# Two commands: `make demo` and `make test`. Both make .venv and install by themselves. `make quick` while you work.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick exhaustive lint clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m gt_jax.demo --output demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# At most two minutes on two cores: what fails on most mistakes (tests/conftest.py names it).
+quick: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --quick
+
+# Every case of what the suite samples.
+exhaustive: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m exhaustive -o timeout=1800
 
 lint: $(STAMP)
 	$(BIN)/ruff check gt_jax pallas_kernels experiments tests

@@ -48,8 +48,35 @@ LONGEST = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# What fails on most mistakes, in two minutes together with lint and types: a folder, a file, or one test of it.
+QUICK = (
+    "test_rooms.py", "test_docs.py", "configs/test_config_and_layout.py", "text/", "monitoring/", "devices/",
+    "checkpoints/", "growth/test_plan.py", "growth/test_plan_kinds.py", "growth/test_repetition.py",
+    "growth/test_rules.py", "growth/test_transform.py", "growth/test_noise.py", "interop/test_names.py",
+    "interop/test_values.py", "interop/test_bad_input.py", "training/test_loss.py",
+    "training/test_price_and_optimizer.py", "models/oracle/", "models/layers/test_stack.py",
+    "models/layers/test_mixers.py::test_no_output_depends_on_a_later_input",
+    "models/layers/test_mixers.py::test_packed_documents_are_apart",
+    "models/test_whole_model.py::test_adaptive_depth[token]", "growth/test_identity.py",
+    "evaluation/test_confidence_intervals.py", "kernels/test_ladder_inverse.py", "commands/test_prepare.py",
+    "test_public_face.py::test_every_name_has_an_example_that_runs[grow]", "test_public_face.py::test_one_entry",
+)  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="the part of the suite that `make quick` runs")
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    name = item.nodeid.removeprefix("tests/")
+    return name.startswith(QUICK) and item.get_closest_marker("slow") is None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files first, so that two processes end together; a file stays in one: its tests share programs."""
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if not _is_quick(item)])
+        items[:] = [item for item in items if _is_quick(item)]
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
 

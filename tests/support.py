@@ -90,6 +90,33 @@ def random_tree(tree: object, seed: int, scale: float = 0.3) -> object:
     return jax.tree.unflatten(structure, moved)
 
 
+def rounding_bound(terms: int, chain: int) -> float:
+    """How far two float32 programs of the same equations may be apart, in units of the result's largest value.
+
+    A sum of n terms, in whatever order, with or without fused multiply-add, errs by at most about 3 sqrt(n) u of its
+    scale, u = 2^-24 (Higham and Mary, SIAM J. Sci. Comput. 41, 2019: the probabilistic bound lambda sqrt(n) u with
+    lambda = 3). `chain` sums follow each other and pass their errors on; two programs err both:
+
+        2 * chain * 3 sqrt(terms) * 2^-24
+    """
+    return 2 * chain * 3 * terms**0.5 * 2.0**-24
+
+
+def assert_rounded_alike(got: object, wanted: object, *, terms: int, chain: int) -> None:
+    """Trees of two programs that compute the same: every leaf within `rounding_bound` of its own largest value.
+
+    Equal bits are asked of the same program alone: another mesh, another number of rows or a skipped branch is another
+    program, and which bits it gives depends on the processor.
+    """
+    bound = rounding_bound(terms, chain)
+    there, alone = flatten(got), flatten(wanted)
+    assert set(there) == set(alone)
+    for path, value in alone.items():
+        value = np.asarray(value, np.float64)
+        allowed = bound * np.abs(value).max(initial=0.0)
+        np.testing.assert_allclose(np.asarray(there[path], np.float64), value, rtol=0, atol=allowed, err_msg=path)
+
+
 def segments(*lengths: int) -> jax.Array:
     """Segment ids of one row whose documents have these lengths: [1, t]."""
     return jnp.concatenate([jnp.full((n,), i + 1, jnp.int32) for i, n in enumerate(lengths)])[None]

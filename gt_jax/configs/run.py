@@ -44,7 +44,7 @@ class TrainConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
-    """All that determines a run: the same RunConfig on the same device count gives the same bytes."""
+    """All that determines a run: the same RunConfig, versions, and kind and number of devices give the same bytes."""
 
     model: ModelConfig
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

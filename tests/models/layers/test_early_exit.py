@@ -25,7 +25,7 @@ from gt_jax.models.layers.early_exit import (
     run_compacted,
     start,
 )
-from tests.support import drawn, segments
+from tests.support import assert_rounded_alike, drawn, segments
 
 RULES, WIDTH, LAYERS, THRESHOLD = Rules(), 8, 5, 0.9
 IDS = jnp.concatenate(
@@ -208,19 +208,18 @@ def test_a_halted_token_changes_nothing_in_deeper_layers():
     assert not reach[0, 4].any() and reach[0, 3].any()
 
 
-def test_buckets_change_no_bit_and_no_gradient():
+def test_buckets_change_what_is_computed_and_nothing_else():
+    """Decisions are the same, values as near as two programs of one equation are: fewer rows round in another way."""
     buckets = bucket_lengths(TOKENS)
     assert buckets == (0, 2, 3, 6, 12) and bucket_lengths(1) == (0, 1) and bucket_lengths(9) == (0, 2, 3, 5, 9)
     compiled = jax.jit(train, static_argnums=2)
     full, cut = compiled(parameters(), inputs(), None), compiled(parameters(), inputs(), buckets)
     fullest = [int((full[1][0].layers > layer).sum(1).max()) for layer in range(LAYERS)]
     assert fullest[0] == TOKENS and fullest[-1] <= 6, "a shorter bucket should run, or the test is empty"
-    jax.tree.map(np.testing.assert_array_equal, full[1][0], cut[1][0])
-    # extras are sums over a row, and sums of another length may be added in another order
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), full[1][1:], cut[1][1:])
-    for path, gradient in flatten(full[0]).items():
-        assert np.abs(gradient).max() > 1e-3, path
-        np.testing.assert_allclose(flatten(cut[0])[path], gradient, atol=1e-5 * np.abs(gradient).max(), err_msg=path)
+    np.testing.assert_array_equal(full[1][0].layers, cut[1][0].layers)
+    assert_rounded_alike(cut[1], full[1], terms=WIDTH, chain=LAYERS)
+    assert all(np.abs(gradient).max() > 1e-3 for gradient in flatten(full[0]).values())
+    assert_rounded_alike(cut[0], full[0], terms=2 * TOKENS, chain=2 * LAYERS)
 
 
 def test_a_skipped_layer_gives_zeros_and_wrong_buckets_are_refused():

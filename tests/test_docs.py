@@ -1,0 +1,131 @@
+"""README, CONTRIBUTING and docs: every command line parses, every link leads somewhere, the README is short."""
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from gt_jax import __main__ as entry
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+README_LINES = 140
+
+
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def command_lines(text):
+    """Every `python -m gt_jax…` and `python -m experiments…`, in blocks and within lines, continuations joined."""
+    blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    inside = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    found = []
+    for line in [*blocks.splitlines(), *(" ".join(span.split()) for span in inside)]:
+        if match := re.search(r"(?:^|\s)[\w./]*python3? -m (?P<rest>(?:gt_jax|experiments\.).*)", line):
+            found.append((line.strip(), match["rest"]))
+        elif match := re.match(r"\s*(?:\S*/)?gt-jax (?P<rest>\S.*)", line):
+            found.append((line.strip(), f"gt_jax {match['rest']}"))
+    return found
+
+
+def parsed(rest):
+    """Parse the words of a command line with the command's own parser; raises SystemExit for what it refuses."""
+    words = shlex.split(rest, comments=True)
+    module, arguments = words[0], words[1:]
+    if module.startswith("experiments."):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"there is no {module}"
+        return
+    if module == "gt_jax":
+        if not arguments or arguments[0] in ("--version", "COMMAND"):
+            return
+        module, arguments = f"gt_jax.{arguments[0].replace('-', '_')}", arguments[1:]
+    name = module.removeprefix("gt_jax.")
+    assert name in entry.COMMANDS, f"there is no command {name}"
+    known = [action for action in flags(name)]
+    if not arguments:  # the command is only named
+        return
+    if arguments[0] in ("--help", "-h"):
+        return
+    arguments = [word for word in arguments if word not in ("…", "...")]
+    wrong = [word for word in arguments if word.startswith("--") and word.split("=")[0] not in known]
+    assert not wrong, f"{name} has no {', '.join(wrong)}"
+    importlib.import_module(module).parser().parse_args(arguments)
+
+
+def flags(name):
+    parser = importlib.import_module(f"gt_jax.{name}").parser()
+    return {string for action in parser._actions for string in action.option_strings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_command_line_parses(page, capsys):
+    for line, rest in command_lines(text_of(page)):
+        try:
+            parsed(rest)
+        except SystemExit as left:
+            raise AssertionError(f"{page.name}: {line}\n{capsys.readouterr().err}") from left
+        except (AssertionError, ValueError, argparse.ArgumentError) as error:
+            raise AssertionError(f"{page.name}: {line}\n{error}") from error
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_option_named_in_a_line_exists(page):
+    """`--option` in running text belongs to some command, to pip, or to pytest."""
+    known = {flag for name in entry.COMMANDS for flag in flags(name)}
+    studies = "".join(map(text_of, (ROOT / "experiments").glob("*.py")))
+    known |= set(re.findall(r"add_argument\(\s*\"(--[\w-]+)", studies))
+    known |= {"--version", "--help", "--no-deps", "--durations", "--dist"}
+    named = set(re.findall(r"`(--[a-z][\w-]*)", text_of(page)))
+    assert not {flag for flag in named if flag not in known and not flag.startswith("--xla_")}, page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_link_and_path_leads_somewhere(page):
+    text = text_of(page)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+               for heading in re.findall(r"^#+ (.+)$", text, re.M)}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        assert not path or (page.parent / path).exists(), f"{page.name} links to {target}, which is not there"
+        assert path or anchor in anchors, f"{page.name} links to #{anchor}; its headings are {sorted(anchors)}"
+    for path in re.findall(r"`((?:gt_jax|pallas_kernels|experiments|tests|docs)/[\w./*]+)`", text):
+        assert list(ROOT.glob(path.rstrip("/"))), f"{page.name} names {path}, which is not there"
+    for module in re.findall(r"`((?:gt_jax|pallas_kernels|experiments)(?:\.\w+)+)(?:\(.*?\))?`", text):
+        assert exists(module), f"{page.name} names {module}, which is not there"
+
+
+def exists(dotted):
+    """Whether a dotted name is a module, or a name in one."""
+    parts = dotted.split(".")
+    for count in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:count])
+        if path.with_suffix(".py").is_file() or path.is_dir():
+            file = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+            rest = parts[count:]
+            return not rest or (file.is_file() and re.search(rf"\b{rest[0]}\b", text_of(file)) is not None)
+    return False
+
+
+def test_the_readme_is_short_and_every_page_is_linked_from_it():
+    readme = text_of(ROOT / "README.md")
+    assert len(readme.splitlines()) <= README_LINES
+    linked = set(re.findall(r"\]\((docs/\w+\.md|CONTRIBUTING\.md|CHANGELOG\.md)\)", readme))
+    assert linked >= {str(page.relative_to(ROOT)) for page in PAGES if page.name != "README.md"}
+
+
+def test_the_library_section_uses_the_public_face_and_nothing_else():
+    import gt_jax
+
+    (code,) = re.findall(r"```python\n(.*?)```", text_of(ROOT / "README.md"), re.S)
+    assert set(re.findall(r"gt_jax\.(\w+)", code)) <= set(gt_jax.__all__)
+    assert not re.search(r"^from gt_jax", code, re.M)
+    small = code.replace('preset("tiny")', 'preset("tiny").replace(layout="DG")')  # as the examples
+    assert small != code
+    exec(compile(small, "README.md", "exec"), {})

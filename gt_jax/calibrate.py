@@ -141,12 +141,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate and print; 0 when DST is written."""
+    arguments = parser().parse_args(argv)
     import jax
 
     from gt_jax.devices.sharding import mesh_for_rows
     from gt_jax.evaluation.loading import text_config
 
-    arguments = parser().parse_args(argv)
     started = time.monotonic()
     with jax.set_mesh(mesh_for_rows(1)):
         result = calibrate(

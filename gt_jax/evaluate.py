@@ -96,13 +96,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate and print."""
-    from gt_jax.devices.processes import process_group
-    from gt_jax.evaluation.held_out import evaluate_checkpoints
-
     arguments = parser().parse_args(argv)
     if arguments.all and arguments.batches is not None:
         raise Refused(f"--all and --batches {arguments.batches} exclude each other; leave one out")
     refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
+    from gt_jax.devices.processes import process_group
+    from gt_jax.evaluation.held_out import evaluate_checkpoints
+
     batches = None if arguments.all else HELD_OUT_BATCHES if arguments.batches is None else arguments.batches
     with process_group(arguments) as group:
         passes, mesh = group.agree(lambda: (read_passes(arguments.passes), mesh_of(arguments)))

@@ -5,8 +5,8 @@
 
 - Without --repetition the reference counts 2,1,2,3,2,3,4,3 stand in.
 - Defaults: --plan dealt --from k_exec --round up --coefficient expected --correct none --carry gain, the recipe that
-  the README's table of ways of growing supports. --recipe readme is the growth README's rule: block, schedule, none,
-  weights.
+  the table of ways of growing in docs/studies.md supports. --recipe readme is the growth README's rule: block,
+  schedule, none, weights.
 - --plan FILE.json takes a plan that --plan-out, or a dry run with --json, wrote; it may be edited by hand.
 - Several processes share the work: the same command with --coordinator HOST:PORT --processes N --process I in each.
 - A dry run without SRC reads no checkpoint and loads no array library.

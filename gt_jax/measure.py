@@ -30,10 +30,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; an existing output is refused."""
+    arguments = parser().parse_args(argv)
     from gt_jax.evaluation.loading import text_config
     from gt_jax.evaluation.measurement import measure_checkpoint
 
-    arguments = parser().parse_args(argv)
     if arguments.output is not None:
         from gt_jax.checkpoints.checkpoint import prepare_parent
 

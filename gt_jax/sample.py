@@ -25,6 +25,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the prompt and its continuation up to the end of the document."""
+    arguments = parser().parse_args(argv)
+    if not arguments.prompt:
+        raise Refused("--prompt is empty; give at least one character")
     import numpy as np
 
     from gt_jax.evaluation.generation import sample
@@ -32,9 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gt_jax.evaluation.model_files import load
     from gt_jax.text.tokenizers import open_tokenizer, tokenizer_of, vocabulary_difference
 
-    arguments = parser().parse_args(argv)
-    if not arguments.prompt:
-        raise Refused("--prompt is empty; give at least one character")
     config, variables, metadata = load(arguments.checkpoint)
     known = tokenizer_of(metadata)
     if arguments.tokenizer and known and (other := vocabulary_difference(known, arguments.tokenizer)):

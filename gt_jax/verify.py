@@ -65,10 +65,10 @@ def _refuse_picture(path: Path | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare and print; 0 whatever the verdict."""
-    from gt_jax.devices.processes import process_group
-
     arguments = parser().parse_args(argv)
     refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
+    from gt_jax.devices.processes import process_group
+
     with process_group(arguments) as group:
         _verify(arguments, group)
     return 0

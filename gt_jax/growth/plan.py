@@ -83,7 +83,7 @@ def default_layout(repetition: Repetition, pattern: str = PATTERN) -> Layout:
 
 def block_plan(repetition: Repetition, source_layout: Layout, *, round: str = "up", target_layers: int | None = None,
                coefficient: str = "expected", correct: str = "none", passes_from: str = "k_exec") -> Plan:
-    """`make_plan` of the kind block, the default: n_b = (sum of k in block b) / (layers of its pattern) copies."""
+    """`make_plan` of the kind block: n_b = (sum of k in block b) / (layers of its pattern) copies."""
     return make_plan("block", repetition, source_layout, round=round, target_layers=target_layers,
                      coefficient=coefficient, correct=correct, passes_from=passes_from)
 

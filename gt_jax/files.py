@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all; and what to say of a disk that is full."""
+"""Files written whole or not at all, and the message for a full disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two models on the same batches: what they predict, and layer by layer how each moves, routes and stretches its state.
+"""Two models on the same batches: their predictions, and layer by layer how each moves, routes and stretches its state.
 
 - A layer of the target stands beside the pass of the source that the growth plan says it stands for, as that pass runs
   with the source's passes fixed at k_exec. Without a plan the target's figures stand alone.

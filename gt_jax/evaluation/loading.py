@@ -1,4 +1,4 @@
-"""What the commands that look at a trained model share: a checkpoint on the mesh, and held-out text to run it on."""
+"""What the evaluating commands share: the flags that name a text, a checkpoint on the mesh, held-out batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a layer can stretch: the largest singular value of its Jacobian, by power iteration on J^T J.
+"""The largest singular value of a layer's Jacobian, by power iteration on J^T J: how much it can stretch its input.
 
     u = J v / |J v|,   sigma = |J^T u|,   v <- J^T u / sigma
 

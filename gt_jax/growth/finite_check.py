@@ -1,4 +1,4 @@
-"""Whether every value is finite, at the speed of memory: a look at the bits, since numpy is slow on bfloat16.
+"""Is every value finite? At the speed of memory: a look at the bits, since numpy is slow on bfloat16.
 
 A float is a NaN or an infinity exactly when all bits of its exponent are set (IEEE 754, section 3.4).
 """

@@ -1,4 +1,4 @@
-"""The stream of a model after chosen layers, its gains as one vector, and how the one moves with the other.
+"""Hidden states after chosen layers, the gains of a model as one vector, and the derivative of the one by the other.
 
 - Layers are scanned block by block, as in `models.language_model`; only the states that are asked for leave the scan.
 - The kernels and routers define a reverse rule only (`custom_vjp`), which `jax.jvp` refuses. The reverse pass is linear

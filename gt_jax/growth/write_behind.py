@@ -1,4 +1,4 @@
-"""Work behind the back of the one who makes values: in threads, with a bound on the bytes that wait."""
+"""Write-behind: tasks run in threads while the caller makes the next value, with a bound on the bytes that wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One ordered table: the origin's tensor names, our paths, and the form each tensor has there.
+"""One ordered table: the origin's tensor names, our paths, and the transform of each tensor.
 
 - The origin names a tensor by layer, `layers.5.attn_block.sublayer.q_proj.weight`; ours is one stacked leaf a slot of
   the pattern, `params/segment0/layer1/mixer/query/w`, whose block 1 that is under DDDG*2.

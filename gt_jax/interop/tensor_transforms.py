@@ -1,4 +1,4 @@
-"""How one tensor of the origin lies in memory, and how ours does: exact inverses of each other, element for element.
+"""Transforms between the origin's layout of one tensor and ours: exact inverses of each other, element for element.
 
 - A linear weight is [out, in] there; ours is [in, ...] with heads, streams or bytes as axes of their own, head-major.
 - `to_ours` and `to_origin` only turn and split axes: they give views, so nothing is copied before it is stored.

@@ -1,4 +1,4 @@
-"""The known sicknesses of a run, in words, from its metrics alone.
+"""Alerts: what is wrong with a run, in words, from its metrics alone.
 
 - `Watch` hears of the records one by one, as training makes them; `alerts` reads a whole file of them. They say the
   same, since the second is the first in a loop.

@@ -1,4 +1,4 @@
-"""Does a model, and a batch, divide over a mesh? Which field of the config does not, which tensor, on which axis."""
+"""Does a mesh divide a model and a batch evenly? Which field of the config it does not, which tensor, on which axis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a mixer is given and what it returns, whichever it is.
+"""The interface of a mixer: what every D, G and S layer is given, and what it returns.
 
 `mixer(x, place, cache)`: `Place` says where the tokens stand; `MixerOutput` is the value, the statistics that adaptive
 depth reads, the losses and the new cache.

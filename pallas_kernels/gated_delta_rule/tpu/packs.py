@@ -1,4 +1,4 @@
-"""What the TPU kernels of the gated delta rule are made of: packs of heads, matrix products, masks, the inverse.
+"""Packs of heads, and what the TPU kernels do with them: matrix products, masks, the triangular inverse.
 
 A *pack* is p value heads (p is 1 or 2) side by side in the lanes of one array: tokens [C, p v] or [v, p C], states
 [k, p v] or [v, p k], what tokens are to each other [C, p C]. Two heads fill the registers of the vector unit, 128 lanes

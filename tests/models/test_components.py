@@ -175,7 +175,7 @@ def test_tokens_leave_the_stack_and_pay_for_what_they_use():
 
 @pytest.mark.slow
 def test_a_mesh_gives_the_same_loss_and_gradients():
-    config = PLAIN  # adaptive depth on a mesh: tests/models/test_language_model.py
+    config = full_model("D", adaptive=False)  # and the G layer of multi-token prediction
     x = tokens(24, rows=8)
     batch = {"tokens": x, "targets": (x + 1) % 257, "segment_ids": jnp.ones_like(x)}
     price = PriceConfig()

@@ -38,7 +38,7 @@ def test_xla_counts_the_same():
         return jnp.sum(apply_network(network, {"params": params, "statistics": statistics}, tokens).logits)
 
     arguments = (shapes["params"], shapes["statistics"], rows)
-    assert counted(total, *arguments) == pytest.approx(flops.apply_network(), rel=0.04)
+    assert counted(total, *arguments) == pytest.approx(flops.forward(), rel=0.04)
     assert counted(jax.grad(total), *arguments) == pytest.approx(flops.training(), rel=0.06)
 
 
@@ -57,15 +57,15 @@ def test_a_product_is_two_flops_a_weight(name):
             if config.moe is not None and "/experts/" in path:
                 share = config.moe.top_k * config.moe.real_share / config.moe.experts
             weights += share * math.prod(leaf.shape)
-    assert flops.apply_network() == pytest.approx(2 * weights, rel=0.06)
+    assert flops.forward() == pytest.approx(2 * weights, rel=0.06)
 
 
 def test_passes_and_longer_rows_add_up():
     config = preset("tiny")
     flops = model_flops(config, 128)
     passes = np.linspace(1, 4, len(config.depth))
-    assert flops.apply_network(passes) == pytest.approx(flops.outside + np.dot(passes, flops.layers))
-    assert flops.apply_network() == flops.apply_network([1.0] * 8) and flops.training() == 3 * flops.apply_network()
+    assert flops.forward(passes) == pytest.approx(flops.outside + np.dot(passes, flops.layers))
+    assert flops.forward() == flops.forward([1.0] * 8) and flops.training() == 3 * flops.forward()
     longer, kinds = model_flops(config, 512), config.depth.types
     assert all((b > a) == (kind == "G") for a, b, kind in zip(flops.layers, longer.layers, kinds, strict=True))
     # every key up to k_base 64, then 64: by brute force

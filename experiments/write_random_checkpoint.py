@@ -99,15 +99,15 @@ def write(path: Path, config: ModelConfig, seed: int) -> int:
         return f"{total / 1e9:.2f} GB, {total / 1e9 / (time.monotonic() - started):.2f} GB/s"
 
     say = throttled(line, lambda text: print(text, file=sys.stderr, flush=True), 5.0)
-    with WriteBehind(WAITING) as behind:
+    with WriteBehind(WAITING) as writer:
         for name, leaf in leaves.items():
             files = ArrayFiles.of(unfinished / "state", name, tuple(leaf.shape), np.dtype(leaf.dtype))
             files.create()
             for start, part in values(config, name, leaf, seed):
-                behind.submit(part.nbytes, functools.partial(files.write, start, part))
+                writer.submit(part.nbytes, functools.partial(files.write, start, part))
                 total += part.nbytes
             say()
-        behind.wait()
+        writer.wait()
     metadata = {"config": config.to_json(), "kind": "random", "step": 0, "seed": seed}
     checkpoint.write_metadata(unfinished, list(leaves), metadata)
     publish(unfinished, target)

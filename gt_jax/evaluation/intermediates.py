@@ -1,6 +1,6 @@
 """Looking inside a forward pass: the state every pass of every layer starts from, and its router's slots.
 
-Layers show these in the collection `intermediates` (layers/shown.py) to who asks for it. Nobody asks in training,
+Layers show these in the collection `intermediates` (`models.layers.sow`) to who asks for it. Nobody asks in training,
 evaluation or decoding, whose compiled programs know nothing of it.
 """
 

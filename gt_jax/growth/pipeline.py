@@ -122,11 +122,11 @@ class Pipeline:
 
     def run(self, names: Sequence[str], say: Progress) -> None:
         """Read, check, hash, grow and write all of `names`; problems are in the two lists afterwards."""
-        with WriteBehind(self._budget.writing) as behind, ThreadPoolExecutor(1) as hasher:
+        with WriteBehind(self._budget.writing) as writer, ThreadPoolExecutor(1) as hasher:
             current: _Tensor | None = None
             for part, values in read_ahead(self._reader, names, self._budget):
                 if current is None or current.name != part.name:
-                    current = self._begin(part.name, behind)
+                    current = self._begin(part.name, writer)
                 hashed = hasher.submit(current.digest.update, values)
                 self._check(current, part, values)
                 if not self.source_problems:
@@ -137,10 +137,10 @@ class Pipeline:
                     self._reader.close(part.name)
                     say()
                 del values
-            behind.wait()
+            writer.wait()
         say()
 
-    def _begin(self, name: str, behind: WriteBehind) -> _Tensor:
+    def _begin(self, name: str, writer: WriteBehind) -> _Tensor:
         """Folders of all target tensors that are made of `name`, and what must be written to each file."""
         left: dict[Path, int] = collections.defaultdict(int)
         fed: dict[str, ArrayFiles] = {}
@@ -169,7 +169,7 @@ class Pipeline:
             with self._lock:
                 self.finished += 1
 
-        return _Tensor(name, size, digest, left, Countdown(done), behind)
+        return _Tensor(name, size, digest, left, Countdown(done), writer)
 
     def _check(self, tensor: _Tensor, part: Slice, values: np.ndarray) -> None:
         if tensor.wrong:
@@ -211,7 +211,7 @@ class Pipeline:
                     self._write(tensor, extent, values[extent.start - first :][: extent.count], leaf)
             tensor.countdown.end()
 
-        tensor.behind.submit(piece.nbytes if made is None else made.nbytes, task)
+        tensor.writer.submit(piece.nbytes if made is None else made.nbytes, task)
 
     def _write(self, tensor: _Tensor, extent: Extent, values: np.ndarray, leaf: Leaf) -> None:
         write_at(extent, values, self._files[leaf.path].file_bytes)
@@ -238,7 +238,7 @@ class _Tensor:
     digest: LeafDigest
     left: dict[Path, int]
     countdown: Countdown
-    behind: WriteBehind
+    writer: WriteBehind
     wrong: bool = False
 
 

@@ -154,17 +154,17 @@ def test_work_behind_is_bounded_and_its_errors_come_back() -> None:
         with lock:
             held -= 10
 
-    with WriteBehind(25) as behind:
+    with WriteBehind(25) as writer:
         for _ in range(20):
-            behind.submit(10, task)
-        behind.wait()
+            writer.submit(10, task)
+        writer.wait()
         assert held == 0 and 10 <= most <= 20
-        behind.submit(100, lambda: None)  # larger than the bound, alone
-        behind.submit(1, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+        writer.submit(100, lambda: None)  # larger than the bound, alone
+        writer.submit(1, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
         with pytest.raises(ZeroDivisionError):
-            behind.wait()
+            writer.wait()
         with pytest.raises(ZeroDivisionError):
-            behind.submit(1, task)
+            writer.submit(1, task)
     done: list[int] = []
     countdown = Countdown(lambda: done.append(1))
     countdown.begin()

@@ -4,8 +4,9 @@
                                         [--output experiments/results]
 
 * Needs `jax[tpu]` (its compiler), no TPU. One that does not compile prints its error, and the exit code is 1.
-* What the columns are, and how they are read: `kernels_measured/{schedule,traffic,tables}.py`; the chips' rates and
-  where they come from: `chips.py`; how an operation joins: `cases.py`, `registry.py`.
+* What the columns are, and how they are read: `kernels_measured/{schedule,tables}.py` and
+  `gt_jax/devices/pods/hbm_traffic.py`; the chips' rates and where they come from: `chips.py`; how an operation joins:
+  `cases.py`, `registry.py`.
 * The XLA path of the same arguments is compiled beside the kernels; --kernels-only leaves it out, and says so.
 * --output keeps the rows as kernels_CHIP.json, in place of those of the same cases, and writes kernels.md from the
   JSON of all chips there.

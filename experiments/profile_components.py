@@ -7,7 +7,7 @@
   profiler's leaf events are summed by it. "other" is what belongs to no part: residual adds, statistics, copies.
 * FLOPs: of the matrix products that one token needs in one pass, from the config; backward passes and repeated passes
   multiply all parts of the stack alike.
-* The last column is share of time over share of FLOPs: above 3 wants a reason (README, performance notes).
+* The last column is share of time over share of FLOPs: above 3 wants a reason (docs/performance.md).
 """
 
 from __future__ import annotations

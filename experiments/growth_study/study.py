@@ -121,7 +121,7 @@ def open_material(study: StudyConfig, seed: int) -> Material:
     held_out = text.held_out(wanted)
     if len(held_out) < wanted:
         raise Refused(f"{text.summary()}: {len(held_out)} held-out batches of {study.tokens_per_step} bytes, the study "
-                      f"needs {wanted}; give more text, or fewer --evaluation-batches")
+                      f"needs {wanted}; give more text with --text")
     return Material(text, held_out[: study.measuring_batches], held_out[study.measuring_batches :])
 
 

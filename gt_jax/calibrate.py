@@ -66,6 +66,7 @@ def _belonging(
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The plan, the metadata of SRC and of GROWN; raises `Refused` for all that can be wrong before a value is read."""
     from gt_jax.checkpoints import checkpoint
+    from gt_jax.evaluation.model_files import open_checkpoint
     from gt_jax.growth.calibration import mismatches
     from gt_jax.growth.provenance import changed_content_hash, stored_plan
 
@@ -77,24 +78,17 @@ def _belonging(
     for place in places:
         if place in target.resolve().parents:
             raise Refused(f"DST {target} lies inside the checkpoint {place}; choose a place outside of it")
-    (shallow, source_metadata), (deep, metadata) = (_model(place) for place in places)
-    plan = stored_plan(metadata, grown)
-    refuse_all(mismatches(shallow, deep, plan), f"{grown} was not grown from {source}:")
-    if deep.vocab < BYTES:
-        raise Refused(f"{grown} has a vocabulary of {deep.vocab}; text is read as bytes, which need {BYTES}")
+    shallow, deep = (open_checkpoint(place) for place in places)
+    plan = stored_plan(deep.metadata, grown)
+    refuse_all(mismatches(shallow.config, deep.config, plan), f"{grown} was not grown from {source}:")
+    if deep.config.vocab < BYTES:
+        raise Refused(f"{grown} has a vocabulary of {deep.config.vocab}; text is read as bytes, which need {BYTES}")
     checkpoint.prepare_parent(target)
-    if changed_content_hash(metadata, places[0]) is not None:
-        grown_from = metadata["grown_from"]
+    if changed_content_hash(deep.metadata, places[0]) is not None:
+        grown_from = deep.metadata["grown_from"]
         raise Refused(f"{grown} was not grown from the values in {places[0]} (their hash differs), but from "
                       f"{grown_from.get('source')} at step {grown_from.get('step')}; give that one")
-    return plan, source_metadata, metadata
-
-
-def _model(place: Path) -> tuple[Any, dict[str, Any]]:
-    from gt_jax.checkpoints import checkpoint
-
-    leaves, metadata = checkpoint.describe(place)
-    return checkpoint.model_config(place, leaves, metadata), metadata
+    return plan, shallow.metadata, deep.metadata
 
 
 def report_lines(result: dict[str, Any], target: Path) -> list[str]:

@@ -46,7 +46,7 @@ def parsed(rest):
         module, arguments = f"gt_jax.{arguments[0].replace('-', '_')}", arguments[1:]
     name = module.removeprefix("gt_jax.")
     assert name in entry.COMMANDS, f"there is no command {name}"
-    known = [action for action in flags(name)]
+    known = flags(name)
     if not arguments:  # the command is only named
         return
     if arguments[0] in ("--help", "-h"):

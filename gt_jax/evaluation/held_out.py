@@ -20,7 +20,8 @@ from gt_jax.devices.sharding import Rules, mesh_for_rows
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.evaluation.confidence_intervals import Interval, ratio_interval, sums_by_unit
 from gt_jax.evaluation.loading import HELD_OUT_BATCHES, data_config
-from gt_jax.evaluation.pairs import Checkpoint, incomparable, open_checkpoint
+from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
+from gt_jax.evaluation.pairs import incomparable
 from gt_jax.evaluation.scoring import Units, byte_lengths, score, targets_of, units_of
 from gt_jax.models.language_model import fixed_passes, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl

@@ -21,6 +21,27 @@ class TrainedModel(NamedTuple):
     metadata: dict[str, Any]
 
 
+class Checkpoint(NamedTuple):
+    """A model on disk before its values are read; `place` is the step of a run that `path` names, or `path` itself."""
+
+    path: Path
+    place: Path
+    config: ModelConfig
+    metadata: dict[str, Any]
+    tensors: dict[str, Any]
+
+    def load(self, rules: Rules | None = None) -> Tree:
+        """The variables, laid out by `rules` on the current mesh if there is one."""
+        return checkpoint.load(self.place, abstract(self.config, rules))
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint, or a run's newest, at `path`; raises `Refused` where there is none."""
+    place = checkpoint.resolve(path)
+    leaves, metadata = checkpoint.describe(place)
+    return Checkpoint(Path(path), place, checkpoint.model_config(place, leaves, metadata), metadata, leaves)
+
+
 def load(path: str | Path, rules: Rules | None = None) -> TrainedModel:
     """The model of a checkpoint, or of a run's newest step, laid out by `rules` on the current mesh if there is one.
 
@@ -33,10 +54,8 @@ def load(path: str | Path, rules: Rules | None = None) -> TrainedModel:
     >>> gt_jax.load(path).config == config
     True
     """
-    place = checkpoint.resolve(path)
-    leaves, metadata = checkpoint.describe(place)
-    config = checkpoint.model_config(place, leaves, metadata)
-    return TrainedModel(config, checkpoint.load(place, abstract(config, rules)), metadata)
+    found = open_checkpoint(path)
+    return TrainedModel(found.config, found.load(rules), found.metadata)
 
 
 def save(path: str | Path, config: ModelConfig, variables: Tree, metadata: Mapping[str, Any] | None = None) -> None:

@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NamedTuple
-
 import numpy as np
 
 from gt_jax.checkpoints import checkpoint
-from gt_jax.configs.model import ModelConfig
+from gt_jax.evaluation.model_files import Checkpoint
 from gt_jax.growth.plan import Plan
 from gt_jax.growth.provenance import changed_content_hash, grown_plan
-from gt_jax.models.language_model import abstract
 from gt_jax.text.tokenizers import tokenizer_of, vocabulary_difference
-from gt_jax.typing import Tree
 
 TOKENS = ("statistics/embedding/token_bytes", "statistics/embedding/token_length")
-
-
-class Checkpoint(NamedTuple):
-    """One of the two, before its values are read."""
-
-    path: Path
-    place: Path
-    config: ModelConfig
-    metadata: dict[str, Any]
-    tensors: dict[str, Any]
-
-    def load(self) -> Tree:
-        """The variables on the current mesh."""
-        return checkpoint.load(self.place, abstract(self.config))
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint, or a run's newest, at `path`; raises `Refused` where there is none."""
-    place = checkpoint.resolve(path)
-    leaves, metadata = checkpoint.describe(place)
-    return Checkpoint(path, place, checkpoint.model_config(place, leaves, metadata), metadata, leaves)
 
 
 def incomparable(source: Checkpoint, target: Checkpoint) -> list[str]:

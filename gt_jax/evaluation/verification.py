@@ -14,7 +14,8 @@ from gt_jax.devices.sharding import Rules, current_sizes, global_batch
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.evaluation.comparison import compare_models
 from gt_jax.evaluation.loading import data_config
-from gt_jax.evaluation.pairs import Checkpoint, incomparable, open_checkpoint, plan_between
+from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
+from gt_jax.evaluation.pairs import incomparable, plan_between
 from gt_jax.growth.plan import Plan
 from gt_jax.monitoring.metrics import to_json
 from gt_jax.text.batches import Text, open_text

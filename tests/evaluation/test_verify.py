@@ -27,7 +27,8 @@ from gt_jax.evaluation.comparison import (
     relative_entropy,
     routing,
 )
-from gt_jax.evaluation.pairs import open_checkpoint, plan_between
+from gt_jax.evaluation.model_files import open_checkpoint
+from gt_jax.evaluation.pairs import plan_between
 from gt_jax.evaluation.singular_values import largest_singular_value, layer_config, layer_variables, make_singular_value
 from gt_jax.evaluation.verification_table import report_lines
 from gt_jax.growth.plan import make_plan

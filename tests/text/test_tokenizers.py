@@ -15,7 +15,8 @@ from gt_jax.configs.presets import tiny_3b
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.evaluation.loading import data_config
-from gt_jax.evaluation.pairs import incomparable, open_checkpoint
+from gt_jax.evaluation.model_files import open_checkpoint
+from gt_jax.evaluation.pairs import incomparable
 from gt_jax.grow import main as grow
 from gt_jax.models.language_model import initialise
 from gt_jax.sample import main as sample

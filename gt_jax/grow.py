@@ -7,7 +7,7 @@
 - Defaults: --plan dealt --from k_exec --round up --coefficient expected --correct none --carry gain, the recipe that
   the table of ways of growing in docs/studies.md supports. --recipe readme is the growth README's rule: block,
   schedule, none, weights.
-- --plan FILE.json takes a plan that --plan-out, or a dry run with --json, wrote; it may be edited by hand.
+- --plan-file FILE.json takes a plan that --plan-out, or a dry run with --json, wrote; it may be edited by hand.
 - Several processes share the work: the same command with --coordinator HOST:PORT --processes N --process I in each.
 - A dry run without SRC reads no checkpoint and loads no array library.
 """
@@ -55,11 +55,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("source", nargs="?", type=Path, metavar="SRC", help="checkpoint or run directory to grow from")
     made.add_argument("target", nargs="?", type=Path, metavar="DST", help="checkpoint to write; must not exist")
     made.add_argument("--repetition", type=Path, metavar="FILE", help="pass counts written by gt_jax.measure")
-    made.add_argument("--plan", metavar="KIND|FILE.json",
-                      help="block: whole blocks as often as their passes ask; dealt (default): as many layers, given "
-                      "to the strongest passes in the recurrence's order; layer: each layer as often as it asks, in a "
-                      "row; split: the same, dealt into groups of the pattern; map: the list of --map; stack: the "
-                      "whole stack; identity: every layer once; or a plan file")
+    made.add_argument("--plan", metavar="KIND",
+                      help="block: whole blocks as often as their passes ask; dealt (default): such groups of layers, "
+                      "given to the strongest passes in the recurrence's order; layer: each layer as often as it asks, "
+                      "in a row; split: the same, dealt into groups of the pattern; map: the list of --map; stack: the "
+                      "whole stack; identity: every layer once")
+    made.add_argument("--plan-file", type=Path, metavar="FILE.json", help="a plan that --plan-out wrote")
     made.add_argument("--map", metavar="LIST|FILE.csv", help=f"source layers from 1, for example {EXAMPLE}")
     made.add_argument("--from", dest="passes_from", choices=PASSES_FROM,
                       help="what a layer asks for: k_exec, the passes that nearly all tokens need, or expected_k, "
@@ -184,21 +185,26 @@ def _check(args: argparse.Namespace) -> None:
 def _wrong_plan(args: argparse.Namespace) -> list[str]:
     """What is wrong with --plan itself, and the flags that its kind has no use for."""
     kind, wrong = _kind(args), []
-    if kind == "file" and not args.plan.endswith(".json") and not Path(args.plan).exists():
-        return [f"--plan {args.plan} is none of {', '.join(KINDS)}, and no file of that name exists"]
+    if args.plan is not None and args.plan not in KINDS:
+        is_file = args.plan.endswith(".json") or Path(args.plan).exists()
+        return [f"--plan {args.plan} is none of {', '.join(KINDS)}"
+                + (f"; a plan file is named by --plan-file {args.plan}" if is_file else "")]
     if kind == "map" and args.map is None:
         wrong.append(f"--plan map needs its list: --map {EXAMPLE}, or --map FILE.csv")
     all_made = ("map", "repetition", "passes_from", "round", "target_layers", "coefficient", "correct", "recipe")
-    without = {"file": all_made, "identity": all_made, "map": ("round",)}.get(kind, ("map",))
-    return wrong + [f"--{'from' if flag == 'passes_from' else flag.replace('_', '-')} has no meaning for --plan "
-                    f"{args.plan or kind}" for flag in without if getattr(args, flag) is not None]
+    without = {"file": ("plan", *all_made), "identity": all_made, "map": ("round",)}.get(kind, ("map",))
+    named = f"--plan-file {args.plan_file}" if kind == "file" else f"--plan {kind}"
+    return wrong + [f"--{'from' if flag == 'passes_from' else flag.replace('_', '-')} has no meaning for {named}"
+                    for flag in without if getattr(args, flag) is not None]
 
 
 def _kind(args: argparse.Namespace) -> str:
-    """The kind of plan, `file` for everything that is no kind."""
+    """The kind of plan, `file` for one that is read from a file."""
+    if args.plan_file is not None:
+        return "file"
     if args.plan is None:
         return "map" if args.map is not None else DEFAULT_PLAN if args.recipe is None else "block"
-    return args.plan if args.plan in KINDS else "file"
+    return str(args.plan)
 
 
 def _wrong_files(args: argparse.Namespace) -> list[str]:
@@ -245,7 +251,7 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
     kind, warnings = _kind(args), list[str]()
     wanted = _target_layout(args.target_layout)
     if kind == "file":
-        plan = _plan_from_file(Path(args.plan), source)
+        plan = _plan_from_file(args.plan_file, source)
     elif kind == "identity":
         plan = identity_plan(source.config.depth if source else default_layout(reference()))
     else:
@@ -257,7 +263,7 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
                          passes_from=args.passes_from or "k_exec", layers=layers, target_layout=wanted)
     if wanted is not None and kind in ("file", "identity"):
         plan = fitted(plan, wanted)
-    return plan, (*warnings, *_silent(plan, options["carry"], source))
+    return plan, (*warnings, *plan_table.dead_layers(plan), *_silent(plan, options["carry"], source))
 
 
 def _counts(args: argparse.Namespace, source: _Source | None) -> tuple[Repetition, list[str]]:

@@ -19,7 +19,7 @@ from experiments.growth_study.engine import Engine
 from experiments.growth_study.study import Batch, StudyConfig
 from gt_jax.configs.layout import Layout, Segment
 from gt_jax.errors import Failed
-from gt_jax.growth.plan_entries import Entry, Plan
+from gt_jax.growth.plan_entries import Demand, Entry, Plan
 from gt_jax.growth.repetition import Repetition
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.typing import Tree
@@ -37,8 +37,9 @@ def unrolled(study: StudyConfig, measured: Repetition, strength: Callable[[int, 
             target[-1] = Segment(kind, target[-1].repeats + passes)
         else:
             target.append(Segment(kind, passes))
-    masses = tuple(sum(strength(layer, k) for k in range(1, passes + 1)) for layer in range(len(layout)))
-    return Plan("layer", layout, Layout(tuple(target)), entries, measured.k_exec, masses)
+    demands = tuple(Demand(k_exec, float(k_exec), sum(strength(layer, k) for k in range(1, passes + 1)))
+                    for layer, k_exec in enumerate(measured.k_exec))
+    return Plan("layer", layout, Layout(tuple(target)), entries, demands)
 
 
 def analyse(

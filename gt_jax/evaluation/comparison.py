@@ -122,7 +122,7 @@ def passes_stood_for(plan: Plan, source: ModelConfig) -> dict[int, Pass]:
     """By target layer the source's pass it stands for; without identity entries and passes that k_exec does not run."""
     most = 1 if source.adaptive is None else source.adaptive.max_passes
     return {target: (entry.source, entry.copy - 1) for target, entry in enumerate(plan.entries)
-            if 0 < entry.copy <= min(plan.requested[entry.source], most)}  # fmt: skip
+            if 0 < entry.copy <= min(plan.k_exec[entry.source], most)}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8)
@@ -166,7 +166,7 @@ def make_comparison(
 def _fixed(source: ModelConfig, plan: Plan) -> list[int]:
     """k_exec, as far as the source can run it."""
     most = 1 if source.adaptive is None else source.adaptive.max_passes
-    return [min(k, most) for k in plan.requested]
+    return [min(k, most) for k in plan.k_exec]
 
 
 def _routings(

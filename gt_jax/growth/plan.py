@@ -1,64 +1,55 @@
 """A growth plan: which source layer stands at which target position, as which pass, at which strength.
 
-- Every kind is an order of source layers; the target layout follows from their types (`entries.Plan` is the data).
-- Copy j of a layer stands for pass j of the recurrence: j - 1 copies of it come before in the plan (but see split).
-- A block plan copies whole blocks of the pattern (DDDG), so every target layer has the type of its source layer, and
-  a copy exists for every layer of the block, also for one that asked for fewer passes: `schedule` still gives it
-  alpha_j (the block repeats as a whole, as in the growth README), `expected` gives it alpha_j * survival_j, which is
-  near 0 there because few tokens are left.
-- A split plan follows the order of the recurrence as far as the pattern lets it: within a block the type that ends
-  the pattern (G) is dealt to the last groups, the others (D) to the first, and what is left over is the identity. G
-  counts its passes from the last group: in the recurrence its first, strongest pass comes after all passes of D.
-- A dealt plan is a split plan with the depth of the block plan: the slots of a block's copies go to the strongest
-  passes of each type. Order is what a block plan loses most by (experiments/growth_operators.py).
+- Every kind is an order of source layers; the target layout follows from their types (`plan_entries.Plan` is the data).
+- Copy j of a layer stands for pass j of the recurrence. In every plan made from counts the copies 1, the strongest
+  passes, stand in the source's order; `make_plan` refuses to give another one.
+- What is copied together is a block: the pattern of a segment (DDDG), cut where a type comes back (`blocks`).
+- A block plan copies whole blocks, so a copy exists for every layer of the block, also for one that asked for fewer
+  passes: `schedule` still gives it alpha_j (the block repeats as a whole, as in the growth README), `expected` gives it
+  alpha_j * survival_j, which is near 0 there because few tokens are left.
+- A split plan follows the order of the recurrence as far as the pattern lets it (`dealing`): in DDDG the D layers are
+  dealt to the first groups, G to the last, and what is left over is the identity. G counts its passes from the last
+  group: in the recurrence its first, strongest pass comes after all passes of D.
+- A dealt plan is a split plan with a number of groups as in a block plan: the slots of a block's copies go to the
+  strongest passes of each type. Order is what a block plan loses most by (experiments/growth_operators.py).
+- Depth is not bought for passes without strength. Block, dealt and stack plans round the passes to groups, and leave
+  out the groups of which less than half of the layers would run (coefficient `DEAD` or more), unless a depth or a
+  layout is asked for that needs them. Layer and split plans grant every pass that is asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from itertools import groupby
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import groupby, pairwise
+from typing import Any
 
 from gt_jax.configs.layout import Layout, Segment, parse
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.growth.blocks import blocks, with_copies
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS, own_mass, pass_weights, strengths
+from gt_jax.growth.dealing import Slot, deal, own_layers, running_groups, strongest
 from gt_jax.growth.layer_map import spelled
-from gt_jax.growth.plan_entries import Entry, Plan, depth_of
+from gt_jax.growth.plan_entries import DEAD, Demand, Entry, Plan, depth_of
 from gt_jax.growth.repetition import MOST_PASSES, Repetition
-from gt_jax.growth.rounding import ROUNDS, rounded, unit
+from gt_jax.growth.rounding import ROUNDS, Unit, depth, rounded, unit
 
 PLANS = ("block", "dealt", "layer", "split", "map", "stack")
 PASSES_FROM = ("k_exec", "expected_k")
 PATTERN = "DDDG"
 
-
-class _Slot(NamedTuple):
-    """One target layer before it has a strength: a copy of `layer`, or its slot filled with the identity.
-
-    `last_first`: the copies of this layer stand for its passes from the last one backwards.
-    """
-
-    layer: int
-    runs: bool = True
-    last_first: bool = False
-
-
-class _Block(NamedTuple):
-    """One repeat of a segment's pattern, and its source layers in order."""
-
-    segment: int
-    pattern: str
-    layers: tuple[int, ...]
+_Strengths = Sequence[Sequence[float]]  # [layer][j]: of pass j + 1
 
 
 def identity_plan(layout: Layout) -> Plan:
     """Every layer once at strength 1: the source's own layers without the recurrence, the baseline of every table."""
     once = range(len(layout))
     return Plan("identity", layout, layout, tuple(Entry(layer, 1, 1.0) for layer in once),
-                tuple(1 for _ in once), tuple(1.0 for _ in once))
+                tuple(Demand(1, 1.0, 1.0) for _ in once))
 
 
 def default_layout(repetition: Repetition, pattern: str = PATTERN) -> Layout:
@@ -94,14 +85,20 @@ def make_plan(kind: str, repetition: Repetition, source_layout: Layout, *, round
     """The plan of a kind, from the passes k of every layer (k_exec, or expected_k).
 
     - block: whole blocks, as often as the mean of their k, rounded; copy j of the block follows copy j-1.
-    - dealt: as many slots as block, each given to one of the strongest passes of its type, in the recurrence's order.
+    - dealt: slots as in a block plan, each given to one of the strongest passes of its type, in the recurrence's order.
     - layer: each layer k times in a row, the exact order of the recurrence; the layout is runs of one type.
     - split: each layer k times, dealt into groups of its block's pattern; a slot left over is the identity.
     - map: the source layers `layers` (counted from 0) in this order.
     - stack: the whole stack, as often as the mean of all k, rounded.
 
     `round` (see `rounding`) is for what is copied together: the block, the layer, the stack; copies are at least 1.
-    `coefficient` and `correct` are those of `coefficients`. `target_layout` is the layout that must come out.
+    Of n copies of a block, a dealt block or the stack only those are made of which half of the layers run:
+
+        n = the largest n <= rounded(k) with  running(m) - running(m - 1) >= width / 2  for m = 2..n
+
+    `running(m)` counts coefficients (before a correction) of `DEAD` and more. A depth that is asked for wins, by
+    `target_layers` or by `target_layout`, the layout that must come out. `coefficient` and `correct` are those of
+    `coefficients`; under `schedule` a pass that no layer asked for has no strength in dealt, layer and split plans.
 
     Raises `Refused` for a repetition of another depth, an unknown option, and a `target_layers` or `target_layout` that
     the plan does not give (the message says what would be right); also for a map that breaks the source's pattern
@@ -109,15 +106,18 @@ def make_plan(kind: str, repetition: Repetition, source_layout: Layout, *, round
     """
     _check(kind, repetition, source_layout, round, coefficient, correct, passes_from)
     asked = _asked(repetition, passes_from)
+    limits = asked if kind in ("dealt", "layer", "split") else [None] * len(asked)
+    weights = [pass_weights(layer, repetition.alpha, MOST_PASSES, coefficient, limit)
+               for layer, limit in zip(repetition.layers, limits, strict=True)]
+    depths = (target_layers, None if target_layout is None else depth_of(target_layout))
     if kind == "split":
         slots, natural = _split(source_layout, asked, round)
     elif kind == "dealt":
-        weights = [pass_weights(layer, repetition.alpha, MOST_PASSES, coefficient) for layer in repetition.layers]
-        slots, natural = _dealt(source_layout, asked, weights, round, target_layers)
+        slots, natural = _dealt(source_layout, asked, weights, round, depths)
     elif kind == "map":
         slots, natural = _mapped(source_layout, layers, strict=target_layout is None)
     else:
-        slots, natural = _repeated(kind, source_layout, asked, round, target_layers)
+        slots, natural = _repeated(kind, source_layout, asked, weights, round, depths)
     if target_layers is not None and len(slots) != target_layers:
         raise Refused(f"--target-layers {target_layers} is not what the {kind} plan gives: {len(slots)} layers in the "
                       f"layout {natural}" + _other_roundings(kind, source_layout, asked))
@@ -125,10 +125,22 @@ def make_plan(kind: str, repetition: Repetition, source_layout: Layout, *, round
                                "alpha": list(repetition.alpha)}
     if kind != "map":
         options = {"round": round, "target_layers": target_layers} | options
-    masses = tuple(own_mass(layer, repetition.alpha, coefficient) for layer in repetition.layers)
-    entries = _entries(slots, repetition, source_layout, asked, coefficient, correct)
-    plan = Plan(kind, source_layout, natural, entries, repetition.k_exec, masses, options, tuple(map(float, asked)))
+    demands = tuple(Demand(layer.k_exec, float(passes), own_mass(layer, repetition.alpha, coefficient))
+                    for layer, passes in zip(repetition.layers, asked, strict=True))
+    entries = _entries(slots, repetition, source_layout, asked, limits, coefficient, correct)
+    plan = Plan(kind, source_layout, natural, entries, demands, options)
+    if kind != "map":
+        refuse_disorder(plan)
     return plan if target_layout is None else fitted(plan, target_layout)
+
+
+def refuse_disorder(plan: Plan) -> None:
+    """Raise `Refused`, naming the plan and its entries, where copies 1 do not stand in the order of the source."""
+    firsts = [(target, entry.source) for target, entry in enumerate(plan.entries) if entry.copy == 1]
+    refuse_all([f"target layer {later} is pass 1 of source layer {source}, target layer {earlier} before it that of "
+                f"source layer {before}" for (earlier, before), (later, source) in pairwise(firsts)
+                if source <= before],
+               f"the {plan.kind} plan from {plan.source_layout} to {plan.target_layout} loses the source's order:")
 
 
 def fitted(plan: Plan, wanted: Layout) -> Plan:
@@ -176,91 +188,88 @@ def _asked(repetition: Repetition, passes_from: str) -> tuple[Fraction, ...]:
     return tuple(Fraction(mean).limit_denominator(10**6) for mean in means)
 
 
-def _blocks(layout: Layout) -> Iterator[_Block]:
-    first = 0
-    for index, segment in enumerate(layout.segments):
-        for _ in range(segment.repeats):
-            yield _Block(index, segment.pattern, tuple(range(first, first + len(segment.pattern))))
-            first += len(segment.pattern)
-
-
-def _repeated(kind: str, source: Layout, asked: Sequence[Fraction], round: str,
-              target_layers: int | None) -> tuple[list[_Slot], Layout]:
+def _repeated(kind: str, source: Layout, asked: Sequence[Fraction], weights: _Strengths, round: str,
+              depths: tuple[int | None, int | None]) -> tuple[list[Slot], Layout]:
     """Units of layers that are copied as a whole, each copy after the other: block, layer and stack plans."""
-    blocks = list(_blocks(source))
     every = range(len(source))
     together: dict[str, list[Sequence[int]]] = {
-        "block": [block.layers for block in blocks], "layer": [[layer] for layer in every], "stack": [every]}
+        "block": [block.layers for block in blocks(source)], "layer": [[layer] for layer in every], "stack": [every]}
     units = [unit(layers, asked) for layers in together[kind]]
-    copies = rounded(units, round, target_layers)
-    slots = [_Slot(layer) for one, count in zip(units, copies, strict=True) for _ in range(count)
+
+    def running(index: int, copies: int) -> int:
+        return sum(weights[layer][j] >= DEAD for layer in units[index].layers for j in range(copies))
+
+    copies = rounded(units, round, depths[0]) if kind == "layer" else _copies(units, running, round, depths)
+    slots = [Slot(layer, copy) for one, count in zip(units, copies, strict=True) for copy in range(1, count + 1)
              for layer in one.layers]
     if kind == "layer" or (kind == "stack" and len(source.segments) == 1):
         return slots, _layout(slots, source)
     if kind == "stack":
         return slots, Layout(source.segments * copies[0])
-    return slots, _with_repeats(source, _repeats(source, blocks, copies))
+    return slots, with_copies(source, copies)
 
 
-def _split(source: Layout, asked: Sequence[Fraction], round: str) -> tuple[list[_Slot], Layout]:
+def _copies(units: Sequence[Unit], running: Callable[[int, int], int], round: str,
+            depths: tuple[int | None, int | None]) -> tuple[int, ...]:
+    """Copies by unit: rounded, without those that mostly do not run; running(u, n) counts layers of n copies of unit u.
+
+    `depths`: the depth that must come out, and the one of a layout that must.
+    """
+    def worth_it() -> tuple[int, ...]:
+        return tuple(running_groups(most, len(units[index].layers), partial(running, index))
+                     for index, most in enumerate(rounded(units, round, None)))
+
+    wanted, of_layout = depths
+    if wanted is None:
+        copies = rounded(units, round, None)
+        return copies if depth(units, copies) == of_layout else worth_it()
+    try:
+        return rounded(units, round, wanted)
+    except Refused:
+        if depth(units, copies := worth_it()) == wanted:
+            return copies
+        raise
+
+
+def _split(source: Layout, asked: Sequence[Fraction], round: str) -> tuple[list[Slot], Layout]:
     """Each layer's copies, dealt into groups of its block's pattern; groups are as many as the fullest type needs."""
     copies = rounded([unit((layer,), asked) for layer in range(len(source))], round, None)
-    slots: list[_Slot] = []
-    groups_by_segment = [0] * len(source.segments)
-    for block in _blocks(source):
-        hands = {kind: [layer for own, layer in zip(block.pattern, block.layers, strict=True) if own == kind
-                        for _ in range(copies[layer])] for kind in block.pattern}
-        groups = max(math.ceil(Fraction(len(hand), block.pattern.count(kind))) for kind, hand in hands.items())
-        groups_by_segment[block.segment] += groups
-        slots += _groups(block, hands, groups)
-    return slots, _with_repeats(source, groups_by_segment)
+    slots: list[Slot] = []
+    groups = []
+    for block in blocks(source):
+        own = own_layers(block)
+        hands = {kind: [Slot(layer, copy) for layer in layers for copy in range(1, copies[layer] + 1)]
+                 for kind, layers in own.items()}
+        groups.append(max(math.ceil(Fraction(len(hand), len(own[kind]))) for kind, hand in hands.items()))
+        slots += deal(block, hands, groups[-1])
+    return slots, with_copies(source, groups)
 
 
-def _dealt(source: Layout, asked: Sequence[Fraction], weights: Sequence[Sequence[float]], round: str,
-           target_layers: int | None) -> tuple[list[_Slot], Layout]:
-    """As many groups of each block as the block plan has copies; `weights` [l][j] is the strength of pass j + 1."""
-    blocks = list(_blocks(source))
-    copies = rounded([unit(block.layers, asked) for block in blocks], round, target_layers)
-    slots: list[_Slot] = []
-    for block, groups in zip(blocks, copies, strict=True):
-        hands = {}
-        for kind in dict.fromkeys(block.pattern):
-            own = [layer for other, layer in zip(block.pattern, block.layers, strict=True) if other == kind]
-            # one pass of every layer, then what was asked for before what was not, strong before weak
-            rank = sorted((j > 0, j >= asked[layer], -weights[layer][j], j, layer)
-                          for layer in own for j in range(MOST_PASSES))
-            hands[kind] = sorted(layer for *_, layer in rank[: groups * len(own)])
-        slots += _groups(block, hands, groups)
-    return slots, _with_repeats(source, _repeats(source, blocks, copies))
+def _dealt(source: Layout, asked: Sequence[Fraction], weights: _Strengths, round: str,
+           depths: tuple[int | None, int | None]) -> tuple[list[Slot], Layout]:
+    """As many groups of each block as the block has copies, each slot given to the strongest pass that is left."""
+    all_blocks = blocks(source)
+    own = [own_layers(block) for block in all_blocks]
+    units = [unit(block.layers, asked) for block in all_blocks]
+
+    def hands(index: int, groups: int) -> dict[str, list[Slot]]:
+        return {kind: strongest(layers, asked, weights, groups * len(layers)) for kind, layers in own[index].items()}
+
+    def running(index: int, groups: int) -> int:
+        return sum(weights[layer][copy - 1] >= DEAD for hand in hands(index, groups).values() for layer, copy in hand)
+
+    copies = _copies(units, running, round, depths)
+    slots = [slot for index, (block, groups) in enumerate(zip(all_blocks, copies, strict=True))
+             for slot in deal(block, hands(index, groups), groups)]
+    return slots, with_copies(source, copies)
 
 
-def _groups(block: _Block, hands: Mapping[str, Sequence[int]], groups: int) -> list[_Slot]:
-    """Hands of layers by type, dealt into `groups` of the block's pattern; the type that ends it to the last ones."""
-    dealt = {}
-    for kind, hand in hands.items():
-        empty: list[int | None] = [None] * (groups * block.pattern.count(kind) - len(hand))
-        dealt[kind] = iter([*empty, *hand] if kind == block.pattern[-1] else [*hand, *empty])
-    slots = []
-    for _ in range(groups):
-        for kind, own in zip(block.pattern, block.layers, strict=True):
-            layer = next(dealt[kind])
-            closing = kind == block.pattern[-1] and block.pattern.count(kind) == 1 < len(block.pattern)
-            slots.append(_Slot(own, runs=False) if layer is None else _Slot(layer, last_first=closing))
-    return slots
-
-
-def _repeats(source: Layout, blocks: Sequence[_Block], copies: Sequence[int]) -> list[int]:
-    """Groups by segment."""
-    return [sum(count for block, count in zip(blocks, copies, strict=True) if block.segment == index)
-            for index in range(len(source.segments))]
-
-
-def _mapped(source: Layout, layers: Sequence[int], strict: bool) -> tuple[list[_Slot], Layout]:
+def _mapped(source: Layout, layers: Sequence[int], strict: bool) -> tuple[list[Slot], Layout]:
     outside = [layer for layer in layers if not 0 <= layer < len(source)]
     if outside or not layers:
         raise Refused(f"the map names the source layers {outside}; layers are 0 to {len(source) - 1}" if outside else
                       "the map names no layer; name one source layer for each target layer")
-    slots = [_Slot(layer) for layer in layers]
+    slots = [Slot(layer, layers[: at + 1].count(layer)) for at, layer in enumerate(layers)]
     target = _layout(slots, source)
     if strict and len(source.segments) == 1:
         _refuse_mixed(layers, source, target)
@@ -286,12 +295,7 @@ def _by_type(source: Layout) -> str:
                      for kind in dict.fromkeys(source.types))
 
 
-def _with_repeats(source: Layout, repeats: Sequence[int]) -> Layout:
-    return Layout(tuple(Segment(segment.pattern, count)
-                        for segment, count in zip(source.segments, repeats, strict=True)))
-
-
-def _layout(slots: Sequence[_Slot], source: Layout) -> Layout:
+def _layout(slots: Sequence[Slot], source: Layout) -> Layout:
     """Whole repeats of the source's pattern where it has one and the types are that, else runs of one type."""
     types = "".join(source.types[slot.layer] for slot in slots)
     pattern = source.segments[0].pattern
@@ -301,19 +305,14 @@ def _layout(slots: Sequence[_Slot], source: Layout) -> Layout:
     return Layout(tuple(Segment(kind, len(list(run))) for kind, run in groupby(types)))
 
 
-def _entries(slots: Sequence[_Slot], repetition: Repetition, source: Layout, asked: Sequence[Fraction],
-             coefficient: str, correct: str) -> tuple[Entry, ...]:
-    copies = [slot.layer for slot in slots if slot.runs]
-    ratios = {layer: asked[layer] / unit(block.layers, asked).wanted for block in _blocks(source)
+def _entries(slots: Sequence[Slot], repetition: Repetition, source: Layout, asked: Sequence[Fraction],
+             limits: Sequence[Fraction | None], coefficient: str, correct: str) -> tuple[Entry, ...]:
+    ratios = {layer: asked[layer] / unit(block.layers, asked).wanted for block in blocks(source)
               for layer in block.layers}
-    backwards = {slot.layer for slot in slots if slot.last_first}
-    left = {}
-    for layer in dict.fromkeys(copies):
-        passes = list(enumerate(strengths(repetition.layers[layer], repetition.alpha, copies.count(layer),
-                                          ratios[layer], coefficient=coefficient, correct=correct), 1))
-        left[layer] = iter(passes[::-1] if layer in backwards else passes)
-    return tuple(Entry(slot.layer, *next(left[slot.layer])) if slot.runs else Entry(slot.layer, 0, 0.0)
-                 for slot in slots)
+    copies = Counter(slot.layer for slot in slots if slot.copy > 0)
+    given = {layer: strengths(repetition.layers[layer], repetition.alpha, count, ratios[layer], asked=limits[layer],
+                              coefficient=coefficient, correct=correct) for layer, count in copies.items()}
+    return tuple(Entry(layer, copy, given[layer][copy - 1] if copy else 0.0) for layer, copy in slots)
 
 
 def _other_roundings(kind: str, source: Layout, asked: Sequence[Fraction]) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gt_jax.configs.layout import Layout, parse
 from gt_jax.errors import Refused, refuse_all
+
+DEAD = 0.02  # a layer that adds less than this part of its update is dead: it costs a layer and does next to nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,71 +29,113 @@ class Entry:
     copy: int
     coefficient: float
 
+    @property
+    def dead(self) -> bool:
+        """Whether the layer does next to nothing."""
+        return abs(self.coefficient) < DEAD
+
+
+class Demand(NamedTuple):
+    """What a source layer asks of a plan.
+
+    `k_exec`: passes that nearly all tokens need. `passes`: those that the plan was made from, which may be a mean.
+    `mass`: the recurrence's own sum of coefficients over k_exec passes.
+    """
+
+    k_exec: int
+    passes: float
+    mass: float
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Entries by target layer, and what every source layer asked for.
 
-    `requested` holds k_exec and `mass_requested` the recurrence's own sum of coefficients over those passes, both by
-    source layer; `asked` the passes that the plan was made from (expected_k; k_exec where left out); `options` says how
-    the plan was made. Raises `Refused` listing every entry that does not fit.
+    A target layer whose coefficient is below `DEAD` does next to nothing: `dead` names it, and `granted` and
+    `mass_granted` do not count it. `options` says how the plan was made. Raises `Refused` listing every entry that does
+    not fit.
     """
 
     kind: str
     source_layout: Layout
     target_layout: Layout
     entries: tuple[Entry, ...]
-    requested: tuple[int, ...]
-    mass_requested: tuple[float, ...]
+    demands: tuple[Demand, ...]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-    asked: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.asked:
-            object.__setattr__(self, "asked", tuple(map(float, self.requested)))
         refuse_all(_problems(self), f"the {self.kind} plan does not fit:")
 
     @property
+    def k_exec(self) -> tuple[int, ...]:
+        """Passes that nearly all tokens need, by source layer."""
+        return tuple(demand.k_exec for demand in self.demands)
+
+    @property
+    def copies(self) -> tuple[int, ...]:
+        """Copies by source layer, dead ones among them."""
+        return self._count([entry for entry in self.entries if entry.copy > 0])
+
+    @property
     def granted(self) -> tuple[int, ...]:
-        """Copies by source layer."""
-        copies = [entry.source for entry in self.entries if entry.copy > 0]
-        return tuple(copies.count(layer) for layer in range(len(self.source_layout)))
+        """Copies that run, by source layer."""
+        return self._count([entry for entry in self.entries if not entry.dead])
+
+    @property
+    def dead(self) -> tuple[int, ...]:
+        """Target layers that do next to nothing, the identity among them."""
+        return tuple(target for target, entry in enumerate(self.entries) if entry.dead)
 
     @property
     def mass_granted(self) -> tuple[float, ...]:
-        """Sum of the coefficients of a source layer's copies, by source layer."""
-        return tuple(math.fsum(entry.coefficient for entry in self.entries if entry.source == layer)
+        """Sum of the coefficients of a source layer's copies that run, by source layer."""
+        return tuple(math.fsum(entry.coefficient for entry in self.entries if entry.source == layer and not entry.dead)
                      for layer in range(len(self.source_layout)))
 
     @property
     def mass_kept(self) -> tuple[float, ...]:
-        """mass_granted / mass_requested by source layer (1 where nothing was asked for)."""
-        return tuple(map(share, self.mass_granted, self.mass_requested))
+        """mass_granted / the mass asked for, by source layer (1 where nothing was asked for)."""
+        return tuple(share(got, demand.mass) for got, demand in zip(self.mass_granted, self.demands, strict=True))
 
     @property
     def total_mass_kept(self) -> float:
         """The same share over all layers together."""
-        return share(math.fsum(self.mass_granted), math.fsum(self.mass_requested))
+        return share(math.fsum(self.mass_granted), math.fsum(demand.mass for demand in self.demands))
+
+    def _count(self, entries: Sequence[Entry]) -> tuple[int, ...]:
+        sources = [entry.source for entry in entries]
+        return tuple(sources.count(layer) for layer in range(len(self.source_layout)))
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object: the dry run's contract (layout, layers, requested, granted) and what `from_json` needs."""
+        """One JSON object: the dry run's contract (layout, layers, requested, granted) and what `from_json` needs.
+
+        Under `requested` stands every layer's k_exec, under `asked` its passes, under `mass.requested` its mass.
+        """
         layers = [{"target": target, "type": kind, **dataclasses.asdict(entry)}
                   for target, (kind, entry) in enumerate(zip(self.target_layout.types, self.entries, strict=True))]
-        mass = {"requested": list(self.mass_requested), "granted": list(self.mass_granted),
+        mass = {"requested": [demand.mass for demand in self.demands], "granted": list(self.mass_granted),
                 "kept": list(self.mass_kept), "total_kept": self.total_mass_kept}
-        return {"layout": str(self.target_layout), "layers": layers, "requested": list(self.requested),
-                "asked": list(self.asked), "granted": list(self.granted), "mass": mass, "kind": self.kind,
-                "source_layout": str(self.source_layout), "options": dict(self.options)}
+        return {"layout": str(self.target_layout), "layers": layers, "requested": list(self.k_exec),
+                "asked": [demand.passes for demand in self.demands], "granted": list(self.granted),
+                "dead": list(self.dead), "mass": mass, "kind": self.kind, "source_layout": str(self.source_layout),
+                "options": dict(self.options)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """Read `to_json`'s object; raises `Refused` naming every key that is missing or of the wrong kind."""
+        """Read `to_json`'s object, `asked` as k_exec where an earlier version left it out.
+
+        Raises `Refused` naming every key that is missing or of the wrong kind.
+        """
         refuse_all(_json_problems(data), "the plan does not read from this JSON:")
         entries = tuple(Entry(row["source"], row["copy"], float(row["coefficient"])) for row in data["layers"])
-        mass = tuple(float(value) for value in data["mass"]["requested"])
-        asked = tuple(float(value) for value in data.get("asked", ()))
-        return cls(data["kind"], parse(data["source_layout"]), parse(data["layout"]), entries,
-                   tuple(data["requested"]), mass, dict(data.get("options", {})), asked)
+        source = parse(data["source_layout"])
+        k_exec, asked, masses = data["requested"], data.get("asked") or data["requested"], data["mass"]["requested"]
+        refuse_all([f"{name} has {len(values)} values for the {depth_of(source)} layers of {source}"
+                    for name, values in (("requested", k_exec), ("asked", asked), ("mass.requested", masses))
+                    if len(values) != depth_of(source)], f"the {data['kind']} plan does not fit:")
+        demands = tuple(Demand(k, float(passes), float(mass))
+                        for k, passes, mass in zip(k_exec, asked, masses, strict=True))
+        return cls(data["kind"], source, parse(data["layout"]), entries, demands, dict(data.get("options", {})))
 
 
 def read_plan(path: Path) -> Plan:
@@ -134,13 +178,13 @@ def _problems(plan: Plan) -> list[str]:
     if len(plan.entries) != depth_of(plan.target_layout):
         wrong.append(f"{len(plan.entries)} entries for the {depth_of(plan.target_layout)} layers of "
                      f"{plan.target_layout}")
-    for name in ("requested", "mass_requested", "asked"):
-        values = getattr(plan, name)
-        if len(values) != depth_of(plan.source_layout):
-            wrong.append(f"{name} has {len(values)} values for the {depth_of(plan.source_layout)} layers of "
-                         f"{plan.source_layout}")
+    if len(plan.demands) != depth_of(plan.source_layout):
+        wrong.append(f"{len(plan.demands)} demands for the {depth_of(plan.source_layout)} layers of "
+                     f"{plan.source_layout}")
+    for layer, demand in enumerate(plan.demands):  # by the names that they have in a plan file
         wrong += [f"{name}[{layer}] is {value}; a finite number, 0 or more, is needed"
-                  for layer, value in enumerate(values) if not (math.isfinite(value) and value >= 0)]
+                  for name, value in zip(("requested", "asked", "mass.requested"), demand, strict=True)
+                  if not (math.isfinite(value) and value >= 0)]
     if wrong:
         return wrong
     source, target = plan.source_layout.types, plan.target_layout.types

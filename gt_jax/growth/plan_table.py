@@ -5,34 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gt_jax.growth.plan import Plan
+from gt_jax.growth.plan_entries import DEAD, Plan
 
 
 def plan_lines(plan: Plan) -> list[str]:
     """The plan as two tables: every target layer, and every source layer's request beside what it was granted.
 
     `mass` is the sum of a layer's coefficients: what the recurrence would add over its k_exec passes, what the copies
-    add, and their ratio. A slot that no pass asked for has no copy number: the layer is the identity.
+    add, and their ratio. A slot that no pass asked for has no copy number: the layer is the identity. Copies and mass
+    granted are those of layers that run; the others are marked as dead.
     """
-    layers = [[target, kind, entry.source, entry.copy or "-", f"{entry.coefficient:.4f}"]
+    layers = [[target, kind, entry.source, entry.copy or "-", f"{entry.coefficient:.4f}",
+               "dead" if entry.dead else ""]
               for target, (kind, entry) in enumerate(zip(plan.target_layout.types, plan.entries, strict=True))]
-    served = zip(plan.source_layout.types, plan.asked, plan.granted, plan.mass_requested, plan.mass_granted,
-                 plan.mass_kept, strict=True)
-    asked = [[source, kind, _passes(want), got, f"{mass:.3f}", f"{given:.3f}", f"{kept:.0%}", _remark(want, got)]
-             for source, (kind, want, got, mass, given, kept) in enumerate(served)]
+    served = zip(plan.source_layout.types, plan.demands, plan.granted, plan.copies, plan.mass_granted, plan.mass_kept,
+                 strict=True)
+    asked = [[source, kind, _passes(demand.passes), got, f"{demand.mass:.3f}", f"{given:.3f}", f"{kept:.0%}",
+              _remark(demand.passes, got, copies)]
+             for source, (kind, demand, got, copies, given, kept) in enumerate(served)]
     options = ", ".join(f"{name} {value}" for name, value in plan.options.items()
                         if value is not None)
-    idle = len(plan.entries) - sum(plan.granted)
+    running, dead = len(plan.entries) - len(plan.dead), len(plan.dead)
     return [
         f"{plan.kind} plan: {plan.source_layout} ({len(plan.source_layout)} layers) -> "
         f"{plan.target_layout} ({len(plan.target_layout)} layers)",
         *([options] if options else []), "",
-        *table(["target", "type", "source", "copy", "coefficient"], layers), "",
+        *table(["target", "type", "source", "copy", "coefficient", ""], layers), "",
         *table(["source", "type", "asked", "got", "mass asked", "mass got", "kept", ""], asked),
-        f"asked for {_passes(sum(plan.asked))} passes, got {sum(plan.granted)} layers"
-        + (f" and {idle} that {'is' if idle == 1 else 'are'} the identity" if idle else "")
+        f"asked for {_passes(sum(demand.passes for demand in plan.demands))} passes, got {running} layers that run"
+        + (f" and {dead} dead {'layer' if dead == 1 else 'layers'}" if dead else "")
         + f"; coefficient mass kept in all: {plan.total_mass_kept:.0%}",
     ]
+
+
+def dead_layers(plan: Plan) -> list[str]:
+    """One line that names the target layers that do next to nothing, and what they stand for; none where all run."""
+    named = [f"{target} ({_stands_for(plan, target)})" for target in plan.dead]
+    if not named:
+        return []
+    return [f"dead layers: the coefficient is below {DEAD:g} in {len(named)} of {len(plan.entries)} target layers: "
+            + ", ".join(named)]
 
 
 def tensor_lines(tensors: Sequence[dict[str, Any]], dropped: Sequence[str]) -> list[str]:
@@ -72,11 +84,21 @@ def _passes(count: float) -> str:
     return f"{count:.0f}" if count == int(count) else f"{count:.2f}"
 
 
-def _remark(asked: float, got: int) -> str:
-    if asked == got:
-        return ""
-    return f"{_passes(asked - got)} pass{'es' if asked - got > 1 else ''} short" if got < asked else (
-        f"{_passes(got - asked)} more")
+def _remark(asked: float, got: int, copies: int) -> str:
+    """What a layer lacks or has too much of, and how many of its copies are dead."""
+    said = []
+    if got < asked:
+        said.append(f"{_passes(asked - got)} pass{'es' if asked - got > 1 else ''} short")
+    elif got > asked:
+        said.append(f"{_passes(got - asked)} more")
+    if copies > got:
+        said.append(f"{copies - got} dead")
+    return ", ".join(said)
+
+
+def _stands_for(plan: Plan, target: int) -> str:
+    entry = plan.entries[target]
+    return f"pass {entry.copy} of layer {entry.source}" if entry.copy else "the identity"
 
 
 def _shape(shape: Sequence[int]) -> str:

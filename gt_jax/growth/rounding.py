@@ -65,7 +65,8 @@ def _rounded(units: Sequence[Unit], round: str, target_layers: int | None) -> tu
 def _balanced(units: Sequence[Unit], target_layers: int | None) -> tuple[int, ...]:
     widths = {len(one.layers) for one in units}
     if len(widths) > 1:
-        raise Refused("--round balance needs blocks of one length; this layout has segments of different patterns")
+        raise Refused("--round balance needs blocks of one length; this layout falls into blocks of "
+                      f"{', '.join(map(str, sorted(widths)))} layers")
     (width,) = widths
     total = sum((one.passes for one in units), Fraction(0))
     wanted = width * max(len(units), math.floor(total / width + _HALF)) if target_layers is None else target_layers

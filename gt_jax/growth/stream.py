@@ -100,7 +100,7 @@ class _Growth:
         self._refuse_small_budget()
         grown_from = {
             "source": str(self.where), "step": source_metadata.get("step"), "plan": plan.to_json(),
-            "coefficients": [entry.coefficient for entry in plan.entries], "k_exec": list(plan.requested),
+            "coefficients": [entry.coefficient for entry in plan.entries], "k_exec": list(plan.k_exec),
             "carry": carry, "noise_std": noise_std, "seed": seed, "dtype": dtype, "versions": _versions()}
         self.metadata: dict[str, Any] = {
             "config": config.to_json(), "kind": "grown", "step": 0, "grown_from": grown_from}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-from gt_jax.growth.plan_entries import Plan
+from gt_jax.growth.plan_entries import Plan, share
 
 _ROUNDING = 1e-6
 
@@ -29,10 +30,13 @@ class UnderServed(NamedTuple):
 def under_served(plan: Plan) -> tuple[UnderServed, ...]:
     """The source layers with fewer copies or less coefficient mass than they asked for, and copies to train.
 
-    A layer that got no copy at all has nothing that could make up for it, and is not among them.
+    A layer that got no copy at all has nothing that could make up for it, and is not among them. Dead copies count
+    here: where the recurrence's own pass is next to nothing, nothing is missing.
     """
     found = []
-    for source, (asked, granted, kept) in enumerate(zip(plan.asked, plan.granted, plan.mass_kept, strict=True)):
+    for source, (demand, granted) in enumerate(zip(plan.demands, plan.copies, strict=True)):
+        asked = demand.passes
+        kept = share(math.fsum(entry.coefficient for entry in plan.entries if entry.source == source), demand.mass)
         children = tuple(target for target, entry in enumerate(plan.entries)
                          if entry.source == source and entry.copy > 0)
         if children and (granted < asked - _ROUNDING or kept < 1 - _ROUNDING):

@@ -111,7 +111,7 @@ def plot_plan(plan: Plan, path: str | os.PathLike[str], title: str = "") -> None
     """A growth plan in three panels: its order, the passes asked for and granted, and the coefficient mass kept.
 
     In the order each target layer is a field at its source layer, the fuller the stronger, with the number of the pass;
-    an empty field is the identity.
+    an empty field is the identity, a dotted frame a dead layer, which the other panels do not count.
     """
     count, depth = len(plan.source_layout), len(plan.entries)
     width = min(26.0, max(7.5, 2.0 + 0.38 * max(depth, 1.6 * count)))
@@ -123,7 +123,7 @@ def plot_plan(plan: Plan, path: str | os.PathLike[str], title: str = "") -> None
     strongest = max([1.0, *(abs(entry.coefficient) for entry in plan.entries)])
     for target, entry in enumerate(plan.entries):
         strength = min(1.0, abs(entry.coefficient) / strongest)
-        order.add_patch(_field(target, entry.source, colours[entry.source], strength))
+        order.add_patch(_field(target, entry.source, colours[entry.source], strength, entry.dead))
         if entry.copy and depth <= 64:
             dark = strength < 0.6 or types[entry.source] in _LIGHT
             order.text(target, entry.source, str(entry.copy), ha="center", va="center", fontsize=7.5,
@@ -135,20 +135,22 @@ def plot_plan(plan: Plan, path: str | os.PathLike[str], title: str = "") -> None
     labels = [f"{kind}{layer}" for layer, kind in enumerate(types)]
     order.set_yticks(range(count), labels)
     order.set_ylabel("source layer")
-    _beside(passes, labels, colours, plan.asked, [float(got) for got in plan.granted], "passes")
+    asked, masses = [demand.passes for demand in plan.demands], [demand.mass for demand in plan.demands]
+    _beside(passes, labels, colours, asked, [float(got) for got in plan.granted], "passes")
     _whole_numbers(passes.yaxis)
-    _beside(mass, labels, colours, plan.mass_requested, plan.mass_granted, "sum of coefficients")
-    top = max(*plan.mass_requested, *plan.mass_granted, 1e-9)
+    _beside(mass, labels, colours, masses, plan.mass_granted, "sum of coefficients")
+    top = max(*masses, *plan.mass_granted, 1e-9)
     mass.set_ylim(0, 1.2 * top)
-    for layer, (want, got, kept) in enumerate(zip(plan.mass_requested, plan.mass_granted, plan.mass_kept,
-                                                  strict=True)):
+    for layer, (want, got, kept) in enumerate(zip(masses, plan.mass_granted, plan.mass_kept, strict=True)):
         mass.text(layer, max(want, got) + 0.03 * top, f"{kept:.0%}", ha="center", va="bottom", fontsize=8)
     figure.tight_layout()
     save_png(figure, path)
 
 
 def _plan_title(plan: Plan) -> str:
-    return f"{plan.kind} plan: {plan.source_layout} to {plan.target_layout}, {plan.total_mass_kept:.0%} of the mass"
+    dead = f", {len(plan.dead)} of {len(plan.entries)} layers dead" if plan.dead else ""
+    return (f"{plan.kind} plan: {plan.source_layout} to {plan.target_layout}, {plan.total_mass_kept:.0%} of the mass"
+            + dead)
 
 
 _PANELS = (("|dh|/|h|", "delta_ratio"), ("largest singular value", "jacobian"), ("router entropy", "router_entropy"),
@@ -220,12 +222,12 @@ def _by_target(axes: Any, layers: Sequence[Mapping[str, Any]], name: str, label:
     axes.set_ylabel(label)
 
 
-def _field(x: int, y: int, colour: str, strength: float) -> Any:
+def _field(x: int, y: int, colour: str, strength: float, dead: bool) -> Any:
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
     return Rectangle((x - 0.45, y - 0.42), 0.9, 0.84, facecolor=to_rgba(colour, strength), edgecolor=colour,
-                     linewidth=1.0, zorder=2)
+                     linewidth=1.0, linestyle=":" if dead else "-", zorder=2)
 
 
 def _beside(axes: Any, labels: Sequence[str], colours: Sequence[str], asked: Sequence[float], got: Sequence[float],

@@ -76,7 +76,18 @@ def test_default_coefficients_are_alpha_times_survival(capsys):
     first, again = found["layers"][:2]  # layer 0 runs twice, p_mu 0.1 ** (1 / 2)
     assert (first["source"], first["copy"], first["coefficient"]) == (0, 1, 1.0)
     assert (again["source"], again["copy"], again["coefficient"]) == (0, 2, pytest.approx(0.7 * 0.1**0.5))
-    assert found["kind"] == "dealt" and found["granted"] == [2, 2, 2, 2, 2, 3, 4, 3]
+    assert found["kind"] == "dealt" and found["granted"] == [2, 1, 2, 2, 2, 3, 4, 3] and found["dead"] == [4]
+
+
+def test_dead_layers_are_named_and_not_counted(tmp_path, capsys):
+    lopsided = str(counts(tmp_path, [1, 1, 1, 4]))
+    main(["--dry-run", "--repetition", lopsided])
+    out, err = capsys.readouterr()
+    assert "got 4 layers that run; coefficient mass kept in all: 87%" in out and "dead" not in out + err
+    main(["--dry-run", "--repetition", lopsided, "--target-layers", "8"])
+    out, err = capsys.readouterr()
+    assert "got 5 layers that run and 3 dead layers; coefficient mass kept in all: 95%" in out
+    assert "warning: dead layers: the coefficient is below 0.02 in 3 of 8 target layers: 1 (pass 2 of layer 0), " in err
 
 
 def test_dry_run_for_a_reader_names_what_each_layer_asked_for_and_got(capsys):
@@ -93,7 +104,7 @@ def test_counts_from_a_file_with_the_earlier_name_and_its_warning(tmp_path, caps
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert found["layout"] == "DDDG*4" and found["requested"] == [2, 1, 2, 4] * 2
-    assert "warning: layer0 has neither survival nor p_mu" in err and len(found["warnings"]) == 8
+    assert "warning: layer0 has neither survival nor p_mu" in err and len(found["warnings"]) == 9
 
 
 def test_every_flag_of_the_plan_takes_effect(tmp_path, capsys):
@@ -133,7 +144,7 @@ def test_dry_run_with_a_source_adds_every_tensor(source, capsys):
     (("--dry-run", "--target-layers", "21"), "cannot be reached"), (("--dry-run", "--round", "sideways"), "sideways"),
     (("nowhere", "new", "--noise-std", "nan"), "--noise-std nan"), (("nowhere", "new"), "nowhere does not exist"),
     (("--dry-run", "--map", "1-3,5-8"), "the map mixes types"),
-    (("--dry-run", "--plan", "nowhere.json"), "nowhere.json does not exist"),
+    (("--dry-run", "--plan-file", "nowhere.json"), "nowhere.json does not exist"),
     (("--dry-run", "--plan", "layer", "--target-layout", "DDDG*5"), "does not fit --target-layout DDDG*5"),
 ], ids=str)
 def test_exit_code_two_nothing_on_stdout_one_message_on_stderr(arguments, what):
@@ -171,8 +182,11 @@ def test_a_sum_that_does_not_divide_and_a_depth_that_cannot_be_reached(tmp_path)
     (("--dry-run", "--plan", "map"), "needs its list: --map 1-8,1-4,1-8"),
     (("--dry-run", "--plan", "layer", "--map", "1-8"), "--map has no meaning for --plan layer"),
     (("--dry-run", "--map", "1-8", "--round", "up"), "--round has no meaning for --plan map"),
-    (("--dry-run", "--plan", "x.json", "--from", "k_exec"), "--from has no meaning for --plan x.json"),
-    (("--dry-run", "--plan", "x.json", "--recipe", "readme"), "--recipe has no meaning"),
+    (("--dry-run", "--plan", "x.json"), "identity; a plan file is named by --plan-file x.json"),
+    (("--dry-run", "--plan", "."), "a plan file is named by --plan-file ."),
+    (("--dry-run", "--plan-file", "x.json", "--plan", "block"), "--plan has no meaning for --plan-file x.json"),
+    (("--dry-run", "--plan-file", "x.json", "--from", "k_exec"), "--from has no meaning for --plan-file x.json"),
+    (("--dry-run", "--plan-file", "x.json", "--recipe", "readme"), "--recipe has no meaning"),
     (("--dry-run", "--map", "1-9"), "a layer from 1 to 8"), (("--dry-run", "--map", "nowhere.csv"), "does not exist"),
     (("--dry-run", "--plan", "split", "--round", "balance"), "does not go with the split plan"),
     (("--dry-run", "--plan", "stack", "--target-layers", "20"), "any multiple of 8 from 8"),
@@ -192,8 +206,9 @@ def test_arguments_that_do_not_go_together(arguments, what):
 
 @pytest.mark.parametrize(("arguments", "notation", "granted"), [
     (("--plan", "layer"), "D*5,G*3,D*9,G*3", REFERENCE), (("--plan", "split"), "DDDG*6", REFERENCE),
-    (("--plan", "stack", "--round", "down"), "DDDG*4", [2] * 8),
-    (("--map", "1-8,1-4,1-8"), "DDDG*5", [3] * 4 + [2] * 4), (("--from", "expected_k"), "DDDG*4", [2] * 8),
+    (("--plan", "stack", "--round", "down"), "DDDG*4", [2, 1, *[2] * 6]),
+    (("--map", "1-8,1-4,1-8"), "DDDG*5", [2, 1, 2, 3, *[2] * 4]),
+    (("--from", "expected_k"), "DDDG*4", [2, 1, *[2] * 6]),
     (("--plan", "layer", "--from", "expected_k", "--round", "down"), "D*3,G,D*4,G", [1] * 6 + [2, 1]),
     (("--map", "1-3", "--target-layout", "D,D*2"), "D,D*2", [1] * 3 + [0] * 5),
 ], ids=str)
@@ -208,7 +223,7 @@ def test_every_plan_goes_out_as_json_and_picture_and_comes_in_again(tmp_path, ca
     assert written == {key: found[key] for key in written}
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.PNG", "plan.json"]
-    main(["--dry-run", "--json", "--plan", str(file), "--target-layout", notation, "--carry", "output"])
+    main(["--dry-run", "--json", "--plan-file", str(file), "--target-layout", notation, "--carry", "output"])
     again = json.loads(capsys.readouterr().out)
     assert again | {"carry": "gain", "warnings": []} == found | {"warnings": []}
     dry = tmp_path / "dry.json"  # the whole object of a dry run is a plan file too
@@ -221,23 +236,24 @@ def test_the_tables_name_identities_and_means(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "split plan: DDDG*2 (8 layers) -> DDDG*4 (16 layers)"
     assert ["0", "D", "1.32", "1"] in [line.split()[:4] for line in lines]
-    assert [line.split()[3:] for line in lines].count(["-", "0.0000"]) == 4
-    assert any("got 12 layers and 4 that are the identity" in line for line in lines)
+    assert any("got 12 layers that run and 4 dead layers" in line for line in lines)
+    assert [line.split()[-1] for line in lines if line.split()[3:4] == ["-"]] == ["dead"] * 4
 
 
 def test_a_plan_file_for_another_source_is_refused(source, tmp_path, capsys):
     file = tmp_path / "plan.json"
     main(["--dry-run", "--repetition", str(counts(tmp_path, [1] * 12)), "--plan-out", str(file)])
-    message = refusal(source, "--dry-run", "--plan", file)
+    message = refusal(source, "--dry-run", "--plan-file", file)
     assert f"plan file {file} is for a source of layout DDDG*3 (12 layers); this source is DDDG*2 (8 layers)" in message
-    assert message == refusal(source, tmp_path / "new", "--plan", file)
+    assert message == refusal(source, tmp_path / "new", "--plan-file", file)
     capsys.readouterr()
     fits = tmp_path / "fits.json"
     main([str(source), "--dry-run", "--plan", "split", "--plan-out", str(fits)])
-    main([str(source), "--dry-run", "--json", "--plan", str(fits)])
+    main([str(source), "--dry-run", "--json", "--plan-file", str(fits)])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row["path"]: row["shape"] for row in found["tensors"]}
-    assert rows["params/segment0/layer0/gain"] == [6] and found["warnings"] == []
+    assert rows["params/segment0/layer0/gain"] == [6]
+    assert [line.split(":")[0] for line in found["warnings"]] == ["dead layers"]
     assert not (tmp_path / "new").exists()
 
 

@@ -21,7 +21,7 @@ from gt_jax.errors import Refused
 from gt_jax.growth import layer_states
 from gt_jax.growth.calibration import Sync, calibrate_gains, sync_points
 from gt_jax.growth.plan import block_plan, identity_plan, make_plan
-from gt_jax.growth.plan_entries import Entry, Plan
+from gt_jax.growth.plan_entries import Demand, Entry, Plan
 from gt_jax.growth.repetition import from_json
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.models.language_model import LanguageModel, abstract, fixed_passes, free_passes
@@ -171,7 +171,7 @@ def test_sync_points_against_brute_force():
     orders += [sorted(order, key=lambda s: s // 2) for order in orders[-20:]]
     for order in orders:
         entries = tuple(Entry(0, 0, 0.0) if s is None else Entry(s, 1, 1.0) for s in order)
-        plan = Plan("map", parse("D*4"), parse(f"D*{len(order)}"), entries, (1,) * 4, (1.0,) * 4)
+        plan = Plan("map", parse("D*4"), parse(f"D*{len(order)}"), entries, (Demand(1, 1.0, 1.0),) * 4)
         got = sync_points(plan)
         assert set(got) == brute_force(order, 4), order
         assert [one.target for one in got] == sorted(one.target for one in got)

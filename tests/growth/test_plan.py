@@ -34,12 +34,13 @@ def measured(counts, survival=None):
 
 
 def plan_of(counts, pattern="DDDG", **options):
+    """A block plan at alpha_j, where every copy runs; so its depth is that of the rounding alone."""
     made = measured(counts)
-    return block_plan(made, default_layout(made, pattern), **options)
+    return block_plan(made, default_layout(made, pattern), **{"coefficient": "schedule"} | options)
 
 
 def copies(plan):
-    return plan.granted[::len(plan.source_layout.segments[0].pattern)]
+    return plan.copies[::len(plan.source_layout.segments[0].pattern)]
 
 
 patterns = st.sampled_from(["DDDG", "DG", "D", "DDG"])
@@ -58,7 +59,7 @@ def test_every_block_plan_is_whole_blocks_in_order_with_matching_types(case, rou
     pattern, counts = case
     plan = plan_of(counts, pattern, round=round, coefficient=coefficient, correct=correct)
     width = len(pattern)
-    assert len(plan.entries) == len(plan.target_layout) == sum(plan.granted)
+    assert len(plan.entries) == len(plan.target_layout) == sum(plan.copies)
     assert plan.target_layout.types == pattern * (len(plan.entries) // width)
     rows = [plan.entries[at:at + width] for at in range(0, len(plan.entries), width)]
     for row in rows:  # one copy of one block, its layers in order
@@ -72,7 +73,7 @@ def test_every_block_plan_is_whole_blocks_in_order_with_matching_types(case, rou
         assert again or onward
     assert {row[0].source for row in rows} == set(range(0, len(counts), width))
     assert all(math.isfinite(entry.coefficient) and entry.coefficient >= 0 for entry in plan.entries)
-    assert plan.requested == tuple(counts)
+    assert plan.k_exec == tuple(counts)
 
 
 @given(cases())
@@ -109,7 +110,7 @@ def test_the_reference_example():
     source = default_layout(reference())
     plan = block_plan(reference(), source, coefficient="schedule")
     assert str(source) == "DDDG*2" and str(plan.target_layout) == "DDDG*5"
-    assert plan.requested == (2, 1, 2, 3, 2, 3, 4, 3) and plan.granted == (2, 2, 2, 2, 3, 3, 3, 3)
+    assert plan.k_exec == (2, 1, 2, 3, 2, 3, 4, 3) and plan.granted == (2, 2, 2, 2, 3, 3, 3, 3)
     assert plan.entries[0] == Entry(0, 1, 1.0) and plan.entries[4] == Entry(0, 2, 0.7)
     assert plan.entries[18] == Entry(6, 3, 0.5)
     found = plan.to_json()
@@ -118,9 +119,9 @@ def test_the_reference_example():
 
 
 def test_mass_kept_is_170_of_255_for_four_passes_in_two_copies():
-    plan = plan_of([1, 1, 2, 4], coefficient="schedule")
+    plan = plan_of([1, 1, 2, 4])
     assert copies(plan) == (2,)
-    assert plan.mass_requested[3] == pytest.approx(2.55) and plan.mass_granted[3] == pytest.approx(1.70)
+    assert plan.demands[3].mass == pytest.approx(2.55) and plan.mass_granted[3] == pytest.approx(1.70)
     assert plan.mass_kept[3] == pytest.approx(0.6667, abs=1e-4)
     assert plan.total_mass_kept == pytest.approx(4 * 1.7 / (1 + 1 + 1.7 + 2.55))
 
@@ -151,7 +152,7 @@ def test_corrections_by_independent_arithmetic(correct, coefficient):
     survival = {1: (1.0, 0.05, 0.0, 0.0), 2: (1.0, 0.6, 0.02, 0.0), 3: (1.0, 0.7, 0.4, 0.01), 4: (1.0, 0.9, 0.7, 0.3)}
     counts = [2, 1, 3, 4]  # 10 passes, 3 copies with up, mean 2.5
     made = Repetition(tuple(LayerRepetition(k, survival[k], 1.0) for k in counts))
-    plan = block_plan(made, default_layout(made), coefficient=coefficient, correct=correct)
+    plan = block_plan(made, default_layout(made), coefficient=coefficient, correct=correct, target_layers=12)
     for layer, k in enumerate(counts):
         weight = [a * (s if coefficient == "expected" else 1) for a, s in zip(ALPHA, survival[k], strict=True)]
         factor = {"none": 1.0, "ratio": k / 2.5, "capped": min(k / 2.5, 1.0),
@@ -160,15 +161,16 @@ def test_corrections_by_independent_arithmetic(correct, coefficient):
         assert got == pytest.approx([w * factor for w in weight[:3]])
         if correct == "mass":
             assert sum(got) == pytest.approx(sum(weight[:k]))
-            assert plan.mass_kept[layer] == pytest.approx(1.0)
+        running = sum(one for one in got if one >= 0.02)
+        assert plan.mass_kept[layer] == pytest.approx(running / sum(weight[:k]))
 
 
 def test_passes_beyond_the_schedule_keep_its_last_strength_and_beyond_survival_have_none():
-    schedule = plan_of([6, 6], "DG", coefficient="schedule")
+    schedule = plan_of([6, 6], "DG")
     assert [entry.coefficient for entry in schedule.entries[::2]] == [1.0, 0.7, 0.5, 0.35, 0.35, 0.35]
-    assert schedule.mass_requested[0] == pytest.approx(3.25)
+    assert schedule.demands[0].mass == pytest.approx(3.25)
     short = Repetition((LayerRepetition(1, (1.0, 0.0, 0.0, 0.0), 1.0), LayerRepetition(5, (1.0,) * 5, 5.0)))
-    expected = block_plan(short, default_layout(short, "DG"), coefficient="expected")
+    expected = block_plan(short, default_layout(short, "DG"), coefficient="expected")  # one of two runs to the end
     assert [entry.coefficient for entry in expected.entries if entry.source == 0] == [1.0, 0.0, 0.0]
 
 
@@ -234,7 +236,9 @@ def test_a_plan_that_does_not_fit_names_every_entry():
     with pytest.raises(Refused, match="1 entries for the 2 layers"):
         dataclasses.replace(plan, entries=(Entry(0, 1, 1.0),))
     identity_slot = dataclasses.replace(plan, entries=(Entry(0, 0, 0.0), Entry(1, 1, 1.0)))
-    assert identity_slot.granted == (0, 1)
+    assert identity_slot.granted == identity_slot.copies == (0, 1) and identity_slot.dead == (0,)
+    with pytest.raises(Refused, match="1 demands for the 2 layers"):
+        dataclasses.replace(plan, demands=plan.demands[:1])
 
 
 @pytest.mark.parametrize(("path", "value", "what"), [
@@ -256,5 +260,5 @@ def test_json_that_is_no_plan(path, value, what):
 
 
 def test_sixty_four_passes_are_the_most():
-    plan = plan_of([repetition.MOST_PASSES] * 2, "DG", coefficient="schedule")
+    plan = plan_of([repetition.MOST_PASSES] * 2, "DG")
     assert len(plan.entries) == 128

@@ -52,11 +52,11 @@ def made(case):
     return kind, measured(counts, decay), layout.parse(notation), options
 
 
-def weight(counts, layer, j, coefficient):
-    """alpha_j, times survival_j for `expected` (j from 1)."""
+def weight(counts, layer, j, coefficient, asked):
+    """alpha_j, times survival_j for `expected` (j from 1); for `schedule` nothing past the passes asked for."""
     survival = counts.layers[layer].survival
     alive = survival[j - 1] if j <= len(survival) else 0.0
-    return ALPHA[min(j, 4) - 1] * (alive if coefficient == "expected" else 1.0)
+    return ALPHA[min(j, 4) - 1] * (alive if coefficient == "expected" else float(j - 1 < round(asked, 6)))
 
 
 def closes(kind, source, layer):
@@ -74,23 +74,30 @@ def test_each_copy_is_the_next_pass_at_the_strength_of_the_equations(case):
     asked = [getattr(layer, options["passes_from"]) for layer in counts.layers]
     for entry in plan.entries:
         if entry.copy == 0:
-            assert kind == "split" and entry.coefficient == 0
+            assert kind == "split" and entry.coefficient == 0 and entry.dead
             continue
         layer, k = entry.source, counts.layers[entry.source].k_exec
         seen[layer] += 1
-        assert entry.copy == (plan.granted[layer] - seen[layer] + 1 if closes(kind, source, layer) else seen[layer])
+        assert entry.copy == (plan.copies[layer] - seen[layer] + 1 if closes(kind, source, layer) else seen[layer])
         first = layer // width * width
         ratio = asked[layer] / (sum(asked[first:first + width]) / width)
-        total = [sum(weight(counts, layer, j, options["coefficient"]) for j in range(1, count + 1))
-                 for count in (k, plan.granted[layer])]
+        limit = asked[layer] if kind in ("dealt", "layer", "split") else math.inf
+        total = [sum(weight(counts, layer, j, options["coefficient"], most) for j in range(1, count + 1))
+                 for count, most in ((k, math.inf), (plan.copies[layer], limit))]
         factor = {"none": 1.0, "ratio": ratio, "capped": min(ratio, 1.0), "mass": total[0] / total[1]}
-        want = weight(counts, layer, entry.copy, options["coefficient"]) * factor[options["correct"]]
+        want = weight(counts, layer, entry.copy, options["coefficient"], limit) * factor[options["correct"]]
         assert entry.coefficient == pytest.approx(want, rel=1e-4)
-        assert plan.mass_requested[layer] == pytest.approx(total[0])
-    assert plan.granted == tuple(seen) and plan.requested == counts.k_exec
-    assert plan.asked == pytest.approx(asked, abs=1e-6)
+        assert plan.demands[layer].mass == pytest.approx(total[0])
+    assert plan.copies == tuple(seen) and plan.k_exec == counts.k_exec
+    assert [demand.passes for demand in plan.demands] == pytest.approx(asked, abs=1e-6)
+    runs = [[entry.coefficient for entry in plan.entries if entry.source == layer and entry.coefficient >= 0.02]
+            for layer in range(len(source))]
+    assert plan.granted == tuple(map(len, runs)) and plan.mass_granted == pytest.approx(list(map(math.fsum, runs)))
+    assert len(plan.dead) + sum(plan.granted) == len(plan.entries)
     if options["correct"] == "mass":
-        assert all(kept == pytest.approx(1.0) for kept, got in zip(plan.mass_kept, seen, strict=True) if got)
+        kept = [math.fsum(entry.coefficient for entry in plan.entries if entry.source == layer) / demand.mass
+                for layer, demand in enumerate(plan.demands)]
+        assert all(share == pytest.approx(1.0) for share, got in zip(kept, seen, strict=True) if got)
 
 
 @given(cases())
@@ -116,7 +123,10 @@ def test_a_layer_plan_is_the_order_of_the_recurrence(case):
     assert [(entry.source, entry.copy) for entry in plan.entries] == [
         (layer, j + 1) for layer, k in enumerate(counts.k_exec) for j in range(k)]
     if options["correct"] == "none":
-        assert plan.mass_granted == pytest.approx(plan.mass_requested) and plan.total_mass_kept == pytest.approx(1.0)
+        dead = math.fsum(plan.entries[target].coefficient for target in plan.dead)
+        asked = math.fsum(demand.mass for demand in plan.demands)
+        assert math.fsum(plan.mass_granted) == pytest.approx(asked - dead)
+        assert plan.total_mass_kept == pytest.approx(1 - dead / asked)
 
 
 def in_order(kind, source, entries):
@@ -130,15 +140,16 @@ def in_order(kind, source, entries):
 def test_a_dealt_plan_is_a_block_plan_of_the_strongest_passes_in_the_order_of_the_recurrence(case):
     _, counts, source, options = made(case)
     options |= {"passes_from": "k_exec", "correct": "none"}
-    plan, block = (make_plan(kind, counts, source, **options) for kind in ("dealt", "block"))
-    assert plan.target_layout == block.target_layout and min(plan.granted) >= 1
+    depth = len(make_plan("block", counts, source, **options | {"coefficient": "schedule"}).entries)
+    plan, block = (make_plan(kind, counts, source, **options, target_layers=depth) for kind in ("dealt", "block"))
+    assert plan.target_layout == block.target_layout and min(plan.copies) >= 1
     pattern = source.segments[0].pattern
     for kind in set(pattern):
         assert in_order("dealt", source, [e for e in plan.entries if source.types[e.source] == kind])
     for first in range(0, len(source), len(pattern)):
         for kind in set(pattern):
             own = [first + slot for slot, other in enumerate(pattern) if other == kind]
-            dealt, copied = (sum(p.granted[layer] for layer in own) for p in (plan, block))
+            dealt, copied = (sum(p.copies[layer] for layer in own) for p in (plan, block))
             assert dealt == copied  # every slot of the block plan is used
             if options["coefficient"] == "expected":  # here no pass beyond k_exec has any strength
                 assert sum(plan.mass_granted[layer] for layer in own) >= sum(
@@ -147,7 +158,8 @@ def test_a_dealt_plan_is_a_block_plan_of_the_strongest_passes_in_the_order_of_th
 
 def test_dealt_by_hand():
     plan = make_plan("dealt", reference(), TWO)
-    assert str(plan.target_layout) == "DDDG*5" and plan.granted == (2, 2, 2, 2, 2, 3, 4, 3)
+    assert str(plan.target_layout) == "DDDG*5" and plan.copies == (2, 2, 2, 2, 2, 3, 4, 3)
+    assert plan.granted == (2, 1, 2, 2, 2, 3, 4, 3) and plan.dead == (4,)
     assert "".join(f" {entry.source}.{entry.copy}" for entry in plan.entries) == (
         " 0.1 0.2 1.1 3.2 1.2 2.1 2.2 3.1 4.1 4.2 5.1 7.3 5.2 5.3 6.1 7.2 6.2 6.3 6.4 7.1")
 
@@ -158,7 +170,7 @@ def test_a_split_plan_grants_every_pass_and_fills_the_least_number_of_groups(cas
     plan = make_plan("split", counts, source, **options | {"passes_from": "k_exec"})
     pattern = source.segments[0].pattern
     width = len(pattern)
-    assert plan.granted == counts.k_exec
+    assert plan.copies == counts.k_exec
     groups = sum(max(math.ceil(sum(k for k, own in zip(counts.k_exec[at:at + width], pattern, strict=True)
                                    if own == kind) / pattern.count(kind)) for kind in pattern)
                  for at in range(0, len(source), width))
@@ -189,7 +201,7 @@ def test_layer_by_hand():
     once = make_plan("layer", measured([1] * 8), TWO)
     assert once.target_layout == TWO and once.entries == identity_plan(TWO).entries
     more = make_plan("layer", reference(), TWO, round="balance", target_layers=40)
-    assert more.granted == (4, 2, 4, 6, 4, 6, 8, 6)
+    assert more.copies == (4, 2, 4, 6, 4, 6, 8, 6) and sum(more.granted) == 20
 
 
 def test_stack_by_hand():
@@ -221,10 +233,11 @@ def test_expected_k_counts_means_to_six_decimals():
     counts = dataclasses.replace(measured([1]), layers=layers)
     four = layout.parse("DDDG")
     plan = make_plan("block", counts, four, passes_from="expected_k")
-    assert plan.granted == (1,) * 4, "the means add up to 4 but for rounding"
-    assert plan.asked == pytest.approx((1.1, 1.2, 1.0, 0.7)) and plan.requested == (4,) * 4
+    assert plan.copies == (1,) * 4, "the means add up to 4 but for rounding"
+    assert [demand.passes for demand in plan.demands] == pytest.approx((1.1, 1.2, 1.0, 0.7))
+    assert plan.k_exec == (4,) * 4
     assert plan.options["from"] == "expected_k"
-    assert make_plan("layer", counts, four, passes_from="expected_k").granted == (2, 2, 1, 1)
+    assert make_plan("layer", counts, four, passes_from="expected_k").copies == (2, 2, 1, 1)
     for mean in (0.0, -1.0, 65.0):
         broken = dataclasses.replace(counts, layers=(dataclasses.replace(layers[0], expected_k=mean), *layers[1:]))
         with pytest.raises(Refused, match=r"layer0\.expected_k is"):
@@ -305,6 +318,7 @@ def test_csv_files_that_are_none(tmp_path, content, what):
 
 @pytest.mark.parametrize(("change", "what"), [
     ({"asked": [1.0]}, "asked has 1 values"), ({"asked": [-1.0] * 8}, r"asked\[0\] is -1.0"), ({"asked": 1}, "'asked'"),
+    ({"mass": {"requested": [1.0]}}, r"mass\.requested has 1 values"),
     ({"requested": [10**400] * 8}, "'requested'"), ({"requested": [-1] * 8}, r"requested\[0\] is -1"),
     ({"layout": "DDDG*99999999999999999999"}, "20 entries for the 399999999999999999996 layers"),
     ({"source_layout": "DDDG*99999999999999999999"}, "requested has 8 values"),
@@ -326,7 +340,7 @@ def test_plan_files_of_before_asked_was_written_are_read(tmp_path):
     del data["asked"]
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(data))
-    assert read_plan(path).asked == (2.0, 1.0, 2.0, 3.0, 2.0, 3.0, 4.0, 3.0)
+    assert [demand.passes for demand in read_plan(path).demands] == [2.0, 1.0, 2.0, 3.0, 2.0, 3.0, 4.0, 3.0]
     for text, what in (("[1]", "not an object"), ("{", "is not JSON"), ("[" * 100_000, "is not JSON")):
         path.write_text(text)
         with pytest.raises(Refused, match=what):

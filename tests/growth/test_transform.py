@@ -11,7 +11,8 @@ from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import layout, presets
 from gt_jax.errors import Refused
 from gt_jax.growth import transform
-from gt_jax.growth.plan import Entry, Plan, block_plan, default_layout, identity_plan
+from gt_jax.growth.plan import block_plan, default_layout, identity_plan
+from gt_jax.growth.plan_entries import Demand, Entry, Plan
 from gt_jax.growth.repetition import from_json, reference
 from gt_jax.models import language_model
 
@@ -196,11 +197,12 @@ def test_segments_are_gathered_across_and_unused_layers_dropped():
     flat = made_up("DG*1,DG*2", halting=False)
     types = layout.parse("DG*1,DG*2")
     entries = tuple(Entry(source, 1, 1.0) for source in (4, 1, 0, 3))
-    plan = Plan("map", types, layout.parse("DG*2"), entries, (1,) * 6, (1.0,) * 6)
+    plan = Plan("map", types, layout.parse("DG*2"), entries, (Demand(1, 1.0, 1.0),) * 6)
     child = grown(flat, plan)
     first, second = flat["params/segment0/layer0/mlp/up/w"], flat["params/segment1/layer0/mlp/up/w"]
     np.testing.assert_array_equal(child["params/segment0/layer0/mlp/up/w"], np.stack([second[1], first[0]]))
-    only = Plan("map", types, layout.parse("DG"), (Entry(2, 1, 1.0), Entry(3, 1, 1.0)), (1,) * 6, (1.0,) * 6)
+    only = Plan("map", types, layout.parse("DG"), (Entry(2, 1, 1.0), Entry(3, 1, 1.0)),
+                (Demand(1, 1.0, 1.0),) * 6)
     shapes = transform.abstract(nest(flat))
     matched = transform.match(shapes, transform.target_abstract(shapes, only), only, "gain")
     assert {path.split("/")[1] for path in matched.dropped} == {"segment0"}

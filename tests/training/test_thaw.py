@@ -18,7 +18,7 @@ from gt_jax.configs.run import RunConfig, TrainConfig, differences
 from gt_jax.configs.thaw import ThawConfig
 from gt_jax.devices.sharding import Rules, make_mesh, place_like
 from gt_jax.errors import Refused
-from gt_jax.growth.plan_entries import Entry, Plan
+from gt_jax.growth.plan_entries import Demand, Entry, Plan
 from gt_jax.growth.provenance import stored_plan
 from gt_jax.growth.under_served import under_served
 from gt_jax.models.language_model import abstract
@@ -151,7 +151,8 @@ def test_wrong_phases_are_refused(thaw, said):
 
 def plan(*copies: tuple[int, int, float], asked=(3, 1), mass=(2.2, 1.0)) -> Plan:
     layers = parse(f"D*{len(copies)}")
-    return Plan("map", parse("D*2"), layers, tuple(Entry(*copy) for copy in copies), asked, mass)
+    demands = tuple(Demand(k, float(k), own) for k, own in zip(asked, mass, strict=True))
+    return Plan("map", parse("D*2"), layers, tuple(Entry(*copy) for copy in copies), demands)
 
 
 def test_under_served_by_copies_or_by_mass():

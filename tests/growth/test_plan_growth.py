@@ -78,3 +78,32 @@ def test_a_layer_plan_with_gain_and_no_noise_is_the_recurrence_unrolled():
     want, other = logits(config, variables, (counts, (2, 1, 1, 1)))
     np.testing.assert_allclose(logits(child, grown, (1,))[0], want, atol=1e-5)
     assert np.abs(want - other).max() > 1e-3, "the passes matter, or the test would say nothing"
+
+
+@pytest.mark.parametrize("kind", ["block", "dealt", "layer", "split", "stack"])
+def test_the_same_layers_written_as_one_longer_pattern_grow_into_the_same_child(source, kind):
+    restacked = {f"params/segment0/layer{4 * block + slot}/{name}": tensor(source, SOURCE, 4 * block + slot, name)[None]
+                 for block in range(2) for slot in range(4) for name in SHAPES}
+    restacked |= {f"statistics/segment0/layer{4 * block + 3}/mixer/variance_ema": np.asarray([1.0 + block], np.float32)
+                  for block in range(2)}
+    made = [make_plan(kind, reference(), notation) for notation in (SOURCE, layout.parse("DDDGDDDG"))]
+    children = [flatten(grow(nest(tree), plan)) for tree, plan in zip((source, restacked), made, strict=True)]
+    for target in range(len(made[0].entries)):
+        for name in SHAPES:
+            one, other = (tensor(child, plan.target_layout, target, name)
+                          for child, plan in zip(children, made, strict=True))
+            np.testing.assert_array_equal(one, other, err_msg=f"{target} {name}")
+    if kind != "stack":  # which repeats the stack as it is written
+        assert made[0].target_layout == made[1].target_layout and children[0].keys() == children[1].keys()
+
+
+def test_a_pattern_that_is_cut_grows_into_segments_of_its_parts(source):
+    tree = {f"params/segment0/layer{slot}/{name}": source[f"params/segment0/layer{slot}/{name}"]
+            for slot in range(4) for name in SHAPES}
+    counts = from_json({f"layer{layer}": {"k_exec": k, "p_mu": 0.9} for layer, k in enumerate((2, 2, 2, 3) * 2)})
+    plan = make_plan("dealt", counts, layout.parse("DDGD*2"))
+    assert str(plan.target_layout) == "DDG*2,D*3,DDG*2,D*3"
+    grown = flatten(grow(nest(tree), plan))
+    for target, entry in enumerate(plan.entries):
+        np.testing.assert_array_equal(tensor(grown, plan.target_layout, target, "mlp/up/w"),
+                                      tensor(source, SOURCE, entry.source, "mlp/up/w"))

@@ -337,7 +337,7 @@ def test_plan_files_that_are_none(tmp_path, change, what):
 
 def test_plan_files_of_before_asked_was_written_are_read(tmp_path):
     data = make_plan("block", reference(), TWO).to_json()
-    del data["asked"]
+    del data["asked"], data["dead"]
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(data))
     assert [demand.passes for demand in read_plan(path).demands] == [2.0, 1.0, 2.0, 3.0, 2.0, 3.0, 4.0, 3.0]

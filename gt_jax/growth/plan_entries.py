@@ -33,7 +33,7 @@ class Plan:
     """Entries by target layer, and what every source layer asked for.
 
     `requested` holds k_exec and `mass_requested` the recurrence's own sum of coefficients over those passes, both by
-    source layer; `asked` the passes that the plan was made from (expected_k; k_exec where left out); `options` says how
+    source layer; `asked` the passes that the plan was made from (k_exec where left out); `options` says how
     the plan was made. Raises `Refused` listing every entry that does not fit.
     """
 

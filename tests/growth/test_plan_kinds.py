@@ -26,7 +26,7 @@ def measured(counts, decay=1.0):
     layers = []
     for k in counts:
         survival = [decay**j if j < k else 0.0 for j in range(max(4, k))]
-        layers.append(LayerRepetition(k, tuple(survival), math.fsum(survival)))
+        layers.append(LayerRepetition(k, tuple(survival), math.fsum(survival), passes_run=(k + 1) / 2))
     return Repetition(tuple(layers))
 
 
@@ -216,19 +216,30 @@ def test_the_re_entry_map_keeps_the_last_layer_last():
     assert part.granted == (0,) * 4 + (1,) * 4 and part.mass_kept[0] == 0
 
 
-def test_expected_k_counts_means_to_six_decimals():
+def test_mean_weight_counts_means_to_six_decimals():
     layers = tuple(LayerRepetition(4, (1.0, *[0.0] * 3), mean) for mean in (1.1, 1.2, 0.7 + 0.3, 0.7 + 1e-9))
     counts = dataclasses.replace(measured([1]), layers=layers)
     four = layout.parse("DDDG")
-    plan = make_plan("block", counts, four, passes_from="expected_k")
+    plan = make_plan("block", counts, four, passes_from="mean_weight")
     assert plan.granted == (1,) * 4, "the means add up to 4 but for rounding"
     assert plan.asked == pytest.approx((1.1, 1.2, 1.0, 0.7)) and plan.requested == (4,) * 4
-    assert plan.options["from"] == "expected_k"
-    assert make_plan("layer", counts, four, passes_from="expected_k").granted == (2, 2, 1, 1)
+    assert plan.options["from"] == "mean_weight"
+    assert make_plan("layer", counts, four, passes_from="mean_weight").granted == (2, 2, 1, 1)
     for mean in (0.0, -1.0, 65.0):
-        broken = dataclasses.replace(counts, layers=(dataclasses.replace(layers[0], expected_k=mean), *layers[1:]))
-        with pytest.raises(Refused, match=r"layer0\.expected_k is"):
-            make_plan("block", broken, four, passes_from="expected_k")
+        broken = dataclasses.replace(counts, layers=(dataclasses.replace(layers[0], mean_weight=mean), *layers[1:]))
+        with pytest.raises(Refused, match=r"layer0\.mean_weight is"):
+            make_plan("block", broken, four, passes_from="mean_weight")
+
+
+def test_a_plan_from_the_passes_run_needs_counts_that_have_them():
+    """The same layer weighs 1.29 and runs 2.15 passes: plans from the one and from the other differ."""
+    layers = tuple(LayerRepetition(3, (1.0, 0.27, 0.02, 0.0), 1.29, passes_run=2.15) for _ in range(4))
+    counts, four = dataclasses.replace(measured([1]), layers=layers), layout.parse("DDDG")
+    depth = {name: make_plan("layer", counts, four, round="nearest", passes_from=name).granted for name in PASSES_FROM}
+    assert depth == {"k_exec": (3,) * 4, "mean_weight": (1,) * 4, "passes_run": (2,) * 4}
+    some = dataclasses.replace(counts, layers=(*layers[:2], dataclasses.replace(layers[2], passes_run=None), layers[3]))
+    with pytest.raises(Refused, match=r"no passes_run of layer2.* --from k_exec or --from mean_weight"):
+        make_plan("layer", some, four, passes_from="passes_run")
 
 
 def refusal(kind, **options):

@@ -61,6 +61,13 @@ def test_audit_steps_do_not_move_lambda():
     assert move(state, jnp.asarray(3.0), jnp.asarray(False)).value == state.value
 
 
+def test_what_the_target_is_of_is_the_weight_where_nothing_is_said():
+    stored = {name: value for name, value in PriceConfig(target=1.5).to_json().items() if name != "target_of"}
+    assert PriceConfig.from_json(stored) == PriceConfig(target=1.5, target_of="mean_weight")
+    with pytest.raises(Refused, match=r"target_of.*mean_weight.*passes_run"):
+        PriceConfig.from_json({"target_of": "expected_k"})
+
+
 def test_price_loss_by_hand():
     seen = statistics([[1.0, 0.5, 0.1, 0.0], [1.0, 0.0, 0.0, 0.0]])
     no_gain = price_loss(PRICE, jnp.asarray(0.02), seen, jnp.asarray(2.0), jnp.asarray(1.9))

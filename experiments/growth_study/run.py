@@ -174,18 +174,15 @@ class Seed:
 
         samples = {step: one.passes for step, one in run.losses.items()}
         passes = flops.passes_by_step(samples, study.source_steps, forced)
-        layers = [measured[f"layer{layer}"] for layer in range(len(counts.layers))]
-        weight, run_by_token = (sum(layer[name] for layer in layers) / len(layers)
-                                for name in ("mean_weight", "passes_run"))  # fmt: skip
+        weight = sum(sum(layer.survival) for layer in counts.layers) / len(counts.layers)
         return run.variables, {
             "measured": measured, "adaptive": adaptive._asdict(), "fixed": fixed._asdict(), "curve": run.curve,
             "loss": adaptive.mean, "seconds": run.seconds, "batches": run.batches,
             "flops": sum(self._step_flops(config, row) for row in passes), "parameters": size(run.variables),
             "price": [float(run.price.value), int(run.price.high_steps)],
             "separation": separation(self.material.text),
-            "line": f"loss {adaptive.mean:.4f}, a layer: mean weight {weight:.2f}, {run_by_token:.2f} passes run; "
-                    f"k_exec {counts.k_exec}, fixed {100 * (fixed.mean / adaptive.mean - 1):+.2f} %, "
-                    f"{run.seconds:.0f} s",
+            "line": f"loss {adaptive.mean:.4f}, mean weight {weight:.2f}, k_exec {counts.k_exec}, fixed "
+                    f"{100 * (fixed.mean / adaptive.mean - 1):+.2f} %, {run.seconds:.0f} s",
         }  # fmt: skip
 
     def _position(self, batches: int) -> Any:

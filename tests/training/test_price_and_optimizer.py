@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from gt_jax import train
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig
+from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.models.language_model import abstract
 from gt_jax.models.layers.adaptive_depth import PassStatistics
@@ -66,6 +68,10 @@ def test_what_the_target_is_of_is_the_weight_where_nothing_is_said():
     assert PriceConfig.from_json(stored) == PriceConfig(target=1.5, target_of="mean_weight")
     with pytest.raises(Refused, match=r"target_of.*mean_weight.*passes_run"):
         PriceConfig.from_json({"target_of": "expected_k"})
+    base = RunConfig(model=small_model())
+    for words, wanted in (((), "mean_weight"), (("--target-of", "passes_run", "--target", "2"), "passes_run")):
+        made = train.run_config(train.parser().parse_args(["run", *words]), base).train.price
+        assert made == PriceConfig(target_of=wanted, target=2.0 if words else 1.3)
 
 
 def test_price_loss_by_hand():

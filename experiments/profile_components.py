@@ -35,6 +35,7 @@ from gt_jax.models.language_model import initialise
 from gt_jax.monitoring.metrics import table
 from gt_jax.text.batches import open_text
 from gt_jax.training.loop import make_trainer
+from gt_jax.training.step import DEPTH
 
 PARTS: tuple[tuple[str, str], ...] = (  # first match in the operation's scope wins
     ("multi-token prediction", r"/mtp"),
@@ -139,7 +140,7 @@ def run(config: ModelConfig, batch: int, tokens: int, steps: int) -> dict[str, A
     return {
         "compile_seconds": compile_seconds, "fastest": min(times), "median": statistics.median(times),
         "tokens_a_second": batch * tokens / statistics.median(times), "time": shares, "flops": work,
-        "passes": float(metrics["expected_k"].sum()),
+        **{name: float(metrics[name].sum()) for name in DEPTH},
     }  # fmt: skip
 
 
@@ -150,9 +151,10 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         work = result["flops"].get(part)
         row = ["", ""] if work is None else [f"{100 * work:.1f} %", f"{share / work:.1f}"]
         rows.append([part, f"{100 * share:.1f} %", *row])
+    depth = ", ".join(f"{name} {result[name]:.1f}" for name in DEPTH)
     return [
         f"compile {result['compile_seconds']:.1f} s; step {1e3 * result['median']:.0f} ms (fastest "
-        f"{1e3 * result['fastest']:.0f}), {result['tokens_a_second']:.0f} tokens/s at {result['passes']:.1f} passes",
+        f"{1e3 * result['fastest']:.0f}), {result['tokens_a_second']:.0f} tokens/s; over all layers {depth}",
         table(rows, ["part", "time", "FLOPs", "ratio"]),
     ]
 

@@ -201,7 +201,7 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
     measured = repetition.read(counts)
     layers = [found[f"layer{layer}"] for layer in range(len(model.depth))]
     say(f"   k_exec {' '.join(str(layer['k_exec']) for layer in layers)}, "
-        f"mean passes {sum(layer['expected_k'] for layer in layers):.1f} for {len(layers)} layers")
+        f"mean passes {sum(layer['mean_weight'] for layer in layers):.1f} for {len(layers)} layers")
 
     say(f"3. growing to {TARGET_LAYERS} layers, and training on")
     _, metadata = checkpoint.describe(place)
@@ -214,7 +214,7 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
         outcomes.append(train_on(one, stages[one.config.layout], reading, metadata["data"], train))
 
     source = {
-        "layers": len(model.depth), "passes": sum(layer["expected_k"] for layer in layers),
+        "layers": len(model.depth), "passes": sum(layer["mean_weight"] for layer in layers),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
         "loss": found["_meta"]["loss"], "seconds": seconds_of(trained),
     }  # fmt: skip
@@ -242,7 +242,7 @@ def _pictures(
     )  # fmt: skip
     names = [f"{kind}{layer}" for layer, kind in enumerate(model.depth.types)]
     passes = {
-        "mean passes (expected_k)": [layer["expected_k"] for layer in layers],
+        "mean passes (expected_k)": [layer["mean_weight"] for layer in layers],
         "k_exec": [float(layer["k_exec"]) for layer in layers],
     }
     plot_depth(names, passes, output / "depth.png", title="Passes each layer uses")

@@ -63,8 +63,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--plan-file", type=Path, metavar="FILE.json", help="a plan that --plan-out wrote")
     made.add_argument("--map", metavar="LIST|FILE.csv", help=f"source layers from 1, for example {EXAMPLE}")
     made.add_argument("--from", dest="passes_from", choices=PASSES_FROM,
-                      help="what a layer asks for: k_exec, the passes that nearly all tokens need, or expected_k, "
-                      "their mean (k_exec)")
+                      help="what a layer asks for: k_exec, the passes that nearly all tokens need, passes_run, their "
+                      "mean over tokens, or mean_weight, what they weigh together (k_exec)")
     made.add_argument("--round", choices=ROUNDS, help="when the passes make no whole copies (up)")
     made.add_argument("--target-layers", type=int, metavar="N", help="the depth that must come out")
     made.add_argument("--target-layout", metavar="LAYOUT", help="the layout that must come out, for example DDDG*5")

@@ -1,7 +1,8 @@
 """`python -m gt_jax.measure CHECKPOINT -o layer_repetition_factor.json`: how deep does every layer want to be?
 
 Runs the adaptive model on held-out text and writes, per layer, `k_exec` (the least k after which at most 2 % of the
-tokens are still alive), `expected_k`, `survival` and the rest of GROWTH 1. The text defaults to the one trained on.
+tokens are still alive), `mean_weight` (of all passes together), `passes_run` (by a token), `passes_computed` (for the
+batch), `survival` and the rest of GROWTH 1. The text defaults to the one trained on.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     write_atomically(arguments.output, text)
     counts = [result[f"layer{i}"]["k_exec"] for i in range(len(result) - 1)]
-    print(f"k_exec {' '.join(map(str, counts))} (sum {sum(counts)}) written to {arguments.output}")
+    figures = ((name, sum(result[f"layer{i}"][name] for i in range(len(counts))) / len(counts))
+               for name in ("mean_weight", "passes_run", "passes_computed"))  # fmt: skip
+    means = ", ".join(f"{name} {mean:.2f}" for name, mean in figures)
+    print(f"k_exec {' '.join(map(str, counts))} (sum {sum(counts)}), mean over layers of {means}: {arguments.output}")
     return 0
 
 

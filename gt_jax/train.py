@@ -25,6 +25,7 @@ UNDER_SERVED = "under-served"
 def parser() -> argparse.ArgumentParser:
     """The command line; a flag that is not given leaves the default, or with --resume the run's own value."""
     from gt_jax.configs.model import Remat
+    from gt_jax.configs.price import TargetOf
 
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.train", description="Train a language model that decides its depth."
@@ -56,7 +57,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--schedule", choices=("cosine", "wsd"))
     train.add_argument("--warmup", type=float, help="fraction of the run")
     train.add_argument("--weight-decay", type=float)
-    train.add_argument("--target", type=float, help="mean passes a layer that the compute price aims at")
+    train.add_argument("--target", type=float, help="depth of a layer that the compute price aims at (1.30)")
+    train.add_argument("--target-of", choices=get_args(TargetOf),
+                       help="what that is the mean of: a token's summed weights (mean_weight, default), or the passes "
+                       "that it runs")
     train.add_argument("--thaw", metavar=f"{UNDER_SERVED}|LAYERS",
                        help="at first only these layers train, counted from 0, for example 3,7,11; under-served: the "
                        "copies of the layers to which the growth gave less than they asked for")
@@ -86,7 +90,7 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     model = model.replace(**pick("layout", "remat"), **({"compute_dtype": given["dtype"]} if "dtype" in given else {}))
     model = model.plain if "plain" in given else model
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
-    price = train.price.replace(**pick("target"))
+    price = train.price.replace(**pick("target", "target_of"))
     own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep", "accumulate")
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
     thaw = thaw_config(arguments, train.thaw, start.get("start", base.start))

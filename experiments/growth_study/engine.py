@@ -68,7 +68,7 @@ def paced(inner: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 class Losses(NamedTuple):
-    """Summed cross-entropy and count by batch, and the passes run in each layer (a pass runs for a whole batch)."""
+    """Summed cross-entropy and count by batch, and the passes computed in each layer (for a whole batch)."""
 
     sums: list[float]
     counts: list[float]
@@ -136,7 +136,7 @@ class Engine:
         """Held-out losses by batch; `control` None leaves the passes to the halting heads."""
         evaluation = self.evaluation(config)
         seen = [jax.device_get(evaluation(variables, batch, control)) for batch in batches]
-        passes = np.mean([np.sum(statistics.alive > 0, axis=-1) for _, _, statistics in seen], axis=0)
+        passes = np.mean([np.sum(statistics.computed, axis=-1) for _, _, statistics in seen], axis=0)
         # a model that overflows has a loss too, a figure that JSON can hold and that sorts last
         sums = np.nan_to_num([float(total) for total, _, _ in seen], nan=NO_LOSS, posinf=NO_LOSS)
         return Losses(sums.tolist(), [float(n) for _, n, _ in seen], passes.tolist())

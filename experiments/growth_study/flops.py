@@ -1,6 +1,6 @@
 """How many FLOPs training costs: the rule, in one place.
 
-forward FLOPs a token = sum over layers of (passes run) * (matrix products of one pass) + unembedding;
+forward FLOPs a token = sum over layers of (passes computed) * (matrix products of one pass) + unembedding;
 training = 3 x forward (the backward pass is two forward passes), an adaptive model one unembedding more (its price
 reads the loss after pass 1, without gradient).
 
@@ -32,7 +32,7 @@ def pass_flops(config: ModelConfig, tokens: int) -> np.ndarray:
 
 
 def forward_flops(config: ModelConfig, tokens: int, passes: Sequence[float] | np.ndarray | None = None) -> float:
-    """Forward FLOPs a token; `passes` [l] run in each layer, one each where None."""
+    """Forward FLOPs a token; `passes` [l] computed in each layer, one each where None."""
     layers = pass_flops(config, tokens)
     run = np.ones(len(layers)) if passes is None else np.asarray(passes)
     return float(layers @ run) + 2.0 * config.width * config.vocab
@@ -47,7 +47,7 @@ def training_flops(config: ModelConfig, tokens: int, passes: Sequence[float] | n
 def passes_by_step(
     samples: Mapping[int, Sequence[float]], steps: int, forced: Callable[[int], int]
 ) -> np.ndarray:
-    """Passes run in each layer at steps 1 to `steps`, [steps, l].
+    """Passes computed in each layer at steps 1 to `steps`, [steps, l].
 
     `forced(step)` is the number of forced passes, 0 for free ones; free steps are interpolated between `samples`.
     """

@@ -174,14 +174,14 @@ class Seed:
 
         samples = {step: one.passes for step, one in run.losses.items()}
         passes = flops.passes_by_step(samples, study.source_steps, forced)
-        mean = sum(layer.expected_k for layer in counts.layers) / len(counts.layers)
+        weight = sum(sum(layer.survival) for layer in counts.layers) / len(counts.layers)
         return run.variables, {
             "measured": measured, "adaptive": adaptive._asdict(), "fixed": fixed._asdict(), "curve": run.curve,
             "loss": adaptive.mean, "seconds": run.seconds, "batches": run.batches,
             "flops": sum(self._step_flops(config, row) for row in passes), "parameters": size(run.variables),
             "price": [float(run.price.value), int(run.price.high_steps)],
             "separation": separation(self.material.text),
-            "line": f"loss {adaptive.mean:.4f}, {mean:.2f} passes a layer, k_exec {counts.k_exec}, fixed "
+            "line": f"loss {adaptive.mean:.4f}, mean weight {weight:.2f}, k_exec {counts.k_exec}, fixed "
                     f"{100 * (fixed.mean / adaptive.mean - 1):+.2f} %, {run.seconds:.0f} s",
         }  # fmt: skip
 

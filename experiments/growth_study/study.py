@@ -29,7 +29,7 @@ WINDOW, WINDOWS = 64, 300
 class StudyConfig(Config):
     """All that determines the figures. Steps are of `rows` x `sequence_length` bytes; rates are peaks.
 
-    `price_target` is the mean number of passes that the compute price steers the sources to.
+    `price_target` is the mean weight that the compute price steers the sources to.
     `scratch_rates` are tried at the first seed, for the number of steps that costs what source and growth cost;
     `longer_rates` there too, for the grown model that is given half of the tokens of the one from scratch.
     """
@@ -82,7 +82,7 @@ class StudyConfig(Config):
 
     @property
     def price(self) -> PriceConfig:
-        """The compute price under which the source is trained: the default one with this target of mean passes."""
+        """The compute price under which the source is trained: the default one with this target of the mean weight."""
         return PriceConfig(target=self.price_target)
 
     @property

@@ -12,6 +12,7 @@ from experiments.growth_study.operators import BLOCK, DEALT, ONCE, OPERATORS, RE
 from experiments.growth_study.results import Spread, Units, best, of, paired, spread
 from experiments.growth_study.run import CONTROLS, LONGER, ON_FLOPS, ON_TOKENS, SCRATCH_FLOPS, SCRATCH_TOKENS, Rates
 from experiments.growth_study.study import StudyConfig
+from gt_jax.growth import repetition
 
 GAP_WANTED, CALIBRATED_WANTED, SHARE_WANTED = 1.0, 0.3, 0.5
 PARTS = ("spread", "tail", "order", "total")
@@ -77,16 +78,19 @@ def layers(found: Found, name: str) -> str:
 
 
 def sources(units: Units) -> list[str]:
-    """One row a seed: loss, passes, and what fixing the passes costs."""
+    """One row a seed: loss, depth by its three measures (means over layers), and what fixing the passes costs."""
     rows = []
     for seed, one in units.items():
         source = one["source"]
-        own = [layer for key, layer in source["measured"].items() if key.startswith("layer")]
+        own = repetition.from_json(source["measured"]).layers
+        depths = ([layer.mean_weight for layer in own], [layer.passes_run for layer in own],
+                  source["adaptive"]["passes"])  # fmt: skip
         fixed = one["analysis"]["passes_fixed"]
-        rows.append((str(seed), f"{source['loss']:.4f}", f"{sum(a['expected_k'] for a in own) / len(own):.2f}",
-                     " ".join(str(a["k_exec"]) for a in own), f"{fixed:+.2f}",
+        rows.append((str(seed), f"{source['loss']:.4f}", *(f"{sum(depth) / len(depth):.2f}" for depth in depths),
+                     " ".join(str(layer.k_exec) for layer in own), f"{fixed:+.2f}",
                      f"{100 * source['separation']['windows_seen']:.1f}"))  # fmt: skip
-    return table(("seed", "held-out loss", "mean passes", "k_exec", "passes fixed at k_exec, %",
+    return table(("seed", "held-out loss", "mean weight", "passes run", "passes computed", "k_exec",
+                  "passes fixed at k_exec, %",
                   "held-out windows of 64 bytes also in the training part, %"), rows)  # fmt: skip
 
 

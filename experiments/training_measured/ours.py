@@ -41,9 +41,9 @@ class Ours:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Parameters, and mean passes a layer in the last step."""
+        """Parameters, and mean passes run a layer in the last step."""
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
-        passes = float(np.mean(self._metrics["executed"])) if self._metrics else None
+        passes = float(np.mean(self._metrics["passes_run"])) if self._metrics else None
         return {"parameters": parameters, "passes": passes, "by": f"jax {jax.__version__}"}
 
     def step(self, tokens: np.ndarray) -> float:

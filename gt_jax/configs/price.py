@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 from gt_jax.configs.json_config import Config
+
+TargetOf = Literal["mean_weight", "passes_run"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PriceConfig(Config):
-    """Target depth, bounds of lambda, and the phases as fractions of the run."""
+    """Target depth, bounds of lambda, and the phases as fractions of the run.
+
+    `target_of` says what the mean over layers of is held at `target`: `mean_weight`, the sum of a token's weights, or
+    `passes_run`, the passes that it runs.
+    """
 
     target: float = 1.30
+    target_of: TargetOf = "mean_weight"
     rate: float = 1.0
     lowest: float = 1e-4
     highest: float = 5e-2
@@ -26,6 +34,8 @@ class PriceConfig(Config):
 
     def problems(self) -> list[str]:
         wrong = []
+        if self.target_of not in get_args(TargetOf):
+            wrong.append(f"target_of is {self.target_of!r}; it must be one of {', '.join(get_args(TargetOf))}")
         if self.target < 1:
             wrong.append(f"target is {self.target}; a layer runs at least once, so it must be at least 1")
         if not 0 < self.lowest <= self.highest:

@@ -39,19 +39,21 @@ def repetition(statistics: Any, types: str, meta: dict[str, Any]) -> dict[str, A
     s = {name: np.asarray(value, np.float64) for name, value in statistics._asdict().items()}
     layers: dict[str, Any] = {"_meta": meta}
     for layer, kind in enumerate(types):
-        expected = float(s["survival"][layer].sum())
+        weight = float(s["survival"][layer].sum())
         passes = s["survival"].shape[1]
         entropy = halting_entropy(s["alive"][layer]) if kind == "D" else float(s["entropy"][layer][0])
         layers[f"layer{layer}"] = {
             "type": kind,
             "k_exec": k_exec(s["alive"][layer]),
-            "expected_k": expected,
+            "mean_weight": weight,
+            "passes_run": float(s["alive"][layer].sum()),
+            "passes_computed": float(s["computed"][layer].sum()),
             "s_fin": float(s["s_after"][layer][-1]),
             "entropy": entropy,
             "p_mu": float(s["p_mean"][layer][0]),
             "p_std": float(s["p_std"][layer][0]),
             "p_floored": float(s["p_floored"][layer][0]),
-            "ponder": max(expected - 1.0, 0.0) / max(passes - 1, 1),
+            "ponder": max(weight - 1.0, 0.0) / max(passes - 1, 1),
             "survival": s["survival"][layer].tolist(),
             "alive": s["alive"][layer].tolist(),
             "delta_ratio": s["delta_ratio"][layer].tolist(),

@@ -39,7 +39,7 @@ from gt_jax.growth.repetition import MOST_PASSES, Repetition
 from gt_jax.growth.rounding import ROUNDS, Unit, depth, rounded, unit
 
 PLANS = ("block", "dealt", "layer", "split", "map", "stack")
-PASSES_FROM = ("k_exec", "expected_k")
+PASSES_FROM = ("k_exec", "mean_weight", "passes_run")
 PATTERN = "DDDG"
 
 _Strengths = Sequence[Sequence[float]]  # [layer][j]: of pass j + 1
@@ -82,7 +82,7 @@ def block_plan(repetition: Repetition, source_layout: Layout, *, round: str = "u
 def make_plan(kind: str, repetition: Repetition, source_layout: Layout, *, round: str = "up",
               target_layers: int | None = None, coefficient: str = "expected", correct: str = "none",
               passes_from: str = "k_exec", layers: Sequence[int] = (), target_layout: Layout | None = None) -> Plan:
-    """The plan of a kind, from the passes k of every layer (k_exec, or expected_k).
+    """The plan of a kind, from the passes k of every layer (`passes_from`).
 
     - block: whole blocks, as often as the mean of their k, rounded; copy j of the block follows copy j-1.
     - dealt: slots as in a block plan, each given to one of the strongest passes of its type, in the recurrence's order.
@@ -181,10 +181,14 @@ def _asked(repetition: Repetition, passes_from: str) -> tuple[Fraction, ...]:
     """The passes of every layer. Measured means are taken to six decimals, so that 0.7 + 0.3 is one."""
     if passes_from == "k_exec":
         return tuple(map(Fraction, repetition.k_exec))
-    means = [layer.expected_k for layer in repetition.layers]
-    refuse_all([f"layer{index}.expected_k is {mean}; a number above 0, at most {MOST_PASSES}, is needed"
+    means = [getattr(layer, passes_from) for layer in repetition.layers]
+    if None in means:
+        known = [name for name in PASSES_FROM if all(getattr(layer, name) is not None for layer in repetition.layers)]
+        raise Refused(f"{repetition.origin} has no {passes_from} of layer{means.index(None)}, and no `alive` to sum: "
+                      f"measure the source anew, or take --from {' or --from '.join(known)}")
+    refuse_all([f"layer{index}.{passes_from} is {mean}; a number above 0, at most {MOST_PASSES}, is needed"
                 for index, mean in enumerate(means) if not 1e-6 <= mean <= MOST_PASSES],
-               f"{repetition.origin} gives no plan from expected_k:")
+               f"{repetition.origin} gives no plan from {passes_from}:")
     return tuple(Fraction(mean).limit_denominator(10**6) for mean in means)
 
 

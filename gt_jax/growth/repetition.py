@@ -5,7 +5,9 @@ before `survival` was measured, also those named `layer_repitation_factor.json`,
 - from `p_mu`: s_k = p_mu^(k-1), cut at k_exec;
 - without `p_mu`: s_k = p^(k-1) with p = 0.10^(1/k_exec), cut at k_exec: the geometric decay that reaches the halting
   threshold 0.10 exactly when pass k_exec is done.
-A whole number written as a float (2.0) is accepted, JSON has one kind of number. Other keys of a layer are not read.
+A whole number written as a float (2.0) is accepted, JSON has one kind of number. `mean_weight` is also read under its
+earlier name, `expected_k`; where `passes_run` is not given it is the sum of `alive`, where that is. Other keys of a
+layer are not read.
 """
 
 from __future__ import annotations
@@ -33,16 +35,21 @@ _ROUNDING = 1e-6  # how far a mean of float32 probabilities may lie above 1, or 
 
 @dataclasses.dataclass(frozen=True)
 class LayerRepetition:
-    """One layer's use of depth. `survival[j]` is the mean of s entering pass j + 1; figures not measured are None."""
+    """One layer's use of depth; figures not measured are None.
+
+    `survival[j]` is the mean weight of pass j + 1, `mean_weight` the sum over passes. `passes_run` is how many passes a
+    token runs, a mean over tokens.
+    """
 
     k_exec: int
     survival: tuple[float, ...]
-    expected_k: float
+    mean_weight: float
     p_mu: float | None = None
     s_fin: float | None = None
     entropy: float | None = None
     ponder: float | None = None
     note: str | None = None
+    passes_run: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The layer's object in the file, without the figures that were not measured."""
@@ -177,7 +184,8 @@ def _layer(key: str, data: Any, passes: int, wrong: list[str], warnings: list[st
     before = len(wrong)
     k_exec = _count(f"{key}.k_exec", data, wrong)
     figures = {name: _figure(f"{key}.{name}", data.get(name), name == "p_mu", wrong)
-               for name in ("expected_k", "p_mu", "s_fin", "entropy", "ponder")}
+               for name in ("p_mu", "s_fin", "entropy", "ponder")}
+    mean_weight, passes_run = _mean_weight(key, data, wrong), _passes_run(key, data, wrong)
     note = data.get("note")
     if note is not None and not isinstance(note, str):
         wrong.append(f"{key}.note is {note!r}; a text is needed")
@@ -188,9 +196,29 @@ def _layer(key: str, data: Any, passes: int, wrong: list[str], warnings: list[st
         survival = _padded(_rebuilt(key, k_exec, figures["p_mu"], warnings), length)
     else:
         survival = _survival(f"{key}.survival", data["survival"], length, wrong)
-    expected = figures.pop("expected_k")
-    return LayerRepetition(k_exec, survival, math.fsum(survival) if expected is None else expected, note=note,
-                           **figures)
+    mean_weight = math.fsum(survival) if mean_weight is None else mean_weight
+    return LayerRepetition(k_exec, survival, mean_weight, note=note, passes_run=passes_run, **figures)
+
+
+def _mean_weight(key: str, data: Mapping[str, Any], wrong: list[str]) -> float | None:
+    """Under either of its names."""
+    given = {name: _figure(f"{key}.{name}", data.get(name), False, wrong) for name in ("mean_weight", "expected_k")}
+    now, earlier = given.values()
+    if now is not None and earlier is not None and now != earlier:
+        wrong.append(f"{key}.mean_weight is {now}, {key}.expected_k {earlier}; the second is the earlier name of the "
+                     "first, give one of them")
+    return earlier if now is None else now
+
+
+def _passes_run(key: str, data: Mapping[str, Any], wrong: list[str]) -> float | None:
+    """As given, else the sum of `alive`; None where there is neither."""
+    given, alive = _figure(f"{key}.passes_run", data.get("passes_run"), False, wrong), data.get("alive")
+    if given is not None or alive is None:
+        return given
+    if isinstance(alive, list) and alive and all(map(_share, alive)):
+        return math.fsum(alive)
+    wrong.append(f"{key}.alive is {alive!r}; a list of numbers from 0 to 1 is needed, one a pass")
+    return None
 
 
 def _rebuilt(key: str, k_exec: int, p_mu: float | None, warnings: list[str]) -> tuple[float, ...]:

@@ -3,8 +3,10 @@
 - Model FLOPs, as PaLM (arXiv 2204.02311, appendix B) counts them: a multiply and an add are two, the products of the
   forward pass count once and those of the backward pass twice. What is computed again to save memory, the attention to
   keys that a mask removes, padding, norms and other elementwise work are not counted.
-- With adaptive depth, or where tokens leave the stack early, a layer counts as often as it ran, a mean over tokens. The
-  second unembedding, by which the price hears what the later passes gain, is not counted.
+- With adaptive depth, or where tokens leave the stack early, a layer counts as often as a token runs it, a mean over
+  tokens (`passes_run`). That a pass is computed for the whole batch while one token is alive (`passes_computed`) is the
+  machine's waste and not the model's work: a chip that is busy with finished tokens is not well used. The second
+  unembedding, by which the price hears what the later passes gain, is not counted either.
 - A row is one document: packed rows attend to less. Of an expert's picks the share is counted that the null loss aims
   at.
 - Utilisation is against the chip's bfloat16 peak, whatever the compute dtype, and against all devices of the mesh.
@@ -148,7 +150,7 @@ def peak_flops(device_kind: str) -> float | None:
 def utilisation(
     config: ModelConfig, tokens: int, device_kinds: Sequence[str] | None = None
 ) -> Callable[[float, Mapping[str, Any]], float | None] | None:
-    """MFU as a function of (tokens a second, the metrics of a step, whose `executed` says how often layers ran).
+    """MFU as a function of (tokens a second, the metrics of a step, whose `passes_run` is by layer).
 
     It is None for metrics without that. `device_kinds` are those of all devices, None takes the current mesh. Returns
     None where the peak of one of them is not known, for example on a CPU.
@@ -160,7 +162,7 @@ def utilisation(
     flops, whole = model_flops(config, tokens), sum(known)
 
     def share(tokens_per_second: float, metrics: Mapping[str, Any]) -> float | None:
-        passes = metrics.get("executed")
+        passes = metrics.get("passes_run")
         return None if passes is None else tokens_per_second * flops.training(passes) / whole
 
     return share

@@ -32,6 +32,9 @@ from gt_jax.errors import Refused
 __all__ = ["Recorder", "format_value", "read_metrics", "seconds_of", "table", "to_json", "truncate_after"]
 
 Stream = TextIO | io.TextIOBase
+EARLIER_NAMES = {"expected_k": "mean_weight", "executed": "passes_run"}
+"""What metrics of earlier runs call what has another name now."""
+
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?\s?(%|[a-zA-Z]{0,3})")
 
@@ -190,9 +193,11 @@ def to_json(value: Any) -> Any:
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Every line of a metrics file as a dict, NaN and infinities as numbers; a half-written last line is left out.
 
-    Raises `Refused` that names the file and the line where an earlier line is not a JSON object with a step.
+    Values that had another name (`EARLIER_NAMES`) are given under the one they have now. Raises `Refused` that names
+    the file and the line where an earlier line is not a JSON object with a step.
     """
-    return [_numbers(record) for record, _ in _read_lines(Path(path))]
+    return [{EARLIER_NAMES.get(name, name): value for name, value in _numbers(record).items()}
+            for record, _ in _read_lines(Path(path))]
 
 
 def truncate_after(path: Path, step: int) -> None:

@@ -69,7 +69,7 @@ def plot_growth(curves: Mapping[str, Sequence[tuple[Number, Number]]], path: str
 
 def plot_depth(layers: Sequence[str], passes: Mapping[str, Sequence[Number]], path: str | os.PathLike[str],
                title: str = "") -> None:
-    """Passes per layer: the first entry of `passes` as bars coloured by layer type, the others as markers.
+    """Passes per layer, or what they weigh: the first entry of `passes` as bars coloured by type, the rest as markers.
 
     `layers` are labels such as `D0`, whose first letter is the type. Raises ValueError where lengths differ.
     """
@@ -102,7 +102,7 @@ def plot_depth(layers: Sequence[str], passes: Mapping[str, Sequence[Number]], pa
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(layers) - 0.4)
     axes.set_xlabel("layer")
-    axes.set_ylabel("passes")
+    axes.set_ylabel("passes, or their weight")
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False, fontsize=9)
     save_png(figure, path)
 

@@ -25,7 +25,9 @@ from gt_jax.monitoring.run_plots import plot_runs
 LAST = 20  # records that the table's figures are a mean of
 SMOOTH = 50  # at most so many parts of a curve are told apart: the mean is over 1/50 of the points
 ABSENT = "-"
-DEPTH = ("expected_k", "gate_mean", "price")
+DEPTH = ("mean_weight", "passes_run", "passes_computed", "gate_mean", "price")
+MEASURES = {"mean_weight": "mean weight a layer", "passes_run": "passes run a layer",
+            "passes_computed": "passes computed a layer"}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -52,7 +54,7 @@ def summary(run: Run) -> dict[str, str]:
     records = [record for record in run.records if "loss" in record]
     held_out = [(record["held_out_loss"], record["step"]) for record in run.records if "held_out_loss" in record]
     finite = [pair for pair in held_out if math.isfinite(pair[0])]
-    steps, last = run.config.train.steps, records[-LAST:]
+    steps, last, price = run.config.train.steps, records[-LAST:], run.config.train.price
     rows = {
         "layout": run.config.model.layout,
         "started from": run.config.start or "random weights",
@@ -60,8 +62,9 @@ def summary(run: Run) -> dict[str, str]:
         "loss": _mean(last, "loss"),
         "held-out loss": f"{format_value(held_out[-1][0])} at step {held_out[-1][1]}" if held_out else ABSENT,
         "lowest held-out loss": "{} at step {}".format(*map(format_value, min(finite))) if finite else ABSENT,
-        "expected passes a layer": _mean(_free(run, last), "expected_k"),
+        **{row: _mean(_free(run, last), name) for name, row in MEASURES.items()},
         "price": format_value(last[-1].get("price")) if last else ABSENT,
+        "the price aims at": f"{MEASURES[price.target_of]}: {price.target:g}",
         "|dh|/|h| by layer": _by_layer(last, "delta_ratio"),
         "null rate by layer": _by_layer(last, "null_rate"),
         "gradient norm": _mean(last, "gradient_norm"),
@@ -71,7 +74,8 @@ def summary(run: Run) -> dict[str, str]:
         "alerts": str(len(run.found)),
     }
     plain = run.config.model.adaptive is None
-    return {**rows, "expected passes a layer": ABSENT, "price": ABSENT} if plain else rows
+    of_depth = (*MEASURES.values(), "price", "the price aims at")
+    return {**rows, **dict.fromkeys(of_depth, ABSENT)} if plain else rows
 
 
 def _free(run: Run, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -97,7 +101,7 @@ def drawable(run: Run) -> list[dict[str, Any]]:
     def left_out(record: Mapping[str, Any]) -> tuple[str, ...]:
         if not adaptive:
             return DEPTH
-        return (*DEPTH, "delta_ratio") if course.audit(record["step"]) else ()
+        return (*DEPTH, "delta_ratio", "update_ratio") if course.audit(record["step"]) else ()
 
     return [{name: value for name, value in record.items() if name not in left_out(record)} for record in run.records]
 

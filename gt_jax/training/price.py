@@ -1,14 +1,15 @@
 """The compute price (OuroSpec): what a pass costs, and the controller that keeps the mean depth at its target.
 
-price loss = lambda * sum_l relu( 0.85 ponder_l + 0.15 (executed_l - 1)/(K - 1) - coupon ),
-ponder_l = relu(expected_k_l - 1)/(K - 1),  coupon = 2.0 relu(CE after pass 1 - CE), without gradient.
+price loss = lambda * sum_l relu( 0.85 ponder_l + 0.15 (passes_run_l - 1)/(K - 1) - coupon ),
+ponder_l = relu(mean_weight_l - 1)/(K - 1),  coupon = 2.0 relu(CE after pass 1 - CE), without gradient.
 
 - "CE after pass 1" is read where the last layer has run one pass: the loss the model would have had without the rest.
-- lambda is a dual variable: lambda += rate/steps * (mean expected_k - target), clipped; the reference moves by 5e-5 a
-  step over 20,000 steps, hence rate 1.0.
+- lambda is a dual variable: lambda += rate/steps * (mean over layers - target), clipped; the reference moves by 5e-5 a
+  step over 20,000 steps, hence rate 1.0. What it holds at the target is `target_of`: the mean weight, or the passes
+  that tokens run. The second is a count without gradient. Lambda needs none, and the loss is the same for both.
 - Every phase is a fraction of the run, so a run of 300 steps has all of them. Two forced passes last for 30 % of it:
   layers that never met a second pass learn to do without (4 %, the share of 800 in 20,000 steps, left a 400-step run
-  at 1.06 passes a layer; 30 % brings it to the target of 1.30 at the same loss).
+  at a mean weight of 1.06; 30 % brings it to the target of 1.30 at the same loss).
 """
 
 from __future__ import annotations
@@ -58,19 +59,22 @@ def phase(config: PriceConfig, step: Int[Array, ""], steps: int) -> Phase:
 def price_loss(
     config: PriceConfig, value: Scalar, statistics: PassStatistics, cross_entropy: Scalar, first_pass: Scalar
 ) -> Scalar:
-    """lambda * sum over layers of relu(0.85 ponder + 0.15 executed share - coupon); differentiable through survival."""
+    """lambda * sum over layers of relu(0.85 ponder + 0.15 share run - coupon); differentiable through survival."""
     passes = statistics.survival.shape[-1]
     scale = max(passes - 1, 1)
     ponder = jax.nn.relu(jnp.sum(statistics.survival, axis=-1) - 1.0) / scale
-    executed = (jnp.sum(statistics.alive, axis=-1) - 1.0) / scale
+    run = (jnp.sum(statistics.alive, axis=-1) - 1.0) / scale
     coupon = config.coupon * jax.nn.relu(jax.lax.stop_gradient(first_pass - cross_entropy))
-    return value * jnp.sum(jax.nn.relu(0.85 * ponder + 0.15 * executed - coupon))
+    return value * jnp.sum(jax.nn.relu(0.85 * ponder + 0.15 * run - coupon))
 
 
-def move_price(config: PriceConfig, state: PriceState, expected_k: Scalar, moves: Array, steps: int) -> PriceState:
-    """One dual step. Once high for `settled_after` of the run: only outside [-2 %, +5 %] of the target, half speed."""
+def move_price(config: PriceConfig, state: PriceState, steered: Scalar, moves: Array, steps: int) -> PriceState:
+    """One dual step; `steered` is the mean over layers of what `target_of` names.
+
+    Once high for `settled_after` of the run: only outside [-2 %, +5 %] of the target, half speed.
+    """
     settled = state.high_steps >= max(1, round(config.settled_after * steps))
-    excess = expected_k - config.target
+    excess = steered - config.target
     outside = (excess < -0.02 * config.target) | (excess > 0.05 * config.target)
     speed = jnp.where(settled, jnp.where(outside, 0.5, 0.0), 1.0)
     moved = jnp.clip(state.value + speed * (config.rate / steps) * excess, config.lowest, config.highest)

@@ -29,6 +29,9 @@ from gt_jax.training.state import TrainState
 from gt_jax.training.thaw import keep_frozen
 from gt_jax.typing import Activations, Scalar, Tree
 
+DEPTH = {"mean_weight": "survival", "passes_run": "alive", "passes_computed": "computed"}
+"""The metrics of depth, by layer, and the statistic whose sum over passes each is."""
+
 Batch = Mapping[str, Any]
 """`tokens`, `targets` (-1 where nothing is predicted) and `segment_ids`, int32 [b, t]."""
 
@@ -174,8 +177,9 @@ def make_step(
                 copies = keep_frozen(thaw, model.depth, state.step, moments.copies, state.optimizer.copies)
                 moments = moments._replace(copies=copies)
         report = extra["report"]
-        expected = jnp.sum(report["passes"].survival, axis=-1)
-        moved = move_price(price, state.price, jnp.mean(expected), now.moves, steps)
+        depth = {name: jnp.sum(getattr(report["passes"], of), axis=-1) for name, of in DEPTH.items()}
+        steered = jnp.mean(depth[price.target_of])
+        moved = move_price(price, state.price, steered, now.moves, steps)
         norm = optax.tree.norm(jax.tree.map(widen, grads))
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         metrics = {
@@ -184,12 +188,13 @@ def make_step(
             "price_loss": report["price_loss"],
             "indexer_loss": jnp.sum(report["passes"].auxiliary_loss),
             **_component_metrics(model, report),
+            **({} if model.adaptive is None else {f"{price.target_of}_excess": steered - price.target}),
             "gradient_norm": norm,
             "bad": 1.0 - finite.astype(jnp.float32),
             "price": state.price.value,
-            "expected_k": expected,
-            "executed": jnp.sum(report["passes"].alive, axis=-1),
+            **depth,
             "delta_ratio": report["passes"].delta_ratio[:, 0],
+            "update_ratio": report["passes"].update_ratio[:, 0],
         }
         new = TrainState(params, statistics, moments, moved, state.step)
         applied = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)

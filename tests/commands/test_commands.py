@@ -105,7 +105,9 @@ def test_measure_grow_verify_sample_describe(folder, run, capsys, monkeypatch):
     counts = json.loads((folder / "counts.json").read_text())
     assert set(counts) == {"_meta", "layer0", "layer1"} and counts["_meta"]["tokens"] > 0
     for layer in ("layer0", "layer1"):
-        assert counts[layer]["expected_k"] == pytest.approx(sum(counts[layer]["survival"]))
+        assert counts[layer]["mean_weight"] == pytest.approx(sum(counts[layer]["survival"]))
+        assert counts[layer]["passes_run"] == pytest.approx(sum(counts[layer]["alive"]))
+        assert counts[layer]["passes_run"] <= counts[layer]["passes_computed"] + 1e-6
         assert 1 <= counts[layer]["k_exec"] <= 4
     growth = ["--repetition", "counts.json", "--round", "balance", "--target-layers", "6"]
     done(folder, "gt_jax.grow", "run", "grown", *growth)

@@ -208,8 +208,8 @@ def test_arguments_that_do_not_go_together(arguments, what):
     (("--plan", "layer"), "D*5,G*3,D*9,G*3", REFERENCE), (("--plan", "split"), "DDDG*6", REFERENCE),
     (("--plan", "stack", "--round", "down"), "DDDG*4", [2, 1, *[2] * 6]),
     (("--map", "1-8,1-4,1-8"), "DDDG*5", [2, 1, 2, 3, *[2] * 4]),
-    (("--from", "expected_k"), "DDDG*4", [2, 1, *[2] * 6]),
-    (("--plan", "layer", "--from", "expected_k", "--round", "down"), "D*3,G,D*4,G", [1] * 6 + [2, 1]),
+    (("--from", "mean_weight"), "DDDG*4", [2, 1, *[2] * 6]),
+    (("--plan", "layer", "--from", "mean_weight", "--round", "down"), "D*3,G,D*4,G", [1] * 6 + [2, 1]),
     (("--map", "1-3", "--target-layout", "D,D*2"), "D,D*2", [1] * 3 + [0] * 5),
 ], ids=str)
 def test_every_plan_goes_out_as_json_and_picture_and_comes_in_again(tmp_path, capsys, arguments, notation, granted):
@@ -232,7 +232,7 @@ def test_every_plan_goes_out_as_json_and_picture_and_comes_in_again(tmp_path, ca
 
 
 def test_the_tables_name_identities_and_means(capsys):
-    main(["--dry-run", "--plan", "split", "--from", "expected_k", "--round", "nearest"])
+    main(["--dry-run", "--plan", "split", "--from", "mean_weight", "--round", "nearest"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "split plan: DDDG*2 (8 layers) -> DDDG*4 (16 layers)"
     assert ["0", "D", "1.32", "1"] in [line.split()[:4] for line in lines]

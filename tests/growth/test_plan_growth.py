@@ -17,7 +17,7 @@ SOURCE = layout.parse("DDDG*2")
 SHAPES = {"mlp/up/w": (3, 4), "mlp/down/w": (4, 3), "mixer_norm/scale": (3,), "gain": ()}
 PLANS = {
     "layer": {}, "split": {}, "stack": {}, "map": {"layers": read_map("1-8,1-4,1-8", 8)},
-    "layer from means": {"passes_from": "expected_k", "round": "nearest"},
+    "layer from means": {"passes_from": "mean_weight", "round": "nearest"},
 }
 
 

@@ -25,7 +25,8 @@ def measured(counts, decays=(0.8,), alpha=(1.0, 0.7, 0.5, 0.35)):
     layers = []
     for index, k in enumerate(counts):
         survival = [decays[index % len(decays)] ** j if j < k else 0.0 for j in range(max(k, len(alpha)))]
-        layers.append(LayerRepetition(k, tuple(survival), math.fsum(survival)))
+        weight = math.fsum(survival)
+        layers.append(LayerRepetition(k, tuple(survival), weight, passes_run=(weight + k) / 2))
     return Repetition(tuple(layers), alpha)
 
 

@@ -13,9 +13,9 @@ from gt_jax.growth.repetition import LayerRepetition, Repetition
 
 MEASURED = {
     "_meta": {"source": "run/100", "lambda_p": 0.0375, "tokens": 65536, "alpha": [1.0, 0.7, 0.5, 0.35]},
-    "layer0": {"k_exec": 2, "expected_k": 1.23, "s_fin": 0.047, "entropy": 0.7092, "p_mu": 0.23, "ponder": 0.078,
+    "layer0": {"k_exec": 2, "mean_weight": 1.23, "s_fin": 0.047, "entropy": 0.7092, "p_mu": 0.23, "ponder": 0.078,
                "survival": [1.0, 0.23, 0.05, 0.0], "note": "entropy of the halting distribution"},
-    "layer1": {"k_exec": 4, "expected_k": 2.5, "survival": [1.0, 0.8, 0.5, 0.2]},
+    "layer1": {"k_exec": 4, "mean_weight": 2.5, "survival": [1.0, 0.8, 0.5, 0.2]},
 }
 
 
@@ -56,7 +56,7 @@ def test_the_reference_is_the_growth_readme_counts_and_decays_to_the_threshold()
         assert layer.survival[0] == 1.0
         assert layer.survival[layer.k_exec - 1] * decay == pytest.approx(0.10)
         assert all(value == 0 for value in layer.survival[layer.k_exec:])
-        assert layer.expected_k == pytest.approx(sum(layer.survival))
+        assert layer.mean_weight == pytest.approx(sum(layer.survival))
 
 
 def test_missing_survival_is_rebuilt_from_p_mu_and_else_from_the_threshold_with_a_warning(tmp_path):
@@ -66,6 +66,18 @@ def test_missing_survival_is_rebuilt_from_p_mu_and_else_from_the_threshold_with_
     assert read.layers[1].survival == pytest.approx((1.0, math.sqrt(0.1), 0.0, 0.0))
     assert len(read.warnings) == 2
     assert "layer0" in read.warnings[0] and "p_mu" in read.warnings[0]
+
+
+def test_the_weight_is_read_by_its_earlier_name_and_the_passes_run_from_who_is_alive(tmp_path):
+    survival, alive = [1.0, 0.27, 0.02, 0.0], [1.0, 1.0, 0.15, 0.0]
+    old = {"layer0": {"k_exec": 3, "expected_k": 1.29, "survival": survival, "alive": alive}}
+    (layer,) = repetition.read(write(tmp_path, old)).layers
+    assert layer.mean_weight == 1.29 and layer.passes_run == pytest.approx(2.15)
+    new = repetition.from_json({"layer0": {**old["layer0"], "mean_weight": 1.29, "passes_run": 2.2}}).layers[0]
+    assert new.mean_weight == 1.29 and new.passes_run == 2.2, "what is given is taken, and names that agree may be two"
+    bare = repetition.from_json({"layer0": {"k_exec": 3, "survival": survival}}).layers[0]
+    assert bare.passes_run is None, "a weight is not a pass: nothing says how many were run"
+    assert repetition.from_json({"layer0": bare.to_json()}).layers[0] == bare
 
 
 def test_more_passes_than_strengths_are_allowed_up_to_64(tmp_path):
@@ -139,7 +151,10 @@ def test_survival_that_is_none(tmp_path, survival, what):
     ({**counts(1), "_meta": {"alpha": [1.0, 0]}}, "_meta.alpha"),
     ({**counts(1), "_meta": {"alpha": []}}, "_meta.alpha"),
     ({"layer0": {"k_exec": 1, "p_mu": 1.5}}, "layer0.p_mu"), ({"layer0": {"k_exec": 1, "note": 3}}, "layer0.note"),
-    ({"layer0": {"k_exec": 1, "expected_k": math.inf}}, "layer0.expected_k"),
+    ({"layer0": {"k_exec": 1, "mean_weight": math.inf}}, "layer0.mean_weight"),
+    ({"layer0": {"k_exec": 1, "mean_weight": 1.29, "expected_k": 2.15}}, "expected_k 2.15; the second is the earlier"),
+    ({"layer0": {"k_exec": 1, "passes_run": "two"}}, "layer0.passes_run"),
+    ({"layer0": {"k_exec": 1, "alive": [1.0, 1.5]}}, "layer0.alive"), ({"layer0": {"k_exec": 1, "alive": 2}}, "alive"),
     ({**counts(1), "layer999999999": {"k_exec": 1}}, "layer1"),
 ], ids=str)
 def test_other_mistakes(tmp_path, content, what):

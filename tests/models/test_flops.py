@@ -91,7 +91,7 @@ def test_utilisation_is_the_share_of_all_devices():
     rate, peak = 1e6, 3 * PEAKS["TPU v5 lite"] + PEAKS["TPU v6 lite"]
     flops = model_flops(config, 128)
     by_hand = rate * 3 * (flops.outside + sum(n * one for n, one in zip(passes, flops.layers, strict=True))) / peak
-    assert share(rate, {"executed": passes, "loss": 2.0}) == pytest.approx(by_hand)
+    assert share(rate, {"passes_run": passes, "passes_computed": 4 * passes, "loss": 2.0}) == pytest.approx(by_hand)
     assert share(rate, {"held_out_loss": 2.0}) is None
     assert utilisation(config, 128, ["TPU v5 lite", "cpu"]) is None
     assert utilisation(config, 128) is None  # the devices of this machine

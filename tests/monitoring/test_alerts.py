@@ -15,7 +15,7 @@ from gt_jax.configs.model import ExitConfig, MoEConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.configs.thaw import ThawConfig
-from gt_jax.monitoring import alerts
+from gt_jax.monitoring import alerts, layer_alerts
 from gt_jax.monitoring.metrics import Recorder, read_metrics
 from gt_jax.training.price import phase
 from tests.support import small_model
@@ -35,10 +35,12 @@ def healthy(config: RunConfig = RUN, seed: int = 0, noise: float = 0.1, steps: i
     for step in range(1, steps + 1):
         forced = adaptive and course.forced(step)
         loss = (1.5 + 4 * np.exp(-step / 40)) * np.exp(noise * random.normal())
-        depth = np.full(LAYERS, 2.0) if forced else 1.05 + 0.4 * random.random(LAYERS)
+        weight = np.full(LAYERS, 2.0) if forced else 1.05 + 0.4 * random.random(LAYERS)
+        passes = weight if forced else weight + 0.8
+        depth = {"mean_weight": weight, "passes_run": passes, "passes_computed": np.ceil(passes)}
         found.append({
             "step": step, "loss": loss, "gradient_norm": (1 + 20 * np.exp(-step / 10)) * np.exp(0.5 * random.normal()),
-            "price": 1e-4, "expected_k": (depth if adaptive else np.ones(LAYERS)).tolist(),
+            "price": 1e-4, **{name: (of if adaptive else np.ones(LAYERS)).tolist() for name, of in depth.items()},
             "delta_ratio": [9.9, *(0.2 + 0.5 * random.random(LAYERS - 1))],
             "null_rate": (0.5 + 0.05 * random.normal(size=LAYERS)).tolist(),
             "experts": random.dirichlet(np.full(EXPERTS, 5.0), LAYERS).tolist(),
@@ -71,8 +73,11 @@ def starved(old: list[list[float]]) -> list[list[float]]:
 
 
 SICK = {
-    "all halt": ("all tokens halt at once", "", {"expected_k": [1.0, 1.01, 1.0, 1.0]}, "forced_until"),
-    "none halts": ("no token halts", "", {"expected_k": [3.99, 3.97, 4.0, 4.0]}, "at least 3.970 of 4 passes"),
+    "a gate shut": ("all tokens halt at once", "layer 2", {"passes_run": at(2, 1.01)}, "at most 1.010 passes"),
+    "a gate open": ("no token halts", "layer 1", {"passes_run": at(1, 4.0), "mean_weight": at(1, 3.97)},
+                    "at least 4.000 of 4 passes, which weigh at least 3.970 of 4"),
+    "NaN in a layer": ("a layer is not finite", "layer 1", {"delta_ratio": lambda old: [old[0], *[np.nan] * 3],
+                       "gate_mean": at(1, np.inf)}, "layer 1 is not finite: delta_ratio, gate_mean; not"),
     "starved": ("an expert starves", "layer 2, expert 0", {"experts": starved}, "its fair share is 12 %"),
     "all null": ("a null rate is at its end", "layer 1", {"null_rate": at(1, 1.0)}, "no token reaches an expert"),
     "no null": ("a null rate is at its end", "layer 3", {"null_rate": at(3, 0.0)}, "every token pays"),
@@ -99,13 +104,14 @@ def test_a_healthy_run_raises_nothing(config, seed):
 def test_each_sickness_is_told_once_and_ends(name):
     sickness, place, changes, words = SICK[name]
     # a spike is told at once and forgotten when it is what is usual; the others after as many records as must agree
-    first, last = (300, 303) if "spikes" in sickness else (250, 310)
+    at_once = "spikes" in sickness or "finite" in sickness
+    first, last = (300, 303) if at_once else (250, 310)
     found = alerts.alerts(changed(healthy(), first, last, **changes), RUN)
     assert [(alert.sickness, alert.place) for alert in found] == [(sickness, place)]
     (alert,) = found
     assert words in alert.words and first <= alert.first <= first + 2 * alerts.PATIENCE
     assert alert.last is not None and first <= alert.last <= last + 2 * alerts.PATIENCE
-    assert (alert.first == first) == ("spikes" in sickness)
+    assert (alert.first == first) == at_once
 
 
 def test_what_lasts_to_the_end_is_not_over():
@@ -115,7 +121,7 @@ def test_what_lasts_to_the_end_is_not_over():
 
 
 def test_one_pass_is_no_sickness_where_it_is_wanted():
-    one = {"expected_k": [1.0] * LAYERS}
+    one = {"passes_run": [1.0] * LAYERS, "mean_weight": [1.0] * LAYERS}
     price = RUN.train.price
     assert alerts.alerts(changed(healthy(), 200, STEPS, **one, price=price.highest), RUN) == []
     wanted = RUN.replace(train=RUN.train.replace(price=price.replace(target=1.0)))
@@ -127,10 +133,23 @@ def test_all_passes_under_a_capped_gate_are_all_there_are():
     price = RUN.train.price
     first, last = round(price.forced_until * STEPS) + 1, round(price.clipped_until * STEPS)
     at_cap = sum(price.p_max**k for k in range(4))
-    (alert,) = alerts.alerts(changed(healthy(), first, last, expected_k=[at_cap] * LAYERS), RUN)
-    assert alert.sickness == "no token halts" and "p may be up to 0.95" in alert.words
+    found = alerts.alerts(changed(healthy(), first, last, mean_weight=[at_cap] * LAYERS), RUN)
+    assert [(alert.sickness, alert.place) for alert in found] == [("no token halts", f"layer {n}") for n in range(4)]
+    assert f"of {at_cap:.3f}" in found[0].words
     below = 1 + 0.9 * (at_cap - 1)
-    assert alerts.alerts(changed(healthy(), first, last, expected_k=[below] * LAYERS), RUN) == []
+    assert alerts.alerts(changed(healthy(), first, last, mean_weight=[below] * LAYERS), RUN) == []
+
+
+def test_a_weight_is_not_a_pass():
+    """Gates of 0.10 for all tokens weigh 1.10 and run two passes; gates of 0.5 weigh 1.88 and run all four."""
+    barely = changed(healthy(), 200, STEPS, mean_weight=[1.01] * LAYERS)
+    assert alerts.alerts(barely, RUN) == [], "it was taken for one pass"
+    price = RUN.train.price.replace(target=2.0, target_of="passes_run")
+    steered = RUN.replace(train=RUN.train.replace(price=price))
+    all_run = changed(healthy(), 200, STEPS, mean_weight=[1.88] * LAYERS, passes_run=[4.0] * LAYERS)
+    assert alerts.alerts(all_run, RUN) == [] and len(alerts.alerts(all_run, steered)) == LAYERS
+    wanted = RUN.replace(train=RUN.train.replace(price=price.replace(target=4.0)))
+    assert len(alerts.alerts(all_run, wanted)) == LAYERS, "also where it is wanted: nothing is left to decide"
 
 
 def test_two_forced_passes_of_two_are_not_that_none_halts():
@@ -150,9 +169,29 @@ def test_experts_that_nobody_is_routed_to_are_one_sickness():
 
 def test_tokens_that_leave_the_stack_at_once():
     leaving = PLAIN.replace(model=PLAIN.model.replace(moe=None, exit=ExitConfig()))
-    records = [{"step": step, "loss": 2.0, "layers_used": 1.0 if step > 200 else 3.9} for step in range(1, 300)]
-    (alert,) = alerts.alerts(records, leaving)
-    assert alert.sickness == "all tokens leave at once" and alert.first == 200 + alerts.PATIENCE
+    for reached in (1, 3):  # layers; the mean over them is 1 or 2.9, and would hide that the last is never reached
+        shares = [1.0] * reached + [0.0] * (LAYERS - reached)
+        records = [{"step": step, "loss": 2.0, "passes_run": shares if step > 200 else [1.0] * LAYERS}
+                   for step in range(1, 300)]  # fmt: skip
+        (alert,) = alerts.alerts(records, leaving)
+        assert (alert.sickness, alert.place) == ("a layer is not reached", f"layer {reached}")
+        assert 200 < alert.first <= 200 + alerts.PATIENCE
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=3).map(sorted))
+def test_what_is_advised_is_accepted(phases):
+    price = PriceConfig(forced_until=phases[0], price_from=phases[1], clipped_until=phases[2])
+    longer = layer_alerts.longer_forced(price)
+    said = {name: float(f"{value:g}") for name, value in longer.items()}
+    assert longer == {} or price.replace(**said).forced_until > price.forced_until
+    assert longer or price.forced_until > 0.8
+
+
+def test_forced_passes_for_longer_are_advised_with_all_that_they_move():
+    found = alerts.alerts(changed(healthy(), 200, 300, passes_run=at(0, 1.0)), RUN)
+    assert "initial_bias (now -1)" in found[0].words
+    assert "forced_until 0.4, price_from 0.45, clipped_until 0.45" in found[0].words
 
 
 def test_the_end_of_a_thaw_is_no_spike():

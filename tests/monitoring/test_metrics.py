@@ -153,11 +153,11 @@ def test_utilisation_is_written_where_it_is_known(tmp_path):
     stream, path = io.StringIO(), tmp_path / "m.jsonl"
 
     def share(rate, values):
-        return rate / 8000 * values["executed"] if "executed" in values else None
+        return rate / 8000 * values["passes_run"] if "passes_run" in values else None
 
     with metrics.Recorder(path, tokens_per_step=1000, stream=stream, every=1, clock=clock(), utilisation=share) as one:
         for step in (1, 2):
-            one.log(step, executed=2.0)
+            one.log(step, passes_run=2.0)
         one.log(2, held_out_loss=1.0)
     first, second, held_out = metrics.read_metrics(path)
     assert "time_mfu" not in first and "time_mfu" not in held_out  # no rate yet; no training step
@@ -224,7 +224,7 @@ CURVES = {"source": [(step, 5 / (step + 1)) for step in range(20)], "grown": [(2
 
 def draw(folder: Path) -> list[bytes]:
     plots.plot_growth(CURVES, folder / "growth.png", growth_at=20, title="Growth", smooth=5, ylim=(0, 4))
-    passes = {"expected_k": [1.5, 2.0, np.float32(0.1), 4], "k_exec": [2, 2, 1, 4], "granted": np.arange(4).tolist()}
+    passes = {"mean_weight": [1.5, 2.0, np.float32(0.1), 4], "k_exec": [2, 2, 1, 4], "granted": np.arange(4).tolist()}
     plots.plot_depth(["D0", "D1", "X2", "G3"], passes, folder / "depth.png", "Depth")
     return [(folder / name).read_bytes() for name in ("growth.png", "depth.png")]
 

@@ -7,6 +7,7 @@ import html.parser
 import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,7 +90,10 @@ def test_a_page_that_needs_no_other_file(folder, tmp_path, monkeypatch, capsys):
     assert page.row("steps") == ["150 of 400", "90 of 400"]
     assert page.row("held-out loss") == ["3.25 at step 50", "-"] and page.row("hours") == ["2.00", "0.00"]
     assert page.row("train.seed") == ["0", "3"] and page.row("alerts")[0] == "1"
-    assert page.row("price") == ["0.0001", "-"] and page.row("expected passes a layer")[1] == "-"
+    assert page.row("price") == ["0.0001", "-"] and page.row("passes run a layer")[1] == "-"
+    assert page.row("the price aims at") == ["mean weight a layer: 1.3", "-"]
+    for row in ("mean weight a layer", "passes run a layer"):
+        assert 1 < float(page.row(row)[0]) < 4
     mean = np.mean([record["loss"] for record in healthy(steps=150)[-20:]])
     assert page.row("loss")[0] == f"{mean:.4g}"
     assert "model.adaptive" in outside and "model.width" not in outside
@@ -146,6 +150,20 @@ def test_what_cannot_be_reported_is_refused(folder, monkeypatch, words, says):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_run_from_before_weight_and_passes_had_their_names_is_reported_alike(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    config = RUN.to_json()
+    del config["train"]["price"]["target_of"]
+    lines = (folder / "sick" / "metrics.jsonl").read_text()
+    (folder / "earlier").mkdir(exist_ok=True)
+    (folder / "earlier" / "config.json").write_text(json.dumps(config))
+    earlier = lines.replace('"mean_weight"', '"expected_k"').replace('"passes_run"', '"executed"')
+    (folder / "earlier" / "metrics.jsonl").write_text(earlier)
+    earlier, sick = (run_page.read_run(Path(name)) for name in ("earlier", "sick"))
+    assert run_page.summary(earlier) == run_page.summary(sick) and earlier.found == sick.found
+    assert run_page.drawable(earlier) == run_page.drawable(sick)
+
+
 def test_config_fields_that_differ():
     a, b = {"x": 1, "deep": {"y": [1], "z": None}}, {"x": 1, "deep": {"y": [2], "w": "v"}}
     assert run_page.config_differences([a, b, a]) == [
@@ -157,10 +175,10 @@ def test_curves_leave_out_audits_and_what_there_is_not():
     course = Course(RUN)
     run = run_page.Run("r", RUN, healthy(steps=200), [])
     drawn = run_page.drawable(run)
-    assert [r["step"] for r in drawn if "expected_k" not in r] == [s for s in range(1, 201) if course.audit(s)]
+    assert [r["step"] for r in drawn if "mean_weight" not in r] == [s for s in range(1, 201) if course.audit(s)]
     assert all("loss" in record for record in drawn)
     plain = run_page.Run("p", PLAIN, healthy(PLAIN, steps=30), [])
-    assert not any("expected_k" in record or "price" in record for record in run_page.drawable(plain))
+    assert not any("mean_weight" in record or "price" in record for record in run_page.drawable(plain))
     with pytest.raises(ValueError, match="no run has a value to draw; runs are a"):
         plot_runs({"a": [{"step": 1, "loss": np.nan}]}, io.BytesIO())
     target = io.BytesIO()

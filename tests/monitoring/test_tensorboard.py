@@ -43,9 +43,9 @@ def package(request, monkeypatch):
 
 
 def test_every_number_has_a_tag():
-    record = {"step": 3, "loss": 1.5, "flag": True, "expected_k": [1.0, 2.0], "experts": [[0.5, 0.5]], "note": "x",
+    record = {"step": 3, "loss": 1.5, "flag": True, "mean_weight": [1.0, 2.0], "experts": [[0.5, 0.5]], "note": "x",
               "gone": None, "time_elapsed": 2, "empty": [], "bad": float("nan"), "part": [1.0, float("inf")]}
-    assert dict(scalars(record)) == {"loss": 1.5, "flag": 1.0, "expected_k/0": 1.0, "expected_k/1": 2.0,
+    assert dict(scalars(record)) == {"loss": 1.5, "flag": 1.0, "mean_weight/0": 1.0, "mean_weight/1": 2.0,
                                      "time/elapsed": 2.0, "part/0": 1.0}  # fmt: skip
 
 
@@ -53,12 +53,12 @@ def test_a_recorder_writes_both(package, tmp_path):
     with Recorder(tmp_path / "m.jsonl", show=False, also=TensorBoard(tmp_path / "tb", 4), resume_step=4) as recorder:
         assert not Writer.made  # nothing is opened before there is something to write
         for step in (5, 6):
-            recorder.log(step, loss=np.float32(2.0 / step), expected_k=np.ones(2))
+            recorder.log(step, loss=np.float32(2.0 / step), mean_weight=np.ones(2))
     (writer,) = Writer.made
     assert writer.closed and writer.folder == str(tmp_path / "tb")
     values = {(tag, step): value for tag, value, step in writer.given if not tag.startswith("time/")}
     assert values == {("loss", 5): pytest.approx(0.4), ("loss", 6): pytest.approx(1 / 3),
-                      **{(f"expected_k/{layer}", step): 1.0 for layer in (0, 1) for step in (5, 6)}}  # fmt: skip
+                      **{(f"mean_weight/{layer}", step): 1.0 for layer in (0, 1) for step in (5, 6)}}  # fmt: skip
     assert writer.options.get("purge_step") == (5 if package == "tensorboardX" else None)
 
 

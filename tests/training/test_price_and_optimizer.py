@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from gt_jax import train
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig
+from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.models.language_model import abstract
 from gt_jax.models.layers.adaptive_depth import PassStatistics
@@ -59,6 +61,17 @@ def test_lambda_rises_above_the_target_falls_below_it_and_stays_in_bounds():
 def test_audit_steps_do_not_move_lambda():
     state = initial_price(PRICE)
     assert move(state, jnp.asarray(3.0), jnp.asarray(False)).value == state.value
+
+
+def test_what_the_target_is_of_is_the_weight_where_nothing_is_said():
+    stored = {name: value for name, value in PriceConfig(target=1.5).to_json().items() if name != "target_of"}
+    assert PriceConfig.from_json(stored) == PriceConfig(target=1.5, target_of="mean_weight")
+    with pytest.raises(Refused, match=r"target_of.*mean_weight.*passes_run"):
+        PriceConfig.from_json({"target_of": "expected_k"})
+    base = RunConfig(model=small_model())
+    for words, wanted in (((), "mean_weight"), (("--target-of", "passes_run", "--target", "2"), "passes_run")):
+        made = train.run_config(train.parser().parse_args(["run", *words]), base).train.price
+        assert made == PriceConfig(target_of=wanted, target=2.0 if words else 1.3)
 
 
 def test_price_loss_by_hand():

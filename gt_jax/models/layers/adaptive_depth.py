@@ -45,19 +45,24 @@ class PassControl(NamedTuple):
 class PassStatistics(NamedTuple):
     """Per pass [p], float32, means over tokens: what `measure` and the training metrics read.
 
-    `survival` is the mean weight w_k, `alive` the share of tokens with w_k > 0, `s_after` the mean s after the pass
-    (finished tokens keep theirs), `p_mean`, `p_std` and `p_floored` (share at the floor) are of the continue gate over
-    alive tokens, `delta_ratio` is |dh|/|h|, the rest comes from mixer and MLP; `experts` [p, e] is the share of the
-    real picks that went to each expert, e = 0 for a dense MLP.
+    `survival` is the mean weight w_k, `alive` the share of tokens with s_k >= threshold, `computed` 1 where the pass
+    was computed for the batch, else 0, `s_after` the mean s after the pass (finished tokens keep theirs), `p_mean`,
+    `p_std` and `p_floored` (share at the floor) are of the continue gate over alive tokens, `delta_ratio` is |dh|/|h|
+    and `update_ratio` that times |gain| alpha_k w_k, the size of what the pass adds; the rest comes from mixer and MLP;
+    `experts` [p, e] is the share of the real picks that went to each expert, e = 0 for a dense MLP.
+
+    A layer's `mean_weight`, `passes_run` and `passes_computed` are the sums of the first three over passes.
     """
 
     survival: Array
     alive: Array
+    computed: Array
     s_after: Array
     p_mean: Array
     p_std: Array
     p_floored: Array
     delta_ratio: Array
+    update_ratio: Array
     auxiliary_loss: Array
     entropy: Array
     score_variance: Array
@@ -201,11 +206,13 @@ def run_passes(
         p_mean = masked_mean(p, alive)
         p_std = jnp.sqrt(masked_mean(jnp.square(p - p_mean), alive))
         floored = masked_mean((p <= config.p_floor).astype(jnp.float32), alive)
-        ratio = masked_mean(delta_ratio(dh, h), alive)
+        ratios = delta_ratio(dh, h)
+        ratio = masked_mean(ratios, alive)
+        added = jax.lax.stop_gradient(jnp.abs(gain) * alpha * masked_mean(weight * ratios, alive))
         s = s * p if config.halting == "batch" else jnp.where(counted, s * p, s)
         statistics = PassStatistics(
-            masked_mean(weight, real), masked_mean(alive, real), masked_mean(s, real), p_mean, p_std, floored, ratio,
-            *seen.statistics,
+            masked_mean(weight, real), masked_mean(alive, real), jnp.ones((), jnp.float32), masked_mean(s, real),
+            p_mean, p_std, floored, ratio, added, *seen.statistics,
         )  # fmt: skip
         strength = (gain * alpha * weight).reshape(*weight.shape, *[1] * (x.ndim - 2))
         moved = x + strength.astype(x.dtype) * step

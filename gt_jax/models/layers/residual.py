@@ -127,7 +127,8 @@ class Layer(nn.Module):
         self._observe(seen.mixer.score_variance)
         value = self.gain.astype(x.dtype) * step if self.with_gain else step
         ratio = masked_mean(delta_ratio(stream_mean(step), stream_mean(x)), real_tokens(place.segment_ids))
-        return Update(value, _single(ratio, seen), seen.mixer.cache, seen.mixer.link)
+        added = jnp.abs(self.gain) * ratio if self.with_gain else ratio
+        return Update(value, _single(ratio, added, seen), seen.mixer.cache, seen.mixer.link)
 
     def __call__(
         self, x: State, place: Place, control: PassControl, cache: Tree = None, link: Tree = None
@@ -197,8 +198,9 @@ def _unseen(passes: int, config: ModelConfig) -> PassStatistics:
     return jax.tree.map(lambda zero: jnp.stack([zero] * passes), no_statistics(_experts(config)))
 
 
-def _single(ratio: Array, seen: LayerOutput) -> PassStatistics:
+def _single(ratio: Array, added: Array, seen: LayerOutput) -> PassStatistics:
     """The statistics of a layer that runs once: one pass, everyone alive."""
     one, zero = jnp.ones((1,), jnp.float32), jnp.zeros((1,), jnp.float32)
     rest = [value[None] for value in seen.statistics]
-    return PassStatistics(one, one, zero, zero, zero, zero, jax.lax.stop_gradient(ratio)[None], *rest)
+    ratios = (jax.lax.stop_gradient(each)[None] for each in (ratio, added))
+    return PassStatistics(one, one, one, zero, zero, zero, zero, *ratios, *rest)

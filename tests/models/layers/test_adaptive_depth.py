@@ -84,6 +84,34 @@ def test_equals_the_recurrence_written_out(kind):
     assert 0 < seen.alive[1] < 1 or 0 < seen.alive[2] < 1, "tokens should differ in depth, or the test is empty"
 
 
+def test_weight_passes_run_and_passes_computed_are_three_figures():
+    """A pass with one living token is computed for the batch, run by that token, and weighs what its gate says."""
+    x = inputs()
+    seen = run("D")(variables("D"), x, FREE)[2]
+    _, weights = by_hand("D", x)
+    mean_weight, passes_run, passes_computed = (
+        float(jnp.sum(each)) for each in (seen.survival, seen.alive, seen.computed)
+    )
+    assert mean_weight == pytest.approx(weights.sum(0).mean(), abs=1e-5)
+    assert passes_run == pytest.approx((weights > 0).sum(0).mean(), abs=1e-5)
+    assert passes_computed == (weights > 0).any((1, 2)).sum()
+    assert mean_weight + 0.1 < passes_run < passes_computed - 0.1, "they should differ, or the test is empty"
+
+
+@pytest.mark.parametrize("gain", [1.0, -0.5, 0.0])
+def test_the_update_ratio_is_what_the_pass_adds(gain):
+    """|dh|/|h| is the layer's own, whatever its gain; what is added has gain, strength and weight in it."""
+    given = {**variables("D"), "params": {**variables("D")["params"], "gain": jnp.float32(gain)}}
+    seen = run("D")(given, inputs(), FREE._replace(forced=jnp.asarray(2, jnp.int32)))[2]
+    np.testing.assert_allclose(seen.update_ratio, abs(gain) * np.asarray(CONFIG.adaptive.alpha) * seen.delta_ratio,
+                               rtol=1e-6)  # fmt: skip
+    assert seen.delta_ratio[0] > 0.01
+    plain = jax.jit(lambda v, x: layer("D", CONFIG.plain).apply(v, x, PLACE, FREE)[2])
+    params = {name: part for name, part in given["params"].items() if name != "halting"}
+    once = plain({"params": params}, inputs())
+    np.testing.assert_allclose(once.update_ratio, abs(gain) * once.delta_ratio, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["D", "G"])
 def test_a_token_does_not_depend_on_its_batch(kind):
     x = inputs()
@@ -113,11 +141,11 @@ def test_forced_passes_run_at_full_strength_and_no_further():
 
 
 def test_the_price_reaches_the_halting_head_and_only_through_survival():
-    def expected_k(params):
+    def mean_weight(params):
         seen = run("D")({**variables("D"), "params": params}, inputs(), FREE)[2]
         return jnp.sum(seen.survival)
 
-    gradient = jax.jit(jax.grad(expected_k))(variables("D")["params"])
+    gradient = jax.jit(jax.grad(mean_weight))(variables("D")["params"])
     assert float(jnp.abs(gradient["halting"]["output"]["b"]).sum()) > 0
     rest = [g for name, part in gradient.items() if name != "halting" for g in jax.tree.leaves(part)]
     assert all(float(jnp.abs(g).max()) == 0 for g in rest)

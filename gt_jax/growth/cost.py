@@ -1,0 +1,74 @@
+"""What a growth buys, known before a byte is written: layers, parameters, and the price of a token before and after.
+
+    ratio = forward FLOPs of the child / forward FLOPs of the source at the passes a token runs
+
+Both as `models.flops` counts them, for rows of one length. An adaptive source is charged the passes that a token runs,
+not the weight of those passes: a pass at weight 0.3 costs as much as one at weight 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gt_jax.configs.model import ModelConfig
+from gt_jax.growth.plan_entries import Plan
+from gt_jax.growth.transform import child_abstract, target_config
+from gt_jax.models.flops import model_flops
+
+
+class GrowthCost(NamedTuple):
+    """`passes` are those that a token runs in the source, all layers together; FLOPs are of the forward pass a token.
+
+    `counted` is how the passes are known: "passes_run", or "k_exec" where the counts do not say them, an upper bound.
+    """
+
+    source_layers: int
+    layers: int
+    dead: tuple[int, ...]
+    parameters: int
+    passes: float
+    counted: str
+    source_flops: float
+    flops: float
+
+    @property
+    def ratio(self) -> float:
+        """What a token costs in the child, in units of what it costs in the source."""
+        return self.flops / self.source_flops
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures by name."""
+        return {**self._asdict(), "dead": list(self.dead), "ratio": self.ratio}
+
+    def line(self) -> str:
+        """One line for a reader."""
+        dead = f", {len(self.dead)} of them dead ({', '.join(map(str, self.dead))})" if self.dead else ", none dead"
+        passes = f"{self.passes:.1f} passes" if self.counted == "passes_run" else f"at most {self.passes:.0f} passes"
+        return (f"cost: {self.source_layers} -> {self.layers} layers{dead}; {self.parameters:,} parameters; a token "
+                f"costs {_flops(self.flops)} forward, {self.ratio:.2f} times the source's {_flops(self.source_flops)} "
+                f"with the {passes} that it runs ({self.counted})")
+
+
+def growth_cost(source: ModelConfig, plan: Plan, passes_run: Sequence[float] | None, tokens: int) -> GrowthCost:
+    """The cost of growing `source` by `plan`, in rows of `tokens` tokens.
+
+    `passes_run` [l] is the mean number of passes that a token runs in each source layer; None takes the plan's k_exec,
+    and one pass for a source that is not adaptive.
+    """
+    child = target_config(source, plan)
+    known = source.adaptive is None or passes_run is not None
+    passes = [1.0] * len(source.depth) if source.adaptive is None else list(map(float, passes_run or plan.k_exec))
+    parameters = sum(math.prod(leaf.shape) for path, leaf in child_abstract(source, plan).items()
+                     if path.startswith("params/"))
+    return GrowthCost(len(source.depth), len(child.depth), plan.dead, parameters, float(sum(passes)),
+                      "passes_run" if known else "k_exec", model_flops(source, tokens).forward(passes),
+                      model_flops(child, tokens).forward())
+
+
+def _flops(count: float) -> str:
+    for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}FLOP"
+    return f"{count:.0f} FLOP"

@@ -1,6 +1,7 @@
 """Which way of growing an adaptive checkpoint is best? Every operator from the same sources, with controls.
 
     python -m experiments.growth_operators --text tinystories.txt [--seeds 0,1,2] [--scale 1] [--work runs/growth]
+    python -m experiments.growth_operators --render          # tables and picture anew from OUTPUT/growth_operators.json
 
 - A source a seed: 8 adaptive layers, trained under the compute price and measured. It is grown to 20 layers in memory
   by every operator (growth_study/operators.py), evaluated, and trained on by a fresh optimizer: the same batches, the
@@ -8,6 +9,8 @@
 - Controls: the source trained on, and the deep model from scratch, at equal tokens and at equal FLOPs
   (growth_study/flops.py says what is counted).
 - Interrupted, the same command goes on: every finished unit is a file in --work. Another configuration is refused.
+- Passes, gains and rates are chosen on one part of the text, losses taken on another (growth_study/study.py). What may
+  be called a difference is in growth_study/inference.py.
 - Writes growth_operators.json, .md and .png to --output; those of the same study are rewritten, others refused.
 """
 
@@ -27,7 +30,10 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    p.add_argument("--text", nargs="+", required=True, help="text files; a part of them is held out")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", nargs="+", help="text files; a part of them is held out, another is for tuning")
+    what.add_argument("--render", action="store_true", help="train nothing: read the results in --output, and write "
+                      "their tables and picture anew")
     p.add_argument("--seeds", default="0,1,2", help="one source each")
     p.add_argument("--scale", type=float, default=1.0, help="times the steps of source and training on")
     p.add_argument("--width", type=int, default=96, help="of the models")
@@ -76,12 +82,16 @@ def study_and_report(study: StudyConfig, work: Path, output: Path, command: Sequ
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the study and print its report."""
+    """Run the study, or only render it, and print its report."""
     import jax
 
+    from experiments.growth_study.report import render
     from gt_jax.devices.sharding import mesh_for_rows
 
     arguments = parser().parse_args(argv)
+    if arguments.render:
+        print(render(arguments.output))
+        return 0
     words = list(sys.argv[1:] if argv is None else argv)
     with jax.set_mesh(mesh_for_rows(1)):
         print(study_and_report(configured(arguments), arguments.work, arguments.output, words))

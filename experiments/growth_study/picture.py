@@ -56,7 +56,7 @@ def _after(axes: Any, study: StudyConfig, units: Units) -> None:
                   linewidth=2 if known else 1, label=one.name if known else None, zorder=3 if known else 2)  # fmt: skip
     axes.axhline(level, color="#333333", linestyle=(0, (4, 3)), linewidth=1.2, label="the source's loss")
     axes.set_ylim(top=1.12 * level)
-    axes.set_title("After growth (grey: the other operators)", loc="left", fontweight="bold")
+    axes.set_title("After growth, means of the seeds (grey: the other operators)", loc="left", fontweight="bold")
     axes.set_xlabel("thousand bytes after growth")
     axes.set_ylabel("held-out loss, nats a byte")
     axes.legend(frameon=False, fontsize=9)
@@ -65,8 +65,8 @@ def _after(axes: Any, study: StudyConfig, units: Units) -> None:
 def _gaps(axes: Any, found: Mapping[str, Any]) -> None:
     order = sorted((one.name for one in OPERATORS), key=lambda name: -of(found, name, "gap").mean)
     gaps = [of(found, name, "gap") for name in order]
-    whiskers = np.array([[gap.mean - gap.low for gap in gaps], [gap.high - gap.mean for gap in gaps]])
     means = [gap.mean for gap in gaps]
+    whiskers = np.array([0.0 if gap.high is None else gap.high - gap.mean for gap in gaps])
     axes.barh(range(len(order)), means, xerr=whiskers, color=[_SHOWN.get(name, _GREY) for name in order],
               error_kw={"linewidth": 1.0, "capsize": 2.5})  # fmt: skip
     axes.axvline(1.0, color="#333333", linestyle=(0, (4, 3)), linewidth=1.0)
@@ -74,7 +74,7 @@ def _gaps(axes: Any, found: Mapping[str, Any]) -> None:
                     fontsize=8.5)  # fmt: skip
     axes.set_xscale("symlog", linthresh=1.0)
     axes.set_title("Gap at growth, % of the source's loss (line: 1 %)", loc="left", fontweight="bold")
-    axes.set_xlabel("%, linear up to 1, then logarithmic; whiskers: smallest to largest seed")
+    axes.set_xlabel(f"%, linear up to 1, then logarithmic; whiskers: 95 % intervals, {gaps[0].seeds} seeds")
 
 
 def _compute(axes: Any, study: StudyConfig, units: Units, found: Mapping[str, Any]) -> None:
@@ -85,7 +85,7 @@ def _compute(axes: Any, study: StudyConfig, units: Units, found: Mapping[str, An
         steps, losses = curve(units, name)
         start = 0.0 if name.startswith("from scratch") else before
         mine = of(found, name, "flops").mean - start
-        fit = float(np.mean([one[name].get("flops_growth", 0.0) for one in units.values()])) / 1e12
+        fit = of(found, name, "growth").mean
         x = start + fit + steps / steps[-1] * (mine - fit)
         axes.plot(x, losses.mean(axis=0), color=colours[name], marker="o", markersize=3, linewidth=1.8, label=name)
         axes.fill_between(x, losses.min(axis=0), losses.max(axis=0), color=colours[name], alpha=0.12, linewidth=0)
@@ -93,7 +93,7 @@ def _compute(axes: Any, study: StudyConfig, units: Units, found: Mapping[str, An
     axes.plot([before], [level], color="#333333", marker="*", markersize=13, linestyle="none", label="the source")
     last = float(np.mean([one[SCRATCH_TOKENS]["final"] for one in units.values()]))
     axes.set_ylim(0.97 * min(last, level, *(of(found, name, "final").mean for name in names)), 1.25 * level)
-    axes.set_title("Loss against all training FLOPs", loc="left", fontweight="bold")
-    axes.set_xlabel("training FLOPs, 1e12")
+    axes.set_title("Loss against all FLOPs", loc="left", fontweight="bold")
+    axes.set_xlabel("FLOPs, 1e12: training, measuring, calibration; bands: smallest to largest seed")
     axes.set_ylabel("held-out loss, nats a byte")
     axes.legend(frameon=False, fontsize=8.5)

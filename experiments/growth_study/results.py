@@ -1,27 +1,29 @@
-"""From the units of all seeds to the three results: figures with their spread, tables, and what they say.
+"""From the units of all seeds to figures: each by seed, with its interval (inference.py says what it means).
 
-Spread is over seeds: smallest .. largest. Seeds share nothing but the text; operators of one seed share source, batches
-and held-out text, so that operators are compared by their differences seed by seed.
+Seeds share nothing but the text; operators of one seed share source, batches and held-out text, so that operators are
+compared by their differences seed by seed.
 """
 
 from __future__ import annotations
 
 import itertools
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.growth_study.engine import Losses
-from experiments.growth_study.operators import OPERATORS
-from experiments.growth_study.run import CONTROLS, SCRATCH_TOKENS
+from experiments.growth_study.flops import forward_flops
+from experiments.growth_study.inference import Interval, Times, interval
+from experiments.growth_study.operators import DEALT, OPERATORS
+from experiments.growth_study.run import CONTROLS, LONGER, SCRATCH_TOKENS
 from experiments.growth_study.store import check_same
 from experiments.growth_study.study import StudyConfig
 from gt_jax.errors import Refused
 
 NAME = "growth_operators"
+TIMES = ("back", "there")
 Units = Mapping[int, Mapping[str, Any]]
 
 
@@ -32,34 +34,6 @@ class About(NamedTuple):
     content: str
     command: tuple[str, ...]
     seconds: float
-
-
-class Spread(NamedTuple):
-    """Of one figure over seeds; `reached` of `seeds` have it (others never got there)."""
-
-    mean: float
-    low: float
-    high: float
-    sd: float
-    reached: int
-    seeds: int
-
-    def text(self, pattern: str = "{:.4f}") -> str:
-        """`mean (low .. high)`, with the count of seeds where not all have it."""
-        if not self.reached:
-            return "never"
-        parts = [pattern.format(value) for value in (self.mean, self.low, self.high)]
-        whole = parts[0] if self.seeds == 1 else f"{parts[0]} ({parts[1]} .. {parts[2]})"
-        return whole if self.reached == self.seeds else f"{whole}, {self.reached} of {self.seeds} seeds"
-
-
-def spread(values: Sequence[float | None]) -> Spread:
-    """Mean, smallest, largest and standard deviation of the values that are there."""
-    there = [value for value in values if value is not None]
-    if not there:
-        return Spread(0.0, 0.0, 0.0, 0.0, 0, len(values))
-    sd = statistics.stdev(there) if len(there) > 1 else 0.0
-    return Spread(statistics.fmean(there), min(there), max(there), sd, len(there), len(values))
 
 
 def paired_error(one: Losses, other: Losses) -> float:
@@ -80,52 +54,68 @@ def reached(unit: Mapping[str, Any], level: float) -> float | None:
 
 
 def figures(study: StudyConfig, units: Units) -> dict[str, dict[str, Any]]:
-    """For every operator and control: each figure by seed. Gaps in %, tokens in thousands, FLOPs in 1e12."""
+    """For every operator and control: each figure by seed. Gaps in %, tokens in thousands, FLOPs in 1e12.
+
+    "flops" is all that led to the model: the source's training, `growth_flops` (measuring and calibrating), and the
+    training after it. "back" and "there" are times, None where the run ended, after "trained_on", before them.
+    """
     thousand = study.tokens_per_step / 1e3
-    total = (study.source_steps + study.further_steps) * thousand
+    grown = {one.name: one for one in OPERATORS}
     found: dict[str, dict[str, Any]] = {}
-    for name in (*(one.name for one in OPERATORS), *CONTROLS):
+    for name in (*grown, *CONTROLS):
         rows: dict[str, list[Any]] = {}
         for one in units.values():
             source, unit = one["source"], one[name]
-            scratch = one[SCRATCH_TOKENS]["final"]
+            growth = growth_flops(study, source, unit, name) / 1e12
             row: dict[str, Any] = {"final": unit["final"], "seconds": unit["seconds"] + unit.get("seconds_growth", 0.0)}
-            row["flops"] = (unit["flops"] + unit.get("flops_growth", 0.0)) / 1e12
+            row["flops"], row["growth"] = unit["flops"] / 1e12 + growth, growth
+            row["trained_on"] = unit["steps"] * thousand
             if not name.startswith("from scratch"):
                 first = Losses(**unit["losses"]["0"])
                 row["flops"] += source["flops"] / 1e12
                 row["gap"] = 100 * (first.mean / source["loss"] - 1)
                 row["gap_error"] = 100 * paired_error(first, Losses(**source["adaptive"])) / source["loss"]
-                back, there = reached(unit, source["loss"]), reached(unit, scratch)
-                row["back"] = None if back is None else back * thousand
-                row["there"] = None if there is None else there * thousand
-                row["share"] = None if there is None else there * thousand / total
-                row["share_all"] = None if there is None else (there + study.source_steps) * thousand / total
+                for key, level in (("back", source["loss"]), ("there", one[SCRATCH_TOKENS]["final"])):
+                    steps = reached(unit, level)
+                    row[key] = None if steps is None else steps * thousand
             for key, value in row.items():
                 rows.setdefault(key, []).append(value)
-        about = next(iter(units.values()))[name]
-        layers = [one[name]["layers"] for one in units.values()]
-        found[name] = {"layers": layers, "parameters": about["parameters"], "seeds": rows,
-                       "diverged": [bool(one[name]["diverged"]) for one in units.values()]}  # fmt: skip
-    for one in found.values():
-        one["spread"] = {key: spread(values)._asdict() for key, values in one["seeds"].items()}
+        found[name] = {
+            "layers": [one[name]["layers"] for one in units.values()],
+            "parameters": next(iter(units.values()))[name]["parameters"], "seeds": rows,
+            "diverged": [bool(one[name]["diverged"]) for one in units.values()],
+            "intervals": {key: interval(values)._asdict() for key, values in rows.items() if key not in TIMES},
+            "medians": {key: Times(tuple(rows[key]), tuple(rows["trained_on"])).median for key in TIMES if key in rows},
+        }  # fmt: skip
     return found
 
 
-def of(found: Mapping[str, Any], name: str, key: str) -> Spread:
-    """One figure of one contender."""
-    return Spread(**found[name]["spread"][key])
+def growth_flops(study: StudyConfig, source: Mapping[str, Any], unit: Mapping[str, Any], name: str) -> float:
+    """FLOPs of growing itself: reading the measuring text, where the operator needs counts, and calibration."""
+    own = DEALT if name == LONGER else name
+    operator = next((one for one in OPERATORS if one.name == own), None)
+    if operator is None or operator.plan in ("once", "stack"):
+        return 0.0
+    read = study.measuring_batches * study.tokens_per_step
+    measuring = read * forward_flops(study.source, study.sequence_length, source["adaptive"]["passes"])
+    return measuring + float(unit["flops_growth"])
 
 
-def paired(found: Mapping[str, Any], name: str, other: str, key: str = "final") -> Spread:
+def of(found: Mapping[str, Any], name: str, key: str) -> Interval:
+    """One figure of one contender, over seeds."""
+    return Interval(**found[name]["intervals"][key])
+
+
+def times(found: Mapping[str, Any], name: str, key: str) -> Times:
+    """When a contender reached a loss, by seed, in thousand tokens after growth."""
+    rows = found[name]["seeds"]
+    return Times(tuple(rows[key]), tuple(rows["trained_on"]))
+
+
+def paired(found: Mapping[str, Any], name: str, other: str, key: str = "final") -> Interval:
     """name - other, seed by seed."""
     mine, theirs = found[name]["seeds"][key], found[other]["seeds"][key]
-    return spread([a - b for a, b in zip(mine, theirs, strict=True)])
-
-
-def best(found: Mapping[str, Any], key: str, names: Sequence[str], by: Callable[[float], float] = float) -> str:
-    """The name with the smallest mean of a figure (of `by` of it)."""
-    return min(names, key=lambda name: by(of(found, name, key).mean))
+    return interval([a - b for a, b in zip(mine, theirs, strict=True)])
 
 
 def check_output(output: Path, study: StudyConfig, content: str) -> None:

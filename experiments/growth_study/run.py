@@ -16,7 +16,7 @@ from experiments.growth_study.analysis import analyse
 from experiments.growth_study.engine import NO_LOSS, Engine, Losses, Run
 from experiments.growth_study.operators import BLOCK, DEALT, OPERATORS, Operator, build
 from experiments.growth_study.store import Store
-from experiments.growth_study.study import StudyConfig, open_material, separation
+from experiments.growth_study.study import StudyConfig, open_material
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Failed
@@ -36,7 +36,7 @@ SOURCE_SAMPLES, CONTROL_POINTS = 12, 8
 
 
 class Rates(NamedTuple):
-    """Learning rates that were tuned at the first seed: from scratch, and of the grown model trained on for longer."""
+    """Learning rates, tuned at the first seed on the tuning text: from scratch, and grown and trained on for longer."""
 
     scratch: float
     longer: float
@@ -100,9 +100,9 @@ class Seed:
         if rates is None:
             tried = {SCRATCH_FLOPS: self._tried("scratch", self.study.scratch_rates, cost[SCRATCH_FLOPS], scratch),
                      LONGER: self._tried("grown, longer", self.study.longer_rates, cost[LONGER], longer)}
-            units["tuning"] = {name: {str(one["rate"]): one["final"] for one in records}
+            units["tuning"] = {name: {str(one["rate"]): one["tuning_loss"] for one in records}
                                for name, records in tried.items()}
-            units |= {name: min(records, key=lambda record: record["final"]) for name, records in tried.items()}
+            units |= {name: min(records, key=lambda record: record["tuning_loss"]) for name, records in tried.items()}
             rates = Rates(units[SCRATCH_FLOPS]["rate"], units[LONGER]["rate"])
         everything = self.study.source_steps + self.study.further_steps
         makers: dict[str, Callable[[], dict[str, Any]]] = {
@@ -180,7 +180,7 @@ class Seed:
             "loss": adaptive.mean, "seconds": run.seconds, "batches": run.batches,
             "flops": sum(self._step_flops(config, row) for row in passes), "parameters": size(run.variables),
             "price": [float(run.price.value), int(run.price.high_steps)],
-            "separation": separation(self.material.text),
+            "separation": self.material.separation,
             "line": f"loss {adaptive.mean:.4f}, mean weight {weight:.2f}, k_exec {counts.k_exec}, fixed "
                     f"{100 * (fixed.mean / adaptive.mean - 1):+.2f} %, {run.seconds:.0f} s",
         }  # fmt: skip
@@ -203,8 +203,7 @@ class Seed:
         study = self.study
         steps, points = steps or study.further_steps, points or study.points
         counts = repetition.from_json(source["measured"])
-        unread = self._position(2 * study.source_steps + 8 * study.further_steps)  # of no model's training batches
-        calibration = [next(unread) for _ in range(study.calibration_batches)] if operator.calibrated else []
+        calibration = self.material.calibration if operator.calibrated else []
         passes = source["adaptive"]["passes"]
         grown = build(operator, study, variables, counts, self.seed, calibration, passes, self.engine.fresh)
         record = self._trained(grown.config, grown.variables, self._position(study.source_steps), steps,
@@ -229,10 +228,11 @@ class Seed:
                                          held_out=self.material.evaluation, **how)  # fmt: skip
         except Diverged as error:
             first = self.engine.losses(config, variables, self.material.evaluation)
-            return record | {"diverged": str(error), "losses": {"0": first._asdict()}, "final": NO_LOSS, "curve": [],
-                             "seconds": 0.0, "batches": ""}  # fmt: skip
+            return record | {"diverged": str(error), "losses": {"0": first._asdict()}, "final": NO_LOSS,
+                             "tuning_loss": NO_LOSS, "curve": [], "seconds": 0.0, "batches": ""}  # fmt: skip
         losses = {str(step): one._asdict() for step, one in run.losses.items()}
-        return record | {"losses": losses, "final": run.losses[steps].mean, "curve": run.curve,
+        tuning = self.engine.losses(config, run.variables, self.material.tuning).mean
+        return record | {"losses": losses, "final": run.losses[steps].mean, "tuning_loss": tuning, "curve": run.curve,
                          "seconds": run.seconds, "batches": run.batches}  # fmt: skip
 
     def _control_points(self, steps: int) -> list[int]:

@@ -1,7 +1,8 @@
 """What the study is: one frozen config, the models and the text that follow from it, and the checks of the text.
 
-The held-out part is cut in two: passes are measured on the first, losses on the second, so that no coefficient was
-fitted to what it is judged by. The batches that calibration sees are training text that no model trains on.
+The text has three parts, disjoint by document: models train on the first. Whatever is chosen by a figure is chosen on
+the second, the tuning part: passes are measured there, gains calibrated, learning rates tuned. Losses are judged by the
+third, the held-out part, alone. So no length of the study can make it train on, or fit to, what it is judged by.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +20,13 @@ from gt_jax.configs.json_config import Config, below
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig, ModelConfig
 from gt_jax.configs.presets import tiny
 from gt_jax.configs.price import PriceConfig
-from gt_jax.errors import Failed, Refused
+from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.text.batches import Text, open_text
 
 Batch = dict[str, np.ndarray]
 WINDOW, WINDOWS = 64, 300
+SEEN_ALLOWED = 0.02  # of the windows of held-out text that stand elsewhere too; in two MiB of TinyStories it is none
+TUNING = 0.05  # share of the text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +35,8 @@ class StudyConfig(Config):
 
     `price_target` is the mean weight that the compute price steers the sources to.
     `scratch_rates` are tried at the first seed, for the number of steps that costs what source and growth cost;
-    `longer_rates` there too, for the grown model that is given half of the tokens of the one from scratch.
+    `longer_rates` there too, for the grown model that is given half of the tokens of the one from scratch. The best is
+    the one with the lowest loss on `tuning_batches`; 0 stands in results of earlier runs, which took the evaluation's.
     """
 
     text: tuple[str, ...]
@@ -46,6 +51,7 @@ class StudyConfig(Config):
     price_target: float = 1.3
     measuring_batches: int = 12
     evaluation_batches: int = 24
+    tuning_batches: int = 24
     calibration_batches: int = 8
     calibration_iterations: int = 4
     source_rate: float = 3e-3
@@ -54,10 +60,15 @@ class StudyConfig(Config):
     longer_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     noise_std: float = 1e-4
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StudyConfig:
+        """As every config; an object without `tuning_batches` is of an earlier run."""
+        return super().from_json({"tuning_batches": 0, **data})
+
     def problems(self) -> list[str]:
         wrong = below(self, 1, "rows", "measuring_batches", "evaluation_batches", "calibration_batches",
                       "calibration_iterations")  # fmt: skip
-        wrong += below(self, 2, "source_steps", "further_steps")
+        wrong += below(self, 2, "source_steps", "further_steps") + below(self, 0, "tuning_batches")
         if not self.text:
             wrong.append("text is empty; name at least one text file")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -96,8 +107,9 @@ class StudyConfig(Config):
         return self.rows * self.sequence_length
 
     def data(self, seed: int) -> DataConfig:
-        """The text in this study's shape; the held-out part does not depend on the seed."""
-        return DataConfig(text=self.text, sequence_length=self.sequence_length, batch_size=self.rows, seed=seed)
+        """The text in this study's shape; its parts do not depend on the seed."""
+        return DataConfig(text=self.text, sequence_length=self.sequence_length, batch_size=self.rows, seed=seed,
+                          tuning=TUNING)  # fmt: skip
 
     @property
     def points(self) -> tuple[int, ...]:
@@ -107,43 +119,57 @@ class StudyConfig(Config):
 
 
 class Material(NamedTuple):
-    """One seed's text: `measuring` and `evaluation` batches are held out, and disjoint."""
+    """One seed's text: `evaluation` is of the held-out part, the other batches of the tuning part, and disjoint."""
 
     text: Text
     measuring: list[Batch]
+    calibration: list[Batch]
+    tuning: list[Batch]
     evaluation: list[Batch]
+    separation: dict[str, Any]
 
 
 def open_material(study: StudyConfig, seed: int) -> Material:
-    """Open the text; raises `Refused` for one too short for all held-out batches."""
+    """Open the text; raises `Refused` for one that is too short, or whose held-out part stands in the others too."""
     text = open_text(study.data(seed))
-    wanted = study.measuring_batches + study.evaluation_batches
-    held_out = text.held_out(wanted)
-    if len(held_out) < wanted:
-        raise Refused(f"{text.summary()}: {len(held_out)} held-out batches of {study.tokens_per_step} bytes, the study "
-                      f"needs {wanted}; give more text with --text")
-    return Material(text, held_out[: study.measuring_batches], held_out[study.measuring_batches :])
+    first = study.measuring_batches
+    second = first + study.calibration_batches
+    wanted = {"tuning": second + study.tuning_batches, "held-out": study.evaluation_batches}
+    found = {"tuning": text.tuning(wanted["tuning"]), "held-out": text.held_out(wanted["held-out"])}
+    wrong = [f"{len(found[part])} {part} batches of {study.tokens_per_step} bytes, the study needs {count}; give more "
+             "text with --text" for part, count in wanted.items() if len(found[part]) < count]  # fmt: skip
+    if not study.tuning_batches:
+        wrong.append("tuning_batches is 0; the rates would be tuned on the text that they are judged by")
+    refuse_all(wrong, f"{text.summary()}:")
+    tuning = found["tuning"]
+    return Material(text, tuning[:first], tuning[first:second], tuning[second:], found["held-out"], separation(text))
 
 
 def separation(text: Text) -> dict[str, Any]:
-    """Proof that training never reads the held-out part: spans that share no token, and how much text recurs.
+    """Proof that nothing reads the held-out part but the evaluation: spans that share no token, and text that recurs.
 
-    `windows_seen` is the share of held-out windows of 64 bytes that also stand, letter for letter, in the training
-    part: what the text itself repeats. Raises `Failed` where the spans overlap.
+    `windows_seen` is the share of held-out windows of 64 bytes that also stand, letter for letter, anywhere in the
+    training or the tuning part, whether a run of this length reads as far or not. Raises `Refused` where it is more
+    than `SEEN_ALLOWED`, `Failed` where the spans overlap.
     """
+    parts = text.training_spans.tolist(), text.tuning_spans.tolist(), text.held_out_spans.tolist()
     marked = np.zeros(len(text.tokens), np.int8)
-    for start, stop in (*text.training_spans.tolist(), *text.held_out_spans.tolist()):
+    for start, stop in (span for spans in parts for span in spans):
         marked[start:stop] += 1
     if marked.max() > 1:
-        raise Failed(f"{text.source}: {int((marked > 1).sum())} tokens are both in the training and the held-out part")
+        raise Failed(f"{text.source}: {int((marked > 1).sum())} tokens are in two of the training, tuning and held-out "
+                     "parts")  # fmt: skip
     ends = b"\xff"  # never a byte of UTF-8 text: the end of a document
     flat = np.where(text.tokens > 255, ends[0], text.tokens).astype(np.uint8)
-    training = ends.join(flat[start:stop].tobytes() for start, stop in text.training_spans.tolist())
-    held = ends.join(flat[start:stop].tobytes() for start, stop in text.held_out_spans.tolist())
+    training, tuning, held = (ends.join(flat[start:stop].tobytes() for start, stop in spans) for spans in parts)
     step = max(WINDOW, (len(held) - WINDOW) // WINDOWS)
     windows = [held[at : at + WINDOW] for at in range(0, max(1, len(held) - WINDOW), step)]
-    seen = sum(window in training for window in windows)
-    return {"shared_tokens": 0, "windows": len(windows), "windows_seen": seen / len(windows), "window_bytes": WINDOW}
+    seen = sum(window in training or window in tuning for window in windows) / len(windows)
+    if seen > SEEN_ALLOWED:
+        raise Refused(f"{text.source} repeats itself: {100 * seen:.1f} % of {len(windows)} held-out windows of "
+                      f"{WINDOW} bytes stand in the text that is trained or tuned on; at most {100 * SEEN_ALLOWED:g} % "
+                      "may, or its losses are not of unseen text")  # fmt: skip
+    return {"shared_tokens": 0, "windows": len(windows), "windows_seen": seen, "window_bytes": WINDOW}
 
 
 class Watched:

@@ -32,7 +32,8 @@ from gt_jax.training.divisibility import indivisible_fields
 CONFIDENCE = 0.95
 
 
-SAME_TEXT = ("text", "tfds", "tfds_dir", "tokenizer", "sequence_length", "held_out")  # what decides what is held out
+# what decides what is held out
+SAME_TEXT = ("text", "tfds", "tfds_dir", "tokenizer", "sequence_length", "held_out", "tuning", "split")
 
 Passes = tuple[int, ...] | None
 

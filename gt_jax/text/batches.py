@@ -4,8 +4,7 @@
   and laid end to end, the result is cut into rows, the rows are permuted within windows. A position is one integer.
 - No token of the training text is dropped: a row that an epoch does not fill goes on with the next epoch.
 - A document that continues in another row keeps its target across the cut; no target crosses a document's end or
-  reaches from the training part into the held-out part.
-- The held-out part does not depend on the seed.
+  reaches from one part of the text into another (gt_jax/text/split.py).
 
 The whole text is held in memory, two bytes a token, four where the vocabulary is larger than 65,536.
 """
@@ -22,60 +21,26 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, UInt
+from jaxtyping import Int32, Int64, UInt
 
-from gt_jax.configs.data import BYTES, DataConfig
+from gt_jax.configs.data import BYTES, WITHOUT_SPLIT, DataConfig
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.text import sources
+from gt_jax.text.split import Spans, content_keys, split_documents
 from gt_jax.text.tokenizers import Tokenizer, encode_all, open_tokenizer
 
 Batch = dict[str, Int32[np.ndarray, "b t"]]
 Row = dict[str, Int32[np.ndarray, "t"]]
-Spans = Int64[np.ndarray, "_ 2"]  # [start, stop) in the flat array of tokens, each inside one document
 Pieces = Int64[np.ndarray, "pieces"]
 
 # A piece is what the first shuffle moves. Whole files of 100 KB would fill hundreds of rows in succession; pieces of
 # one row would lose the beginning of every context. Eight rows keep most of it, and the second shuffle, of rows within
 # a window, parts those that came from one piece: with two rows a batch they would otherwise be four successive steps.
+# A window of many batches, since a batch that were a whole window would hold all eight rows of each of its pieces.
 _PIECE_ROWS = 8
 _WINDOW_ROWS = 1024
-_FEW_DOCUMENTS = 20
-_LARGEST_HELD_OUT_PIECE = 65536
+_WINDOW_BATCHES = 16
 _HELD_OUT_SEED = 0  # an order of its own, so that the first batches are a fair sample whatever the run's seed
-
-
-def split_documents(ends: Int64[np.ndarray, "documents"], held_out: float, row: int) -> tuple[Spans, Spans]:
-    """The training spans and the held-out spans of documents that end at `ends` in one flat array of tokens.
-
-    Whole documents are held out, in the order of a hash of (index, length), as long as they fit in a `held_out`
-    fraction. Where there are few documents or that gives less than one `row`, the text is cut into even pieces of at
-    least `row` tokens and every (1 / held_out)-th is held out. Disjoint, and together everything.
-    """
-    total = int(ends[-1])
-    lengths = np.diff(ends, prepend=0)
-    held = np.zeros(len(ends), bool)
-    if len(ends) >= _FEW_DOCUMENTS:
-        left = math.ceil(held_out * total)
-        for index in sorted(range(len(ends)), key=lambda i: hashlib.sha256(f"{i} {lengths[i]}".encode()).digest()):
-            if lengths[index] <= left:
-                held[index] = True
-                left -= int(lengths[index])
-        if row <= lengths[held].sum() <= total - row:
-            return _spans(ends, held)
-    # Several held-out places where the text is long enough for them, so that they are a sample of it.
-    size = max(row, min(_LARGEST_HELD_OUT_PIECE, int(held_out * total) // 4))
-    pieces = max(2, total // size)
-    piece_ends = (np.arange(1, pieces + 1) * total) // pieces
-    held = np.diff(np.floor(np.arange(pieces + 1) * held_out + 1e-9)) > 0
-    held[-1] |= not held.any()
-    held[0] &= not held.all()
-    cuts = np.union1d(ends, piece_ends)
-    return _spans(cuts, held[np.searchsorted(piece_ends, cuts)])
-
-
-def _spans(ends: Int64[np.ndarray, "n"], held: Bool[np.ndarray, "n"]) -> tuple[Spans, Spans]:
-    spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
-    return spans[~held], spans[held]
 
 
 def _pieces(spans: Spans, longest: int) -> tuple[Pieces, Pieces, Pieces]:
@@ -92,16 +57,20 @@ def _pieces(spans: Spans, longest: int) -> tuple[Pieces, Pieces, Pieces]:
 class PackedRows:
     """Random access to rows of `row` tokens: row i holds tokens [i * row, (i + 1) * row) of the epochs laid end to end.
 
-    `endless` repeats with a new order each epoch and permutes rows within windows; otherwise one epoch, rows in order,
-    the last one padded. A row is {tokens, targets, segment_ids}, int32 [row]: targets are -1 where no next token of
-    the same document (and the same part) exists, segments count from 1 within a row, 0 is padding.
+    `endless` repeats with a new order each epoch and permutes rows within windows of `window` rows, at most an epoch;
+    otherwise one epoch, rows in order, the last one padded. A row is {tokens, targets, segment_ids}, int32 [row]:
+    targets are -1 where no next token of the same document (and the same part) exists, segments count from 1 within a
+    row, 0 is padding.
     """
 
-    def __init__(self, tokens: UInt[np.ndarray, "n"], spans: Spans, row: int, seed: int, endless: bool) -> None:
+    def __init__(
+        self, tokens: UInt[np.ndarray, "n"], spans: Spans, row: int, seed: int, endless: bool,
+        window: int = _WINDOW_ROWS,
+    ) -> None:  # fmt: skip
         self._tokens, self._row, self._seed, self._endless = tokens, row, seed, endless
         self._starts, self._stops, self._span_stops = _pieces(spans, _PIECE_ROWS * row)
         self._total = int((self._stops - self._starts).sum())
-        self._window = min(_WINDOW_ROWS, max(1, self._total // row)) if endless else 1
+        self._window = min(window, max(1, self._total // row)) if endless else 1
         self._epoch = functools.lru_cache(maxsize=4)(self._new_epoch)  # a window reaches over three epochs at most
         self._window_order = functools.lru_cache(maxsize=2)(functools.partial(self._permutation, self._window, 1))
 
@@ -163,7 +132,8 @@ class TrainStream:
         import grain
 
         self._identity = {"content": content_hash, "seed": config.seed, "held_out": config.held_out,
-                          "sequence_length": config.sequence_length, "batch_size": config.batch_size}
+                          "sequence_length": config.sequence_length, "batch_size": config.batch_size,
+                          "split": config.split, "tuning": config.tuning}
         batches = grain.MapDataset.source(rows).batch(config.batch_size)
         # A row takes tens of microseconds: threads would only take the cores from the training step.
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
@@ -180,8 +150,9 @@ class TrainStream:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on after the batch that `state` was taken at; raises `Refused` if it is of another text or shape."""
-        wrong = [f"{key} is {value!r} here and {state.get(key)!r} in the saved position"
-                 for key, value in self._identity.items() if state.get(key) != value]
+        saved = {**WITHOUT_SPLIT, **state}
+        wrong = [f"{key} is {value!r} here and {saved.get(key)!r} in the saved position"
+                 for key, value in self._identity.items() if saved.get(key) != value]
         batches = state.get("batches")
         if not isinstance(batches, int) or isinstance(batches, bool) or batches < 0:
             wrong.append(f"batches is {batches!r}; it must be the number of batches already read")
@@ -191,7 +162,7 @@ class TrainStream:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """A text as tokens, with its training part and its held-out part as spans; `open_text` makes it.
+    """A text as tokens, with its training, held-out and tuning parts as spans; `open_text` makes it.
 
     `characters` is the length of the text in bytes.
     """
@@ -204,21 +175,33 @@ class Text:
     characters: int
     training_spans: Spans
     held_out_spans: Spans
+    tuning_spans: Spans
 
     def train(self, state: Mapping[str, Any] | None = None) -> TrainStream:
         """The training batches from the beginning, or from where `state` was taken."""
-        rows = PackedRows(self.tokens, self.training_spans, self.config.sequence_length, self.config.seed, endless=True)
-        stream = TrainStream(rows, self.config, self.content_hash())
+        config = self.config
+        window = max(_WINDOW_ROWS, 0 if config.split == "fill" else _WINDOW_BATCHES * config.batch_size)
+        rows = PackedRows(self.tokens, self.training_spans, config.sequence_length, config.seed, True, window)
+        stream = TrainStream(rows, config, self.content_hash())
         if state is not None:
             stream.restore(state)
         return stream
 
     def held_out(self, batches: int | None = None) -> list[Batch]:
         """The held-out batches, at most `batches` of them: the same whatever the seed, the last one padded."""
+        return self._batches("held-out", self.held_out_spans, batches)
+
+    def tuning(self, batches: int | None = None) -> list[Batch]:
+        """The batches of the tuning part, likewise: what is chosen by them is not chosen by the held-out part."""
+        if not self.config.tuning:
+            raise Refused("this text has no tuning part; give its DataConfig a share, for example tuning=0.02")
+        return self._batches("tuning", self.tuning_spans, batches)
+
+    def _batches(self, part: str, spans: Spans, batches: int | None) -> list[Batch]:
         if batches is not None and batches < 1:
-            raise Refused(f"held-out batches is {batches}; it must be at least 1")
+            raise Refused(f"{part} batches is {batches}; it must be at least 1")
         size = self.config.batch_size
-        rows = PackedRows(self.tokens, self.held_out_spans, self.config.sequence_length, _HELD_OUT_SEED, endless=False)
+        rows = PackedRows(self.tokens, spans, self.config.sequence_length, _HELD_OUT_SEED, endless=False)
         count = math.ceil(len(rows) / size)
         return [_batch([rows[i] for i in range(n * size, min((n + 1) * size, len(rows)))], size)
                 for n in range(count if batches is None else min(batches, count))]
@@ -254,16 +237,18 @@ def open_text(config: DataConfig) -> Text:
     encoded = encode_all(tokenizer, config.tokenizer, documents)
     ends = np.cumsum([len(document) + 1 for document in encoded])
     characters = sum(map(len, documents))
-    if ends[-1] < 2 * config.sequence_length:
-        raise Refused(f"{source} is too short: {ends[-1]} tokens ({characters} bytes); one training row "
-                      f"and one held-out row of sequence_length {config.sequence_length} need "
-                      f"{2 * config.sequence_length}. Give a longer text or a shorter sequence")
+    parts = ("training", "held-out", "tuning") if config.tuning else ("training", "held-out")
+    if ends[-1] < len(parts) * config.sequence_length:
+        raise Refused(f"{source} is too short: {ends[-1]} tokens ({characters} bytes); "
+                      f"{' and '.join(f'one {part} row' for part in parts)} of sequence_length "
+                      f"{config.sequence_length} need {len(parts) * config.sequence_length}. Give a longer text or a "
+                      "shorter sequence")
     narrow = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     tokens = np.full(ends[-1], tokenizer.end_of_document, narrow)
     for document, end in zip(encoded, ends.tolist(), strict=True):
         tokens[end - 1 - len(document):end - 1] = document
-    training, held_out = split_documents(ends, config.held_out, config.sequence_length)
-    return Text(config, source, tokens, tokenizer, len(documents), characters, training, held_out)
+    split = split_documents(ends, content_keys(documents), config)
+    return Text(config, source, tokens, tokenizer, len(documents), characters, *split)
 
 
 def held_out_batches(config: DataConfig, batches: int | None = None) -> list[Batch]:

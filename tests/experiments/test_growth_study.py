@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,14 @@ import optax
 import pytest
 
 from experiments import growth_operators
-from experiments.growth_study import flops, operators, results, run, tables
+from experiments.growth_study import findings, flops, inference, operators, results, run, tables
+from experiments.growth_study import report as reports
 from experiments.growth_study.engine import Engine, Losses, pace, paced
 from experiments.growth_study.operators import BLOCK, CALIBRATED, DEALT, ONCE, OPERATORS, README
 from experiments.growth_study.study import StudyConfig, Watched, open_material, separation
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.devices.sharding import mesh_for_rows
-from gt_jax.errors import Refused
+from gt_jax.errors import Failed, Refused
 from gt_jax.growth import calibration, repetition
 from gt_jax.models.language_model import abstract
 from gt_jax.text.batches import open_text
@@ -28,8 +31,10 @@ from tests.support import perturbed
 
 TOY = {"layout": "D*2", "target_layers": 4, "width": 16, "sequence_length": 16, "rows": 2, "source_steps": 4,
        "further_steps": 2, "measuring_batches": 1, "evaluation_batches": 3, "calibration_batches": 1,
-       "calibration_iterations": 1, "scratch_rates": (1e-3, 3e-3), "longer_rates": (1e-3,)}  # fmt: skip
+       "tuning_batches": 2, "calibration_iterations": 1, "scratch_rates": (1e-3, 3e-3),
+       "longer_rates": (1e-3,)}  # fmt: skip
 FULL = StudyConfig(text=("any.txt",))
+RESULTS = Path(growth_operators.__file__).parent / "results"
 
 
 @pytest.fixture
@@ -56,13 +61,13 @@ def test_the_whole_study_killed_and_gone_on_with(tmp_path, text, monkeypatch):
 
     few = (README, BLOCK, DEALT, "random new layers", CALIBRATED)
     chosen = tuple(one for one in OPERATORS if one.name in few)
-    for module in (operators, run, results, tables):
+    for module in (operators, run, results, tables, findings):
         monkeypatch.setattr(module, "OPERATORS", chosen)
     from experiments.growth_study import picture
 
     monkeypatch.setattr(picture, "OPERATORS", chosen)
     monkeypatch.setattr(picture, "_SHOWN", {BLOCK: "#0072B2"})
-    monkeypatch.setattr(tables, "ONCE", README)  # every layer once is a program of its own
+    monkeypatch.setattr(findings, "ONCE", README)  # every layer once is a program of its own
     monkeypatch.setattr(Engine, "fresh", lambda self, config, seed: perturbed(config))  # compiles nothing
     monkeypatch.setattr(StudyConfig, "settled_price", StudyConfig.price)  # and so is the source that is trained on
     study = StudyConfig(text=(text,), seeds=(3,), **TOY)
@@ -106,6 +111,15 @@ def test_the_whole_study_killed_and_gone_on_with(tmp_path, text, monkeypatch):
     assert equal == pytest.approx(figures[BLOCK]["seeds"]["flops"][0], rel=0.1)
     assert figures[run.SCRATCH_TOKENS]["seeds"]["final"] == [units[run.SCRATCH_TOKENS]["final"]]
 
+    tried = [json.loads((work / "seed3" / f"scratch-at-{rate:g}.json").read_text()) for rate in study.scratch_rates]
+    assert units["tuning"][run.SCRATCH_FLOPS] == {str(one["rate"]): one["tuning_loss"] for one in tried}
+    assert all(one["tuning_loss"] != one["final"] for one in tried), "rates are not tuned on what they are judged by"
+    assert units[run.SCRATCH_FLOPS]["tuning_loss"] == min(one["tuning_loss"] for one in tried)
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    (output / "growth_operators.md").unlink()
+    assert reports.render(output) == before["growth_operators.md"].decode()
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == before, "the same run, the same results"
+
     other = study.replace(further_steps=3, width=24)
     for place in (work, tmp_path / "new"):  # the work directory refuses; with a new one, the results do
         with pytest.raises(Refused, match="further_steps: 2 and 3"), jax.set_mesh(mesh_for_rows(1)):
@@ -118,14 +132,57 @@ def test_held_out_text_is_apart(text):
     material = open_material(study, 5)
     same = open_material(study, 6)
     assert all((a["tokens"] == b["tokens"]).all() for a, b in zip(material.evaluation, same.evaluation, strict=True))
-    found = separation(material.text)
+    found = material.separation
     assert found["shared_tokens"] == 0 and found["windows_seen"] == 0 and found["windows"] > 5
     spans = material.text.training_spans
-    both = dataclasses.replace(material.text, held_out_spans=spans[:1])
-    with pytest.raises(Exception, match="both in the training and the held-out part"):
-        separation(both)
-    with pytest.raises(Refused, match="held-out batches"):
-        open_material(study.replace(evaluation_batches=999), 0)
+    for changed in ({"held_out_spans": spans[:1]}, {"tuning_spans": spans[:1]}):
+        with pytest.raises(Failed, match="in two of the training, tuning and held-out parts"):
+            separation(dataclasses.replace(material.text, **changed))
+    with pytest.raises(Refused, match=r"(?s)tuning batches.*held-out batches"):
+        open_material(study.replace(evaluation_batches=999, tuning_batches=999), 0)
+    with pytest.raises(Refused, match="tuned on the text that they are judged by"):
+        open_material(study.replace(tuning_batches=0), 0)
+
+
+def test_what_is_chosen_is_chosen_on_text_of_its_own_at_every_scale(text):
+    """However long the study trains, no batch of measuring, calibration, tuning or evaluation is of training text."""
+    study = StudyConfig(text=(text,), **{**TOY, "tuning_batches": 3, "calibration_batches": 2})
+    material = open_material(study, 0)
+    groups = (material.measuring, material.calibration, material.tuning, material.evaluation)
+    assert [len(batches) for batches in groups] == [1, 2, 3, 3]
+    numbers = np.arange(len(material.text.tokens)).astype(np.uint16)  # each token the number of its place
+    numbered = open_numbered(material.text, numbers, study)
+    seen = [set(np.concatenate([batch["tokens"][batch["segment_ids"] > 0] for batch in batches]).tolist())
+            for batches in numbered]  # fmt: skip
+    trained = set()
+    stream = dataclasses.replace(material.text, tokens=numbers).train()
+    while len(trained) < np.diff(material.text.training_spans).sum():  # to the end of the text and beyond
+        trained |= set(next(stream)["tokens"].ravel().tolist())
+    assert not any(a & b for i, a in enumerate([*seen, trained]) for b in [*seen, trained][:i])
+
+
+def open_numbered(text, numbers, study):
+    """The four groups of batches of `open_material`, their tokens replaced by `numbers`."""
+    other = dataclasses.replace(text, tokens=numbers)
+    first, second = study.measuring_batches, study.measuring_batches + study.calibration_batches
+    tuning = other.tuning(second + study.tuning_batches)
+    return tuning[:first], tuning[first:second], tuning[second:], other.held_out(study.evaluation_batches)
+
+
+def test_text_that_repeats_itself_is_refused(tmp_path):
+    """Stories that differ in a few bytes are no copies of one another to the split, and no unseen text either."""
+    random = np.random.default_rng(0)
+    body = bytes(random.integers(97, 123, 200).tolist())
+    file = tmp_path / "copies.txt"
+    file.write_bytes(b"\n<|endoftext|>\n".join(b"%d " % i + body for i in range(100)))
+    with pytest.raises(Refused, match=r"repeats itself: .* of .* held-out windows of 64 bytes stand in the text"):
+        open_material(StudyConfig(text=(str(file),), **TOY), 0)
+
+
+def test_results_of_an_earlier_study_say_that_rates_were_tuned_on_what_judges_them():
+    stored = {key: value for key, value in FULL.to_json().items() if key != "tuning_batches"}
+    assert StudyConfig.from_json(stored).tuning_batches == 0 < FULL.tuning_batches
+    assert StudyConfig.from_json(FULL.to_json()) == FULL
 
 
 def test_watched_batches_hash_what_was_handed_out(text):
@@ -217,19 +274,81 @@ def test_flops_follow_the_parameters():
     assert rows.tolist() == [[2, 2], [1, 2], [2, 2], [3, 2], [3, 2]]
 
 
-def test_reaching_a_level_and_being_clear():
+def test_reaching_a_level():
     points = {"0": 2.0, "10": 1.8, "20": 1.6}
     unit = {"losses": {step: Losses([loss * 4], [4.0], [])._asdict() for step, loss in points.items()}}
     assert results.reached(unit, 2.1) == 0 and results.reached(unit, 1.7) == pytest.approx(15)
     assert results.reached(unit, 1.5) is None
-    assert not tables.clear(results.spread([-0.1])) and tables.clear(results.spread([-0.1, -0.3]))
-    assert not tables.clear(results.spread([-0.1, 0.1])) and not tables.clear(results.spread([-0.1, None]))
-    assert "cannot be told apart" in tables.verdict("a", "b", results.spread([-1.0, 2.0]))
-    assert "a ends below b at every seed" in tables.verdict("a", "b", results.spread([-1.0, -2.0]))
     rng = np.random.default_rng(0)
     one, other = rng.normal(2, 0.5, 50), rng.normal(0, 0.01, 50)
     error = results.paired_error(Losses(list(one), [1.0] * 50, []), Losses(list(one + other), [1.0] * 50, []))
     assert error == pytest.approx(0.01 / np.sqrt(50), rel=0.3)
+
+
+def test_three_seeds_of_one_sign_are_no_difference():
+    """Without a difference an interval leaves out 0 one time in twenty; three signs agree one time in four."""
+    rng = np.random.default_rng(0)
+    differences = rng.normal(0, 1, (2000, 3))
+    called = [inference.interval(row).sign != 0 for row in differences]
+    agreed = (np.abs(np.sign(differences).sum(axis=1)) == 3).mean()
+    assert 0.035 < np.mean(called) < 0.065 and 0.22 < agreed < 0.28
+    three = inference.interval([-1.0, -2.0, -3.0])
+    assert three == (-2.0, pytest.approx(-2 - 4.302653 / 3**0.5), pytest.approx(-2 + 4.302653 / 3**0.5), 3)
+    assert three.sign == 0
+    assert inference.verdict("a", "b", three) == "a and b cannot be told apart (-2.0000 (-4.4841 to +0.4841), 3 seeds)"
+    clear = inference.interval([-1.0, -1.1, -1.2])
+    assert "a ends below b (-1.1000 (" in inference.verdict("a", "b", clear)
+    assert inference.interval([-1.0]).sign == 0 and "1 seed)" in inference.verdict("a", "b", inference.interval([-1.0]))
+    assert inference.within(clear, 2.0) == "yes" and inference.within(clear, 0.5) == "no"
+    assert inference.within(clear, 1.1) == inference.within(inference.interval([1.0]), 2) == "cannot be said"
+
+
+def test_times_that_were_not_reached_are_longer_than_the_run_and_in_no_mean():
+    times = inference.Times((28.0, None, 23.0), (31.0, 31.0, 31.0))
+    assert times.text() == "23, 28, > 31" and times.reached == 2 and times.median == 28
+    never = inference.Times((None, 23.0, None), (31.0, 31.0, 33.0))
+    assert never.text() == "23, > 31, > 33" and never.median is None and never.median_text() == "> 31"
+    # one that ended early says nothing of later times: of the two that ran on one is done at 20, a half
+    assert inference.Times((None, 20.0, None), (10.0, 31.0, 31.0)).median == 20
+    assert inference.Times((5.0, 6.0, None, None), (9.0,) * 4).median == 6
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The stored results, rendered by the command that they name."""
+    place = tmp_path_factory.mktemp("results")
+    shutil.copy(RESULTS / "growth_operators.json", place)
+    assert growth_operators.main(["--render", "--output", str(place)]) == 0
+    return place
+
+
+def test_the_stored_report_is_what_its_command_renders(stored):
+    assert (stored / "growth_operators.md").read_text() == (RESULTS / "growth_operators.md").read_text()
+    assert json.loads((stored / "growth_operators.json").read_text())["units"] == json.loads(
+        (RESULTS / "growth_operators.json").read_text())["units"]  # fmt: skip
+
+
+def test_every_claim_of_the_stored_report_has_its_seeds_and_every_table_of_models_its_compute(stored):
+    report_text = (stored / "growth_operators.md").read_text()
+    claims = report_text.split("## What the figures say")[1].split("## What they cannot tell")[0]
+    for line in claims.splitlines():
+        assert not line.startswith("- ") or "3 seeds" in line or "The standard error of one seed" in line, line
+    for heading in ("## The sources", "## Operators", "## Against the controls"):
+        assert "FLOPs, 1e12" in report_text.split(heading)[1].split("\n| ---")[0], heading
+    assert "cannot be told apart (-0.0015 (-0.0035 to +0.0006), 3 seeds)" in claims, "one sign at three seeds"
+    assert "2 of 3 seeds (thousand bytes after growth: 107, 125, > 138; median 125" in claims
+    assert "by losses on the text that they are judged by" in report_text
+    sources = report_text.split("## The sources")[1]
+    for row in ("| 1.29 | 2.15 | 2.50 |", "| 1.28 | 2.04 | 2.38 |", "| 1.29 | 2.10 | 2.31 |"):
+        assert row in sources  # mean weight, passes a token runs, passes computed for the batch
+
+
+def test_what_is_no_study_is_not_rendered(tmp_path):
+    (tmp_path / "growth_operators.json").write_text("{}")
+    with pytest.raises(Refused, match="no result of this study: it has no config, content"):
+        reports.render(tmp_path)
+    with pytest.raises(Refused, match="cannot be read"):
+        reports.render(tmp_path / "nowhere")
 
 
 def test_words_that_make_no_study():

@@ -1,5 +1,6 @@
 """Data: nothing lost, nothing leaked, the same bytes for the same seed, and a restart anywhere."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gt_jax.configs.data import DataConfig
+from gt_jax.configs.presets import preset
+from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.text import batches as packing
 from gt_jax.text import sources
@@ -70,30 +71,6 @@ def test_tokenizer_round_trip():
     assert tokenizer.encode(b"").shape == (0,) and tokenizer.decode(np.array([], np.int32)) == b""
     with pytest.raises(ValueError, match="300"):
         tokenizer.decode(np.array([300]))
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(2, 300), min_size=1, max_size=60), held_out=st.floats(0.001, 0.999),
-       row=st.integers(2, 40))
-def test_split_is_disjoint_covers_everything_and_has_a_row_on_each_side(lengths, held_out, row):
-    ends = np.cumsum(lengths)
-    if ends[-1] < 2 * row:
-        return
-    training, held = packing.split_documents(ends, held_out, row)
-    covered = np.concatenate([np.arange(start, stop) for start, stop in np.concatenate([training, held])])
-    assert sorted(covered.tolist()) == list(range(ends[-1]))
-    for spans in (training, held):
-        assert np.diff(spans).sum() >= row and (np.diff(spans) > 0).all()
-        document = np.searchsorted(ends, spans - np.array([[0, 1]]), side="right")
-        assert (document[:, 0] == document[:, 1]).all(), "a span lies within one document"
-
-
-def test_split_holds_out_the_asked_fraction_in_several_places():
-    whole_documents = packing.split_documents(np.cumsum(np.full(400, 3000)), 0.05, 256)[1]
-    assert np.diff(whole_documents).sum() == 0.05 * 400 * 3000 and (np.diff(whole_documents) == 3000).all()
-    one_document = packing.split_documents(np.array([1_115_394]), 0.05, 256)[1]
-    assert len(one_document) >= 4 and np.diff(one_document).max() <= 65536
-    np.testing.assert_allclose(np.diff(one_document).sum() / 1_115_394, 0.05, atol=0.005)
 
 
 def test_split_does_not_depend_on_seed_but_the_order_does(text):
@@ -203,6 +180,54 @@ def test_restoring_does_not_replay(text, monkeypatch):
     assert stream.state()["batches"] == 10_000_001
 
 
+def test_a_large_batch_draws_from_the_whole_text(tmp_path):
+    """1,900 pieces of eight rows: a batch of 1,024 rows that is a whole window would hold 128 of them."""
+    row, pieces = 16, 1900
+    marked = (np.arange(pieces * row * packing._PIECE_ROWS) // (row * packing._PIECE_ROWS)).astype(np.uint16)
+    spans = np.array([[0, len(marked)]])
+    text = packing.Text(config(batch_size=1024), "marked", marked, ByteTokenizer(), 1, len(marked), spans, spans, spans)
+    stream = text.train()
+    held = [len(np.unique(next(stream)["tokens"])) for _ in range(2)]
+    # 1,024 draws of 1,900 hold 1900 (1 - exp(-1024/1900)) = 792 in the mean; a row may hold the ends of two pieces
+    assert min(held) > 700
+    earlier = dataclasses.replace(text, config=text.config.replace(split="fill")).train()
+    assert len(np.unique(next(earlier)["tokens"])) < 140
+
+
+def test_an_earlier_runs_text_and_position_are_what_they_were(tmp_path):
+    """A config or a position that was stored before the split had a name means the rule of its time."""
+    path = text_file(tmp_path, random_documents(60, 400))
+    stored = {key: value for key, value in config(text=(path,)).to_json().items() if key not in ("split", "tuning")}
+    earlier = DataConfig.from_json(stored)
+    assert earlier.split == "fill" and DataConfig.from_json(config().to_json()).split == "sample"
+    assert RunConfig.from_json({"model": preset("tiny").to_json(), "data": stored}).data == earlier
+    text = packing.open_text(earlier)
+    position = {key: value for key, value in text.train().state().items() if key not in ("split", "tuning")}
+    next(text.train(position))
+    new = packing.open_text(config(text=(path,)))
+    assert not np.array_equal(new.held_out_spans, text.held_out_spans)
+    with pytest.raises(Refused, match="split is 'sample' here and 'fill' in the saved position"):
+        new.train(position)
+
+
+def test_the_tuning_part_is_a_third_one(tmp_path):
+    """It takes its tokens from the training part and changes nothing of the held-out part."""
+    path = text_file(tmp_path, random_documents(400, 400))
+    text, plain = (packing.open_text(config(text=(path,), held_out=0.1, tuning=share)) for share in (0.05, 0.0))
+    np.testing.assert_equal(text.held_out(), plain.held_out())
+    assert pairs(text.tuning()) == expected_pairs(text, text.tuning_spans)
+    every = sum((expected_pairs(text, spans) for spans in
+                 (text.training_spans, text.held_out_spans, text.tuning_spans)), Counter())  # fmt: skip
+    assert every == expected_pairs(plain, plain.training_spans) + expected_pairs(plain, plain.held_out_spans)
+    assert len(text.tuning(1)) == 1
+    with pytest.raises(Refused, match="tuning batches is 0"):
+        text.tuning(0)
+    with pytest.raises(Refused, match="no tuning part"):
+        plain.tuning()
+    with pytest.raises(Refused, match=r"one training row and one held-out row and one tuning row .* need 48"):
+        packing.open_text(config(text=(text_file(tmp_path, [b"x" * (2 * ROW)]),), tuning=0.1))
+
+
 def test_a_position_in_another_text_or_shape_is_refused(text, tmp_path):
     state = text.train().state()
     other = packing.open_text(config(text=(text_file(tmp_path, random_documents(60, 400, seed=1)),), batch_size=2))
@@ -309,6 +334,8 @@ def test_config_names_every_problem():
                                             "both given"))
     with pytest.raises(Refused, match="tfds_dir"):
         DataConfig(tfds_dir="somewhere")
+    with pytest.raises(Refused, match=r"(?s)tuning is 0.6 beside held_out 0.4.*split 'fill' has no tuning part"):
+        DataConfig(held_out=0.4, tuning=0.6, split="fill")
     with pytest.raises(Refused, match="held-out batches is 0"):
         packing.open_text(DataConfig()).held_out(0)
 

@@ -83,7 +83,7 @@ class ArrayFiles:
             start = end
 
     def write(self, start: int, values: np.ndarray, written: Written | None = None) -> None:
-        """Write values from flat position `start`; they are durable after `sync`. `written` hears of their checksums."""
+        """Write values from flat position `start`; they are durable after `sync`. `written` sums them up."""
         flat = values.reshape(-1)
         for extent in self.extents(start, flat.size):
             part = flat[extent.start - start :][: extent.count]

@@ -55,7 +55,7 @@ from gt_jax.errors import Refused, refuse_all
 
 _BROKEN = (ValueError, KeyError, TypeError, OSError)  # what Orbax and TensorStore raise on a broken file
 _MOMENT = 0.2  # seconds
-_MODEL = ("params/", "statistics/")
+MODEL = ("params/", "statistics/")  # what paths of the model begin with
 _SCRATCH = "metadata"  # the name, in an unfinished checkpoint, of what Orbax saves for its metadata alone
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ def _publish_alone(response: Any, unfinished: Path, target: Path, model: Mapping
 
 def _model_shapes(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()
-            if name.startswith(_MODEL)}
+            if name.startswith(MODEL)}
 
 
 def _publish(unfinished: Path, target: Path, model: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -246,7 +246,7 @@ def load_model(path: StrPath, abstract: Any = None) -> Model:
     if abstract is not None:
         tree = load(where, abstract)
     else:
-        own = {name: _on_host(leaf) for name, leaf in leaves.items() if name.startswith(_MODEL)}
+        own = {name: _on_host(leaf) for name, leaf in leaves.items() if name.startswith(MODEL)}
         tree = nest(_read(where, own))
     return Model(config, tree["params"], tree.get("statistics", {}), metadata)
 

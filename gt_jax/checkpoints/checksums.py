@@ -65,7 +65,8 @@ def note_checksums(unfinished: Path, tensors: Mapping[str, int], files: Mapping[
     others = [name for name in others if name not in known]
     with ThreadPoolExecutor(THREADS) as pool:
         known |= dict(zip(others, pool.map(_of_file, [unfinished / name for name in others]), strict=True))
-    write_durably(unfinished / CHECKSUMS, {"files": dict(sorted(known.items())), "tensors": dict(sorted(tensors.items()))})
+    sums = {"files": dict(sorted(known.items())), "tensors": dict(sorted(tensors.items()))}
+    write_durably(unfinished / CHECKSUMS, sums)
 
 
 def checked_files(path: Path) -> dict[str, int]:
@@ -92,9 +93,9 @@ def changed_bytes(path: Path, names: Collection[str] | None = None) -> str | Non
 
 
 def refuse_changed_values(path: Path, found: Mapping[str, int], sums: Noted) -> None:
-    """Raise `Damaged` naming every tensor whose values, of CRC-32 `found`, are not those that were noted, and its files.
+    """Raise `Damaged` naming every tensor whose values are not those that were noted, and the damaged files.
 
-    Tensors of which nothing was noted pass.
+    `found` are the CRC-32 of the values as they were read. Tensors of which nothing was noted pass.
     """
     wrong = [name for name, value in found.items() if sums.tensors.get(name, value) != value]
     if not wrong:
@@ -107,7 +108,7 @@ def refuse_changed_values(path: Path, found: Mapping[str, int], sums: Noted) -> 
 
 
 class Written:
-    """CRC-32 of what was written into the checkpoint folder `root`, by file and place; from any thread, in any order."""
+    """CRC-32 of what was written into the folder `root`, by file and place; from any thread, in any order."""
 
     def __init__(self, root: Path) -> None:
         self._root, self._lock = root, threading.Lock()

@@ -1,7 +1,7 @@
 """A lock beside a target that is being written, so that two jobs never write the same one.
 
 - The file is `.NAME.gt_jax-lock` and says that it is a lock of ours; one of that name that says something else is
-  refused and left as it is. It is unlinked by the last that holds it; a killed process lets go of it, the file may stay.
+  refused and left as it is. The last that holds it unlinks it. A killed process lets go of it; the file may stay.
 - All processes of a job hold it, shared (flock), so it is taken as long as one of them lives. Process 0 takes it alone
   first and writes the job's name. To hold it alone and then shared is not one step: another job may come between. So a
   job has the lock when the file still has its name once it is held shared; from then on nobody can write another.

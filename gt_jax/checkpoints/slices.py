@@ -84,7 +84,7 @@ class SliceReader:
         return self._digest(name, CHUNK).crc32
 
     def compare(self, name: str, digest: LeafDigest) -> None:
-        """Raise `Damaged`, naming what has changed, unless the values are those whose checksum was noted, if any was."""
+        """Raise `Damaged`, naming what has changed, where these are not the values whose checksum was noted."""
         refuse_changed_values(self.where, {name: digest.crc32}, self.noted)
 
     def _digest(self, name: str, limit: int) -> LeafDigest:

@@ -68,7 +68,10 @@ def differences(wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> list[st
 
 
 class LeafDigest:
-    """SHA-256 of one leaf, its path, shape, dtype and bytes in C order, and `crc32` of its bytes; they come in parts."""
+    """SHA-256 of one leaf, its path, shape, dtype and bytes in C order, and `crc32` of its bytes.
+
+    The values come in parts.
+    """
 
     def __init__(self, name: str, leaf: jax.ShapeDtypeStruct) -> None:
         self._hash = hashlib.sha256(f"{name} {tuple(leaf.shape)} {leaf.dtype}\n".encode())

@@ -2,7 +2,8 @@
 
 - The first line is the growth's identity: all that the target's values depend on, but for the source's values.
 - Every further line is a source tensor, with its digest, whose part of the target is on the disk, and the checksums of
-  what was written for it (gt_jax.checkpoints.checksums). Lines are added one by one, each made durable; a kill can tear the last one only, and that one is ignored.
+  what was written for it (gt_jax.checkpoints.checksums). Lines are added one by one, each made durable; a kill can
+  tear the last one only, and that one is ignored.
 - A growth that goes on gathers what it finds into one new file first. No file times are looked at.
 """
 
@@ -27,7 +28,7 @@ class Finished(NamedTuple):
 
 
 def read_journals(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Finished]]:
-    """(identity, what is finished by source tensor) of all journals in `folder`; identity is None where there is none."""
+    """(identity, what is finished by source tensor) of all journals in `folder`; identity is None without any."""
     identity, finished = None, dict[str, Finished]()
     for file in sorted(folder.glob(JOURNALS)):
         lines = []

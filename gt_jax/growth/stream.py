@@ -28,6 +28,7 @@ from gt_jax.checkpoints.arrays import ArrayFiles
 from gt_jax.checkpoints.checksums import changed_bytes, checked_files, note_checksums, sums_of_arrays
 from gt_jax.checkpoints.folders import Damaged, StrPath, note_files, prepare_parent, rename
 from gt_jax.checkpoints.lock import only_writer
+from gt_jax.checkpoints.opened import open_checkpoint
 from gt_jax.checkpoints.slices import SliceReader
 from gt_jax.checkpoints.tree_paths import combine_digests
 from gt_jax.devices.processes import ProcessGroup
@@ -43,7 +44,6 @@ from gt_jax.text.tokenizers import tokenizer_of
 
 MEMORY = 2 * 2**30
 SECONDS = 1.0  # between two lines of progress
-_MODEL = ("params/", "statistics/")
 
 Progress = Callable[[str], None]
 
@@ -55,10 +55,12 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
 
     `memory` bounds the bytes of tensors held at a time, beside the program itself. Missing parent folders are made.
     The report holds "tensors", "bytes", "kept" (source tensors whose part `resume` took over), "dropped", "seconds",
-    "config", "grown_from" and "source_checksums": whether the source had any to be compared with. Where `jax.distributed` runs several processes, each of them calls it, with `target` on a
-    disk that all see. Raises `Refused`, with nothing left behind, for everything that does not fit: paths, plan, values
-    that are not finite, a budget below what the source's chunks need, another growth that is unfinished. OSError when
-    the disk is full: then, as after a kill, `target` does not exist and `resume` goes on.
+    "config", "grown_from" and "source_checksums": whether the source had any to be compared with. Where
+    `jax.distributed` runs several processes, each of them calls it, with `target` on a disk that all see. Raises
+    `Refused`, with nothing left behind, for everything that does not fit: paths, plan, values that are not finite, a
+    budget below what the source's chunks need, another growth that is unfinished; `Damaged` where the source does not
+    hold what was written. OSError when the disk is full: then, as after a kill, `target` does not exist and `resume`
+    goes on.
 
     >>> import gt_jax, os, tempfile, jax.numpy as jnp
     >>> config, folder = gt_jax.preset("tiny").replace(layout="DG"), tempfile.mkdtemp()
@@ -93,11 +95,10 @@ class _Growth:
         self.where, self.place = _paths(source, target)
         self.unfinished = UnfinishedGrowth(self.place)
         self.unfinished.refuse_unless(resume)
-        stored, source_metadata = checkpoint.describe(self.where)
-        source_config = checkpoint.model_config(self.where, stored, source_metadata)
+        _, _, source_config, source_metadata, stored = opened = open_checkpoint(self.where)
         config = target_config(source_config, plan, _known(dtype))
         check_noise(noise_std, seed)
-        self.model = {name: leaf for name, leaf in stored.items() if name.startswith(_MODEL)}
+        self.model = opened.model
         matched = match(self.model, child_abstract(source_config, plan, dtype), plan, carry)
         self.leaves = matched.leaves
         self.dropped = [*matched.dropped, *_not_carried(stored)]
@@ -262,7 +263,7 @@ def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
 
 def _not_carried(stored: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
     """What a training checkpoint holds beside the model, by its top-level name."""
-    return sorted({name.split("/")[0] for name in stored if not name.startswith(_MODEL)})
+    return sorted({name.split("/")[0] for name in stored if not name.startswith(checkpoint.MODEL)})
 
 
 def _versions() -> dict[str, str]:

@@ -63,6 +63,9 @@ def to_orbax(sources: Sequence[StrPath], target: StrPath, *, overrides: Mapping[
     metadata = {"config": config.to_json(), "kind": "converted", "step": found if step is None else step,
                 "converted_from": {**summary(source), "forms": forms}}
     own = _own(expected, config, tokens)
+    checksums = all(file.has_checksums for file in source.files)
+    if not checksums:
+        say("the source has no checksums; its values are taken as they are")
     prepare_parent(place)
     with only_writer(place):
         refuse_existing(place)  # another process may have finished it meanwhile
@@ -70,7 +73,7 @@ def to_orbax(sources: Sequence[StrPath], target: StrPath, *, overrides: Mapping[
     return {"source": [str(path) for path in sources], "target": str(place), "step": metadata["step"],
             "tensors": len(source.places), "aliases": source.aliases(), "ignored": len(source.ignored),
             "leaves": len(expected.tensors), "bytes": sum(map(_nbytes, expected.tensors.values())),
-            "seconds": time.monotonic() - started, "config": config.to_json()}
+            "source_checksums": checksums, "seconds": time.monotonic() - started, "config": config.to_json()}
 
 
 def refuse_existing(target: StrPath) -> Path:

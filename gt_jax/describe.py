@@ -94,8 +94,8 @@ def check_lines(name: str, result: Mapping[str, Any]) -> list[str]:
     """What `check` found, for a reader."""
     if not result["damaged"]:
         return [f"{name}: {result['checked']} files, {result['bytes']:,} bytes, all as they were written"]
-    return [f"{name} is damaged:", *(f"  - {one['file']}" + (f" ({', '.join(one['tensors'])})" if one["tensors"] else "")
-                                     for one in result["damaged"])]
+    damaged = [one["file"] + (f" ({', '.join(one['tensors'])})" if one["tensors"] else "") for one in result["damaged"]]
+    return [f"{name} is damaged:", *(f"  - {line}" for line in damaged)]
 
 
 def report_lines(result: dict[str, Any]) -> list[str]:
@@ -131,12 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.check:
         found = check(arguments.name)
-        lines = check_lines(arguments.name, found)
+        lines = "\n".join(check_lines(arguments.name, found))
         if arguments.json:
             print(json.dumps(found))
         if found["damaged"]:
-            raise Failed("\n".join(lines))
-        print(*([] if arguments.json else lines), sep="\n", end="" if arguments.json else "\n")
+            raise Failed(lines)
+        if not arguments.json:
+            print(lines)
         return 0
     result = describe(arguments.name)
     print(json.dumps(result) if arguments.json else "\n".join(report_lines(result)))

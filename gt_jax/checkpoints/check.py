@@ -1,4 +1,4 @@
-"""Is a checkpoint what was written? Every byte, with the names of all files, and of the tensors in them, that are not."""
+"""Is a checkpoint what was written? Every byte is compared; all damaged files are named, and the tensors in them."""
 
 from __future__ import annotations
 
@@ -50,18 +50,20 @@ def _check(place: Path) -> Checked:
     except Damaged:
         return Checked(0, 0, [{"file": str(place / CHECKSUMS), "tensors": []}])
     if not sums and CHECKSUMS not in listed:
-        raise Refused(f"checkpoint {place} has no checksums (it is older than they are, or another program wrote it), so "
-                      "nothing says whether a bit has changed; what is made from it has some")
+        raise Refused(f"checkpoint {place} has no checksums (it is older than they are, or another program wrote it), "
+                      "so nothing says whether a bit has changed; what is grown or converted from it has some")
     here = {name: (place / name).stat().st_size for name in {*sums, *listed} if (place / name).is_file()}
-    wrong = {name for name in {*sums, *listed} if name not in here or here[name] != listed.get(name, here[name])}
+    wrong = {name for name in {*sums, *listed} if name not in here}
     wrong |= set(changed_files(place, [name for name in sums if name in here]))
+    if any(listed.get(name, size) != size for name, size in here.items() if name not in wrong):
+        wrong.add(FILES)  # the file holds what was written, so it is the list that is wrong
     tensors = _tensors(place, wrong)
     return Checked(len(here), sum(here.values()),
                    [{"file": str(place / name), "tensors": tensors.get(name, [])} for name in sorted(wrong)])
 
 
 def _listed(place: Path) -> dict[str, int]:
-    """Sizes that were noted; a list that cannot be read is found by its own checksum's absence from it."""
+    """The sizes that were noted; of a list that cannot be read one that the list itself does not have."""
     try:
         return dict(json.loads((place / FILES).read_text()))
     except (OSError, ValueError, TypeError):
@@ -83,7 +85,7 @@ def _changed_tensors(place: Path) -> list[str]:
     """The tensors of the model whose values cannot be read, or are not those that were written."""
     sums = noted(place).tensors
     try:
-        leaves, _ = checkpoint.describe(place)
+        leaves, _ = checkpoint.described(place)
         reader = SliceReader(place, leaves)
     except Refused:  # what says where the values lie is damaged
         return []

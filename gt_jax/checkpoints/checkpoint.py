@@ -228,7 +228,11 @@ def read_leaves(path: StrPath, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> di
 
 def describe(path: StrPath) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
     """Shapes and dtypes by path, `params/segment0/...`, and the metadata; no values are read."""
-    where = resolve(path)
+    return described(resolve(path))
+
+
+def described(where: Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
+    """`describe` of a checkpoint of which it does not matter whether it is whole."""
     found = _look(where, functools.partial(_metadata, where))
     leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(found.metadata).items()}
     return dict(sorted(leaves.items())), dict(found.custom_metadata)

@@ -77,6 +77,7 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
     with contextlib.ExitStack() as stack:
         with explain_full_disk(growth.place):
             stack.enter_context(only_writer(growth.place))
+        growth.check_files(group, progress or (lambda line: None))
         group.agree(lambda: growth.open() if group.first else None)
         kept, metadata = growth.work(group, progress or (lambda line: None))
         group.agree(lambda: growth.describe(metadata))
@@ -117,6 +118,15 @@ class _Growth:
         self.described = False  # whether the unfinished folder is a checkpoint already
         prepare_parent(self.place)
 
+    def check_files(self, group: ProcessGroup, say: Progress) -> None:
+        """Compare the source's files first, where no checksum of a tensor was noted that reading could compare with."""
+        if not self.reader.noted.files:
+            say(f"{self.where} has no checksums; its values are taken as they are")
+        if self.reader.noted.by_file_alone:
+            problem = group.agree(lambda: changed_bytes(self.where, group.share(checked_files(self.where))))
+            if found := [one for one in group.gather(problem) if one is not None]:
+                raise Damaged(f"checkpoint {self.where} is not usable: {found[0]}")
+
     def open(self) -> None:
         """On process 0, under the lock: make the unfinished folder, or take over the one that is there."""
         with explain_full_disk(self.place):
@@ -128,7 +138,6 @@ class _Growth:
 
     def work(self, group: ProcessGroup, say: Progress) -> tuple[int, dict[str, Any]]:
         """Compare what is finished with the source, make the rest; (source tensors kept, metadata of the target)."""
-        self._check_files(group, say)
         whole, finished = group.agree(lambda: (self.unfinished.whole(), self.unfinished.finished()))
         self.described = whole is not None
         kept = self.model.keys() if whole else finished.keys()
@@ -161,15 +170,6 @@ class _Growth:
                 note_files(folder)
                 self.unfinished.forget_journals()
             rename(self.unfinished.folder, self.place)
-
-    def _check_files(self, group: ProcessGroup, say: Progress) -> None:
-        """Compare the source's files first, where no checksum of a tensor was noted that reading could compare with."""
-        if not self.reader.noted.files:
-            say(f"{self.where} has no checksums; its values are taken as they are")
-        if self.reader.noted.by_file_alone:
-            problem = group.agree(lambda: changed_bytes(self.where, group.share(checked_files(self.where))))
-            if found := [one for one in group.gather(problem) if one is not None]:
-                raise Damaged(f"checkpoint {self.where} is not usable: {found[0]}")
 
     def _compare(self, group: ProcessGroup, kept: Collection[str], finished: Mapping[str, str],
                  say: Progress) -> dict[str, str]:

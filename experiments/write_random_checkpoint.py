@@ -25,6 +25,7 @@ import numpy as np
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.arrays import ArrayFiles
+from gt_jax.checkpoints.checksums import Written, note_checksums, sums_of_arrays
 from gt_jax.checkpoints.folders import UNFINISHED, prepare_parent, publish, remove
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
@@ -93,6 +94,7 @@ def write(path: Path, config: ModelConfig, seed: int) -> int:
     prepare_parent(target)
     unfinished = target.with_name(target.name + UNFINISHED)
     remove(unfinished)
+    written, arrays = Written(unfinished), dict[str, ArrayFiles]()
     leaves, total, started = flatten(language_model.abstract(config)), 0, time.monotonic()
 
     def line() -> str:
@@ -103,13 +105,15 @@ def write(path: Path, config: ModelConfig, seed: int) -> int:
         for name, leaf in leaves.items():
             files = ArrayFiles.of(unfinished / "state", name, tuple(leaf.shape), np.dtype(leaf.dtype))
             files.create()
+            arrays[name] = files
             for start, part in values(config, name, leaf, seed):
-                writer.submit(part.nbytes, functools.partial(files.write, start, part))
+                writer.submit(part.nbytes, functools.partial(files.write, start, part, written))
                 total += part.nbytes
             say()
         writer.wait()
     metadata = {"config": config.to_json(), "kind": "random", "step": 0, "seed": seed}
     checkpoint.write_metadata(unfinished, list(leaves), metadata)
+    note_checksums(unfinished, *sums_of_arrays(unfinished, arrays, written.pieces()))
     publish(unfinished, target)
     return total
 

@@ -1,4 +1,8 @@
-"""`python -m gt_jax.describe PRESET_OR_CHECKPOINT`: config, layout, and every tensor with shape, dtype, parameters."""
+"""`python -m gt_jax.describe PRESET_OR_CHECKPOINT`: config, layout, and every tensor with shape, dtype, parameters.
+
+With --check every byte of a checkpoint (of every step of a run) is compared with its checksum instead; exit 1 names
+what is damaged, 2 says that there are no checksums.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax.configs import presets
-from gt_jax.errors import Refused, run_command
+from gt_jax.errors import Failed, Refused, run_command
 
 
 def tensor_rows(leaves: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -50,11 +54,9 @@ def describe(name: str) -> dict[str, Any]:
         origin: dict[str, Any] = {"preset": name}
         leaves = flatten(abstract(config))
     elif Path(name).exists():
-        from gt_jax.checkpoints import checkpoint
+        from gt_jax.checkpoints.opened import open_checkpoint
 
-        place = checkpoint.resolve(name)
-        leaves, metadata = checkpoint.describe(place)
-        config = checkpoint.model_config(place, leaves, metadata)
+        _, place, config, metadata, leaves = open_checkpoint(name)
         kept: dict[str, Any] = {key: metadata[key] for key in ("kind", "step", "grown_from") if key in metadata}
         origin = {"preset": None, "checkpoint": str(place), **kept, **lambda_report(place, config)}
     else:
@@ -62,6 +64,38 @@ def describe(name: str) -> dict[str, Any]:
     tensors = tensor_rows(leaves)
     trained = sum(row["parameters"] for row in tensors if row["path"].startswith("params/"))
     return {**origin, "layout": config.layout, "parameters": trained, "config": config.to_json(), "tensors": tensors}
+
+
+def check(name: str) -> dict[str, Any]:
+    """Compare all bytes at a path with their checksums: {"checked": files, "bytes", "damaged": [{"file", "tensors"}]}.
+
+    `name` is a checkpoint, a run (all its steps), or a .safetensors file of ours. Raises `Refused` where nothing was
+    noted to compare with.
+    """
+    from gt_jax.checkpoints.check import check as check_checkpoint
+    from gt_jax.interop.safetensors import SafetensorsFile
+    from gt_jax.interop.tensor_files import Unreadable
+
+    place = Path(name)
+    if not place.is_file():
+        return check_checkpoint(place)._asdict()
+    try:
+        file = SafetensorsFile(place)
+    except Unreadable as error:
+        raise Failed(str(error)) from error
+    if not file.has_checksums:
+        raise Refused(f"{place} has no checksums, so nothing says whether a bit has changed; its header fits its size")
+    damaged = file.damaged()
+    return {"checked": 1, "bytes": place.stat().st_size,
+            "damaged": [{"file": str(place), "tensors": damaged}] if damaged else []}
+
+
+def check_lines(name: str, result: Mapping[str, Any]) -> list[str]:
+    """What `check` found, for a reader."""
+    if not result["damaged"]:
+        return [f"{name}: {result['checked']} files, {result['bytes']:,} bytes, all as they were written"]
+    damaged = [one["file"] + (f" ({', '.join(one['tensors'])})" if one["tensors"] else "") for one in result["damaged"]]
+    return [f"{name} is damaged:", *(f"  - {line}" for line in damaged)]
 
 
 def report_lines(result: dict[str, Any]) -> list[str]:
@@ -87,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m gt_jax.describe", description="Describe a preset or a checkpoint.")
     p.add_argument("name", help=f"preset ({', '.join(sorted(presets.PRESETS))}), checkpoint or run directory")
+    p.add_argument("--check", action="store_true", help="compare every byte of a checkpoint or run with its checksum")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return p
 
@@ -94,6 +129,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the description."""
     arguments = parser().parse_args(argv)
+    if arguments.check:
+        found = check(arguments.name)
+        lines = "\n".join(check_lines(arguments.name, found))
+        if arguments.json:
+            print(json.dumps(found))
+        if found["damaged"]:
+            raise Failed(lines)
+        if not arguments.json:
+            print(lines)
+        return 0
     result = describe(arguments.name)
     print(json.dumps(result) if arguments.json else "\n".join(report_lines(result)))
     return 0

@@ -10,13 +10,21 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write under a temporary name beside `path`, then rename; a kill leaves the old file, or none, and PATH.tmp."""
+    """Write under a temporary name beside `path`, then rename; a kill leaves the old file, or none, and PATH.tmp.
+
+    The bytes are on the disk before they get the name, and the name is when this returns.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    if isinstance(content, bytes):
-        temporary.write_bytes(content)
-    else:
-        temporary.write_text(content, encoding="utf-8")
+    with open(temporary, "wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager

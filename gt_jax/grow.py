@@ -145,12 +145,9 @@ class _Source:
     metadata: dict[str, Any]
 
     def __init__(self, path: Path) -> None:
-        from gt_jax.checkpoints import checkpoint
-        where = checkpoint.resolve(path)
-        leaves, metadata = checkpoint.describe(where)
-        self.config = checkpoint.model_config(where, leaves, metadata)
-        self.tensors = {name: leaf for name, leaf in leaves.items() if name.startswith(("params/", "statistics/"))}
-        self.metadata = metadata
+        from gt_jax.checkpoints.opened import open_checkpoint
+        found = open_checkpoint(path)
+        self.config, self.tensors, self.metadata = found.config, found.model, found.metadata
 
     def refuse_text(self, files: Sequence[Path]) -> None:
         """Refuse, before anything is written, text that cannot be verified on."""

@@ -119,13 +119,13 @@ def thaw_config(arguments: argparse.Namespace, stored: Any, start: str | None) -
 
 def under_served_children(start: str | None) -> tuple[int, ...]:
     """The target layers to train first, by the plan that the starting checkpoint carries; named on stderr."""
-    from gt_jax.checkpoints import checkpoint
+    from gt_jax.checkpoints.opened import open_checkpoint
     from gt_jax.growth.provenance import stored_plan
     from gt_jax.growth.under_served import under_served
 
     if start is None:
         raise Refused(f"--thaw {UNDER_SERVED} reads the plan of a grown checkpoint; name it with --start")
-    found = under_served(stored_plan(checkpoint.describe(start)[1], start))
+    found = under_served(stored_plan(open_checkpoint(start).metadata, start))
     if not found:
         raise Refused(f"--thaw {UNDER_SERVED}: the plan of {start} gave every layer what it asked for; leave out "
                       "--thaw, or name target layers, for example --thaw 3,7,11")
@@ -136,7 +136,7 @@ def under_served_children(start: str | None) -> tuple[int, ...]:
 
 def default_config(arguments: argparse.Namespace) -> Any:
     """What a run is before its flags: its own config when resuming, else the preset's or the starting checkpoint's."""
-    from gt_jax.checkpoints import checkpoint
+    from gt_jax.checkpoints.opened import open_checkpoint
     from gt_jax.configs.data import BYTES, DataConfig
     from gt_jax.configs.presets import preset
     from gt_jax.configs.run import RunConfig, read_run_config
@@ -151,12 +151,11 @@ def default_config(arguments: argparse.Namespace) -> Any:
         return RunConfig(model=preset(arguments.preset or "tiny"))
     if arguments.preset or arguments.layout or arguments.plain or arguments.model:
         raise Refused("--start brings its own model; leave out --preset, --model, --layout and --plain")
-    place = checkpoint.resolve(arguments.start)
-    leaves, metadata = checkpoint.describe(place)
-    known = tokenizer_of(metadata)
+    start = open_checkpoint(arguments.start)
+    known = tokenizer_of(start.metadata)
     if known and arguments.tokenizer and (other := vocabulary_difference(known, arguments.tokenizer)):
         raise Refused(f"--start {arguments.start} was trained with another tokenizer: {other}; leave --tokenizer out")
-    return RunConfig(model=checkpoint.model_config(place, leaves, metadata), data=DataConfig(tokenizer=known or BYTES))
+    return RunConfig(model=start.config, data=DataConfig(tokenizer=known or BYTES))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,10 +15,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gt_jax.checkpoints.folders import CHUNK, sync
+
+if TYPE_CHECKING:
+    from gt_jax.checkpoints.checksums import Written
 
 _DESCRIPTION = "zarr.json"
 
@@ -78,11 +82,14 @@ class ArrayFiles:
             yield Extent(self.folder / name, (inner - here * size) * self.dtype.itemsize, start, end - start)
             start = end
 
-    def write(self, start: int, values: np.ndarray) -> None:
-        """Write values from flat position `start`; they are durable after `sync`."""
+    def write(self, start: int, values: np.ndarray, written: Written | None = None) -> None:
+        """Write values from flat position `start`; they are durable after `sync`. `written` sums them up."""
         flat = values.reshape(-1)
         for extent in self.extents(start, flat.size):
-            write_at(extent, flat[extent.start - start :][: extent.count], self.file_bytes)
+            part = flat[extent.start - start :][: extent.count]
+            write_at(extent, part, self.file_bytes)
+            if written is not None:
+                written.add(extent, part)
 
     def sync(self) -> None:
         """Wait until all that was written is on the disk."""

@@ -4,8 +4,8 @@
   and tuples become dicts, empty nodes vanish. A restore is told the structure, so it gives back what was saved.
 - Everything is written under NAME.unfinished and renamed once complete; a killed save leaves only that name.
 - The metadata (`config`, `step`, `kind`, ...) and files.json, every file with its size, are in the same rename: half a
-  copy of a checkpoint is found out before a value is read. So is checksums.json, by which a run that is resumed finds
-  out about bits that have changed.
+  copy of a checkpoint is found out before a value is read. So is checksums.json, by which whoever reads finds out about
+  bits that have changed.
 - Arrays that are written value by value (`arrays`) lie in a folder each; here they become a checkpoint.
 - The only file that imports Orbax; its logging stays silent, its errors become `Refused`, `Damaged` or `OSError`.
 """
@@ -25,6 +25,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,18 +33,20 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from gt_jax.checkpoints.checksums import THREADS, note_checksums, noted, of_values, refuse_changed_values
 from gt_jax.checkpoints.folders import (
     CHUNK,
     UNFINISHED,
     Damaged,
     StrPath,
-    note_checksums,
     prepare_parent,
     publish,
     remove,
     resolve,
     sync,
 )
+from gt_jax.checkpoints.leftovers import clear_save
+from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.slices import SliceReader, writing_axes
 from gt_jax.checkpoints.tree_paths import combine_digests, differences, flatten, nest, storable
 from gt_jax.configs.model import ModelConfig
@@ -52,6 +55,7 @@ from gt_jax.errors import Refused, refuse_all
 
 _BROKEN = (ValueError, KeyError, TypeError, OSError)  # what Orbax and TensorStore raise on a broken file
 _MOMENT = 0.2  # seconds
+MODEL = ("params/", "statistics/")  # what paths of the model begin with
 _SCRATCH = "metadata"  # the name, in an unfinished checkpoint, of what Orbax saves for its metadata alone
 
 T = TypeVar("T")
@@ -69,16 +73,18 @@ class Model(NamedTuple):
 def save(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> None:
     """Write `tree` and the JSON object `metadata` at `path`; its parent folders are made.
 
-    Raises `Refused` when the path exists or its place is not writable, OSError when the disk is full; then nothing is
-    left at `path`. On several processes every process calls it.
+    Raises `Refused` when the path exists, is being written, or its place is not writable, OSError when the disk is
+    full; then nothing is left at `path`. On several processes every process calls it.
     """
     target, unfinished, leaves = _prepare(path, tree, metadata)
 
     def work() -> None:
         ocp.save(unfinished, nest(leaves), custom_metadata=dict(metadata))
-        on_primary(functools.partial(_publish, unfinished, target))
+        on_primary(functools.partial(_publish, unfinished, target, _model_shapes(leaves)))
 
-    _write(target, unfinished, work)
+    with only_writer(target):
+        on_primary(functools.partial(_make_room, unfinished, target))
+        _write(target, unfinished, work)
 
 
 def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callable[[], None]:
@@ -86,18 +92,20 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
 
     The function returned waits for the end of the writing and raises what `save` would have raised of it, or `Failed`
     with what another process had to raise; a checkpoint is there, whole, from the moment the writing ends. On several
-    processes every process calls both.
+    processes every process calls both. It is for the steps of a run: the caller holds the run's lock.
     """
     target, unfinished, leaves = _prepare(path, tree, metadata)
+    on_primary(functools.partial(_make_room, unfinished, target))
     if jax.default_backend() == "cpu":  # there "from the devices" copies nothing, and the caller may donate its arrays
         leaves = {name: np.array(leaf) if _is_local(leaf) else leaf.copy() for name, leaf in leaves.items()}
     errors: list[Exception] = []
+    model = _model_shapes(leaves)
     with _quiet(), _context():
         response = ocp.save_async(unfinished, nest(leaves), custom_metadata=dict(metadata))
 
     def finish() -> None:
         try:
-            _write(target, unfinished, lambda: _publish_alone(response, unfinished, target))
+            _write(target, unfinished, lambda: _publish_alone(response, unfinished, target, model))
         except Exception as error:  # noqa: BLE001 — raised again, where the caller waits
             errors.append(error)
 
@@ -116,28 +124,43 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
 
 
 def _prepare(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> tuple[Path, Path, dict[str, Any]]:
-    """(place, its name until it is whole, leaves by path) of a save, with the place made ready."""
+    """(place, its name until it is whole, leaves by path) of a save."""
     target = Path(os.path.abspath(path))
-    if os.path.lexists(target):
-        raise Refused(f"{target} exists; a checkpoint is never overwritten, choose another path")
+    _refuse_existing(target)
     json.dumps(metadata)  # Orbax would find out too late
     leaves = storable(tree)
     prepare_parent(target)
-    unfinished = target.with_name(target.name + UNFINISHED)
-    on_primary(functools.partial(remove, unfinished))
-    return target, unfinished, leaves
+    return target, target.with_name(target.name + UNFINISHED), leaves
 
 
-def _publish_alone(response: Any, unfinished: Path, target: Path) -> None:
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise Refused(f"{target} exists; a checkpoint is never overwritten, choose another path")
+
+
+def _make_room(unfinished: Path, target: Path) -> None:
+    """Clear what a killed save left; raises `Refused` where another command, or somebody, has the names."""
+    _refuse_existing(target)  # another process may have finished it meanwhile
+    clear_save(unfinished)
+
+
+def _publish_alone(response: Any, unfinished: Path, target: Path, model: Mapping[str, Any]) -> None:
     """When all processes have written, one publishes; in a thread, where processes cannot wait for each other."""
     response.result()
     if jax.process_index() == 0:
-        _publish(unfinished, target)
+        _publish(unfinished, target, model)
 
 
-def _publish(unfinished: Path, target: Path) -> None:
-    """Note what every file holds, then `publish`."""
-    note_checksums(unfinished)
+def _model_shapes(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()
+            if name.startswith(MODEL)}
+
+
+def _publish(unfinished: Path, target: Path, model: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Note what every file and every tensor of the model holds, then `publish`."""
+    reader = SliceReader(unfinished, model)
+    with ThreadPoolExecutor(THREADS) as pool:
+        note_checksums(unfinished, dict(zip(model, pool.map(reader.checksum, model), strict=True)))
     publish(unfinished, target)
 
 
@@ -194,13 +217,22 @@ def load_paths(path: StrPath, paths: Collection[str]) -> dict[str, np.ndarray]:
 
 
 def read_leaves(path: StrPath, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-    """`load_paths` for a caller that keeps the description: no look at the folder before the read."""
-    return _read(Path(path), {name: _on_host(leaf) for name, leaf in leaves.items()})
+    """`load_paths` for a caller that keeps the description: no look at the folder before the read.
+
+    Raises `Damaged` where values are not those whose checksums were noted.
+    """
+    values = _read(Path(path), {name: _on_host(leaf) for name, leaf in leaves.items()})
+    refuse_changed_values(Path(path), {name: of_values(value) for name, value in values.items()}, noted(Path(path)))
+    return values
 
 
 def describe(path: StrPath) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
     """Shapes and dtypes by path, `params/segment0/...`, and the metadata; no values are read."""
-    where = resolve(path)
+    return described(resolve(path))
+
+
+def described(where: Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
+    """`describe` of a checkpoint of which it does not matter whether it is whole."""
     found = _look(where, functools.partial(_metadata, where))
     leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(found.metadata).items()}
     return dict(sorted(leaves.items())), dict(found.custom_metadata)
@@ -218,7 +250,7 @@ def load_model(path: StrPath, abstract: Any = None) -> Model:
     if abstract is not None:
         tree = load(where, abstract)
     else:
-        own = {name: _on_host(leaf) for name, leaf in leaves.items() if name.startswith(("params/", "statistics/"))}
+        own = {name: _on_host(leaf) for name, leaf in leaves.items() if name.startswith(MODEL)}
         tree = nest(_read(where, own))
     return Model(config, tree["params"], tree.get("statistics", {}), metadata)
 

@@ -1,7 +1,6 @@
 """A checkpoint as files: whether it is complete, what an unfinished one is called, which step of a run is the newest.
 
-Nothing here reads values, so that a look at a folder costs a few small files; but for `changed_bytes`, which a run asks
-before it goes on from a checkpoint.
+Nothing here reads values, so that a look at a folder costs a few small files.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ import errno
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,8 @@ UNFINISHED = ".unfinished"  # a save that is under way, or was killed
 JOURNALS = "journal.*.jsonl"  # what a growth has finished so far, in the unfinished folder
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for what it writes at this moment
 CHUNK = 2**24  # bytes of a stored chunk and of a slice read: below what malloc maps anew each time, yet few files
-_FILES = "files.json"
-_CHECKSUMS = "checksums.json"
-_THREADS = 4  # zlib lets go of the interpreter's lock
+FILES = "files.json"
+CHECKSUMS = "checksums.json"
 _NEEDED = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "state/_METADATA")
 _DATABASE = "state/manifest.ocdbt"  # where arrays lie together in one database; else each has a folder of its own
 
@@ -72,7 +68,7 @@ def resolve(path: StrPath, warn: Callable[[str], None] | None = None) -> Path:
 
 
 def publish(unfinished: Path, target: Path) -> None:
-    """Note every file's size beside the files, then rename: from here on the checkpoint exists."""
+    """Wait for the disk, note every file's size beside the files, then rename: from here on the checkpoint exists."""
     note_files(unfinished)
     rename(unfinished, target)
 
@@ -84,61 +80,31 @@ def rename(unfinished: Path, target: Path) -> None:
 
 
 def note_files(unfinished: Path) -> None:
-    """Write files.json: from here on `damage` finds nothing wrong."""
+    """Write files.json once all is on the disk: from here on `damage` finds nothing wrong."""
+    sync_all(unfinished)
     files = {str(file.relative_to(unfinished)): file.stat().st_size
              for file in sorted(unfinished.rglob("*"))
-             if file.is_file() and file.name != _FILES and not file.match(f"{JOURNALS}*")}
-    _write_durably(unfinished / _FILES, files)
+             if file.is_file() and file.name != FILES and not file.match(f"{JOURNALS}*")}
+    write_durably(unfinished / FILES, files)
     sync(unfinished)
 
 
-def note_checksums(unfinished: Path) -> None:
-    """Write checksums.json, the CRC-32 of every file; before `note_files`, which lists it too.
-
-    Neither TensorStore's chunks of raw bytes nor a disk say that a bit has changed.
-    """
-    files = [file for file in sorted(unfinished.rglob("*")) if file.is_file() and file.name != _CHECKSUMS]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        sums = dict(zip((str(file.relative_to(unfinished)) for file in files), pool.map(_checksum, files), strict=True))
-    _write_durably(unfinished / _CHECKSUMS, sums)
-
-
-def checked_files(path: Path) -> dict[str, int]:
-    """The files of a complete checkpoint that have a checksum, with their sizes; raises `Damaged` where one is gone."""
-    try:
-        return {name: (path / name).stat().st_size for name in _checksums(path)}
-    except (OSError, ValueError, TypeError) as error:
-        raise Damaged(f"checkpoint {path} is not usable: its checksums cannot be read ({error})") from error
-
-
-def changed_bytes(path: Path, names: Collection[str]) -> str | None:
-    """The first of these files that does not hold what was written; all of their bytes are read."""
-    noted = _checksums(path)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = zip(names, pool.map(_checksum, [path / name for name in names]), strict=True)
-        wrong = [name for name, value in found if value != noted[name]]
-    return f"{wrong[0]} holds other bytes than were written" if wrong else None
-
-
-def _checksums(path: Path) -> dict[str, int]:
-    """Empty for a checkpoint of which none were noted: a grown or converted one."""
-    file = path / _CHECKSUMS
-    return dict(json.loads(file.read_text())) if file.exists() else {}
-
-
-def _checksum(file: Path) -> int:
-    value = 0
-    with open(file, "rb", buffering=0) as stream:
-        while block := stream.read(CHUNK):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _write_durably(file: Path, content: Any) -> None:
+def write_durably(file: Path, content: Any) -> None:
+    """Write JSON and wait until it is on the disk (its name is not before the folder is synced)."""
     with open(file, "w") as stream:
         json.dump(content, stream)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def sync_all(folder: Path) -> None:
+    """Wait until every file below a folder, and every name, is on the disk: what Orbax writes itself is not yet."""
+    for place, folders, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(place) / name)
+        for name in folders:
+            sync(Path(place) / name)
+    sync(folder)
 
 
 def sync(path: Path) -> None:
@@ -152,6 +118,7 @@ def sync(path: Path) -> None:
 
 def prepare_parent(target: Path) -> None:
     """Make the folder `target` will lie in; raises `Refused` when that is not possible or it is not writable."""
+    new = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -160,6 +127,8 @@ def prepare_parent(target: Path) -> None:
         raise Refused(f"{target.parent} cannot be made ({error.strerror}); choose a folder that is writable") from error
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise Refused(f"{target.parent} is not writable; choose another place for {target.name}")
+    for folder in new:
+        sync(folder.parent)
 
 
 def damage(path: Path) -> str | None:
@@ -182,7 +151,7 @@ def damage(path: Path) -> str | None:
 def _changed_files(path: Path) -> str | None:
     """Which files are not as they were when the checkpoint was complete."""
     try:
-        files = dict(json.loads((path / _FILES).read_text()))
+        files = dict(json.loads((path / FILES).read_text()))
     except (OSError, ValueError, TypeError) as error:
         return f"its list of files cannot be read ({error})"
     for name, size in files.items():

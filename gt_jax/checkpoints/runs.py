@@ -11,18 +11,18 @@ from typing import Any, TypeVar
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.checkpoint import on_primary
+from gt_jax.checkpoints.checksums import changed_bytes, checked_files
 from gt_jax.checkpoints.folders import (
     UNFINISHED,
     Damaged,
     StrPath,
-    changed_bytes,
-    checked_files,
     damage,
     prepare_parent,
     resolve,
     set_aside,
     step_folders,
 )
+from gt_jax.checkpoints.leftovers import clear_steps
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Refused
 
@@ -32,8 +32,8 @@ T = TypeVar("T")
 class RunCheckpoints:
     """The steps of one run, RUN/<step>/, the newest `keep` of them.
 
-    An older step goes only after a newer one is complete; what killed saves left behind is ignored and cleared away by
-    the next save. `warn` hears of damaged steps.
+    An older step goes only after a newer one is complete and on the disk; what killed saves left behind is ignored and
+    cleared away by the next save. `warn` hears of damaged steps. The caller holds the run's lock.
     """
 
     def __init__(self, root: StrPath, keep: int = 2, warn: Callable[[str], None] | None = None) -> None:
@@ -53,7 +53,7 @@ class RunCheckpoints:
         """`save` that writes beside the caller; what goes wrong in writing is raised by the next save or by `wait`."""
         self.wait()
         prepare_parent(self.root / str(step))
-        on_primary(self._clear_leftovers)
+        on_primary(functools.partial(clear_steps, self.root))
         self._writing = checkpoint.save_async(self.root / str(step), tree, {**metadata, "step": step})
 
     def wait(self) -> None:
@@ -125,10 +125,6 @@ class RunCheckpoints:
             old = self.root / f"{step}{UNFINISHED}"
             os.rename(self.root / str(step), old)  # a kill while deleting must not leave half a step
             shutil.rmtree(old)
-
-    def _clear_leftovers(self) -> None:
-        for leftover in self.root.glob(f"*{UNFINISHED}*"):
-            shutil.rmtree(leftover)
 
 
 def _refuse_changed(folder: Path, group: ProcessGroup) -> None:

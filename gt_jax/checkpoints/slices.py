@@ -3,6 +3,7 @@
 - A slice is a run of values in C order. It covers whole chunks, so that no chunk is read twice; an array stored as one
   chunk is one slice, whatever the limit.
 - `SliceReader.read` returns at once; several slices can be under way. While it is read a slice takes twice its bytes.
+- Who reads a whole array asks `compare` at its end whether these are the values that were written.
 - Beside gt_jax.checkpoints.checkpoint the only file that imports TensorStore; its errors become `Damaged`.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 import tensorstore
 
 from gt_jax.checkpoints.arrays import Shape, split_axis
+from gt_jax.checkpoints.checksums import noted, refuse_changed_values
 from gt_jax.checkpoints.folders import CHUNK, Damaged
 from gt_jax.checkpoints.tree_paths import LeafDigest
 
@@ -39,6 +41,7 @@ class SliceReader:
 
     def __init__(self, where: Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> None:
         self.where, self.leaves = where, leaves
+        self.noted = noted(where)
         self._stores: dict[str, Any] = {}
         state = where / "state"
         try:
@@ -71,12 +74,25 @@ class SliceReader:
         return wait
 
     def digest(self, name: str, limit: int = CHUNK) -> str:
-        """`LeafDigest` of an array, with one slice in memory at a time."""
+        """`LeafDigest` of an array, with one slice in memory at a time; compared as `compare` does."""
+        digest = self._digest(name, limit)
+        self.compare(name, digest)
+        return digest.hexdigest()
+
+    def checksum(self, name: str) -> int:
+        """CRC-32 of an array as it is now."""
+        return self._digest(name, CHUNK).crc32
+
+    def compare(self, name: str, digest: LeafDigest) -> None:
+        """Raise `Damaged`, naming what has changed, where these are not the values whose checksum was noted."""
+        refuse_changed_values(self.where, {name: digest.crc32}, self.noted)
+
+    def _digest(self, name: str, limit: int) -> LeafDigest:
         digest = LeafDigest(name, self.leaves[name])
         for part in self.slices(name, limit):
             digest.update(self.read(part)())
         self.close(name)
-        return digest.hexdigest()
+        return digest
 
     def close(self, name: str) -> None:
         """Forget the open file of an array that is done with."""

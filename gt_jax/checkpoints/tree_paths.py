@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,14 +68,20 @@ def differences(wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> list[st
 
 
 class LeafDigest:
-    """SHA-256 of one leaf, its path, shape, dtype and bytes in C order; the values come in parts."""
+    """SHA-256 of one leaf, its path, shape, dtype and bytes in C order, and `crc32` of its bytes.
+
+    The values come in parts.
+    """
 
     def __init__(self, name: str, leaf: jax.ShapeDtypeStruct) -> None:
         self._hash = hashlib.sha256(f"{name} {tuple(leaf.shape)} {leaf.dtype}\n".encode())
+        self.crc32 = 0
 
     def update(self, values: np.ndarray) -> None:
         """The next values."""
-        self._hash.update(values.reshape(-1).view(np.uint8).data)
+        data = values.reshape(-1).view(np.uint8).data
+        self._hash.update(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
 
     def hexdigest(self) -> str:
         """The digest of all values so far."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints import checkpoint, opened
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.models.language_model import abstract
@@ -21,14 +21,8 @@ class TrainedModel(NamedTuple):
     metadata: dict[str, Any]
 
 
-class Checkpoint(NamedTuple):
-    """A model on disk before its values are read; `place` is the step of a run that `path` names, or `path` itself."""
-
-    path: Path
-    place: Path
-    config: ModelConfig
-    metadata: dict[str, Any]
-    tensors: dict[str, Any]
+class Checkpoint(opened.Opened):
+    """A model on disk before its values are read."""
 
     def load(self, rules: Rules | None = None) -> Tree:
         """The variables, laid out by `rules` on the current mesh if there is one."""
@@ -37,9 +31,7 @@ class Checkpoint(NamedTuple):
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint, or a run's newest, at `path`; raises `Refused` where there is none."""
-    place = checkpoint.resolve(path)
-    leaves, metadata = checkpoint.describe(place)
-    return Checkpoint(Path(path), place, checkpoint.model_config(place, leaves, metadata), metadata, leaves)
+    return Checkpoint(*opened.open_checkpoint(path))
 
 
 def load(path: str | Path, rules: Rules | None = None) -> TrainedModel:

@@ -4,6 +4,7 @@
 
 - A slice is read while the one before it is worked on; children wait to be written, so many bytes at most.
 - Pieces have few sizes, so that few programs are compiled; the last piece is filled up with zeros.
+- A source tensor is compared with its checksum at its end; of all that is written checksums are kept.
 - A source tensor is finished when its whole part of the target is on the disk: then the journal has a line of it.
 - Values that are not finite end the writing, not the reading: all tensors that have any are named together.
 """
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gt_jax.checkpoints.arrays import ArrayFiles, Extent, write_at
+from gt_jax.checkpoints.checksums import Written
 from gt_jax.checkpoints.folders import CHUNK, sync
 from gt_jax.checkpoints.slices import Slice, SliceReader
 from gt_jax.checkpoints.tree_paths import LeafDigest
@@ -133,6 +135,7 @@ class Pipeline:
                     self._children(current, part, values)
                 hashed.result()
                 if part.start + part.count == current.size:
+                    self._reader.compare(part.name, current.digest)
                     current.countdown.finish()
                     self._reader.close(part.name)
                     say()
@@ -156,7 +159,7 @@ class Pipeline:
             for extent in files.extents(feed.block * _block_size(leaf), _block_size(leaf)):
                 left[extent.file] += extent.count
         source = self._reader.leaves[name]
-        digest = LeafDigest(name, source)
+        digest, written = LeafDigest(name, source), Written(self._state.parent)
         size = int(np.prod(source.shape, dtype=np.int64))
 
         def done() -> None:
@@ -165,11 +168,11 @@ class Pipeline:
             for files in fed.values():
                 files.sync_names()
             sync(self._state)
-            self._journal.finished(name, digest.hexdigest())
+            self._journal.finished(name, digest.hexdigest(), written.pieces())
             with self._lock:
                 self.finished += 1
 
-        return _Tensor(name, size, digest, left, Countdown(done), writer)
+        return _Tensor(name, size, digest, left, written, Countdown(done), writer)
 
     def _check(self, tensor: _Tensor, part: Slice, values: np.ndarray) -> None:
         if tensor.wrong:
@@ -215,6 +218,7 @@ class Pipeline:
 
     def _write(self, tensor: _Tensor, extent: Extent, values: np.ndarray, leaf: Leaf) -> None:
         write_at(extent, values, self._files[leaf.path].file_bytes)
+        tensor.written.add(extent, values)
         with self._lock:
             self.written += values.nbytes
             tensor.left[extent.file] -= extent.count
@@ -237,6 +241,7 @@ class _Tensor:
     size: int
     digest: LeafDigest
     left: dict[Path, int]
+    written: Written
     countdown: Countdown
     writer: WriteBehind
     wrong: bool = False

@@ -1,6 +1,7 @@
 """Checkpoint to checkpoint: a growth that needs little memory, runs at the disk's speed, and survives being killed.
 
-- The source is read once (gt_jax.growth.pipeline): every value is checked, hashed, grown and written in one pass.
+- The source is read once (gt_jax.growth.pipeline): every value is checked, hashed, grown and written in one pass; what
+  differs from the source's checksums is refused. The target has checksums of its own, made while it is written.
 - TARGET is there when it is whole, not before: all is made in TARGET.unfinished and renamed at the end. A journal there
   says which source tensors are finished; `resume` compares their digests with the source again and makes the rest.
 - Several processes share the source tensors, each of which is one process's work; all write one folder.
@@ -20,10 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from gt_jax.checkpoints import checkpoint
-from gt_jax.checkpoints.folders import StrPath, note_files, prepare_parent, rename
+from gt_jax.checkpoints.arrays import ArrayFiles
+from gt_jax.checkpoints.checksums import changed_bytes, checked_files, note_checksums, sums_of_arrays
+from gt_jax.checkpoints.folders import Damaged, StrPath, note_files, prepare_parent, rename
 from gt_jax.checkpoints.lock import only_writer
+from gt_jax.checkpoints.opened import open_checkpoint
 from gt_jax.checkpoints.slices import SliceReader
 from gt_jax.checkpoints.tree_paths import combine_digests
 from gt_jax.devices.processes import ProcessGroup
@@ -39,7 +44,6 @@ from gt_jax.text.tokenizers import tokenizer_of
 
 MEMORY = 2 * 2**30
 SECONDS = 1.0  # between two lines of progress
-_MODEL = ("params/", "statistics/")
 
 Progress = Callable[[str], None]
 
@@ -51,10 +55,12 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
 
     `memory` bounds the bytes of tensors held at a time, beside the program itself. Missing parent folders are made.
     The report holds "tensors", "bytes", "kept" (source tensors whose part `resume` took over), "dropped", "seconds",
-    "config" and "grown_from". Where `jax.distributed` runs several processes, each of them calls it, with `target` on a
-    disk that all see. Raises `Refused`, with nothing left behind, for everything that does not fit: paths, plan, values
-    that are not finite, a budget below what the source's chunks need, another growth that is unfinished. OSError when
-    the disk is full: then, as after a kill, `target` does not exist and `resume` goes on.
+    "config", "grown_from" and "source_checksums": whether the source had any to be compared with. Where
+    `jax.distributed` runs several processes, each of them calls it, with `target` on a disk that all see. Raises
+    `Refused`, with nothing left behind, for everything that does not fit: paths, plan, values that are not finite, a
+    budget below what the source's chunks need, another growth that is unfinished; `Damaged` where the source does not
+    hold what was written. OSError when the disk is full: then, as after a kill, `target` does not exist and `resume`
+    goes on.
 
     >>> import gt_jax, os, tempfile, jax.numpy as jnp
     >>> config, folder = gt_jax.preset("tiny").replace(layout="DG"), tempfile.mkdtemp()
@@ -69,14 +75,17 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
     group, started = ProcessGroup(), time.monotonic()
     growth = group.agree(lambda: _Growth(source, target, plan, carry, float(noise_std), seed, dtype, memory, resume))
     with contextlib.ExitStack() as stack:
-        group.agree(lambda: growth.open(stack) if group.first else None)
+        with explain_full_disk(growth.place):
+            stack.enter_context(only_writer(growth.place))
+        growth.check_files(group, progress or (lambda line: None))
+        group.agree(lambda: growth.open() if group.first else None)
         kept, metadata = growth.work(group, progress or (lambda line: None))
         group.agree(lambda: growth.describe(metadata))
         group.agree(lambda: growth.publish() if group.first else None)
     return {"source": str(growth.where), "target": str(growth.place), "tensors": len(growth.leaves),
             "bytes": sum(leaf.nbytes for leaf in growth.leaves), "kept": kept, "dropped": growth.dropped,
             "seconds": time.monotonic() - started, "config": metadata["config"],
-            "grown_from": metadata["grown_from"]}
+            "grown_from": metadata["grown_from"], "source_checksums": bool(growth.reader.noted.files)}
 
 
 class _Growth:
@@ -87,11 +96,10 @@ class _Growth:
         self.where, self.place = _paths(source, target)
         self.unfinished = UnfinishedGrowth(self.place)
         self.unfinished.refuse_unless(resume)
-        stored, source_metadata = checkpoint.describe(self.where)
-        source_config = checkpoint.model_config(self.where, stored, source_metadata)
+        _, _, source_config, source_metadata, stored = opened = open_checkpoint(self.where)
         config = target_config(source_config, plan, _known(dtype))
         check_noise(noise_std, seed)
-        self.model = {name: leaf for name, leaf in stored.items() if name.startswith(_MODEL)}
+        self.model = opened.model
         matched = match(self.model, child_abstract(source_config, plan, dtype), plan, carry)
         self.leaves = matched.leaves
         self.dropped = [*matched.dropped, *_not_carried(stored)]
@@ -110,10 +118,18 @@ class _Growth:
         self.described = False  # whether the unfinished folder is a checkpoint already
         prepare_parent(self.place)
 
-    def open(self, stack: contextlib.ExitStack) -> None:
-        """On process 0: become the only writer; make the unfinished folder, or take over the one that is there."""
+    def check_files(self, group: ProcessGroup, say: Progress) -> None:
+        """Compare the source's files first, where no checksum of a tensor was noted that reading could compare with."""
+        if not self.reader.noted.files:
+            say(f"{self.where} has no checksums; its values are taken as they are")
+        if self.reader.noted.by_file_alone:
+            problem = group.agree(lambda: changed_bytes(self.where, group.share(checked_files(self.where))))
+            if found := [one for one in group.gather(problem) if one is not None]:
+                raise Damaged(f"checkpoint {self.where} is not usable: {found[0]}")
+
+    def open(self) -> None:
+        """On process 0, under the lock: make the unfinished folder, or take over the one that is there."""
         with explain_full_disk(self.place):
-            stack.enter_context(only_writer(self.place))
             _refuse_existing(self.place)  # another process may have finished it meanwhile
             self.unfinished.refuse_another(self.identity)
             if self.unfinished.whole() is None:
@@ -147,7 +163,11 @@ class _Growth:
         """On process 0: the checkpoint gets its name."""
         with explain_full_disk(self.place):
             if not self.described:
-                note_files(self.unfinished.folder)
+                folder = self.unfinished.folder
+                arrays = {leaf.path: ArrayFiles.of(folder / "state", leaf.path, leaf.shape, np.dtype(leaf.dtype))
+                          for leaf in self.leaves}
+                note_checksums(folder, *sums_of_arrays(folder, arrays, self.unfinished.pieces()))
+                note_files(folder)
                 self.unfinished.forget_journals()
             rename(self.unfinished.folder, self.place)
 
@@ -243,7 +263,7 @@ def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
 
 def _not_carried(stored: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
     """What a training checkpoint holds beside the model, by its top-level name."""
-    return sorted({name.split("/")[0] for name in stored if not name.startswith(_MODEL)})
+    return sorted({name.split("/")[0] for name in stored if not name.startswith(checkpoint.MODEL)})
 
 
 def _versions() -> dict[str, str]:

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gt_jax.checkpoints.checksums import Pieces
 from gt_jax.checkpoints.folders import JOURNALS, UNFINISHED, damage, sync
+from gt_jax.checkpoints.leftovers import ARRAYS, EMPTY, GROWTH, clear
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth.journal import gather_journals, read_journals
 
@@ -54,10 +56,13 @@ class UnfinishedGrowth:
         self._refuse(lines, "The source's content differs:")
 
     def begin(self, identity: Mapping[str, Any]) -> None:
-        """Make the folder, with one journal of all that is finished; what cannot be kept is deleted."""
+        """Make the folder, with one journal of all that is finished; what cannot be kept is deleted.
+
+        Raises `Refused` where the folder is not a growth's.
+        """
         found, finished = read_journals(self.folder)
         if found is None:
-            self.discard()
+            clear(self.folder, (GROWTH, ARRAYS, EMPTY), f"the growth of {self.target.name}")
             self.folder.mkdir()
             sync(self.folder.parent)
             finished = {}
@@ -65,7 +70,15 @@ class UnfinishedGrowth:
 
     def finished(self) -> dict[str, str]:
         """Digest by source tensor of all that is finished."""
-        return read_journals(self.folder)[1]
+        return {name: one.digest for name, one in read_journals(self.folder)[1].items()}
+
+    def pieces(self) -> Pieces:
+        """Checksums of all that was written, by file."""
+        made: Pieces = {}
+        for one in read_journals(self.folder)[1].values():
+            for file, pieces in one.pieces.items():
+                made.setdefault(file, []).extend(pieces)
+        return made
 
     def forget_journals(self) -> None:
         """The folder is whole: nothing is left to go on with."""

@@ -1,7 +1,8 @@
 """The safetensors format: a JSON header of names, dtypes, shapes and byte ranges, then the bytes.
 
 Written here and not taken from the package of that name, which has to hold every tensor of a file in memory to write
-it. The format is small: u64 length of the header, the header, the tensors without gaps.
+it. The format is small: u64 length of the header, the header, the tensors without gaps. It has no checksums; files of
+ours have CRC-32 by tensor in the header's `__metadata__`, and whoever reads a tensor compares it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +29,7 @@ DTYPES = {name: np.dtype(dtype) for name, dtype in {
     "U32": np.uint32, "U64": np.uint64,
 }.items()}  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_CONFIG, _STEP = "gt_jax.config", "gt_jax.step"  # what our own files say of the model
+_CONFIG, _STEP, _SUMS = "gt_jax.config", "gt_jax.step", "gt_jax.crc32"  # what our own files say of the model
 _LENGTH = struct.Struct("<Q")
 _MOST = 100_000_000  # bytes of a header, as in the reference implementation
 
@@ -44,10 +47,24 @@ class SafetensorsFile(TensorFile):
         for name, entry in header.items():
             self.tensors[name], self._ranges[name] = _entry(path, name, entry)
         _refuse_gaps(path, sorted(self._ranges.values()), size - self._start)
-        self.step, self.config = _about(path, about)
+        self.step, self.config, self._sums = _about(path, about)
+        self.has_checksums = bool(self._sums)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, read-only, mapped from the file."""
+        """One tensor, read-only, mapped from the file; raises `Unreadable` where it differs from its checksum."""
+        value = self._mapped(name)
+        if not self._is_as_written(name, value):
+            raise Unreadable(f"{self.path} is damaged: {name} has other values than were written")
+        return value
+
+    def damaged(self) -> list[str]:
+        """The tensors that differ from their checksums; all are read."""
+        return [name for name in self.tensors if not self._is_as_written(name, self._mapped(name))]
+
+    def _is_as_written(self, name: str, value: np.ndarray) -> bool:
+        return self._sums.get(name) in (None, f"{zlib.crc32(value.reshape(-1).view(np.uint8).data):08x}")
+
+    def _mapped(self, name: str) -> np.ndarray:
         shape, dtype = self.tensors[name]
         begin = self._start + self._ranges[name][0]
         count = math.prod(shape)
@@ -69,7 +86,9 @@ class Writer:
         order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so every tensor is aligned
         about = {_CONFIG: json.dumps(config)} if config is not None else {}
         about |= {_STEP: str(step)} if step is not None else {}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
+        self._about: dict[str, str] = {"format": "pt", **about}
+        header: dict[str, Any] = {"__metadata__": self._about}
+        self._header, self._sums = header, {name: f"{0:08x}" for name in order}
         self._left: dict[str, tuple[int, Info]] = {}
         end = 0
         for name in order:
@@ -77,21 +96,28 @@ class Writer:
             begin, end = end, end + math.prod(info.shape) * info.dtype.itemsize
             self._left[name] = begin, info
             header[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._start, self.nbytes = _LENGTH.size + len(text), end
+        text = self._text()
+        self._start, self.nbytes = len(text), end
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
-        self._write_all(0, np.frombuffer(_LENGTH.pack(len(text)) + text, np.uint8))
+        self._write_all(0, np.frombuffer(text, np.uint8))
 
     def put(self, name: str, value: np.ndarray) -> None:
         """Write one tensor; its strides may be any."""
         begin, info = self._left.pop(name)
         if (value.shape, value.dtype) != info:
             raise ValueError(f"{name} is {Info(value.shape, value.dtype)}; the header says {info}")
-        place = self._start + begin
+        place, checksum = self._start + begin, 0
         for piece in pieces(value):
             self._write_all(place, piece)
-            place += piece.nbytes
+            place, checksum = place + piece.nbytes, zlib.crc32(piece.data, checksum)
+        self._sums[name] = f"{checksum:08x}"
+
+    def _text(self) -> bytes:
+        """Length and header; as long at the end, with the checksums, as at the start, with zeros for them."""
+        self._about[_SUMS] = json.dumps(self._sums)
+        text = json.dumps(self._header).encode()
+        text += b" " * (-len(text) % 8)
+        return _LENGTH.pack(len(text)) + text
 
     def _write_all(self, place: int, data: np.ndarray) -> None:
         view = memoryview(data.data)
@@ -108,6 +134,7 @@ class Writer:
             if kind is None:
                 if self._left:
                     raise ValueError(f"not written: {', '.join(self._left)}")
+                self._write_all(0, np.frombuffer(self._text(), np.uint8))
                 os.fsync(self._file.fileno())
 
 
@@ -172,9 +199,17 @@ def _refuse_gaps(path: Path, ranges: list[tuple[int, int]], size: int) -> None:
         raise Unreadable(f"{path} has {size - place} bytes after its last tensor; it is not a safetensors file")
 
 
-def _about(path: Path, about: Any) -> tuple[int | None, Any]:
-    """(step, config) that a file of ours carries; None for what it does not say."""
+def is_ours(path: Path) -> bool:
+    """Whether a file, perhaps half written, is one of `Writer`: its header says so. An empty file is nobody's work."""
+    with open(path, "rb") as stream:
+        start = stream.read(_LENGTH.size + 2**16)
+    return not start or re.match(rb'\{"__metadata__": \{"format": "pt".*"gt_jax\.', start[_LENGTH.size :]) is not None
+
+
+def _about(path: Path, about: Any) -> tuple[int | None, Any, dict[str, str]]:
+    """(step, config, checksums) that a file of ours carries; None, or none, for what it does not say."""
     try:
-        return (int(about[_STEP]) if _STEP in about else None), json.loads(about.get(_CONFIG, "null"))
+        step = int(about[_STEP]) if _STEP in about else None
+        return step, json.loads(about.get(_CONFIG, "null")), dict(json.loads(about.get(_SUMS, "{}")))
     except (TypeError, ValueError, AttributeError) as error:
         raise Unreadable(f"{path}: its __metadata__ does not parse ({error})") from error

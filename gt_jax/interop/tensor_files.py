@@ -32,12 +32,16 @@ class Unreadable(Refused):
 
 
 class TensorFile(abc.ABC):
-    """A file of named tensors. `step` and `config` (a JSON object) are what it says about the model, or None."""
+    """A file of named tensors. `step` and `config` (a JSON object) are what it says about the model, or None.
+
+    `has_checksums`: whether `read` compares what it reads with them.
+    """
 
     path: Path
     tensors: dict[str, Info]
     step: int | None
     config: Any
+    has_checksums = False
 
     @abc.abstractmethod
     def read(self, name: str) -> np.ndarray:

@@ -19,7 +19,9 @@ import numpy as np
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.arrays import ArrayFiles
+from gt_jax.checkpoints.checksums import Written, note_checksums, sums_of_arrays
 from gt_jax.checkpoints.folders import StrPath, prepare_parent, publish
+from gt_jax.checkpoints.leftovers import ARRAYS, EMPTY, clear
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
@@ -61,6 +63,9 @@ def to_orbax(sources: Sequence[StrPath], target: StrPath, *, overrides: Mapping[
     metadata = {"config": config.to_json(), "kind": "converted", "step": found if step is None else step,
                 "converted_from": {**summary(source), "forms": forms}}
     own = _own(expected, config, tokens)
+    checksums = all(file.has_checksums for file in source.files)
+    if not checksums:
+        say("the source has no checksums; its values are taken as they are")
     prepare_parent(place)
     with only_writer(place):
         refuse_existing(place)  # another process may have finished it meanwhile
@@ -68,7 +73,7 @@ def to_orbax(sources: Sequence[StrPath], target: StrPath, *, overrides: Mapping[
     return {"source": [str(path) for path in sources], "target": str(place), "step": metadata["step"],
             "tensors": len(source.places), "aliases": source.aliases(), "ignored": len(source.ignored),
             "leaves": len(expected.tensors), "bytes": sum(map(_nbytes, expected.tensors.values())),
-            "seconds": time.monotonic() - started, "config": config.to_json()}
+            "source_checksums": checksums, "seconds": time.monotonic() - started, "config": config.to_json()}
 
 
 def refuse_existing(target: StrPath) -> Path:
@@ -119,39 +124,38 @@ def _write(source: Source, place: Path, expected: Expected, own: Mapping[str, np
            metadata: Mapping[str, Any], say: Progress) -> None:
     """Leaf by leaf in the stage's folder, then one rename; whatever fails leaves nothing."""
     stage = place.with_name(place.name + STAGE)
-    shutil.rmtree(stage, ignore_errors=True)
+    clear(stage, (ARRAYS, EMPTY), f"the conversion to {place.name}")
+    arrays = {path: ArrayFiles.of(stage / "state", path, tuple(tensor.shape), np.dtype(tensor.dtype))
+              for path, tensor in expected.tensors.items()}
+    written = Written(stage)
     total, done = sum(map(_nbytes, expected.tensors.values())), sum(value.nbytes for value in own.values())
     started = time.monotonic()
     try:
         for path, value in own.items():
-            files = _leaf_files(stage, path, expected.tensors[path])
-            files.write(0, value)
-            files.sync()
+            arrays[path].create()
+            arrays[path].write(0, value, written)
+            arrays[path].sync()
         for group in groups(expected.leaves, lambda leaf: _nbytes(expected.tensors[leaf.path])):
             for leaf in group:
-                _convert(source, leaf, expected.tensors[leaf.path], stage)
+                _convert(source, leaf, expected.tensors[leaf.path], arrays[leaf.path], written)
                 done += _nbytes(expected.tensors[leaf.path])
             rate = done / max(time.monotonic() - started, 1e-9) / 2**20
             say(f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB, {rate:.0f} MiB/s")
         checkpoint.write_metadata(stage, list(expected.tensors), metadata)
+        note_checksums(stage, *sums_of_arrays(stage, arrays, written.pieces()))
         publish(stage, place)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _convert(source: Source, leaf: Leaf, tensor: Any, stage: Path) -> None:
+def _convert(source: Source, leaf: Leaf, tensor: Any, files: ArrayFiles, written: Written) -> None:
     """One leaf of ours from the tensors of its blocks, a block at a time."""
-    files, shape = _leaf_files(stage, leaf.path, tensor), block_shape(leaf, tensor)
+    files.create()
+    shape = block_shape(leaf, tensor)
     for block, name in enumerate(leaf.origins):
         value = leaf.transform.to_ours(source.read(name), shape)
-        files.write(block * value.size, value.astype(files.dtype, copy=False))
+        files.write(block * value.size, value.astype(files.dtype, copy=False), written)
     files.sync()
-
-
-def _leaf_files(stage: Path, path: str, tensor: Any) -> ArrayFiles:
-    files = ArrayFiles.of(stage / "state", path, tuple(tensor.shape), np.dtype(tensor.dtype))
-    files.create()
-    return files
 
 
 def _nbytes(tensor: Any) -> int:

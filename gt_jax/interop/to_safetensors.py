@@ -5,6 +5,7 @@
 - Refused: whatever the origin has no place for, above all a gain other than 1. Token bytes are left out; the origin
   takes them from its tokenizer.
 - Held at a time: 256 MiB of leaves, or one larger leaf, twice while Orbax reads it; `3b` needs 2 GiB.
+- What differs from the source's checksums is refused; the file has checksums of its own.
 - TARGET is there when it is whole; a kill leaves TARGET.unfinished, which the next try overwrites.
 """
 
@@ -21,20 +22,21 @@ import ml_dtypes
 import numpy as np
 
 from gt_jax.checkpoints import checkpoint
-from gt_jax.checkpoints.folders import UNFINISHED, StrPath, prepare_parent
+from gt_jax.checkpoints.checksums import changed_bytes, noted
+from gt_jax.checkpoints.folders import UNFINISHED, Damaged, StrPath, prepare_parent, rename
 from gt_jax.checkpoints.lock import only_writer
+from gt_jax.checkpoints.opened import open_checkpoint
 from gt_jax.checkpoints.tree_paths import differences
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.presets import preset
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.interop.expected_tensors import Expected, expect, origin_infos
 from gt_jax.interop.inferred_config import DEFAULTS
-from gt_jax.interop.safetensors import Writer
+from gt_jax.interop.safetensors import Writer, is_ours
 from gt_jax.interop.tensor_files import Info, groups, same_bytes
 from gt_jax.interop.tensor_names import alpha_names
 from gt_jax.interop.to_orbax import Progress, refuse_existing
 
-_MODEL = ("params/", "statistics/")
 _VARIANTS = {  # fields without a tensor that change what a layer computes
     "deltanet": ("rope", "conv_bias", "read_scale", "skip", "activation_on", "decay_floor", "beta_max"),
     "gsa": ("rope", "score_scale", "variance"),
@@ -49,33 +51,49 @@ def to_safetensors(source: StrPath, target: StrPath, *, progress: Progress | Non
     say = progress or (lambda line: None)
     started = time.monotonic()
     place = refuse_existing(target)
-    where = checkpoint.resolve(source)
-    stored, metadata = checkpoint.describe(where)
-    config = _config(where, metadata)
-    expected = _check(where, {path: leaf for path, leaf in stored.items() if path.startswith(_MODEL)}, config)
+    opened = open_checkpoint(source)
+    where, config, metadata = opened.place, opened.config, opened.metadata
+    _refuse_other_models(where, config)
+    expected = _check(where, opened.model, config)
     tensors = _as_they_came(origin_infos(expected, config), metadata)
     step = metadata.get("step")
     unfinished = place.with_name(place.name + UNFINISHED)
     prepare_parent(place)
     with only_writer(place):
         refuse_existing(place)  # another process may have finished it meanwhile
+        _refuse_foreign(unfinished, place)
+        checksums = _check_files(where, say)
         try:
             with Writer(unfinished, tensors, config.to_json(), step) as writer:
                 _write(where, expected, config, tensors, writer, say)
-            os.rename(unfinished, place)
+            rename(unfinished, place)
         finally:
             unfinished.unlink(missing_ok=True)
     return {"source": str(where), "target": str(place), "step": step, "tensors": len(tensors),
             "bytes": writer.nbytes, "dropped": [*expected.gains, *expected.tokens], "warnings": _variants(config),
-            "seconds": time.monotonic() - started, "config": config.to_json()}
+            "source_checksums": checksums, "seconds": time.monotonic() - started, "config": config.to_json()}
 
 
-def _config(where: Path, metadata: Mapping[str, Any]) -> ModelConfig:
-    """The stored config; raises `Refused` for parts of it that the origin does not have."""
-    try:
-        config = ModelConfig.from_json(metadata["config"])
-    except Refused as error:
-        raise Refused(f"checkpoint {where}: {error}") from error
+def _refuse_foreign(unfinished: Path, place: Path) -> None:
+    """Raise `Refused` where something has the name of the file under way that no conversion has written."""
+    plain = unfinished.is_file() and not unfinished.is_symlink()
+    if os.path.lexists(unfinished) and not (plain and is_ours(unfinished)):
+        raise Refused(f"{unfinished} is no unfinished conversion, and the conversion to {place.name} needs that name; "
+                      "move it away")
+
+
+def _check_files(where: Path, say: Progress) -> bool:
+    """Whether the source has checksums; compares its files first, where none are noted that reading compares with."""
+    sums = noted(where)
+    if sums.by_file_alone and (problem := changed_bytes(where)):
+        raise Damaged(f"checkpoint {where} is not usable: {problem}")
+    if not sums.files:
+        say(f"{where} has no checksums; its values are taken as they are")
+    return bool(sums.files)
+
+
+def _refuse_other_models(where: Path, config: ModelConfig) -> None:
+    """Raise `Refused` for parts of the config that the origin does not have."""
     types = config.depth.types
     absent = {
         "S layers": "S" in types, "a dense MLP (moe is null)": config.moe is None, "exit": config.exit is not None,
@@ -85,7 +103,6 @@ def _config(where: Path, metadata: Mapping[str, Any]) -> ModelConfig:
     }  # fmt: skip
     refuse_all([f"it has {what}" for what, there in absent.items() if there],
                f"checkpoint {where} is a model that the origin does not have:")
-    return config
 
 
 def _check(where: Path, stored: Mapping[str, jax.ShapeDtypeStruct], config: ModelConfig) -> Expected:

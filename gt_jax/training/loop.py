@@ -6,6 +6,7 @@ data position; resuming drops the metric lines after it, so a killed run ends wi
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.lock import lock_file, only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs.data import BYTES
 from gt_jax.configs.model import ModelConfig
@@ -142,10 +144,21 @@ def train_run(
 
     Every process of the `group` calls it, on a mesh of the devices of all; the first one writes and shows. With
     `tensorboard` the metrics go to RUN/tensorboard too. Raises `Refused` when `run` is already a run (without
-    `resume`), is none (with it), or was of another config, OSError when the disk is full: the last checkpoint stays.
+    `resume`), is none (with it), was of another config, or is being trained by another job, OSError when the disk is
+    full: the last checkpoint stays.
     """
-    group, rules = group or ProcessGroup(), rules or Rules()
+    with contextlib.ExitStack() as stack:
+        return _train_run(stack, run, config, resume, show, rules or Rules(), group or ProcessGroup(), tensorboard)
+
+
+def _train_run(
+    stack: contextlib.ExitStack, run: Path, config: RunConfig, resume: bool, show: bool, rules: Rules,
+    group: ProcessGroup, tensorboard: bool,
+) -> TrainState:  # fmt: skip
+    """`train_run`, with the run's lock on the `stack` from before the first look at what may change."""
     group.agree(lambda: _check(run, config, resume))
+    if resume:
+        _lock(stack, run)
     if tensorboard:
         writer_module()  # refuses where there is none, before the directory is a run
     rows = config.data.batch_size // config.train.accumulate
@@ -162,6 +175,9 @@ def train_run(
     state, before = _start(config, trainer, steps, rules, text)
     stream = group.agree(lambda: text.train(before.get("data")))
     if not resume:  # all that can be refused has been: from here on the directory is a run
+        group.agree(lambda: checkpoint.prepare_parent(_locked(run)) if group.first else None)
+        _lock(stack, run)
+        group.agree(lambda: _check(run, config, resume))  # another job may have begun it meanwhile
         group.agree(lambda: _mark(run, config) if group.first else None)
     length, resumed = config.data.sequence_length, int(state.step) if resume else None
     recorder = Recorder(
@@ -273,11 +289,23 @@ def with_token_bytes(variables: Tree, config: RunConfig, text: Text) -> Tree:
 
 def _check(run: Path, config: RunConfig, resume: bool) -> None:
     """Refuse a directory that is taken, or to resume with another config."""
+    left = ("config.json.tmp", lock_file(_locked(run)).name)  # by a kill, before the directory was a run
     if resume:
         wrong = differences(read_run_config(run), config)
         refuse_all(wrong, f"{run} was started with another config (there and here):")
-    elif run.exists() and (not run.is_dir() or any(path.name != "config.json.tmp" for path in run.iterdir())):
+    elif run.exists() and (not run.is_dir() or any(path.name not in left for path in run.iterdir())):
         raise Refused(f"{run} exists; resume it with --resume, or give another directory")
+
+
+def _locked(run: Path) -> Path:
+    """What is locked of a run: a name inside it, for the folder above may not be writable."""
+    return run / "run"
+
+
+def _lock(stack: contextlib.ExitStack, run: Path) -> None:
+    """Be the only job that writes this run."""
+    with explain_full_disk(run):
+        stack.enter_context(only_writer(_locked(run)))
 
 
 def _mark(run: Path, config: RunConfig) -> None:

@@ -1,0 +1,65 @@
+"""What lies under a temporary name: whose it is, and that only its own kind clears it away.
+
+A killed save, growth or conversion leaves its folder. The next one of its kind may clear that, nobody else may, and a
+folder that somebody else gave such a name is never touched. Told by what is in it, since a kill leaves no time to sign.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from gt_jax.checkpoints.folders import CHECKSUMS, FILES, JOURNALS, TEMPORARY, UNFINISHED
+from gt_jax.errors import Refused
+
+SAVE, GROWTH, ARRAYS, EMPTY = "save", "growth", "arrays", "nothing"
+_ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt", "orbax.checkpoint", "state")
+_OURS = (FILES, CHECKSUMS, "metadata")  # the last one: what Orbax saves for the metadata alone
+_DATABASE = re.compile(r"d|manifest\.ocdbt.*|ocdbt\.process_\d+|array_metadatas|_.*")
+_STEP = re.compile(rf"\d+{re.escape(UNFINISHED)}({re.escape(TEMPORARY)})?")
+
+
+def kind_of(folder: Path) -> str | None:
+    """`SAVE`: an Orbax database; `GROWTH`: a journal; `ARRAYS`: a folder an array, as a growth or conversion has them;
+    `EMPTY`: nothing yet. None for anything else, whose it may be."""
+    if folder.is_symlink() or not folder.is_dir():
+        return None
+    names = os.listdir(folder)
+    journals = {name for name in names if Path(name).match(f"{JOURNALS}*")}
+    if {name.removesuffix(TEMPORARY) for name in names} - journals - {*_ORBAX, *_OURS}:
+        return None
+    state = folder / "state"
+    stored = os.listdir(state) if state.is_dir() else []
+    if journals:
+        return GROWTH
+    if any(not _DATABASE.fullmatch(name) for name in stored):
+        return ARRAYS
+    return SAVE if stored or set(names) - {"state"} else EMPTY
+
+
+def clear(folder: Path, kinds: Collection[str], what: str) -> None:
+    """Delete what is there; raises `Refused`, naming it, when it is of none of these `kinds`. `what` wants the name."""
+    if not os.path.lexists(folder):
+        return
+    kind = kind_of(folder)
+    if kind not in kinds:
+        found = {GROWTH: "an unfinished growth", ARRAYS: "an unfinished growth or conversion",
+                 SAVE: "a save that was interrupted"}.get(str(kind), "nothing that gt_jax has made")  # fmt: skip
+        raise Refused(f"{folder} is {found}, and {what} needs that name; finish it, move it away, or delete it")
+    shutil.rmtree(folder)
+
+
+def clear_save(unfinished: Path) -> None:
+    """Delete what a killed save left under its two names; raises `Refused` where that is not a save's."""
+    for folder in (unfinished, unfinished.with_name(unfinished.name + TEMPORARY)):
+        clear(folder, (SAVE, EMPTY), f"the save of {unfinished.name.removesuffix(UNFINISHED)}")
+
+
+def clear_steps(run: Path) -> None:
+    """Delete what killed saves left in a run, <step>.unfinished; all else stays."""
+    for entry in run.iterdir():
+        if _STEP.fullmatch(entry.name) and kind_of(entry) in (SAVE, EMPTY):
+            shutil.rmtree(entry)

@@ -1,0 +1,165 @@
+"""What is renamed is on the disk first, an older step goes last, and only leftovers of its own kind are cleared."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gt_jax.checkpoints import checkpoint, leftovers
+from gt_jax.checkpoints.arrays import ArrayFiles
+from gt_jax.checkpoints.folders import publish
+from gt_jax.checkpoints.runs import RunCheckpoints
+from gt_jax.errors import Refused
+from gt_jax.files import write_atomically
+
+TREE = {"params": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+METADATA: dict[str, Any] = {"config": {}, "kind": "train"}
+
+
+class Recorder:
+    """("sync", path) and ("rename", from, to) and ("delete", path), in their order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[tuple[str, ...]] = []
+        fsync, rename, replace, rmtree = os.fsync, os.rename, os.replace, shutil.rmtree
+
+        def synced(file: Any) -> None:
+            descriptor = file if isinstance(file, int) else file.fileno()
+            fsync(descriptor)
+            self.events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+        def renamed(source: Any, target: Any, **options: Any) -> None:
+            rename(source, target, **options)
+            self.events.append(("rename", os.fspath(source), os.fspath(target)))
+
+        def replaced(source: Any, target: Any) -> None:
+            replace(source, target)
+            self.events.append(("rename", os.fspath(source), os.fspath(target)))
+
+        def deleted(folder: Any, *rest: Any, **options: Any) -> None:
+            if os.path.isdir(folder):
+                self.events.append(("delete", os.fspath(folder)))
+            rmtree(folder, *rest, **options)
+
+        for module, name, made in ((os, "fsync", synced), (os, "rename", renamed), (os, "replace", replaced),
+                                   (shutil, "rmtree", deleted)):
+            monkeypatch.setattr(module, name, made)
+
+    def assert_durable(self, target: Path) -> int:
+        """Every file and folder below `target` was synced, by its name before, then renamed; returns the end of it."""
+        unfinished = f"{target}.unfinished"
+        rename = self.events.index(("rename", unfinished, str(target)))
+        synced = {event[1] for event in self.events[:rename] if event[0] == "sync"}
+        below = [unfinished, *(f"{unfinished}/{path.relative_to(target)}" for path in target.rglob("*"))]
+        assert not [path for path in below if path not in synced]
+        return self.events.index(("sync", str(target.parent)), rename)
+
+
+def test_all_that_a_save_renames_is_on_the_disk_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    checkpoint.save(tmp_path / "model", TREE, METADATA)
+    recorder.assert_durable(tmp_path / "model")
+    assert (tmp_path / "model" / "commit_success.txt").exists()  # what Orbax writes without a sync is among them
+
+
+def test_the_older_step_goes_when_the_new_one_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunCheckpoints(tmp_path / "run", keep=1)
+    run.save(1, TREE, METADATA)
+    recorder = Recorder(monkeypatch)
+    run.save(2, TREE, METADATA)
+    durable = recorder.assert_durable(run.root / "2")
+    assert recorder.events.index(("rename", str(run.root / "1"), str(run.root / "1.unfinished"))) > durable
+    assert recorder.events.index(("delete", str(run.root / "1.unfinished"))) > durable
+    assert run.steps() == [2]
+
+
+def test_folders_that_are_made_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    checkpoint.save(tmp_path / "a" / "b" / "model", TREE, METADATA)
+    assert {("sync", str(tmp_path)), ("sync", str(tmp_path / "a")), ("sync", str(tmp_path / "a" / "b"))} <= {
+        *recorder.events}
+
+
+def test_small_files_are_on_the_disk_before_they_have_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, file = Recorder(monkeypatch), tmp_path / "config.json"
+    write_atomically(file, "{}")
+    assert recorder.events == [("sync", f"{file}.tmp"), ("rename", f"{file}.tmp", str(file)), ("sync", str(tmp_path))]
+
+
+def somebody(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "chapter1.txt").write_text("months of work")
+
+
+def growth(folder: Path) -> None:
+    (folder / "state").mkdir(parents=True)
+    (folder / "journal.0.jsonl").write_text(json.dumps({"identity": {}}) + "\n")
+
+
+def whole_growth(folder: Path) -> None:
+    array = ArrayFiles.of(folder / "state", "params/w", (3,), np.dtype(np.float32))
+    array.create()
+    array.write(0, np.zeros(3, np.float32))
+    checkpoint.write_metadata(folder, ["params/w"], {"config": {}, "kind": "grown", "grown_from": {}})
+
+
+def link(folder: Path) -> None:
+    somebody(folder.with_name("elsewhere"))
+    folder.symlink_to(folder.with_name("elsewhere"))
+
+
+def file(folder: Path) -> None:
+    folder.write_text("mine")
+
+
+@pytest.mark.parametrize("what", [somebody, growth, whole_growth, link, file])
+@pytest.mark.parametrize("ending", ["", ".orbax-checkpoint-tmp"])
+def test_a_save_clears_nothing_that_no_save_has_written(tmp_path: Path, what: Any, ending: str) -> None:
+    place = tmp_path / f"model.unfinished{ending}"
+    what(place)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(Refused, match=r"model\.unfinished.* is .*the save of model needs that name"):
+        checkpoint.save(tmp_path / "model", TREE, METADATA)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_save_clears_what_a_killed_save_left(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "other", TREE, METADATA)
+    shutil.copytree(tmp_path / "other", tmp_path / "model.unfinished.orbax-checkpoint-tmp")
+    (tmp_path / "other" / "files.json").unlink()
+    (tmp_path / "other").rename(tmp_path / "model.unfinished")
+    checkpoint.save(tmp_path / "model", TREE, METADATA)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_run_clears_its_own_steps_and_nothing_else(tmp_path: Path) -> None:
+    somebody(tmp_path / "thesis.unfinished")
+    (tmp_path / "todo.unfinished.md").write_text("a file")
+    growth(tmp_path / "6.unfinished")
+    (tmp_path / "7.unfinished").mkdir()
+    RunCheckpoints(tmp_path).save(8, TREE, METADATA)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "6.unfinished", "8", "thesis.unfinished", "todo.unfinished.md"]
+    assert (tmp_path / "thesis.unfinished" / "chapter1.txt").read_text() == "months of work"
+
+
+def test_leftovers_are_told_by_what_is_in_them(tmp_path: Path) -> None:
+    for what, kind in ((somebody, None), (growth, leftovers.GROWTH), (whole_growth, leftovers.ARRAYS)):
+        what(tmp_path / what.__name__)
+        assert leftovers.kind_of(tmp_path / what.__name__) == kind
+    checkpoint.save(tmp_path / "saved", TREE, METADATA)
+    assert leftovers.kind_of(tmp_path / "saved") == leftovers.SAVE
+    (tmp_path / "begun" / "state").mkdir(parents=True)
+    assert leftovers.kind_of(tmp_path / "begun") == leftovers.EMPTY
+
+
+def test_publish_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for what is written value by value: conversions."""
+    whole_growth(tmp_path / "made.unfinished")
+    recorder = Recorder(monkeypatch)
+    publish(tmp_path / "made.unfinished", tmp_path / "made")
+    recorder.assert_durable(tmp_path / "made")

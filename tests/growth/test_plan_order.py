@@ -92,6 +92,7 @@ def test_the_pattern_twice_as_one_segment_grows_as_the_pattern():
     assert str(make_plan("dealt", counts, parse("DDDGDDDG")).target_layout) == "DDDG*5"
 
 
+@settings(deadline=None)
 @given(patterns)
 def test_a_pattern_is_cut_where_a_type_comes_again(pattern):
     parts = cut(pattern)

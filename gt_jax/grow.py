@@ -260,7 +260,8 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
                          passes_from=args.passes_from or "k_exec", layers=layers, target_layout=wanted)
     if wanted is not None and kind in ("file", "identity"):
         plan = fitted(plan, wanted)
-    return plan, (*warnings, *plan_table.dead_layers(plan), *_silent(plan, options["carry"], source))
+    return plan, (*warnings, *plan_table.dead_layers(plan), *plan_table.unasked_layers(plan),
+                  *_silent(plan, options["carry"], source))
 
 
 def _counts(args: argparse.Namespace, source: _Source | None) -> tuple[Repetition, list[str]]:

@@ -47,6 +47,20 @@ def dead_layers(plan: Plan) -> list[str]:
             + ", ".join(named)]
 
 
+def unasked_layers(plan: Plan) -> list[str]:
+    """One line that names the copies that run at the schedule's strength though their layer asked for fewer passes.
+
+    Block and stack plans repeat whole units, so they have such copies; none under `expected`, where a pass that few
+    tokens run is weak.
+    """
+    named = [f"{target} ({_stands_for(plan, target)}, at {entry.coefficient:.2f})"
+             for target, entry in enumerate(plan.entries)
+             if not entry.dead and entry.copy - 1 >= plan.demands[entry.source].passes]
+    if not named or plan.options.get("coefficient") != "schedule":
+        return []
+    return ["passes that nobody asked for run in target layers " + ", ".join(named)]
+
+
 def tensor_lines(tensors: Sequence[dict[str, Any]], dropped: Sequence[str]) -> list[str]:
     """Every target tensor with its source shape, its shape, rule and bytes, then the dropped tensors by name."""
     rows = [[row["path"], _shape(row["old_shape"]), _shape(row["shape"]), row["dtype"], row["rule"],

@@ -41,7 +41,7 @@ def cases(draw):
     layout = ",".join(f"{pattern}*{repeats}" for pattern, repeats in segments)
     return layout, (counts, decays, tuple(alpha)), draw(st.sampled_from(FROM_COUNTS)), {
         "round": draw(st.sampled_from(ROUNDS)), "coefficient": draw(st.sampled_from(COEFFICIENTS)),
-        "correct": draw(st.sampled_from(CORRECTIONS)), "passes_from": draw(st.sampled_from(PASSES_FROM))}
+        "correct": draw(st.sampled_from(CORRECTIONS)), "passes_from": draw(st.sampled_from(PASSES_FROM[:2]))}
 
 
 def of(layout, counts, kind):
@@ -93,6 +93,7 @@ def test_the_pattern_twice_as_one_segment_grows_as_the_pattern():
     assert str(make_plan("dealt", counts, parse("DDDGDDDG")).target_layout) == "DDDG*5"
 
 
+@settings(deadline=None)
 @given(patterns)
 def test_a_pattern_is_cut_where_a_type_comes_again(pattern):
     parts = cut(pattern)

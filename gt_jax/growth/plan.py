@@ -184,7 +184,7 @@ def _asked(repetition: Repetition, passes_from: str) -> tuple[Fraction, ...]:
     means = [getattr(layer, passes_from) for layer in repetition.layers]
     if None in means:
         known = [name for name in PASSES_FROM if all(getattr(layer, name) is not None for layer in repetition.layers)]
-        raise Refused(f"{repetition.origin} has no {passes_from} of layer{means.index(None)}, and no `alive` to sum: "
+        raise Refused(f"{repetition.origin}: no {passes_from} of layer{means.index(None)}, and no `alive` to sum: "
                       f"measure the source anew, or take --from {' or --from '.join(known)}")
     refuse_all([f"layer{index}.{passes_from} is {mean}; a number above 0, at most {MOST_PASSES}, is needed"
                 for index, mean in enumerate(means) if not 1e-6 <= mean <= MOST_PASSES],

@@ -49,6 +49,18 @@ def _mean(records: Sequence[Record], name: str) -> np.ndarray | None:
 
 def not_finite(record: Record) -> Found:
     """The first layer with a value that is NaN or infinite: those after it read what it wrote."""
+    sick = _sick_layers(record)
+    if not sick:
+        return {}
+    first, *others = sick
+    after = f"; nor are {', '.join(others)} after it" if others else ""
+    return {("a layer is not finite", first):
+            f"{first} is not finite: {', '.join(sick[first])}{after}; lower --learning-rate, or look at the weights of "
+            "this layer and at the batch"}  # fmt: skip
+
+
+def _sick_layers(record: Record) -> dict[str, list[str]]:
+    """Layer -> what of it is not finite, from the first layer on."""
     sick: dict[int, list[str]] = {}
     for name in READ:
         if name in record:
@@ -56,13 +68,7 @@ def not_finite(record: Record) -> Found:
             layers = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
             for layer in layers.tolist():
                 sick.setdefault(layer, []).append(name)
-    if not sick:
-        return {}
-    first = min(sick)
-    after = f"; not finite after it: layers {', '.join(map(str, sorted(sick)[1:]))}" if len(sick) > 1 else ""
-    return {("a layer is not finite", f"layer {first}"):
-            f"layer {first} is not finite: {', '.join(sick[first])}{after}; lower --learning-rate, or look at the "
-            "weights of this layer and at the batch"}  # fmt: skip
+    return {f"layer {layer}": sick[layer] for layer in sorted(sick)}
 
 
 def updates(recent: Sequence[Record]) -> Found:
@@ -111,11 +117,12 @@ def routers(recent: Sequence[Record], config: RunConfig) -> Found:
 def gates(free: Sequence[Record], config: RunConfig, caps: Sequence[float]) -> Found:
     """The gate of each layer, from records without forced passes; `caps` are the highest p of each.
 
-    A gate at the end of its range is told as that; depth is judged in the other layers.
+    A gate at the end of its range is told as that, one that is not finite by `not_finite`; depth is judged in the other
+    layers.
     """
     found = _saturated(free, caps[-1])
-    ends = {place for _, place in found}
-    return found | {key: words for key, words in _depth(free, config, caps).items() if key[1] not in ends}
+    told = {place for record in free for place in _sick_layers(record)} | {place for _, place in found}
+    return found | {key: words for key, words in _depth(free, config, caps).items() if key[1] not in told}
 
 
 def _saturated(free: Sequence[Record], cap: float) -> Found:

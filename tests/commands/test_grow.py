@@ -233,6 +233,18 @@ def test_every_plan_goes_out_as_json_and_picture_and_comes_in_again(tmp_path, ca
     assert Plan.from_json(found) == read_plan(dry)
 
 
+def test_a_plan_from_the_passes_run_is_made_of_counts_that_have_them(tmp_path, capsys):
+    """`alive` is what `measure` wrote before it wrote the sum; the reference counts have neither."""
+    assert "take --from k_exec or --from mean_weight" in refusal("--dry-run", "--from", "passes_run")
+    layer = {"k_exec": 3, "expected_k": 1.29, "survival": [1.0, 0.27, 0.02, 0.0], "alive": [1.0, 0.9, 0.1, 0.0]}
+    file = tmp_path / "counts.json"
+    file.write_text(json.dumps({f"layer{n}": layer for n in range(4)}))
+    assert main(["--dry-run", "--json", "--plan", "layer", "--from", "passes_run", "--round", "nearest",
+                 "--repetition", str(file)]) == 0  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert found["granted"] == [2] * 4 and found["asked"] == pytest.approx([2.0] * 4)
+
+
 def test_the_tables_name_identities_and_means(capsys):
     main(["--dry-run", "--plan", "split", "--from", "mean_weight", "--round", "nearest"])
     lines = capsys.readouterr().out.splitlines()

@@ -77,7 +77,7 @@ SICK = {
     "a gate open": ("no token halts", "layer 1", {"passes_run": at(1, 4.0), "mean_weight": at(1, 3.97)},
                     "at least 4.000 of 4 passes, which weigh at least 3.970 of 4"),
     "NaN in a layer": ("a layer is not finite", "layer 1", {"delta_ratio": lambda old: [old[0], *[np.nan] * 3],
-                       "gate_mean": at(1, np.inf)}, "layer 1 is not finite: delta_ratio, gate_mean; not"),
+                       "gate_mean": at(1, np.inf)}, "delta_ratio, gate_mean; nor are layer 2, layer 3"),
     "starved": ("an expert starves", "layer 2, expert 0", {"experts": starved}, "its fair share is 12 %"),
     "all null": ("a null rate is at its end", "layer 1", {"null_rate": at(1, 1.0)}, "no token reaches an expert"),
     "no null": ("a null rate is at its end", "layer 3", {"null_rate": at(3, 0.0)}, "every token pays"),
@@ -112,6 +112,14 @@ def test_each_sickness_is_told_once_and_ends(name):
     assert words in alert.words and first <= alert.first <= first + 2 * alerts.PATIENCE
     assert alert.last is not None and first <= alert.last <= last + 2 * alerts.PATIENCE
     assert (alert.first == first) == at_once
+
+
+def test_what_is_not_finite_in_one_layer_hides_nothing_in_another():
+    sick = changed(healthy(), 250, 310, delta_ratio=lambda old: [old[0], np.nan, 2e-4, old[3]],
+                   gate_floored=lambda old: [1.0, np.nan, *old[2:]])  # fmt: skip
+    found = {(alert.sickness, alert.place) for alert in alerts.alerts(sick, RUN)}
+    assert found == {("a layer is not finite", "layer 1"), ("an update vanishes", "layer 2"),
+                     ("a gate saturates", "layer 0")}  # fmt: skip
 
 
 def test_what_lasts_to_the_end_is_not_over():

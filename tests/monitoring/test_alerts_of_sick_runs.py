@@ -111,4 +111,4 @@ def test_a_layer_that_is_not_finite_is_named(path, place):
     change = broken if path.endswith("w") else lambda gain: gain * jnp.nan
     metrics = one_step(**{path: change})[2]
     assert metrics["bad"] == 1
-    assert {where for sickness, where in found_by(metrics) if sickness == "a layer is not finite"} == {place}
+    assert {(sickness, where) for sickness, where in found_by(metrics) if where} == {("a layer is not finite", place)}

@@ -68,7 +68,7 @@ def paced(inner: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 class Losses(NamedTuple):
-    """Summed cross-entropy and count by batch, and the passes computed in each layer (for a whole batch)."""
+    """Summed cross-entropy and count by batch, and the passes computed in each layer (each for a whole batch)."""
 
     sums: list[float]
     counts: list[float]

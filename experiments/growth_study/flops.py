@@ -7,6 +7,7 @@ reads the loss after pass 1, without gradient).
 - Matrix products of one pass are counted from the config by `profile_components.flops`: projections, MLP, the chunked
   recurrence, attention over the row. Norms, convolutions, gates, halting heads and the optimizer are left out.
 - A pass of an adaptive layer counts whole as soon as one token of the batch is alive, for that is what is computed.
+- Measuring the passes is one forward pass over the measuring text.
 - Calibration: each column of the Jacobian counts three forward passes (the reverse of a reverse pass), and each
   iteration one forward pass of both models for the columns and one for the loss.
 """
@@ -57,6 +58,11 @@ def passes_by_step(
     free = np.stack([np.interp(every, at, taken[:, layer]) for layer in range(taken.shape[1])], axis=1)
     fixed = np.array([forced(step) for step in every.tolist()], np.float64)
     return np.where(fixed[:, None] > 0, fixed[:, None], free)
+
+
+def measuring_flops(source: ModelConfig, tokens: int, passes: Sequence[float], seen: int) -> float:
+    """FLOPs of measuring the passes on `seen` tokens: reading them once."""
+    return seen * forward_flops(source, tokens, passes)
 
 
 def calibration_flops(

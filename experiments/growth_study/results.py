@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.growth_study.engine import Losses
-from experiments.growth_study.flops import forward_flops
+from experiments.growth_study.flops import measuring_flops
 from experiments.growth_study.inference import Interval, Times, interval
 from experiments.growth_study.operators import DEALT, OPERATORS
 from experiments.growth_study.run import CONTROLS, LONGER, SCRATCH_TOKENS
@@ -96,9 +96,8 @@ def growth_flops(study: StudyConfig, source: Mapping[str, Any], unit: Mapping[st
     operator = next((one for one in OPERATORS if one.name == own), None)
     if operator is None or operator.plan in ("once", "stack"):
         return 0.0
-    read = study.measuring_batches * study.tokens_per_step
-    measuring = read * forward_flops(study.source, study.sequence_length, source["adaptive"]["passes"])
-    return measuring + float(unit["flops_growth"])
+    return measuring_flops(study.source, study.sequence_length, source["adaptive"]["passes"],
+                           study.measuring_batches * study.tokens_per_step) + float(unit["flops_growth"])  # fmt: skip
 
 
 def of(found: Mapping[str, Any], name: str, key: str) -> Interval:

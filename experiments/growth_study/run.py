@@ -257,13 +257,20 @@ class Seed:
                          "line": f"loss {record['final']:.4f} after {steps} more steps"}
 
     def _equal_steps(self, source: Mapping[str, Any]) -> int:
-        """Steps from scratch that cost what the source and the further steps of its grown model cost."""
-        return round(source["flops"] / self._step_flops(self.deep)) + self.study.further_steps
+        """Steps from scratch that cost what the source, measuring it, and the steps of its grown model cost."""
+        before = source["flops"] + self._measuring_flops(source)
+        return round(before / self._step_flops(self.deep)) + self.study.further_steps
+
+    def _measuring_flops(self, source: Mapping[str, Any]) -> float:
+        study = self.study
+        return flops.measuring_flops(study.source, study.sequence_length, source["adaptive"]["passes"],
+                                     study.measuring_batches * study.tokens_per_step)  # fmt: skip
 
     def _steps_on(self, source: Mapping[str, Any]) -> int:
-        """Steps of the source that cost what the further steps of the grown model cost."""
+        """Steps of the source that cost what measuring it and the further steps of the grown model cost."""
         mine = self._step_flops(self.study.source, source["adaptive"]["passes"])
-        return max(1, round(self.study.further_steps * self._step_flops(self.deep) / mine))
+        grown = self.study.further_steps * self._step_flops(self.deep) + self._measuring_flops(source)
+        return max(1, round(grown / mine))
 
     def _analysis(self, source: Mapping[str, Any], variables: Tree, units: Mapping[str, Any]) -> dict[str, Any]:
         losses = {"adaptive": source["loss"], "fixed": Losses(**source["fixed"]).mean}

@@ -33,7 +33,7 @@ TUNING = 0.05  # share of the text
 class StudyConfig(Config):
     """All that determines the figures. Steps are of `rows` x `sequence_length` bytes; rates are peaks.
 
-    `price_target` is the mean weight that the compute price steers the sources to.
+    `price_target` is the mean weight, summed over a layer's passes, that the compute price steers the sources to.
     `scratch_rates` are tried at the first seed, for the number of steps that costs what source and growth cost;
     `longer_rates` there too, for the grown model that is given half of the tokens of the one from scratch. The best is
     the one with the lowest loss on `tuning_batches`; 0 stands in results of earlier runs, which took the evaluation's.
@@ -93,7 +93,7 @@ class StudyConfig(Config):
 
     @property
     def price(self) -> PriceConfig:
-        """The compute price under which the source is trained: the default one with this target of the mean weight."""
+        """The compute price under which the source is trained: the default one with this target."""
         return PriceConfig(target=self.price_target)
 
     @property

@@ -216,9 +216,10 @@ class Text:
         return hashlib.sha256(self.tokens.astype(narrow, copy=False).tobytes()).hexdigest()
 
     def summary(self) -> str:
-        """One line: where the text is from, documents, bytes, held-out bytes."""
-        held = int(np.diff(self.held_out_spans).sum())
+        """One line: where the text is from, documents, bytes, held-out bytes, the share for tuning if there is one."""
+        held, tuning = (int(np.diff(spans).sum()) for spans in (self.held_out_spans, self.tuning_spans))
         share = f"({100 * held / len(self.tokens):.1f} %) held out"
+        share += f", {100 * tuning / len(self.tokens):.1f} % for tuning" if tuning else ""
         words = f"{self.source}: {self.documents} document{'s' * (self.documents != 1)}, {_bytes(self.characters)}, "
         if self.config.tokenizer == BYTES:
             return f"{words}{_bytes(held)} {share}"

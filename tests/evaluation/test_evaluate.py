@@ -176,12 +176,13 @@ def test_what_cannot_be_evaluated_is_refused(folder, monkeypatch, capsys, words,
     assert capsys.readouterr().out == ""
 
 
-def test_text_that_another_model_may_know_is_noted(folder):
+@pytest.mark.parametrize("change", [{"held_out": 0.1}, {"split": "fill"}])
+def test_text_that_another_model_may_know_is_noted(folder, tmp_path, change):
     here = checkpoint.describe(folder / "a")[1]
     run = RunConfig.from_json(here["run"])
-    other = run.replace(data=run.data.replace(held_out=0.1))
-    checkpoint.save(folder / "elsewhere", perturbed(ADAPTIVE), {**here, "run": other.to_json()})
-    notes = evaluate_checkpoints([folder / "a", folder / "elsewhere"], batches=1)["notes"]
+    other = run.replace(data=run.data.replace(**change))
+    checkpoint.save(tmp_path / "elsewhere", perturbed(ADAPTIVE), {**here, "run": other.to_json()})
+    notes = evaluate_checkpoints([folder / "a", tmp_path / "elsewhere"], batches=1)["notes"]
     assert len(notes) == 1 and "may know what is held out" in notes[0]
 
 

@@ -220,6 +220,7 @@ def test_the_tuning_part_is_a_third_one(tmp_path):
                  (text.training_spans, text.held_out_spans, text.tuning_spans)), Counter())  # fmt: skip
     assert every == expected_pairs(plain, plain.training_spans) + expected_pairs(plain, plain.held_out_spans)
     assert len(text.tuning(1)) == 1
+    assert text.summary().endswith(" % for tuning") and plain.summary().endswith("held out")
     with pytest.raises(Refused, match="tuning batches is 0"):
         text.tuning(0)
     with pytest.raises(Refused, match="no tuning part"):

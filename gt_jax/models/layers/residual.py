@@ -116,10 +116,17 @@ class Layer(nn.Module):
         if self.config.hyper is None:  # summing the two keeps the update exact where X is large
             inner, mixed = attend(x)
             outer, thought = think(x + inner)
-            return inner + outer, LayerOutput(mixed, thought)
+            return inner + outer, LayerOutput(self._seen(x, mixed), thought)
         middle, mixed = _connected(self.mixer_hyper, x, attend)
         last, thought = _connected(self.mlp_hyper, middle, think)
-        return last - x, LayerOutput(mixed, thought)
+        return last - x, LayerOutput(self._seen(x, mixed), thought)
+
+    def _seen(self, x: State, mixed: MixerOutput) -> MixerOutput:
+        """`mixed` with the gates that the halting head is to see, of the raw mean over streams where it asks for it."""
+        if self.config.adaptive is None or self.config.adaptive.features == "mixer_input":
+            return mixed
+        write, output, spread = self.mixer.gates(stream_mean(x))
+        return mixed._replace(write_gate=write, output_gate=output, head_spread=spread)
 
     def update(self, x: State, place: Place, cache: Tree = None, link: Tree = None) -> Update:
         """One plain pass: gain * Delta(X)."""

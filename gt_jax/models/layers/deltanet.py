@@ -18,7 +18,16 @@ from jaxtyping import Array, Float
 from gt_jax.configs.model import DeltaNetConfig
 from gt_jax.devices.sharding import Rules, on_mesh, per_device, reshard
 from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics
-from gt_jax.models.layers.primitives import INIT, Einsum, RMSNorm, WeightSpec, rope, short_convolution, widen
+from gt_jax.models.layers.primitives import (
+    INIT,
+    Einsum,
+    RMSNorm,
+    WeightSpec,
+    float32_einsum,
+    rope,
+    short_convolution,
+    widen,
+)
 from gt_jax.typing import Activations, PerToken, Tokens, Tree
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 
@@ -97,7 +106,7 @@ class HeadGate(nn.Module):
         b = self.param("b", nn.initializers.zeros, (self.heads,), jnp.float32, on_mesh(self.rules.spec("heads")))
         out = on_mesh(self.rules.spec("batch", None, "heads"))
         w = reshard(w, self.rules.gathered("embed", "heads"))
-        return jnp.einsum("btd,dh->bth", widen(x), w, out_sharding=out) + b[None, None]
+        return float32_einsum("btd,dh->bth", x, w, out_sharding=out) + b[None, None]
 
 
 class Convolution(nn.Module):

@@ -148,6 +148,15 @@ def test_the_gradient_of_a_gain_is_a_float32_sum(adaptive):
     assert np.sum((after - before) * pulled) / wanted == pytest.approx(gain, abs=5e-4)
 
 
+@pytest.mark.parametrize("kind", ["residual", "midpoint"])
+def test_a_midpoint_stack_adds_what_is_not_rounded(kind):
+    config = small_model("D", False, width=128, compute_dtype="bfloat16", stack=StackConfig(kind))
+    place = place_rows(jnp.ones((2, 4), jnp.int32))
+    shape = jax.eval_shape(lambda x: Constant("D", config, Rules()).init_with_output(
+        jax.random.key(0), x, place, method=Layer.update)[0].value, noise(0)[:, :4])  # fmt: skip
+    assert shape.dtype == (jnp.float32 if kind == "midpoint" else jnp.bfloat16)
+
+
 def test_a_sum_with_a_scaled_update_is_rounded_once():
     x, delta, pulled = (jax.random.normal(jax.random.key(k), (2, 3, 5), jnp.bfloat16) for k in range(3))
     strength = jnp.asarray(1.0 + 2.0**-9)

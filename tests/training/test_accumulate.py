@@ -73,6 +73,7 @@ def assert_same_step(found, wanted):
     chex.assert_trees_all_close(found[1], wanted[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [4])
 def test_parts_give_the_step_of_the_whole_batch(parts):
     assert_same_step(after_one_step(parts), whole())

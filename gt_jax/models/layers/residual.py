@@ -33,7 +33,7 @@ from gt_jax.models.layers.gsa import GatedSparseAttention
 from gt_jax.models.layers.hyper_connections import HyperConnection, read, write
 from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
 from gt_jax.models.layers.moe import MixtureOfExperts, MLPOutput
-from gt_jax.models.layers.primitives import RMSNorm, SwiGLU, WeightSpec, add_scaled, scaled
+from gt_jax.models.layers.primitives import RMSNorm, SwiGLU, WeightSpec, add_scaled, scaled, widen
 from gt_jax.models.layers.sliding import SlidingAttention
 from gt_jax.models.layers.sow import sow
 from gt_jax.models.layers.stack import mix
@@ -131,6 +131,8 @@ class Layer(nn.Module):
     def update(self, x: State, place: Place, cache: Tree = None, link: Tree = None) -> Update:
         """One plain pass: gain * Delta(X)."""
         one = self._pass(x, place, cache, link)
+        if self.config.stack.kind == "midpoint":  # whose sum is float32, and rounded once
+            return one._replace(value=self.gain * widen(one.value))
         return one._replace(value=scaled(one.value, self.gain)) if self.with_gain else one
 
     def _pass(self, x: State, place: Place, cache: Tree, link: Tree) -> Update:

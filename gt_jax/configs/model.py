@@ -61,8 +61,9 @@ class DeltaNetConfig(Config):
             fields = {field.name: field.default for field in dataclasses.fields(self)}
             wrong += [f"{name} is {getattr(self, name)!r}; variant 'groundthink' has no such setting, leave it "
                       f"{fields[name]!r}" for name in _GATED_ONLY if getattr(self, name) != fields[name]]
-        if self.rope != "none" and self.key_width % 4:
-            wrong.append(f"key_width is {self.key_width}; rotary embedding needs a multiple of 4")
+        if self.rope != "none" and self.key_width % (4 if self.rope == "origin" else 2):
+            need = "a multiple of 4" if self.rope == "origin" else "an even width"
+            wrong.append(f"key_width is {self.key_width}; {self.rope} rotary embedding needs {need}")
         if self.read_scale is not None and self.read_scale <= 0:
             wrong.append(f"read_scale is {self.read_scale}; it must be positive")
         if self.decay_floor is not None and self.decay_floor >= 0:
@@ -74,9 +75,10 @@ class DeltaNetConfig(Config):
 class GSAConfig(Config):
     """`G`, gated sparse attention (arXiv 2601.15305).
 
-    An indexer selects `k_min` to `k_max` keys a token, around `k_base`; `indexer_loss` weighs its KL loss. The origin
-    system uses its own rotary table, `score_scale` 1 (None: indexer_width^-0.5) and the variance over the whole row.
-    `implementation` None is the best one of `pallas_kernels.sparse_attention` for the length of the row.
+    An indexer selects `k_min` to `k_max` keys a token: `k_base` times the variance of its scores over the running mean,
+    so `k_base` may lie outside the two. `indexer_loss` weighs its KL loss. The origin system uses its own rotary table,
+    `score_scale` 1 (None: indexer_width^-0.5) and the variance over the whole row. `implementation` None is the best
+    one of `pallas_kernels.sparse_attention` for the length of the row.
     """
 
     heads: int
@@ -105,8 +107,8 @@ class GSAConfig(Config):
             wrong.append(f"score_scale is {self.score_scale}; it must be positive")
         if self.indexer_heads >= 1 and self.heads % self.indexer_heads:
             wrong.append(f"heads is {self.heads}; it must be a multiple of indexer_heads {self.indexer_heads}")
-        if not self.k_min <= self.k_base <= self.k_max:
-            wrong.append(f"k_min {self.k_min} <= k_base {self.k_base} <= k_max {self.k_max} does not hold")
+        if self.k_min > self.k_max:
+            wrong.append(f"k_min is {self.k_min}; it must be at most k_max {self.k_max}")
         if not 0 <= self.ema_decay < 1:
             wrong.append(f"ema_decay is {self.ema_decay}; it must lie in [0, 1)")
         return wrong
@@ -117,7 +119,8 @@ class AdaptiveConfig(Config):
     """Adaptive depth: up to `len(alpha)` passes a layer, pass k at strength alpha[k], while s >= `threshold`.
 
     `halting` "token": a token below the threshold is finished. "batch" (origin): all go on until at most `batch_share`
-    of the tokens are at or above it.
+    of the tokens are at or above it. `features` says what the halting head sees of the mixer, its write gate, output
+    gate and head spread: those of the mixer's own input, or (origin) of the mean over streams before any norm.
     """
 
     alpha: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35)
@@ -128,6 +131,7 @@ class AdaptiveConfig(Config):
     initial_bias: float = -1.0
     halting: Literal["token", "batch"] = "token"
     batch_share: float = 0.02
+    features: Literal["mixer_input", "stream_mean"] = "mixer_input"
 
     @property
     def max_passes(self) -> int:

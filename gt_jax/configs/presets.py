@@ -20,6 +20,7 @@ from gt_jax.configs.model import (
 from gt_jax.errors import Refused
 
 ORIGIN_DECAY_FLOOR = math.log(1e-6)
+ORIGIN_ADAPTIVE = AdaptiveConfig(halting="batch", features="stream_mean")
 
 
 def tiny() -> ModelConfig:
@@ -71,7 +72,7 @@ def origin_3b() -> ModelConfig:
         DeltaNetConfig(heads=32, value_heads=32, key_width=128, value_width=128),
         GSAConfig(heads=16, head_width=256),
         MoEConfig(experts=20, expert_width=1024), 2048,
-        adaptive=AdaptiveConfig(halting="batch"), param_dtype="bfloat16", compute_dtype="bfloat16",
+        adaptive=ORIGIN_ADAPTIVE, param_dtype="bfloat16", compute_dtype="bfloat16",
     )  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def tiny_3b() -> ModelConfig:
         DeltaNetConfig(heads=4, value_heads=4, key_width=16, value_width=16, chunk_size=32),
         GSAConfig(heads=4, head_width=16, indexer_heads=2, indexer_width=8, k_base=32, k_min=8, k_max=64),
         MoEConfig(experts=8, expert_width=32), 128,
-        adaptive=AdaptiveConfig(halting="batch"), init_std=0.08,
+        adaptive=ORIGIN_ADAPTIVE, init_std=0.08,
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ from gt_jax.interop.to_orbax import Progress, refuse_existing
 _VARIANTS = {  # fields without a tensor that change what a layer computes
     "deltanet": ("rope", "conv_bias", "read_scale", "skip", "activation_on", "decay_floor", "beta_max"),
     "gsa": ("rope", "score_scale", "variance"),
+    "adaptive": ("halting", "features"),
 }
 
 
@@ -180,8 +181,5 @@ def _variants(config: ModelConfig) -> list[str]:
     """One line for every field in which this model computes something else than the origin would."""
     origin, mine = preset(DEFAULTS).to_json(), config.to_json()
     fields = [(part, name) for part, names in _VARIANTS.items() if mine[part] for name in names]
-    lines = [f"{part}.{name} is {mine[part][name]!r}; the origin computes with {origin[part][name]!r}"
-             for part, name in fields if mine[part][name] != origin[part][name]]
-    if config.adaptive is not None and config.adaptive.halting != "batch":
-        lines.append(f"adaptive.halting is {config.adaptive.halting!r}; the origin computes with 'batch'")
-    return lines
+    return [f"{part}.{name} is {mine[part][name]!r}; the origin computes with {origin[part][name]!r}"
+            for part, name in fields if mine[part][name] != origin[part][name]]

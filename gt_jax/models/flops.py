@@ -79,6 +79,8 @@ def _layer(kind: str, c: ModelConfig, length: int) -> float:
     total = mixers[kind](c, length) + _mlp(c)
     total += 0.0 if c.hyper is None else 2 * _streams(c.hyper, c.width)
     total += 0.0 if c.adaptive is None else _halting(c.adaptive)
+    if c.adaptive is not None and c.adaptive.features == "stream_mean":
+        total += 2.0 * c.width * _seen_columns(kind, c)
     return total + (0.0 if c.exit is None else 2.0 * c.width * (c.width // 2))
 
 
@@ -103,7 +105,7 @@ def _sparse(c: ModelConfig, length: int) -> float:
     inner = m.heads * m.head_width
     projections = 2.0 * c.width * (6 * inner + 2 * m.indexer_heads * m.indexer_width + m.indexer_heads)
     scores = 2.0 * m.indexer_heads * m.indexer_width * _mean_keys(length, length)
-    return projections + scores + 4.0 * inner * _mean_keys(length, m.k_base)
+    return projections + scores + 4.0 * inner * _mean_keys(length, min(max(m.k_base, m.k_min), m.k_max))
 
 
 def _sliding(c: ModelConfig, length: int) -> float:
@@ -135,6 +137,17 @@ def _streams(hyper: HyperConfig, width: int) -> float:
     """The coefficients of one sublayer, its read, and its mixing of the streams."""
     n = hyper.streams
     return 2.0 * n * width * (2 * n + n * n) + 2.0 * n * width + 2.0 * (n * n + n) * width
+
+
+def _seen_columns(kind: str, c: ModelConfig) -> int:
+    """Columns of the projections whose output the halting head sees: query or key, write gate, output gate."""
+    if kind == "G":
+        assert c.gsa is not None
+        return 2 * c.gsa.heads * c.gsa.head_width + c.gsa.indexer_heads
+    m = c.deltanet
+    assert m is not None
+    output = 0 if m.variant == "groundthink" else m.value_heads * m.value_width
+    return m.heads * m.key_width + m.value_heads + output
 
 
 def _halting(adaptive: AdaptiveConfig) -> float:

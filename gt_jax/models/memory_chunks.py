@@ -18,6 +18,11 @@ from gt_jax.models.layers.memory_stream import Memory, no_memory
 from gt_jax.typing import Tokens, Tree
 
 
+def chunk_length(model: ModelConfig, tokens: int) -> int:
+    """Of how many tokens a chunk is in rows of `tokens`."""
+    return tokens if model.memory is None else min(tokens, model.memory.chunk)
+
+
 def over_chunks(
     body: Callable[..., tuple[Any, Any]], model: ModelConfig, rules: Rules, statistics: Tree,
     batch: Mapping[str, Array],
@@ -31,7 +36,7 @@ def over_chunks(
     if model.memory is not None:
         empty = no_memory(count, model.width, model.compute_dtype)
         memory = Memory(reshard(empty.value, rules.spec("batch", None)), reshard(empty.segment, rules.spec("batch")))
-    size = tokens if model.memory is None else min(tokens, model.memory.chunk)
+    size = chunk_length(model, tokens)
     if tokens % size:
         raise Refused(f"rows of {tokens} tokens are not whole chunks of memory.chunk {size}")
     if tokens == size:

@@ -3,8 +3,8 @@
     loss = mean over parts of (n sum of the part's token losses / tokens of the batch + its other losses)
 
 Means over tokens are those of the whole batch, however its targets fall into parts. What a layer charges for itself
-(router, indexer, price) is the mean of what it charges each part. Gradients are summed in float32; running statistics
-go from each part to the next.
+(router, indexer, price) is the mean of what it charges each part. Gradients are summed in float32. Running statistics
+move once, by the mean over the tokens of all parts (`running_means`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from gt_jax.devices.sharding import Rules, on_mesh
 from gt_jax.models.layers.primitives import widen
+from gt_jax.training.running_means import floats, moved_once
 from gt_jax.typing import Scalar, Tree
 
 
@@ -27,25 +28,27 @@ def accumulate_gradients(
 ) -> Callable[..., tuple[tuple[Scalar, dict[str, Any]], Tree]]:
     """gradient(params, statistics, batch, *rest) -> ((loss, {"report", "statistics"}), gradients by params).
 
-    `loss` takes the same arguments and `counts`: the tokens that its means divide by, None for its own. `counts(batch)`
-    counts those of a batch. Every part has whole rows of every device.
+    `loss` takes the same arguments and `counts`: the tokens that its means divide by, None for its own; beside report
+    and statistics it says how many real `tokens` it saw. `counts(batch)` counts those of a batch. Every part has whole
+    rows of every device.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def run(params: Tree, statistics: Tree, batch: Mapping[str, Array], *rest: Any) -> Any:
         shares = jax.tree.map(lambda count: count / parts, counts(batch))
 
-        def one(carry: tuple[Tree, Tree], part: tuple[Any, Array]) -> tuple[tuple[Tree, Tree], Any]:
-            sums, statistics = carry
+        def one(sums: Tree, part: tuple[Any, Array]) -> tuple[Tree, Any]:
             (total, extra), more = gradient(params, statistics, part[0], *rest, counts=shares, part=part[1])
-            return (jax.tree.map(lambda a, b: a + widen(b), sums, more), extra["statistics"]), (total, extra["report"])
+            seen = (floats(extra["statistics"]), extra["tokens"])
+            return jax.tree.map(lambda a, b: a + widen(b), sums, more), (total, extra["report"], seen)
 
         start = jax.tree.map(lambda p: jnp.zeros_like(widen(p)), params)
         pieces = {name: _rows(array, parts, rules) for name, array in batch.items()}
         numbers = jnp.arange(parts, dtype=jnp.int32)
-        (sums, moved), (totals, reports) = jax.lax.scan(one, (start, statistics), (pieces, numbers))
+        sums, (totals, reports, seen) = jax.lax.scan(one, start, (pieces, numbers))
         total, report = jax.tree.map(lambda a: jnp.mean(a, axis=0), (totals, reports))
-        return (total, {"report": report, "statistics": moved}), jax.tree.map(lambda s: s / parts, sums)
+        extra = {"report": report, "statistics": moved_once(statistics, *seen)}
+        return (total, extra), jax.tree.map(lambda s: s / parts, sums)
 
     return run
 

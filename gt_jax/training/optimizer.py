@@ -1,6 +1,10 @@
 """AdamW with warm-up and cosine or WSD decay, gradient clipping, and a group of their own for scalars.
 
-- Matrices are decayed; gains, norms, biases, gates of the recurrence and other vectors are not.
+- Matrices are decayed; gains, norms, biases, convolutions and other vectors are not, nor are the gates: what says of a
+  head or a token how much it writes, keeps, reads or goes on (beta, decay, the read of a state, halting, exit, memory).
+  The router and the coefficients of hyper-connections choose among several; they are matrices.
+- The learning rate goes by the step, as the phases of the price do, also after a step that was not applied; the bias
+  correction of the moments goes by the updates they have seen.
 - Moments are float32. Of weights stored in bfloat16 a float32 copy is kept beside them and moved in their place: most
   steps are smaller than half the distance between two bfloat16 numbers, and would be lost.
 """
@@ -12,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.typing import Tree
@@ -29,13 +34,13 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warm, max(warm, steps - down)])
 
 
-SMALL_MODULES = ("halting", "exit", "memory", "beta", "decay")
+GATES = ("halting", "exit", "memory", "beta", "decay", "state_gate")
 
 
 def is_scalar(path: str) -> bool:
-    """Whether a parameter is a scalar: all that is not a matrix applied by an einsum or an embedding table."""
+    """Whether a parameter moves with the scalars: all but tables and the `w` of what is no gate or convolution."""
     parts = path.split("/")
-    small = any(part.endswith("_conv") or part in SMALL_MODULES for part in parts)
+    small = any(part.endswith("_conv") or part in GATES for part in parts)
     return parts[-1] not in ("w", "table") or small
 
 
@@ -72,6 +77,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             ),
         )
     )
+
+
+def at_step(state: Any, step: Array) -> Any:
+    """The optimizer's state with the count of its schedules at `step`, which runs on where an update was skipped."""
+    scheduled = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
+    return jax.tree.map(lambda node: node._replace(count=step) if scheduled(node) else node, state, is_leaf=scheduled)
 
 
 class Float32State(NamedTuple):

@@ -15,7 +15,7 @@ from gt_jax.typing import Tree
 
 
 class TrainState(NamedTuple):
-    """`statistics` are the model's untrained running means; `step` counts the updates applied."""
+    """`statistics` are the model's untrained running means; `step` counts the batches seen."""
 
     params: Tree
     statistics: Tree

@@ -19,12 +19,14 @@ from gt_jax.devices.sharding import Rules, reshard
 from gt_jax.models.language_model import LanguageModel, ModelOutput, apply_network, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.models.layers.memory_stream import Memory
+from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.primitives import widen
-from gt_jax.models.memory_chunks import over_chunks
+from gt_jax.models.memory_chunks import chunk_length, over_chunks
 from gt_jax.training.accumulation import accumulate_gradients
 from gt_jax.training.loss import unembedded_cross_entropy
-from gt_jax.training.optimizer import Float32State
+from gt_jax.training.optimizer import Float32State, at_step
 from gt_jax.training.price import Phase, move_price, phase, price_loss
+from gt_jax.training.running_means import floats, moved_once
 from gt_jax.training.state import TrainState
 from gt_jax.training.thaw import keep_frozen
 from gt_jax.typing import Activations, Scalar, Tree
@@ -53,10 +55,12 @@ class Sums(NamedTuple):
     passes: PassStatistics
 
 
-def after_next_targets(targets: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """The token after the next, where both are of the same document; else -1."""
+def after_next_targets(targets: Int[Array, "b t"], chunk: int | None = None) -> Int[Array, "b t"]:
+    """The token after the next, where both are of the same document and chunk; else -1. None: a row is one chunk."""
     ahead = jnp.concatenate([targets[:, 1:], jnp.full_like(targets[:, :1], -1)], axis=1)
-    return jnp.where(targets >= 0, ahead, -1)
+    size = targets.shape[1] if chunk is None else chunk
+    last = jnp.arange(targets.shape[1]) % size == size - 1  # whoever looks ahead from there sees no next token
+    return jnp.where((targets >= 0) & ~last[None], ahead, -1)
 
 
 def losses(
@@ -113,12 +117,14 @@ def make_loss(
         key = jax.random.fold_in(jax.random.key(seed), step) if draws else None
         key = key if key is None or part is None else jax.random.fold_in(key, part)
 
-        def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Sums]:
-            statistics, memory = carry
+        def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Any]:
+            start, memory = carry
             one = None if key is None else jax.random.fold_in(key, piece[1])
-            return chunk_sums(network, {"params": params, "statistics": statistics}, memory, piece[0], now.control, one)
+            given = {"params": params, "statistics": start}
+            (moved, memory), sums = chunk_sums(network, given, memory, piece[0], now.control, one)
+            return (start, memory), (sums, floats(moved), jnp.sum(real_tokens(piece[0]["segment_ids"])))
 
-        (moved, _), sums = over_chunks(chunk, model, rules, statistics, batch)
+        _, (sums, moved, seen) = over_chunks(chunk, model, rules, statistics, batch)
         tokens, later = (None, None) if counts is None else counts
         ce, first, ahead = _mean(sums[0], tokens), _mean(sums[1], tokens), _mean(sums[2], later)
         passes = jax.tree.map(lambda a: jnp.mean(a, axis=0), sums.passes)
@@ -127,14 +133,15 @@ def make_loss(
             charge = jnp.where(now.charged, price_loss(price, value, passes, ce, first), 0.0)
         report = {"cross_entropy": ce, "price_loss": charge, "mtp_loss": ahead, "passes": passes}
         total = ce + jnp.mean(sums.auxiliary) + (0.0 if model.mtp is None else model.mtp.weight) * ahead
-        return total + charge, {"report": report, "statistics": moved}
+        extra = {"report": report, "statistics": moved_once(statistics, moved, seen), "tokens": jnp.sum(seen)}
+        return total + charge, extra
 
     return loss
 
 
-def target_counts(batch: Batch) -> tuple[Scalar, Scalar]:
-    """How many next tokens, and how many tokens after the next, a batch predicts."""
-    after = after_next_targets(batch["targets"])
+def target_counts(model: ModelConfig, batch: Batch) -> tuple[Scalar, Scalar]:
+    """How many next tokens, and how many tokens after the next, a batch predicts, chunk by chunk."""
+    after = after_next_targets(batch["targets"], chunk_length(model, batch["targets"].shape[1]))
     next_token, later = (jnp.sum(targets >= 0, dtype=jnp.float32) for targets in (batch["targets"], after))
     return next_token, later
 
@@ -151,14 +158,15 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The jitted step(state, batch) -> (state, metrics); the state is donated.
 
-    A step whose loss or gradient is not finite changes nothing but the count of steps; its metrics say `bad` 1. With
+    A step whose loss or gradient is not finite changes nothing but the count of steps, which learning rate, phases and
+    thaw all go by; its metrics say `bad` 1. With
     `thaw` its first steps move a few layers only; `gradient_norm` is then of what moves. With `accumulate` the
     batch runs in so many parts.
     """
     loss = make_loss(model, price, rules, seed)
     gradient = jax.value_and_grad(loss, has_aux=True)
     if accumulate > 1:
-        gradient = accumulate_gradients(loss, accumulate, rules, target_counts)
+        gradient = accumulate_gradients(loss, accumulate, rules, functools.partial(target_counts, model))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         now = phase(price, state.step, steps)
@@ -168,7 +176,7 @@ def make_step(
         if thaw is not None:
             grads = keep_frozen(thaw, model.depth, state.step, grads, jax.tree.map(jnp.zeros_like, grads))
         with jax.named_scope("optimizer"):
-            updates, moments = optimizer.update(grads, state.optimizer, state.params)
+            updates, moments = optimizer.update(grads, at_step(state.optimizer, state.step), state.params)
             params = optax.apply_updates(state.params, updates)
         if thaw is not None:
             params = keep_frozen(thaw, model.depth, state.step, params, state.params)

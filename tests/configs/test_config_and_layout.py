@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gt_jax.configs import layout, model, presets
+from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, differences
 from gt_jax.errors import Refused
 from tests.support import small_model
@@ -80,6 +81,23 @@ def test_json_that_does_not_fit_is_refused(change, says):
     data = {**presets.tiny().to_json(), **change}
     with pytest.raises(Refused, match=says):
         model.ModelConfig.from_json(data)
+
+
+def test_a_config_stored_before_a_field_was_there_says_what_was_computed_then():
+    stored = presets.tiny_3b().to_json()
+    del stored["adaptive"]["features"]
+    assert ModelConfig.from_json(stored).adaptive.features == "mixer_input"
+    assert {name for name, make in presets.PRESETS.items()
+            if (adaptive := make().adaptive) is not None and adaptive.features == "stream_mean"
+            } == {"3b", "3b_table", "tiny_3b"}  # fmt: skip
+
+
+@pytest.mark.parametrize("base", [1, 4, 40])
+def test_the_factor_of_the_budget_is_no_bound(base):
+    config = presets.tiny().gsa.replace(k_base=base, k_min=4, k_max=12)
+    assert ModelConfig.from_json(presets.tiny().replace(gsa=config).to_json()).gsa == config
+    with pytest.raises(Refused, match="k_min is 13; it must be at most k_max 12"):
+        config.replace(k_min=13)
 
 
 def test_an_unknown_preset_names_the_known_ones():

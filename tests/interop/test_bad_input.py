@@ -77,7 +77,7 @@ def test_a_whole_layer_that_is_missing(tmp_path, state):
 
 
 @pytest.mark.parametrize("overrides,words", [
-    ({"gsa": {"k_top": 3}}, "unknown field 'k_top'"), ({"gsa": {"k_min": 5000}}, r"k_min 5000 <= k_base"),
+    ({"gsa": {"k_top": 3}}, "unknown field 'k_top'"), ({"gsa": {"k_min": 5000}}, "k_min is 5000; it must be at most"),
     ({"moe": {"real_share": 0.35}}, "must be whole"), ({"param_dtype": "bfloat16"}, "does not hold its values exactly"),
     ({"memory": None}, r"lambda_r_raw .* is not a tensor of this model"),
     ({"exit": {"threshold": 0.9}}, "adaptive depth and exit exclude each other"),

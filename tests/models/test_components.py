@@ -38,7 +38,7 @@ GROUNDTHINK = ModelConfig(
 )  # fmt: skip
 MODELS = {
     "all components": FULL,
-    "batch halting": full_model(adaptive=True).replace(adaptive=AdaptiveConfig(halting="batch")),
+    "batch halting": full_model().replace(adaptive=AdaptiveConfig(halting="batch", features="stream_mean")),
     "lambda": small_model("DG*2", False, stack=StackConfig("lambda", skips=((0, 2), (1, 3)))),
     "midpoint": small_model("DG*2", False, stack=StackConfig("midpoint")),
     "reversible": small_model("DG*2", False, stack=StackConfig("midpoint", mixing=1.0)),

@@ -73,6 +73,11 @@ def test_passes_and_longer_rows_add_up():
     scored = [(t + 1) / 2 for t in (128, 512)]
     grown = 4 * 128 * (keys[1] - keys[0]) + 2 * 2 * 16 * (scored[1] - scored[0])
     assert longer.layers[3] - flops.layers[3] == pytest.approx(grown)
+    factor = config.replace(gsa=config.gsa.replace(k_base=500, k_max=64))  # a factor, not a number of keys
+    assert model_flops(factor, 512).layers[3] == longer.layers[3]
+    raw = model_flops(config.replace(adaptive=config.adaptive.replace(features="stream_mean")), 128)
+    again = [2 * 128 * (2 * 4 * 32 + (2 if kind == "G" else 4)) for kind in kinds]  # W_q, output gate, a gate a head
+    assert [b - a for a, b in zip(flops.layers, raw.layers, strict=True)] == pytest.approx(again)
     ahead = model_flops(config.replace(mtp=MTPConfig()), 128).outside - flops.outside
     assert ahead > flops.layers[3] and ahead < flops.layers[3] + 2 * flops.outside
 

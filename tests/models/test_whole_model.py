@@ -45,7 +45,7 @@ ORIGIN = PRESET.replace(
     layout="DG*2", width=16, vocab=40, mlp_width=12, norm_epsilon=EPSILON, moe=MoEConfig(experts=4, expert_width=8),
     deltanet=PRESET.deltanet.replace(heads=2, value_heads=2, key_width=8, value_width=8, chunk_size=8),
     gsa=GSA.replace(rope="origin", score_scale=1.0, variance="row"),
-    memory=MemoryConfig(chunk=24), adaptive=AdaptiveConfig(halting="batch", batch_share=0.3, p_floor=0.09),
+    memory=MemoryConfig(chunk=24), adaptive=PRESET.adaptive.replace(batch_share=0.3, p_floor=0.09),
 )  # fmt: skip
 TOKEN = ORIGIN.replace(
     adaptive=AdaptiveConfig(halting="token"), embedding=EmbeddingConfig("kronecker+table", token_bytes=5),
@@ -116,7 +116,7 @@ def test_tokens_run_one_to_four_passes_and_some_layers_end_early():
     for config in (ORIGIN, TOKEN, OWN):
         result = theirs(config)
         assert {int(n) for d in result.depths for n in d.alive.sum(0)[result.real]} == {1, 2, 3, 4}
-    assert theirs(ORIGIN).executed.tolist() == [3, 2, 4, 4] and theirs(OWN).executed.tolist() == [4, 3, 2, 4]
+    assert theirs(ORIGIN).executed.tolist() == [2, 2, 4, 4] and theirs(OWN).executed.tolist() == [4, 3, 2, 4]
     went_on = [(d.weight[: d.executed] < 0.1).any() for d in theirs(ORIGIN).depths]
     assert any(went_on)  # the batch rule: finished tokens go on with the others
 
@@ -145,6 +145,16 @@ def test_adaptive_depth(config):
     got, wanted = ours(config)(free_passes()), theirs(config)
     assert_same_logits(got, wanted)
     assert_same_depth(got, wanted)
+
+
+@pytest.mark.parametrize("config", [ORIGIN, TOKEN, OWN], ids=["batch", "token", "own"])
+def test_what_the_halting_head_sees_of_a_mixer_decides(config):
+    """The other reading of the features is another model: with streams, and with nothing but a norm between them."""
+    other = {"mixer_input": "stream_mean", "stream_mean": "mixer_input"}[config.adaptive.features]
+    changed = config.replace(adaptive=config.adaptive.replace(features=other))
+    assert np.abs(theirs(config).logits - theirs(changed).logits)[IDS > 0].max() > 0.05
+    if config is OWN:  # the two configs with streams compute with one reading each; here is the other of the third
+        assert_same_logits(ours(changed)(free_passes()), theirs(changed))
 
 
 @pytest.mark.parametrize("forced", [1, 2, 4])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 
 from gt_jax import train
 from gt_jax.checkpoints.tree_paths import flatten
+from gt_jax.configs import presets
+from gt_jax.configs.model import ExitConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import RunConfig
@@ -18,7 +22,7 @@ from gt_jax.models.language_model import abstract
 from gt_jax.models.layers.adaptive_depth import PassStatistics
 from gt_jax.training.optimizer import Float32State, groups, in_float32, learning_rate, make_optimizer
 from gt_jax.training.price import initial_price, move_price, phase, price_loss
-from tests.support import small_model
+from tests.support import full_model, small_model
 
 PRICE = PriceConfig()
 STEPS = 300
@@ -95,6 +99,29 @@ def test_every_matrix_is_decayed_and_no_scalar_is():
     assert labels["segment0/layer0/gain"] == labels["segment0/layer0/mixer/a_log"] == "scalar"
     assert labels["segment0/layer0/mixer/query_conv/w"] == labels["segment0/layer1/halting/hidden/w"] == "scalar"
     assert labels["segment0/layer0/mixer/query/w"] == labels["embedding/table"] == "matrix"
+
+
+def test_a_matrix_is_what_is_neither_gate_nor_convolution():
+    """Every module of the library that has a `w`, by its path within a layer or the model: a new one fails here."""
+    halting = {"halting/hidden", "halting/output", "exit/hidden", "exit/output", "memory/gate"}
+    gates = halting | {"mixer/beta", "mixer/decay", "mixer/state_gate"}
+    gates |= {f"mixer/{name}_conv" for name in ("query", "key", "value")}
+    mixers = ("query", "key", "value", "gate", "value_gate", "output_gate", "output", "state_output", "indexer_query",
+              "indexer_key", "indexer_weight")  # fmt: skip
+    dense = ("gate", "up", "down")
+    mlps = {"router", *dense, *(f"{of}/{name}" for of in ("shared", "experts") for name in dense)}
+    streams = {f"{of}_hyper/{name}" for of in ("mixer", "mlp") for name in ("pre", "post", "res")}
+    matrices = {f"mixer/{name}" for name in mixers} | {f"mlp/{name}" for name in mlps} | streams
+    matrices |= {"mtp/fusion", "embedding/kronecker", "unembedding"}
+    hybrid = presets.preset("groundthink_dsds").replace(width=32, vocab=64, mlp_width=32)
+    models = (full_model(), small_model("DG", False, exit=ExitConfig()), hybrid)
+    found = {"matrix": set(), "scalar": set()}
+    for config in models:
+        labels = flatten(groups(abstract(config)["params"]))
+        for path, label in labels.items():
+            if path.endswith("/w"):
+                found[label].add(re.sub(r"^(segment\d+/layer\d+|mtp/layer)/", "", path.removesuffix("/w")))
+    assert found == {"matrix": matrices, "scalar": gates}
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])

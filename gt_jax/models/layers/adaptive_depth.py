@@ -27,7 +27,7 @@ from gt_jax.devices.sharding import Rules, on_mesh
 from gt_jax.models.layers.hyper_connections import from_streams
 from gt_jax.models.layers.mixer import MixerOutput, masked_mean
 from gt_jax.models.layers.moe import MLPOutput
-from gt_jax.models.layers.primitives import INIT, widen
+from gt_jax.models.layers.primitives import INIT, add_scaled, float32_einsum, widen
 from gt_jax.models.layers.sow import INTERMEDIATES
 from gt_jax.typing import Activations, PerToken, State, Tree
 
@@ -127,7 +127,7 @@ class Affine(nn.Module):
         bias = nn.initializers.constant(self.bias)
         b = self.param("b", bias, self.shape[1:], jnp.float32, on_mesh(self.rules.spec(None)))
         out = on_mesh(self.rules.spec("batch", None, None))
-        return jnp.einsum("btf,fg->btg", x, w, out_sharding=out) + b[None, None]
+        return float32_einsum("btf,fg->btg", x, w, out_sharding=out) + b[None, None]
 
 
 def _rms(x: Activations) -> PerToken:
@@ -215,7 +215,7 @@ def run_passes(
             p_mean, p_std, floored, ratio, added, *seen.statistics,
         )  # fmt: skip
         strength = (gain * alpha * weight).reshape(*weight.shape, *[1] * (x.ndim - 2))
-        moved = x + strength.astype(x.dtype) * step
+        moved = add_scaled(x, step, strength)
         first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(moved)), first)
         return _Carry(moved, s, jax.lax.stop_gradient(dh), first), statistics, seen.mixer.cache
 

@@ -18,8 +18,17 @@ from jaxtyping import Array, Float
 from gt_jax.configs.model import DeltaNetConfig
 from gt_jax.devices.sharding import Rules, on_mesh, per_device, reshard
 from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics
-from gt_jax.models.layers.primitives import INIT, Einsum, RMSNorm, WeightSpec, rope, short_convolution, widen
-from gt_jax.typing import Activations, Tokens, Tree
+from gt_jax.models.layers.primitives import (
+    INIT,
+    Einsum,
+    RMSNorm,
+    WeightSpec,
+    float32_einsum,
+    rope,
+    short_convolution,
+    widen,
+)
+from gt_jax.typing import Activations, PerToken, Tokens, Tree
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 
 ROPE_BASE = 10000.0
@@ -97,7 +106,7 @@ class HeadGate(nn.Module):
         b = self.param("b", nn.initializers.zeros, (self.heads,), jnp.float32, on_mesh(self.rules.spec("heads")))
         out = on_mesh(self.rules.spec("batch", None, "heads"))
         w = reshard(w, self.rules.gathered("embed", "heads"))
-        return jnp.einsum("btd,dh->bth", widen(x), w, out_sharding=out) + b[None, None]
+        return float32_einsum("btd,dh->bth", x, w, out_sharding=out) + b[None, None]
 
 
 class Convolution(nn.Module):
@@ -187,6 +196,12 @@ class GatedDeltaNet(nn.Module):
         if cache is not None:
             new_cache = self._advance(start, q_in, k_in, v_in, segment_ids, state)
         return MixerOutput(y, *gate_statistics(beta, gate_logits, q_in), zero, zero, zero, new_cache)
+
+    def gates(self, h: Activations) -> tuple[PerToken, PerToken, PerToken]:
+        """`gate_statistics` of beta, W_g h and W_q h."""
+        h, heads = jax.lax.stop_gradient(h), ("batch", None, "heads", None)
+        beta = self.config.beta_max * jax.nn.sigmoid(self.beta(h))
+        return gate_statistics(beta, self.gate("btd,dhv->bthv", h, heads), self.query("btd,dhk->bthk", h, heads))
 
     def _recurrence(
         self, q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, segment_ids: Tokens

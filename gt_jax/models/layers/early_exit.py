@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float
 from gt_jax.configs.model import ExitConfig
 from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, per_device, reshard
 from gt_jax.models.layers.mixer import masked_mean
-from gt_jax.models.layers.primitives import widen
+from gt_jax.models.layers.primitives import float32_einsum, widen
 from gt_jax.typing import PerToken, Scalar, Tokens, Tree
 
 _PRESETS = {"accuracy": (0.99, 0.001), "balanced": (0.95, 0.01), "speed": (0.80, 0.1)}
@@ -96,8 +96,8 @@ def exit_probability(weights: ExitWeights, x: Stream, rules: Rules) -> PerToken:
     """The halting probability of each token after a layer, in float32: `ExitHead`'s equation."""
     wide = jnp.mean(widen(x), axis=2) if x.ndim == 4 else widen(x)
     out = on_mesh(rules.spec("batch", None, None))
-    hidden = jnp.einsum("btd,df->btf", wide, weights.hidden, out_sharding=out) + weights.hidden_bias[None, None]
-    logit = jnp.einsum("btf,fg->btg", jax.nn.gelu(hidden), weights.output, out_sharding=out)
+    hidden = float32_einsum("btd,df->btf", wide, weights.hidden, out_sharding=out) + weights.hidden_bias[None, None]
+    logit = float32_einsum("btf,fg->btg", jax.nn.gelu(hidden), weights.output, out_sharding=out)
     return jax.nn.sigmoid(logit[..., 0] + weights.output_bias[None])
 
 

@@ -68,12 +68,10 @@ class Embedding(nn.Module):
         return jnp.einsum("btd,vd->btv", hidden, table, out_sharding=place, preferred_element_type=sums)
 
     def _rows(self, table: Float[Array, "vocab d"], tokens: Tokens) -> Activations:
-        """table[token] in the table's own dtype: the gradients of a frequent token are not summed in bfloat16."""
-        return self._look_up(reshard(table, self.rules.gathered(None, "embed")), tokens)
+        return table_rows(reshard(table, self.rules.gathered(None, "embed")), tokens, self.rules)
 
     def _look_up(self, table: Array, tokens: Tokens) -> Array:
-        axes = ("batch", None) + (None,) * (table.ndim - 1)
-        return table.at[tokens].get(out_sharding=on_mesh(self.rules.spec(*axes)))
+        return _look_up(table, tokens, self.rules)
 
     def _whole(self, table: np.ndarray) -> Array:
         return reshard(jnp.asarray(table), self.rules.spec(*(None,) * table.ndim))
@@ -108,6 +106,30 @@ class Kronecker(nn.Module):
         column_sum = jnp.sum(widen(w), axis=(0, 1))
         centred = each[..., None] * summed - mean[..., None] * column_sum[None, None]
         return centred / (deviation + DEVIATION_EPSILON)[..., None]
+
+
+def _look_up(table: Array, tokens: Tokens, rules: Rules) -> Array:
+    axes = ("batch", None) + (None,) * (table.ndim - 1)
+    return table.at[tokens].get(out_sharding=on_mesh(rules.spec(*axes)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def table_rows(table: Float[Array, "vocab d"], tokens: Tokens, rules: Rules) -> Activations:
+    """table[token] in the table's own dtype; the gradients of a frequent token are summed in float32, rounded once."""
+    return _look_up(table, tokens, rules)
+
+
+def _table_rows_forward(table: Array, tokens: Tokens, rules: Rules) -> tuple[Array, tuple[Array, Array]]:
+    return table_rows(table, tokens, rules), (table, tokens)
+
+
+def _table_rows_backward(rules: Rules, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    table, tokens = saved
+    _, pull = jax.vjp(lambda wide: _look_up(wide, tokens, rules), widen(table))  # for its shape and place alone
+    return pull(widen(gradient))[0].astype(table.dtype), None
+
+
+table_rows.defvjp(_table_rows_forward, _table_rows_backward)
 
 
 @jax.custom_vjp

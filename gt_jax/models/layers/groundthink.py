@@ -25,7 +25,7 @@ from gt_jax.devices.sharding import Rules, on_mesh, per_device, reshard
 from gt_jax.models.layers.deltanet import HeadGate, l2_normalise
 from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics
 from gt_jax.models.layers.primitives import Einsum, WeightSpec, widen
-from gt_jax.typing import Activations, Tokens, Tree
+from gt_jax.typing import Activations, PerToken, Tokens, Tree
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 
 KEEP_START = 2.0  # sigmoid(2) = 0.88 of the state is kept
@@ -162,9 +162,14 @@ class GroundThinkDeltaNet(nn.Module):
         o, state = read_pairs(pairs.key, pairs, self.rules, self.config.chunk_size, self.config.implementation)
         y = self.output("bthv,hvd->btd", o, ("batch", None, None))
         new_cache = None if cache is None else {name: array[:, -1] for name, array in now.items()} | {"state": state}
-        write, _, spread = gate_statistics(now["beta"], value, projected)
-        open_gate, zero = jnp.ones_like(write), jnp.zeros((), jnp.float32)
-        return MixerOutput(y, write, open_gate, spread, zero, zero, zero, new_cache, Link(self.key.w, pairs))
+        zero = jnp.zeros((), jnp.float32)
+        seen = _open_gate(now["beta"], projected)
+        return MixerOutput(y, *seen, zero, zero, zero, new_cache, Link(self.key.w, pairs))
+
+    def gates(self, h: Activations) -> tuple[PerToken, PerToken, PerToken]:
+        """`gate_statistics` of beta and W_k h; there is no output gate, so it is open."""
+        h = jax.lax.stop_gradient(h)
+        return _open_gate(jax.nn.sigmoid(self.beta(h) + WRITE_START), self.key(h))
 
     def _lay_out(self, cache: Tree) -> Tree:
         """The cache laid out like the activations: rows with the batch, heads with the heads."""
@@ -175,6 +180,14 @@ class GroundThinkDeltaNet(nn.Module):
             "state": rules.spec("batch", "heads", None, None),
         }  # fmt: skip
         return {name: reshard(array, specs[name]) for name, array in cache.items()}
+
+
+def _open_gate(
+    beta: Float[Array, "b t hv"], key: Float[Array, "b t h k"]
+) -> tuple[PerToken, PerToken, PerToken]:
+    """`gate_statistics` of a mixer without an output gate: 1."""
+    write, _, spread = gate_statistics(beta, key, key)
+    return write, jnp.ones_like(write), spread
 
 
 def _pairs(start: Tree, now: Tree, value: Array) -> Pairs:

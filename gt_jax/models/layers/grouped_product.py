@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
+from gt_jax.models.layers.primitives import widen
 from pallas_kernels.platform import target_device
 
 LARGEST_BLOCK = 128  # rows: enough that a product is bound by arithmetic, not by reading the expert's weights
@@ -110,16 +111,17 @@ def blocked_product(
 def blocked_gradients(
     x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], gradient: Float[Array, "r f"], block: int
 ) -> tuple[Float[Array, "r d"], Float[Array, "e d f"]]:
-    """dx = gradient w^T and dw_i = x_i^T gradient_i, block after block; dw is added to in place."""
+    """dx = gradient w^T and dw_i = x_i^T gradient_i, block after block; dw is added to in place, in float32."""
 
     def one(dw: Array, piece: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
         rows, pulled, real, owner = piece
         pulled = jnp.where(real, pulled, 0.0)
-        return dw.at[owner].add(rows.T @ pulled), pulled @ w[owner].T
+        more = jnp.matmul(rows.T, pulled, preferred_element_type=dw.dtype)
+        return dw.at[owner].add(more), pulled @ w[owner].T
 
     pieces = (x.reshape(-1, block, x.shape[1]), gradient.reshape(-1, block, gradient.shape[1]))
-    dw, dx = jax.lax.scan(one, jnp.zeros_like(w), (*pieces, *_owners(x, w, sizes, block)))
-    return dx.reshape(x.shape), dw
+    dw, dx = jax.lax.scan(one, jnp.zeros_like(widen(w)), (*pieces, *_owners(x, w, sizes, block)))
+    return dx.reshape(x.shape), dw.astype(w.dtype)
 
 
 def _owners(x: Array, w: Array, sizes: Array, block: int) -> tuple[Array, Array]:

@@ -22,7 +22,7 @@ from gt_jax.configs.model import GSAConfig
 from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, per_device, reshard
 from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics, masked_mean, real_tokens
 from gt_jax.models.layers.primitives import Einsum, WeightSpec, rope, widen
-from gt_jax.typing import Activations, Tree
+from gt_jax.typing import Activations, PerToken, Tree
 from pallas_kernels.sparse_attention.api import Indexer, Positions, Statistics, sparse_attention
 
 
@@ -95,6 +95,13 @@ class GatedSparseAttention(nn.Module):
             score_variance=masked_mean(statistics.score_variance, real),
             cache=new_cache,
         )
+
+    def gates(self, h: Activations) -> tuple[PerToken, PerToken, PerToken]:
+        """`gate_statistics` of the indexer's weight, W_go h and W_q h."""
+        h, heads = jax.lax.stop_gradient(h), ("batch", None, "heads", None)
+        weight = self.indexer_weight("btd,dh->bth", h, ("batch", None, "heads"), accumulate=True)
+        logits = self.output_gate("btd,dhk->bthk", h, heads)
+        return gate_statistics(jax.nn.sigmoid(weight), logits, self.query("btd,dhk->bthk", h, heads))
 
     def _attend(
         self, q: Array, k: Array, v: Array, index_q: Array, index_k: Array, weight: Array, positions: Positions

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import HyperConfig
 from gt_jax.devices.sharding import Rules, on_mesh, reshard
-from gt_jax.models.layers.primitives import WeightSpec, widen
+from gt_jax.models.layers.primitives import WeightSpec, float32_einsum, widen
 from gt_jax.typing import Activations
 
 Streams = Float[Array, "b t n d"]
@@ -72,7 +72,7 @@ def _mix_forward(matrix: Array, x: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _mix_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     matrix, x = saved
-    outer = jnp.einsum("btid,btjd->btij", gradient, widen(x), precision=jax.lax.Precision.HIGHEST)
+    outer = float32_einsum("btid,btjd->btij", gradient, x)
     return outer, _mix(jnp.swapaxes(matrix, -1, -2), gradient).astype(x.dtype)
 
 
@@ -184,13 +184,8 @@ class HyperConnection(nn.Module):
         return Coefficients(jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), balanced)
 
     def _project(self, x: Streams, phi: Float[Array, "n d m"]) -> Float[Array, "b t m"]:
-        """RMSNorm(vec X) phi, phi with the norm's scale in it; compute dtype in, float32 sums out."""
-        dtype = jnp.dtype(self.weights.compute)
-        product = jnp.einsum(
-            "btnd,ndm->btm", x.astype(dtype), phi.astype(dtype),
-            out_sharding=on_mesh(self.rules.spec("batch", None, None)),
-            preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-        )  # fmt: skip
+        """RMSNorm(vec X) phi in float32, phi with the norm's scale in it."""
+        product = float32_einsum("btnd,ndm->btm", x, phi, out_sharding=on_mesh(self.rules.spec("batch", None, None)))
         square = jnp.mean(jnp.square(widen(x)), axis=(2, 3))
         return product * jax.lax.rsqrt(square + self.epsilon)[..., None]
 

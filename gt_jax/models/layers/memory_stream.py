@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gt_jax.devices.sharding import Rules, on_mesh, reshard
-from gt_jax.models.layers.primitives import INIT, widen
+from gt_jax.models.layers.primitives import INIT, float32_einsum, widen
 from gt_jax.typing import Activations, PerToken, State, Tokens
 
 EPSILON = 1e-5
@@ -100,4 +100,4 @@ class Gate(nn.Module):
         w = self.param("w", INIT, (self.width,), jnp.float32, on_mesh(self.rules.spec(None)))
         b = self.param("b", nn.initializers.zeros, (), jnp.float32, on_mesh(self.rules.spec()))
         rows = on_mesh(self.rules.spec("batch", None))
-        return jax.nn.sigmoid(jnp.einsum("btd,d->bt", widen(x), w, out_sharding=rows) + b)
+        return jax.nn.sigmoid(float32_einsum("btd,d->bt", x, w, out_sharding=rows) + b)

@@ -1,7 +1,8 @@
 """The interface of a mixer: what every D, G and S layer is given, and what it returns.
 
 `mixer(x, place, cache)`: `Place` says where the tokens stand; `MixerOutput` is the value, the statistics that adaptive
-depth reads, the losses and the new cache.
+depth reads, the losses and the new cache. `mixer.gates(h)` are the same statistics of any other [b, t, d], by the
+mixer's own projections; S layers run one pass and have none.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from gt_jax.configs.model import MoEConfig
 from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, per_device, reshard
 from gt_jax.models.layers.grouped_product import block_size, collect, dispatch, grouped_product, spread
 from gt_jax.models.layers.mixer import masked_mean
-from gt_jax.models.layers.primitives import SwiGLU, WeightSpec, widen
+from gt_jax.models.layers.primitives import SwiGLU, WeightSpec, float32_einsum, widen
 from gt_jax.models.layers.sow import sow
 from gt_jax.typing import Activations, PerToken, Scalar
 
@@ -134,8 +134,7 @@ class Router(nn.Module):
         null_logit = self.param("null_logit", nn.initializers.zeros, (), jnp.float32, on_mesh(self.rules.spec()))
         w = reshard(w, self.rules.gathered(*axes))
         place = self.rules.spec("batch", None, None)
-        # HIGHEST: by default a TPU would round both factors to bfloat16
-        logits = jnp.einsum("btd,de->bte", widen(x), w, precision="highest", out_sharding=on_mesh(place))
+        logits = float32_einsum("btd,de->bte", x, w, out_sharding=on_mesh(place))
         nulls = jnp.broadcast_to(null_logit, (*x.shape[:2], self.config.null_experts))
         return jnp.concatenate([logits + b[None, None], reshard(nulls, place)], axis=-1)
 

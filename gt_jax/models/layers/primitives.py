@@ -10,6 +10,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.model import Rope
@@ -38,6 +39,66 @@ class WeightSpec:
 def widen(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     """At least float32: what states, gates, norms and softmax are computed in (float64 stays, for the tests)."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def float32_einsum(equation: str, *operands: Array, out_sharding: P | None = None) -> Array:
+    """einsum(equation, operands) whose factors and sums are float32 at least, on every kind of device.
+
+    HIGHEST: by default a TPU rounds the factors of a float32 product to bfloat16, a GPU to TensorFloat-32. Every gate,
+    router, halting head and coefficient of the model is computed by this.
+    """
+    wide = [widen(operand) for operand in operands]
+    sums = jnp.result_type(*wide)
+    return jnp.einsum(
+        equation, *wide, out_sharding=out_sharding, precision=jax.lax.Precision.HIGHEST, preferred_element_type=sums
+    )
+
+
+@jax.custom_vjp
+def scaled(x: Float[Array, "..."], strength: Float[Array, "..."]) -> Float[Array, "..."]:
+    """strength x in float32, rounded once to x's dtype; `strength` is a scalar, or of x's rank with axes of 1.
+
+    So is the gradient of the strength, a sum over as many elements as x has: in bfloat16 half of it is gone at 12
+    million. Of x its own dtype is kept for the backward pass and no float32 copy.
+    """
+    return (widen(strength) * widen(x)).astype(x.dtype)
+
+
+def _scaled_forward(x: Array, strength: Array) -> tuple[Array, tuple[Array, Array]]:
+    return scaled(x, strength), (x, strength)
+
+
+def _scaled_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, strength = saved
+    wide = widen(gradient)
+    summed = tuple(axis for axis in range(x.ndim) if strength.ndim == 0 or strength.shape[axis] == 1)
+    total = jnp.sum(wide * widen(x), axis=summed, keepdims=strength.ndim > 0)
+    return (widen(strength) * wide).astype(x.dtype), total.astype(strength.dtype)
+
+
+scaled.defvjp(_scaled_forward, _scaled_backward)
+
+
+@jax.custom_vjp
+def add_scaled(
+    x: Float[Array, "..."], delta: Float[Array, "..."], strength: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """x + strength delta in float32, rounded once to x's dtype; gradients as `scaled` has them.
+
+    Rounded before it is added, strength delta would fall back on delta wherever the strength is within 2^-9 of 1.
+    """
+    return (widen(x) + widen(strength) * widen(delta)).astype(x.dtype)
+
+
+def _add_scaled_forward(x: Array, delta: Array, strength: Array) -> tuple[Array, tuple[Array, Array]]:
+    return add_scaled(x, delta, strength), (delta, strength)
+
+
+def _add_scaled_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+    return gradient, *_scaled_backward(saved, gradient)
+
+
+add_scaled.defvjp(_add_scaled_forward, _add_scaled_backward)
 
 
 def rms_norm(x: Float[Array, "... d"], scale: Float[Array, "d"], epsilon: float) -> Float[Array, "... d"]:

@@ -33,7 +33,7 @@ from gt_jax.models.layers.gsa import GatedSparseAttention
 from gt_jax.models.layers.hyper_connections import HyperConnection, read, write
 from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
 from gt_jax.models.layers.moe import MixtureOfExperts, MLPOutput
-from gt_jax.models.layers.primitives import RMSNorm, SwiGLU, WeightSpec
+from gt_jax.models.layers.primitives import RMSNorm, SwiGLU, WeightSpec, add_scaled, scaled, widen
 from gt_jax.models.layers.sliding import SlidingAttention
 from gt_jax.models.layers.sow import sow
 from gt_jax.models.layers.stack import mix
@@ -116,19 +116,32 @@ class Layer(nn.Module):
         if self.config.hyper is None:  # summing the two keeps the update exact where X is large
             inner, mixed = attend(x)
             outer, thought = think(x + inner)
-            return inner + outer, LayerOutput(mixed, thought)
+            return inner + outer, LayerOutput(self._seen(x, mixed), thought)
         middle, mixed = _connected(self.mixer_hyper, x, attend)
         last, thought = _connected(self.mlp_hyper, middle, think)
-        return last - x, LayerOutput(mixed, thought)
+        return last - x, LayerOutput(self._seen(x, mixed), thought)
+
+    def _seen(self, x: State, mixed: MixerOutput) -> MixerOutput:
+        """`mixed` with the gates that the halting head is to see, of the raw mean over streams where it asks for it."""
+        if self.config.adaptive is None or self.config.adaptive.features == "mixer_input":
+            return mixed
+        write, output, spread = self.mixer.gates(stream_mean(x))
+        return mixed._replace(write_gate=write, output_gate=output, head_spread=spread)
 
     def update(self, x: State, place: Place, cache: Tree = None, link: Tree = None) -> Update:
         """One plain pass: gain * Delta(X)."""
+        one = self._pass(x, place, cache, link)
+        if self.config.stack.kind == "midpoint":  # whose sum is float32, and rounded once
+            return one._replace(value=self.gain * widen(one.value))
+        return one._replace(value=scaled(one.value, self.gain)) if self.with_gain else one
+
+    def _pass(self, x: State, place: Place, cache: Tree, link: Tree) -> Update:
+        """One plain pass without the gain."""
         step, seen = self.delta(x, place, cache, link)
         self._observe(seen.mixer.score_variance)
-        value = self.gain.astype(x.dtype) * step if self.with_gain else step
         ratio = masked_mean(delta_ratio(stream_mean(step), stream_mean(x)), real_tokens(place.segment_ids))
         added = jnp.abs(self.gain) * ratio if self.with_gain else ratio
-        return Update(value, _single(ratio, added, seen), seen.mixer.cache, seen.mixer.link)
+        return Update(step, _single(ratio, added, seen), seen.mixer.cache, seen.mixer.link)
 
     def __call__(
         self, x: State, place: Place, control: PassControl, cache: Tree = None, link: Tree = None
@@ -136,8 +149,8 @@ class Layer(nn.Module):
         """(X, mean stream after the first pass, statistics with a leading pass axis, cache, link)."""
         adaptive = self.config.adaptive
         if adaptive is None:
-            one = self.update(x, place, cache, link)
-            moved = x + one.value
+            one = self._pass(x, place, cache, link)
+            moved = add_scaled(x, one.value, self.gain)
             return moved, stream_mean(moved), one.statistics, one.cache, one.link
         if self.is_initializing():  # one call makes every parameter; tracing the passes would triple its time
             self.delta(x, place)

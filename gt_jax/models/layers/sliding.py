@@ -21,7 +21,7 @@ from gt_jax.errors import Refused
 from gt_jax.models.layers.deltanet import HeadGate
 from gt_jax.models.layers.groundthink import Link, project_keys, read_pairs
 from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics
-from gt_jax.models.layers.primitives import Einsum, WeightSpec, widen
+from gt_jax.models.layers.primitives import Einsum, WeightSpec, scaled, widen
 from gt_jax.typing import Activations, Tokens, Tree
 
 
@@ -109,7 +109,7 @@ class SlidingAttention(nn.Module):
             raise Refused("an S layer reads the state of a D layer before it; deltanet.variant must be 'groundthink'")
         local, new_cache = self._window(x, place, cache)
         reading, statistics = self._read_state(x, link)
-        y = local * self._strength(place, x.shape[0])[:, None, None].astype(local.dtype) + reading
+        y = scaled(local, self._strength(place, x.shape[0])[:, None, None]) + reading
         zero = jnp.zeros((), jnp.float32)
         return MixerOutput(y, *statistics, zero, zero, zero, None if cache is None else new_cache)
 

@@ -81,7 +81,7 @@ def budget(
 ) -> Int[Array, "b h t"]:
     """k_t = clip(floor(k_base Var_t / EMA), k_min, k_max), never more than the visible keys (arXiv 2601.15305).
 
-    An EMA of 0 has not seen a training step yet: then the budget is k_base.
+    An EMA of 0 has not seen a training step yet: then the ratio is 1. k_base may lie outside k_min … k_max.
     """
     ratio = jnp.where(variance_ema > 0, variance / jnp.maximum(variance_ema, 1e-30), 1.0)
     wanted = jnp.floor(jnp.clip(k_base * ratio, k_min, k_max)).astype(jnp.int32)

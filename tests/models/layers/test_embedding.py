@@ -13,7 +13,7 @@ import pytest
 
 from gt_jax.configs.model import EmbeddingConfig
 from gt_jax.devices.sharding import Rules, make_mesh, place_like, reshard, with_mesh_devices
-from gt_jax.models.layers.embedding import Embedding, Kronecker, byte_rows
+from gt_jax.models.layers.embedding import Embedding, Kronecker, byte_rows, table_rows
 from gt_jax.models.layers.primitives import WeightSpec
 from gt_jax.text.token_bytes import default_texts, token_table
 from tests.support import random_tree
@@ -122,6 +122,9 @@ def test_frequent_bytes_are_summed_in_float32():
     table = jax.jit(jax.grad(lambda p: jnp.sum(embedding("table", "bfloat16").apply(
         {"params": p}, jnp.full((1, 1024), 7, jnp.int32)).astype(jnp.float32))))(variables("table")["params"])
     np.testing.assert_array_equal(table["table"][7], 1024)
+    stored = jnp.zeros((8, 2), jnp.bfloat16)  # and where the table itself is bfloat16
+    frequent = jax.jit(jax.grad(lambda t: jnp.sum(table_rows(t, jnp.full((1, 1024), 7, jnp.int32), Rules()))))(stored)
+    np.testing.assert_array_equal(frequent[7].astype(jnp.float32), 1024)
 
 
 def test_starts_with_the_default_texts_and_the_contract_s_shapes():

@@ -174,28 +174,15 @@ def test_streams_begin_with_x_and_end_with_their_mean():
 
 
 def test_bfloat16_state_has_float32_coefficients():
-    """The state keeps its dtype; what is mixed keeps float32's column sums, and little is lost against float32."""
+    """The state keeps its dtype; the coefficients are those of a float32 model, whatever the compute dtype."""
     x = state().astype(jnp.bfloat16)
     low = coefficients(dtype="bfloat16")(variables(), x)
     exact = coefficients()(variables(), x.astype(jnp.float32))
     assert {leaf.dtype.name for leaf in low} == {"float32"}
     np.testing.assert_allclose(low.res.sum(-2), 1, atol=1e-6)
-    chex.assert_trees_all_close(low, exact, atol=0.03)
+    chex.assert_trees_all_close(low, exact, atol=1e-6)
     y = read(x, low.pre)
     assert y.dtype == write(x, low, y).dtype == from_streams(x).dtype == jnp.bfloat16
-
-
-def test_bfloat16_gradients_stay_near_float32():
-    def loss(v, x, dtype):
-        return jnp.sum(jnp.square(sublayer(v, x, connection(dtype=dtype)).astype(jnp.float32)))
-
-    step = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
-    low = step(variables(), state().astype(jnp.bfloat16), "bfloat16")
-    exact = step(variables(), state().astype(jnp.bfloat16).astype(jnp.float32), "float32")
-    assert low[1].dtype == jnp.bfloat16
-    for got, wanted in zip(jax.tree.leaves(low), jax.tree.leaves(exact), strict=True):
-        error = jnp.linalg.norm((got.astype(jnp.float32) - wanted).ravel()) / jnp.linalg.norm(wanted.ravel())
-        assert float(error) < 0.03
 
 
 def test_every_mesh_gives_the_same_values_and_gradients():

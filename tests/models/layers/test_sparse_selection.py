@@ -57,6 +57,9 @@ def test_budget_follows_the_variance_and_never_leaves_its_bounds():
     got = budget(variance, jnp.ones(()), seen, k_base=8, k_min=2, k_max=20)
     assert got.tolist() == [[[2, 4, 8, 16, 20, 3]]]
     assert budget(variance, jnp.zeros(()), seen, k_base=8, k_min=2, k_max=20).tolist() == [[[8] * 5 + [3]]]
+    # a factor outside the bounds, as checkpoints of the origin have it
+    assert budget(variance, jnp.ones(()), seen, k_base=40, k_min=4, k_max=12).tolist() == [[[4, 12, 12, 12, 12, 3]]]
+    assert budget(variance, jnp.zeros(()), seen, k_base=40, k_min=4, k_max=12).tolist() == [[[12] * 5 + [3]]]
 
 
 def test_variance_sees_only_visible_keys():

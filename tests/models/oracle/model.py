@@ -1,12 +1,8 @@
 """The whole model once more, in plain numpy float64, from the reference text and the names of the parameters.
 
 Nothing here is shared with the library but its configuration dataclasses. The streams are always [b, t, n, d], n = 1
-without hyper-connections. Where the reference can be read in two ways, the reading is an argument:
-
-- `features_from`: the gates that the halting head sees come from the mixer's own input, or from the stream mean (after
-  the mixer's norm). Without hyper-connections both are the same.
-- `skip_enters`: a skip of the lambda stack is added to the stream before x <- a x + b x0 (so does modded-nanogpt), or
-  after it.
+without hyper-connections. Where the reference can be read in two ways, the reading is an argument: by `skip_enters` a
+skip of the lambda stack is added to the stream before x <- a x + b x0 (so does modded-nanogpt), or after it.
 """
 
 from __future__ import annotations
@@ -23,7 +19,6 @@ from tests.models.oracle.embedding import add_memory, embed
 from tests.models.oracle.mixers import Gates, deltanet, deltanet_gates, gsa, gsa_gates
 from tests.models.oracle.mlp import dense, mixture
 
-FeaturesFrom = Literal["mixer_input", "stream_mean"]
 SkipEnters = Literal["before_mixing", "after_mixing"]
 
 
@@ -72,7 +67,6 @@ def logits(
     *,
     forced=None,
     memory=None,
-    features_from: FeaturesFrom = "mixer_input",
     skip_enters: SkipEnters = "before_mixing",
 ) -> Result:
     """tokens and segment_ids (0 padding, then documents) [b, t]; memory (value [b, d], segment [b])."""
@@ -91,7 +85,7 @@ def logits(
         path = f"segment{segment}", f"layer{slot}"
         weights = block(params[path[0]][path[1]], row)
         ema = block(statistics[path[0]][path[1]], row)["mixer"]["variance_ema"] if kind == "G" else None
-        layers.append(Layer(config, kind, weights, ema, segment_ids, forced, features_from))
+        layers.append(Layer(config, kind, weights, ema, segment_ids, forced))
     x, depths = run_stack(config.stack, layers, params, x, skip_enters)
 
     hidden = rms_norm(x.mean(2), params["final_norm"]["scale"], config.norm_epsilon)
@@ -144,7 +138,6 @@ class Layer:
     variance_ema: np.ndarray | None
     segment_ids: np.ndarray
     forced: int | None
-    features_from: FeaturesFrom
 
     def __call__(self, x) -> Depth:
         """All the passes of the layer."""
@@ -165,8 +158,9 @@ class Layer:
             return result.y
 
         out, _ = self._sublayer("mlp", mixed, mlp)
-        seen = mixer_input if self.features_from == "mixer_input" else self._norm("mixer", x.mean(2))
-        return Delta(out - x, self._gates(seen), loss[0])
+        adaptive = self.config.adaptive
+        raw = adaptive is not None and adaptive.features == "stream_mean"
+        return Delta(out - x, self._gates(x.mean(2) if raw else mixer_input), loss[0])
 
     def _norm(self, name, x):
         return rms_norm(x, self.weights[f"{name}_norm"]["scale"], self.config.norm_epsilon)
@@ -208,6 +202,6 @@ def predict_second_next(config, params, statistics, hidden, embedded, segment_id
     fusion = params["mtp"]["fusion"]["w"]
     x = streams(config, hidden @ fusion[0] + following @ fusion[1])
     ema = statistics["mtp"]["layer"]["mixer"]["variance_ema"]
-    layer = Layer(config, "G", params["mtp"]["layer"], ema, segment_ids, None, "mixer_input")
+    layer = Layer(config, "G", params["mtp"]["layer"], ema, segment_ids, None)
     x = x + layer.delta(x).change
     return rms_norm(x.mean(2), params["final_norm"]["scale"], config.norm_epsilon) @ params["unembedding"]["w"]

@@ -120,7 +120,8 @@ def test_another_job_that_comes_between_alone_and_shared_wins_alone(
 
 def test_a_killed_process_lets_go(tmp_path: Path) -> None:
     program = ("import os, sys; from pathlib import Path; from gt_jax.checkpoints import lock;"
-               "target = Path(sys.argv[1]); lock._take(lock.lock_file(target), target); print('held', flush=True); os.kill(os.getpid(), 9)")
+               "target = Path(sys.argv[1]); lock._take(lock.lock_file(target), target);"
+               "print('held', flush=True); os.kill(os.getpid(), 9)")
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "target")], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False)
     assert done.returncode == -9 and done.stdout == "held\n", done.stderr

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.price import PriceConfig
@@ -206,6 +207,21 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(wh
     assert says is None or (f"{run / '6'} " in said and says in said and "step 4 is used" in said)
     assert [path.name for path in run.glob("*[!0-9]*") if path.is_dir()] == ([] if says is None else ["6.damaged"])
     assert_as_whole(run, place)
+
+
+def test_a_run_that_is_being_trained_is_not_resumed_a_second_time(whole, tmp_path):
+    """A job is queued again while the old one still runs: nothing of the run may change."""
+    config, place = whole
+    run = cut(place, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with only_writer(run / "run"):
+        with pytest.raises(Refused, match="another process is writing"):
+            train_run(run, config, resume=True, show=False)
+        assert {path: path.read_bytes() for path in before} == before
+    (tmp_path / "new").mkdir()
+    with only_writer(tmp_path / "new" / "run"), pytest.raises(Refused, match="another process is writing"):
+        train_run(tmp_path / "new", config, show=False)  # two that begin one run
+    assert not any((tmp_path / "new").iterdir())
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from gt_jax.evaluation.model_files import load
 from gt_jax.files import write_atomically
 from gt_jax.growth import repetition
 from gt_jax.growth.plan import Plan, identity_plan, make_plan
+from gt_jax.growth.provenance import grown_plan
 from gt_jax.growth.stream import grow_checkpoint
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.models.language_model import abstract, initialise
@@ -126,7 +127,7 @@ def _grow_once(source: Path, target: Path, plan: Plan, carry: str) -> Path:
     """Grow to `target`, or find there what an earlier run of the demo grew by the same plan."""
     if target.exists():
         _, metadata = checkpoint.describe(target)
-        if metadata.get("grown_from", {}).get("plan") != json.loads(json.dumps(plan.to_json())):
+        if grown_plan(metadata) != plan:
             raise Refused(f"{target} was grown by another plan; give another --output, or remove it")
         return target
     grow_checkpoint(
@@ -168,7 +169,7 @@ def report(source: dict[str, Any], outcomes: Sequence[Outcome], steps: int) -> s
     after = f"after {steps} steps"
     headers = ["model", "layers", "passes a token", "parameters", "loss at growth", "gap", after, "seconds"]
     rows = [[
-        "source, adaptive", source["layers"], f"{source['passes']:.1f}", f"{source['parameters']:,}",
+        "source, adaptive", source["layers"], f"{source['passes_run']:.1f}", f"{source['parameters']:,}",
         f"{source['loss']:.4f}", "", "", f"{source['seconds']:.0f}",
     ]]  # fmt: skip
     for one in outcomes:
@@ -200,8 +201,9 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
     write_atomically(counts, json.dumps(found, indent=1) + "\n")
     measured = repetition.read(counts)
     layers = [found[f"layer{layer}"] for layer in range(len(model.depth))]
-    say(f"   k_exec {' '.join(str(layer['k_exec']) for layer in layers)}, "
-        f"mean passes {sum(layer['mean_weight'] for layer in layers):.1f} for {len(layers)} layers")
+    weight, passes = (sum(layer[name] for layer in layers) for name in ("mean_weight", "passes_run"))
+    say(f"   k_exec {' '.join(str(layer['k_exec']) for layer in layers)}; over {len(layers)} layers a token runs "
+        f"{passes:.1f} passes, at a weight of {weight:.1f} in all")
 
     say(f"3. growing to {TARGET_LAYERS} layers, and training on")
     _, metadata = checkpoint.describe(place)
@@ -214,7 +216,7 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
         outcomes.append(train_on(one, stages[one.config.layout], reading, metadata["data"], train))
 
     source = {
-        "layers": len(model.depth), "passes": sum(layer["mean_weight"] for layer in layers),
+        "layers": len(model.depth), "passes_run": passes, "mean_weight": weight,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
         "loss": found["_meta"]["loss"], "seconds": seconds_of(trained),
     }  # fmt: skip
@@ -242,7 +244,8 @@ def _pictures(
     )  # fmt: skip
     names = [f"{kind}{layer}" for layer, kind in enumerate(model.depth.types)]
     passes = {
-        "mean passes (expected_k)": [layer["mean_weight"] for layer in layers],
+        "passes run, mean over tokens": [layer["passes_run"] for layer in layers],
+        "mean weight": [layer["mean_weight"] for layer in layers],
         "k_exec": [float(layer["k_exec"]) for layer in layers],
     }
     plot_depth(names, passes, output / "depth.png", title="Passes each layer uses")

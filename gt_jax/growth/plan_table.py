@@ -20,7 +20,7 @@ def plan_lines(plan: Plan) -> list[str]:
               for target, (kind, entry) in enumerate(zip(plan.target_layout.types, plan.entries, strict=True))]
     served = zip(plan.source_layout.types, plan.demands, plan.granted, plan.copies, plan.mass_granted, plan.mass_kept,
                  strict=True)
-    asked = [[source, kind, _passes(demand.passes), got, f"{demand.mass:.3f}", f"{given:.3f}", f"{kept:.0%}",
+    asked = [[source, kind, _copies(demand.passes), got, f"{demand.mass:.3f}", f"{given:.3f}", f"{kept:.0%}",
               _remark(demand.passes, got, copies)]
              for source, (kind, demand, got, copies, given, kept) in enumerate(served)]
     options = ", ".join(f"{name} {value}" for name, value in plan.options.items()
@@ -32,7 +32,8 @@ def plan_lines(plan: Plan) -> list[str]:
         *([options] if options else []), "",
         *table(["target", "type", "source", "copy", "coefficient", ""], layers), "",
         *table(["source", "type", "asked", "got", "mass asked", "mass got", "kept", ""], asked),
-        f"asked for {_passes(sum(demand.passes for demand in plan.demands))} passes, got {running} layers that run"
+        f"asked for {_copies(sum(demand.passes for demand in plan.demands))} copies by "
+        f"{plan.options.get('from', 'k_exec')}, got {running} layers that run"
         + (f" and {dead} dead {'layer' if dead == 1 else 'layers'}" if dead else "")
         + f"; coefficient mass kept in all: {plan.total_mass_kept:.0%}",
     ]
@@ -93,8 +94,8 @@ def size(count: int) -> str:
     return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
-def _passes(count: float) -> str:
-    """Whole passes as such, means with two digits."""
+def _copies(count: float) -> str:
+    """Whole numbers as such, means with two digits."""
     return f"{count:.0f}" if count == int(count) else f"{count:.2f}"
 
 
@@ -102,9 +103,9 @@ def _remark(asked: float, got: int, copies: int) -> str:
     """What a layer lacks or has too much of, and how many of its copies are dead."""
     said = []
     if got < asked:
-        said.append(f"{_passes(asked - got)} pass{'es' if asked - got > 1 else ''} short")
+        said.append(f"{_copies(asked - got)} short")
     elif got > asked:
-        said.append(f"{_passes(got - asked)} more")
+        said.append(f"{_copies(got - asked)} more")
     if copies > got:
         said.append(f"{copies - got} dead")
     return ", ".join(said)

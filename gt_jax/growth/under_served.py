@@ -11,7 +11,7 @@ _ROUNDING = 1e-6
 
 
 class UnderServed(NamedTuple):
-    """Source layer `source` asked for `asked` passes, got `granted` copies and `mass_kept` of its coefficients' sum.
+    """Source layer `source` asked for `asked` copies, got `granted` and `mass_kept` of its coefficients' sum.
 
     `children` are the target layers that are copies of it, from 0.
     """
@@ -23,7 +23,7 @@ class UnderServed(NamedTuple):
     children: tuple[int, ...]
 
     def __str__(self) -> str:
-        return (f"source layer {self.source} asked for {self.asked:g} passes, got {self.granted}, keeps "
+        return (f"source layer {self.source} asked for {self.asked:g} copies, got {self.granted}, keeps "
                 f"{self.mass_kept:.0%} of its coefficient mass (target layers {', '.join(map(str, self.children))})")
 
 

@@ -108,7 +108,7 @@ def plot_depth(layers: Sequence[str], passes: Mapping[str, Sequence[Number]], pa
 
 
 def plot_plan(plan: Plan, path: str | os.PathLike[str], title: str = "") -> None:
-    """A growth plan in three panels: its order, the passes asked for and granted, and the coefficient mass kept.
+    """A growth plan in three panels: its order, the copies asked for and granted, and the coefficient mass kept.
 
     In the order each target layer is a field at its source layer, the fuller the stronger, with the number of the pass;
     an empty field is the identity, a dotted frame a dead layer, which the other panels do not count.
@@ -136,7 +136,7 @@ def plot_plan(plan: Plan, path: str | os.PathLike[str], title: str = "") -> None
     order.set_yticks(range(count), labels)
     order.set_ylabel("source layer")
     asked, masses = [demand.passes for demand in plan.demands], [demand.mass for demand in plan.demands]
-    _beside(passes, labels, colours, asked, [float(got) for got in plan.granted], "passes")
+    _beside(passes, labels, colours, asked, [float(got) for got in plan.granted], "copies")
     _whole_numbers(passes.yaxis)
     _beside(mass, labels, colours, masses, plan.mass_granted, "sum of coefficients")
     top = max(*masses, *plan.mass_granted, 1e-9)

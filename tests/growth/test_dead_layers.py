@@ -48,7 +48,7 @@ def test_a_depth_that_is_asked_for_wins_and_its_dead_layers_are_named(coefficien
             "4 (pass 2 of layer 1), 6 (pass 2 of layer 2)"]
         lines = plan_lines(plan)
         assert sum(line.endswith("  dead") for line in lines) == 3
-        assert any("asked for 7 passes, got 5 layers that run and 3 dead layers" in line for line in lines)
+        assert any("asked for 7 copies by k_exec, got 5 layers that run and 3 dead layers" in line for line in lines)
     assert make_plan("dealt", LOPSIDED, ONE, target_layers=4).target_layout == ONE
 
 

@@ -160,7 +160,7 @@ def test_under_served_by_copies_or_by_mass():
     assert [(one.source, one.children) for one in under_served(short)] == [(0, (0, 1))]
     light = plan((0, 1, 1.0), (0, 2, 0.7), (0, 3, 0.5), (1, 1, 0.9))
     assert [(one.source, one.children) for one in under_served(light)] == [(1, (3,))]
-    assert "1 passes, got 1, keeps 90% of" in str(under_served(light)[0])
+    assert "1 copies, got 1, keeps 90% of" in str(under_served(light)[0])
     idle = plan((0, 1, 1.0), (0, 0, 0.0), (0, 2, 0.7), (1, 1, 1.0))
     assert under_served(idle)[0].children == (0, 2), "a slot without a copy is nobody's child"
     assert not under_served(plan((0, 1, 1.0), (0, 2, 0.7), (0, 3, 0.5), (1, 1, 1.0)))
@@ -183,7 +183,7 @@ def test_the_flags(tmp_path, capsys):
 
     start = ("--start", str(tmp_path / "short"))
     assert asked(*start, "--thaw", "under-served") == ThawConfig(layers=(0, 1), steps=200)
-    assert "source layer 0 asked for 3 passes, got 2" in capsys.readouterr().err
+    assert "source layer 0 asked for 3 copies, got 2" in capsys.readouterr().err
     assert asked(*start, "--thaw", "2,0", "--thaw-steps", "7") == ThawConfig(layers=(2, 0), steps=7)
     assert asked(*start) is None
     for words, said in ((("--thaw", "under-served"), "--start"), ((*start, "--thaw", "deep"), "neither"),

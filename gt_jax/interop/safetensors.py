@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gt_jax.configs.lineage import is_lineage
 from gt_jax.interop.tensor_files import Info, TensorFile, Unreadable, pieces
 
 DTYPES = {name: np.dtype(dtype) for name, dtype in {
@@ -26,7 +27,7 @@ DTYPES = {name: np.dtype(dtype) for name, dtype in {
     "U32": np.uint32, "U64": np.uint64,
 }.items()}  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_CONFIG, _STEP = "gt_jax.config", "gt_jax.step"  # what our own files say of the model
+_CONFIG, _STEP, _LINEAGE = "gt_jax.config", "gt_jax.step", "gt_jax.lineage"  # what our own files say of the model
 _LENGTH = struct.Struct("<Q")
 _MOST = 100_000_000  # bytes of a header, as in the reference implementation
 
@@ -44,7 +45,7 @@ class SafetensorsFile(TensorFile):
         for name, entry in header.items():
             self.tensors[name], self._ranges[name] = _entry(path, name, entry)
         _refuse_gaps(path, sorted(self._ranges.values()), size - self._start)
-        self.step, self.config = _about(path, about)
+        self.step, self.config, self.lineage = _about(path, about)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, read-only, mapped from the file."""
@@ -65,10 +66,11 @@ class Writer:
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, Info], config: Mapping[str, Any] | None = None,
-                 step: int | None = None) -> None:
+                 step: int | None = None, lineage: Sequence[Mapping[str, Any]] | None = None) -> None:
         order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so every tensor is aligned
         about = {_CONFIG: json.dumps(config)} if config is not None else {}
         about |= {_STEP: str(step)} if step is not None else {}
+        about |= {_LINEAGE: json.dumps(lineage)} if lineage is not None else {}
         header: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
         self._left: dict[str, tuple[int, Info]] = {}
         end = 0
@@ -172,9 +174,12 @@ def _refuse_gaps(path: Path, ranges: list[tuple[int, int]], size: int) -> None:
         raise Unreadable(f"{path} has {size - place} bytes after its last tensor; it is not a safetensors file")
 
 
-def _about(path: Path, about: Any) -> tuple[int | None, Any]:
-    """(step, config) that a file of ours carries; None for what it does not say."""
+def _about(path: Path, about: Any) -> tuple[int | None, Any, list[dict[str, Any]] | None]:
+    """(step, config, lineage) that a file of ours carries; None for what it does not say."""
     try:
-        return (int(about[_STEP]) if _STEP in about else None), json.loads(about.get(_CONFIG, "null"))
+        lineage = json.loads(about.get(_LINEAGE, "null"))
+        if lineage is not None and not is_lineage(lineage):
+            raise ValueError(f"{_LINEAGE} is no list of steps")
+        return (int(about[_STEP]) if _STEP in about else None), json.loads(about.get(_CONFIG, "null")), lineage
     except (TypeError, ValueError, AttributeError) as error:
         raise Unreadable(f"{path}: its __metadata__ does not parse ({error})") from error

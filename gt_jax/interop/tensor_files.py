@@ -32,12 +32,13 @@ class Unreadable(Refused):
 
 
 class TensorFile(abc.ABC):
-    """A file of named tensors. `step` and `config` (a JSON object) are what it says about the model, or None."""
+    """A file of named tensors. `step`, `config` (a JSON object) and `lineage` (a list) are what it says of it."""
 
     path: Path
     tensors: dict[str, Info]
     step: int | None
     config: Any
+    lineage: list[dict[str, Any]] | None
 
     @abc.abstractmethod
     def read(self, name: str) -> np.ndarray:

@@ -24,6 +24,7 @@ from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.folders import UNFINISHED, StrPath, prepare_parent
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.tree_paths import differences
+from gt_jax.configs.lineage import carried
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.presets import preset
 from gt_jax.errors import Failed, Refused, refuse_all
@@ -60,7 +61,7 @@ def to_safetensors(source: StrPath, target: StrPath, *, progress: Progress | Non
     with only_writer(place):
         refuse_existing(place)  # another process may have finished it meanwhile
         try:
-            with Writer(unfinished, tensors, config.to_json(), step) as writer:
+            with Writer(unfinished, tensors, config.to_json(), step, carried(metadata)) as writer:
                 _write(where, expected, config, tensors, writer, say)
             os.rename(unfinished, place)
         finally:

@@ -1,4 +1,4 @@
-"""The steps by which a model came to be: every one once, from whatever metadata, in the order in which they happened."""
+"""The steps by which a model came to be: every one once, from whatever metadata, in the order they happened."""
 
 import json
 

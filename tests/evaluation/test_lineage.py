@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.lineage import LINEAGE, carried, chain, newest
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
+from gt_jax.devices.sharding import mesh_for_rows
 from gt_jax.errors import Refused
 from gt_jax.evaluation.held_out import evaluate_checkpoints
 from gt_jax.evaluation.loading import data_config, text_note
@@ -121,10 +123,6 @@ def test_a_position_fits_only_its_own_text_split_rows_and_order(folder):
 
 
 def test_calibration_keeps_the_chain(folder, tmp_path):
-    from gt_jax.devices.sharding import mesh_for_rows
-
-    import jax
-
     with jax.set_mesh(mesh_for_rows(1)):
         calibrate(folder / "source", folder / "grown", tmp_path / "fitted", batches=1, iterations=1)
     metadata = metadata_of(tmp_path / "fitted")

@@ -125,7 +125,7 @@ def text_note(metadata: Mapping[str, Any], text: Any, path: object, other: bool)
         named = DataConfig.from_json(runs[0]["run"]["data"])
         if all(getattr(named, name) == getattr(text.config, name) for name in SAME_TEXT):
             return None
-        return f"not the text that {path} names as its own, and it keeps no hash of that: it may know what is held out here"
+        return f"not the text that {path} names as its own, and it keeps no hash: it may know what is held out here"
     return f"another text than {path} was trained on: as far as its lineage says, nothing of it was trained on"
 
 

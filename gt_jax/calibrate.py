@@ -18,12 +18,11 @@ from typing import Any
 
 from gt_jax.errors import Refused, refuse_all, run_command
 
-BYTES = 257  # ids of the byte tokenizer
-
 
 def calibrate(
     source: Path, grown: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None,
-    tfds_dir: str | None = None, batches: int = 8, progress: Callable[[str], None] | None = None, **options: Any,
+    tfds_dir: str | None = None, tokenizer: str | None = None, batches: int = 8,
+    progress: Callable[[str], None] | None = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Fit on `batches` training batches, write `target`, and return the object it keeps under `calibrated`.
 
@@ -31,20 +30,26 @@ def calibrate(
     checkpoints that do not belong together, text that cannot be read, and a target that exists.
     """
     from gt_jax.checkpoints import checkpoint
+    from gt_jax.configs.lineage import LINEAGE, carried
     from gt_jax.devices.sharding import Rules
-    from gt_jax.evaluation.loading import data_config
+    from gt_jax.evaluation.loading import data_config, names_text, text_note
     from gt_jax.evaluation.model_files import load
     from gt_jax.growth.calibration import calibrate_gains
     from gt_jax.text.batches import open_text
+    from gt_jax.text.tokenizers import chosen_tokenizer
     from gt_jax.training.step import evaluate, make_evaluation
 
     say = progress or (lambda line: None)
     plan, source_metadata, metadata = _belonging(source, grown, target, batches)
-    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir}
-    reading = open_text(data_config(source_metadata, named if any(named.values()) else None))
+    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "tokenizer": tokenizer}
+    data = data_config(source_metadata, named, source)
+    chosen_tokenizer(metadata, data.tokenizer, grown)
+    reading = open_text(data)
     (shallow, shallow_variables, _), (deep, deep_variables, _) = load(source), load(grown)
     stream, held_out = reading.train(), reading.held_out(batches)
     fitted = [next(stream) for _ in range(batches)]
+    if (note := text_note(source_metadata, reading, source, names_text(named))) is not None:
+        say(f"note: {note}")
     say(f"{reading.summary()}; fitting {len(deep.depth)} gains on {len(fitted)} batches")
     result, report = calibrate_gains(
         shallow, shallow_variables, deep, deep_variables, plan, fitted, Rules(), held_out=held_out, progress=say,
@@ -57,7 +62,8 @@ def calibrate(
               "gap_after": after / loss - 1}  # fmt: skip
     calibrated = {"source": str(checkpoint.resolve(source)), "grown": str(checkpoint.resolve(grown)),
                   "text": reading.summary(), "batches": batches, "losses": losses, **report}  # fmt: skip
-    checkpoint.save(target, result, {**metadata, "calibrated": calibrated})
+    made = {"config": metadata["config"], "kind": "calibrated", "step": metadata.get("step", 0)}
+    checkpoint.save(target, result, {**made, "calibrated": calibrated, LINEAGE: carried(metadata)})
     return calibrated
 
 
@@ -66,6 +72,7 @@ def _belonging(
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The plan, the metadata of SRC and of GROWN; raises `Refused` for all that can be wrong before a value is read."""
     from gt_jax.checkpoints import checkpoint
+    from gt_jax.configs.lineage import newest
     from gt_jax.evaluation.model_files import open_checkpoint
     from gt_jax.growth.calibration import mismatches
     from gt_jax.growth.provenance import changed_content_hash, stored_plan
@@ -81,11 +88,9 @@ def _belonging(
     shallow, deep = (open_checkpoint(place) for place in places)
     plan = stored_plan(deep.metadata, grown)
     refuse_all(mismatches(shallow.config, deep.config, plan), f"{grown} was not grown from {source}:")
-    if deep.config.vocab < BYTES:
-        raise Refused(f"{grown} has a vocabulary of {deep.config.vocab}; text is read as bytes, which need {BYTES}")
     checkpoint.prepare_parent(target)
     if changed_content_hash(deep.metadata, places[0]) is not None:
-        grown_from = deep.metadata["grown_from"]
+        grown_from = newest(deep.metadata, "grown_from")
         raise Refused(f"{grown} was not grown from the values in {places[0]} (their hash differs), but from "
                       f"{grown_from.get('source')} at step {grown_from.get('step')}; give that one")
     return plan, shallow.metadata, deep.metadata

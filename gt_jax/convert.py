@@ -33,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--step", type=int, metavar="N", help="the step to note (what SRC says, else 0)")
     made.add_argument("--tokens", type=Path, metavar="FILE",
                       help="the tokens' texts for a Kronecker embedding: a JSON list, or a tokenizer.json")
+    made.add_argument("--tokenizer", metavar="NAME",
+                      help="noted for the commands that read text: bytes, a tokenizer.json, a .model, or their folder")
     made.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return made
 
@@ -70,7 +72,8 @@ def _import(args: argparse.Namespace) -> dict[str, Any]:
     from gt_jax.interop.to_orbax import to_orbax
     from gt_jax.text.vocabulary_files import read_tokens
     return to_orbax(args.source, args.target, overrides=read_object(args.config, "--config") if args.config else None,
-                    step=args.step, tokens=read_tokens(args.tokens) if args.tokens else None, progress=_say)
+                    step=args.step, tokens=read_tokens(args.tokens) if args.tokens else None,
+                    tokenizer=args.tokenizer, progress=_say)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -78,7 +81,8 @@ def _check(args: argparse.Namespace) -> None:
     wrong = []
     if args.to == "safetensors":
         wrong += [f"{flag} has no meaning with --to safetensors" for flag, value in
-                  (("--config", args.config), ("--step", args.step), ("--tokens", args.tokens)) if value is not None]
+                  (("--config", args.config), ("--step", args.step), ("--tokens", args.tokens),
+                   ("--tokenizer", args.tokenizer)) if value is not None]
         if len(args.source) > 1:
             wrong.append(f"--to safetensors writes one checkpoint; there are {len(args.source)}")
     if args.step is not None and args.step < 0:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax.configs import presets
+from gt_jax.configs.lineage import chain, tree_lines
 from gt_jax.errors import Failed, Refused, run_command
 
 
@@ -57,7 +58,8 @@ def describe(name: str) -> dict[str, Any]:
         from gt_jax.checkpoints.opened import open_checkpoint
 
         _, place, config, metadata, leaves = open_checkpoint(name)
-        kept: dict[str, Any] = {key: metadata[key] for key in ("kind", "step", "grown_from") if key in metadata}
+        kept: dict[str, Any] = {key: metadata[key] for key in ("kind", "step") if key in metadata}
+        kept |= {"lineage": chain(metadata), "tree": tree_lines(metadata)}
         origin = {"preset": None, "checkpoint": str(place), **kept, **lambda_report(place, config)}
     else:
         raise Refused(f"{name!r} is neither a preset ({', '.join(sorted(presets.PRESETS))}) nor a path that exists")
@@ -108,7 +110,7 @@ def report_lines(result: dict[str, Any]) -> list[str]:
     return [
         f"{result['preset'] or result['checkpoint']}: {result['parameters']:,} parameters",
         f"layout {layout}: {len(layout)} layers {layout.types}",
-        *([f"grown from {result['grown_from']['source']}"] if "grown_from" in result else []),
+        *result.get("tree", ()),
         *(["contribution of each layer to the output: " + " ".join(f"{c:.3f}" for c in result["contributions"])]
           if "contributions" in result else []),
         "config " + json.dumps(result["config"]),

@@ -111,7 +111,7 @@ def _wrong_processes(args: argparse.Namespace) -> list[str]:
 
 def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], first: bool = True) -> int:
     """Everything after the command line; `first` is whether this process prints and keeps results."""
-    source, plan, warnings, options = agree(lambda: _prepare(args))
+    source, plan, counts, warnings, options = agree(lambda: _prepare(args))
     for line in warnings if first else ():
         print(f"warning: {line}", file=sys.stderr)
     settings = {"carry": options["carry"], "recipe": args.recipe, "noise_std": args.noise_std, "seed": args.seed,
@@ -119,22 +119,25 @@ def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], fi
     if args.dry_run:
         shown, lines = _dry_run(plan, settings, source, warnings)
     else:
-        shown, lines = _grow(args, plan, settings, first)
+        shown, lines = _grow(args, plan, counts, settings, first)
     if first:
         _keep(plan, args.plan_out, args.picture)
         print(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines))
     return 0
 
 
-def _prepare(args: argparse.Namespace) -> tuple[_Source | None, Plan, tuple[str, ...], dict[str, str]]:
-    """Everything that can be refused before anything is written: source, plan, warnings, how coefficients enter."""
+def _prepare(
+    args: argparse.Namespace,
+) -> tuple[_Source | None, Plan, Repetition | None, tuple[str, ...], dict[str, str]]:
+    """Everything that can be refused before anything is written: source, plan and its counts, warnings, how
+    coefficients enter."""
     _check(args)
     options = _recipe(args)
     source = _Source(args.source) if args.source else None
-    plan, warnings = _plan(args, options, source)
+    plan, counts, warnings = _plan(args, options, source)
     if args.verify_text and source is not None:
         source.refuse_text(args.verify_text)
-    return source, plan, warnings, options
+    return source, plan, counts, warnings, options
 
 
 class _Source:
@@ -148,12 +151,13 @@ class _Source:
         from gt_jax.checkpoints.opened import open_checkpoint
         found = open_checkpoint(path)
         self.config, self.tensors, self.metadata = found.config, found.model, found.metadata
+        self.path = path
 
     def refuse_text(self, files: Sequence[Path]) -> None:
         """Refuse, before anything is written, text that cannot be verified on."""
         from gt_jax.evaluation.loading import data_config
         from gt_jax.text.batches import open_text
-        open_text(data_config(self.metadata, {"text": tuple(map(str, files)), "tfds": None, "tfds_dir": None}))
+        open_text(data_config(self.metadata, {"text": tuple(map(str, files))}, self.path))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -243,9 +247,9 @@ def _recipe(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _plan(args: argparse.Namespace, options: Mapping[str, str],
-          source: _Source | None) -> tuple[Plan, tuple[str, ...]]:
-    """The plan, and what the user should know about the counts behind it."""
-    kind, warnings = _kind(args), list[str]()
+          source: _Source | None) -> tuple[Plan, Repetition | None, tuple[str, ...]]:
+    """The plan, the counts behind it, and what the user should know about them."""
+    kind, warnings, counts = _kind(args), list[str](), None
     wanted = _target_layout(args.target_layout)
     if kind == "file":
         plan = _plan_from_file(args.plan_file, source)
@@ -260,8 +264,8 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
                          passes_from=args.passes_from or "k_exec", layers=layers, target_layout=wanted)
     if wanted is not None and kind in ("file", "identity"):
         plan = fitted(plan, wanted)
-    return plan, (*warnings, *plan_table.dead_layers(plan), *plan_table.unasked_layers(plan),
-                  *_silent(plan, options["carry"], source))
+    return plan, counts, (*warnings, *plan_table.dead_layers(plan), *plan_table.unasked_layers(plan),
+                          *_silent(plan, options["carry"], source))
 
 
 def _counts(args: argparse.Namespace, source: _Source | None) -> tuple[Repetition, list[str]]:
@@ -276,6 +280,11 @@ def _counts(args: argparse.Namespace, source: _Source | None) -> tuple[Repetitio
     if adaptive and counts.alpha != alpha:
         raise Refused(f"{counts.origin}: _meta.alpha is {list(counts.alpha)}, the source has {list(alpha)}; "
                       "measure this source")
+    if source and args.repetition:
+        counts.refuse_another_layout(source.config.depth)
+        if counts.content_hash is None:
+            warnings.append(f"{counts.origin} does not say which checkpoint was measured (no _meta.content_hash): "
+                            "whether it was this source is not checked")
     return counts, warnings
 
 
@@ -343,13 +352,14 @@ def _tensors(plan: Plan, settings: Mapping[str, Any], source: _Source) -> tuple[
     return rows, matched.dropped
 
 
-def _grow(args: argparse.Namespace, plan: Plan, settings: Mapping[str, Any],
+def _grow(args: argparse.Namespace, plan: Plan, counts: Repetition | None, settings: Mapping[str, Any],
           first: bool) -> tuple[dict[str, Any], list[str]]:
     """Grow, then verify where text is given; the JSON object and the lines that show both."""
     from gt_jax.growth import stream
     result = stream.grow_checkpoint(
         args.source, args.target, plan=plan, carry=settings["carry"], noise_std=settings["noise_std"],
         seed=settings["seed"], dtype=settings["dtype"], memory=memory(args.memory), resume=args.resume,
+        counts=counts,
         progress=(lambda line: print(line, file=sys.stderr, flush=True)) if first else None)
     shown: dict[str, Any] = {"source": str(args.source), "target": str(args.target), "plan": plan.to_json(),
                              **settings, "report": result}

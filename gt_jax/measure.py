@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise Refused(f"{arguments.output} exists; choose another -o")
         prepare_parent(arguments.output)
     result = measure_checkpoint(arguments.checkpoint, text_config(arguments), arguments.batches)
+    for note in result["_meta"]["notes"]:
+        print(f"note: {note}", file=sys.stderr)
     text = json.dumps(result, indent=1) + "\n"
     if arguments.output is None:
         print(text, end="")

@@ -31,15 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     import numpy as np
 
     from gt_jax.evaluation.generation import sample
-    from gt_jax.evaluation.loading import data_config
     from gt_jax.evaluation.model_files import load
-    from gt_jax.text.tokenizers import open_tokenizer, tokenizer_of, vocabulary_difference
+    from gt_jax.text.tokenizers import chosen_tokenizer, open_tokenizer
 
     config, variables, metadata = load(arguments.checkpoint)
-    known = tokenizer_of(metadata)
-    if arguments.tokenizer and known and (other := vocabulary_difference(known, arguments.tokenizer)):
-        raise Refused(f"{arguments.checkpoint} was trained with another tokenizer: {other}; leave --tokenizer out")
-    tokenizer = open_tokenizer(arguments.tokenizer or data_config(metadata, None).tokenizer)
+    tokenizer = open_tokenizer(chosen_tokenizer(metadata, arguments.tokenizer, arguments.checkpoint))
     if tokenizer.vocab_size > config.vocab:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} ids, {arguments.checkpoint} a vocabulary of "
                       f"{config.vocab}; name the one it was trained with by --tokenizer")  # fmt: skip

@@ -95,7 +95,8 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
     thaw = thaw_config(arguments, train.thaw, start.get("start", base.start))
     train = train.replace(**own, optimizer=optimizer, price=price, thaw=thaw)
-    own = pick("text", "tfds", "tfds_dir", "tokenizer", "sequence_length", "batch_size", "held_out", "seed")
+    other = {"text": (), "tfds": None, "tfds_dir": None} if given.keys() & {"text", "tfds"} else {}
+    own = other | pick("text", "tfds", "tfds_dir", "tokenizer", "sequence_length", "batch_size", "held_out", "seed")
     return base.replace(model=model, train=train, data=base.data.replace(**own), **start)
 
 
@@ -137,10 +138,11 @@ def under_served_children(start: str | None) -> tuple[int, ...]:
 def default_config(arguments: argparse.Namespace) -> Any:
     """What a run is before its flags: its own config when resuming, else the preset's or the starting checkpoint's."""
     from gt_jax.checkpoints.opened import open_checkpoint
-    from gt_jax.configs.data import BYTES, DataConfig
+    from gt_jax.configs.data import DataConfig
+    from gt_jax.configs.lineage import trainings
     from gt_jax.configs.presets import preset
-    from gt_jax.configs.run import RunConfig, read_run_config
-    from gt_jax.text.tokenizers import tokenizer_of, vocabulary_difference
+    from gt_jax.configs.run import RunConfig, TrainConfig, read_run_config
+    from gt_jax.text.tokenizers import chosen_tokenizer
 
     if arguments.resume:
         stored = read_run_config(arguments.run)
@@ -152,10 +154,13 @@ def default_config(arguments: argparse.Namespace) -> Any:
     if arguments.preset or arguments.layout or arguments.plain or arguments.model:
         raise Refused("--start brings its own model; leave out --preset, --model, --layout and --plain")
     start = open_checkpoint(arguments.start)
-    known = tokenizer_of(start.metadata)
-    if known and arguments.tokenizer and (other := vocabulary_difference(known, arguments.tokenizer)):
-        raise Refused(f"--start {arguments.start} was trained with another tokenizer: {other}; leave --tokenizer out")
-    return RunConfig(model=start.config, data=DataConfig(tokenizer=known or BYTES))
+    tokenizer = chosen_tokenizer(start.metadata, arguments.tokenizer, f"--start {arguments.start}")
+    model, runs = start.config, trainings(start.metadata)
+    if not runs:
+        return RunConfig(model=model, data=DataConfig(tokenizer=tokenizer))
+    before = RunConfig.from_json(runs[0]["run"])
+    train = TrainConfig(optimizer=before.train.optimizer, price=before.train.price)
+    return RunConfig(model=model, data=before.data.replace(tokenizer=tokenizer), train=train)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

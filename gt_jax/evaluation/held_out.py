@@ -19,7 +19,7 @@ from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import Rules, mesh_for_rows
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.evaluation.confidence_intervals import Interval, ratio_interval, sums_by_unit
-from gt_jax.evaluation.loading import HELD_OUT_BATCHES, data_config
+from gt_jax.evaluation.loading import HELD_OUT_BATCHES, data_config, names_text, text_note
 from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
 from gt_jax.evaluation.pairs import incomparable
 from gt_jax.evaluation.scoring import Units, byte_lengths, score, targets_of, units_of
@@ -32,8 +32,6 @@ from gt_jax.training.divisibility import indivisible_fields
 CONFIDENCE = 0.95
 
 
-# what decides what is held out
-SAME_TEXT = ("text", "tfds", "tfds_dir", "tokenizer", "sequence_length", "held_out", "tuning", "split")
 
 Passes = tuple[int, ...] | None
 
@@ -83,7 +81,7 @@ def evaluate_checkpoints(
         "rows": int(sum((batch["targets"] >= 0).any(axis=1).sum() for batch in rows)),
         "tokens": int(covered.tokens.sum()), "bytes": int(covered.bytes.sum()), "ends": covered.ends,
         "confidence": CONFIDENCE, "units": {"kind": covered.units.kind, "count": len(covered.tokens)},
-        "notes": _notes(first, opened[1:], named),
+        "notes": _notes(opened, text, named),
         "models": [_figures(one, nats, covered, passes) for one, nats in zip(opened, sums, strict=True)],
         "differences": [_difference(first, one, nats - sums[0], covered)
                         for one, nats in zip(opened[1:], sums[1:], strict=True)],
@@ -101,7 +99,7 @@ def _open(
         raise Refused("there is no checkpoint to evaluate; name at least one")
     opened = [open_checkpoint(source) for source in sources]
     first = opened[0]
-    data = data_config(first.metadata, named)
+    data = data_config(first.metadata, named, first.path)
     tokenizer = open_tokenizer(data.tokenizer)
     wrong = [problem for other in opened[1:] for problem in incomparable(first, other)]
     for one in opened:
@@ -146,20 +144,10 @@ def _covered(units: Units, targets: Any, tokenizer: Tokenizer) -> Covered:
     return Covered(units, tokens, sums_by_unit(stands_for, units.number), ends)
 
 
-def _notes(first: Checkpoint, others: Sequence[Checkpoint], named: Mapping[str, Any] | None) -> list[str]:
+def _notes(opened: Sequence[Checkpoint], text: Text, named: Mapping[str, Any] | None) -> list[str]:
     """Where the text may not be held out for every model."""
-    if named is not None:
-        return ["the held-out part of the named text: a model trained on that text with another share held out, or on "
-                "another copy of it, may know it"] if others else []  # fmt: skip
-    own, notes = data_config(first.metadata, None), []
-    for one in others:
-        if "run" not in one.metadata:
-            continue  # grown or converted: nothing says what it was trained on
-        other = data_config(one.metadata, None)
-        if any(getattr(own, name) != getattr(other, name) for name in SAME_TEXT):
-            notes.append(f"{one.path} was trained on another text, or on rows of another length, than {first.path}: it "
-                         "may know what is held out here")  # fmt: skip
-    return notes
+    found = [text_note(one.metadata, text, one.path, names_text(named) or one is not opened[0]) for one in opened]
+    return [note for note in found if note is not None]
 
 
 def _intervals(nats: Any, covered: Covered) -> tuple[Interval, Interval]:

@@ -1,13 +1,22 @@
-"""What the evaluating commands share: the flags that name a text, a checkpoint on the mesh, held-out batches."""
+"""What the evaluating commands share: flags that name a text, which part of it is held out, held-out batches.
+
+The text, its split, the length of rows and the tokenizer are those of the newest training in the checkpoint's
+lineage: what a grown, calibrated or converted model holds out is what its source held out.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gt_jax.errors import Refused
+from gt_jax.configs.lineage import trainings
+from gt_jax.errors import Refused, refuse_all
 
+# what decides what is held out
+SAME_TEXT = ("text", "tfds", "tfds_dir", "tokenizer", "sequence_length", "held_out", "tuning", "split")
+_SPLIT = ("held_out", "sequence_length", "tuning", "split")  # those of them that a position names, beside the content
 HELD_OUT_BATCHES = 8  # of the run's own shape, where a command is not told how many
 
 
@@ -20,6 +29,7 @@ class Loaded(NamedTuple):
     rules: Any
     batches: list[Any]
     text: str
+    notes: list[str]
 
 
 def add_text_arguments(p: argparse.ArgumentParser) -> None:
@@ -27,29 +37,101 @@ def add_text_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--text", nargs="+", help="text files; their held-out part is used (default: the training text)")
     p.add_argument("--tfds", help="prepared TFDS dataset")
     p.add_argument("--tfds-dir", help="where TFDS datasets lie")
+    p.add_argument("--tokenizer", help="bytes, a file or a folder (default: what the checkpoint was trained with)")
     p.add_argument("--batches", type=int, default=HELD_OUT_BATCHES, help="held-out batches to run")
 
 
 def text_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The DataConfig fields that name the text, None when no flag does."""
-    named = {"text": tuple(arguments.text or ()), "tfds": arguments.tfds, "tfds_dir": arguments.tfds_dir}
+    """The DataConfig fields that name the text and its tokenizer, None when no flag does."""
+    named = {"text": tuple(arguments.text or ()), "tfds": arguments.tfds, "tfds_dir": arguments.tfds_dir,
+             "tokenizer": arguments.tokenizer}  # fmt: skip
     return named if any(named.values()) else None
 
 
-def data_config(metadata: dict[str, Any], named: dict[str, Any] | None) -> Any:
-    """The data of a run, or other text in the same shape; a checkpoint without a run reads the embedded default.
+def names_text(named: Mapping[str, Any] | None) -> bool:
+    """Whether these fields name a text, and not the tokenizer alone."""
+    return any(value for name, value in (named or {}).items() if name != "tokenizer")
 
-    One that was grown keeps the tokenizer of the run that it was grown from.
+
+def data_config(metadata: Mapping[str, Any], named: Mapping[str, Any] | None, path: object = "the checkpoint") -> Any:
+    """The data of the newest training in the lineage, or the named text in the same shape.
+
+    Text files that hold what an earlier training read, byte for byte, are read as that training read them: in its order
+    and with its split. A model that was not trained reads the embedded default. Raises `Refused` where no tokenizer is
+    known, and for some of the files of a training: what was held out of them depends on the others.
     """
-    from gt_jax.configs.data import BYTES, DataConfig
-    from gt_jax.text.tokenizers import tokenizer_of
+    from gt_jax.configs.data import DataConfig
+    from gt_jax.text.tokenizers import chosen_tokenizer
 
-    stored = metadata.get("run", {}).get("data")
-    base = DataConfig(tokenizer=tokenizer_of(metadata) or BYTES) if stored is None else DataConfig.from_json(stored)
-    return base if named is None else base.replace(**named)
+    tokenizer = chosen_tokenizer(metadata, (named or {}).get("tokenizer"), path)
+    runs = trainings(metadata)
+    base = DataConfig.from_json(runs[0]["run"]["data"]) if runs else DataConfig()
+    base = base.replace(tokenizer=tokenizer)
+    if not names_text(named):
+        return base
+    text = {name: value for name, value in (named or {}).items() if name != "tokenizer"}
+    if not text.get("text"):
+        return base.replace(**{"text": (), **text})
+    return _as_trained_on(runs, tuple(text["text"]), tokenizer, path) or base.replace(**text)
 
 
-def load_for_text(source: Path, named: dict[str, Any] | None, batches: int) -> Loaded:
+def _as_trained_on(runs: Sequence[Mapping[str, Any]], files: tuple[str, ...], tokenizer: str, path: object) -> Any:
+    """The DataConfig of the newest training that read exactly these files; None where none did."""
+    from gt_jax.configs.data import DataConfig
+    from gt_jax.text.sources import file_hashes
+
+    if not any(run.get("files") for run in runs):
+        return None
+    here = {file["path"]: file["sha256"] for file in file_hashes(files)}
+    shared: list[str] = []
+    for run in runs:
+        there = [file["sha256"] for file in run.get("files") or ()]
+        if sorted(there) == sorted(here[file] for file in files):
+            left = list(files)
+            ordered = [left.pop([here[file] for file in left].index(sha256)) for sha256 in there]
+            data = DataConfig.from_json(run["run"]["data"])
+            return data.replace(text=tuple(ordered), tfds=None, tfds_dir=None, tokenizer=tokenizer)
+        shared += [f"{file} is one of the {len(there)} files of a training of {path}" for file in files
+                   if here[file] in there]  # fmt: skip
+    refuse_all(shared, "what is held out of a text depends on all of it; name all of its files and no other, or leave "
+                       "out --text:")  # fmt: skip
+    return None
+
+
+def text_note(metadata: Mapping[str, Any], text: Any, path: object, other: bool) -> str | None:
+    """What the lineage says against, or does not say for, that `text`'s held-out part is new to the model.
+
+    `other`: the user named the text. None where a training of the model held out just this part, and no other trained
+    on it.
+    """
+    from gt_jax.configs.data import WITHOUT_SPLIT, DataConfig
+
+    runs = trainings(metadata)
+    if not runs:
+        return f"nothing says what {path} was trained on; it may know this text"
+    places = [{**WITHOUT_SPLIT, **place} if isinstance(place := run.get("data"), Mapping) else {} for run in runs]
+    hashes = [place.get("content") for place in places]
+    split = [getattr(text.config, name) for name in _SPLIT]
+    uneven = [place for place, content in zip(places, hashes, strict=True) if content == text.content_hash()
+              and [place.get(name) for name in _SPLIT] != split]  # fmt: skip
+    if uneven:
+        there = ", ".join(f"{name} {uneven[0].get(name)}" for name in _SPLIT)
+        return f"{path} was trained on this text with another part held out ({there}): it may know what is held out here"
+    if text.content_hash() in hashes:
+        return None
+    if not other:
+        return None if hashes[0] is None else (
+            f"the text is not the one that {path} was trained on any more (its hash differs): it may know what is held "
+            "out here")  # fmt: skip
+    if None in hashes:
+        named = DataConfig.from_json(runs[0]["run"]["data"])
+        if all(getattr(named, name) == getattr(text.config, name) for name in SAME_TEXT):
+            return None
+        return f"not the text that {path} names as its own, and it keeps no hash: it may know what is held out here"
+    return f"another text than {path} was trained on: as far as its lineage says, nothing of it was trained on"
+
+
+def load_for_text(source: Path, named: Mapping[str, Any] | None, batches: int) -> Loaded:
     """A checkpoint and `batches` held-out batches of the named text (None: the text it was trained on)."""
     from gt_jax.devices.sharding import Rules
     from gt_jax.evaluation.model_files import load
@@ -58,5 +140,7 @@ def load_for_text(source: Path, named: dict[str, Any] | None, batches: int) -> L
     if batches < 1:
         raise Refused(f"--batches is {batches}; at least one is needed")
     config, variables, metadata = load(source)
-    text = open_text(data_config(metadata, named))
-    return Loaded(config, variables, metadata, Rules(), text.held_out(batches), text.summary())
+    text = open_text(data_config(metadata, named, source))
+    note = text_note(metadata, text, source, names_text(named))
+    notes = [] if note is None else [note]
+    return Loaded(config, variables, metadata, Rules(), text.held_out(batches), text.summary(), notes)

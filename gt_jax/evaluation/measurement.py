@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gt_jax.checkpoints import checkpoint
+from gt_jax.configs.lineage import newest
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused
@@ -121,5 +123,8 @@ def measure_checkpoint(source: Path, data: Any, batches: int) -> dict[str, Any]:
 
     loaded = load_for_text(source, data, batches)
     evaluation = make_evaluation(loaded.config, loaded.rules)
-    meta = {"source": str(source), "step": loaded.metadata.get("step"), "lambda_p": loaded.metadata.get("price")}
+    meta = {
+        "source": str(source), "step": loaded.metadata.get("step"), "lambda_p": newest(loaded.metadata, "price"),
+        "content_hash": checkpoint.content_hash(source, ("params", "statistics")), "notes": loaded.notes,
+    }  # fmt: skip
     return pass_counts(evaluation, loaded.variables, loaded.batches, loaded.config, **meta, text=loaded.text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gt_jax.checkpoints import checkpoint
+from gt_jax.configs.lineage import newest
 from gt_jax.evaluation.model_files import Checkpoint
 from gt_jax.growth.plan import Plan
 from gt_jax.growth.provenance import changed_content_hash, grown_plan
@@ -43,7 +44,7 @@ def plan_between(source: Checkpoint, target: Checkpoint) -> tuple[Plan | None, s
     elif plan.target_layout != target.config.depth:
         wrong = f"one by a plan for layout {plan.target_layout}; it has {target.config.layout} now"
     elif (found := changed_content_hash(target.metadata, source.place)) is not None:
-        grown = target.metadata["grown_from"]
+        grown = newest(target.metadata, "grown_from")
         wrong = (f"{grown.get('source')}, whose values are others (hash {grown['content_hash'][:12]}; {source.path}: "
                  f"{found[:12]})")  # fmt: skip
     return (plan, None) if wrong is None else (

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gt_jax.configs.lineage import newest, trainings
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
@@ -13,7 +14,7 @@ from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import Rules, current_sizes, global_batch
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.evaluation.comparison import compare_models
-from gt_jax.evaluation.loading import data_config
+from gt_jax.evaluation.loading import data_config, names_text, text_note
 from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
 from gt_jax.evaluation.pairs import incomparable, plan_between
 from gt_jax.growth.plan import Plan
@@ -29,8 +30,8 @@ Say = Callable[[str], None]
 
 def verify(
     source: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None, tfds_dir: str | None = None,
-    batches: int = 8, jacobian_rows: int | None = None, jacobian_iterations: int = 20, curve: int = 0,
-    say: Say = lambda line: None, group: ProcessGroup | None = None,
+    tokenizer: str | None = None, batches: int = 8, jacobian_rows: int | None = None, jacobian_iterations: int = 20,
+    curve: int = 0, say: Say = lambda line: None, group: ProcessGroup | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare two checkpoints on held-out text (default: the source's own); numbers that are not finite as strings.
 
@@ -40,7 +41,7 @@ def verify(
     """
     group = group or ProcessGroup()
     rows = Rules().shards("batch") if jacobian_rows is None else jacobian_rows
-    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir}
+    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "tokenizer": tokenizer}
 
     def prepare() -> tuple[Checkpoint, Checkpoint, Text, Plan | None, str | None]:
         if batches < 1:
@@ -49,7 +50,7 @@ def verify(
             raise Refused(f"--curve is {curve}; name a number of steps, 0 trains none")
         shallow, deep = open_checkpoint(source), open_checkpoint(target)
         refuse_all(incomparable(shallow, deep), f"{source} and {target} cannot be compared:")
-        reading = open_text(data_config(shallow.metadata, named if any(named.values()) else None))
+        reading = open_text(data_config(shallow.metadata, named, source))
         _refuse_rows(reading, shallow, deep, rows, jacobian_iterations)
         return shallow, deep, reading, *plan_between(shallow, deep)
 
@@ -59,10 +60,11 @@ def verify(
         shallow.config, shallow.load(), deep.config, variables, plan, held_out, rules, say=say,
         jacobian_rows=rows, jacobian_iterations=jacobian_iterations,
     )  # fmt: skip
-    notes = [*([] if reason is None else [reason]), *result.pop("notes")]
+    known = [text_note(one.metadata, reading, one.path, names_text(named) or one is deep) for one in (shallow, deep)]
+    notes = [*(note for note in (reason, *known) if note is not None), *result.pop("notes")]
     more: dict[str, Any] = {}
     if curve:
-        position = None if any(named.values()) else shallow.metadata.get("data")
+        position = reading.position_after(run.get("data") for run in trainings(shallow.metadata))
         more["curve"] = train_curve(deep.config, variables, reading, position, curve, held_out, _rate(shallow), say)
     whole = {"source": str(source), "target": str(target), "text": reading.summary(), "notes": notes, **result, **more}
     return _finite(whole)
@@ -83,7 +85,7 @@ def _refuse_rows(reading: Text, source: Checkpoint, target: Checkpoint, rows: in
 
 def _rate(source: Checkpoint) -> OptimizerConfig:
     """The optimizer that the source was trained with, the default for a source without a run."""
-    run = source.metadata.get("run")
+    run = newest(source.metadata, "run")
     return OptimizerConfig() if run is None else RunConfig.from_json(run).train.optimizer
 
 

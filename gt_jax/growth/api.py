@@ -38,6 +38,8 @@ def grow(
     >>> grown.config.adaptive is None and len(grown.config.depth) >= 2
     True
     """
+    if isinstance(counts, Repetition):
+        counts.refuse_another_layout(config.depth)
     own = counts if isinstance(counts, Plan) else make_plan(plan, counts, config.depth)
     tree = transform.grow(variables, own, config, carry=carry, noise_std=noise_std, seed=seed)
     return Grown(transform.target_config(config, own), tree, own)

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from gt_jax.checkpoints.folders import StrPath
+from gt_jax.configs.lineage import newest
 from gt_jax.errors import Refused
 from gt_jax.growth.plan_entries import Plan
+from gt_jax.growth.repetition import Repetition
 
 
 def grown_plan(metadata: Mapping[str, Any]) -> Plan | None:
     """The plan that a grown checkpoint, or one trained on from it, carries; None for one that was not grown."""
-    grown = metadata.get("grown_from")
+    grown = newest(metadata, "grown_from")
     return Plan.from_json(grown["plan"]) if isinstance(grown, Mapping) and "plan" in grown else None
 
 
@@ -32,8 +34,25 @@ def changed_content_hash(metadata: Mapping[str, Any], source: StrPath) -> str | 
     """
     from gt_jax.checkpoints import checkpoint
 
-    known = metadata["grown_from"].get("content_hash")
+    known = newest(metadata, "grown_from").get("content_hash")
     if known is None:
         return None
     found = checkpoint.content_hash(source, ("params", "statistics"))
     return None if found == known else found
+
+
+def counts_record(counts: Repetition | None) -> dict[str, Any]:
+    """{"counts": where the counts behind a plan came from}, as a grown checkpoint keeps it; {} without counts."""
+    if counts is None:
+        return {}
+    record: dict[str, Any] = {"origin": counts.origin, "k_exec": list(counts.k_exec), "measured": dict(counts.meta)}
+    return {"counts": record if counts.sha256 is None else {**record, "sha256": counts.sha256}}
+
+
+def refuse_other_counts(counts: Repetition | None, content_hash: str, source: StrPath) -> None:
+    """Raise `Refused` where the counts say that they were measured on other values than those of `source`."""
+    measured = None if counts is None else counts.content_hash
+    if counts is not None and measured is not None and measured != content_hash:
+        raise Refused(f"{counts.origin} was measured on a checkpoint of other values (_meta.content_hash "
+                      f"{measured[:12]}, {counts.meta.get('source')} at step {counts.meta.get('step')}) than {source} "
+                      f"({content_hash[:12]}); measure this source. Nothing is left of this growth")

@@ -13,6 +13,7 @@ layer are not read.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from gt_jax.configs.layout import Layout, parse
 from gt_jax.errors import Refused, refuse_all
 
 ALPHA = (1.0, 0.7, 0.5, 0.35)
@@ -61,7 +63,8 @@ class LayerRepetition:
 class Repetition:
     """All layers of one adaptive model, its strengths alpha by pass, and where the counts come from.
 
-    `warnings` says what was not in the file and had to be assumed; it does not count in comparisons.
+    `warnings` says what was not in the file and had to be assumed, `sha256` is the file's; neither they nor `origin`
+    count in comparisons.
     """
 
     layers: tuple[LayerRepetition, ...]
@@ -69,6 +72,20 @@ class Repetition:
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     origin: str = dataclasses.field(default="repetition", compare=False)
     warnings: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    sha256: str | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def content_hash(self) -> str | None:
+        """Of the checkpoint that was measured; None where the counts do not say."""
+        found = self.meta.get("content_hash")
+        return found if isinstance(found, str) else None
+
+    def refuse_another_layout(self, depth: Layout) -> None:
+        """Raise `Refused` where the counts say that a model of other layers was measured than those of `depth`."""
+        said = self.meta.get("layout")
+        if isinstance(said, str) and parse(said).types != depth.types:
+            raise Refused(f"{self.origin} was measured on a model of layout {said}; the source has {depth}; measure "
+                          "this source")
 
     @property
     def k_exec(self) -> tuple[int, ...]:
@@ -90,7 +107,7 @@ def read(path: str | Path, alpha: Sequence[float] = ALPHA) -> Repetition:
     if path.is_dir():
         raise Refused(f"repetition file {path} is a directory; name a JSON file, for example {path / FILE_NAME}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         earlier = path.with_name(EARLIER_FILE_NAME)
         hint = f"; there is a {earlier}" if earlier.is_file() else ""
@@ -104,7 +121,8 @@ def read(path: str | Path, alpha: Sequence[float] = ALPHA) -> Repetition:
     except (ValueError, RecursionError) as error:
         raise Refused(f"repetition file {path} is not JSON: {error}") from None
     refuse_all([f"key {key!r} appears twice" for key in repeated], f"repetition file {path} is not valid:")
-    return from_json(data, f"repetition file {path}", alpha)
+    counts = from_json(data, f"repetition file {path}", alpha)
+    return dataclasses.replace(counts, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
 def _object(pairs: Sequence[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:

@@ -31,16 +31,18 @@ from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.opened import open_checkpoint
 from gt_jax.checkpoints.slices import SliceReader
 from gt_jax.checkpoints.tree_paths import combine_digests
+from gt_jax.configs.lineage import LINEAGE, carried
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import explain_full_disk
 from gt_jax.growth.journal import Journal
 from gt_jax.growth.pipeline import Budget, Pipeline, Settings, feeds, throttled
 from gt_jax.growth.plan import Plan
+from gt_jax.growth.provenance import counts_record, refuse_other_counts
+from gt_jax.growth.repetition import Repetition
 from gt_jax.growth.rules import check_noise
 from gt_jax.growth.transform import child_abstract, match, target_config
 from gt_jax.growth.unfinished import UnfinishedGrowth, identity_of
-from gt_jax.text.tokenizers import tokenizer_of
 
 MEMORY = 2 * 2**30
 SECONDS = 1.0  # between two lines of progress
@@ -50,10 +52,12 @@ Progress = Callable[[str], None]
 
 def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str = "gain", noise_std: float | int = 0.0,
                     seed: int = 0, dtype: str | None = None, memory: int = MEMORY, resume: bool = False,
-                    progress: Progress | None = None) -> dict[str, Any]:
+                    counts: Repetition | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Grow the checkpoint (or a run's newest step) `source` into the new checkpoint `target`; returns a report.
 
     `memory` bounds the bytes of tensors held at a time, beside the program itself. Missing parent folders are made.
+    `counts` are those that the plan was made from: the target keeps where they came from, and where they say of which
+    values they were measured, others are refused once all of the source is read.
     The report holds "tensors", "bytes", "kept" (source tensors whose part `resume` took over), "dropped", "seconds",
     "config", "grown_from" and "source_checksums": whether the source had any to be compared with. Where
     `jax.distributed` runs several processes, each of them calls it, with `target` on a disk that all see. Raises
@@ -73,7 +77,8 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
     (False, True)
     """
     group, started = ProcessGroup(), time.monotonic()
-    growth = group.agree(lambda: _Growth(source, target, plan, carry, float(noise_std), seed, dtype, memory, resume))
+    growth = group.agree(lambda: _Growth(source, target, plan, carry, float(noise_std), seed, dtype, memory, resume,
+                                         counts))
     with contextlib.ExitStack() as stack:
         with explain_full_disk(growth.place):
             stack.enter_context(only_writer(growth.place))
@@ -92,8 +97,10 @@ class _Growth:
     """One growth, checked as far as that is possible without reading values, then its steps in order."""
 
     def __init__(self, source: StrPath, target: StrPath, plan: Plan, carry: str, noise_std: float, seed: int,
-                 dtype: str | None, memory: int, resume: bool) -> None:
+                 dtype: str | None, memory: int, resume: bool,
+                 counts: Repetition | None = None) -> None:
         self.where, self.place = _paths(source, target)
+        self.counts = counts
         self.unfinished = UnfinishedGrowth(self.place)
         self.unfinished.refuse_unless(resume)
         _, _, source_config, source_metadata, stored = opened = open_checkpoint(self.where)
@@ -109,11 +116,11 @@ class _Growth:
         grown_from = {
             "source": str(self.where), "step": source_metadata.get("step"), "plan": plan.to_json(),
             "coefficients": [entry.coefficient for entry in plan.entries], "k_exec": list(plan.k_exec),
-            "carry": carry, "noise_std": noise_std, "seed": seed, "dtype": dtype, "versions": _versions()}
+            "carry": carry, "noise_std": noise_std, "seed": seed, "dtype": dtype, "versions": _versions(),
+            **counts_record(counts)}
         self.metadata: dict[str, Any] = {
-            "config": config.to_json(), "kind": "grown", "step": 0, "grown_from": grown_from}
-        if (tokenizer := tokenizer_of(source_metadata)) is not None:
-            self.metadata["tokenizer"] = tokenizer
+            "config": config.to_json(), "kind": "grown", "step": 0, "grown_from": grown_from,
+            LINEAGE: carried(source_metadata)}
         self.identity = identity_of(self.metadata)
         self.described = False  # whether the unfinished folder is a checkpoint already
         prepare_parent(self.place)
@@ -150,6 +157,7 @@ class _Growth:
         content = combine_digests(digests)
         if whole is not None and (there := whole["grown_from"]["content_hash"]) != content:
             self.unfinished.refuse_another_source([f"content_hash: {there} there, {content} now"])
+        group.agree(lambda: self._refuse_counts(content) if group.first else None)
         grown_from = {**self.metadata["grown_from"], "content_hash": content}
         return len(kept), whole or {**self.metadata, "grown_from": grown_from}
 
@@ -170,6 +178,14 @@ class _Growth:
                 note_files(folder)
                 self.unfinished.forget_journals()
             rename(self.unfinished.folder, self.place)
+
+    def _refuse_counts(self, content: str) -> None:
+        """Before anything has the target's name: only now is all of the source read, once."""
+        try:
+            refuse_other_counts(self.counts, content, self.where)
+        except Refused:
+            self.unfinished.discard()
+            raise
 
     def _compare(self, group: ProcessGroup, kept: Collection[str], finished: Mapping[str, str],
                  say: Progress) -> dict[str, str]:

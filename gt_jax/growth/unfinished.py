@@ -19,7 +19,7 @@ from gt_jax.checkpoints.leftovers import ARRAYS, EMPTY, GROWTH, clear
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth.journal import gather_journals, read_journals
 
-_HASH = "content_hash"
+_OUTSIDE = ("source", "content_hash", "counts")  # of grown_from: where things lay, not what came of them
 
 
 class UnfinishedGrowth:
@@ -103,7 +103,7 @@ class UnfinishedGrowth:
 
 def identity_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """All that the target's values depend on, but for the source's: where that lies may change, its content may not."""
-    grown_from = {name: value for name, value in metadata["grown_from"].items() if name not in ("source", _HASH)}
+    grown_from = {name: value for name, value in metadata["grown_from"].items() if name not in _OUTSIDE}
     own = {name: value for name, value in metadata.items() if name != "grown_from"}
     return json.loads(json.dumps({**own, **grown_from}))
 

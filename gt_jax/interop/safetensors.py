@@ -13,7 +13,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gt_jax.configs.lineage import is_lineage
 from gt_jax.interop.tensor_files import Info, TensorFile, Unreadable, pieces
 
 DTYPES = {name: np.dtype(dtype) for name, dtype in {
@@ -30,6 +31,7 @@ DTYPES = {name: np.dtype(dtype) for name, dtype in {
 }.items()}  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _CONFIG, _STEP, _SUMS = "gt_jax.config", "gt_jax.step", "gt_jax.crc32"  # what our own files say of the model
+_LINEAGE = "gt_jax.lineage"
 _LENGTH = struct.Struct("<Q")
 _MOST = 100_000_000  # bytes of a header, as in the reference implementation
 
@@ -47,7 +49,7 @@ class SafetensorsFile(TensorFile):
         for name, entry in header.items():
             self.tensors[name], self._ranges[name] = _entry(path, name, entry)
         _refuse_gaps(path, sorted(self._ranges.values()), size - self._start)
-        self.step, self.config, self._sums = _about(path, about)
+        self.step, self.config, self.lineage, self._sums = _about(path, about)
         self.has_checksums = bool(self._sums)
 
     def read(self, name: str) -> np.ndarray:
@@ -82,10 +84,11 @@ class Writer:
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, Info], config: Mapping[str, Any] | None = None,
-                 step: int | None = None) -> None:
+                 step: int | None = None, lineage: Sequence[Mapping[str, Any]] | None = None) -> None:
         order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so every tensor is aligned
         about = {_CONFIG: json.dumps(config)} if config is not None else {}
         about |= {_STEP: str(step)} if step is not None else {}
+        about |= {_LINEAGE: json.dumps(lineage)} if lineage is not None else {}
         self._about: dict[str, str] = {"format": "pt", **about}
         header: dict[str, Any] = {"__metadata__": self._about}
         self._header, self._sums = header, {name: f"{0:08x}" for name in order}
@@ -206,10 +209,13 @@ def is_ours(path: Path) -> bool:
     return not start or re.match(rb'\{"__metadata__": \{"format": "pt".*"gt_jax\.', start[_LENGTH.size :]) is not None
 
 
-def _about(path: Path, about: Any) -> tuple[int | None, Any, dict[str, str]]:
-    """(step, config, checksums) that a file of ours carries; None, or none, for what it does not say."""
+def _about(path: Path, about: Any) -> tuple[int | None, Any, list[dict[str, Any]] | None, dict[str, str]]:
+    """(step, config, lineage, checksums) that a file of ours carries; None, or none, for what it does not say."""
     try:
         step = int(about[_STEP]) if _STEP in about else None
-        return step, json.loads(about.get(_CONFIG, "null")), dict(json.loads(about.get(_SUMS, "{}")))
+        lineage = json.loads(about.get(_LINEAGE, "null"))
+        if lineage is not None and not is_lineage(lineage):
+            raise ValueError(f"{_LINEAGE} is no list of steps")
+        return step, json.loads(about.get(_CONFIG, "null")), lineage, dict(json.loads(about.get(_SUMS, "{}")))
     except (TypeError, ValueError, AttributeError) as error:
         raise Unreadable(f"{path}: its __metadata__ does not parse ({error})") from error

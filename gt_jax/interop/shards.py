@@ -63,6 +63,7 @@ class Source:
         refuse_all(problems, f"{', '.join(map(str, paths))} is not whole:")
         self.step = next((file.step for file in self.files if file.step is not None), None)
         self.config = next((file.config for file in self.files if file.config is not None), None)
+        self.lineage = next((file.lineage for file in self.files if file.lineage is not None), None)
 
     @property
     def tensors(self) -> dict[str, Info]:

@@ -32,7 +32,7 @@ class Unreadable(Refused):
 
 
 class TensorFile(abc.ABC):
-    """A file of named tensors. `step` and `config` (a JSON object) are what it says about the model, or None.
+    """A file of named tensors. `step`, `config` (a JSON object) and `lineage` (a list) are what it says of it.
 
     `has_checksums`: whether `read` compares what it reads with them.
     """
@@ -41,6 +41,7 @@ class TensorFile(abc.ABC):
     tensors: dict[str, Info]
     step: int | None
     config: Any
+    lineage: list[dict[str, Any]] | None
     has_checksums = False
 
     @abc.abstractmethod

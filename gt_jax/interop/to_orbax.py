@@ -23,6 +23,7 @@ from gt_jax.checkpoints.checksums import Written, note_checksums, sums_of_arrays
 from gt_jax.checkpoints.folders import StrPath, prepare_parent, publish
 from gt_jax.checkpoints.leftovers import ARRAYS, EMPTY, clear
 from gt_jax.checkpoints.lock import only_writer
+from gt_jax.configs.lineage import LINEAGE
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.interop.expected_tensors import (
@@ -38,6 +39,7 @@ from gt_jax.interop.inferred_config import infer
 from gt_jax.interop.shards import Source, summary
 from gt_jax.interop.tensor_files import Info, groups
 from gt_jax.interop.tensor_names import Leaf
+from gt_jax.text.tokenizers import chosen_tokenizer
 
 STAGE = ".converting"
 
@@ -45,13 +47,14 @@ Progress = Callable[[str], None]
 
 
 def to_orbax(sources: Sequence[StrPath], target: StrPath, *, overrides: Mapping[str, Any] | None = None,
-             step: int | None = None, tokens: Sequence[bytes] | None = None,
+             step: int | None = None, tokens: Sequence[bytes] | None = None, tokenizer: str | None = None,
              progress: Progress | None = None) -> dict[str, Any]:
     """Write the checkpoint `target` from the origin's files; returns a report.
 
     `overrides` are config fields; `step` is what the metadata say (else what the file says, else 0); `tokens` the
-    bytes of every token, for a Kronecker embedding (else the default of `text.token_bytes`). Raises `Refused` that
-    lists everything that does not fit, with nothing written.
+    bytes of every token, for a Kronecker embedding (else the default of `text.token_bytes`); `tokenizer` is noted, for
+    the commands that read text. What a file of ours says of how its model came to be is kept as the `lineage`. Raises
+    `Refused` that lists everything that does not fit, with nothing written.
     """
     say = progress or (lambda line: None)
     started = time.monotonic()
@@ -60,8 +63,13 @@ def to_orbax(sources: Sequence[StrPath], target: StrPath, *, overrides: Mapping[
     config, expected = _check(source, overrides, say)
     forms = _forms(source, origin_infos(expected, config))
     found = source.step or 0
-    metadata = {"config": config.to_json(), "kind": "converted", "step": found if step is None else step,
-                "converted_from": {**summary(source), "forms": forms}}
+    metadata: dict[str, Any] = {
+        "config": config.to_json(), "kind": "converted", "step": found if step is None else step,
+        "converted_from": {**summary(source), "forms": forms}}
+    if source.lineage is not None:
+        metadata[LINEAGE] = source.lineage
+    if tokenizer is not None:
+        metadata["tokenizer"] = chosen_tokenizer(metadata, tokenizer, ", ".join(map(str, sources)))
     own = _own(expected, config, tokens)
     checksums = all(file.has_checksums for file in source.files)
     if not checksums:

@@ -33,6 +33,7 @@ class TorchFile(TensorFile):
     """One file of `torch.save`, open for reading; raises `Unreadable`, and `Refused` for what is no state dict."""
 
     config = None
+    lineage = None
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -131,9 +131,7 @@ class TrainStream:
         # Imported here: half a second that a command which reads no training text should not pay.
         import grain
 
-        self._identity = {"content": content_hash, "seed": config.seed, "held_out": config.held_out,
-                          "sequence_length": config.sequence_length, "batch_size": config.batch_size,
-                          "split": config.split, "tuning": config.tuning}
+        self._identity = _identity(config, content_hash)
         batches = grain.MapDataset.source(rows).batch(config.batch_size)
         # A row takes tens of microseconds: threads would only take the cores from the training step.
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
@@ -215,6 +213,27 @@ class Text:
         narrow = self.tokens.dtype.newbyteorder("<")
         return hashlib.sha256(self.tokens.astype(narrow, copy=False).tobytes()).hexdigest()
 
+    def position_after(self, positions: Iterable[Any]) -> dict[str, Any] | None:
+        """The first of the `positions`, as `TrainStream.state` gave them, that is one in this text, this split and rows
+        of this length in this order; None without any. Rows count: at another batch size the next whole batch follows.
+        """
+        own = {**_identity(self.config, self.content_hash()), "batch_size": None}
+        for place in positions:
+            known = {**WITHOUT_SPLIT, **place} if isinstance(place, Mapping) else {}
+            if {**{key: known.get(key) for key in own}, "batch_size": None} != own:
+                continue
+            rows = place["batches"] * place["batch_size"]
+            return {**own, "batch_size": self.config.batch_size, "batches": math.ceil(rows / self.config.batch_size)}
+        return None
+
+    def files(self) -> list[dict[str, str]]:
+        """{"path", "sha256"} of every text file; empty where the text is no file."""
+        return self._files
+
+    @functools.cached_property
+    def _files(self) -> list[dict[str, str]]:
+        return sources.file_hashes(self.config.text)
+
     def summary(self) -> str:
         """One line: where the text is from, documents, bytes, held-out bytes, the share for tuning if there is one."""
         held, tuning = (int(np.diff(spans).sum()) for spans in (self.held_out_spans, self.tuning_spans))
@@ -250,6 +269,13 @@ def open_text(config: DataConfig) -> Text:
         tokens[end - 1 - len(document):end - 1] = document
     split = split_documents(ends, content_keys(documents), config)
     return Text(config, source, tokens, tokenizer, len(documents), characters, *split)
+
+
+def _identity(config: DataConfig, content_hash: str) -> dict[str, Any]:
+    """What a position in the training text is a position in."""
+    return {"content": content_hash, "seed": config.seed, "held_out": config.held_out,
+            "sequence_length": config.sequence_length, "batch_size": config.batch_size, "split": config.split,
+            "tuning": config.tuning}
 
 
 def held_out_batches(config: DataConfig, batches: int | None = None) -> list[Batch]:

@@ -5,6 +5,7 @@ Every source is a list of documents as bytes, in an order that depends on nothin
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -71,6 +72,18 @@ def text_files(paths: Sequence[str]) -> tuple[str, list[bytes]]:
     refuse_all(problems, "the text cannot be used:")
     name = f"text file {paths[0]!r}" if len(paths) == 1 else f"{len(paths)} text files ({paths[0]!r} and others)"
     return name, documents
+
+
+def file_hashes(paths: Sequence[str]) -> list[dict[str, str]]:
+    """{"path", "sha256"} of each file's bytes; raises `Refused` for one that cannot be read."""
+    found = []
+    for path in paths:
+        try:
+            with open(path, "rb") as stream:
+                found.append({"path": path, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()})
+        except (OSError, ValueError) as error:
+            raise Refused(f"text file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return found
 
 
 def tfds_text(dataset: str, data_dir: str | None) -> tuple[str, list[bytes]]:

@@ -14,9 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32
 
+from gt_jax.configs import lineage
 from gt_jax.configs.data import BYTES
 from gt_jax.errors import Refused
 
+# Bytes and the end of a document, rounded up to whole eights as in the presets.
+BYTE_VOCABULARIES = range(257, 265)
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
@@ -156,11 +159,31 @@ def open_tokenizer(name: str) -> Tokenizer:
 
 def tokenizer_of(metadata: Mapping[str, Any]) -> str | None:
     """The name of the tokenizer whose tokens the model of a checkpoint speaks; None where its metadata do not say."""
-    run = metadata.get("run")
-    if isinstance(run, Mapping):
-        return str(run.get("data", {}).get("tokenizer", BYTES))
-    name = metadata.get("tokenizer")
-    return name if isinstance(name, str) else None
+    for record in reversed(lineage.chain(metadata)):
+        if isinstance(run := record.get("run"), Mapping):
+            return str(run.get("data", {}).get("tokenizer", BYTES))
+        if isinstance(name := record.get("tokenizer"), str):
+            return name
+    return None
+
+
+def chosen_tokenizer(metadata: Mapping[str, Any], named: str | None, path: object, flag: str = "--tokenizer") -> str:
+    """The tokenizer of a checkpoint at `path`: the one it was trained with, else the one that the user `named`.
+
+    A model whose metadata know none speaks bytes where its vocabulary is theirs. Raises `Refused` for other models that
+    know none, and for a named one with other tokens, or more of them than the model has.
+    """
+    known, vocab = tokenizer_of(metadata), metadata.get("config", {}).get("vocab")
+    if named is None:
+        if known is None and vocab not in BYTE_VOCABULARIES:
+            raise Refused(f"{path} does not say which tokenizer its {vocab} tokens are of, and bytes would be others; "
+                          f"name it with {flag}: a tokenizer.json, a SentencePiece .model, their folder, or {BYTES}")
+        return known or BYTES
+    if known and (other := vocabulary_difference(known, named)):
+        raise Refused(f"{path} was trained with another tokenizer: {other}; leave {flag} out")
+    if vocab is not None and (size := open_tokenizer(named).vocab_size) > vocab:
+        raise Refused(f"{flag} {named} has {size} ids, {path} a vocabulary of {vocab}; name its own")
+    return named
 
 
 def vocabulary_difference(known: str, named: str) -> str | None:

@@ -18,6 +18,7 @@ from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.lock import lock_file, only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs.data import BYTES
+from gt_jax.configs.lineage import LINEAGE, carried, earlier, trainings
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, differences, read_run_config
 from gt_jax.devices.processes import ProcessGroup
@@ -172,8 +173,8 @@ def _train_run(
     held_out = [global_batch(batch, rules) for batch in text.held_out(config.train.evaluation_batches)]
     notes: list[str] = []
     steps = RunCheckpoints(run, config.train.keep, notes.append)
-    state, before = _start(config, trainer, steps, rules, text)
-    stream = group.agree(lambda: text.train(before.get("data")))
+    state, lineage, position = _start(config, trainer, steps, rules, text)
+    stream = group.agree(lambda: text.train(position))
     if not resume:  # all that can be refused has been: from here on the directory is a run
         group.agree(lambda: checkpoint.prepare_parent(_locked(run)) if group.first else None)
         _lock(stack, run)
@@ -187,7 +188,7 @@ def _train_run(
         also=TensorBoard(run / "tensorboard", resumed) if tensorboard and group.first else None,
     )  # fmt: skip
     with explain_full_disk(run), recorder:
-        for note in [*notes, text.summary()]:
+        for note in [*notes, *_continuing(config, position, resume), text.summary()]:
             recorder.message(note)
         train = config.train
         places: dict[int, Any] = {}
@@ -206,7 +207,7 @@ def _train_run(
             group.agree(heard)
             if last or _due(step, train.checkpoint_every, train.steps):
                 here = _metadata(config, text, stream.state(), state)
-                steps.save_beside(step, state._asdict(), {**_origin(before), **here})
+                steps.save_beside(step, state._asdict(), {**here, **lineage})
             if last:
                 recorder.message(f"asked to stop: saved after step {step}; go on with --resume")
 
@@ -243,22 +244,28 @@ def _metadata(config: RunConfig, text: Text, position: dict[str, Any], state: Tr
         "config": config.model.to_json(),
         "run": config.to_json(),
         "text": text.summary(),
+        "files": text.files(),
         "data": position,
         "price": float(state.price.value),
     }
 
 
-def _origin(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run that trains a grown model on keeps of it: where it came from, and how it was calibrated."""
-    return {name: metadata[name] for name in ("grown_from", "calibrated") if name in metadata}
+def _continuing(config: RunConfig, position: dict[str, Any] | None, resume: bool) -> list[str]:
+    """Where in the text a run begins that starts from a checkpoint."""
+    if config.start is None or resume:
+        return []
+    if position is None:
+        return [f"the text begins at its beginning: no training of {config.start} read this text in these rows"]
+    return [f"the text goes on after {position['batches']} batches, where the training of {config.start} stopped"]
 
 
 def _start(
     config: RunConfig, trainer: Trainer, steps: RunCheckpoints, rules: Rules, text: Text
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state to go on from, and the metadata it came with.
+) -> tuple[TrainState, dict[str, Any], dict[str, Any] | None]:
+    """The state to go on from, the lineage that its checkpoints keep, and the position in the text.
 
-    The run's newest checkpoint; before there is one, `config.start` or fresh weights.
+    The run's newest checkpoint; before there is one, `config.start` or fresh weights. From `config.start` the text goes
+    on where the newest training in its lineage stopped that read the same text in the same rows.
     """
     shapes = abstract(config.model, rules)
     state = jax.eval_shape(trainer.new_state, shapes)
@@ -266,12 +273,14 @@ def _start(
     restored = steps.restore_latest(jax.tree.map(with_mesh_devices, state._asdict()))
     if restored is not None:
         _, tree, metadata = restored
-        return TrainState(**tree), metadata
+        before = earlier(metadata)
+        return TrainState(**tree), {LINEAGE: before} if before else {}, metadata.get("data")
     if config.start is None:
         fresh = initialise(config.model, config.train.seed, rules)
-        return trainer.new_state(with_token_bytes(fresh, config, text)), {}
+        return trainer.new_state(with_token_bytes(fresh, config, text)), {}, None
     _, metadata = checkpoint.describe(config.start)
-    return trainer.new_state(checkpoint.load(config.start, shapes)), _origin(metadata)
+    position = text.position_after(run.get("data") for run in trainings(metadata))
+    return trainer.new_state(checkpoint.load(config.start, shapes)), {LINEAGE: carried(metadata)}, position
 
 
 def with_token_bytes(variables: Tree, config: RunConfig, text: Text) -> Tree:

@@ -16,6 +16,7 @@ import pytest
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.monitoring.metrics import read_metrics
+from gt_jax.text.tokenizers import tokenizer_of
 
 TRAIN = ["--layout", "DG", "--steps", "24", "--checkpoint-every", "4", "--evaluate-every", "12", "--batch-size", "2",
          "--sequence-length", "32"]  # fmt: skip
@@ -115,7 +116,7 @@ def test_measure_grow_verify_sample_describe(folder, run, capsys, monkeypatch):
     capsys.readouterr()
     assert checkpoint.content_hash(folder / "grown") == checkpoint.content_hash(folder / "again")
     grown = checkpoint.describe(folder / "grown")[1]
-    assert grown["grown_from"]["step"] == 24 and grown["tokenizer"] == "bytes"
+    assert grown["grown_from"]["step"] == 24 and tokenizer_of(grown) == "bytes"
 
     result = json.loads(done(folder, "gt_jax.verify", "run", "grown", "--json", "--batches", "2",
                              "--jacobian-rows", "0"))
@@ -124,7 +125,7 @@ def test_measure_grow_verify_sample_describe(folder, run, capsys, monkeypatch):
     assert one == two and one.startswith("Once")
     assert describe.main(["grown", "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
-    assert described["layout"] == "DG*3" and described["grown_from"]["source"]
+    assert described["layout"] == "DG*3" and described["lineage"][-1]["grown_from"]["source"]
     done(folder, "gt_jax.train", "on", "--start", "grown", "--text", "story.txt", "--steps", "2", "--batch-size", "2",
          "--sequence-length", "32")  # fmt: skip
     assert checkpoint.describe(folder / "on")[1]["config"] == described["config"]

@@ -326,6 +326,7 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
     assert found["report"]["tensors"] == 3 and found["verify"] == {"text": [str(text)]}
     assert "half way" in err
     assert given.pop("progress") and str(given.pop("plan").target_layout) == "DDDG*5"
+    assert given.pop("counts").k_exec == tuple(REFERENCE)
     assert given == {"source": source, "target": tmp_path / "new", "carry": "weights", "noise_std": 1e-4, "seed": 4,
                      "dtype": None, "memory": 2**20, "resume": True}
     assert main([*arguments, *files]) == 0

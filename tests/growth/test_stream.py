@@ -109,7 +109,8 @@ def test_the_child_carries_its_config_and_where_it_came_from(case: Case, tmp_pat
     report = grow(case.source, tmp_path / "made" / "here" / "target", memory=SMALL)
     child, _, _, metadata = checkpoint.load_model(tmp_path / "made" / "here" / "target")
     assert child.layout == "DG*5" and child.adaptive is None
-    assert metadata == {"config": child.to_json(), "kind": "grown", "step": 0, "grown_from": report["grown_from"]}
+    assert metadata == {"config": child.to_json(), "kind": "grown", "step": 0, "grown_from": report["grown_from"],
+                        "lineage": [{"kind": "train", "data": {"position": 4}, "step": 12}]}
     grown_from = metadata["grown_from"]
     assert Plan.from_json(grown_from["plan"]) == PLAN
     assert grown_from["step"] == 12 and grown_from["source"] == str(case.source)

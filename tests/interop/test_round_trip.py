@@ -9,6 +9,7 @@ from orbax.checkpoint import v1 as ocp
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.tree_paths import flatten, nest
+from gt_jax.configs.lineage import chain
 from gt_jax.configs.model import EmbeddingConfig, ModelConfig
 from gt_jax.interop.shards import Source
 from gt_jax.interop.to_orbax import to_orbax
@@ -112,12 +113,15 @@ def test_a_checkpoint_of_ours_goes_there_and_comes_back_with_its_own_config(tmp_
     table = token_table(default_texts(264), 32)
     leaves |= dict(zip(("statistics/embedding/token_bytes", "statistics/embedding/token_length"), table, strict=True))
     trained = {**nest(leaves), "optimizer": {"mu": np.zeros(3)}}
-    checkpoint.save(tmp_path / "run" / "40", trained, {"config": config.to_json(), "kind": "train", "step": 40})
+    metadata = {"config": config.to_json(), "kind": "train", "step": 40, "run": {"data": {"tokenizer": "bytes"}}}
+    checkpoint.save(tmp_path / "run" / "40", trained, metadata)
     report = to_safetensors(tmp_path / "run", tmp_path / "there.safetensors")
     assert report["step"] == 40 and report["warnings"] == ["deltanet.rope is 'none'; the origin computes with 'origin'"]
     back = to_orbax([tmp_path / "there.safetensors"], tmp_path / "back")
     assert ModelConfig.from_json(back["config"]) == config and back["step"] == 40
     assert_same_leaves(flatten(checkpoint.load(tmp_path / "back")), leaves)
+    steps = chain(checkpoint.describe(tmp_path / "back")[1])
+    assert [step["kind"] for step in steps] == ["train", "converted"] and steps[0]["run"] == metadata["run"]
 
 
 def test_metadata_say_where_it_came_from(tmp_path):

@@ -1,0 +1,187 @@
+"""What a model was trained on goes with it: held-out text stays held out, training goes on where it stopped.
+
+Counts measured on other values, or on other layers, grow nothing; text is not read with tokens nobody knows.
+"""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from gt_jax import describe, train
+from gt_jax.calibrate import calibrate
+from gt_jax.checkpoints import checkpoint
+from gt_jax.configs.data import DataConfig
+from gt_jax.configs.lineage import LINEAGE, carried, chain, newest
+from gt_jax.configs.optimizer import OptimizerConfig
+from gt_jax.configs.run import RunConfig, TrainConfig
+from gt_jax.devices.sharding import mesh_for_rows
+from gt_jax.errors import Refused
+from gt_jax.evaluation.held_out import evaluate_checkpoints
+from gt_jax.evaluation.loading import data_config, text_note
+from gt_jax.evaluation.measurement import measure_checkpoint
+from gt_jax.grow import main as grow
+from gt_jax.growth import repetition
+from gt_jax.growth.plan import identity_plan
+from gt_jax.growth.stream import grow_checkpoint
+from gt_jax.text.batches import open_text
+from gt_jax.text.tokenizers import chosen_tokenizer, tokenizer_of
+from gt_jax.training.loop import train_run
+from tests.support import perturbed, small_model
+
+CONFIG = small_model("D")
+COUNTS = {"layer0": {"k_exec": 1, "survival": [1.0, 0.0, 0.0, 0.0]}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A source as a run saves it after 3 batches of two files, its held-out share and rows its own, and its child."""
+    place = tmp_path_factory.mktemp("lineage")
+    random = np.random.default_rng(0)
+    for name, size in (("one.txt", 3000), ("two.txt", 2000), ("other.txt", 3000)):
+        (place / name).write_bytes(bytes(random.integers(97, 122, size).tolist()))
+    data = DataConfig(text=(str(place / "two.txt"), str(place / "one.txt")), sequence_length=24, batch_size=2,
+                      held_out=0.3, seed=5)  # fmt: skip
+    optimizer = OptimizerConfig(learning_rate=3e-3, schedule="wsd")
+    text, run = open_text(data), RunConfig(model=CONFIG, data=data, train=TrainConfig(optimizer=optimizer, steps=3))
+    stream = text.train()
+    for _ in range(3):
+        next(stream)
+    metadata = {"kind": "train", "config": CONFIG.to_json(), "step": 3, "run": run.to_json(), "data": stream.state(),
+                "text": text.summary(), "files": text.files(), "price": 0.25}  # fmt: skip
+    checkpoint.save(place / "source", perturbed(CONFIG), metadata)
+    grow_checkpoint(place / "source", place / "grown", plan=identity_plan(CONFIG.depth))
+    return place
+
+
+def metadata_of(place):
+    return checkpoint.describe(place)[1]
+
+
+def test_a_child_holds_out_what_its_source_held_out(folder, tmp_path):
+    """Copies of the files under other names, in another order: the same text by its hash, so the same split."""
+    for name in ("one.txt", "two.txt"):
+        shutil.copy(folder / name, tmp_path / f"copy of {name}")
+    own = open_text(data_config(metadata_of(folder / "source"), None))
+    grown, copies = metadata_of(folder / "grown"), tuple(str(tmp_path / f"copy of {n}.txt") for n in ("one", "two"))
+    for named in (None, {"text": copies}, {"tokenizer": "bytes"}):
+        text = open_text(data_config(grown, named))
+        assert text.content_hash() == own.content_hash()
+        assert np.array_equal(text.held_out_spans, own.held_out_spans)
+        assert (text.config.sequence_length, text.config.batch_size) == (24, 2)
+        assert text_note(grown, text, "grown", named is not None) is None
+    with pytest.raises(Refused, match=r"one.txt is one of the 2 files of a training"):
+        data_config(grown, {"text": copies[:1]})
+    other = open_text(data_config(grown, {"text": (str(folder / "other.txt"),)}))
+    assert "nothing of it was trained on" in text_note(grown, other, "grown", True)
+    uneven = open_text(dataclasses.replace(own.config, held_out=0.1))
+    assert "another part held out" in text_note(grown, uneven, "grown", True)
+    assert "nothing says" in text_note({"config": CONFIG.to_json()}, own, "bare", True)
+    lines = []
+    found = evaluate_checkpoints([folder / "grown"], {"text": copies}, 1, say=lines.append)
+    assert found["notes"] == []
+
+
+def test_a_changed_text_is_noticed(folder, tmp_path):
+    (tmp_path / "moving.txt").write_bytes((folder / "one.txt").read_bytes())
+    metadata = metadata_of(folder / "source")
+    run = {**metadata["run"], "data": {**metadata["run"]["data"], "text": [str(tmp_path / "moving.txt")]}}
+    text = open_text(DataConfig.from_json(run["data"]))
+    assert "hash differs" in text_note({**metadata, "run": run}, text, "source", False)
+
+
+def test_training_goes_on_in_the_same_text_where_the_source_stopped(folder, tmp_path):
+    def started(*words):
+        arguments = train.parser().parse_args([str(tmp_path / "run"), "--start", str(folder / "grown"), *words])
+        return train.run_config(arguments, train.default_config(arguments))
+
+    config = started("--steps", "1")
+    source = RunConfig.from_json(metadata_of(folder / "source")["run"])
+    assert config.data == source.data and config.train.optimizer == source.train.optimizer
+    other = started("--text", str(folder / "other.txt"))
+    assert other.data == source.data.replace(text=(str(folder / "other.txt"),))
+    assert started("--learning-rate", "0.5").train.optimizer == source.train.optimizer.replace(learning_rate=0.5)
+
+    train_run(tmp_path / "run", config, show=False)
+    metadata = metadata_of(tmp_path / "run")
+    assert metadata["data"]["batches"] == 4
+    assert [step["kind"] for step in chain(metadata)] == ["train", "grown", "train"]
+    assert metadata[LINEAGE] == carried(metadata_of(folder / "grown"))
+
+
+def test_a_position_fits_only_its_own_text_split_rows_and_order(folder):
+    text = open_text(data_config(metadata_of(folder / "source"), None))
+    place = metadata_of(folder / "source")["data"]
+    assert text.position_after([None, {"position": 4}, place]) == place
+    wider = open_text(text.config.replace(batch_size=4))
+    assert wider.position_after([place])["batches"] == 2  # 6 rows are read: the next whole batch of 4 follows
+    for change in ({"held_out": 0.2}, {"sequence_length": 32}, {"seed": 6}, {"text": (str(folder / "other.txt"),)}):
+        assert open_text(text.config.replace(**change)).position_after([place]) is None
+
+
+def test_calibration_keeps_the_chain(folder, tmp_path):
+    with jax.set_mesh(mesh_for_rows(1)):
+        calibrate(folder / "source", folder / "grown", tmp_path / "fitted", batches=1, iterations=1)
+    metadata = metadata_of(tmp_path / "fitted")
+    assert [step["kind"] for step in chain(metadata)] == ["train", "grown", "calibrated"]
+    assert newest(metadata, "grown_from") == metadata_of(folder / "grown")["grown_from"]
+    assert tokenizer_of(metadata) == "bytes" and data_config(metadata, None) == data_config(
+        metadata_of(folder / "source"), None)  # fmt: skip
+    lines = describe.report_lines(describe.describe(str(tmp_path / "fitted")))
+    assert any("└─ grown from" in line for line in lines) and any("└─ trained at step 3" in line for line in lines)
+
+
+def test_counts_of_other_values_grow_nothing_and_leave_nothing(folder, tmp_path, capsys):
+    own = measure_checkpoint(folder / "source", None, 1)
+    assert own["_meta"]["content_hash"] == checkpoint.content_hash(folder / "source", ("params", "statistics"))
+    for name, meta in (("own", {}), ("other", {"content_hash": "0" * 64}), ("turned", {"layout": "G"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**own, "_meta": {**own["_meta"], **meta}}))
+    (tmp_path / "bare.json").write_text(json.dumps(COUNTS))
+
+    def words(name):
+        return [str(folder / "source"), str(tmp_path / "deep"), "--repetition", str(tmp_path / f"{name}.json")]
+
+    with pytest.raises(Refused, match=r"other.json was measured on a checkpoint of other values"):
+        grow(words("other"))
+    with pytest.raises(Refused, match=r"turned.json was measured on a model of layout G; the source has D"):
+        grow(words("turned"))
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("deep")]
+    capsys.readouterr()
+    assert grow(words("own")) == 0
+    assert "content_hash" not in capsys.readouterr().err
+    kept = metadata_of(tmp_path / "deep")["grown_from"]["counts"]
+    assert kept["origin"].endswith("own.json") and len(kept["sha256"]) == 64
+    assert kept["measured"]["content_hash"] == own["_meta"]["content_hash"]
+    shutil.rmtree(tmp_path / "deep")
+    assert grow(words("bare")) == 0
+    assert "bare.json does not say which checkpoint was measured" in capsys.readouterr().err
+
+
+def test_counts_in_memory_belong_to_their_layout():
+    import gt_jax
+
+    counts = repetition.from_json({"_meta": {"layout": "G"}, **COUNTS})
+    with pytest.raises(Refused, match="layout G; the source has D"):
+        gt_jax.grow(CONFIG, perturbed(CONFIG), counts)
+
+
+def test_text_is_not_read_with_tokens_that_nobody_knows(folder, tmp_path):
+    wide = {"config": {"vocab": 50257}, "kind": "converted", "step": 0}
+    for read in (lambda: data_config(wide, None), lambda: data_config(wide, {"text": (str(folder / "one.txt"),)}),
+                 lambda: chosen_tokenizer(wide, None, "ours")):  # fmt: skip
+        with pytest.raises(Refused, match=r"does not say which tokenizer its 50257 tokens are of.*--tokenizer"):
+            read()
+    assert data_config(wide, {"tokenizer": "bytes"}).tokenizer == "bytes"
+    assert chosen_tokenizer({**wide, "tokenizer": "bytes"}, None, "ours") == "bytes"
+    assert [chosen_tokenizer({"config": {"vocab": vocab}}, None, "ours") for vocab in (257, 264)] == ["bytes", "bytes"]
+    with pytest.raises(Refused, match="bytes has 257 ids, ours a vocabulary of 100"):
+        chosen_tokenizer({"config": {"vocab": 100}}, "bytes", "ours")
+    config = CONFIG.replace(vocab=600)
+    checkpoint.save(tmp_path / "wide", perturbed(config), {"config": config.to_json(), "kind": "converted", "step": 0})
+    with pytest.raises(Refused, match="--tokenizer"):
+        measure_checkpoint(tmp_path / "wide", None, 1)
+    with pytest.raises(Refused, match="--tokenizer"):
+        train.default_config(train.parser().parse_args(["new", "--start", str(tmp_path / "wide")]))

@@ -23,7 +23,7 @@ ROOMS = {  # from the ground up: every room stands on rooms above it in this tab
     "text": (*BASE, "configs"),
     "models": (*BASE, "configs", "devices", "text"),
     "checkpoints": (*BASE, "configs", "devices"),
-    "growth": (*BASE, "configs", "devices", "text", "models", "checkpoints"),
+    "growth": (*BASE, "configs", "devices", "models", "checkpoints"),
     "interop": (*BASE, "configs", "text", "models", "checkpoints"),
     "monitoring": (*BASE, "configs", "growth"),
     "training": (*BASE, "configs", "devices", "text", "models", "checkpoints", "monitoring"),

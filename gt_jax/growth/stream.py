@@ -69,10 +69,10 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
     group, started = ProcessGroup(), time.monotonic()
     growth = group.agree(lambda: _Growth(source, target, plan, carry, float(noise_std), seed, dtype, memory, resume))
     with contextlib.ExitStack() as stack:
-        group.agree(lambda: growth.open(stack) if group.first else None)
+        group.on_first(lambda: growth.open(stack))
         kept, metadata = growth.work(group, progress or (lambda line: None))
         group.agree(lambda: growth.describe(metadata))
-        group.agree(lambda: growth.publish() if group.first else None)
+        group.on_first(growth.publish)
     return {"source": str(growth.where), "target": str(growth.place), "tensors": len(growth.leaves),
             "bytes": sum(leaf.nbytes for leaf in growth.leaves), "kept": kept, "dropped": growth.dropped,
             "seconds": time.monotonic() - started, "config": metadata["config"],

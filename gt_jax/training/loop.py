@@ -162,7 +162,7 @@ def train_run(
     state, before = _start(config, trainer, steps, rules, text)
     stream = group.agree(lambda: text.train(before.get("data")))
     if not resume:  # all that can be refused has been: from here on the directory is a run
-        group.agree(lambda: _mark(run, config) if group.first else None)
+        group.on_first(lambda: _mark(run, config))
     length, resumed = config.data.sequence_length, int(state.step) if resume else None
     recorder = Recorder(
         run / "metrics.jsonl" if group.first else None, total_steps=config.train.steps,

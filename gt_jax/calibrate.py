@@ -3,6 +3,8 @@
 - DST is GROWN with other `gain` parameters; every other tensor of the model is the same, byte for byte. (Of a run that
   trained a grown model on, the model is taken and the optimizer is not.)
 - The gains are fitted on the training part of the text, the losses are of its held-out part, which the fit never sees.
+- Devices share both models and the rows (--data, --fsdp, --tensor), several processes too: the same command with
+  --coordinator HOST:PORT --processes N --process I in each. A fit holds the columns of one batch, however many batches.
 - The mathematics and what the objectives mean: gt_jax.growth.calibration.
 """
 
@@ -14,48 +16,60 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
 from gt_jax.errors import Refused, refuse_all, run_command
+
+if TYPE_CHECKING:
+    from gt_jax.devices.processes import ProcessGroup
 
 
 def calibrate(
     source: Path, grown: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None,
     tfds_dir: str | None = None, tokenizer: str | None = None, batches: int = 8,
-    progress: Callable[[str], None] | None = None, **options: Any,
+    progress: Callable[[str], None] | None = None, group: ProcessGroup | None = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Fit on `batches` training batches, write `target`, and return the object it keeps under `calibrated`.
 
     `options` are those of `calibrate_gains`: objective, iterations, ridge. Raises `Refused`, with nothing written, for
-    checkpoints that do not belong together, text that cannot be read, and a target that exists.
+    checkpoints that do not belong together, text that cannot be read, rows that the mesh does not divide, and a target
+    that exists. Both models are laid out over the mesh of the context; every process of a `group` calls it.
     """
     from gt_jax.checkpoints import checkpoint
     from gt_jax.configs.lineage import LINEAGE, carried
-    from gt_jax.devices.sharding import Rules
+    from gt_jax.devices.processes import ProcessGroup
+    from gt_jax.devices.sharding import Rules, global_batch
     from gt_jax.evaluation.loading import data_config, names_text, text_note
     from gt_jax.evaluation.model_files import load
     from gt_jax.growth.calibration import calibrate_gains
-    from gt_jax.text.batches import open_text
+    from gt_jax.text.batches import Text, open_text
     from gt_jax.text.tokenizers import chosen_tokenizer
     from gt_jax.training.step import evaluate, make_evaluation
 
-    say = progress or (lambda line: None)
-    plan, source_metadata, metadata = _belonging(source, grown, target, batches)
+    say, group, rules = progress or (lambda line: None), group or ProcessGroup(), Rules()
+    plan, source_metadata, metadata = group.agree(lambda: _belonging(source, grown, target, batches))
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "tokenizer": tokenizer}
-    data = data_config(source_metadata, named, source)
-    chosen_tokenizer(metadata, data.tokenizer, grown)
-    reading = open_text(data)
-    (shallow, shallow_variables, _), (deep, deep_variables, _) = load(source), load(grown)
-    stream, held_out = reading.train(), reading.held_out(batches)
-    fitted = [next(stream) for _ in range(batches)]
+
+    def prepare() -> Text:
+        data = data_config(source_metadata, named, source)
+        chosen_tokenizer(metadata, data.tokenizer, grown)
+        reading = open_text(data)
+        _refuse_mesh(reading.config.batch_size, source, grown)
+        return reading
+
+    reading = group.agree(prepare)
     if (note := text_note(source_metadata, reading, source, names_text(named))) is not None:
         say(f"note: {note}")
+    (shallow, shallow_variables, _), (deep, deep_variables, _) = load(source, rules), load(grown, rules)
+    fitted = [global_batch(batch, rules) for _, batch in zip(range(batches), reading.train(), strict=False)]
+    held_out = [global_batch(batch, rules) for batch in reading.held_out(batches)]
     say(f"{reading.summary()}; fitting {len(deep.depth)} gains on {len(fitted)} batches")
     result, report = calibrate_gains(
-        shallow, shallow_variables, deep, deep_variables, plan, fitted, Rules(), held_out=held_out, progress=say,
+        shallow, shallow_variables, deep, deep_variables, plan, fitted, rules, held_out=held_out, progress=say,
         **options,
     )  # fmt: skip
-    of_source, of_target = make_evaluation(shallow, Rules()), make_evaluation(deep, Rules())
+    of_source, of_target = make_evaluation(shallow, rules), make_evaluation(deep, rules)
     loss, before, after = (evaluate(*pair, held_out) for pair in (
         (of_source, shallow_variables), (of_target, deep_variables), (of_target, result)))  # fmt: skip
     losses = {"source": loss, "before": before, "after": after, "gap_before": before / loss - 1,
@@ -65,6 +79,17 @@ def calibrate(
     made = {"config": metadata["config"], "kind": "calibrated", "step": metadata.get("step", 0)}
     checkpoint.save(target, result, {**made, "calibrated": calibrated, LINEAGE: carried(metadata)})
     return calibrated
+
+
+def _refuse_mesh(rows: int, *paths: Path) -> None:
+    """Raise `Refused` for all that the mesh of the context cannot cut evenly."""
+    from gt_jax.devices.sharding import Rules, current_sizes
+    from gt_jax.evaluation.model_files import open_checkpoint
+    from gt_jax.training.divisibility import indivisible_fields
+
+    wrong = [f"{path}: {line}" for path in paths
+             for line in indivisible_fields(open_checkpoint(path).config, rows, current_sizes(), Rules())]
+    refuse_all(wrong, "the mesh does not fit:")
 
 
 def _belonging(
@@ -135,28 +160,41 @@ def parser() -> argparse.ArgumentParser:
                    help=f"Gauss-Newton steps at most ({ITERATIONS})")
     p.add_argument("--ridge", type=float, default=RIDGE, metavar="R", help=f"damping of a step ({RIDGE})")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_device_flags(p)
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate and print; 0 when DST is written."""
     arguments = parser().parse_args(argv)
+    refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
+    from gt_jax.devices.processes import process_group
+
+    with process_group(arguments) as group:
+        _calibrate(arguments, group)
+    return 0
+
+
+def _calibrate(arguments: argparse.Namespace, group: ProcessGroup) -> None:
+    """Everything after the command line, in each process of the group; the first one prints."""
     import jax
 
     from gt_jax.devices.sharding import mesh_for_rows
     from gt_jax.evaluation.loading import text_config
 
     started = time.monotonic()
-    with jax.set_mesh(mesh_for_rows(1)):
+    with jax.set_mesh(group.agree(lambda: mesh_of(arguments)) or mesh_for_rows(1)):
         result = calibrate(
             arguments.source, arguments.grown, arguments.target, batches=arguments.batches,
             objective=arguments.objective, iterations=arguments.iterations, ridge=arguments.ridge,
-            progress=lambda line: print(line, file=sys.stderr, flush=True), **(text_config(arguments) or {}),
+            progress=lambda line: print(line, file=sys.stderr, flush=True) if group.first else None, group=group,
+            **(text_config(arguments) or {}),
         )  # fmt: skip
-    print(f"{time.monotonic() - started:.0f} seconds", file=sys.stderr)
     shown = {"target": str(arguments.target), **result}
-    print(json.dumps(shown, allow_nan=False) if arguments.json else "\n".join(report_lines(result, arguments.target)))
-    return 0
+    lines = [json.dumps(shown, allow_nan=False)] if arguments.json else report_lines(result, arguments.target)
+    if group.first:
+        print(f"{time.monotonic() - started:.0f} seconds", file=sys.stderr)
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

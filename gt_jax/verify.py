@@ -89,7 +89,7 @@ def _verify(arguments: argparse.Namespace, group: ProcessGroup) -> None:
             jacobian_iterations=arguments.jacobian_iterations, curve=arguments.curve, **named, group=group,
             say=lambda line: print(line, file=sys.stderr, flush=True) if group.first else None,
         )  # fmt: skip
-    group.agree(lambda: _show(result, arguments) if group.first else None)
+    group.on_first(lambda: _show(result, arguments))
 
 
 def _show(result: dict[str, Any], arguments: argparse.Namespace) -> None:

@@ -54,6 +54,10 @@ class ProcessGroup:
                 raise (Refused if refused else Failed)(message if refused else f"process {index}: {message}")
         return result  # type: ignore[return-value]
 
+    def on_first(self, work: Callable[[], object]) -> None:
+        """Run `work` in the first process alone; the others wait for it, and hear of its error as in `agree`."""
+        self.agree(lambda: work() if self.first else None)
+
     def gather(self, value: Any) -> list[Any]:
         """The JSON value of every process, in their order."""
         if self.count == 1:

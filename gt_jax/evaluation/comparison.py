@@ -33,8 +33,7 @@ from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.stack import coefficients
 from gt_jax.models.memory_chunks import forward_rows
 from gt_jax.training.loss import cross_entropy
-from gt_jax.training.step import Batch
-from gt_jax.training.step import place as on_devices
+from gt_jax.training.step import Batch, shard_batch
 from gt_jax.typing import PerToken, Tree
 
 GOOD, USABLE, COSINE = 0.03, 0.10, 0.995
@@ -147,7 +146,7 @@ def make_comparison(
         return logits, passes.delta_ratio, inside
 
     def compare(source_variables: Tree, target_variables: Tree, batch: Batch) -> tuple[Totals, Any, Any]:
-        batch = on_devices(batch, rules)
+        batch = shard_batch(batch, rules)
         real = real_tokens(batch["segment_ids"])
         count = jnp.sum(real)
         free, _ = forward_rows(shallow, source_variables, batch["tokens"], batch["segment_ids"], free_passes())

@@ -116,7 +116,8 @@ def text_note(metadata: Mapping[str, Any], text: Any, path: object, other: bool)
               and [place.get(name) for name in _SPLIT] != split]  # fmt: skip
     if uneven:
         there = ", ".join(f"{name} {uneven[0].get(name)}" for name in _SPLIT)
-        return f"{path} was trained on this text with another part held out ({there}): it may know what is held out here"
+        return (f"{path} was trained on this text with another part held out ({there}): it may know what is held out "
+                "here")  # fmt: skip
     if text.content_hash() in hashes:
         return None
     if not other:

@@ -26,7 +26,7 @@ from gt_jax.models.memory_chunks import over_chunks
 from gt_jax.text.batches import Text
 from gt_jax.text.tokenizers import Tokenizer
 from gt_jax.training.loss import token_losses
-from gt_jax.training.step import Batch, place
+from gt_jax.training.step import Batch, shard_batch
 from gt_jax.typing import Tree
 
 FEWEST_DOCUMENTS = 10  # below, their t quantile makes intervals that say little: stretches of rows instead
@@ -58,7 +58,7 @@ def make_scores(
     network = LanguageModel(model, rules)
 
     def scores(variables: Tree, batch: Batch, control: PassControl) -> Float[Array, "b t"]:
-        placed = place(batch, rules)
+        placed = shard_batch(batch, rules)
 
         def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Array]:
             one = piece[0]

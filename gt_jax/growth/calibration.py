@@ -72,9 +72,9 @@ class Setting(NamedTuple):
 class Sums(NamedTuple):
     """Over the real tokens of one batch: relative squared distance at every sync point [s], KL, how many tokens."""
 
-    residual: Array
-    kl: Array
-    tokens: Array
+    residual: Array | np.ndarray
+    kl: Array | np.ndarray
+    tokens: Array | np.ndarray
 
 
 def sync_points(plan: Plan) -> tuple[Sync, ...]:
@@ -218,11 +218,12 @@ def _equations(
 
 def _totals(setting: Setting, models: Models, gains: Vector, batches: Sequence[Batch]) -> Sums:
     """`_look` over all batches, float64: means over tokens, and how many."""
-    sums = [jax.device_get(_look(setting, *models, gains, _rows(batch))) for batch in batches]
-    residual, kl, tokens = (np.sum([np.asarray(part, np.float64) for part in parts], axis=0)
-                            for parts in zip(*sums, strict=True))
-    count = np.maximum(tokens, 1.0)
-    return Sums(residual / count, kl / count, tokens)
+    sums = Sums(np.zeros(len(setting.syncs)), np.zeros(()), np.zeros(()))
+    for batch in batches:
+        one = jax.device_get(_look(setting, *models, gains, _rows(batch)))
+        sums = Sums(*(total + np.asarray(part, np.float64) for total, part in zip(sums, one, strict=True)))
+    count = np.maximum(sums.tokens, 1.0)
+    return Sums(sums.residual / count, sums.kl / count, sums.tokens)
 
 
 def _loss(objective: str, means: Sums) -> float:

@@ -1,11 +1,12 @@
 """Source to target in one pass: each source tensor is read once, slice by slice, and all its children are written.
 
-    read ahead -> finite? -> hash (a thread) -> child = c * (W + N) in pieces (XLA) -> finite?, write, sync (threads)
+    read ahead -> finite? -> hash -> child = c * (W + N) in pieces -> finite?, write, sync
 
-- A slice is read while the one before it is worked on; children wait to be written, so many bytes at most.
-- Pieces have few sizes, so that few programs are compiled; the last piece is filled up with zeros.
+- All of it in threads of bounded executors (gt_jax.growth.bounded_work): a slice is read while the one before it is
+  worked on, children are made and written behind it, so many bytes at most, each way. Nothing here needs a device.
 - A source tensor is compared with its checksum at its end; of all that is written checksums are kept.
-- A source tensor is finished when its whole part of the target is on the disk: then the journal has a line of it.
+- A source tensor's tasks are a group. It is finished when its whole part of the target is on the disk: then the journal
+  has a line of it.
 - Values that are not finite end the writing, not the reading: all tensors that have any are named together.
 """
 
@@ -17,12 +18,10 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gt_jax.checkpoints.arrays import ArrayFiles, Extent, write_at
@@ -30,13 +29,14 @@ from gt_jax.checkpoints.checksums import Written
 from gt_jax.checkpoints.folders import CHUNK, sync
 from gt_jax.checkpoints.slices import Slice, SliceReader
 from gt_jax.checkpoints.tree_paths import LeafDigest
+from gt_jax.growth.bounded_work import BoundedExecutor, Group
 from gt_jax.growth.finite_check import first_not_finite
 from gt_jax.growth.journal import Journal
-from gt_jax.growth.rules import treatment
-from gt_jax.growth.transform import Leaf, grow_slice
-from gt_jax.growth.write_behind import Countdown, WriteBehind
+from gt_jax.growth.slices_on_host import grow_slice
+from gt_jax.growth.transform import Leaf
 
-PIECES = (2**21, 2**17, 2**13)  # values; the large one and its result stay in a core's cache
+_PIECES = (2**13, 2**20)  # values that one task makes and writes: at least, at most
+_READERS, _WRITERS = 2, 3  # while one waits for the disk, another makes or hands over the next bytes
 _AHEAD = 2**26  # bytes under way at most, each way, however large the budget
 
 Progress = Callable[[], None]
@@ -80,9 +80,9 @@ class Budget:
         return min(self.memory // 4, _AHEAD)
 
     @property
-    def pieces(self) -> tuple[int, ...]:
-        """Sizes of the pieces that children are made in."""
-        return tuple(size for size in PIECES if size * 32 <= self.memory) or PIECES[-1:]
+    def piece(self) -> int:
+        """Values of the pieces that children are made in, at most."""
+        return min(max(self.memory // 32, _PIECES[0]), _PIECES[1])
 
     def needed(self, largest: int) -> int:
         """The budget that a slice of `largest` bytes needs."""
@@ -104,7 +104,7 @@ class Pipeline:
     def __init__(self, reader: SliceReader, fed: Mapping[str, Mapping[int, list[Feed]]], state: Path,
                  journal: Journal, settings: Settings, budget: Budget) -> None:
         self._reader, self._fed, self._state, self._journal = reader, fed, state, journal
-        self._settings, self._budget = settings, budget
+        self._options, self._budget = dataclasses.asdict(settings), budget
         self._files: dict[str, ArrayFiles] = {}
         self._lock = threading.Lock()
         self.source_problems: list[str] = []
@@ -124,26 +124,28 @@ class Pipeline:
 
     def run(self, names: Sequence[str], say: Progress) -> None:
         """Read, check, hash, grow and write all of `names`; problems are in the two lists afterwards."""
-        with WriteBehind(self._budget.writing) as writer, ThreadPoolExecutor(1) as hasher:
+        writing, reading = self._budget.writing, self._budget.reading
+        with (BoundedExecutor(writing, _WRITERS) as writer, BoundedExecutor(reading, 1) as hasher,
+              BoundedExecutor(reading, _READERS) as reads):
             current: _Tensor | None = None
-            for part, values in read_ahead(self._reader, names, self._budget):
+            for part, values in read_ahead(self._reader, names, self._budget.slice, reads):
                 if current is None or current.name != part.name:
                     current = self._begin(part.name, writer)
-                hashed = hasher.submit(current.digest.update, values)
+                hashed = hasher.submit(values.nbytes, functools.partial(current.digest.update, values), current.group)
                 self._check(current, part, values)
                 if not self.source_problems:
                     self._children(current, part, values)
                 hashed.result()
                 if part.start + part.count == current.size:
                     self._reader.compare(part.name, current.digest)
-                    current.countdown.finish()
+                    current.group.close()
                     self._reader.close(part.name)
                     say()
                 del values
             writer.wait()
         say()
 
-    def _begin(self, name: str, writer: WriteBehind) -> _Tensor:
+    def _begin(self, name: str, writer: BoundedExecutor) -> _Tensor:
         """Folders of all target tensors that are made of `name`, and what must be written to each file."""
         left: dict[Path, int] = collections.defaultdict(int)
         fed: dict[str, ArrayFiles] = {}
@@ -172,7 +174,7 @@ class Pipeline:
             with self._lock:
                 self.finished += 1
 
-        return _Tensor(name, size, digest, left, written, Countdown(done), writer)
+        return _Tensor(name, size, digest, left, written, Group(done), writer)
 
     def _check(self, tensor: _Tensor, part: Slice, values: np.ndarray) -> None:
         if tensor.wrong:
@@ -189,32 +191,28 @@ class Pipeline:
         if not fed:
             return
         size = _block_size(next(iter(fed.values()))[0].leaf)
-        for begin, end, filled in pieces(part.start, part.count, size, self._budget.pieces):
+        for begin, end in pieces(part.start, part.count, size, self._budget.piece):
             block, start = divmod(begin, size)
             piece = values[begin - part.start : end - part.start]
-            shared = functools.cache(functools.partial(_on_device, piece, filled))
             for feed in fed.get(block, ()):
-                self._child(tensor, feed, start, piece, shared)
+                self._child(tensor, feed, start, piece)
 
-    def _child(self, tensor: _Tensor, feed: Feed, start: int, piece: np.ndarray,
-               shared: Callable[[], jax.Array]) -> None:
-        leaf, how = feed.leaf, treatment(feed.leaf.rule, self._settings.carry)
-        made: jax.Array | None = None
-        if how.scaled or (how.noisy and self._settings.noise_std > 0) or leaf.dtype != piece.dtype:
-            made = grow_slice(leaf, feed.block, shared(), start, **dataclasses.asdict(self._settings))
-        first, count = feed.block * _block_size(leaf) + start, piece.size
-        tensor.countdown.begin()
+    def _child(self, tensor: _Tensor, feed: Feed, start: int, piece: np.ndarray) -> None:
+        """Hand over the making and the writing of one piece of one child."""
+        leaf = feed.leaf
+        first = feed.block * _block_size(leaf) + start
 
         def task() -> None:
-            values = piece if made is None else np.asarray(made)[:count]
-            if made is not None and (place := first_not_finite(values)) is not None:
+            if self.source_problems:
+                return
+            values = grow_slice(leaf, feed.block, piece, start, **self._options)
+            if values is not piece and (place := first_not_finite(values)) is not None:
                 self._overflow(leaf, first + place, str(values[place]))
             if not self.stopped:
-                for extent in self._files[leaf.path].extents(first, count):
+                for extent in self._files[leaf.path].extents(first, piece.size):
                     self._write(tensor, extent, values[extent.start - first :][: extent.count], leaf)
-            tensor.countdown.end()
 
-        tensor.writer.submit(piece.nbytes if made is None else made.nbytes, task)
+        tensor.writer.submit(piece.nbytes + piece.size * leaf.dtype.itemsize, task, tensor.group)
 
     def _write(self, tensor: _Tensor, extent: Extent, values: np.ndarray, leaf: Leaf) -> None:
         write_at(extent, values, self._files[leaf.path].file_bytes)
@@ -242,36 +240,39 @@ class _Tensor:
     digest: LeafDigest
     left: dict[Path, int]
     written: Written
-    countdown: Countdown
-    writer: WriteBehind
+    group: Group
+    writer: BoundedExecutor
     wrong: bool = False
 
 
-def read_ahead(reader: SliceReader, names: Sequence[str], budget: Budget) -> Iterator[tuple[Slice, np.ndarray]]:
-    """All slices in order with their values; the next ones are being read meanwhile, as far as the budget goes."""
-    coming = (part for name in names for part in reader.slices(name, budget.slice))
-    under_way: collections.deque[tuple[Slice, int, Callable[[], np.ndarray]]] = collections.deque()
-    held, waiting = 0, next(coming, None)
+def read_ahead(reader: SliceReader, names: Sequence[str], limit: int,
+               reads: BoundedExecutor) -> Iterator[tuple[Slice, np.ndarray]]:
+    """All slices in order with their values; the next ones are being read meanwhile, as far as they fit."""
+    coming = (part for name in names for part in reader.slices(name, limit))
+    under_way: collections.deque[tuple[Slice, int, Future[Any]]] = collections.deque()
+    waiting = next(coming, None)
     while waiting is not None or under_way:
         while waiting is not None:
             cost = 2 * waiting.count * reader.leaves[waiting.name].dtype.itemsize
-            if under_way and held + cost > budget.reading:
+            if under_way and not reads.fits(cost):
                 break
-            under_way.append((waiting, cost, reader.read(waiting)))
-            held, waiting = held + cost, next(coming, None)
-        part, cost, wait = under_way.popleft()
-        yield part, wait()
-        held -= cost
+            under_way.append((waiting, cost, reads.submit(cost, reader.read(waiting), keep=True)))
+            waiting = next(coming, None)
+        part, cost, future = under_way.popleft()
+        values = future.result()
+        del future
+        yield part, values
+        del values
+        reads.release(cost)
 
 
-def pieces(start: int, count: int, block: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, values to fill it up to) of pieces in one block of `block` values each, covering the range."""
+def pieces(start: int, count: int, block: int, size: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of pieces of at most `size` values, in one block of `block` values each, covering the range."""
     stop = start + count
     while start < stop:
-        room = min(stop, (start // block + 1) * block) - start
-        size = next((size for size in sizes if size <= room), sizes[-1])
-        yield start, start + min(size, room), size
-        start += min(size, room)
+        end = min(stop, (start // block + 1) * block, start + size)
+        yield start, end
+        start = end
 
 
 def throttled(line: Callable[[], str], say: Callable[[str], None], seconds: float) -> Progress:
@@ -285,10 +286,6 @@ def throttled(line: Callable[[], str], say: Callable[[str], None], seconds: floa
             say(line())
 
     return progress
-
-
-def _on_device(piece: np.ndarray, filled: int) -> jax.Array:
-    return jnp.asarray(piece if piece.size == filled else np.pad(piece, (0, filled - piece.size)))
 
 
 def _block_size(leaf: Leaf) -> int:

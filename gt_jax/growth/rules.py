@@ -50,7 +50,7 @@ _COMPILED = tuple((re.compile(pattern), rule) for pattern, rule in RULES)
 _STACKED = re.compile(r"(params|statistics)/segment(\d+)/layer(\d+)/(.+)")
 
 
-class Place(NamedTuple):
+class StackedPath(NamedTuple):
     """A stacked tensor's path taken apart: `collection`/segment{segment}/layer{slot}/`name`."""
 
     collection: str
@@ -75,10 +75,10 @@ def rule(path: str) -> str | None:
     return next((name for pattern, name in _COMPILED if pattern.fullmatch(path)), None)
 
 
-def place(path: str) -> Place | None:
+def stacked_path(path: str) -> StackedPath | None:
     """The parts of a stacked tensor's path, or None for a tensor of the whole model."""
     match = _STACKED.fullmatch(path)
-    return Place(match[1], int(match[2]), int(match[3]), match[4]) if match else None
+    return StackedPath(match[1], int(match[2]), int(match[3]), match[4]) if match else None
 
 
 def treatment(rule_name: str, carry: str) -> Treatment:

@@ -83,10 +83,10 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
         with explain_full_disk(growth.place):
             stack.enter_context(only_writer(growth.place))
         growth.check_files(group, progress or (lambda line: None))
-        group.agree(lambda: growth.open() if group.first else None)
+        group.on_first(growth.open)
         kept, metadata = growth.work(group, progress or (lambda line: None))
         group.agree(lambda: growth.describe(metadata))
-        group.agree(lambda: growth.publish() if group.first else None)
+        group.on_first(growth.publish)
     return {"source": str(growth.where), "target": str(growth.place), "tensors": len(growth.leaves),
             "bytes": sum(leaf.nbytes for leaf in growth.leaves), "kept": kept, "dropped": growth.dropped,
             "seconds": time.monotonic() - started, "config": metadata["config"],

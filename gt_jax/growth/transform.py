@@ -25,7 +25,7 @@ from jax import Array, ShapeDtypeStruct
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.growth import noise, rules
+from gt_jax.growth import noise, noise_on_devices, rules
 from gt_jax.growth.plan import Plan
 
 Abstract = Mapping[str, ShapeDtypeStruct]
@@ -107,16 +107,16 @@ def child_abstract(source_config: ModelConfig, plan: Plan, dtype: str | None = N
 def target_abstract(source: Abstract, plan: Plan) -> dict[str, ShapeDtypeStruct]:
     """The child's tensors as they follow from the source's and the plan: halting dropped, leading axis replaced."""
     kept = {path: old for path, old in source.items() if rules.rule(path) != rules.DROPPED}
-    places = {path: place for path in kept if (place := rules.place(path))}
-    flat = {path: old for path, old in kept.items() if path not in places}
+    stacked = {path: parts for path in kept if (parts := rules.stacked_path(path))}
+    flat = {path: old for path, old in kept.items() if path not in stacked}
     for target, entry in enumerate(plan.entries):
         segment, _, slot = plan.target_layout.position(target)
         origin = plan.source_layout.position(entry.source)
         blocks = plan.target_layout.segments[segment].repeats
-        for path, place in places.items():
-            if (place.segment, place.slot) == (origin[0], origin[2]):
+        for path, parts in stacked.items():
+            if (parts.segment, parts.slot) == (origin[0], origin[2]):
                 shape = (blocks, *kept[path].shape[1:])
-                flat.setdefault(str(place._replace(segment=segment, slot=slot)),
+                flat.setdefault(str(parts._replace(segment=segment, slot=slot)),
                                 ShapeDtypeStruct(shape, kept[path].dtype))
     return dict(sorted(flat.items()))
 
@@ -131,7 +131,7 @@ def match(source: Abstract, target: Abstract, plan: Plan, carry: str) -> Match:
         raise Refused(f"carry {carry!r} is not one of {', '.join(rules.CARRIES)}")
     wrong = [f"source tensor {path} matches no rule" for path in sorted(source) if rules.rule(path) is None]
     wrong += [f"source tensor {path} has more than {noise.POSITIONS} values a block, the noise has no more positions"
-              for path, leaf in source.items() if math.prod(leaf.shape[1 if rules.place(path) else 0 :])
+              for path, leaf in source.items() if math.prod(leaf.shape[1 if rules.stacked_path(path) else 0 :])
               > noise.POSITIONS]
     wrong += _misplaced(source, plan)
     leaves = []
@@ -153,50 +153,50 @@ def _misplaced(source: Abstract, plan: Plan) -> list[str]:
     wrong = []
     segments = plan.source_layout.segments
     for path in sorted(source):
-        place = rules.place(path)
-        if place is None or rules.rule(path) is None:
+        where = rules.stacked_path(path)
+        if where is None or rules.rule(path) is None:
             continue
-        if place.segment >= len(segments) or place.slot >= len(segments[place.segment].pattern):
+        if where.segment >= len(segments) or where.slot >= len(segments[where.segment].pattern):
             wrong.append(f"source tensor {path} is outside the layout {plan.source_layout}")
-        elif (shape := tuple(source[path].shape))[:1] != (segments[place.segment].repeats,):
+        elif (shape := tuple(source[path].shape))[:1] != (segments[where.segment].repeats,):
             wrong.append(f"source tensor {path} has shape {shape}; its leading axis must be the "
-                         f"{segments[place.segment].repeats} blocks of segment {place.segment}")
+                         f"{segments[where.segment].repeats} blocks of segment {where.segment}")
     return wrong
 
 
 def _leaf(path: str, source: Abstract, new: ShapeDtypeStruct, plan: Plan, wrong: list[str]) -> Leaf | None:
     """The leaf of one target tensor, or None with the reasons added to `wrong`."""
-    rule, place = rules.rule(path), rules.place(path)
+    rule, where = rules.rule(path), rules.stacked_path(path)
     if rule is None or rule == rules.DROPPED:
         wrong.append(f"target tensor {path} " + ("matches no rule" if rule is None else
                                                  "belongs to adaptive depth, which a grown model does not have"))
         return None
-    if place is None:
+    if where is None:
         parts: tuple[Part, ...] = (Part(path, None, 1.0, None),)
     else:
         segments = plan.target_layout.segments
-        if place.segment >= len(segments) or place.slot >= len(segments[place.segment].pattern):
+        if where.segment >= len(segments) or where.slot >= len(segments[where.segment].pattern):
             wrong.append(f"target tensor {path} is outside the layout {plan.target_layout}")
             return None
-        parts = _parts(place, plan)
+        parts = _parts(where, plan)
     if missing := sorted({part.source for part in parts if part.source not in source}):
         wrong.append(f"source tensor {', '.join(missing)} is missing; target tensor {path} needs it")
         return None
     before = len(wrong)
     for name in dict.fromkeys(part.source for part in parts):
-        wrong += _unfit(name, source[name], path, new, rule, len(parts) if place else None)
+        wrong += _unfit(name, source[name], path, new, rule, len(parts) if where else None)
     if len(wrong) > before:
         return None
     return Leaf(path, rule, parts, tuple(new.shape), np.dtype(new.dtype), tuple(source[parts[0].source].shape))
 
 
-def _parts(place: rules.Place, plan: Plan) -> tuple[Part, ...]:
+def _parts(where: rules.StackedPath, plan: Plan) -> tuple[Part, ...]:
     parts = []
-    for block in range(plan.target_layout.segments[place.segment].repeats):
-        layer = plan.target_layout.layer(place.segment, block, place.slot)
+    for block in range(plan.target_layout.segments[where.segment].repeats):
+        layer = plan.target_layout.layer(where.segment, block, where.slot)
         entry = plan.entries[layer]
         segment, source_block, slot = plan.source_layout.position(entry.source)
-        name = str(place._replace(segment=segment, slot=slot))
+        name = str(where._replace(segment=segment, slot=slot))
         parts.append(Part(name, source_block, entry.coefficient, layer))
     return tuple(parts)
 
@@ -224,15 +224,15 @@ def _unused(source: Abstract, used: set[str], plan: Plan) -> tuple[tuple[str, ..
     dropped: list[str] = []
     left_over: list[str] = []
     for path in sorted(set(source) - used):
-        place = rules.place(path)
-        absent = place is not None and (place.segment, place.slot) not in planned
+        where = rules.stacked_path(path)
+        absent = where is not None and (where.segment, where.slot) not in planned
         (dropped if absent or rules.rule(path) == rules.DROPPED else left_over).append(path)
     return tuple(dropped), left_over
 
 
 def _without_carrier(leaves: Iterable[Leaf], plan: Plan, carry: str) -> list[str]:
-    carried = {(place.segment, place.slot) for leaf in leaves
-               if leaf.rule == _CARRIER[carry] and (place := rules.place(leaf.path))}
+    carried = {(where.segment, where.slot) for leaf in leaves
+               if leaf.rule == _CARRIER[carry] and (where := rules.stacked_path(leaf.path))}
     return [f"target layers params/segment{segment}/layer{slot} have no tensor of rule {_CARRIER[carry]!r}, "
             f"so carry {carry!r} would lose their coefficients"
             for segment, part in enumerate(plan.target_layout.segments) for slot in range(len(part.pattern))
@@ -258,10 +258,15 @@ def grow_slice(leaf: Leaf, block: int, values: Array | np.ndarray, start: int = 
     noisy = how.noisy and noise_std > 0
     if not noisy and not how.scaled:
         return jnp.asarray(values, leaf.dtype)
-    part, place = leaf.parts[block], rules.place(leaf.path)
-    key = noise.key_data(seed, place.name if place else leaf.path, part.layer or 0)
-    return _slice(values, key, np.uint32(start), np.float32(part.coefficient), noise.step(noise_std), dtype=leaf.dtype,
-                  noisy=noisy, scaled=how.scaled)
+    key = noise_on_devices.limbs(noise_key(leaf, block, seed))
+    return _slice(values, key, np.uint32(start), np.float32(leaf.parts[block].coefficient), noise.step(noise_std),
+                  dtype=leaf.dtype, noisy=noisy, scaled=how.scaled)
+
+
+def noise_key(leaf: Leaf, block: int, seed: int) -> np.ndarray:
+    """What the noise of a block depends on beside positions: seed, the tensor's name in its layer, target layer."""
+    stacked = rules.stacked_path(leaf.path)
+    return noise.key_of(seed, stacked.name if stacked else leaf.path, leaf.parts[block].layer or 0)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "noisy", "scaled"))
@@ -271,8 +276,8 @@ def _slice(weights: Array, key: Array, start: Array, coefficient: Array, noise_s
     wide = jnp.promote_types(weights.dtype, jnp.float32)
     value = weights.astype(wide)
     if noisy:
-        positions = start + noise.positions(weights.shape, jax.typeof(weights).sharding)
-        value += noise.at(key, positions, noise_step).astype(wide)
+        positions = start + noise_on_devices.positions(weights.shape, jax.typeof(weights).sharding)
+        value += noise_on_devices.at(key, positions, noise_step).astype(wide)
     if scaled:
         value *= coefficient.astype(wide)
     return value.astype(dtype)

@@ -28,7 +28,7 @@ _KINDS = ((".safetensors",), _TORCH)
 _SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d+)-of-(?P<count>\d+)(?P<rest>\.\w+)")
 
 
-class Place(NamedTuple):
+class TensorLocation(NamedTuple):
     """One name of a tensor in one file."""
 
     file: TensorFile
@@ -51,7 +51,7 @@ class Source:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.files, problems = _open(paths)
         self.ignored: list[str] = []
-        self.places: dict[str, list[Place]] = {}
+        self.places: dict[str, list[TensorLocation]] = {}
         for file in self.files:
             for name in file.tensors:
                 known = canonical(name)
@@ -59,7 +59,7 @@ class Source:
                     self.ignored.append(name)
                 else:
                     places = self.places.setdefault(known, [])
-                    places.insert(0 if name == known else len(places), Place(file, name))
+                    places.insert(0 if name == known else len(places), TensorLocation(file, name))
         refuse_all(problems, f"{', '.join(map(str, paths))} is not whole:")
         self.step = next((file.step for file in self.files if file.step is not None), None)
         self.config = next((file.config for file in self.files if file.config is not None), None)
@@ -85,7 +85,7 @@ class Source:
                 if (problem := _difference(first, other))]
 
 
-def _difference(a: Place, b: Place) -> str | None:
+def _difference(a: TensorLocation, b: TensorLocation) -> str | None:
     if a.info != b.info:
         return f"one is {a.info}, the other {b.info}"
     return None if same_bytes(a.read(), b.read()) else "their values differ"

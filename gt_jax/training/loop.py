@@ -176,10 +176,10 @@ def _train_run(
     state, lineage, position = _start(config, trainer, steps, rules, text)
     stream = group.agree(lambda: text.train(position))
     if not resume:  # all that can be refused has been: from here on the directory is a run
-        group.agree(lambda: checkpoint.prepare_parent(_locked(run)) if group.first else None)
+        group.on_first(lambda: checkpoint.prepare_parent(_locked(run)))
         _lock(stack, run)
         group.agree(lambda: _check(run, config, resume))  # another job may have begun it meanwhile
-        group.agree(lambda: _mark(run, config) if group.first else None)
+        group.on_first(lambda: _mark(run, config))
     length, resumed = config.data.sequence_length, int(state.step) if resume else None
     recorder = Recorder(
         run / "metrics.jsonl" if group.first else None, total_steps=config.train.steps,

@@ -38,7 +38,7 @@ Batch = Mapping[str, Any]
 """`tokens`, `targets` (-1 where nothing is predicted) and `segment_ids`, int32 [b, t]."""
 
 
-def place(batch: Batch, rules: Rules) -> dict[str, Array]:
+def shard_batch(batch: Batch, rules: Rules) -> dict[str, Array]:
     """The batch on the mesh, rows with the batch axes; raises AssertionError for arrays that are not alike [b, t]."""
     chex.assert_rank(list(batch.values()), 2)
     chex.assert_equal_shape(list(batch.values()))
@@ -170,7 +170,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         now = phase(price, state.step, steps)
-        placed = place(batch, rules)
+        placed = shard_batch(batch, rules)
         (total, extra), grads = gradient(state.params, state.statistics, placed, state.price.value, now, state.step)
         statistics = extra["statistics"]
         if thaw is not None:
@@ -236,7 +236,7 @@ def make_evaluation(
     network = LanguageModel(model, rules)
 
     def evaluation(variables: Tree, batch: Batch, control: PassControl | None = None) -> tuple[Scalar, Scalar, Any]:
-        placed = place(batch, rules)
+        placed = shard_batch(batch, rules)
         passes = control or free_passes()
 
         def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Any]:

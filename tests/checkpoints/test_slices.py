@@ -1,5 +1,6 @@
 """Arrays written value by value and read slice by slice: the same values in C order, however chunks lie."""
 
+import functools
 import hashlib
 import itertools
 import math
@@ -18,8 +19,8 @@ from gt_jax.checkpoints.checkpoint import Damaged
 from gt_jax.checkpoints.folders import publish
 from gt_jax.checkpoints.slices import SliceReader, cut
 from gt_jax.checkpoints.tree_paths import flatten, nest
+from gt_jax.growth.bounded_work import BoundedExecutor, Group
 from gt_jax.growth.pipeline import pieces
-from gt_jax.growth.write_behind import Countdown, WriteBehind
 
 METADATA = {"config": {}, "kind": "random"}
 SHAPES = [(), (5,), (5, 7), (2, 20, 4, 6), (3, 1, 5), (7, 11), (1, 13, 3)]
@@ -133,16 +134,15 @@ def test_what_cannot_be_read_is_damaged(tmp_path: Path, small: None) -> None:
         SliceReader(place, {})
 
 
-def test_pieces_stay_in_a_block_and_have_few_sizes() -> None:
+def test_pieces_stay_in_a_block_and_have_a_largest_size() -> None:
     for start, count, block in ((0, 1000, 1000), (30, 500, 100), (5, 7, 3), (0, 1, 1)):
-        found = list(pieces(start, count, block, (64, 16, 4)))
+        found = list(pieces(start, count, block, 64))
         assert found[0][0] == start and found[-1][1] == start + count
-        assert all(end == begin for (_, end, _), (begin, _, _) in itertools.pairwise(found))
-        assert all(begin // block == (end - 1) // block and end - begin <= size and size in (64, 16, 4)
-                   for begin, end, size in found)
+        assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(found))
+        assert all(begin // block == (end - 1) // block and 0 < end - begin <= 64 for begin, end in found)
 
 
-def test_work_behind_is_bounded_and_its_errors_come_back() -> None:
+def test_work_is_bounded_and_its_errors_come_back() -> None:
     held, most, lock, gate = 0, 0, threading.Lock(), threading.Event()
 
     def task() -> None:
@@ -154,21 +154,53 @@ def test_work_behind_is_bounded_and_its_errors_come_back() -> None:
         with lock:
             held -= 10
 
-    with WriteBehind(25) as writer:
+    with BoundedExecutor(25, 3) as executor:
         for _ in range(20):
-            writer.submit(10, task)
-        writer.wait()
+            executor.submit(10, task)
+        executor.wait()
         assert held == 0 and 10 <= most <= 20
-        writer.submit(100, lambda: None)  # larger than the bound, alone
-        writer.submit(1, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+        executor.submit(100, lambda: None)  # larger than the bound, alone
+        executor.submit(1, lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            writer.wait()
+            executor.wait()
         with pytest.raises(ZeroDivisionError):
-            writer.submit(1, task)
-    done: list[int] = []
-    countdown = Countdown(lambda: done.append(1))
-    countdown.begin()
-    countdown.finish()
-    assert not done
-    countdown.end()
-    assert done == [1]
+            executor.submit(1, task)
+
+
+def test_a_result_that_is_kept_holds_its_bytes() -> None:
+    with BoundedExecutor(25, 1) as executor:
+        assert executor.submit(20, lambda: 7, keep=True).result() == 7
+        assert executor.fits(5) and not executor.fits(10)
+        executor.release(20)
+        assert executor.fits(10)
+
+
+def test_a_group_is_done_after_its_last_task_and_never_after_a_failure() -> None:
+    done: list[str] = []
+    gate = threading.Event()
+    with BoundedExecutor(100, 2) as one, BoundedExecutor(100, 1) as other:
+        names = ("whole", "failed", "dropped")
+        whole, failed, dropped = (Group(functools.partial(done.append, name)) for name in names)
+        one.submit(1, gate.wait, whole)
+        hashed = other.submit(1, lambda: None, whole)
+        hashed.result()
+        whole.close()
+        assert not done
+        gate.set()
+        one.wait()
+        assert done == ["whole"]
+        gate.clear()
+        one.submit(1, gate.wait)
+        one.submit(1, lambda: gate.wait() and 1 / 0, failed)
+        one.submit(1, lambda: None, dropped)
+        failed.close()
+        dropped.close()
+        gate.set()
+    assert "failed" not in done
+    gate.clear()
+    with BoundedExecutor(100, 1) as executor, pytest.raises(OSError, match="full"):
+        bad = Group(lambda: (_ for _ in ()).throw(OSError("full")))
+        executor.submit(1, gate.wait, bad)
+        bad.close()
+        gate.set()
+        executor.wait()

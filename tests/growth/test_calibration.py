@@ -17,7 +17,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.layout import parse
 from gt_jax.configs.lineage import newest
 from gt_jax.configs.model import HyperConfig, MemoryConfig
-from gt_jax.devices.sharding import Rules, mesh_for_rows, place_like
+from gt_jax.devices.sharding import Rules, make_mesh, mesh_for_rows, place_like
 from gt_jax.errors import Refused
 from gt_jax.growth import layer_states
 from gt_jax.growth.calibration import Sync, calibrate_gains, sync_points
@@ -225,7 +225,8 @@ def folder(tmp_path_factory, grown):
 
 def test_the_command_writes_a_checkpoint_that_differs_in_gains_only(folder, capsys):
     words = [str(folder / name) for name in ("source", "grown", "calibrated")]
-    assert calibrate.main([*words, "--batches", "2", "--iterations", "2", "--json"]) == 0
+    on_a_mesh = ["--fsdp", "2", "--expert", "2", "--tensor", "2"]  # all devices share the work
+    assert calibrate.main([*words, "--batches", "2", "--iterations", "2", "--json", *on_a_mesh]) == 0
     output = capsys.readouterr()
     result = json.loads(output.out)
     assert "step 2/2" in output.err and result["objective"] == "kl" and result["held_out"]["tokens"] > 0
@@ -255,3 +256,32 @@ def test_the_command_refuses_before_it_writes(folder):
     refused("--batches is 0", "source", "grown", "new", "--batches", "0")
     refused("does not exist|cannot be read|no file", "source", "grown", "new", "--text", str(folder / "no.txt"))
     assert {path.name for path in folder.iterdir()} == there
+
+
+def test_a_mesh_gives_the_gains_of_one_device(grown, recovered):
+    """Weights cut over fsdp and tensor, rows over data and fsdp: the same fit, up to the order of sums."""
+    _, child, _ = grown
+    tree = grow(perturbed(SOURCE, 0.3), PLAN, SOURCE)
+    rules, fit = Rules(), [batch(1, rows=4), batch(2, rows=4)]
+
+    def fitted():
+        variables, own = place_like(perturbed(SOURCE, 0.3), abstract(SOURCE, rules)), place_like(
+            scrambled(child, tree), abstract(child, rules))  # fmt: skip
+        return calibrate_gains(SOURCE, variables, child, own, PLAN, fit, rules, objective="kl", iterations=2,
+                               control=fixed_passes(PASSES))  # fmt: skip
+
+    with jax.set_mesh(mesh_for_rows(1)):
+        want = fitted()
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        got = fitted()
+        cut = flatten(got.variables)["params/segment0/layer0/mixer/query/w"]
+        assert len(cut.sharding.device_set) == 8 and not cut.sharding.is_fully_replicated
+    np.testing.assert_allclose(got.report["gains"]["after"], want.report["gains"]["after"], atol=2e-4)
+    np.testing.assert_allclose(got.report["loss"], want.report["loss"], rtol=1e-3, atol=1e-7)
+
+
+def test_the_command_refuses_a_mesh_that_cannot_cut_the_rows(folder):
+    words = [str(folder / name) for name in ("source", "grown", "uncut")]
+    with pytest.raises(Refused, match=r"batch \(rows that run together\)"):
+        calibrate.main([*words, "--batches", "1", "--fsdp", "8"])
+    assert not (folder / "uncut").exists()

@@ -1,4 +1,4 @@
-"""The noise by position against the library's own generator, and the scan for values that are not finite."""
+"""The noise by position against numpy's own generator, and the scan for values that are not finite."""
 
 import jax
 import jax.numpy as jnp
@@ -6,53 +6,64 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gt_jax.growth import noise
+from gt_jax.growth import noise, noise_on_devices, slices_on_host
 from gt_jax.growth.finite_check import first_not_finite
+from gt_jax.growth.transform import Leaf, Part, grow_slice
 
 
 @pytest.fixture(scope="module")
 def bits():
-    return jax.jit(noise.random_bits)
+    return jax.jit(noise_on_devices.random_bits)
 
 
-def test_bits_are_the_librarys_at_any_position(bits):
-    """`jax.random.bits` draws a whole block; ours any part of it, with positions up to 2^32."""
-    key = jax.random.key(7, impl="threefry2x32")
-    with jax.threefry_partitionable(True):
-        whole = jax.random.bits(key, (4096,), jnp.uint32)
-    data = jax.random.key_data(key)
-    np.testing.assert_array_equal(bits(data, jnp.arange(4096, dtype=jnp.uint32)), whole)
-    far = np.arange(2**32 - 4096, 2**32, dtype=np.uint32)
-    last = bits(data, jnp.asarray(far))[-3:]
-    np.testing.assert_array_equal(last, [threefry(data, int(position)) for position in far[-3:]])
+def numpys(key, block):
+    """The 256 bits of a block, straight from the generator: eight positions."""
+    philox = np.random.Philox(key=key, counter=block)
+    return philox.random_raw(4).astype("<u8").view("<u4")
 
 
-def threefry(key, position):
-    """Threefry-2x32 in Python's integers, from the paper's definition; both words xored."""
-    k = [int(key[0]), int(key[1])]
-    k.append(k[0] ^ k[1] ^ 0x1BD11BDA)
-    a, b = k[0], (position + k[1]) % 2**32
-    rotations = [13, 15, 26, 6, 17, 29, 16, 24]
-    for turn in range(20):
-        a = (a + b) % 2**32
-        r = rotations[turn % 8]
-        b = ((b << r) | (b >> (32 - r))) % 2**32 ^ a
-        if turn % 4 == 3:
-            block = turn // 4 + 1
-            a, b = (a + k[block % 3]) % 2**32, (b + k[(block + 1) % 3] + block) % 2**32
-    return a ^ b
+@pytest.mark.parametrize("start", [0, 5, 2**31 - 30, 2**32 - 64])
+def test_devices_make_the_bits_of_numpys_generator_at_any_position(bits, start):
+    rng = np.random.default_rng(start)
+    for key in (*rng.integers(0, 2**64 - 1, (4, 2), np.uint64, endpoint=True), np.uint64([0, 2**64 - 1])):
+        where = np.arange(start, start + 64)
+        want = [numpys(key, position // 8)[position % 8] for position in where]
+        np.testing.assert_array_equal(noise.random_bits(key, start, 64), want)
+        np.testing.assert_array_equal(bits(noise_on_devices.limbs(key), where.astype(np.uint32)), want)
+
+
+def test_bits_do_not_depend_on_where_a_piece_begins():
+    key = noise.key_of(2**32 - 1, "mixer/query/w", 70)
+    whole = noise.random_bits(key, 0, 100)
+    for start, stop in ((0, 1), (1, 2), (3, 100), (7, 9), (8, 16), (99, 100)):
+        np.testing.assert_array_equal(noise.random_bits(key, start, stop - start), whole[start:stop])
+    long = noise.at(key, 3, noise.PIECE + 50, noise.step(1e-4))
+    np.testing.assert_array_equal(long[-60:], noise.at(key, noise.PIECE - 7, 60, noise.step(1e-4)))
+
+
+@pytest.mark.parametrize(("source", "dtype"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16",) * 2])
+def test_numpy_and_a_compiled_program_grow_the_same_bytes(source, dtype):
+    dtype, source = (np.dtype(getattr(ml_dtypes, name, name)) for name in (dtype, source))
+    values = (np.random.default_rng(0).normal(size=5000) * 0.02).astype(source)
+    part = Part("params/segment0/layer0/mlp/up/w", 0, 0.6180339, 3)
+    leaf = Leaf(part.source, "scaled", (part,), (1, 5013), dtype, (1, 5013))
+    for carry, std in (("weights", 1e-4), ("weights", 0.0), ("gain", 0.0)):
+        options = {"carry": carry, "noise_std": std, "seed": 11}
+        got, want = (grow(leaf, 0, values, 13, **options) for grow in (slices_on_host.grow_slice, grow_slice))
+        assert got.dtype == want.dtype == dtype
+        np.testing.assert_array_equal(got.view(np.uint8), np.asarray(want).view(np.uint8))
 
 
 def test_positions_are_row_major():
     shape = (3, 4, 5)
-    found = noise.positions(shape, jax.typeof(jnp.zeros(shape)).sharding)
+    found = noise_on_devices.positions(shape, jax.typeof(jnp.zeros(shape)).sharding)
     np.testing.assert_array_equal(found, np.arange(60).reshape(shape))
 
 
 def test_the_noise_is_exact_in_float32():
     """An integer of 10 bits times a step of 14 bits: the float32 product is the exact one."""
-    key, step = noise.key_data(3, "mixer/query/w", 5), noise.step(1e-4)
-    found = np.asarray(noise.at(key, jnp.arange(2**13, dtype=jnp.uint32), step))
+    key, step = noise.key_of(3, "mixer/query/w", 5), noise.step(1e-4)
+    found = noise.at(key, 0, 2**13, step)
     whole = found.astype(np.float64) / float(step)
     np.testing.assert_array_equal(whole, np.round(whole))
     np.testing.assert_allclose(found.std(), 1e-4, rtol=0.03)

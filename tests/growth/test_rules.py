@@ -31,7 +31,7 @@ def test_layer_tensors(names, rule):
 
 def test_tensors_of_the_whole_model_and_statistics():
     for path in ("params/embedding/table", "params/final_norm/scale", "params/unembedding/w"):
-        assert rules.rule(path) == "global" and rules.place(path) is None
+        assert rules.rule(path) == "global" and rules.stacked_path(path) is None
     assert rules.rule("statistics/segment0/layer3/mixer/variance_ema") == "statistics"
 
 
@@ -48,7 +48,7 @@ def test_every_tensor_of_the_model_has_a_rule_and_a_place():
     paths = flatten(language_model.abstract(presets.tiny()))
     assert [path for path in paths if rules.rule(path) is None] == []
     for path in paths:
-        place = rules.place(path)
+        place = rules.stacked_path(path)
         assert (place is None) == (rules.rule(path) == "global")
         assert place is None or str(place) == path
 

@@ -80,7 +80,8 @@ def held_by(text: Text, tables: dict[str, np.ndarray], truth: dict[str, float]) 
     sizes = sums_by_unit(np.ones(len(units)), units)
     limits = [ratio_interval(sums_by_unit(table[tokens[counted], targets[counted]], units), sizes)
               for table in tables.values()]  # fmt: skip
-    return [bool(one.low <= true <= one.high) for one, true in zip(limits, truth.values(), strict=True)]
+    return [one.low is None or bool(one.low <= true <= one.high)
+            for one, true in zip(limits, truth.values(), strict=True)]  # fmt: skip
 
 
 def test_of_units_of_one_size_it_is_the_t_interval():

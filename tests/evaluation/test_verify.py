@@ -280,7 +280,7 @@ def test_what_is_said_of_a_singular_value_is_true_of_hard_spectra(name, values, 
         for _ in range(20):
             u = np.asarray(function(jnp.asarray(v, jnp.float32)))
             v = np.asarray(jax.vjp(function, x)[1](jnp.asarray(u))[0])
-            v /= np.linalg.norm(v)
+            v = v / np.linalg.norm(v)
         assert np.linalg.norm(function(jnp.asarray(v, jnp.float32))) < float(found.value[0])
 
 

@@ -127,7 +127,7 @@ def test_the_source_is_shown_as_it_runs_of_itself_and_with_fixed_passes(grown):
     By hand: the mean over tokens of alpha w |Delta|/|h|, of the first layer, whose passes start from known states.
     """
     _, child, _ = grown
-    source = perturbed(SOURCE)
+    source = place_like(perturbed(SOURCE), abstract(SOURCE))
     result = compared(SOURCE, source, CHILD, child, PLAN)
     assert result["source_loss"] != pytest.approx(result["source_fixed_loss"], abs=1e-3)
     free, fixed, own = ([layer[name] for layer in result["layers"]]

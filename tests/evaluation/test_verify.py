@@ -426,7 +426,8 @@ def test_the_command_reports_draws_and_repeats_itself(pair, capsys):
     assert all(one["jacobian"] == pytest.approx(one["source_jacobian"], rel=1e-4) for one in result["layers"])
     lines = "\n".join(report_lines(result)).splitlines()
     assert run(capsys, pair / "source", pair / "child").splitlines() == lines
-    assert f"gap {100 * result['gap']:+.2f} % ({result['verdict']}" in "\n".join(lines)
+    said = "\n".join(lines)
+    assert f"gap {100 * result['gap']:+.2f} %" in said and f"({result['verdict']}; below" in said
     assert all(name in lines[-6] for name in ("|dh|/|h|", "singular v.", "entropy", "KL", "nulls"))
     assert "0, pass 1" in lines[-4] and "1, pass 2" in lines[-1]
 

@@ -5,7 +5,8 @@
     python -m gt_jax.evaluate runs/a --text story.txt --passes counts.json --json
 
 - Nats a token, bits per byte (for any tokenizer, see evaluation.scoring) and perplexity, each with its 95 % interval
-  (evaluation.confidence_intervals), over documents where enough of them are scored, else over stretches of rows.
+  (evaluation.confidence_intervals), over documents, or over places where several are of one document.
+- The rows lie evenly over the whole held-out part (evaluation.held_out_rows), so that few rows are of many documents.
 - Several checkpoints are run on the same rows; the others are compared with the first in pairs, row by row, so that a
   difference far smaller than the intervals of the two can be certain.
 - The text is the held-out part of the one that the first checkpoint was trained on, or of the one that is named.
@@ -38,8 +39,9 @@ def report_lines(result: Mapping[str, Any]) -> list[str]:
         f"scored: {result['rows']:,} rows, {result['tokens']:,} tokens, which stand for {result['bytes']:,} bytes and "
         f"{result['ends']:,} ends of documents",
         f"intervals: {100 * result['confidence']:g} %, over {units['count']} {units['kind']}"
-        f"{'es' if units['kind'] == 'stretch' else 's'}"
-        + (" of rows: how far this text varies, not how other texts would" if units["kind"] == "stretch" else ""),
+        + "s" * (units["count"] != 1)
+        + (" of its text: how far this text varies, not how other texts would" if units["kind"] == "place" else "")
+        + (": none, that is too few, or one of them is nearly all" if _without_limits(result) else ""),
         "",
         table([[one["checkpoint"], one["step"], "free" if one["passes"] is None else _listed(one["passes"]),
                 *(_shown(one[name], digits) for name, digits in FIGURES)] for one in result["models"]],
@@ -50,6 +52,10 @@ def report_lines(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"{one['checkpoint']} against {one['against']}: {by_token} nats a token, {by_byte} bits per byte: "
                      f"{one['verdict']}")  # fmt: skip
     return lines
+
+
+def _without_limits(result: Mapping[str, Any]) -> bool:
+    return result["models"][0]["nats_per_token"]["low"] is None
 
 
 FIGURES = (("nats_per_token", 4), ("bits_per_byte", 4), ("perplexity", 3))

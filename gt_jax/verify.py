@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--jacobian-rows", type=int, metavar="N",
                    help="rows of text for the singular values of the layers (as few as the mesh can cut, 1 on one "
                    "device); 0 leaves them out")  # fmt: skip
-    p.add_argument("--jacobian-iterations", type=int, default=20, metavar="N", help="of the power iteration (20)")
+    p.add_argument("--jacobian-iterations", type=int, default=20, metavar="N", help="of Lanczos' iteration (20)")
     p.add_argument("--curve", type=int, default=0, metavar="STEPS",
                    help="train the target so many steps more, in memory, and report the losses")  # fmt: skip
     p.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the figures by layer")

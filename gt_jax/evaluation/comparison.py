@@ -1,8 +1,11 @@
 """Two models on the same batches: their predictions, and layer by layer how each moves, routes and stretches its state.
 
-- A layer of the target stands beside the pass of the source that the growth plan says it stands for, as that pass runs
-  with the source's passes fixed at k_exec. Without a plan the target's figures stand alone.
-- |dh|/|h| is of the update as it is added to the stream, gain and strength included, a mean over real tokens.
+- A layer of the target stands beside the pass of the source that the growth plan says it stands for, as the source runs
+  it of itself: a token adds w_k alpha_k Delta, and nothing in a pass that it does not run. That is what the coefficient
+  alpha_k times survival is the mean of. Without a plan the target's figures stand alone.
+- |dh|/|h| is of the update as it is added to the stream, gain, strength and weight included, a mean over real tokens.
+  It is also given with the source's passes fixed at k_exec, each at full alpha_k: what an exact growth by the
+  coefficient alpha_k alone is equal to.
 - Router figures are of the probabilities over all slots, null experts included: entropy over log of the slots,
   KL(source || target), the share of picks that are null.
 - Of a target that is itself adaptive, the figures by layer are of its first passes.
@@ -18,39 +21,32 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, global_batch
 from gt_jax.errors import Refused
-from gt_jax.evaluation.intermediates import Intermediates, forward_with_intermediates
-from gt_jax.evaluation.singular_values import Step, layer_singular_values
+from gt_jax.evaluation.held_out_rows import HeldOutRows
+from gt_jax.evaluation.intermediates import Intermediates, hidden_rows, hidden_with_intermediates
+from gt_jax.evaluation.predictions import (
+    Agreement,
+    Predictor,
+    agreement_in_pieces,
+    relative_entropy,
+    summary,
+    sums_by_unit,
+)
+from gt_jax.evaluation.singular_values import PROBABILITY, Step, layer_singular_values
 from gt_jax.growth.layer_states import gains_of
 from gt_jax.growth.plan import Plan
 from gt_jax.models.language_model import LanguageModel, fixed_passes, free_passes
-from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.stack import coefficients
-from gt_jax.models.memory_chunks import forward_rows
-from gt_jax.training.loss import cross_entropy
 from gt_jax.training.step import Batch, shard_batch
 from gt_jax.typing import PerToken, Tree
 
-GOOD, USABLE, COSINE = 0.03, 0.10, 0.995
 Pass = tuple[int, int]
 """A layer of the source and one of its passes, both from 0."""
-
-
-class Agreement(NamedTuple):
-    """Sums over the counted positions, in nats where they are losses; no fixed loss where no passes were fixed."""
-
-    source_loss: Array
-    source_fixed_loss: Array | None
-    target_loss: Array
-    kl: Array
-    same_top1: Array
-    cosine: Array
-    tokens: Array
 
 
 class Routing(NamedTuple):
@@ -61,48 +57,19 @@ class Routing(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What batches add up to. Ratios are times the number of real tokens; routing is None for a dense MLP.
+    """What batches add up to. Ratios and weights are times the number of real tokens; routing is None for a dense MLP.
 
     `source_routing` and `router_kl` are by target layer that stands for a pass, in order.
     """
 
-    agreement: Agreement
     real: Array
-    source_ratio: Float[Array, "l p"] | None
+    source_ratio: Float[Array, "l p"]
+    source_weight: Float[Array, "l p"]
+    source_fixed_ratio: Float[Array, "l p"] | None
     target_ratio: Float[Array, "l"]
     source_routing: Routing | None
     target_routing: Routing | None
     router_kl: Float[Array, "l"] | None
-
-
-def agreement(
-    source: Float[Array, "b t v"],
-    fixed: Float[Array, "b t v"] | None,
-    target: Float[Array, "b t v"],
-    targets: Int[Array, "b t"],
-) -> Agreement:
-    """Losses, KL(source || target), equality of the most likely token and cosine of centred logits, summed."""
-    counted = targets >= 0
-    source_loss, count = cross_entropy(source, targets)
-    fixed_loss = None if fixed is None else cross_entropy(fixed, targets)[0]
-    target_loss, _ = cross_entropy(target, targets)
-    kl = relative_entropy(source, target)
-    same = jnp.argmax(source, axis=-1) == jnp.argmax(target, axis=-1)
-    a = source - jnp.mean(source, axis=-1, keepdims=True)
-    b = target - jnp.mean(target, axis=-1, keepdims=True)
-    norms = jnp.sqrt(jnp.sum(a * a, axis=-1) * jnp.sum(b * b, axis=-1))
-    cosine = jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-30)
-
-    def total(x: Array) -> Array:
-        return jnp.sum(jnp.where(counted, x.astype(jnp.float32), 0.0))
-
-    return Agreement(source_loss, fixed_loss, target_loss, total(kl), total(same), total(cosine), count)
-
-
-def relative_entropy(p: Float[Array, "*c s"], q: Float[Array, "*c s"]) -> Float[Array, "*c"]:
-    """KL(softmax p || softmax q) over the last axis, nats."""
-    log_p, log_q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def routing(slots: Float[Array, "l b t s"], experts: int, top_k: int, real: PerToken) -> Routing:
@@ -127,8 +94,8 @@ def passes_stood_for(plan: Plan, source: ModelConfig) -> dict[int, Pass]:
 @functools.lru_cache(maxsize=8)
 def make_comparison(
     source: ModelConfig, target: ModelConfig, plan: Plan | None, rules: Rules, rows: int = 0
-) -> Callable[[Tree, Tree, Batch], tuple[Totals, Intermediates | None, Intermediates | None]]:
-    """The jitted compare(source variables, target variables, batch) -> (totals, source inside, target inside).
+) -> Callable[[Tree, Tree, Batch], tuple[Agreement, Totals, Intermediates | None, Intermediates | None]]:
+    """The jitted compare(source variables, target variables, batch) -> (by token, totals, source and target inside).
 
     The last two show the states of the first `rows` rows; None where nothing of them is needed. The same arguments give
     the same compiled function: an experiment with several seeds compiles once.
@@ -136,28 +103,28 @@ def make_comparison(
     shallow, deep = LanguageModel(source, rules), LanguageModel(target, rules)
     stood = {} if plan is None else passes_stood_for(plan, source)
 
-    def run(network: LanguageModel, variables: Tree, batch: Batch, control: PassControl) -> tuple[Array, Array, Any]:
-        tokens = (batch["tokens"], batch["segment_ids"])
+    def run(network: LanguageModel, variables: Tree, ids: tuple[Array, Array], looked: bool) -> tuple[Any, Any, Any]:
         config = network.config
-        if config.exit is not None or (config.moe is None and not rows):
-            logits, passes = forward_rows(network, variables, *tokens, control)
-            return logits, passes.delta_ratio, None
-        logits, passes, inside = forward_with_intermediates(network, variables, *tokens, control, rows)
-        return logits, passes.delta_ratio, inside
+        if not looked or config.exit is not None or (config.moe is None and not rows):
+            return *hidden_rows(network, variables, *ids, free_passes()), None
+        return hidden_with_intermediates(network, variables, *ids, free_passes(), rows)
 
-    def compare(source_variables: Tree, target_variables: Tree, batch: Batch) -> tuple[Totals, Any, Any]:
+    def compare(source_variables: Tree, target_variables: Tree, batch: Batch) -> tuple[Agreement, Totals, Any, Any]:
         batch = shard_batch(batch, rules)
+        ids = batch["tokens"], batch["segment_ids"]
         real = real_tokens(batch["segment_ids"])
         count = jnp.sum(real)
-        free, _ = forward_rows(shallow, source_variables, batch["tokens"], batch["segment_ids"], free_passes())
-        fixed, source_ratio, before = None, None, None
+        free, ran, before = run(shallow, source_variables, ids, plan is not None)
+        fixed, fixed_ratio = None, None
         if plan is not None:
-            fixed, source_ratio, before = run(shallow, source_variables, batch, fixed_passes(_fixed(source, plan)))
-            source_ratio = source_ratio * count
-        grown, target_ratio, after = run(deep, target_variables, batch, free_passes())
-        totals = Totals(agreement(free, fixed, grown, batch["targets"]), count, source_ratio,
-                        target_ratio[:, 0] * count, *_routings(source, target, before, after, stood, real))  # fmt: skip
-        return totals, before, after
+            fixed, forced = hidden_rows(shallow, source_variables, *ids, fixed_passes(_fixed(source, plan)))
+            fixed_ratio = forced.update_ratio * count
+        grown, moved, after = run(deep, target_variables, ids, True)
+        sides = (Predictor(shallow, source_variables, free), fixed, Predictor(deep, target_variables, grown))
+        totals = Totals(count, ran.update_ratio * count, ran.survival * count, fixed_ratio,
+                        moved.delta_ratio[:, 0] * count,
+                        *_routings(source, target, before, after, stood, real))  # fmt: skip
+        return agreement_in_pieces(*sides, batch["targets"], rules), totals, before, after
 
     return jax.jit(compare)
 
@@ -187,7 +154,7 @@ def _routings(
 
 def compare_models(
     source: ModelConfig, source_variables: Tree, target: ModelConfig, target_variables: Tree, plan: Plan | None,
-    batches: Sequence[Batch], rules: Rules, *, jacobian_rows: int = 0, jacobian_iterations: int = 20, seed: int = 0,
+    rows: HeldOutRows, rules: Rules, *, jacobian_rows: int = 0, jacobian_iterations: int = 20, seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """All figures of `verify` for two models in memory, as JSON values; `plan` None for a target not grown from source.
@@ -195,22 +162,27 @@ def compare_models(
     Losses and KL in nats a token. The Jacobians are at the states of the first `jacobian_rows` rows of the first batch;
     0 leaves them out. Raises `Refused` for rows that the batches, or the mesh, do not have.
     """
-    _check_rows(batches, rules, jacobian_rows, jacobian_iterations)
+    _check_rows(rows.batches, rules, jacobian_rows, jacobian_iterations)
     compare = make_comparison(source, target, plan, rules, jacobian_rows)
-    sums, shown = None, None
-    for number, batch in enumerate(batches, 1):
-        say(f"batch {number}/{len(batches)}")
-        one, *inside = compare(source_variables, target_variables, global_batch(dict(batch), rules))
-        shown = shown or inside
+    units = 1 + max(int(one.max()) for one in rows.units)
+    figures, sums, shown = None, None, None
+    # The first batch last, and nothing kept of the others: the states of one batch are on the devices at a time.
+    for number, index in enumerate([*range(1, len(rows.batches)), 0], 1):
+        say(f"batch {number}/{len(rows.batches)}")
+        shown = None
+        batch = global_batch(dict(rows.batches[index]), rules)
+        by_token, one, *shown = compare(source_variables, target_variables, batch)
+        more = sums_by_unit(jax.device_get(by_token), rows.units[index], units)
         wide = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(one))
+        figures = more if figures is None else figures + more
         sums = wide if sums is None else jax.tree.map(np.add, sums, wide)
-    assert sums is not None and shown is not None
+    assert sums is not None and shown is not None and figures is not None
     spectra, stretches = _stretches(
-        (source, source_variables, shown[0]), (target, target_variables, shown[1]), plan, batches[0], rules,
+        (source, source_variables, shown[0]), (target, target_variables, shown[1]), plan, sums, rows.batches[0], rules,
         (jacobian_rows, jacobian_iterations, seed), say,
     )  # fmt: skip
     return {
-        **_predictions(sums.agreement),
+        **summary(figures, rows.kind),
         "jacobian": spectra,
         "layers": _layers(source, source_variables, target, target_variables, plan, sums, stretches),
         "notes": _notes(target, jacobian_rows),
@@ -229,16 +201,6 @@ def _check_rows(batches: Sequence[Batch], rules: Rules, rows: int, iterations: i
         raise Refused(f"--jacobian-iterations is {iterations}; at least 2 are needed to see how far they have come")
 
 
-def _predictions(sums: Agreement) -> dict[str, Any]:
-    """Means over tokens, the gap of the loss, and what the thresholds say of gap and cosine."""
-    count = max(float(sums.tokens), 1.0)
-    mean = {name: None if value is None else float(value) / count for name, value in sums._asdict().items()}
-    gap = mean["target_loss"] / mean["source_loss"] - 1 if mean["source_loss"] else math.nan  # type: ignore[operator]
-    verdict = "good" if gap < GOOD else "usable" if gap < USABLE else "poor"
-    cosine = "good" if mean["cosine"] > COSINE else "below"  # type: ignore[operator]
-    return {**mean, "tokens": int(count), "gap": gap, "verdict": verdict, "cosine_verdict": cosine}
-
-
 def _notes(target: ModelConfig, rows: int) -> list[str]:
     if target.exit is None or (target.moe is None and not rows):
         return []
@@ -249,8 +211,8 @@ Side = tuple[ModelConfig, Tree, Intermediates | None]
 
 
 def _stretches(
-    source: Side, target: Side, plan: Plan | None, batch: Batch, rules: Rules, options: tuple[int, int, int],
-    say: Callable[[str], None],
+    source: Side, target: Side, plan: Plan | None, sums: Totals, batch: Batch, rules: Rules,
+    options: tuple[int, int, int], say: Callable[[str], None],
 ) -> tuple[dict[str, Any] | None, tuple[dict[Pass, float], dict[Pass, float]]]:  # fmt: skip
     """How the singular values were found, and the values by (layer, pass) of source and target."""
     rows, iterations, seed = options
@@ -262,31 +224,39 @@ def _stretches(
     if not any(wanted):
         return None, ({}, {})
     values: list[dict[Pass, float]] = []
-    changes = [0.0]
-    for (config, variables, inside), passes in zip((source, target), wanted, strict=True):
+    distances, factor = [0.0], 1.0
+    weights = np.asarray(sums.source_weight) / max(float(sums.real), 1.0)
+    for (config, variables, inside), passes, weight in zip((source, target), wanted, (weights, None), strict=True):
         if inside is None or not passes:
             values.append({})
             continue
         strength = strengths(config, variables)
-        steps = [Step(layer, index, strength[layer][index]) for layer, index in passes]
+        steps = [Step(layer, index, strength[layer][index] * (1.0 if weight is None else float(weight[layer, index])))
+                 for layer, index in passes]  # fmt: skip
         segment_ids = jnp.asarray(batch["segment_ids"][:rows, : inside.states.shape[3]])
         found = layer_singular_values(config, variables, inside, segment_ids, steps, rules=rules, iterations=iterations,
                                 seed=seed, say=say)  # fmt: skip
         values.append({at: float(np.max(one.value)) for at, one in zip(passes, found, strict=True)})
-        changes += [float(np.max(one.change)) for one in found]
+        distances += [float(np.max(one.distance)) for one in found]
+        factor = max(factor, *(float(np.max(one.factor)) for one in found))
     how = {"rows": rows, "tokens": segment_ids.shape[1], "iterations": iterations, "seed": seed,
-           "relative_change": max(changes)}  # fmt: skip
+           "distance": max(distances), "at_most_times": factor, "probability": PROBABILITY}  # fmt: skip
     return how, (values[0], values[1])
 
 
 def strengths(config: ModelConfig, variables: Tree) -> list[list[float]]:
     """By layer and pass the factor of Delta: gain, times alpha of the pass, times the midpoint stack's own step."""
     alpha = (1.0,) if config.adaptive is None else config.adaptive.alpha
-    depth = len(config.depth)
-    midpoint = config.stack.kind == "midpoint"
-    own = coefficients(depth, config.stack.mixing, config.stack.step).delta if midpoint else np.ones(depth)
     gains = gains_of(config, variables).tolist()
-    return [[gain * float(step) * strength for strength in alpha] for gain, step in zip(gains, own, strict=True)]
+    return [[gain * step * strength for strength in alpha] for gain, step in zip(gains, own_steps(config), strict=True)]
+
+
+def own_steps(config: ModelConfig) -> list[float]:
+    """By layer the factor that the stack itself has for Delta: 1 but in the midpoint stack."""
+    depth = len(config.depth)
+    if config.stack.kind != "midpoint":
+        return [1.0] * depth
+    return [float(step) for step in coefficients(depth, config.stack.mixing, config.stack.step).delta]
 
 
 def _layers(
@@ -297,24 +267,25 @@ def _layers(
     real = max(float(sums.real), 1.0)
     stood = {} if plan is None else passes_stood_for(plan, source)
     place_of = {target: place for place, target in enumerate(stood)}
-    after = strengths(target, target_variables)
-    before = strengths(source, source_variables) if stood else []
+    after, step = strengths(target, target_variables), own_steps(source)
 
     def mean(values: Any, place: int | None) -> float | None:
         return None if values is None or place is None else float(values[place]) / real
+
+    def of_pass(ratios: Any, at: Pass | None) -> float | None:
+        return None if ratios is None or at is None else float(step[at[0]] * ratios[at]) / real
 
     layers = []
     for layer, kind in enumerate(target.depth.types):
         entry, at, place = None if plan is None else plan.entries[layer], stood.get(layer), place_of.get(layer)
         own, beside = sums.target_routing, sums.source_routing
-        ratio = None
-        if at is not None and sums.source_ratio is not None:
-            ratio = before[at[0]][at[1]] * float(sums.source_ratio[at]) / real
         layers.append({
             "target": layer, "type": kind,
             "source": None if entry is None else entry.source, "copy": None if entry is None else entry.copy,
             "coefficient": None if entry is None else entry.coefficient,
-            "delta_ratio": after[layer][0] * float(sums.target_ratio[layer]) / real, "source_delta_ratio": ratio,
+            "delta_ratio": after[layer][0] * float(sums.target_ratio[layer]) / real,
+            "source_delta_ratio": of_pass(sums.source_ratio, at),
+            "source_fixed_delta_ratio": of_pass(sums.source_fixed_ratio, at),
             "jacobian": stretches[1].get((layer, 0)), "source_jacobian": None if at is None else stretches[0].get(at),
             "router_entropy": mean(own and own.entropy, layer),
             "source_router_entropy": mean(beside and beside.entropy, place),

@@ -9,20 +9,25 @@ independent: the tokens of one document are alike. With R_i the ratio without un
 - It needs no seed and no distribution, it is the t-interval of the mean where all x are the same, and where one unit
   is much of the text it is wide, while percentiles of a bootstrap are then too narrow.
 - Two models on the same units: the difference of their sums is such a ratio itself, and its interval is the paired one.
-- In simulations (its test makes them) 95 % intervals hold the truth in 94 to 96 % of 4000 cases with 5, 10 and 30
-  documents of very different lengths; those that take the tokens for independent in 26 %.
+- Below `FEWEST_UNITS` units, or where one of them is nearly all there is (m < 1), nothing bounds what another would
+  have said: there are no limits then, and a verdict says so.
+- Its test makes simulations, and draws held-out parts from real text again and again: 95 % intervals hold the truth in
+  93 to 97 % of them, with 5 to 50 units; those that take the tokens for independent in 26 %.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+FEWEST_UNITS = 4
+
 
 class Interval(NamedTuple):
-    """An estimate between its confidence limits, which are None where one unit is all there is."""
+    """An estimate between its confidence limits, which are None where there are too few units for any."""
 
     value: float
     low: float | None
@@ -32,26 +37,36 @@ class Interval(NamedTuple):
         """The three by name."""
         return self._asdict()
 
+    def sign(self) -> int | None:
+        """1 above zero and -1 below, both limits; 0 where zero is between them, None where there are none."""
+        if self.low is None or self.high is None:
+            return None
+        return (self.low > 0) - (self.high < 0)
+
+    def between(self, limits: Sequence[float]) -> tuple[int, int] | None:
+        """First and last of the classes, cut at ascending `limits`, that the interval reaches; None as above."""
+        if self.low is None or self.high is None:
+            return None
+        first, last = np.searchsorted(np.asarray(limits), [self.low, self.high], side="right").tolist()
+        return first, last
+
 
 def ratio_interval(
     numerators: Float[np.ndarray, "units"], denominators: Float[np.ndarray, "units"], confidence: float = 0.95
 ) -> Interval:
-    """sum of numerators over sum of denominators, with its limits; raises ValueError where the second sum is not > 0.
-
-    A unit without which nothing would be left to divide by leaves no limits.
-    """
+    """Sum of numerators over sum of denominators, with limits; raises ValueError where the second sum is not > 0."""
     total, size = float(np.sum(numerators)), float(np.sum(denominators))
     if not size > 0:
         raise ValueError(f"denominators sum to {size}; a ratio needs a positive sum")
+    freedom = size**2 / float(np.sum(np.square(denominators))) - 1
     rest, count = size - denominators, len(numerators)
-    if count < 2 or not (rest > 0).all():
+    if count < FEWEST_UNITS or freedom < 1 or not (rest > 0).all():
         return Interval(total / size, None, None)
     without = (total - numerators) / rest
     error = np.sqrt((count - 1) / count * np.sum(np.square(without - np.mean(without))))
     # Imported here: a third of a second that only who asks for an interval should pay.
     from scipy.special import stdtrit
 
-    freedom = size**2 / np.sum(np.square(denominators)) - 1
     reach = float(stdtrit(freedom, 0.5 + confidence / 2) * error)
     return Interval(total / size, total / size - reach, total / size + reach)
 

@@ -1,6 +1,7 @@
 """How well checkpoints predict held-out text: nats a token, bits per byte, perplexity, with intervals and differences.
 
-All see the same rows; intervals are over documents where enough of them are scored, else over stretches of rows.
+All see the same rows, spread over the whole held-out part; intervals are over its documents, or its places where
+several are of one document (`evaluation.held_out_rows`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import Rules, mesh_for_rows
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.evaluation.confidence_intervals import Interval, ratio_interval, sums_by_unit
+from gt_jax.evaluation.confidence_intervals import FEWEST_UNITS, Interval, ratio_interval, sums_by_unit
+from gt_jax.evaluation.held_out_rows import held_out_rows
 from gt_jax.evaluation.loading import HELD_OUT_BATCHES, data_config, names_text, text_note
 from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
 from gt_jax.evaluation.pairs import incomparable
-from gt_jax.evaluation.scoring import Units, byte_lengths, score, targets_of, units_of
+from gt_jax.evaluation.scoring import byte_lengths, score, targets_of
 from gt_jax.models.language_model import fixed_passes, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.text.batches import Text, open_text
@@ -39,9 +41,10 @@ Say = Callable[[str], None]
 
 
 class Covered(NamedTuple):
-    """What was scored: by unit the tokens and the bytes that they stand for; the units themselves; counts."""
+    """What was scored: by unit the tokens and the bytes that they stand for; each token's unit; counts."""
 
-    units: Units
+    kind: str
+    units: Any
     tokens: Any
     bytes: Any
     ends: int
@@ -67,20 +70,21 @@ def evaluate_checkpoints(
     group = group or ProcessGroup()
     opened, tokenizer, text = group.agree(lambda: _open(sources, named, batches, passes, mesh))
     first = opened[0]
-    rows = text.held_out(batches)
-    covered = _covered(units_of(text, rows, tokenizer.end_of_document), targets_of(rows), tokenizer)
+    held_out = held_out_rows(text, batches)
+    rows = held_out.batches
+    covered = _covered(held_out.kind, held_out.scored_units(), targets_of(rows), tokenizer)
     sums = []
     with jax.set_mesh(mesh or mesh_for_rows(text.config.batch_size)):
         for one in opened:
             say(f"{one.path}: {len(rows)} batches")
             control = _control(one.config, passes)
             nats = score(one.config, one.load(), rows, control, Rules())
-            sums.append(sums_by_unit(nats, covered.units.number))
+            sums.append(sums_by_unit(nats, covered.units))
     return {
         "text": text.summary(),
         "rows": int(sum((batch["targets"] >= 0).any(axis=1).sum() for batch in rows)),
         "tokens": int(covered.tokens.sum()), "bytes": int(covered.bytes.sum()), "ends": covered.ends,
-        "confidence": CONFIDENCE, "units": {"kind": covered.units.kind, "count": len(covered.tokens)},
+        "confidence": CONFIDENCE, "units": {"kind": covered.kind, "count": len(covered.tokens)},
         "notes": _notes(opened, text, named),
         "models": [_figures(one, nats, covered, passes) for one, nats in zip(opened, sums, strict=True)],
         "differences": [_difference(first, one, nats - sums[0], covered)
@@ -137,11 +141,11 @@ def _control(config: ModelConfig, passes: Passes) -> PassControl:
     return fixed_passes(passes[0] if len(passes) == 1 else passes)
 
 
-def _covered(units: Units, targets: Any, tokenizer: Tokenizer) -> Covered:
+def _covered(kind: str, units: Any, targets: Any, tokenizer: Tokenizer) -> Covered:
     stands_for = byte_lengths(tokenizer)[targets].astype(np.float64)
-    tokens = sums_by_unit(np.ones(len(targets)), units.number)
+    tokens = sums_by_unit(np.ones(len(targets)), units)
     ends = int(np.count_nonzero(targets == tokenizer.end_of_document))
-    return Covered(units, tokens, sums_by_unit(stands_for, units.number), ends)
+    return Covered(kind, units, tokens, sums_by_unit(stands_for, units), ends)
 
 
 def _notes(opened: Sequence[Checkpoint], text: Text, named: Mapping[str, Any] | None) -> list[str]:
@@ -174,8 +178,9 @@ def _exp(nats: float) -> float | None:
 def _difference(first: Checkpoint, other: Checkpoint, nats: Any, covered: Covered) -> dict[str, Any]:
     """What `other` needs more than `first`, unit by unit; a verdict where the limits agree on the sign."""
     a_token, a_byte = _intervals(nats, covered)
-    certain = a_token.low is not None and a_token.high is not None and a_token.low * a_token.high > 0
-    verdict = ("worse" if a_token.value > 0 else "better") if certain else "not told apart"
+    sign = a_token.sign()
+    verdict = (f"too few {covered.kind}s to tell, {FEWEST_UNITS} of like length are needed" if sign is None
+               else ("cannot be told apart", "worse", "better")[sign])  # fmt: skip
     return {
         "checkpoint": str(other.path), "against": str(first.path), "nats_per_token": a_token.to_json(),
         "bits_per_byte": a_byte.to_json(), "verdict": verdict,

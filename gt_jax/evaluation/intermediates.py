@@ -1,4 +1,4 @@
-"""Looking inside a forward pass: the state every pass of every layer starts from, and its router's slots.
+"""A forward pass without its logits, and a look inside: the state every pass of every layer starts from, router slots.
 
 Layers show these in the collection `intermediates` (`models.layers.sow`) to who asks for it. Nobody asks in training,
 evaluation or decoding, whose compiled programs know nothing of it.
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.configs.model import ModelConfig
-from gt_jax.models.language_model import LanguageModel
+from gt_jax.models.language_model import LanguageModel, apply_network
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.models.layers.sow import INTERMEDIATES
 from gt_jax.models.memory_chunks import over_chunks
-from gt_jax.typing import Tokens, Tree
+from gt_jax.typing import Activations, Tokens, Tree
 
 
 class Intermediates(NamedTuple):
@@ -33,10 +33,31 @@ class Intermediates(NamedTuple):
     links: dict[int, Tree]
 
 
-def forward_with_intermediates(
+def over_all_tokens(statistics: PassStatistics) -> PassStatistics:
+    """`update_ratio` as a mean over all real tokens: those that do not run a pass add nothing in it."""
+    return statistics._replace(update_ratio=statistics.update_ratio * statistics.alive)
+
+
+def hidden_rows(
+    network: LanguageModel, variables: Tree, tokens: Tokens, segment_ids: Tokens, control: PassControl
+) -> tuple[Activations, PassStatistics]:
+    """The state before the final norm of whole rows [b, t, d], and the mean statistics [l, p] `over_all_tokens`."""
+
+    def chunk(carry: tuple[Tree, Any], piece: tuple[Mapping[str, Array], Array]) -> tuple[tuple[Tree, Any], Any]:
+        one = piece[0]
+        output = apply_network(network, variables, one["tokens"], one["segment_ids"], control=control, memory=carry[1])
+        return (carry[0], output.memory), (output.hidden, over_all_tokens(output.statistics))
+
+    batch = {"tokens": tokens, "segment_ids": segment_ids}
+    _, (hidden, statistics) = over_chunks(chunk, network.config, network.rules, (), batch)
+    whole = jnp.moveaxis(hidden, 0, 1).reshape(*tokens.shape, hidden.shape[-1])
+    return whole, jax.tree.map(lambda a: jnp.mean(a, axis=0), statistics)
+
+
+def hidden_with_intermediates(
     network: LanguageModel, variables: Tree, tokens: Tokens, segment_ids: Tokens, control: PassControl, rows: int
-) -> tuple[Float[Array, "b t v"], PassStatistics, Intermediates]:
-    """`chunks.forward_rows`, with what is to be seen inside; every pass is run, those that count and those that do not.
+) -> tuple[Activations, PassStatistics, Intermediates]:
+    """`hidden_rows`, with what is to be seen inside; every pass is run, those that count and those that do not.
 
     Not for models whose tokens leave the stack early: a layer there has no row of states to show.
     """
@@ -48,11 +69,11 @@ def forward_with_intermediates(
             variables, one["tokens"], one["segment_ids"], control=control, memory=carry[1], mutable=[INTERMEDIATES]
         )
         inside = _inside(config, shown[INTERMEDIATES], rows)
-        return (carry[0], output.memory), (output.logits, output.statistics, inside)
+        return (carry[0], output.memory), (output.hidden, over_all_tokens(output.statistics), inside)
 
     batch = {"tokens": tokens, "segment_ids": segment_ids}
-    _, (logits, statistics, inside) = over_chunks(chunk, config, network.rules, (), batch)
-    whole = jnp.moveaxis(logits, 0, 1).reshape(*tokens.shape, logits.shape[-1])
+    _, (hidden, statistics, inside) = over_chunks(chunk, config, network.rules, (), batch)
+    whole = jnp.moveaxis(hidden, 0, 1).reshape(*tokens.shape, hidden.shape[-1])
     slots = None
     if inside.slots is not None:
         by_layer = jnp.moveaxis(inside.slots, 0, 3)

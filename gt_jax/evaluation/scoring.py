@@ -1,4 +1,4 @@
-"""What a model says of every token of held-out text, and what the text is: documents, bytes, stretches.
+"""What a model says of every token of held-out text, and how many bytes that text is.
 
 - The nats of a token are those of predicting it: -log p(target). The first token of a document is predicted by nobody.
 - Bits per byte compare models of any tokenizer: the bits of all scored tokens over the bytes that those tokens stand
@@ -7,10 +7,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +22,10 @@ from gt_jax.devices.sharding import Rules, global_batch, reshard
 from gt_jax.models.language_model import LanguageModel, apply_network
 from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.models.memory_chunks import over_chunks
-from gt_jax.text.batches import Text
 from gt_jax.text.tokenizers import Tokenizer
 from gt_jax.training.loss import token_losses
 from gt_jax.training.step import Batch, shard_batch
 from gt_jax.typing import Tree
-
-FEWEST_DOCUMENTS = 10  # below, their t quantile makes intervals that say little: stretches of rows instead
-STRETCHES = 20  # as many as keep neighbours apart: with more, the correlation between them makes intervals too narrow
-
-
-class Units(NamedTuple):
-    """What is independent: "document" or "stretch", and for each scored token which one it is of."""
-
-    kind: str
-    number: Int64[np.ndarray, "scored"]
 
 
 def byte_lengths(tokenizer: Tokenizer) -> Int64[np.ndarray, "vocab"]:
@@ -93,34 +81,3 @@ def score(
 def targets_of(batches: Sequence[Batch]) -> Int[np.ndarray, "scored"]:
     """The tokens that are predicted, in order."""
     return np.concatenate([batch["targets"][batch["targets"] >= 0] for batch in batches])
-
-
-def units_of(text: Text, batches: Sequence[Batch], end_of_document: int) -> Units:
-    """Documents where at least `FEWEST_DOCUMENTS` are scored, else `STRETCHES` runs of successive rows.
-
-    `batches` are the first of `text.held_out()`.
-    """
-    documents = _documents(text, batches, end_of_document)
-    if len(np.unique(documents)) >= FEWEST_DOCUMENTS:
-        return Units("document", documents)
-    scored = [batch["targets"] >= 0 for batch in batches]
-    counts = np.concatenate([one.sum(axis=1) for one in scored])
-    counts = counts[counts > 0]  # the last batch may have rows of padding alone
-    stretch = np.arange(len(counts)) * min(STRETCHES, len(counts)) // len(counts)
-    return Units("stretch", np.repeat(stretch, counts).astype(np.int64))
-
-
-def _documents(text: Text, batches: Sequence[Batch], end_of_document: int) -> Int64[np.ndarray, "scored"]:
-    """Which document each target is of: the batches of a text whose tokens are the numbers of their documents.
-
-    Tokens have 16 bits, so the numbers come in two halves.
-    """
-    ends = text.tokens == end_of_document
-    numbers = np.cumsum(ends) - ends
-    halves = []
-    for half in (numbers & 0xFFFF, numbers >> 16):
-        other = dataclasses.replace(text, tokens=half.astype(text.tokens.dtype))
-        halves.append([batch["tokens"].astype(np.int64) for batch in other.held_out(len(batches))])
-    return np.concatenate([
-        (low + (high << 16))[batch["targets"] >= 0] for low, high, batch in zip(*halves, batches, strict=True)
-    ])

@@ -14,6 +14,7 @@ from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import Rules, current_sizes, global_batch
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.evaluation.comparison import compare_models
+from gt_jax.evaluation.held_out_rows import held_out_rows
 from gt_jax.evaluation.loading import data_config, names_text, text_note
 from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
 from gt_jax.evaluation.pairs import incomparable, plan_between
@@ -55,7 +56,7 @@ def verify(
         return shallow, deep, reading, *plan_between(shallow, deep)
 
     shallow, deep, reading, plan, reason = group.agree(prepare)
-    held_out, rules, variables = reading.held_out(batches), Rules(), deep.load()
+    held_out, rules, variables = held_out_rows(reading, batches), Rules(), deep.load()
     result = compare_models(
         shallow.config, shallow.load(), deep.config, variables, plan, held_out, rules, say=say,
         jacobian_rows=rows, jacobian_iterations=jacobian_iterations,
@@ -65,7 +66,9 @@ def verify(
     more: dict[str, Any] = {}
     if curve:
         position = reading.position_after(run.get("data") for run in trainings(shallow.metadata))
-        more["curve"] = train_curve(deep.config, variables, reading, position, curve, held_out, _rate(shallow), say)
+        more["curve"] = train_curve(
+            deep.config, variables, reading, position, curve, held_out.batches, _rate(shallow), say
+        )  # fmt: skip
     whole = {"source": str(source), "target": str(target), "text": reading.summary(), "notes": notes, **result, **more}
     return _finite(whole)
 

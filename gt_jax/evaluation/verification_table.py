@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from gt_jax.evaluation.comparison import COSINE, GOOD, USABLE
+from gt_jax.evaluation.predictions import COSINE, GOOD, USABLE
 from gt_jax.monitoring.metrics import table
 
 
@@ -12,25 +13,38 @@ def report_lines(result: dict[str, Any]) -> list[str]:
     """The result as lines for a reader."""
     fixed = result["source_fixed_loss"]
     beside = "" if fixed is None else f", {float(fixed):.4f} at fixed k_exec"
+    between = result["intervals"]
     lines = [
         *(f"note: {note}" for note in result.get("notes", ())),
         f"loss of the source: {float(result['source_loss']):.4f} adaptive{beside}",
         f"loss of the {'grown model' if fixed is not None else 'target'}: {float(result['target_loss']):.4f}, "
-        f"gap {100 * float(result['gap']):+.2f} % ({result['verdict']}; "
+        f"gap {100 * float(result['gap']):+.2f} %{_limits(between['gap'], 100, '+.2f')} ({result['verdict']}; "
         f"below {100 * GOOD:.0f} % is good, below {100 * USABLE:.0f} % usable)",
-        f"KL {float(result['kl']):.4f} nats, same top token {100 * float(result['same_top1']):.1f} %, "
+        f"KL {float(result['kl']):.4f} nats{_limits(between['kl'], 1, '.4f')}, same top token "
+        f"{100 * float(result['same_top1']):.1f} %{_limits(between['same_top1'], 100, '.1f')}, "
         f"logit cosine {float(result['cosine']):.4f} ("
         + (f"good, above {COSINE})" if result["cosine_verdict"] == "good" else f"wanted: above {COSINE})"),
+        f"in brackets: {100 * result['confidence']:g} % intervals over {result['units']['count']} "
+        f"{result['units']['kind']}{'s' * (result['units']['count'] != 1)}",
     ]
     if (how := result["jacobian"]) is not None:
+        most = float(how["at_most_times"])
         lines.append(f"singular values: {how['rows']} row{'s' * (how['rows'] != 1)} of {how['tokens']} tokens, "
-                     f"{how['iterations']} iterations, the last moved them by at most "
-                     f"{100 * float(how['relative_change']):.1g} %")  # fmt: skip
+                     f"{how['iterations']} iterations; the largest is at least what is shown, and "
+                     + ("may be far above it: too few iterations" if math.isinf(most) else
+                        f"with probability {100 * how['probability']:g} % at most {most:.3f} times that")
+                     + f"; one is within {float(how['distance']):.2g} of it")  # fmt: skip
     if "curve" in result:
         curve = result["curve"]
         lines.append(f"trained on for {curve['steps']} steps: training loss {float(curve['loss'][0][1]):.4f} to "
                      f"{float(curve['loss'][-1][1]):.4f}, held out {float(curve['held_out_loss']):.4f}")  # fmt: skip
     return [*lines, "", _layer_table(result)]
+
+
+def _limits(interval: dict[str, Any], scale: float, form: str) -> str:
+    if interval["low"] is None:
+        return ""
+    return f" [{scale * float(interval['low']):{form}} to {scale * float(interval['high']):{form}}]"
 
 
 FIGURES = (("delta_ratio", "|dh|/|h|"), ("jacobian", "singular v."), ("router_entropy", "entropy"), ("router_kl", "KL"),
@@ -44,7 +58,8 @@ def _layer_table(result: dict[str, Any]) -> str:
     rows = [[one["target"], one["type"], _stands_for(one),
              None if one["coefficient"] is None else f"{one['coefficient']:.3f}"] for one in layers]  # fmt: skip
     for name, header in FIGURES:
-        for key, title in ((name, header), (f"source_{name}", "of the source")):
+        for key, title in ((name, header), (f"source_{name}", "of the source"),
+                           (f"source_fixed_{name}", "at k_exec")):  # fmt: skip
             if all(one.get(name) is None for one in layers) or key == "source_router_kl":
                 continue
             headers.append(title)

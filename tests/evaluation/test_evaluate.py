@@ -20,7 +20,8 @@ from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused
 from gt_jax.evaluation.confidence_intervals import ratio_interval
 from gt_jax.evaluation.held_out import evaluate_checkpoints
-from gt_jax.evaluation.scoring import FEWEST_DOCUMENTS, STRETCHES, byte_lengths, score, targets_of, units_of
+from gt_jax.evaluation.held_out_rows import held_out_rows
+from gt_jax.evaluation.scoring import byte_lengths, score, targets_of
 from gt_jax.models.language_model import LanguageModel, fixed_passes, free_passes
 from gt_jax.models.memory_chunks import forward_rows
 from gt_jax.text.batches import open_text
@@ -83,32 +84,44 @@ def test_nats_of_each_token_are_those_of_the_dense_definition(folder, config, co
 
 def test_documents_are_told_apart_by_their_letters(folder):
     text = text_of(folder)
-    batches = text.held_out()
-    units, targets = units_of(text, batches, END), targets_of(batches)
-    assert units.kind == "document" and len(np.unique(units.number)) >= FEWEST_DOCUMENTS
+    found = held_out_rows(text)
+    np.testing.assert_equal(found.batches, text.held_out())
+    targets, units = targets_of(found.batches), found.scored_units()
+    assert found.kind == "document" and len(np.unique(units)) == len(text.held_out_spans) > 10
     inside = (targets != END) & (targets != ord("\n"))
-    np.testing.assert_array_equal(units.number[inside], targets[inside] // 2)
-    few = text.held_out(2)
-    stretches = units_of(text, few, END)
-    assert stretches.kind == "stretch" and len(np.unique(stretches.number)) == sum(
-        (batch["targets"] >= 0).any(axis=1).sum() for batch in few)  # fmt: skip
+    letters = [np.unique(targets[inside & (units == unit)] // 2) for unit in np.unique(units)]
+    assert all(len(one) == 1 for one in letters) and len({int(one[0]) for one in letters}) == len(letters)
 
 
-def test_stretches_are_even_and_in_order(folder):
-    data = text_of(folder).config.replace(text=(str(folder / "one.bin"),))
-    text = open_text(data)
-    batches = text.held_out()
-    units = units_of(text, batches, END)
-    numbers, sizes = np.unique(units.number, return_counts=True)
-    assert units.kind == "stretch" and numbers.tolist() == list(range(STRETCHES))
-    assert (np.diff(units.number) >= 0).all() and sizes.max() <= 3 * ROW + sizes.min()
+def test_a_few_rows_are_of_as_many_documents_as_they_can_be():
+    """What `evaluate` reads by default: 64 rows of 64 pieces; the first 64 rows are of 8 pieces."""
+    text = open_text(DataConfig())
+    whole, found = held_out_rows(text), held_out_rows(text, 8)
+    assert len(found.batches) == 8 and all(batch["tokens"].shape == (8, 256) for batch in found.batches)
+    every = np.concatenate([batch["tokens"] for batch in whole.batches])
+    units = np.concatenate(whole.units)
+    rows = np.concatenate([batch["tokens"] for batch in found.batches])
+    places = [int(np.flatnonzero((every == row).all(axis=1))[0]) for row in rows]
+    assert min(np.diff(places)) >= 8 and places[-1] > 0.95 * len(every)
+    first, spread = (len(np.unique(of)) for of in (units[:64], np.concatenate(found.units)))
+    assert spread > 1.5 * first and spread >= 15
+
+
+def test_of_one_document_the_places_are_what_is_independent(folder):
+    text = open_text(text_of(folder).config.replace(text=(str(folder / "one.bin"),)))
+    found = held_out_rows(text)
+    assert found.kind == "place" and len(np.unique(found.scored_units())) == len(text.held_out_spans) > 3
+    where = [int(np.flatnonzero((text.held_out_spans[:, 0] <= at) & (at < text.held_out_spans[:, 1]))[0])
+             for at in range(len(text.tokens)) if (text.held_out_spans[:, 0] <= at).any()
+             and ((text.held_out_spans[:, 0] <= at) & (at < text.held_out_spans[:, 1] - 1)).any()]  # fmt: skip
+    np.testing.assert_array_equal(np.sort(found.scored_units()), where)
 
 
 def test_the_figures_by_hand(folder):
     found = evaluate_checkpoints([folder / "a", folder / "b"], batches=None)
     text = text_of(folder)
     batches = text.held_out()
-    targets, units = targets_of(batches), units_of(text, batches, END).number
+    targets, units = targets_of(batches), held_out_rows(text).scored_units()
     assert (found["tokens"], found["ends"]) == (len(targets), int((targets == END).sum())) and found["ends"] > 10
     assert found["bytes"] == found["tokens"] - found["ends"]
     assert found["units"] == {"kind": "document", "count": len(np.unique(units))} and found["notes"] == []
@@ -126,9 +139,9 @@ def test_the_figures_by_hand(folder):
     limits = one["nats_per_token"]
     assert limits["value"] == pytest.approx(nats["b"].mean() - nats["a"].mean(), abs=1e-4)
     signs = {"worse": limits["low"] > 0, "better": limits["high"] < 0,
-             "not told apart": limits["low"] <= 0 <= limits["high"]}  # fmt: skip
+             "cannot be told apart": limits["low"] <= 0 <= limits["high"]}  # fmt: skip
     assert signs[one["verdict"]]
-    assert evaluate_checkpoints([folder / "a", folder / "a"])["differences"][0]["verdict"] == "not told apart"
+    assert evaluate_checkpoints([folder / "a", folder / "a"])["differences"][0]["verdict"] == "cannot be told apart"
 
 
 def test_passes_are_fixed_as_asked(folder, capsys, monkeypatch):
@@ -139,7 +152,7 @@ def test_passes_are_fixed_as_asked(folder, capsys, monkeypatch):
         (one,) = json.loads(capsys.readouterr().out)["models"]
         assert one["passes"] == (None if words is None else [2])
         values.append(one["nats_per_token"]["value"])
-    batches = text_of(folder).held_out(2)
+    batches = held_out_rows(text_of(folder), 2).batches
     wanted = dense(ADAPTIVE, perturbed(ADAPTIVE), batches, fixed_passes(2)).mean()
     assert values[0] == values[1] == pytest.approx(wanted, abs=1e-5) and values[2] != values[0]
 
@@ -148,7 +161,7 @@ def test_a_report_for_a_reader(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert evaluate.main(["a", "b", "--batches", "2"]) == 0
     out = capsys.readouterr().out
-    assert "bits per byte" in out and "stretches of rows: how far this text varies" in out
+    assert "bits per byte" in out and "intervals: 95 %, over " in out and "documents\n" in out
     assert "b against a: " in out and any(line.split()[:3] == ["a", "7", "free"] for line in out.splitlines())
 
 

@@ -13,29 +13,32 @@ import pytest
 from gt_jax import verify
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
-from gt_jax.configs.model import EmbeddingConfig, HyperConfig, MoEConfig
+from gt_jax.configs.model import AdaptiveConfig, EmbeddingConfig, HyperConfig, MoEConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig
 from gt_jax.devices.sharding import Rules, mesh_for_rows, place_like, reshard
 from gt_jax.errors import Refused
-from gt_jax.evaluation import verification
-from gt_jax.evaluation.comparison import (
-    agreement,
-    compare_models,
-    make_comparison,
-    passes_stood_for,
-    relative_entropy,
-    routing,
-)
+from gt_jax.evaluation import predictions, verification
+from gt_jax.evaluation.comparison import compare_models, make_comparison, passes_stood_for, routing
+from gt_jax.evaluation.confidence_intervals import Interval
+from gt_jax.evaluation.held_out_rows import HeldOutRows
+from gt_jax.evaluation.intermediates import hidden_rows
 from gt_jax.evaluation.model_files import open_checkpoint
 from gt_jax.evaluation.pairs import plan_between
-from gt_jax.evaluation.singular_values import largest_singular_value, layer_config, layer_variables, make_singular_value
+from gt_jax.evaluation.predictions import agreement, compare_predictions, make_predictions, relative_entropy
+from gt_jax.evaluation.singular_values import (
+    error_factor,
+    largest_singular_value,
+    layer_config,
+    layer_variables,
+    make_singular_value,
+)
 from gt_jax.evaluation.verification_table import report_lines
 from gt_jax.growth.plan import make_plan
 from gt_jax.growth.repetition import from_json
 from gt_jax.growth.stream import grow_checkpoint
 from gt_jax.growth.transform import grow, target_config
-from gt_jax.models.language_model import abstract
+from gt_jax.models.language_model import LanguageModel, abstract, free_passes
 from gt_jax.models.layers.mixer import place_rows
 from gt_jax.models.layers.residual import Layer
 from gt_jax.monitoring.plots import plot_verification
@@ -44,14 +47,15 @@ from gt_jax.training.loop import Trainer
 from gt_jax.training.state import TrainState
 from tests.support import perturbed, small_model
 
-K_EXEC = (2, 3)
-SOURCE = small_model("DG", moe=MoEConfig(experts=4, expert_width=16))
+K_EXEC = (2, 2)
+EXPERTS = MoEConfig(experts=4, expert_width=16)
+SOURCE = small_model("DG", moe=EXPERTS).replace(adaptive=AdaptiveConfig(alpha=(1.0, 0.7)))
 ROUTED = ("router_entropy", "null_rate")
 ROWS, LENGTH, ITERATIONS = 2, 8, 12  # one shape for all tests: compiling is what they cost
 
 
 def counts():
-    layers = {f"layer{i}": {"k_exec": k, "survival": [1.0] * k + [0.0] * (4 - k)} for i, k in enumerate(K_EXEC)}
+    layers = {f"layer{i}": {"k_exec": k, "survival": [1.0] * k} for i, k in enumerate(K_EXEC)}
     return from_json(layers, "test", SOURCE.adaptive.alpha)
 
 
@@ -69,10 +73,21 @@ def batch(seed: int):
 
 
 BATCHES = [batch(3), batch(4)]
+UNITS = [np.repeat([[2 * n], [2 * n + 1]], LENGTH, axis=1).astype(np.int32) for n in range(len(BATCHES))]
+HELD_OUT = HeldOutRows(BATCHES, UNITS, "document")
+
+
+def never_halting(variables):
+    """The source whose every token runs every pass at weight 1: then its free passes are those of k_exec."""
+    changed = jax.tree.map(jnp.copy, variables)
+    for slot in ("layer0", "layer1"):
+        output = changed["params"]["segment0"][slot]["halting"]["output"]
+        output["b"] = output["b"] + 200.0
+    return changed
 
 
 def compared(source, source_variables, target, target_variables, plan, rows=ROWS):
-    return compare_models(source, source_variables, target, target_variables, plan, BATCHES, Rules(),
+    return compare_models(source, source_variables, target, target_variables, plan, HELD_OUT, Rules(),
                           jacobian_rows=rows, jacobian_iterations=ITERATIONS)  # fmt: skip
 
 
@@ -86,7 +101,7 @@ def mesh():
 @pytest.fixture(scope="module")
 def grown(mesh):
     """(source variables, child variables, all figures of the two)."""
-    variables = perturbed(SOURCE)
+    variables = never_halting(perturbed(SOURCE))
     child = grow(variables, PLAN, SOURCE, carry="gain", noise_std=0.0)
     variables, child = place_like(variables, abstract(SOURCE)), place_like(child, abstract(CHILD))
     return variables, child, compared(SOURCE, variables, CHILD, child, PLAN)
@@ -94,15 +109,53 @@ def grown(mesh):
 
 def test_every_column_of_an_exact_growth_equals_that_of_the_source(grown):
     _, _, result = grown
-    assert CHILD.layout == "D*2,G*3" and len(result["layers"]) == 5
+    assert CHILD.layout == "D*2,G*2" and len(result["layers"]) == 4
     assert result["target_loss"] == pytest.approx(result["source_fixed_loss"], abs=1e-5)
-    assert result["source_loss"] != pytest.approx(result["source_fixed_loss"], abs=1e-3)
+    assert result["source_loss"] == pytest.approx(result["source_fixed_loss"], abs=1e-5)
     for layer in result["layers"]:
         for name in ("delta_ratio", "jacobian", *ROUTED):
             assert layer[name] == pytest.approx(layer[f"source_{name}"], rel=1e-4), (layer["target"], name)
+        assert layer["delta_ratio"] == pytest.approx(layer["source_fixed_delta_ratio"], rel=1e-4)
         assert abs(layer["router_kl"]) < 1e-6
     for name in ("delta_ratio", "jacobian", "router_entropy"):  # else the equalities above would say nothing
-        assert len({round(layer[name], 5) for layer in result["layers"]}) == 5
+        assert len({round(layer[name], 5) for layer in result["layers"]}) == 4
+
+
+def test_the_source_is_shown_as_it_runs_of_itself_and_with_fixed_passes(grown):
+    """Tokens that halt: a child by mean weights is like the free source, where one at full strength is like k_exec.
+
+    By hand: the mean over tokens of alpha w |Delta|/|h|, of the first layer, whose passes start from known states.
+    """
+    _, child, _ = grown
+    source = place_like(perturbed(SOURCE), abstract(SOURCE))
+    result = compared(SOURCE, source, CHILD, child, PLAN)
+    assert result["source_loss"] != pytest.approx(result["source_fixed_loss"], abs=1e-3)
+    free, fixed, own = ([layer[name] for layer in result["layers"]]
+                        for name in ("source_delta_ratio", "source_fixed_delta_ratio", "delta_ratio"))  # fmt: skip
+    np.testing.assert_allclose(own, fixed, rtol=1e-4)
+    assert free[0] == pytest.approx(fixed[0], rel=1e-4)  # a first pass is run by everyone
+    ran = hidden_statistics(source)
+    weight = np.asarray(ran.survival[0, 1])
+    assert free[1] < 0.9 * fixed[1] and free[1] / fixed[1] == pytest.approx(weight, rel=0.2)
+    expected = jax.tree.map(jnp.copy, child)
+    for segment in range(2):
+        layer = expected["params"][f"segment{segment}"]["layer0"]
+        layer["gain"] = layer["gain"].at[1].multiply(np.float32(ran.survival[segment, 1]))
+    layers = compared(SOURCE, source, CHILD, expected, PLAN)["layers"]
+    for layer in layers:
+        assert layer["delta_ratio"] == pytest.approx(layer["source_delta_ratio"], rel=0.2)
+        assert layer["jacobian"] == pytest.approx(layer["source_jacobian"], rel=0.2)
+
+
+def hidden_statistics(variables):
+    """Mean pass statistics [l, p] of the source over the batches."""
+    ran = [hidden_of(variables, one)[1] for one in BATCHES]
+    return jax.tree.map(lambda *a: np.mean(a, axis=0), *ran)
+
+
+@jax.jit
+def hidden_of(variables, one):
+    return hidden_rows(LanguageModel(SOURCE), variables, one["tokens"], one["segment_ids"], free_passes())
 
 
 def test_jacobians_are_of_implementations_that_can_be_differentiated_twice():
@@ -116,38 +169,39 @@ def test_a_wrong_layer_is_seen_in_its_own_columns(grown):
     layer = broken["params"]["segment0"]["layer0"]
     layer["gain"] = layer["gain"].at[1].multiply(1.5)
     router = broken["params"]["segment1"]["layer0"]["mlp"]["router"]
-    router["null_logit"] = router["null_logit"].at[2].add(2.0)
+    router["null_logit"] = router["null_logit"].at[1].add(2.0)
     layers = compared(SOURCE, variables, CHILD, broken, PLAN)["layers"]
     ratio, stretch = ([one[name] / one[f"source_{name}"] for one in layers] for name in ("delta_ratio", "jacobian"))
     assert ratio[0] == pytest.approx(1, rel=1e-4) and ratio[1] == pytest.approx(1.5, rel=1e-4)
     assert stretch[0] == pytest.approx(1, rel=1e-4) and stretch[1] > 1.05
     kl = [one["router_kl"] for one in layers]
-    assert max(kl[:2]) < 1e-6 < min(kl[2:]) and kl[4] > 0.1
-    assert layers[4]["null_rate"] > layers[4]["source_null_rate"] + 0.1
+    assert kl[0] < 1e-6 and kl[3] > 0.1
+    assert layers[3]["null_rate"] > layers[3]["source_null_rate"] + 0.1
 
 
 def test_figures_by_layer_are_means_over_all_real_tokens(grown):
     """Against a walk through the layers one by one, with the sums written out in numpy float64."""
     variables, child, result = grown
     compare = make_comparison(SOURCE, CHILD, PLAN, Rules(), ROWS)
-    sums, real = np.zeros((5, 4)), 0.0
+    sums, real = np.zeros((4, 4)), 0.0
     for one in BATCHES:
         before, after = (jax.tree.map(lambda a: np.asarray(a, np.float64), side)
-                         for side in compare(variables, child, one)[1:])  # fmt: skip
+                         for side in compare(variables, child, one)[2:])  # fmt: skip
         mask = one["segment_ids"] > 0
         real += mask.sum()
-        walk = [before.states[at] for at in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3))]  # the last: after pass 3
+        walk = [before.states[at] for at in ((0, 0), (0, 1), (1, 0), (1, 1))]
         for target, (layer, number) in passes_stood_for(PLAN, SOURCE).items():
             (p, entropy), (q, _) = (softmax(slots) for slots in (before.slots[layer, number], after.slots[target, 0]))
             null = (np.argsort(-before.slots[layer, number], axis=-1, kind="stable")[..., :2] >= 4).mean(-1)
-            h, dh = walk[target], walk[target + 1] - walk[target]
+            h, dh = walk[target], walk[min(target + 1, 3)] - walk[target]
             ratio = np.linalg.norm(dh, axis=-1) / np.linalg.norm(h, axis=-1)
             kl = (p * np.log(p / q)).sum(-1)
             sums[target] += [(figure * mask).sum() for figure in (ratio, entropy, null, kl)]
     for target, wanted in enumerate(sums / real):
         layer = result["layers"][target]
         found = [*(layer[f"source_{name}"] for name in ("delta_ratio", *ROUTED)), layer["router_kl"]]
-        np.testing.assert_allclose(found, wanted, rtol=5e-5, atol=1e-6)
+        first = 0 if target < 3 else 1  # the state after the last pass is not shown
+        np.testing.assert_allclose(found[first:], wanted[first:], rtol=5e-5, atol=1e-6)
 
 
 def softmax(slots):
@@ -162,7 +216,7 @@ STREAMS = SOURCE.replace(hyper=HyperConfig(streams=2), moe=None)
 
 @pytest.mark.parametrize(("kind", "config"), [("D", SOURCE), ("G", STREAMS)])
 def test_the_singular_value_is_that_of_the_dense_jacobian(kind, config):
-    """Experts, streams, padding: the same as so many iterations in numpy on the whole matrix, and below its SVD."""
+    """Experts, streams, padding: against numpy's singular values of the whole matrix, within what is claimed."""
     one, own = BATCHES[0], layer_variables(config, place_like(perturbed(config), abstract(config)), "DG".index(kind))
     shape = (ROWS, LENGTH, 32) if config.hyper is None else (ROWS, LENGTH, 2, 32)
     x = reshard(2 * jax.random.normal(jax.random.key(1), shape), Rules().spec("batch", *[None] * (len(shape) - 1)))
@@ -181,21 +235,56 @@ def test_the_singular_value_is_that_of_the_dense_jacobian(kind, config):
     dense = np.asarray(rows_of_the_jacobian(x, own), np.float64).reshape(size, ROWS, size)
     stretch = make_singular_value(kind, layer_config(config), Rules(), ITERATIONS, 0)
     found = stretch(own, x, jnp.float32(0.7), segment_ids, None)
-    start = np.asarray(jax.random.normal(jax.random.key(0), x.shape), np.float64).reshape(ROWS, size)
     for row in range(ROWS):
         real = np.repeat(one["segment_ids"][row] > 0, x[0, 0].size)
         matrix = dense[:, row][real][:, real]
-        v = start[row][real]
-        for _ in range(ITERATIONS):
-            u = matrix @ v
-            v = matrix.T @ (u / np.linalg.norm(u))
-            value, v = np.linalg.norm(v), v / np.linalg.norm(v)
-        assert found.value[row] == pytest.approx(value, rel=1e-4)
-        largest = np.linalg.svd(matrix, compute_uv=False)[0]
-        assert 0.9 * largest < found.value[row] < largest * (1 + 1e-5)
+        assert_true_of(np.linalg.svd(matrix, compute_uv=False), found, row)
+        assert found.value[row] > 0.97 * np.linalg.svd(matrix, compute_uv=False)[0]
 
 
-def test_power_iteration_on_a_known_matrix_leaves_padding_out():
+def assert_true_of(singular_values, found, row):
+    """All that is said of the largest singular value of a row, with room for float32's rounding."""
+    value, largest = float(found.value[row]), singular_values[0]
+    assert value <= largest * (1 + 1e-5) and largest <= value * float(found.factor[row]) * (1 + 1e-5)
+    assert np.abs(singular_values - value).min() <= float(found.distance[row]) + 1e-5 * largest
+
+
+largest = jax.jit(largest_singular_value, static_argnums=(0, 3, 4))
+
+
+def with_spectrum(values):
+    """x -> x Q diag(values) R of random orthogonal Q and R, for one row of len(values) / 4 tokens of width 4."""
+    random, size = np.random.default_rng(len(values)), len(values)
+    q, r = (np.linalg.qr(random.standard_normal((size, size)))[0] for _ in range(2))
+    matrix = jnp.asarray(q * values @ r, jnp.float32)
+    return lambda x: (x.reshape(1, size) @ matrix).reshape(x.shape)
+
+
+@pytest.mark.parametrize("iterations", [5, 20])
+@pytest.mark.parametrize(("name", "values"), [
+    ("all near one", 1 + 1e-3 * np.linspace(0, 1, 400)[::-1]),
+    ("one above many", np.concatenate([[1.3], np.linspace(1.2, 1.0, 399)])),
+    ("a heavy tail", 1 + 0.5 * np.linspace(0, 1, 400)[::-1] ** 8),
+    ("rank three", np.concatenate([[3.0, 2.0, 1.0], np.zeros(397)])),
+])  # fmt: skip
+def test_what_is_said_of_a_singular_value_is_true_of_hard_spectra(name, values, iterations):
+    """In 20 of 20 starts, where 99 % are promised; power iteration was off by 65 % of sigma - 1 and said 0.9 %."""
+    function, x, real = with_spectrum(values), jnp.ones((1, 100, 4)), jnp.ones((1, 100))
+    for seed in range(5):
+        found = largest(function, x, real, iterations, seed)
+        assert found.factor[0] == np.float32(error_factor(400, iterations))
+        assert_true_of(values, found, 0)
+    assert error_factor(400, 20) < 1.04 < error_factor(400, 6) and error_factor(400, 2) == math.inf
+    if name == "one above many" and iterations == 20:  # closer to 1.3 than power iteration comes
+        v = np.asarray(jax.random.normal(jax.random.key(4), x.shape), np.float64)
+        for _ in range(20):
+            u = np.asarray(function(jnp.asarray(v, jnp.float32)))
+            v = np.asarray(jax.vjp(function, x)[1](jnp.asarray(u))[0])
+            v = v / np.linalg.norm(v)
+        assert np.linalg.norm(function(jnp.asarray(v, jnp.float32))) < float(found.value[0])
+
+
+def test_singular_values_of_a_known_matrix_leave_padding_out():
     random = np.random.default_rng(0)
     matrix = random.standard_normal((2, 12, 12)).astype(np.float32)
     real = jnp.asarray([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
@@ -203,21 +292,22 @@ def test_power_iteration_on_a_known_matrix_leaves_padding_out():
     def function(x):
         return jnp.einsum("rij,rj->ri", matrix, x.reshape(2, 12)).reshape(x.shape)
 
-    largest = jax.jit(largest_singular_value, static_argnums=(0, 3))
-    found = largest(function, jnp.ones((2, 3, 4)), real, 200)
-    wanted = [np.linalg.svd(matrix[0])[1][0], np.linalg.svd(matrix[1, :8, :8])[1][0]]
-    np.testing.assert_allclose(found.value, wanted, rtol=1e-4)
-    few = largest(function, jnp.ones((2, 3, 4)), real, 3)
-    assert np.all(few.value <= found.value) and np.all(few.change > found.change)
-    nothing = largest(lambda x: 0 * x, jnp.ones((1, 3, 4)), real[:1], 2)
-    assert nothing.value[0] == 0 and nothing.change[0] == 0
+    found = largest(function, jnp.ones((2, 3, 4)), real, 14, 0)  # more iterations than dimensions do no harm
+    spectra = [np.linalg.svd(matrix[0])[1], np.linalg.svd(matrix[1, :8, :8])[1]]
+    np.testing.assert_allclose(found.value, [spectrum[0] for spectrum in spectra], rtol=1e-4)
+    few = largest(function, jnp.ones((2, 3, 4)), real, 3, 0)
+    assert np.all(few.value <= found.value * (1 + 1e-5)) and np.all(few.distance > found.distance)
+    nothing = largest(lambda x: 0 * x, jnp.ones((1, 3, 4)), real[:1], 2, 0)
+    assert nothing.value[0] == 0 and nothing.distance[0] == 0
 
 
 def test_agreement_and_routing_are_their_equations():
     random = np.random.default_rng(2)
     logits = random.standard_normal((3, 1, 4, 6)).astype(np.float32)
     targets = np.asarray([[2, -1, 5, 0]], np.int32)
-    found = jax.jit(agreement)(*logits, targets)
+    by_token = jax.jit(agreement)(*logits, targets)
+    assert all(one.shape == (1, 4) and one[0, 1] == 0 for one in by_token)
+    found = jax.tree.map(jnp.sum, by_token)
     wide, at = logits.astype(np.float64), targets[0] >= 0
     log_p = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
     losses = [-log_p[i, 0, at, targets[0, at]].sum() for i in range(3)]
@@ -227,10 +317,47 @@ def test_agreement_and_routing_are_their_equations():
     cosines = (centred[0] * centred[2]).sum(-1) / np.sqrt((centred[0] ** 2).sum(-1) * (centred[2] ** 2).sum(-1))
     assert found.cosine == pytest.approx(cosines[0, at].sum(), rel=1e-5) and found.tokens == 3
     without = jax.jit(agreement)(logits[0], None, logits[2], targets)
-    assert without.source_fixed_loss is None and without.target_loss == found.target_loss
+    assert without.source_fixed_loss is None
+    np.testing.assert_array_equal(without.target_loss, by_token.target_loss)
     np.testing.assert_allclose(jax.jit(relative_entropy)(logits[0], logits[0]), 0, atol=1e-6)
     even = jax.jit(routing, static_argnums=(1, 2))(jnp.zeros((1, 1, 4, 6)), 3, 2, jnp.asarray([[1.0, 1.0, 0.0, 0.0]]))
     assert even.entropy[0] == pytest.approx(2) and even.null_rate[0] == 0  # ties go to the smaller slot
+
+
+def test_pieces_of_the_rows_give_what_whole_rows_do(grown, monkeypatch):
+    """And `compare_predictions` says of two models what `verify` says; its intervals are those of the units."""
+    variables, child, result = grown
+    monkeypatch.setattr(predictions, "LOGITS", 3 * ROWS * SOURCE.vocab)  # three tokens of each row at a time
+    make_predictions.cache_clear()
+    found = compare_predictions((SOURCE, variables), (CHILD, child), HELD_OUT)
+    make_predictions.cache_clear()
+    for name in ("source_loss", "target_loss", "kl", "same_top1", "cosine", "gap"):
+        assert found[name] == pytest.approx(result[name], abs=2e-6), name
+    assert found["source_fixed_loss"] is None and found["units"] == {"kind": "document", "count": 4}
+    limits = found["intervals"]["gap"]
+    assert limits["low"] <= found["gap"] <= limits["high"] and found["verdict"] == "good"
+    assert found["tokens"] == sum(int((one["targets"] >= 0).sum()) for one in BATCHES)
+
+
+def test_verdicts_say_what_the_interval_leaves_open():
+    said = [predictions.verdict(Interval(0.02, *limits), "place") for limits in
+            ((0.01, 0.02), (0.01, 0.05), (0.0, 0.5), (0.05, 0.5), (0.2, 0.3), (None, None))]  # fmt: skip
+    assert said[:5] == ["good", "good or usable", "good or usable or poor", "usable or poor", "poor"]
+    assert "too few places to tell" in said[5]
+
+
+def test_no_logits_of_a_whole_batch_are_held():
+    """By the compiler's own count: temporary bytes stay below one float32 array of logits, of which there were 3."""
+    source, target = (small_model("D", False, vocab=32768) for _ in range(2))
+    shapes = abstract(source)
+    batch = {name: jax.ShapeDtypeStruct((2, 256), jnp.int32) for name in ("tokens", "targets", "segment_ids")}
+    make_predictions.cache_clear()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(predictions, "LOGITS", 2 * 16 * 32768)
+        used = make_predictions(source, target, Rules()).lower(shapes, shapes, batch).compile().memory_analysis()
+    make_predictions.cache_clear()
+    assert used.temp_size_in_bytes < 4 * 2 * 256 * 32768
+    assert used.output_size_in_bytes < 7 * 4 * 2 * 256 + 1024  # and what a batch leaves behind is 28 bytes a token
 
 
 def test_an_adaptive_target_seen_inside_runs_as_it_does_unseen(grown):
@@ -299,9 +426,10 @@ def test_the_command_reports_draws_and_repeats_itself(pair, capsys):
     assert all(one["jacobian"] == pytest.approx(one["source_jacobian"], rel=1e-4) for one in result["layers"])
     lines = "\n".join(report_lines(result)).splitlines()
     assert run(capsys, pair / "source", pair / "child").splitlines() == lines
-    assert f"gap {100 * result['gap']:+.2f} % ({result['verdict']}" in "\n".join(lines)
-    assert all(name in lines[-7] for name in ("|dh|/|h|", "singular v.", "entropy", "KL", "nulls"))
-    assert "0, pass 1" in lines[-5] and "1, pass 3" in lines[-1]
+    said = "\n".join(lines)
+    assert f"gap {100 * result['gap']:+.2f} %" in said and f"({result['verdict']}; below" in said
+    assert all(name in lines[-6] for name in ("|dh|/|h|", "singular v.", "entropy", "KL", "nulls"))
+    assert "0, pass 1" in lines[-4] and "1, pass 2" in lines[-1]
 
 
 def test_a_pair_without_a_plan_says_why(pair, capsys, grown):

@@ -405,5 +405,4 @@ def _on_device(leaf: Any) -> Any:
 
 def on_primary(work: Callable[[], None]) -> None:
     """Run `work` on one process only; the others wait for it, and hear of its error."""
-    group = ProcessGroup()
-    group.agree(lambda: work() if group.first else None)
+    ProcessGroup().on_first(work)

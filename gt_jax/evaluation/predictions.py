@@ -28,9 +28,7 @@ from gt_jax.evaluation.confidence_intervals import FEWEST_UNITS, Interval, ratio
 from gt_jax.evaluation.held_out_rows import HeldOutRows
 from gt_jax.evaluation.intermediates import hidden_rows
 from gt_jax.models.language_model import LanguageModel, free_passes
-from gt_jax.training.step import Batch
-from gt_jax.training.step import place as on_devices
-from gt_jax.typing import Activations, PerToken, Tree
+from gt_jax.training.step import Batch, shard_batch
 
 GOOD, USABLE, COSINE = 0.03, 0.10, 0.995
 LOGITS = 1 << 26  # of a piece of the rows on one device, of each model: 256 MiB in float32
@@ -166,7 +164,7 @@ def make_predictions(
     shallow, deep = LanguageModel(source, rules), LanguageModel(target, rules)
 
     def predictions(source_variables: Tree, target_variables: Tree, batch: Batch) -> Agreement:
-        batch = on_devices(batch, rules)
+        batch = shard_batch(batch, rules)
         rows = batch["tokens"], batch["segment_ids"]
         sides = [Predictor(network, variables, hidden_rows(network, variables, *rows, free_passes())[0])
                  for network, variables in ((shallow, source_variables), (deep, target_variables))]  # fmt: skip

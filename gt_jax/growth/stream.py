@@ -157,7 +157,7 @@ class _Growth:
         content = combine_digests(digests)
         if whole is not None and (there := whole["grown_from"]["content_hash"]) != content:
             self.unfinished.refuse_another_source([f"content_hash: {there} there, {content} now"])
-        group.agree(lambda: self._refuse_counts(content) if group.first else None)
+        group.on_first(lambda: self._refuse_counts(content))
         grown_from = {**self.metadata["grown_from"], "content_hash": content}
         return len(kept), whole or {**self.metadata, "grown_from": grown_from}
 

@@ -29,6 +29,7 @@ from gt_jax.evaluation.held_out_rows import HeldOutRows
 from gt_jax.evaluation.intermediates import hidden_rows
 from gt_jax.models.language_model import LanguageModel, free_passes
 from gt_jax.training.step import Batch, shard_batch
+from gt_jax.typing import Activations, PerToken, Tree
 
 GOOD, USABLE, COSINE = 0.03, 0.10, 0.995
 LOGITS = 1 << 26  # of a piece of the rows on one device, of each model: 256 MiB in float32

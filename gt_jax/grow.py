@@ -9,6 +9,8 @@
   schedule, none, weights.
 - --plan-file FILE.json takes a plan that --plan-out, or a dry run with --json, wrote; it may be edited by hand.
 - Several processes share the work: the same command with --coordinator HOST:PORT --processes N --process I in each.
+- One line says what the growth costs before anything is written. At the end the child is read back, and a few held-out
+  batches of the source's own text go through both models; --no-check leaves that out.
 - A dry run without SRC reads no checkpoint and loads no array library.
 """
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     import jax
 
     from gt_jax.configs.model import ModelConfig
+    from gt_jax.growth.cost import GrowthCost
 
 DEFAULT_PLAN = "dealt"
 DEFAULTS = {"coefficient": "expected", "correct": "none", "carry": "gain"}
@@ -82,6 +85,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resume", action="store_true", help="finish an interrupted growth of the same plan")
     made.add_argument("--verify-text", type=Path, action="append", metavar="FILE",
                       help="compare source and grown model on this text afterwards; may be repeated")
+    made.add_argument("--no-check", action="store_true",
+                      help="do not read the child back, nor compare it with its source on the source's own text")
     made.add_argument("--plan-out", type=Path, metavar="FILE", help="write the plan as JSON")
     made.add_argument("--picture", type=Path, metavar="FILE.png",
                       help="draw the plan: its order, passes asked for and granted, coefficient mass kept")
@@ -112,14 +117,17 @@ def _wrong_processes(args: argparse.Namespace) -> list[str]:
 def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], first: bool = True) -> int:
     """Everything after the command line; `first` is whether this process prints and keeps results."""
     source, plan, counts, warnings, options = agree(lambda: _prepare(args))
-    for line in warnings if first else ():
-        print(f"warning: {line}", file=sys.stderr)
+    cost = None if source is None else source.cost(plan, counts)
+    for line in (*(f"warning: {line}" for line in warnings), *([] if cost is None else [cost.line()])) if first else ():
+        print(line, file=sys.stderr, flush=True)
     settings = {"carry": options["carry"], "recipe": args.recipe, "noise_std": args.noise_std, "seed": args.seed,
                 "dtype": args.dtype}
     if args.dry_run:
         shown, lines = _dry_run(plan, settings, source, warnings)
     else:
-        shown, lines = _grow(args, plan, counts, settings, first)
+        shown, lines = _grow(args, plan, counts, settings, agree, first)
+    if cost is not None:
+        shown["cost"] = cost.to_json()
     if first:
         _keep(plan, args.plan_out, args.picture)
         print(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines))
@@ -153,6 +161,11 @@ class _Source:
         self.config, self.tensors, self.metadata = found.config, found.model, found.metadata
         self.path = path
 
+    def cost(self, plan: Plan, counts: Repetition | None) -> GrowthCost:
+        """What growing this source buys and costs."""
+        from gt_jax.growth.cost import cost_of_checkpoint
+        return cost_of_checkpoint(self.config, self.metadata, plan, counts)
+
     def refuse_text(self, files: Sequence[Path]) -> None:
         """Refuse, before anything is written, text that cannot be verified on."""
         from gt_jax.evaluation.loading import data_config
@@ -165,7 +178,8 @@ def _check(args: argparse.Namespace) -> None:
     wrong = []
     if args.dry_run:
         wrong += [f"{flag} has no meaning in a --dry-run" for flag, value in
-                  (("--resume", args.resume), ("--verify-text", args.verify_text)) if value]
+                  (("--resume", args.resume), ("--verify-text", args.verify_text), ("--no-check", args.no_check))
+                  if value]
     elif args.target is None:
         wrong.append("SRC and DST are needed; to see the plan alone use --dry-run")
     if args.target is not None and args.source.resolve() == args.target.resolve():
@@ -353,18 +367,27 @@ def _tensors(plan: Plan, settings: Mapping[str, Any], source: _Source) -> tuple[
 
 
 def _grow(args: argparse.Namespace, plan: Plan, counts: Repetition | None, settings: Mapping[str, Any],
-          first: bool) -> tuple[dict[str, Any], list[str]]:
-    """Grow, then verify where text is given; the JSON object and the lines that show both."""
+          agree: Callable[[Callable[[], Any]], Any], first: bool) -> tuple[dict[str, Any], list[str]]:
+    """Grow, look at the child, verify it where text is given; the JSON object and the lines that show all three."""
     from gt_jax.growth import stream
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     result = stream.grow_checkpoint(
         args.source, args.target, plan=plan, carry=settings["carry"], noise_std=settings["noise_std"],
         seed=settings["seed"], dtype=settings["dtype"], memory=memory(args.memory), resume=args.resume,
-        counts=counts,
-        progress=(lambda line: print(line, file=sys.stderr, flush=True)) if first else None)
+        counts=counts, progress=say if first else None)
     shown: dict[str, Any] = {"source": str(args.source), "target": str(args.target), "plan": plan.to_json(),
                              **settings, "report": result}
     lines = [*plan_table.plan_lines(plan), "", f"{args.target}: {result['tensors']} tensors, "
              f"{plan_table.size(result['bytes'])}, {result['seconds']:.1f} s; {len(result['dropped'])} tensors dropped"]
+    if not args.no_check:
+        from gt_jax.evaluation.growth_check import check_growth, check_lines
+        alone = not is_distributed(args)
+        found = agree(lambda: check_growth(args.source, args.target, say, alone=alone) if first else None)
+        shown["check"], more = (found, check_lines(found)) if first else (None, [])
+        lines += ["", *more]
     if args.verify_text:
         from gt_jax.evaluation.verification import verify
         from gt_jax.evaluation.verification_table import report_lines

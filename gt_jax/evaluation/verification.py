@@ -19,7 +19,7 @@ from gt_jax.evaluation.loading import data_config, names_text, text_note
 from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
 from gt_jax.evaluation.pairs import incomparable, plan_between
 from gt_jax.growth.plan import Plan
-from gt_jax.monitoring.metrics import to_json
+from gt_jax.monitoring.metrics import json_values
 from gt_jax.text.batches import Text, open_text
 from gt_jax.training.divisibility import indivisible_fields
 from gt_jax.training.loop import fit, make_trainer, variables_of
@@ -70,7 +70,7 @@ def verify(
             deep.config, variables, reading, position, curve, held_out.batches, _rate(shallow), say
         )  # fmt: skip
     whole = {"source": str(source), "target": str(target), "text": reading.summary(), "notes": notes, **result, **more}
-    return _finite(whole)
+    return json_values(whole)
 
 
 def _refuse_rows(reading: Text, source: Checkpoint, target: Checkpoint, rows: int, iterations: int) -> None:
@@ -112,10 +112,3 @@ def train_curve(
     state = fit(trainer, trainer.new_state(variables), batches, steps, record=record)
     after = evaluate(trainer.evaluation, variables_of(state), [global_batch(batch, rules) for batch in held_out])
     return {"steps": steps, "learning_rate": optimizer.learning_rate, "loss": losses, "held_out_loss": after}
-
-
-def _finite(value: Any) -> Any:
-    """JSON values all the way down; NaN and infinities as the strings that `float` reads back."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else to_json(value)

@@ -9,11 +9,14 @@ not the weight of those passes: a pass at weight 0.3 costs as much as one at wei
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gt_jax.configs.data import DataConfig
+from gt_jax.configs.lineage import trainings
 from gt_jax.configs.model import ModelConfig
 from gt_jax.growth.plan_entries import Plan
+from gt_jax.growth.repetition import Repetition
 from gt_jax.growth.transform import child_abstract, target_config
 from gt_jax.models.flops import model_flops
 
@@ -21,7 +24,8 @@ from gt_jax.models.flops import model_flops
 class GrowthCost(NamedTuple):
     """`passes` are those that a token runs in the source, all layers together; FLOPs are of the forward pass a token.
 
-    `counted` is how the passes are known: "passes_run", or "k_exec" where the counts do not say them, an upper bound.
+    `counted` is how the passes are known: "passes_run"; or an upper bound, "k_exec" where the counts do not say them,
+    "most passes" where there are no counts.
     """
 
     source_layers: int
@@ -54,21 +58,35 @@ class GrowthCost(NamedTuple):
 def growth_cost(source: ModelConfig, plan: Plan, passes_run: Sequence[float] | None, tokens: int) -> GrowthCost:
     """The cost of growing `source` by `plan`, in rows of `tokens` tokens.
 
-    `passes_run` [l] is the mean number of passes that a token runs in each source layer; None takes the plan's k_exec,
-    and one pass for a source that is not adaptive.
+    `passes_run` [l] is the mean number of passes that a token runs in each source layer. None takes the plan's k_exec;
+    for the identity, which has none, the most passes a layer can run. A source that is not adaptive runs one.
     """
     child = target_config(source, plan)
-    known = source.adaptive is None or passes_run is not None
-    passes = [1.0] * len(source.depth) if source.adaptive is None else list(map(float, passes_run or plan.k_exec))
+    if source.adaptive is None:
+        counted, passes = "passes_run", [1.0] * len(source.depth)
+    elif passes_run is not None:
+        counted, passes = "passes_run", list(passes_run)
+    elif plan.kind == "identity":
+        counted, passes = "most passes", [float(source.adaptive.max_passes)] * len(source.depth)
+    else:
+        counted, passes = "k_exec", list(map(float, plan.k_exec))
     parameters = sum(math.prod(leaf.shape) for path, leaf in child_abstract(source, plan).items()
                      if path.startswith("params/"))
-    return GrowthCost(len(source.depth), len(child.depth), plan.dead, parameters, float(sum(passes)),
-                      "passes_run" if known else "k_exec", model_flops(source, tokens).forward(passes),
-                      model_flops(child, tokens).forward())
+    return GrowthCost(len(source.depth), len(child.depth), plan.dead, parameters, float(sum(passes)), counted,
+                      model_flops(source, tokens).forward(passes), model_flops(child, tokens).forward())
+
+
+def cost_of_checkpoint(
+    source: ModelConfig, metadata: Mapping[str, Any], plan: Plan, counts: Repetition | None
+) -> GrowthCost:
+    """`growth_cost` by the counts that the plan was made from, in rows as the source was trained on."""
+    runs = trainings(metadata)
+    data = DataConfig.from_json(runs[0]["run"]["data"]) if runs else DataConfig()
+    return growth_cost(source, plan, None if counts is None else counts.passes_run, data.sequence_length)
 
 
 def _flops(count: float) -> str:
     for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if count >= scale:
             return f"{count / scale:.2f} {unit}FLOP"
-    return f"{count:.0f} FLOP"
+    return f"{count:,.0f} FLOP"

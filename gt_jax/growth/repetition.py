@@ -92,6 +92,12 @@ class Repetition:
         """Passes by layer."""
         return tuple(layer.k_exec for layer in self.layers)
 
+    @property
+    def passes_run(self) -> tuple[float, ...] | None:
+        """Passes that a token runs, by layer; None where they were not measured for every layer."""
+        found = tuple(layer.passes_run for layer in self.layers if layer.passes_run is not None)
+        return found if len(found) == len(self.layers) else None
+
     def to_json(self) -> dict[str, Any]:
         """The file's object; `from_json` reads it back to an equal value."""
         layers = {f"layer{index}": layer.to_json() for index, layer in enumerate(self.layers)}

@@ -173,6 +173,13 @@ def _progress_bar(stream: Stream | None, total: int | None, initial: int) -> Any
     return Bar(total=total, initial=initial, file=stream, unit="step", dynamic_ncols=True, leave=True)
 
 
+def json_values(value: Any) -> Any:
+    """JSON values all the way down; NaN and infinities as the strings that `float` reads back."""
+    if isinstance(value, Mapping):
+        return {key: json_values(item) for key, item in value.items()}
+    return [json_values(item) for item in value] if isinstance(value, (list, tuple)) else to_json(value)
+
+
 def to_json(value: Any) -> Any:
     """A scalar, array, list or string (jax or numpy) as what JSON can hold; NaN and infinities as strings."""
     if isinstance(value, (str, bool)) or value is None:

@@ -89,7 +89,7 @@ def check_lines(found: Mapping[str, Any]) -> list[str]:
     gap, kl, top1 = (compared["intervals"][name] for name in ("gap", "kl", "same_top1"))
     return [*lines, f"held out, {compared['tokens']:,} tokens of {units}: loss {compared['source_loss']:.4f} -> "
             f"{compared['target_loss']:.4f}, gap {_with_limits(gap, 100.0, '+.2f')} %, {compared['verdict']}; KL "
-            f"{_with_limits(kl, 1.0, '.5f')} nats a token; same top-1 {_with_limits(top1, 100.0, '.1f')} %"]  # fmt: skip
+            f"{_with_limits(kl, 1.0, '.5f')} nats a token; same top-1 {_with_limits(top1, 100.0, '.1f')} %"]
 
 
 def _with_limits(interval: Mapping[str, Any], scale: float, digits: str) -> str:

@@ -1,7 +1,6 @@
 """The held-out rows that a figure is taken from, and which of their tokens are independent of which.
 
-- Fewer rows than there are lie evenly over the whole held-out part, row i of n being row floor(i N / n) of its N. The
-  first n rows would be the successive rows of a few pieces: the sample of a few documents.
+- The rows are those of `Text.held_out`: fewer than there are lie evenly over the whole held-out part.
 - What is independent is a stretch that was held out as one: a document, or a place of a document of which several
   places are held out. Tokens within one are alike, and so are its rows.
 """
@@ -13,10 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from gt_jax.errors import Refused
-from gt_jax.text.batches import Batch, PackedRows, Row, Text
-
-SEED = 0  # of `Text.held_out`, so that all the rows are its rows
+from gt_jax.text.batches import Batch, Text, spread_batches
 
 
 class HeldOutRows(NamedTuple):
@@ -36,24 +32,14 @@ def held_out_rows(text: Text, batches: int | None = None) -> HeldOutRows:
 
     Raises `Refused` for fewer batches than one.
     """
-    if batches is not None and batches < 1:
-        raise Refused(f"held-out batches is {batches}; it must be at least 1")
-    length, size, spans = text.config.sequence_length, text.config.batch_size, text.held_out_spans
+    spans = text.held_out_spans
     numbers, kind = _units(text)
     lengths = np.diff(spans).ravel()
     ends = np.cumsum(lengths)
     # The same rows of a text whose tokens are the numbers of their units, and which is the held-out part alone.
     together = np.stack([ends - lengths, ends], axis=1)
-    rows = PackedRows(text.tokens, spans, length, SEED, endless=False)
-    marked = PackedRows(np.repeat(numbers, lengths).astype(np.uint32), together, length, SEED, endless=False)
-    count = len(rows) if batches is None else min(batches * size, len(rows))
-    chosen = np.arange(count) * len(rows) // count
-    found, units = [], []
-    for first in range(0, count, size):
-        part = [int(row) for row in chosen[first:first + size]]
-        found.append(_stacked([rows[row] for row in part], size))
-        units.append(_stacked([marked[row] for row in part], size)["tokens"])
-    return HeldOutRows(found, units, kind)
+    marked = spread_batches(np.repeat(numbers, lengths).astype(np.uint32), together, text.config, batches)
+    return HeldOutRows(text.held_out(batches), [batch["tokens"] for batch in marked], kind)
 
 
 def _units(text: Text) -> tuple[Int64[np.ndarray, "spans"], str]:
@@ -64,10 +50,3 @@ def _units(text: Text) -> tuple[Int64[np.ndarray, "spans"], str]:
     numbers = np.concatenate([[0], np.cumsum(apart)])
     documents = np.searchsorted(np.flatnonzero(text.tokens == end), starts)
     return numbers, "document" if len(np.unique(documents)) == numbers[-1] + 1 else "place"
-
-
-def _stacked(rows: list[Row], size: int) -> Batch:
-    """Rows as a batch of `size`; missing ones are padding."""
-    missing = {"tokens": 0, "targets": -1, "segment_ids": 0}
-    return {name: np.stack([*(row[name] for row in rows), *[np.full_like(rows[0][name], value)] * (size - len(rows))])
-            for name, value in missing.items()}

@@ -186,7 +186,10 @@ class Text:
         return stream
 
     def held_out(self, batches: int | None = None) -> list[Batch]:
-        """The held-out batches, at most `batches` of them: the same whatever the seed, the last one padded."""
+        """The held-out batches, at most `batches` of them: the same whatever the seed, the last one padded.
+
+        Fewer rows than there are lie evenly over the whole part: the first ones would be those of a few documents.
+        """
         return self._batches("held-out", self.held_out_spans, batches)
 
     def tuning(self, batches: int | None = None) -> list[Batch]:
@@ -198,11 +201,7 @@ class Text:
     def _batches(self, part: str, spans: Spans, batches: int | None) -> list[Batch]:
         if batches is not None and batches < 1:
             raise Refused(f"{part} batches is {batches}; it must be at least 1")
-        size = self.config.batch_size
-        rows = PackedRows(self.tokens, spans, self.config.sequence_length, _HELD_OUT_SEED, endless=False)
-        count = math.ceil(len(rows) / size)
-        return [_batch([rows[i] for i in range(n * size, min((n + 1) * size, len(rows)))], size)
-                for n in range(count if batches is None else min(batches, count))]
+        return spread_batches(self.tokens, spans, self.config, batches)
 
     def content_hash(self) -> str:
         """SHA-256 of the documents' tokens, in hexadecimal digits."""
@@ -281,6 +280,15 @@ def _identity(config: DataConfig, content_hash: str) -> dict[str, Any]:
 def held_out_batches(config: DataConfig, batches: int | None = None) -> list[Batch]:
     """`open_text(config).held_out(batches)`."""
     return open_text(config).held_out(batches)
+
+
+def spread_batches(tokens: UInt[np.ndarray, "n"], spans: Spans, config: DataConfig, batches: int | None) -> list[Batch]:
+    """At most `batches` batches of the rows of these spans: of N rows row i of n is row floor(i N / n); None is all."""
+    size = config.batch_size
+    rows = PackedRows(tokens, spans, config.sequence_length, _HELD_OUT_SEED, endless=False)
+    count = len(rows) if batches is None else min(batches * size, len(rows))
+    chosen = (np.arange(count) * len(rows) // count).tolist()
+    return [_batch([rows[row] for row in chosen[first:first + size]], size) for first in range(0, count, size)]
 
 
 def _batch(rows: list[Row], size: int) -> Batch:

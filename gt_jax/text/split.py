@@ -35,6 +35,8 @@ Stretches = tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]  # where each 
 TRAINING, HELD_OUT, TUNING = range(3)
 _FEW_DOCUMENTS = 20
 _FEW_PLACES = 4
+_PLACES = 20  # of an evenly cut text, each of some rows, where it has them: what an interval over places needs
+_ROWS_OF_A_PLACE = 4
 _LARGEST_EVEN_PIECE = 65536
 
 
@@ -114,7 +116,10 @@ def _too_little(cuts: Int64[np.ndarray, "n"], part: Int64[np.ndarray, "n"], conf
 def _even_pieces(ends: Ends, config: DataConfig) -> Stretches:
     """Even pieces of the text: several held-out places where it is long enough, so that they are a sample of it."""
     total, parts = int(ends[-1]), 3 if config.tuning else 2
-    size = max(config.sequence_length, min(_LARGEST_EVEN_PIECE, int(config.held_out * total) // _FEW_PLACES))
+    held_out = int(config.held_out * total)
+    wanted = _FEW_PLACES if config.split == "fill" else held_out // (_ROWS_OF_A_PLACE * config.sequence_length)
+    places = min(max(wanted, _FEW_PLACES), _PLACES)
+    size = max(config.sequence_length, min(_LARGEST_EVEN_PIECE, held_out // places))
     count = max(parts, total // size)
     piece_ends = (np.arange(1, count + 1) * total) // count
     part = np.full(count, TRAINING)

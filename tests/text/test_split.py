@@ -146,8 +146,16 @@ def test_golden_splits():
 
     assert split("fill").held_out.tolist() == FILLED
     assert split("sample").held_out.tolist() == SAMPLED
-    even = split_documents(np.array([1000]), keys[:1], config(16, 0.2)).held_out
-    assert even.tolist() == [[200, 250], [450, 500], [700, 750], [950, 1000]]
+    for rule in ("fill", "sample"):
+        even = split_documents(np.array([1000]), keys[:1], config(16, 0.2, split=rule)).held_out
+        assert even.tolist() == [[200, 250], [450, 500], [700, 750], [950, 1000]]
+
+
+def test_a_single_long_document_holds_out_twenty_places():
+    """An interval is over places there: four of them bound little. The earlier rule keeps its four."""
+    for rule, places in (("fill", 4), ("sample", 20)):
+        held_out = split_documents(np.array([40_000]), keys_of(1), config(16, 0.1, split=rule)).held_out
+        assert len(held_out) == places and np.diff(held_out).sum() == pytest.approx(4_000, rel=0.02)
 
 
 FILLED = [[3169, 3172], [3694, 3701], [3805, 3845], [25924, 25978], [26395, 26498], [26498, 27122], [29228, 29297],

@@ -3,8 +3,8 @@
     python -m experiments.bench_grow [--preset-source 3b] [--scales 1] [--repeats 3] [--workdir DIR]
 
 * The floor: `cat SOURCE/* > /dev/null`, then `dd if=/dev/zero conv=fsync` of the target's bytes, on the same disk.
-* The growth: `python -m gt_jax.grow` as a process of its own, wall time with a final `sync`; its peak resident memory
-  as the system counts it (VmHWM). Floor and growth take turns, each from a cold cache.
+* The growth: `python -m gt_jax.grow --no-check` as a process of its own, wall time with a final `sync`; its peak
+  resident memory as the system counts it (VmHWM). Floor and growth take turns, each from a cold cache.
 * Cold: /proc/sys/vm/drop_caches where that may be written, else posix_fadvise(DONTNEED) on every file; it says which.
 * `--scales 0.5,1,2`: the same for half and double the parameters; peak memory should not change.
 * WORKDIR needs room for one source and one target (25 GB for 3b); what is made there is deleted.
@@ -98,7 +98,7 @@ def grow(source: Path, target: Path, extra: Sequence[str]) -> tuple[float, float
     """Seconds of one growth with its final sync, and its peak resident GiB."""
     forget(source)
     started = time.monotonic()
-    _, peak = timed([sys.executable, "-m", "gt_jax.grow", str(source), str(target), *extra])
+    _, peak = timed([sys.executable, "-m", "gt_jax.grow", str(source), str(target), "--no-check", *extra])
     os.sync()
     return time.monotonic() - started, peak
 

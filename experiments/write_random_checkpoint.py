@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gt_jax.checkpoints import checkpoint
@@ -32,12 +31,14 @@ from gt_jax.configs import presets
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, run_command
 from gt_jax.growth import noise
-from gt_jax.growth.pipeline import PIECES, pieces, throttled
-from gt_jax.growth.write_behind import WriteBehind
+from gt_jax.growth.bounded_work import BoundedExecutor
+from gt_jax.growth.pipeline import pieces, throttled
 from gt_jax.models import language_model
 from gt_jax.text.token_bytes import default_texts, token_table
 
 WAITING = 2**26  # bytes
+WRITERS = 3
+PIECE = 2**20  # values drawn at a time
 
 
 def scaled(config: ModelConfig, scale: float) -> ModelConfig:
@@ -64,13 +65,6 @@ def scaled(config: ModelConfig, scale: float) -> ModelConfig:
     return config.replace(**changes)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "dtype"))
-def _draw(key: jax.Array, start: jax.Array, middle: jax.Array, step: jax.Array, *, size: int,
-          dtype: np.dtype) -> jax.Array:
-    where = start + jax.lax.iota(jnp.uint32, size)
-    return (middle + noise.at(key, where, step)).astype(dtype)
-
-
 def values(config: ModelConfig, path: str, leaf: jax.ShapeDtypeStruct, seed: int) -> Iterator[tuple[int, np.ndarray]]:
     """(flat position, values there) of one tensor, in order."""
     name = path.rsplit("/", 1)[-1]
@@ -80,10 +74,11 @@ def values(config: ModelConfig, path: str, leaf: jax.ShapeDtypeStruct, seed: int
         return
     middle = 1.0 if name in ("scale", "gain", "residual_scale", "variance_ema") else 0.0
     step = noise.step(0.0 if name == "variance_ema" else config.init_std)
-    key, count = noise.key_data(seed, path, 0), math.prod(leaf.shape)
-    for start, end, size in pieces(0, count, count, PIECES):
-        made = _draw(key, np.uint32(start), np.float32(middle), step, size=size, dtype=leaf.dtype)
-        yield start, np.asarray(made)[: end - start]
+    key, count = noise.key_of(seed, path, 0), math.prod(leaf.shape)
+    for start, end in pieces(0, count, count, PIECE):
+        made = noise.at(key, start, end - start, step)
+        made += np.float32(middle)
+        yield start, made.astype(leaf.dtype)
 
 
 def write(path: Path, config: ModelConfig, seed: int) -> int:
@@ -101,7 +96,7 @@ def write(path: Path, config: ModelConfig, seed: int) -> int:
         return f"{total / 1e9:.2f} GB, {total / 1e9 / (time.monotonic() - started):.2f} GB/s"
 
     say = throttled(line, lambda text: print(text, file=sys.stderr, flush=True), 5.0)
-    with WriteBehind(WAITING) as writer:
+    with BoundedExecutor(WAITING, WRITERS) as writer:
         for name, leaf in leaves.items():
             files = ArrayFiles.of(unfinished / "state", name, tuple(leaf.shape), np.dtype(leaf.dtype))
             files.create()

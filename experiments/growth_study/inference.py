@@ -48,7 +48,7 @@ class Interval(NamedTuple):
 
 def interval(values: Sequence[float]) -> Interval:
     """The mean of one value a seed, and its t-interval."""
-    found = ratio_interval(np.asarray(values, np.float64), np.ones(len(values)), CONFIDENCE)
+    found = ratio_interval(np.asarray(values, np.float64), np.ones(len(values)), CONFIDENCE, fewest=2)
     return Interval(found.value, found.low, found.high, len(values))
 
 

@@ -52,15 +52,19 @@ class Interval(NamedTuple):
 
 
 def ratio_interval(
-    numerators: Float[np.ndarray, "units"], denominators: Float[np.ndarray, "units"], confidence: float = 0.95
-) -> Interval:
-    """Sum of numerators over sum of denominators, with limits; raises ValueError where the second sum is not > 0."""
+    numerators: Float[np.ndarray, "units"], denominators: Float[np.ndarray, "units"], confidence: float = 0.95,
+    fewest: int = FEWEST_UNITS,
+) -> Interval:  # fmt: skip
+    """Sum of numerators over sum of denominators, with limits where there are `fewest` units or more.
+
+    Raises ValueError where the second sum is not > 0.
+    """
     total, size = float(np.sum(numerators)), float(np.sum(denominators))
     if not size > 0:
         raise ValueError(f"denominators sum to {size}; a ratio needs a positive sum")
     freedom = size**2 / float(np.sum(np.square(denominators))) - 1
     rest, count = size - denominators, len(numerators)
-    if count < FEWEST_UNITS or freedom < 1 or not (rest > 0).all():
+    if count < fewest or freedom < 1 or not (rest > 0).all():
         return Interval(total / size, None, None)
     without = (total - numerators) / rest
     error = np.sqrt((count - 1) / count * np.sum(np.square(without - np.mean(without))))

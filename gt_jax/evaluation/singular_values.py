@@ -122,7 +122,7 @@ def largest_singular_value(
     u = applied(v)
     value = length(u)
     residual = length(transposed(u) - times(v, jnp.square(value)))
-    factor = jnp.full_like(value, error_factor(x[0].size, iterations))
+    factor = jnp.full_like(value, error_factor(x.size // x.shape[0], iterations))
     return SingularValue(value, residual / jnp.maximum(value, TINY), factor)
 
 

@@ -18,10 +18,10 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         *(f"note: {note}" for note in result.get("notes", ())),
         f"loss of the source: {float(result['source_loss']):.4f} adaptive{beside}",
         f"loss of the {'grown model' if fixed is not None else 'target'}: {float(result['target_loss']):.4f}, "
-        f"gap {100 * float(result['gap']):+.2f} %{_limits(between['gap'], 100, '+.2f')} ({result['verdict']}; "
+        f"gap {100 * float(result['gap']):+.2f} %{_limits(between['gap'], 100.0, '+.2f')} ({result['verdict']}; "
         f"below {100 * GOOD:.0f} % is good, below {100 * USABLE:.0f} % usable)",
-        f"KL {float(result['kl']):.4f} nats{_limits(between['kl'], 1, '.4f')}, same top token "
-        f"{100 * float(result['same_top1']):.1f} %{_limits(between['same_top1'], 100, '.1f')}, "
+        f"KL {float(result['kl']):.4f} nats{_limits(between['kl'], 1.0, '.4f')}, same top token "
+        f"{100 * float(result['same_top1']):.1f} %{_limits(between['same_top1'], 100.0, '.1f')}, "
         f"logit cosine {float(result['cosine']):.4f} ("
         + (f"good, above {COSINE})" if result["cosine_verdict"] == "good" else f"wanted: above {COSINE})"),
         f"in brackets: {100 * result['confidence']:g} % intervals over {result['units']['count']} "

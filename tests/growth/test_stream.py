@@ -372,7 +372,7 @@ def test_resume_keeps_what_is_done_and_refuses_another_growth(case: Case, tmp_pa
         assert line in str(refused.value)
     embedding = jax.tree.map(lambda leaf: leaf + 1, case.tree["params"]["embedding"])
     changed = {**case.tree, "params": {**case.tree["params"], "embedding": embedding}}
-    checkpoint.save(tmp_path / "changed", changed, {"config": CONFIG.to_json(), "step": 12})
+    checkpoint.save(tmp_path / "changed", changed, checkpoint.describe(case.source)[1])
     with pytest.raises(Refused, match=r"params/embedding/table holds other values"):
         grow(tmp_path / "changed", target, resume=True)
     assert {name: content for name, content in files(tmp_path).items() if name in before} == before

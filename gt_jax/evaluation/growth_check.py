@@ -1,8 +1,8 @@
 """What a growth says of itself at its end: the child as it lies on the disk, beside its source.
 
 - Every byte of the child is read back and compared with its checksums.
-- Pass 1 of the source's layers stands in their order, and every gain on the disk is its source's times the coefficient
-  that the plan gives it (where gains carry the coefficients).
+- Every small tensor of each layer, its gain among them, is made again from the source layer that the plan names and
+  compared; pass 1 of the source's layers stands in their order.
 - A few held-out batches of the source's own text go through both models: loss gap, KL divergence, top-1 agreement, with
   intervals over documents. Where that cannot be done the reason is said: no text is known, the text cannot be read any
   more, or the machine does not hold both models. It is no reason to fail.
@@ -10,8 +10,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,13 @@ from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
 from gt_jax.evaluation.predictions import compare_predictions
 from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.provenance import stored_plan
+from gt_jax.growth.slices_on_host import grow_slice
+from gt_jax.growth.transform import child_abstract, match
 from gt_jax.monitoring.metrics import json_values
 from gt_jax.text.batches import Text, open_text
 
 BATCHES = 4
+SMALL = 4096  # values of a block that is made again: gains, norms, biases
 ROOM = 1.5  # bytes for two models, their activations and what compiling takes, over the bytes of the two models
 
 Say = Callable[[str], None]
@@ -54,28 +57,39 @@ def check_growth(
                      + "; ".join(f"{one['file']} differs" for one in read.damaged)
                      + "; test memory and disk, remove it and grow again")  # fmt: skip
     before, after = open_checkpoint(source), open_checkpoint(target)
-    wrong = _wrong_gains(before, after)
-    if wrong:
-        raise Failed(f"{target} is not what its plan says: {'; '.join(wrong)}; remove it and grow again")
     plan = stored_plan(after.metadata, target)
+    if wrong := _wrong_blocks(before, after, plan):
+        raise Failed(f"{target} is not what its plan says: {'; '.join(wrong)}; remove it and grow again")
     found: dict[str, Any] = {"files": read.checked, "bytes": read.bytes, "order": order_of(plan)}
     try:
         if not alone:
             raise Refused("several processes grew it; python -m gt_jax.verify runs on a mesh of all of them")
         text = _own_text(before)
         _refuse_no_room(before, after)
-    except Refused as reason:
+        compared = _predictions(before, after, text, say)
+    except (Refused, OSError, MemoryError) as reason:
         return {**found, "not_compared": str(reason)}
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {**found, "not_compared": f"memory does not suffice ({error})"}
+    return json_values({**found, "text": text.summary(), "predictions": compared})
+
+
+def _predictions(before: Checkpoint, after: Checkpoint, text: Text, say: Say) -> dict[str, Any]:
     rows = held_out_rows(text, BATCHES)
     with jax.set_mesh(mesh_for_rows(1)):
-        compared = compare_predictions((before.config, before.load()), (after.config, after.load()), rows, Rules(), say)
-    return json_values({**found, "text": text.summary(), "predictions": compared})
+        models = (before.config, before.load()), (after.config, after.load())
+        return compare_predictions(*models, rows, Rules(), say)
 
 
 def order_of(plan: Plan) -> str:
     """Whether pass 1 of the source's layers stands in their order: "kept", or what does not."""
     firsts = [entry.source for entry in plan.entries if entry.copy == 1]
-    return "kept" if firsts == sorted(firsts) else f"pass 1 of the source's layers stands as {firsts}"
+    if any(later <= before for before, later in pairwise(firsts)):
+        return f"pass 1 of the source's layers stands as {', '.join(map(str, firsts))}"
+    missing = [layer for layer in range(len(plan.source_layout)) if layer not in firsts]
+    return f"kept, without layer {', '.join(map(str, missing))}" if missing else "kept"
 
 
 def check_lines(found: Mapping[str, Any]) -> list[str]:
@@ -117,41 +131,41 @@ def _refuse_no_room(*models: Checkpoint) -> None:
 def _room() -> int | None:
     """Bytes that the default device has left, or the machine where that is a CPU; None where nothing says."""
     device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _reclaimable()
-        except (ValueError, OSError):
-            return None
-    known = device.memory_stats() or {}
-    return known["bytes_limit"] - known.get("bytes_in_use", 0) if "bytes_limit" in known else None
+    if device.platform != "cpu":
+        known = device.memory_stats() or {}
+        return known["bytes_limit"] - known.get("bytes_in_use", 0) if "bytes_limit" in known else None
+    left = [_of_file("/proc/meminfo", "MemAvailable", 1024)]
+    limit, used = _of_file("/sys/fs/cgroup/memory.max", "", 1), _of_file("/sys/fs/cgroup/memory.stat", "anon", 1)
+    left.append(None if limit is None or used is None else limit - used)
+    return min((one for one in left if one is not None), default=None)
 
 
-def _reclaimable() -> int:
-    """Bytes of files that the kernel keeps in memory as long as nobody needs it; 0 where it does not say."""
+def _of_file(path: str, name: str, scale: int) -> int | None:
+    """The number behind `name` in a file of the kernel's, in bytes; None where it says none."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = Path(path).read_text(encoding="ascii").splitlines()
     except OSError:
-        return 0
-    found = {line.partition(":")[0]: line.split()[1] for line in lines if len(line.split()) > 1}
-    return 1024 * int(found.get("Cached", 0))
+        return None
+    found = [line.split() for line in lines if line.startswith(name)]
+    numbers = [word for word in (found[0] if found else []) if word.isdigit()]
+    return scale * int(numbers[0]) if numbers else None
 
 
-def _wrong_gains(source: Checkpoint, target: Checkpoint) -> list[str]:
-    """The target layers whose gain on the disk is not its source's times the plan's coefficient."""
+def _wrong_blocks(source: Checkpoint, target: Checkpoint, plan: Plan) -> list[str]:
+    """The target layers of which a small tensor on the disk is not what the plan makes of its source layer's."""
     grown = target.metadata["grown_from"]
-    plan, carries = Plan.from_json(grown["plan"]), grown["carry"] == "gain"
-    wrong = []
-    before, after = _gains(source), _gains(target)
-    for layer, entry in enumerate(plan.entries):
-        want = np.float32(before[entry.source]) * np.float32(entry.coefficient if carries else 1.0)  # without noise
-        if np.float32(after[layer]) != want:
-            wrong.append(f"the gain of layer {layer} is {after[layer]}, {want} was to be written")
-    return wrong
-
-
-def _gains(one: Checkpoint) -> list[float]:
-    """By layer, as they lie on the disk."""
-    places = [one.config.depth.position(layer) for layer in range(len(one.config.depth))]
-    paths = [f"params/segment{segment}/layer{slot}/gain" for segment, _, slot in places]
-    values = checkpoint.load_paths(one.place, set(paths))
-    return [float(values[path][block]) for path, (_, block, _) in zip(paths, places, strict=True)]
+    how = {name: grown[name] for name in ("carry", "noise_std", "seed")}
+    child = child_abstract(source.config, plan, grown["dtype"])
+    leaves = [leaf for leaf in match(source.model, child, plan, grown["carry"]).leaves
+              if leaf.stacked and int(np.prod(leaf.shape[1:], dtype=np.int64)) <= SMALL]  # fmt: skip
+    before = checkpoint.load_paths(source.place, {part.source for leaf in leaves for part in leaf.parts})
+    after = checkpoint.load_paths(target.place, {leaf.path for leaf in leaves})
+    wrong: dict[int, str] = {}
+    for leaf in leaves:
+        for block, part in enumerate(leaf.parts):
+            layer = part.layer or 0
+            want = grow_slice(leaf, block, before[part.source][part.block or 0].reshape(-1), **how)
+            if not np.array_equal(after[leaf.path][block].reshape(-1), want):
+                wrong.setdefault(layer, f"layer {layer} is not made of source layer {plan.entries[layer].source} "
+                                        f"({leaf.path}, block {block})")  # fmt: skip
+    return [wrong[layer] for layer in sorted(wrong)]

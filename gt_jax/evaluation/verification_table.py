@@ -60,7 +60,7 @@ def _layer_table(result: dict[str, Any]) -> str:
     for name, header in FIGURES:
         for key, title in ((name, header), (f"source_{name}", "of the source"),
                            (f"source_fixed_{name}", "at k_exec")):  # fmt: skip
-            if all(one.get(name) is None for one in layers) or key == "source_router_kl":
+            if all(one.get(name) is None for one in layers) or key not in layers[0] or key == "source_router_kl":
                 continue
             headers.append(title)
             for row, one in zip(rows, layers, strict=True):

@@ -24,8 +24,8 @@ from gt_jax.models.flops import model_flops
 class GrowthCost(NamedTuple):
     """`passes` are those that a token runs in the source, all layers together; FLOPs are of the forward pass a token.
 
-    `counted` is how the passes are known: "passes_run"; or an upper bound, "k_exec" where the counts do not say them,
-    "most passes" where there are no counts.
+    `counted` is how the passes are known: "passes_run"; or something near an upper bound, "k_exec" where the counts do
+    not say them (2 % of the tokens run more), "most passes" where there are no counts.
     """
 
     source_layers: int
@@ -49,10 +49,10 @@ class GrowthCost(NamedTuple):
     def line(self) -> str:
         """One line for a reader."""
         dead = f", {len(self.dead)} of them dead ({', '.join(map(str, self.dead))})" if self.dead else ", none dead"
-        passes = f"{self.passes:.1f} passes" if self.counted == "passes_run" else f"at most {self.passes:.0f} passes"
+        ran = "passes that it runs" if self.counted == "passes_run" else "passes that it may run"
         return (f"cost: {self.source_layers} -> {self.layers} layers{dead}; {self.parameters:,} parameters; a token "
                 f"costs {_flops(self.flops)} forward, {self.ratio:.2f} times the source's {_flops(self.source_flops)} "
-                f"with the {passes} that it runs ({self.counted})")
+                f"at the {self.passes:.1f} {ran} ({self.counted})")
 
 
 def growth_cost(source: ModelConfig, plan: Plan, passes_run: Sequence[float] | None, tokens: int) -> GrowthCost:

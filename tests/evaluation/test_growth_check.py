@@ -7,6 +7,7 @@ import pytest
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
+from gt_jax.configs.layout import parse
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Failed
 from gt_jax.evaluation import growth_check
@@ -14,6 +15,8 @@ from gt_jax.evaluation.growth_check import check_growth, check_lines
 from gt_jax.grow import main as grow
 from gt_jax.growth.plan_entries import Demand, Entry, Plan
 from gt_jax.growth.stream import grow_checkpoint
+from gt_jax.growth.transform import target_config
+from gt_jax.models.language_model import abstract
 from tests.support import perturbed, small_model
 
 PLAIN = small_model("D*2", adaptive=False)  # so that every layer once is exact
@@ -69,8 +72,35 @@ def test_a_child_that_does_not_read_back_fails(folder, tmp_path):
     gain = tree["params"]["segment0"]["layer0"]["gain"]
     tree["params"]["segment0"]["layer0"]["gain"] = gain.at[1].add(0.25)
     checkpoint.save(tmp_path / "other", tree, checkpoint.describe(folder / "source-grown")[1])
-    with pytest.raises(Failed, match="the gain of layer 1 is"):
+    with pytest.raises(Failed, match=r"layer 1 is not made of source layer 1 \(params/segment0/layer0/gain, block 1\)"):
         check_growth(folder / "source", tmp_path / "other")
+
+
+def test_the_order_is_that_of_the_first_passes():
+    def of(*sources):
+        layout = parse(f"D*{len(sources)}")
+        entries = tuple(Entry(source, sources[: at + 1].count(source), 1.0) for at, source in enumerate(sources))
+        return growth_check.order_of(Plan("map", parse("D*3"), layout, entries, (Demand(1, 1.0, 1.0),) * 3))
+
+    assert of(0, 1, 0, 2) == "kept"
+    assert of(0, 2, 1) == "pass 1 of the source's layers stands as 0, 2, 1"
+    assert of(0, 2, 0) == "kept, without layer 1"
+
+
+@pytest.mark.parametrize("carry", ["weights", "output", "gain"])
+def test_every_carry_with_noise_and_another_dtype_passes(folder, tmp_path, carry):
+    """What is not copied is made again from the source; only layers of the right source give those bytes."""
+    entries = (Entry(0, 1, 1.0), Entry(1, 1, 1.0), Entry(1, 2, 0.7))
+    plan = Plan("map", PLAIN.depth, parse("D*3"), entries, (Demand(1, 1.0, 1.0),) * 2)
+    grow_checkpoint(folder / "stranger", tmp_path / "child", plan=plan, carry=carry, noise_std=1e-3, dtype="bfloat16")
+    assert check_growth(folder / "stranger", tmp_path / "child")["order"] == "kept"
+    metadata = checkpoint.describe(tmp_path / "child")[1]
+    swapped = [{**entry, "source": 1 - entry["source"]} for entry in metadata["grown_from"]["plan"]["layers"]]
+    metadata["grown_from"]["plan"]["layers"] = swapped
+    config = target_config(PLAIN, plan, "bfloat16")
+    checkpoint.save(tmp_path / "swapped", checkpoint.load(tmp_path / "child", abstract(config)), metadata)
+    with pytest.raises(Failed, match="layer 0 is not made of source layer 1"):
+        check_growth(folder / "stranger", tmp_path / "swapped")
 
 
 def test_the_command_says_what_it_costs_before_it_writes_and_looks_at_the_child_after(folder, tmp_path, capsys):

@@ -41,6 +41,7 @@ from gt_jax.growth.transform import grow, target_config
 from gt_jax.models.language_model import LanguageModel, abstract, free_passes
 from gt_jax.models.layers.mixer import place_rows
 from gt_jax.models.layers.residual import Layer
+from gt_jax.monitoring.metrics import json_values
 from gt_jax.monitoring.plots import plot_verification
 from gt_jax.text.batches import open_text
 from gt_jax.training.loop import Trainer
@@ -449,7 +450,7 @@ def test_a_pair_without_a_plan_says_why(pair, capsys, grown):
 def test_numbers_that_are_not_finite_are_reported_as_such(grown, tmp_path):
     curve = {"steps": 2, "loss": [[1, 2.0], [2, 1.0]], "held_out_loss": 1.5}
     result = {**grown[2], "notes": [], "gap": math.nan, "target_loss": math.inf, "verdict": "poor", "curve": curve}
-    shown = verification._finite(result)
+    shown = json_values(result)
     assert json.loads(json.dumps(shown, allow_nan=False))["gap"] == "NaN"
     assert "gap +nan %" in "\n".join(report_lines(shown))
     for name in ("a.png", "b.png"):

@@ -48,20 +48,24 @@ def calibrate(
     from gt_jax.training.step import evaluate, make_evaluation
 
     say, group, rules = progress or (lambda line: None), group or ProcessGroup(), Rules()
-    plan, source_metadata, metadata = group.agree(lambda: _belonging(source, grown, target, batches))
+    named_places = group.agree(lambda: [str(checkpoint.resolve(path)) for path in (source, grown)])
+    # one step of a run for all that follows, in every process: a newer one may come between
+    of_source, of_grown = places = [Path(place) for place in group.gather(named_places)[0]]
+    plan, source_metadata, metadata = group.agree(lambda: _belonging(source, grown, target, batches, places))
+    group.on_first(lambda: _refuse_other_values(metadata, grown, of_source))
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "tokenizer": tokenizer}
 
     def prepare() -> Text:
         data = data_config(source_metadata, named, source)
         chosen_tokenizer(metadata, data.tokenizer, grown)
         reading = open_text(data)
-        _refuse_mesh(reading.config.batch_size, source, grown)
+        _refuse_mesh(reading.config.batch_size, *places)
         return reading
 
     reading = group.agree(prepare)
     if (note := text_note(source_metadata, reading, source, names_text(named))) is not None:
         say(f"note: {note}")
-    (shallow, shallow_variables, _), (deep, deep_variables, _) = load(source, rules), load(grown, rules)
+    (shallow, shallow_variables, _), (deep, deep_variables, _) = load(of_source, rules), load(of_grown, rules)
     fitted = [global_batch(batch, rules) for _, batch in zip(range(batches), reading.train(), strict=False)]
     held_out = [global_batch(batch, rules) for batch in reading.held_out(batches)]
     say(f"{reading.summary()}; fitting {len(deep.depth)} gains on {len(fitted)} batches")
@@ -69,12 +73,12 @@ def calibrate(
         shallow, shallow_variables, deep, deep_variables, plan, fitted, rules, held_out=held_out, progress=say,
         **options,
     )  # fmt: skip
-    of_source, of_target = make_evaluation(shallow, rules), make_evaluation(deep, rules)
+    run_source, run_target = make_evaluation(shallow, rules), make_evaluation(deep, rules)
     loss, before, after = (evaluate(*pair, held_out) for pair in (
-        (of_source, shallow_variables), (of_target, deep_variables), (of_target, result)))  # fmt: skip
+        (run_source, shallow_variables), (run_target, deep_variables), (run_target, result)))  # fmt: skip
     losses = {"source": loss, "before": before, "after": after, "gap_before": before / loss - 1,
               "gap_after": after / loss - 1}  # fmt: skip
-    calibrated = {"source": str(checkpoint.resolve(source)), "grown": str(checkpoint.resolve(grown)),
+    calibrated = {"source": str(of_source), "grown": str(of_grown),
                   "text": reading.summary(), "batches": batches, "losses": losses, **report}  # fmt: skip
     made = {"config": metadata["config"], "kind": "calibrated", "step": metadata.get("step", 0)}
     checkpoint.save(target, result, {**made, "calibrated": calibrated, LINEAGE: carried(metadata)})
@@ -93,20 +97,21 @@ def _refuse_mesh(rows: int, *paths: Path) -> None:
 
 
 def _belonging(
-    source: Path, grown: Path, target: Path, batches: int
+    source: Path, grown: Path, target: Path, batches: int, places: Sequence[Path]
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The plan, the metadata of SRC and of GROWN; raises `Refused` for all that can be wrong before a value is read."""
+    """The plan, the metadata of SRC and of GROWN; raises `Refused` for all that can be wrong before a value is read.
+
+    `places` are what SRC and GROWN name.
+    """
     from gt_jax.checkpoints import checkpoint
-    from gt_jax.configs.lineage import newest
     from gt_jax.evaluation.model_files import open_checkpoint
     from gt_jax.growth.calibration import mismatches
-    from gt_jax.growth.provenance import changed_content_hash, stored_plan
+    from gt_jax.growth.provenance import stored_plan
 
     if batches < 1:
         raise Refused(f"--batches is {batches}; at least one is needed")
     if target.exists() or target.is_symlink():
         raise Refused(f"DST {target} exists; name a new folder")
-    places = [checkpoint.resolve(path) for path in (source, grown)]
     for place in places:
         if place in target.resolve().parents:
             raise Refused(f"DST {target} lies inside the checkpoint {place}; choose a place outside of it")
@@ -114,11 +119,18 @@ def _belonging(
     plan = stored_plan(deep.metadata, grown)
     refuse_all(mismatches(shallow.config, deep.config, plan), f"{grown} was not grown from {source}:")
     checkpoint.prepare_parent(target)
-    if changed_content_hash(deep.metadata, places[0]) is not None:
-        grown_from = newest(deep.metadata, "grown_from")
-        raise Refused(f"{grown} was not grown from the values in {places[0]} (their hash differs), but from "
-                      f"{grown_from.get('source')} at step {grown_from.get('step')}; give that one")
     return plan, shallow.metadata, deep.metadata
+
+
+def _refuse_other_values(metadata: dict[str, Any], grown: Path, source: Path) -> None:
+    """Raise `Refused` where GROWN's metadata name other values than those in `source`; reads all of them."""
+    from gt_jax.configs.lineage import newest
+    from gt_jax.growth.provenance import changed_content_hash
+
+    if changed_content_hash(metadata, source) is not None:
+        grown_from = newest(metadata, "grown_from")
+        raise Refused(f"{grown} was not grown from the values in {source} (their hash differs), but from "
+                      f"{grown_from.get('source')} at step {grown_from.get('step')}; give that one")
 
 
 def report_lines(result: dict[str, Any], target: Path) -> list[str]:

@@ -18,6 +18,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.lineage import LINEAGE, carried, chain, newest
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
+from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import mesh_for_rows
 from gt_jax.errors import Refused
 from gt_jax.evaluation.held_out import evaluate_checkpoints
@@ -132,6 +133,32 @@ def test_calibration_keeps_the_chain(folder, tmp_path):
         metadata_of(folder / "source"), None)  # fmt: skip
     lines = describe.report_lines(describe.describe(str(tmp_path / "fitted")))
     assert any("└─ grown from" in line for line in lines) and any("└─ trained at step 3" in line for line in lines)
+
+
+def test_one_process_hashes_the_source_and_a_newer_step_changes_nothing(folder, tmp_path, monkeypatch):
+    class Second(ProcessGroup):
+        """A process that is not the first, while another command saves a step of the grown run."""
+
+        first = False
+
+        def agree(self, work):
+            result = work()
+            if not (tmp_path / "run" / "9").exists():
+                shutil.copytree(folder / "grown", tmp_path / "run" / "9")
+            return result
+
+        def on_first(self, work):
+            pass
+
+    def hashed(*words):
+        raise AssertionError("a process that is not the first reads the whole source")
+
+    shutil.copytree(folder / "grown", tmp_path / "run" / "0")
+    monkeypatch.setattr(checkpoint, "content_hash", hashed)
+    words = folder / "source", tmp_path / "run", tmp_path / "fitted"
+    with jax.set_mesh(mesh_for_rows(1)):
+        fitted = calibrate(*words, batches=1, iterations=1, group=Second())
+    assert fitted["grown"] == str(tmp_path / "run" / "0")
 
 
 def test_counts_of_other_values_grow_nothing_and_leave_nothing(folder, tmp_path, capsys):

@@ -11,7 +11,8 @@ text:
   document the last `held_out` is held out, the `tuning` before that is for tuning, the rest is trained on.
 - Documents of the same bytes are one document here, so a copy of a held-out document is held out too.
 - Where that leaves a part without a row, or the held-out part in fewer than four places, the text is cut into even
-  pieces of at least a row instead, and every (1 / held_out)-th is held out. So it is below 20 documents.
+  pieces of at least a row instead, and every (1 / held_out)-th is held out: twenty places where each has four rows,
+  four at least. So it is below 20 documents.
 
 Nothing depends on the seed of the run: two runs of one text are compared on the same held-out part.
 """

@@ -27,7 +27,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig, TrainConfig
-from gt_jax.devices.sharding import mesh_for_rows, place_like
+from gt_jax.devices.sharding import mesh_for_rows, put_like
 from gt_jax.errors import Refused, run_command
 from gt_jax.evaluation.measurement import pass_counts
 from gt_jax.evaluation.model_files import load
@@ -147,7 +147,7 @@ def train_on(one: Contender, stage: Stage, text: Text, position: dict[str, Any],
     """Evaluate, train `train.steps` more with a fresh optimizer on the batches after `position`, evaluate again."""
     held_out, trainer = text.held_out(EVALUATION_BATCHES), stage.trainer
     curve: list[tuple[float, float]] = []
-    state = trainer.new_state(place_like(one.variables, stage.shapes))  # a copy: the step donates its state
+    state = trainer.new_state(put_like(one.variables, stage.shapes))  # a copy: the step donates its state
     before = evaluate(trainer.evaluation, variables_of(state), held_out)
     start = time.monotonic()
     with Recorder(total_steps=train.steps, every=50) as recorder:

@@ -19,7 +19,7 @@ from experiments.growth_study.study import Batch, StudyConfig, Watched
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig
-from gt_jax.devices.sharding import Rules, place_like
+from gt_jax.devices.sharding import Rules, put_like
 from gt_jax.models.language_model import LanguageModel, abstract, fixed_passes
 from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.training.loop import Trainer, fit, variables_of
@@ -150,7 +150,7 @@ class Engine:
         others.
         """
         program = self.program(config, price)
-        state: TrainState = program.new_state(place_like(variables, abstract(config, self._rules)))
+        state: TrainState = program.new_state(put_like(variables, abstract(config, self._rules)))
         optimizer = state.optimizer._replace(steps=jnp.float32(steps), peak=jnp.float32(rate))
         state = state._replace(optimizer=optimizer, price=at_price or state.price)
         watched, curve, losses = Watched(batches), [], {}

@@ -13,10 +13,10 @@ from gt_jax.configs.model import ModelConfig
 
 
 class Opened(NamedTuple):
-    """A checkpoint before its values are read; `place` is the step of a run that `path` names, or `path` itself."""
+    """A checkpoint before its values are read; `folder` is the step of a run that `path` names, or `path` itself."""
 
     path: Path
-    place: Path
+    folder: Path
     config: ModelConfig
     metadata: dict[str, Any]
     tensors: dict[str, jax.ShapeDtypeStruct]
@@ -29,6 +29,6 @@ class Opened(NamedTuple):
 
 def open_checkpoint(path: StrPath) -> Opened:
     """The checkpoint, or a run's newest, at `path`; raises `Refused` where there is none, or it contradicts itself."""
-    place = checkpoint.resolve(path)
-    leaves, metadata = checkpoint.describe(place)
-    return Opened(Path(path), place, checkpoint.model_config(place, leaves, metadata), metadata, leaves)
+    folder = checkpoint.resolve(path)
+    leaves, metadata = checkpoint.describe(folder)
+    return Opened(Path(path), folder, checkpoint.model_config(folder, leaves, metadata), metadata, leaves)

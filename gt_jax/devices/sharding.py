@@ -127,7 +127,7 @@ def with_mesh_devices(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def place_like(tree: Any, shapes: Any) -> Any:
+def put_like(tree: Any, shapes: Any) -> Any:
     """A copy of the arrays of `tree`, each where its stand-in in `shapes` (`model.abstract`) says."""
     return jax.tree.map(lambda leaf, shape: jax.device_put(np.array(leaf), shape.sharding), tree, shapes)
 

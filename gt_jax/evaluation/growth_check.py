@@ -158,8 +158,8 @@ def _wrong_blocks(source: Checkpoint, target: Checkpoint, plan: Plan) -> list[st
     child = child_abstract(source.config, plan, grown["dtype"])
     leaves = [leaf for leaf in match(source.model, child, plan, grown["carry"]).leaves
               if leaf.stacked and int(np.prod(leaf.shape[1:], dtype=np.int64)) <= SMALL]  # fmt: skip
-    before = checkpoint.load_paths(source.place, {part.source for leaf in leaves for part in leaf.parts})
-    after = checkpoint.load_paths(target.place, {leaf.path for leaf in leaves})
+    before = checkpoint.load_paths(source.folder, {part.source for leaf in leaves for part in leaf.parts})
+    after = checkpoint.load_paths(target.folder, {leaf.path for leaf in leaves})
     wrong: dict[int, str] = {}
     for leaf in leaves:
         for block, part in enumerate(leaf.parts):

@@ -26,7 +26,7 @@ class Checkpoint(opened.Opened):
 
     def load(self, rules: Rules | None = None) -> Tree:
         """The variables, laid out by `rules` on the current mesh if there is one."""
-        return checkpoint.load(self.place, abstract(self.config, rules))
+        return checkpoint.load(self.folder, abstract(self.config, rules))
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

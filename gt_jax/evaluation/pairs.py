@@ -23,7 +23,7 @@ def incomparable(source: Checkpoint, target: Checkpoint) -> list[str]:
         differ = None if known is None or named is None else vocabulary_difference(known, named)
         return [f"{target.path} was trained with another tokenizer than {source.path}: {differ}"] if differ else []
     (text, length), (other, other_length) = (
-        [checkpoint.load_paths(one.place, TOKENS)[path] for path in TOKENS] for one in (source, target)
+        [checkpoint.load_paths(one.folder, TOKENS)[path] for path in TOKENS] for one in (source, target)
     )
     width = min(text.shape[1], other.shape[1])  # a model may keep fewer bytes of a long token
     same = (text[:, :width] == other[:, :width]).all(axis=1)
@@ -43,7 +43,7 @@ def plan_between(source: Checkpoint, target: Checkpoint) -> tuple[Plan | None, s
         wrong = f"one of layout {plan.source_layout}; {source.path} has {source.config.layout}"
     elif plan.target_layout != target.config.depth:
         wrong = f"one by a plan for layout {plan.target_layout}; it has {target.config.layout} now"
-    elif (found := changed_content_hash(target.metadata, source.place)) is not None:
+    elif (found := changed_content_hash(target.metadata, source.folder)) is not None:
         grown = newest(target.metadata, "grown_from")
         wrong = (f"{grown.get('source')}, whose values are others (hash {grown['content_hash'][:12]}; {source.path}: "
                  f"{found[:12]})")  # fmt: skip

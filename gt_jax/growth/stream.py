@@ -80,14 +80,14 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
     growth = group.agree(lambda: _Growth(source, target, plan, carry, float(noise_std), seed, dtype, memory, resume,
                                          counts))
     with contextlib.ExitStack() as stack:
-        with explain_full_disk(growth.place):
-            stack.enter_context(only_writer(growth.place))
+        with explain_full_disk(growth.target):
+            stack.enter_context(only_writer(growth.target))
         growth.check_files(group, progress or (lambda line: None))
         group.on_first(growth.open)
         kept, metadata = growth.work(group, progress or (lambda line: None))
         group.agree(lambda: growth.describe(metadata))
         group.on_first(growth.publish)
-    return {"source": str(growth.where), "target": str(growth.place), "tensors": len(growth.leaves),
+    return {"source": str(growth.where), "target": str(growth.target), "tensors": len(growth.leaves),
             "bytes": sum(leaf.nbytes for leaf in growth.leaves), "kept": kept, "dropped": growth.dropped,
             "seconds": time.monotonic() - started, "config": metadata["config"],
             "grown_from": metadata["grown_from"], "source_checksums": bool(growth.reader.noted.files)}
@@ -99,9 +99,9 @@ class _Growth:
     def __init__(self, source: StrPath, target: StrPath, plan: Plan, carry: str, noise_std: float, seed: int,
                  dtype: str | None, memory: int, resume: bool,
                  counts: Repetition | None = None) -> None:
-        self.where, self.place = _paths(source, target)
+        self.where, self.target = _paths(source, target)
         self.counts = counts
-        self.unfinished = UnfinishedGrowth(self.place)
+        self.unfinished = UnfinishedGrowth(self.target)
         self.unfinished.refuse_unless(resume)
         _, _, source_config, source_metadata, stored = opened = open_checkpoint(self.where)
         config = target_config(source_config, plan, _known(dtype))
@@ -123,7 +123,7 @@ class _Growth:
             LINEAGE: carried(source_metadata)}
         self.identity = identity_of(self.metadata)
         self.described = False  # whether the unfinished folder is a checkpoint already
-        prepare_parent(self.place)
+        prepare_parent(self.target)
 
     def check_files(self, group: ProcessGroup, say: Progress) -> None:
         """Compare the source's files first, where no checksum of a tensor was noted that reading could compare with."""
@@ -136,8 +136,8 @@ class _Growth:
 
     def open(self) -> None:
         """On process 0, under the lock: make the unfinished folder, or take over the one that is there."""
-        with explain_full_disk(self.place):
-            _refuse_existing(self.place)  # another process may have finished it meanwhile
+        with explain_full_disk(self.target):
+            _refuse_existing(self.target)  # another process may have finished it meanwhile
             self.unfinished.refuse_another(self.identity)
             if self.unfinished.whole() is None:
                 self.unfinished.begin(self.identity)
@@ -164,12 +164,12 @@ class _Growth:
     def describe(self, metadata: Mapping[str, Any]) -> None:
         """On all processes: the arrays become a checkpoint."""
         if not self.described:
-            with explain_full_disk(self.place):
+            with explain_full_disk(self.target):
                 checkpoint.write_metadata(self.unfinished.folder, [leaf.path for leaf in self.leaves], metadata)
 
     def publish(self) -> None:
         """On process 0: the checkpoint gets its name."""
-        with explain_full_disk(self.place):
+        with explain_full_disk(self.target):
             if not self.described:
                 folder = self.unfinished.folder
                 arrays = {leaf.path: ArrayFiles.of(folder / "state", leaf.path, leaf.shape, np.dtype(leaf.dtype))
@@ -177,7 +177,7 @@ class _Growth:
                 note_checksums(folder, *sums_of_arrays(folder, arrays, self.unfinished.pieces()))
                 note_files(folder)
                 self.unfinished.forget_journals()
-            rename(self.unfinished.folder, self.place)
+            rename(self.unfinished.folder, self.target)
 
     def _refuse_counts(self, content: str) -> None:
         """Before anything has the target's name: only now is all of the source read, once."""
@@ -216,7 +216,7 @@ class _Growth:
                     f"{_gib(rate)}/s, {_gib(_resident())} resident")
 
         def run() -> list[list[str]]:
-            with explain_full_disk(self.place):
+            with explain_full_disk(self.target):
                 try:
                     pipeline.run(share, throttled(line, say, SECONDS))
                 finally:
@@ -234,7 +234,7 @@ class _Growth:
         refuse_all(target, "the target's values are not finite; nothing is left of this growth:")
 
     def _journal(self, process: int) -> Journal:
-        with explain_full_disk(self.place):
+        with explain_full_disk(self.target):
             return Journal(self.unfinished.folder, process, self.identity)
 
     def _refuse_small_budget(self) -> None:

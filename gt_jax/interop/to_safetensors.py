@@ -54,7 +54,7 @@ def to_safetensors(source: StrPath, target: StrPath, *, progress: Progress | Non
     started = time.monotonic()
     place = refuse_existing(target)
     opened = open_checkpoint(source)
-    where, config, metadata = opened.place, opened.config, opened.metadata
+    where, config, metadata = opened.folder, opened.config, opened.metadata
     _refuse_other_models(where, config)
     expected = _check(where, opened.model, config)
     tensors = _as_they_came(origin_infos(expected, config), metadata)

@@ -36,7 +36,7 @@ class Alert(NamedTuple):
     """One sickness at one place (empty: the whole run), seen from step `first` to step `last`; None: it is not over."""
 
     sickness: str
-    place: str
+    where: str
     first: int
     last: int | None
     words: str
@@ -135,7 +135,7 @@ class Watch:
             alert, calm = self._open[key]
             self._open[key] = (alert, calm + 1)
             if calm + 1 == CALM:
-                said.append(f"over, step {step}: {alert.sickness}{alert.place and f' in {alert.place}'}")
+                said.append(f"over, step {step}: {alert.sickness}{alert.where and f' in {alert.where}'}")
                 self._closed.append(alert._replace(last=step - CALM))
                 del self._open[key]
         return said

@@ -16,7 +16,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import AdaptiveConfig, EmbeddingConfig, HyperConfig, MoEConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig
-from gt_jax.devices.sharding import Rules, mesh_for_rows, place_like, reshard
+from gt_jax.devices.sharding import Rules, mesh_for_rows, put_like, reshard
 from gt_jax.errors import Refused
 from gt_jax.evaluation import predictions, verification
 from gt_jax.evaluation.comparison import compare_models, make_comparison, passes_stood_for, routing
@@ -104,7 +104,7 @@ def grown(mesh):
     """(source variables, child variables, all figures of the two)."""
     variables = never_halting(perturbed(SOURCE))
     child = grow(variables, PLAN, SOURCE, carry="gain", noise_std=0.0)
-    variables, child = place_like(variables, abstract(SOURCE)), place_like(child, abstract(CHILD))
+    variables, child = put_like(variables, abstract(SOURCE)), put_like(child, abstract(CHILD))
     return variables, child, compared(SOURCE, variables, CHILD, child, PLAN)
 
 
@@ -128,7 +128,7 @@ def test_the_source_is_shown_as_it_runs_of_itself_and_with_fixed_passes(grown):
     By hand: the mean over tokens of alpha w |Delta|/|h|, of the first layer, whose passes start from known states.
     """
     _, child, _ = grown
-    source = place_like(perturbed(SOURCE), abstract(SOURCE))
+    source = put_like(perturbed(SOURCE), abstract(SOURCE))
     result = compared(SOURCE, source, CHILD, child, PLAN)
     assert result["source_loss"] != pytest.approx(result["source_fixed_loss"], abs=1e-3)
     free, fixed, own = ([layer[name] for layer in result["layers"]]
@@ -218,7 +218,7 @@ STREAMS = SOURCE.replace(hyper=HyperConfig(streams=2), moe=None)
 @pytest.mark.parametrize(("kind", "config"), [("D", SOURCE), ("G", STREAMS)])
 def test_the_singular_value_is_that_of_the_dense_jacobian(kind, config):
     """Experts, streams, padding: against numpy's singular values of the whole matrix, within what is claimed."""
-    one, own = BATCHES[0], layer_variables(config, place_like(perturbed(config), abstract(config)), "DG".index(kind))
+    one, own = BATCHES[0], layer_variables(config, put_like(perturbed(config), abstract(config)), "DG".index(kind))
     shape = (ROWS, LENGTH, 32) if config.hyper is None else (ROWS, LENGTH, 2, 32)
     x = reshard(2 * jax.random.normal(jax.random.key(1), shape), Rules().spec("batch", *[None] * (len(shape) - 1)))
     segment_ids, size = jnp.asarray(one["segment_ids"]), x[0].size

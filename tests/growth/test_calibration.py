@@ -17,7 +17,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.layout import parse
 from gt_jax.configs.lineage import newest
 from gt_jax.configs.model import HyperConfig, MemoryConfig
-from gt_jax.devices.sharding import Rules, make_mesh, mesh_for_rows, place_like
+from gt_jax.devices.sharding import Rules, make_mesh, mesh_for_rows, put_like
 from gt_jax.errors import Refused
 from gt_jax.growth import layer_states
 from gt_jax.growth.calibration import Sync, calibrate_gains, sync_points
@@ -56,7 +56,7 @@ def grown():
     child = target_config(SOURCE, PLAN)
     tree = grow(perturbed(SOURCE, 0.3), PLAN, SOURCE)
     with jax.set_mesh(mesh_for_rows(1)):
-        return place_like(perturbed(SOURCE, 0.3), abstract(SOURCE)), child, place_like(tree, abstract(child))
+        return put_like(perturbed(SOURCE, 0.3), abstract(SOURCE)), child, put_like(tree, abstract(child))
 
 
 def scrambled(child, tree):
@@ -122,7 +122,7 @@ def test_columns_equal_central_differences_in_float64():
         object.__setattr__(config, name, "float64")  # no user can: the products are float32 or bfloat16
     with jax.enable_x64(True):
         drawn = jax.tree.map(lambda a: np.asarray(a, np.float64), perturbed(plain, 0.3))
-        variables = place_like(drawn, abstract(plain))
+        variables = put_like(drawn, abstract(plain))
         one = {name: array[:, :16] for name, array in batch(1).items()}
 
         def state(gains: jax.Array) -> jax.Array:
@@ -142,7 +142,7 @@ def test_columns_equal_central_differences_in_float64():
 
 def test_states_are_those_of_the_model():
     config = small_model("DG", False, hyper=HyperConfig(streams=2), memory=MemoryConfig(chunk=12, stream=1))
-    variables, one = place_like(perturbed(config, 0.3), abstract(config)), batch(5)
+    variables, one = put_like(perturbed(config, 0.3), abstract(config)), batch(5)
 
     def logits(variables, tokens, ids):
         given = {"tokens": tokens, "segment_ids": ids}
@@ -265,7 +265,7 @@ def test_a_mesh_gives_the_gains_of_one_device(grown, recovered):
     rules, fit = Rules(), [batch(1, rows=4), batch(2, rows=4)]
 
     def fitted():
-        variables, own = place_like(perturbed(SOURCE, 0.3), abstract(SOURCE, rules)), place_like(
+        variables, own = put_like(perturbed(SOURCE, 0.3), abstract(SOURCE, rules)), put_like(
             scrambled(child, tree), abstract(child, rules))  # fmt: skip
         return calibrate_gains(SOURCE, variables, child, own, PLAN, fit, rules, objective="kl", iterations=2,
                                control=fixed_passes(PASSES))  # fmt: skip

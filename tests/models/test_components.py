@@ -21,7 +21,7 @@ from gt_jax.configs.model import (
     StackConfig,
 )
 from gt_jax.configs.price import PriceConfig
-from gt_jax.devices.sharding import Rules, make_mesh, place_like
+from gt_jax.devices.sharding import Rules, make_mesh, put_like
 from gt_jax.errors import Refused
 from gt_jax.evaluation.generation import sample
 from gt_jax.models.language_model import LanguageModel, abstract, apply_network, free_passes
@@ -190,7 +190,7 @@ def test_a_mesh_gives_the_same_loss_and_gradients():
     v = perturbed(config)
     (wanted, extra), gradient = jax.device_get(jax.jit(step)(v["params"], v["statistics"]))
     with jax.set_mesh(make_mesh(data=2, expert=2, tensor=2)):
-        placed = place_like(v, abstract(config))
+        placed = put_like(v, abstract(config))
         (got, extra_there), gradient_there = jax.device_get(jax.jit(step)(placed["params"], placed["statistics"]))
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
     chex.assert_trees_all_close(gradient_there, gradient, atol=5e-5, rtol=1e-3)

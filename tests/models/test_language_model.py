@@ -12,7 +12,7 @@ import pytest
 
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import presets
-from gt_jax.devices.sharding import Rules, make_mesh, place_like
+from gt_jax.devices.sharding import Rules, make_mesh, put_like
 from gt_jax.models.language_model import LanguageModel, abstract, empty_cache, fixed_passes, free_passes
 from tests.support import decoded, perturbed, small_model, tokens
 
@@ -73,7 +73,7 @@ def test_every_mesh_gives_the_same_loss_and_gradients(axes):
     v = variables()
     (wanted, moved), gradient = _alone(step, v)
     with jax.set_mesh(make_mesh(**axes)):
-        placed = place_like(v, abstract(ADAPTIVE))
+        placed = put_like(v, abstract(ADAPTIVE))
         (got, moved_there), gradient_there = jax.jit(step)(placed["params"], placed["statistics"])
         specs = jax.tree.map(lambda a: a.sharding.spec, placed["params"])
         assert jax.tree.map(lambda g: g.sharding.spec, gradient_there) == specs

@@ -107,7 +107,7 @@ def test_each_sickness_is_told_once_and_ends(name):
     at_once = "spikes" in sickness or "finite" in sickness
     first, last = (300, 303) if at_once else (250, 310)
     found = alerts.alerts(changed(healthy(), first, last, **changes), RUN)
-    assert [(alert.sickness, alert.place) for alert in found] == [(sickness, place)]
+    assert [(alert.sickness, alert.where) for alert in found] == [(sickness, place)]
     (alert,) = found
     assert words in alert.words and first <= alert.first <= first + 2 * alerts.PATIENCE
     assert alert.last is not None and first <= alert.last <= last + 2 * alerts.PATIENCE
@@ -117,7 +117,7 @@ def test_each_sickness_is_told_once_and_ends(name):
 def test_what_is_not_finite_in_one_layer_hides_nothing_in_another():
     sick = changed(healthy(), 250, 310, delta_ratio=lambda old: [old[0], np.nan, 2e-4, old[3]],
                    gate_floored=lambda old: [1.0, np.nan, *old[2:]])  # fmt: skip
-    found = {(alert.sickness, alert.place) for alert in alerts.alerts(sick, RUN)}
+    found = {(alert.sickness, alert.where) for alert in alerts.alerts(sick, RUN)}
     assert found == {("a layer is not finite", "layer 1"), ("an update vanishes", "layer 2"),
                      ("a gate saturates", "layer 0")}  # fmt: skip
 
@@ -142,7 +142,7 @@ def test_all_passes_under_a_capped_gate_are_all_there_are():
     first, last = round(price.forced_until * STEPS) + 1, round(price.clipped_until * STEPS)
     at_cap = sum(price.p_max**k for k in range(4))
     found = alerts.alerts(changed(healthy(), first, last, mean_weight=[at_cap] * LAYERS), RUN)
-    assert [(alert.sickness, alert.place) for alert in found] == [("no token halts", f"layer {n}") for n in range(4)]
+    assert [(alert.sickness, alert.where) for alert in found] == [("no token halts", f"layer {n}") for n in range(4)]
     assert f"of {at_cap:.3f}" in found[0].words
     below = 1 + 0.9 * (at_cap - 1)
     assert alerts.alerts(changed(healthy(), first, last, mean_weight=[below] * LAYERS), RUN) == []
@@ -172,7 +172,7 @@ def test_without_null_experts_no_pick_is_null():
 
 def test_experts_that_nobody_is_routed_to_are_one_sickness():
     found = alerts.alerts(changed(healthy(), 200, 300, null_rate=at(1, 1.0), experts=at(1, [0.0] * EXPERTS)), RUN)
-    assert [(alert.sickness, alert.place) for alert in found] == [("a null rate is at its end", "layer 1")]
+    assert [(alert.sickness, alert.where) for alert in found] == [("a null rate is at its end", "layer 1")]
 
 
 def test_tokens_that_leave_the_stack_at_once():
@@ -182,7 +182,7 @@ def test_tokens_that_leave_the_stack_at_once():
         records = [{"step": step, "loss": 2.0, "passes_run": shares if step > 200 else [1.0] * LAYERS}
                    for step in range(1, 300)]  # fmt: skip
         (alert,) = alerts.alerts(records, leaving)
-        assert (alert.sickness, alert.place) == ("a layer is not reached", f"layer {reached}")
+        assert (alert.sickness, alert.where) == ("a layer is not reached", f"layer {reached}")
         assert 200 < alert.first <= 200 + alerts.PATIENCE
 
 
@@ -221,7 +221,7 @@ def test_fresh_routers_are_left_to_find_their_null_experts():
     begun = round(alerts.ROUTERS_FROM * STEPS)
     assert alerts.alerts(changed(healthy(), 1, begun, null_rate=[0.0] * LAYERS), RUN) == []
     later = alerts.alerts(changed(healthy(), 1, begun + 40, null_rate=[0.0] * LAYERS), RUN)
-    assert [alert.place for alert in later] == [f"layer {layer}" for layer in range(LAYERS)]
+    assert [alert.where for alert in later] == [f"layer {layer}" for layer in range(LAYERS)]
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

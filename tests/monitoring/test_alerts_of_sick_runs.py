@@ -57,8 +57,8 @@ def found_by(metrics, config=RUN):
     values = {name: np.asarray(value) for name, value in metrics.items()}
     records = [{"step": step, **values} for step in range(FREE, FREE + 60) if not course.forced(step)]
     found = alerts.alerts(records, config)
-    assert all(alert.last is None and alert.place in alert.words for alert in found)
-    return {(alert.sickness, alert.place) for alert in found}
+    assert all(alert.last is None and alert.where in alert.words for alert in found)
+    return {(alert.sickness, alert.where) for alert in found}
 
 
 def zero(value):

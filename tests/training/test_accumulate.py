@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gt_jax.configs.model import MemoryConfig, MTPConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
-from gt_jax.devices.sharding import make_mesh, place_like
+from gt_jax.devices.sharding import make_mesh, put_like
 from gt_jax.errors import Refused
 from gt_jax.models.language_model import LanguageModel, abstract, free_passes
 from gt_jax.models.memory_chunks import forward_rows
@@ -56,7 +56,7 @@ def trainer():
 
 def after_one_step(accumulate):
     one = trainer() if accumulate == 1 else make_trainer(CONFIG, dataclasses.replace(TRAIN, accumulate=accumulate))
-    state, metrics = one.step(one.new_state(place_like(start(), abstract(CONFIG))), batch())
+    state, metrics = one.step(one.new_state(put_like(start(), abstract(CONFIG))), batch())
     return jax.device_get((state.params, state.statistics, metrics))
 
 
@@ -101,11 +101,11 @@ def test_the_order_and_the_cut_of_pieces_do_not_matter(pieces):
 
 
 def test_learning_rate_and_phases_go_on_together_after_a_step_that_was_not_applied():
-    state = trainer().new_state(place_like(start(), abstract(CONFIG)))
+    state = trainer().new_state(put_like(start(), abstract(CONFIG)))
     bad = state._replace(params=jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), state.params))
     skipped, metrics = trainer().step(bad, batch())
     assert metrics["bad"] == 1 and int(skipped.step) == 1
-    good = skipped._replace(params=place_like(start(), abstract(CONFIG))["params"])
+    good = skipped._replace(params=put_like(start(), abstract(CONFIG))["params"])
     after, metrics = trainer().step(good, batch())
     assert metrics["bad"] == 0 and int(after.step) == 2
     before = start()["params"]["unembedding"]["w"]

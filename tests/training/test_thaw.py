@@ -16,7 +16,7 @@ from gt_jax.configs.layout import parse
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, differences
 from gt_jax.configs.thaw import ThawConfig
-from gt_jax.devices.sharding import Rules, make_mesh, place_like
+from gt_jax.devices.sharding import Rules, make_mesh, put_like
 from gt_jax.errors import Refused
 from gt_jax.growth.plan_entries import Demand, Entry, Plan
 from gt_jax.growth.provenance import stored_plan
@@ -113,7 +113,7 @@ def test_masks_work_on_sharded_leaves():
     model, thaw = small_model("DG*2", adaptive=False), ThawConfig(layers=(1, 2), steps=2)
     with jax.set_mesh(make_mesh(2, 2, 1, 2)):
         shapes = abstract(model, Rules())["params"]
-        old = place_like(perturbed(model)["params"], shapes)
+        old = put_like(perturbed(model)["params"], shapes)
         new = jax.tree.map(lambda leaf: leaf + 1, old)
         run = jax.jit(lambda step, new, old: keep_frozen(thaw, model.depth, step, new, old))
         got, everything = run(jnp.asarray(1), new, old), run(jnp.asarray(2), new, old)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gt_jax.configs.model import EmbeddingConfig
-from gt_jax.devices.sharding import Rules, make_mesh, place_like, reshard, with_mesh_devices
+from gt_jax.devices.sharding import Rules, make_mesh, put_like, reshard, with_mesh_devices
 from gt_jax.models.layers.embedding import Embedding, Kronecker, byte_rows, table_rows
 from gt_jax.models.layers.primitives import WeightSpec
 from gt_jax.text.token_bytes import default_texts, token_table
@@ -162,7 +162,7 @@ def test_a_mesh_gives_the_same_values_and_gradients():
     wanted = jax.device_get(graded(v["params"], v["statistics"]))
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
         shapes = jax.eval_shape(lambda: embedding(kind).init(jax.random.key(0), reshard(tokens, rows)))
-        placed = place_like(v, jax.tree.map(with_mesh_devices, dict(shapes)))
+        placed = put_like(v, jax.tree.map(with_mesh_devices, dict(shapes)))
         value, gradient = jax.jit(jax.value_and_grad(step))(placed["params"], placed["statistics"])
         assert gradient["kronecker"]["w"].sharding.spec == Rules().spec(None, None, "embed")
         assert gradient["table"].sharding.spec == Rules().spec(None, "embed")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gt_jax.configs.model import DeltaNetConfig, SlidingConfig
-from gt_jax.devices.sharding import Rules, make_mesh, place_like, with_mesh_devices
+from gt_jax.devices.sharding import Rules, make_mesh, put_like, with_mesh_devices
 from gt_jax.errors import Refused
 from gt_jax.models.layers import groundthink
 from gt_jax.models.layers.groundthink import GroundThinkDeltaNet, Pairs
@@ -208,7 +208,7 @@ def test_every_mesh_gives_the_same_values_and_gradients(axes):
     wanted = jax.device_get(jax.jit(step)(variables()["params"], x, ids))
     with jax.set_mesh(make_mesh(**axes)):
         shapes = jax.eval_shape(mixer().init, jax.random.key(0), x, place_rows(ids))["params"]
-        placed = place_like(variables()["params"], jax.tree.map(with_mesh_devices, shapes))
+        placed = put_like(variables()["params"], jax.tree.map(with_mesh_devices, shapes))
         rows = jax.sharding.reshard(x, Rules().spec("batch", None, None))
         got = jax.device_get(jax.jit(step)(placed, rows, ids))
     chex.assert_trees_all_close(got, wanted, atol=2e-5, rtol=2e-4)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gt_jax.configs.model import HyperConfig
-from gt_jax.devices.sharding import Rules, make_mesh, place_like, reshard, with_mesh_devices
+from gt_jax.devices.sharding import Rules, make_mesh, put_like, reshard, with_mesh_devices
 from gt_jax.models.layers.hyper_connections import (
     Coefficients,
     HyperConnection,
@@ -197,6 +197,6 @@ def test_every_mesh_gives_the_same_values_and_gradients():
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
         shapes = jax.tree.map(with_mesh_devices, jax.eval_shape(
             lambda: connection().init(jax.random.key(0), reshard(x, Rules().spec("batch", None, None, None)))))
-        got = jax.jit(step)(place_like(variables(), shapes), x)
+        got = jax.jit(step)(put_like(variables(), shapes), x)
         assert got[1][0]["params"]["res"]["w"].sharding.spec == Rules().spec(None, "embed", None)
     chex.assert_trees_all_close(jax.device_get(got), wanted, atol=1e-4, rtol=1e-4)

@@ -17,7 +17,7 @@ import pytest
 
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig
-from gt_jax.devices.sharding import Rules, make_mesh, place_like, with_mesh_devices
+from gt_jax.devices.sharding import Rules, make_mesh, put_like, with_mesh_devices
 from gt_jax.models.layers import deltanet, gsa, primitives
 from gt_jax.models.layers.mixer import Place, place_rows
 from gt_jax.models.layers.primitives import WeightSpec, rope
@@ -258,7 +258,7 @@ def test_a_mesh_gives_the_same_values(kind):
         place = lambda a: jax.sharding.reshard(a, Rules().spec("batch", *[None] * (a.ndim - 1)))  # noqa: E731
         x, ids = place(x), place(ids)
         shapes = jax.eval_shape(mixer(CONFIGS[kind]).init, jax.random.key(0), x, place_rows(ids))
-        there = place_like(v, jax.tree.map(with_mesh_devices, dict(shapes)))
+        there = put_like(v, jax.tree.map(with_mesh_devices, dict(shapes)))
         got = jax.device_get(run(kind)(there, x, ids))
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gt_jax.configs.model import SlidingConfig
-from gt_jax.devices.sharding import Rules, make_mesh, place_like, with_mesh_devices
+from gt_jax.devices.sharding import Rules, make_mesh, put_like, with_mesh_devices
 from gt_jax.errors import Refused
 from gt_jax.models.layers import groundthink, sliding
 from gt_jax.models.layers.groundthink import GroundThinkDeltaNet
@@ -286,7 +286,7 @@ def test_every_mesh_gives_the_same_values_and_gradients(axes):
     x, ids = four_rows()
     with jax.set_mesh(make_mesh(**axes)):
         shapes = jax.eval_shape(Two().init, jax.random.key(0), x, place_rows(ids))["params"]
-        placed = place_like(variables()["params"], jax.tree.map(with_mesh_devices, shapes))
+        placed = put_like(variables()["params"], jax.tree.map(with_mesh_devices, shapes))
         rows = jax.sharding.reshard(x, Rules().spec("batch", None, None))
         got = jax.device_get(jax.jit(loss_and_gradient)(placed, rows, ids))
     # two layers of projection, state and output, there and back; sums over the 72 tokens, or over a width of 32

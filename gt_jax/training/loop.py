@@ -278,9 +278,12 @@ def _start(
     if config.start is None:
         fresh = initialise(config.model, config.train.seed, rules)
         return trainer.new_state(with_token_bytes(fresh, config, text)), {}, None
-    _, metadata = checkpoint.describe(config.start)
+    group, named = ProcessGroup(), config.start
+    # one step of a run for its lineage and its values, in every process: a newer one may come between
+    start = group.gather(group.agree(lambda: str(checkpoint.resolve(named))))[0]
+    _, metadata = checkpoint.describe(start)
     position = text.position_after(run.get("data") for run in trainings(metadata))
-    return trainer.new_state(checkpoint.load(config.start, shapes)), {LINEAGE: carried(metadata)}, position
+    return trainer.new_state(checkpoint.load(start, shapes)), {LINEAGE: carried(metadata)}, position
 
 
 def with_token_bytes(variables: Tree, config: RunConfig, text: Text) -> Tree:

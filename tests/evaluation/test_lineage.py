@@ -24,6 +24,7 @@ from gt_jax.errors import Refused
 from gt_jax.evaluation.held_out import evaluate_checkpoints
 from gt_jax.evaluation.loading import data_config, text_note
 from gt_jax.evaluation.measurement import measure_checkpoint
+from gt_jax.evaluation.model_files import open_checkpoint
 from gt_jax.grow import main as grow
 from gt_jax.growth import repetition
 from gt_jax.growth.plan import identity_plan
@@ -111,6 +112,30 @@ def test_training_goes_on_in_the_same_text_where_the_source_stopped(folder, tmp_
     assert metadata["data"]["batches"] == 4
     assert [step["kind"] for step in chain(metadata)] == ["train", "grown", "train"]
     assert metadata[LINEAGE] == carried(metadata_of(folder / "grown"))
+
+
+def test_a_start_is_one_step_of_a_run(folder, tmp_path, monkeypatch):
+    """Lineage and values are of the same step, though another job saves a newer one between."""
+    shutil.copytree(folder / "grown", tmp_path / "from" / "0")
+    describe_, loaded, load = checkpoint.describe, [], checkpoint.load
+
+    def described(path):
+        found = describe_(path)
+        if not (tmp_path / "from" / "9").exists():
+            shutil.copytree(folder / "grown", tmp_path / "from" / "9")
+        return found
+
+    def loading(path, shapes):
+        loaded.append(str(checkpoint.resolve(path)))
+        return load(path, shapes)
+
+    source = RunConfig.from_json(metadata_of(folder / "source")["run"])
+    config = source.replace(model=open_checkpoint(folder / "grown").config, start=str(tmp_path / "from"),
+                            train=source.train.replace(steps=1))  # fmt: skip
+    monkeypatch.setattr(checkpoint, "describe", described)
+    monkeypatch.setattr(checkpoint, "load", loading)
+    train_run(tmp_path / "run", config, show=False)
+    assert loaded == [str(tmp_path / "from" / "0")]
 
 
 def test_a_position_fits_only_its_own_text_split_rows_and_order(folder):

@@ -11,8 +11,13 @@ independent: the tokens of one document are alike. With R_i the ratio without un
 - Two models on the same units: the difference of their sums is such a ratio itself, and its interval is the paired one.
 - Below `FEWEST_UNITS` units, or where one of them is nearly all there is (m < 1), nothing bounds what another would
   have said: there are no limits then, and a verdict says so.
-- Its test makes simulations, and draws held-out parts from real text again and again: 95 % intervals hold the truth in
-  93 to 97 % of them, with 5 to 50 units; those that take the tokens for independent in 26 %.
+- In simulations 95 % intervals hold the truth in 93 to 97 % of cases, with 5 to 50 units; those that take the tokens
+  for independent in 26 %.
+- Real text is less kind. Of held-out parts of 5 to 40 files of the standard library, drawn 500 times each and read as
+  `evaluate` reads them, 97 to 98 % for a loss, but 92 to 97 % for the difference of two models. Where whole files of
+  very different length count (3,000 draws, with replacement), the difference of unlike models is decided by a few of
+  them: 87 to 93 % with 10 to 40 files, and more files to 40 do not mend it. Fewer degrees of freedom, by the squares of
+  the lengths, hold 91 to 98 % there but 98 to 99.6 % for a loss; by the kurtosis they change little.
 """
 
 from __future__ import annotations

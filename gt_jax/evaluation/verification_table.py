@@ -32,7 +32,7 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         lines.append(f"singular values: {how['rows']} row{'s' * (how['rows'] != 1)} of {how['tokens']} tokens, "
                      f"{how['iterations']} iterations; the largest is at least what is shown, and "
                      + ("may be far above it: too few iterations" if math.isinf(most) else
-                        f"with probability {100 * how['probability']:g} % at most {most:.3f} times that")
+                        f"each with probability {100 * how['probability']:g} % at most {most:.3f} times that")
                      + f"; one is within {float(how['distance']):.2g} of it")  # fmt: skip
     if "curve" in result:
         curve = result["curve"]

@@ -158,7 +158,7 @@ _PANELS = (("|dh|/|h|", "delta_ratio"), ("largest singular value", "jacobian"), 
 
 
 def plot_verification(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """What `gt_jax.verify` found, one panel a figure: bars by target layer, the source's pass beside each as a mark.
+    """What `gt_jax.verify` found, one panel a figure: bars by target layer, marks for the source's passes.
 
     Panels that the pair has no figures for are left out; the losses of training on, where there are any, come last.
     """
@@ -173,9 +173,10 @@ def plot_verification(result: Mapping[str, Any], path: str | os.PathLike[str]) -
         axes.set_xticks(range(len(layers)), labels if axes is figure.axes[len(panels) - 1] else [""] * len(layers))
     last, below = figure.axes[len(panels) - 1], any(one["source"] is not None for one in layers)
     last.set_xlabel("target layer" + (", below it source layer.pass" if below else ""))
-    marks = last.get_legend_handles_labels()[0]
+    marks = {label: mark for axes in figure.axes[: len(panels)]
+             for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if marks:
-        last.legend(marks, ["the source's pass"], loc="upper right", bbox_to_anchor=(1.0, -0.2), frameon=False,
+        last.legend(marks.values(), marks.keys(), ncols=2, loc="upper right", bbox_to_anchor=(1.0, -0.2), frameon=False,
                     fontsize=9)
     if curve is not None:
         axes = figure.axes[-1]
@@ -203,19 +204,22 @@ def _layer_label(layer: Mapping[str, Any]) -> str:
 
 
 def _by_target(axes: Any, layers: Sequence[Mapping[str, Any]], name: str, label: str) -> None:
-    """One figure of every target layer as a bar, of its source's pass as a diamond; what is not finite is left out."""
+    """One figure of every target layer as a bar, its source's pass as a diamond, fixed at k_exec as a cross."""
     def points(key: str) -> list[tuple[int, float, str]]:
         found = [(place, float(one[key]), one["type"]) for place, one in enumerate(layers) if one.get(key) is not None]
         return [point for point in found if math.isfinite(point[1])]
 
-    bars, marks = points(name), points(f"source_{name}")
+    bars, marks, fixed = points(name), points(f"source_{name}"), points(f"source_fixed_{name}")
     axes.bar([x for x, _, _ in bars], [y for _, y, _ in bars], width=0.72, zorder=2,
              color=[_TYPE_COLOURS.get(kind, COLOURS[3]) for *_, kind in bars])
     if marks:
         axes.plot([x for x, _, _ in marks], [y for _, y, _ in marks], linestyle="none", marker="D", markersize=6,
                   markerfacecolor="white", markeredgecolor="#222222", markeredgewidth=1.5, zorder=3,
                   clip_on=False, label="the source's pass")
-    heights = [y for _, y, _ in (*bars, *marks)]
+    if fixed:
+        axes.plot([x for x, _, _ in fixed], [y for _, y, _ in fixed], linestyle="none", marker="x", markersize=7,
+                  color="#222222", markeredgewidth=1.5, zorder=3, clip_on=False, label="at k_exec")
+    heights = [y for _, y, _ in (*bars, *marks, *fixed)]
     if name in ("delta_ratio", "jacobian") and heights and 0 < 20 * min(heights) < max(heights):
         axes.set_yscale("log")  # the first layer of a trained model dwarfs the others
     axes.set_xlim(-0.6, len(layers) - 0.4)

@@ -458,6 +458,18 @@ def test_numbers_that_are_not_finite_are_reported_as_such(grown, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_the_picture_marks_the_pass_at_k_exec_and_says_so(grown, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("gt_jax.monitoring.plots.save_png", lambda figure, path: drawn.append(figure))
+    plot_verification({**grown[2], "notes": []}, tmp_path / "a.png")
+    (ratios, *_), layers = drawn[0].axes, grown[2]["layers"]
+    marks = {line.get_label(): list(line.get_ydata()) for line in ratios.get_lines()}
+    for label, name in (("the source's pass", "source_delta_ratio"), ("at k_exec", "source_fixed_delta_ratio")):
+        assert marks[label] == pytest.approx([one[name] for one in layers if one[name] is not None])
+    legend = next(axes.get_legend() for axes in drawn[0].axes if axes.get_legend() is not None)
+    assert [text.get_text() for text in legend.get_texts()] == ["the source's pass", "at k_exec"]
+
+
 def test_refused_before_any_work(pair, capsys, monkeypatch):
     monkeypatch.setattr(checkpoint, "load", lambda *a: pytest.fail("values were read"))
     names = [pair / "source", pair / "child"]

@@ -210,12 +210,19 @@ def load(path: StrPath, abstract: Any = None, compare: bool = True) -> Any:
 
 
 def load_paths(path: StrPath, paths: Collection[str]) -> dict[str, np.ndarray]:
-    """Only the named leaves, as numpy arrays by path; raises `Refused` listing the ones that are not there."""
+    """Only the named leaves, as numpy arrays by path; raises `Refused` listing the ones that are not there.
+
+    Raises `Damaged` where values are not those whose checksums were noted. One process of several may call it alone:
+    Orbax would wait for the others.
+    """
     where = resolve(path)
     stored, _ = describe(where)
     missing = [f"{name} is not in the checkpoint" for name in paths if name not in stored]
     refuse_all(missing, f"checkpoint {where}:")
-    return _read_compared(where, {name: _on_host(stored[name]) for name in paths})
+    reader = SliceReader(where, stored)
+    values = {name: reader.whole(name) for name in paths}
+    refuse_changed_values(where, {name: of_values(value) for name, value in values.items()}, reader.noted)
+    return values
 
 
 def read_leaves(path: StrPath, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:

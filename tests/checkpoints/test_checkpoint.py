@@ -111,6 +111,21 @@ def test_partial_loading(saved: Path) -> None:
         checkpoint.load_paths(saved, [name, "params/nothing"])
 
 
+def test_one_process_of_several_may_load_paths_alone(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax waits at every load for all processes; the end of a growth looks at the child in the first one."""
+    wanted = flatten(jax.tree.map(np.asarray, checkpoint.load(saved)))
+
+    def waits_for_ever(*_: Any, **__: Any) -> None:
+        raise AssertionError("a load of Orbax waits for the other processes")
+
+    monkeypatch.setattr(checkpoint.ocp, "load", waits_for_ever)
+    found = checkpoint.load_paths(saved, wanted)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape
+        assert found[name].tobytes() == value.tobytes()
+
+
 def test_all_mismatches_are_listed_at_once(saved: Path) -> None:
     wanted = {"params": {"embedding": {"table": jax.ShapeDtypeStruct((16, 9), np.float32)},
                          "segment0": {"layer0": {"w": jax.ShapeDtypeStruct((2, 3, 5), np.float32)}},

@@ -33,8 +33,10 @@ class Intermediates(NamedTuple):
     links: dict[int, Tree]
 
 
-def over_all_tokens(statistics: PassStatistics) -> PassStatistics:
+def over_all_tokens(statistics: PassStatistics, config: ModelConfig) -> PassStatistics:
     """`update_ratio` as a mean over all real tokens: those that do not run a pass add nothing in it."""
+    if config.adaptive is not None and config.adaptive.halting == "batch":
+        return statistics  # it is one already
     return statistics._replace(update_ratio=statistics.update_ratio * statistics.alive)
 
 
@@ -46,7 +48,7 @@ def hidden_rows(
     def chunk(carry: tuple[Tree, Any], piece: tuple[Mapping[str, Array], Array]) -> tuple[tuple[Tree, Any], Any]:
         one = piece[0]
         output = apply_network(network, variables, one["tokens"], one["segment_ids"], control=control, memory=carry[1])
-        return (carry[0], output.memory), (output.hidden, over_all_tokens(output.statistics))
+        return (carry[0], output.memory), (output.hidden, over_all_tokens(output.statistics, network.config))
 
     batch = {"tokens": tokens, "segment_ids": segment_ids}
     _, (hidden, statistics) = over_chunks(chunk, network.config, network.rules, (), batch)
@@ -69,7 +71,7 @@ def hidden_with_intermediates(
             variables, one["tokens"], one["segment_ids"], control=control, memory=carry[1], mutable=[INTERMEDIATES]
         )
         inside = _inside(config, shown[INTERMEDIATES], rows)
-        return (carry[0], output.memory), (output.hidden, over_all_tokens(output.statistics), inside)
+        return (carry[0], output.memory), (output.hidden, over_all_tokens(output.statistics, network.config), inside)
 
     batch = {"tokens": tokens, "segment_ids": segment_ids}
     _, (hidden, statistics, inside) = over_chunks(chunk, config, network.rules, (), batch)

@@ -48,7 +48,8 @@ class PassStatistics(NamedTuple):
     `survival` is the mean weight w_k, `alive` the share of tokens with s_k >= threshold, `computed` 1 where the pass
     was computed for the batch, else 0, `s_after` the mean s after the pass (finished tokens keep theirs), `p_mean`,
     `p_std` and `p_floored` (share at the floor) are of the continue gate over alive tokens, `delta_ratio` is |dh|/|h|
-    and `update_ratio` that times |gain| alpha_k w_k, the size of what the pass adds; the rest comes from mixer and MLP;
+    and `update_ratio` that times |gain| alpha_k w_k, the size of what the pass adds, over alive tokens ("batch": over
+    all, a pass moves them all); the rest comes from mixer and MLP;
     `experts` [p, e] is the share of the real picks that went to each expert, e = 0 for a dense MLP.
 
     A layer's `mean_weight`, `passes_run` and `passes_computed` are the sums of the first three over passes.
@@ -208,7 +209,8 @@ def run_passes(
         floored = masked_mean((p <= config.p_floor).astype(jnp.float32), alive)
         ratios = delta_ratio(dh, h)
         ratio = masked_mean(ratios, alive)
-        added = jax.lax.stop_gradient(jnp.abs(gain) * alpha * masked_mean(weight * ratios, alive))
+        moving = real if config.halting == "batch" else alive  # there a pass that runs moves every token
+        added = jax.lax.stop_gradient(jnp.abs(gain) * alpha * masked_mean(weight * ratios, moving))
         s = s * p if config.halting == "batch" else jnp.where(counted, s * p, s)
         statistics = PassStatistics(
             masked_mean(weight, real), masked_mean(alive, real), jnp.ones((), jnp.float32), masked_mean(s, real),

@@ -23,6 +23,8 @@ SHARD = 100_000  # documents of an array_record file
 
 def prepare(name: str, files: Sequence[str], folder: Path) -> dict[str, Any]:
     """Write the dataset: {"dataset", "documents", "bytes", "folder"}; raises `Refused`, with nothing written."""
+    from gt_jax.checkpoints.folders import prepare_parent, rename, sync_all
+    from gt_jax.checkpoints.lock import only_writer
     from gt_jax.text.sources import text_files
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
@@ -32,11 +34,27 @@ def prepare(name: str, files: Sequence[str], folder: Path) -> dict[str, Any]:
         raise Refused(f"{place} exists; a dataset is never overwritten, choose another name or --tfds-dir")
     _, documents = text_files(files)
     unfinished = folder / name / f"{VERSION}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    unfinished.mkdir(parents=True)
-    _write(name, documents, unfinished)
-    os.replace(unfinished, place)
+    prepare_parent(place)
+    with only_writer(place):
+        if place.exists():
+            raise Refused(f"{place} exists; another process has finished it meanwhile")
+        _clear(unfinished, name)
+        unfinished.mkdir()
+        _write(name, documents, unfinished)
+        sync_all(unfinished)
+        rename(unfinished, place)
     return {"dataset": name, "documents": len(documents), "bytes": sum(map(len, documents)), "folder": str(place)}
+
+
+def _clear(unfinished: Path, name: str) -> None:
+    """Delete what a killed run left; raises `Refused` where anything else lies there."""
+    if not os.path.lexists(unfinished):
+        return
+    made = re.compile(rf"{name}-train\.array_record.*|dataset_info\.json|features\.json")
+    if unfinished.is_symlink() or not unfinished.is_dir() or not all(map(made.fullmatch, os.listdir(unfinished))):
+        raise Refused(f"{unfinished} holds what no preparation of {name} has written, which needs that name; "
+                      "move it away")
+    shutil.rmtree(unfinished)
 
 
 def _write(name: str, documents: Sequence[bytes], folder: Path) -> None:

@@ -190,20 +190,22 @@ def write_metadata(folder: Path, names: Collection[str], metadata: Mapping[str, 
     remove(scratch)
 
 
-def load(path: StrPath, abstract: Any = None) -> Any:
+def load(path: StrPath, abstract: Any = None, compare: bool = True) -> Any:
     """The arrays of a checkpoint or of a run's newest step.
 
     Without `abstract`: nested dicts of numpy arrays. With it (a pytree of `jax.ShapeDtypeStruct`, their shardings, or
     of numpy arrays): the same structure, each leaf restored as its stand-in says; leaves it does not name stay unread.
-    Raises `Refused` that lists every leaf whose path, shape or dtype the checkpoint does not have.
+    Raises `Refused` that lists every leaf whose path, shape or dtype the checkpoint does not have, and `Damaged` where
+    values differ from their checksums, unless the caller has compared all files (`compare` is False).
     """
     where = resolve(path)
     stored, _ = describe(where)
+    read = _read_compared if compare else _read
     if abstract is None:
-        return nest(_read(where, {name: _on_host(leaf) for name, leaf in stored.items()}))
+        return nest(read(where, {name: _on_host(leaf) for name, leaf in stored.items()}))
     wanted = flatten(abstract)
     refuse_all(differences(wanted, stored), f"checkpoint {where} does not hold what is asked for:")
-    values = _read(where, {name: _on_device(leaf) for name, leaf in wanted.items()})
+    values = read(where, {name: _on_device(leaf) for name, leaf in wanted.items()})
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in wanted])
 
 
@@ -213,7 +215,7 @@ def load_paths(path: StrPath, paths: Collection[str]) -> dict[str, np.ndarray]:
     stored, _ = describe(where)
     missing = [f"{name} is not in the checkpoint" for name in paths if name not in stored]
     refuse_all(missing, f"checkpoint {where}:")
-    return _read(where, {name: _on_host(stored[name]) for name in paths})
+    return _read_compared(where, {name: _on_host(stored[name]) for name in paths})
 
 
 def read_leaves(path: StrPath, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
@@ -251,7 +253,7 @@ def load_model(path: StrPath, abstract: Any = None) -> Model:
         tree = load(where, abstract)
     else:
         own = {name: _on_host(leaf) for name, leaf in leaves.items() if name.startswith(MODEL)}
-        tree = nest(_read(where, own))
+        tree = nest(_read_compared(where, own))
     return Model(config, tree["params"], tree.get("statistics", {}), metadata)
 
 
@@ -386,6 +388,29 @@ def _metadata(path: Path) -> Any:
 
 def _read(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     return _look(path, lambda: flatten(ocp.load(path, nest(abstract)))) if abstract else {}
+
+
+def _read_compared(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """`_read`, refused where values differ from their checksums.
+
+    Numpy arrays are compared as they are, what lies on devices as it lies on the disk: each process reads a share.
+    Tensors of which nothing was noted pass: files would have to be read whole, for a few values too.
+    """
+    sums, group = noted(path), ProcessGroup()
+    values = _read(path, abstract)
+    known = {name: value for name, value in values.items() if name in sums.tensors}
+    here = {name: of_values(value) for name, value in known.items() if isinstance(value, np.ndarray)}
+    devices = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in known.items()
+               if name not in here}
+    if devices:
+        reader = SliceReader(path, devices)
+        share = group.share({name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in devices.items()})
+        with ThreadPoolExecutor(THREADS) as pool:
+            sums_read = group.agree(lambda: dict(zip(share, pool.map(reader.checksum, share), strict=True)))
+        for part in group.gather(sums_read):
+            here |= part
+    refuse_changed_values(path, here, sums)
+    return values
 
 
 def _on_host(leaf: Any) -> np.ndarray:

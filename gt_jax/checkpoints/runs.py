@@ -82,7 +82,8 @@ class RunCheckpoints:
         """
         folder, group = self.root / str(step), ProcessGroup()
         self._together(group, lambda: _refuse_changed(folder, group))
-        return self._together(group, lambda: (checkpoint.load(folder, abstract), checkpoint.describe(folder)[1]))
+        return self._together(group, lambda: (
+            checkpoint.load(folder, abstract, compare=False), checkpoint.describe(folder)[1]))
 
     def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, tree, metadata) of the newest step whose values can be read, None for a run without steps.

@@ -120,11 +120,11 @@ def _whole_batch(batch: Batch | Tokens) -> Batch:
 
 def measure_checkpoint(source: Path, data: Any, batches: int) -> dict[str, Any]:
     """`pass_counts` of a checkpoint and a DataConfig (None: the text it was trained on)."""
-
-    loaded = load_for_text(source, data, batches)
+    step = checkpoint.resolve(source)  # once: a run that goes on may save another meanwhile
+    loaded = load_for_text(step, data, batches)
     evaluation = make_evaluation(loaded.config, loaded.rules)
     meta = {
         "source": str(source), "step": loaded.metadata.get("step"), "lambda_p": newest(loaded.metadata, "price"),
-        "content_hash": checkpoint.content_hash(source, ("params", "statistics")), "notes": loaded.notes,
+        "content_hash": checkpoint.content_hash(step, ("params", "statistics")), "notes": loaded.notes,
     }  # fmt: skip
     return pass_counts(evaluation, loaded.variables, loaded.batches, loaded.config, **meta, text=loaded.text)

@@ -111,6 +111,12 @@ def test_who_reads_slices_or_leaves_hears_which_tensor_and_file(tmp_path: Path) 
     with pytest.raises(Damaged, match=words):
         checkpoint.read_leaves(tmp_path / "model", leaves)
     SliceReader(tmp_path / "model", leaves).digest("params/gain")
+    abstract = {"params": {"embedding": {"table": leaves["params/embedding/table"]}}}
+    for load in (lambda: checkpoint.load(tmp_path / "model"), lambda: checkpoint.load(tmp_path / "model", abstract),
+                 lambda: checkpoint.load_paths(tmp_path / "model", ["params/embedding/table"])):
+        with pytest.raises(Damaged, match=words):
+            load()
+    assert checkpoint.load_paths(tmp_path / "model", ["params/gain"])
 
 
 def check(capsys: pytest.CaptureFixture[str], path: Path) -> str:

@@ -1,6 +1,7 @@
 """Text files become a TFDS dataset that training reads; whole or not at all, and never over another."""
 
 import json
+import os
 
 import pytest
 
@@ -39,8 +40,35 @@ def test_what_a_kill_left_is_no_dataset_and_is_cleared(tmp_path):
     file.write_bytes(STORIES[0])
     left = tmp_path / "data" / "stories" / "1.0.0.unfinished"
     left.mkdir(parents=True)
-    (left / "half").write_text("")
+    (left / "stories-train.array_record-00000-of-00001").write_text("")
     with pytest.raises(Refused, match="is not under"):
         tfds_text("stories", str(tmp_path / "data"))
     assert prepare.prepare("stories", [str(file)], tmp_path / "data")["documents"] == 1
     assert not left.exists()
+
+
+def test_what_no_preparation_has_written_stays(tmp_path):
+    file = tmp_path / "stories.txt"
+    file.write_bytes(STORIES[0])
+    mine = tmp_path / "data" / "stories" / "1.0.0.unfinished" / "notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(Refused, match=r"1\.0\.0\.unfinished holds what no preparation of stories has written"):
+        prepare.prepare("stories", [str(file)], tmp_path / "data")
+    assert mine.read_text() == "mine"
+
+
+def test_a_dataset_is_on_the_disk_before_and_after_it_has_its_name(tmp_path, monkeypatch):
+    file = tmp_path / "stories.txt"
+    file.write_bytes(STORIES[0])
+    synced, fsync = [], os.fsync
+
+    def record(descriptor):
+        fsync(descriptor)
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", record)
+    prepare.prepare("stories", [str(file)], tmp_path / "data")
+    place = tmp_path / "data" / "stories" / "1.0.0"
+    assert {f"{place}.unfinished/{path.name}" for path in place.iterdir()} <= set(synced)
+    assert synced[-1] == str(place.parent)

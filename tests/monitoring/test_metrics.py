@@ -133,6 +133,19 @@ def test_a_failed_cut_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
+def test_a_cut_is_on_the_disk_with_its_name(tmp_path, monkeypatch):
+    record(tmp_path / "metrics.jsonl", range(5))
+    synced, fsync = [], os.fsync
+
+    def remember(descriptor):
+        fsync(descriptor)
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", remember)
+    metrics.truncate_after(tmp_path / "metrics.jsonl", 2)
+    assert synced[-1] == str(tmp_path)
+
+
 def test_plain_lines_in_a_pipe():
     stream = io.StringIO()
     with metrics.Recorder(None, total_steps=25, tokens_per_step=1000, stream=stream, clock=clock()) as recorder:

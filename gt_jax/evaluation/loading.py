@@ -119,7 +119,9 @@ def text_note(metadata: Mapping[str, Any], text: Any, path: object, other: bool)
         return (f"{path} was trained on this text with another part held out ({there}): it may know what is held out "
                 "here")  # fmt: skip
     if text.content_hash() in hashes:
-        return None
+        shared = _shared_file(runs, hashes, text)
+        return None if shared is None else (
+            f"{path} was trained on {shared}, a part of this text, by itself: it may know what is held out here")
     if not other:
         return None if hashes[0] is None else (
             f"the text is not the one that {path} was trained on any more (its hash differs): it may know what is held "
@@ -130,6 +132,13 @@ def text_note(metadata: Mapping[str, Any], text: Any, path: object, other: bool)
             return None
         return f"not the text that {path} names as its own, and it keeps no hash: it may know what is held out here"
     return f"another text than {path} was trained on: as far as its lineage says, nothing of it was trained on"
+
+
+def _shared_file(runs: Sequence[Mapping[str, Any]], hashes: Sequence[Any], text: Any) -> str | None:
+    """The first file of `text` that a training on another text read too, and held out another part of."""
+    here = {file["sha256"]: file["path"] for file in text.files()}
+    return next((here[file["sha256"]] for run, content in zip(runs, hashes, strict=True)
+                 if content != text.content_hash() for file in run.get("files") or () if file["sha256"] in here), None)
 
 
 def load_for_text(source: Path, named: Mapping[str, Any] | None, batches: int) -> Loaded:

@@ -87,6 +87,16 @@ def test_a_child_holds_out_what_its_source_held_out(folder, tmp_path):
     assert found["notes"] == []
 
 
+def test_an_earlier_training_on_a_part_of_the_text_is_noticed(folder):
+    """What it held out of one file is not what is held out of two: some of this part was trained on."""
+    metadata = metadata_of(folder / "source")
+    text = open_text(data_config(metadata, None))
+    alone = open_text(text.config.replace(text=(str(folder / "one.txt"),)))
+    first = {"kind": "train", "run": metadata["run"], "files": alone.files(), "data": alone.train().state()}
+    assert text_note(metadata, text, "source", False) is None
+    assert "one.txt, a part of this text" in text_note({**metadata, LINEAGE: [first]}, text, "source", False)
+
+
 def test_a_changed_text_is_noticed(folder, tmp_path):
     (tmp_path / "moving.txt").write_bytes((folder / "one.txt").read_bytes())
     metadata = metadata_of(folder / "source")

@@ -307,7 +307,12 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
     def verify(source, target, *, text):
         return {"text": list(text)}
 
+    def check_growth(source, target, say, *, alone):
+        return {"looked at": str(target), "alone": alone}
+
     for name, members in (("gt_jax.growth.stream", {"grow_checkpoint": grow_checkpoint}),
+                          ("gt_jax.evaluation.growth_check",
+                           {"check_growth": check_growth, "check_lines": lambda found: [f"checked {found}"]}),
                           ("gt_jax.evaluation.verification", {"verify": verify}),
                           ("gt_jax.evaluation.verification_table",
                            {"report_lines": lambda result: [f"verified {result}"]})):
@@ -323,6 +328,7 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
     assert main([*arguments, "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
+    assert found["check"] == {"looked at": str(tmp_path / "new"), "alone": True}
     assert found["report"]["tensors"] == 3 and found["verify"] == {"text": [str(text)]}
     assert "half way" in err
     assert given.pop("progress") and str(given.pop("plan").target_layout) == "DDDG*5"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import Refused
+from gt_jax.files import sync
 
 UNFINISHED = ".unfinished"  # a save that is under way, or was killed
 JOURNALS = "journal.*.jsonl"  # what a growth has finished so far, in the unfinished folder
@@ -105,15 +106,6 @@ def sync_all(folder: Path) -> None:
         for name in folders:
             sync(Path(place) / name)
     sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def prepare_parent(target: Path) -> None:

@@ -28,7 +28,7 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 import numpy as np
 
 from gt_jax.errors import Refused
-from gt_jax.files import sync_folder
+from gt_jax.files import sync
 
 __all__ = ["Recorder", "format_value", "read_metrics", "seconds_of", "table", "to_json", "truncate_after"]
 
@@ -221,7 +221,7 @@ def truncate_after(path: Path, step: int) -> None:
             os.fsync(file.fileno())
         os.chmod(name, path.stat().st_mode)
         os.replace(name, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     finally:
         Path(name).unlink(missing_ok=True)
 

@@ -164,7 +164,7 @@ class _Source:
     def cost(self, plan: Plan, counts: Repetition | None) -> GrowthCost:
         """What growing this source buys and costs."""
         from gt_jax.growth.cost import cost_of_checkpoint
-        return cost_of_checkpoint(self.config, self.metadata, plan, counts)
+        return cost_of_checkpoint(self.config, self.tensors, self.metadata, plan, counts)
 
     def refuse_text(self, files: Sequence[Path]) -> None:
         """Refuse, before anything is written, text that cannot be verified on."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gt_jax.checkpoints.folders import CHUNK, sync
+from gt_jax.checkpoints.positioned_write import write_at
 
 if TYPE_CHECKING:
     from gt_jax.checkpoints.checksums import Written
@@ -87,9 +87,14 @@ class ArrayFiles:
         flat = values.reshape(-1)
         for extent in self.extents(start, flat.size):
             part = flat[extent.start - start :][: extent.count]
-            write_at(extent, part, self.file_bytes)
+            self.write_extent(extent, part)
             if written is not None:
                 written.add(extent, part)
+
+    def write_extent(self, extent: Extent, values: np.ndarray) -> None:
+        """Write the values of one of `extents`, which may lie within a file; from any thread, in any order."""
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        write_at(extent.file, extent.offset, data, self.file_bytes)
 
     def sync(self) -> None:
         """Wait until all that was written is on the disk."""
@@ -121,18 +126,3 @@ def chunk_shape(shape: Shape, itemsize: int, limit: int) -> Shape:
 def split_axis(chunk: Shape) -> int:
     """The first axis along which a chunk has more than one index; the last one where there is none."""
     return next((axis for axis, size in enumerate(chunk) if size > 1), max(len(chunk) - 1, 0))
-
-
-def write_at(extent: Extent, values: np.ndarray, file_bytes: int) -> None:
-    """Write the extent's bytes; the file is made, at its full size, where it is not there yet."""
-    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-    file = os.open(extent.file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        offset = extent.offset
-        while data:
-            written = os.pwrite(file, data, offset)
-            data, offset = data[written:], offset + written
-        if os.fstat(file).st_size < file_bytes:
-            os.truncate(file, file_bytes)
-    finally:
-        os.close(file)

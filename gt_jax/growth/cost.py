@@ -17,7 +17,7 @@ from gt_jax.configs.lineage import trainings
 from gt_jax.configs.model import ModelConfig
 from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.repetition import Repetition
-from gt_jax.growth.transform import child_abstract, target_config
+from gt_jax.growth.transform import Abstract, target_abstract, target_config
 from gt_jax.models.flops import model_flops
 
 
@@ -55,8 +55,9 @@ class GrowthCost(NamedTuple):
                 f"at the {self.passes:.1f} {ran} ({self.counted})")
 
 
-def growth_cost(source: ModelConfig, plan: Plan, passes_run: Sequence[float] | None, tokens: int) -> GrowthCost:
-    """The cost of growing `source` by `plan`, in rows of `tokens` tokens.
+def growth_cost(source: ModelConfig, tensors: Abstract, plan: Plan, passes_run: Sequence[float] | None,
+                tokens: int) -> GrowthCost:
+    """The cost of growing `source`, which holds `tensors`, by `plan`, in rows of `tokens` tokens.
 
     `passes_run` [l] is the mean number of passes that a token runs in each source layer. None takes the plan's k_exec;
     for the identity, which has none, the most passes a layer can run. A source that is not adaptive runs one.
@@ -70,19 +71,19 @@ def growth_cost(source: ModelConfig, plan: Plan, passes_run: Sequence[float] | N
         counted, passes = "most passes", [float(source.adaptive.max_passes)] * len(source.depth)
     else:
         counted, passes = "k_exec", list(map(float, plan.k_exec))
-    parameters = sum(math.prod(leaf.shape) for path, leaf in child_abstract(source, plan).items()
+    parameters = sum(math.prod(leaf.shape) for path, leaf in target_abstract(tensors, plan).items()
                      if path.startswith("params/"))
     return GrowthCost(len(source.depth), len(child.depth), plan.dead, parameters, float(sum(passes)), counted,
                       model_flops(source, tokens).forward(passes), model_flops(child, tokens).forward())
 
 
 def cost_of_checkpoint(
-    source: ModelConfig, metadata: Mapping[str, Any], plan: Plan, counts: Repetition | None
+    source: ModelConfig, tensors: Abstract, metadata: Mapping[str, Any], plan: Plan, counts: Repetition | None
 ) -> GrowthCost:
     """`growth_cost` by the counts that the plan was made from, in rows as the source was trained on."""
     runs = trainings(metadata)
     data = DataConfig.from_json(runs[0]["run"]["data"]) if runs else DataConfig()
-    return growth_cost(source, plan, None if counts is None else counts.passes_run, data.sequence_length)
+    return growth_cost(source, tensors, plan, None if counts is None else counts.passes_run, data.sequence_length)
 
 
 def _flops(count: float) -> str:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gt_jax.checkpoints.arrays import ArrayFiles, Extent, write_at
+from gt_jax.checkpoints.arrays import ArrayFiles, Extent
 from gt_jax.checkpoints.checksums import Written
 from gt_jax.checkpoints.folders import CHUNK, sync
 from gt_jax.checkpoints.slices import Slice, SliceReader
@@ -215,7 +215,7 @@ class Pipeline:
         tensor.writer.submit(piece.nbytes + piece.size * leaf.dtype.itemsize, task, tensor.group)
 
     def _write(self, tensor: _Tensor, extent: Extent, values: np.ndarray, leaf: Leaf) -> None:
-        write_at(extent, values, self._files[leaf.path].file_bytes)
+        self._files[leaf.path].write_extent(extent, values)
         tensor.written.add(extent, values)
         with self._lock:
             self.written += values.nbytes

@@ -28,7 +28,7 @@ from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
-from gt_jax.configs.layout import Layout, Segment, parse
+from gt_jax.configs.layout import Layout, Segment
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth.blocks import blocks, with_copies
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS, own_mass, pass_weights, strengths
@@ -57,16 +57,12 @@ def default_layout(repetition: Repetition, pattern: str = PATTERN) -> Layout:
 
     Raises `Refused` when neither fits the number of layers.
     """
-    count, measured = len(repetition.layers), repetition.meta.get("layout")
-    if measured is None:
+    count, found = len(repetition.layers), repetition.layout
+    if found is None:
         if count % len(pattern) or not count:
             raise Refused(f"{repetition.origin}: {count} layers are not a multiple of the pattern {pattern} "
                           f"({len(pattern)} layers)")
         return Layout((Segment(pattern, count // len(pattern)),))
-    try:
-        found = parse(str(measured))
-    except Refused as error:
-        raise Refused(f"{repetition.origin}: _meta.layout: {error}") from None
     if depth_of(found) != count:
         raise Refused(f"{repetition.origin}: {count} layers, but _meta.layout {found} has {depth_of(found)}")
     return found

@@ -130,12 +130,16 @@ def make_plan(kind: str, repetition: Repetition, source_layout: Layout, *, round
     return plan if target_layout is None else fitted(plan, target_layout)
 
 
+def disorder(plan: Plan) -> list[str]:
+    """The places where copies 1 do not stand in the order of the source."""
+    firsts = [(target, entry.source) for target, entry in enumerate(plan.entries) if entry.copy == 1]
+    return [f"target layer {later} is pass 1 of source layer {source}, target layer {earlier} before it that of source "
+            f"layer {before}" for (earlier, before), (later, source) in pairwise(firsts) if source <= before]
+
+
 def refuse_disorder(plan: Plan) -> None:
     """Raise `Refused`, naming the plan and its entries, where copies 1 do not stand in the order of the source."""
-    firsts = [(target, entry.source) for target, entry in enumerate(plan.entries) if entry.copy == 1]
-    refuse_all([f"target layer {later} is pass 1 of source layer {source}, target layer {earlier} before it that of "
-                f"source layer {before}" for (earlier, before), (later, source) in pairwise(firsts)
-                if source <= before],
+    refuse_all(disorder(plan),
                f"the {plan.kind} plan from {plan.source_layout} to {plan.target_layout} loses the source's order:")
 
 

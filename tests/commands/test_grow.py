@@ -233,6 +233,23 @@ def test_every_plan_goes_out_as_json_and_picture_and_comes_in_again(tmp_path, ca
     assert Plan.from_json(found) == read_plan(dry)
 
 
+def test_a_plan_file_that_lost_the_order_is_refused_unless_it_is_a_map(tmp_path, capsys):
+    """Plans of earlier versions stand in the wrong order where a type comes again; so may those edited by hand."""
+    file = tmp_path / "plan.json"
+    main(["--dry-run", "--plan-out", str(file)])
+    data = json.loads(file.read_text())
+    data["layers"][0], data["layers"][2] = ({**data["layers"][at], "target": to} for at, to in ((2, 0), (0, 2)))
+    file.write_text(json.dumps(data))
+    message = refusal("--dry-run", "--plan-file", file)
+    assert f"plan file {file}: its dealt plan loses the source's order" in message and '"kind": "map"' in message
+    assert "target layer 2 is pass 1 of source layer 0, target layer 0 before it that of source layer 1" in message
+    file.write_text(json.dumps(data | {"kind": "map"}))
+    for meant in (["--plan-file", str(file)], ["--map", "2,1,3,4,5-8"]):
+        capsys.readouterr()
+        main(["--dry-run", *meant])
+        assert "warning: the list loses the source's order: target layer " in capsys.readouterr().err
+
+
 def test_a_plan_from_the_passes_run_is_made_of_counts_that_have_them(tmp_path, capsys):
     """`alive` is what `measure` wrote before it wrote the sum; the reference counts have neither."""
     assert "take --from k_exec or --from mean_weight" in refusal("--dry-run", "--from", "passes_run")

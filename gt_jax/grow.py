@@ -150,7 +150,7 @@ def _prepare(
 
 
 class _Source:
-    """What a checkpoint says without its values: config, and shape and dtype of the model's tensors by path."""
+    """What a checkpoint says before it is read: config, shape and dtype of the model's tensors by path, gains."""
 
     config: ModelConfig
     folder: Path
@@ -163,11 +163,13 @@ class _Source:
         self.folder = found.folder  # for all that follows: a run that goes on may save another step meanwhile
         self.config, self.tensors, self.metadata = found.config, found.model, found.metadata
         self.path = path
+        from gt_jax.growth.cost import stored_gains
+        self.gains = stored_gains(self.folder, self.config, self.tensors)
 
     def cost(self, plan: Plan, counts: Repetition | None) -> GrowthCost:
         """What growing this source buys and costs."""
         from gt_jax.growth.cost import cost_of_checkpoint
-        return cost_of_checkpoint(self.config, self.metadata, plan, counts)
+        return cost_of_checkpoint(self.config, self.metadata, plan, counts, self.gains)
 
     def refuse_text(self, files: Sequence[Path]) -> None:
         """Refuse, before anything is written, text that cannot be verified on."""
@@ -282,7 +284,7 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
     if wanted is not None and kind in ("file", "identity"):
         plan = fitted(plan, wanted)
     return plan, counts, (*warnings, *(f"the list loses the source's order: {line}" for line in disorder(plan)),
-                          *plan_table.dead_layers(plan), *plan_table.unasked_layers(plan),
+                          *plan_table.dead_layers(plan), *_stopped(plan, source), *plan_table.unasked_layers(plan),
                           *_silent(plan, options["carry"], source))
 
 
@@ -324,6 +326,10 @@ def _target_layout(text: str | None) -> Layout | None:
         return parse(text)
     except Refused as error:
         raise Refused(f"--target-layout: {error}") from None
+
+
+def _stopped(plan: Plan, source: _Source | None) -> list[str]:
+    return [] if source is None or source.gains is None else plan_table.stopped_layers(plan, source.gains)
 
 
 def _silent(plan: Plan, carry: str, source: _Source | None) -> list[str]:

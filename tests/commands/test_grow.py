@@ -41,9 +41,10 @@ def refusal(*arguments):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A checkpoint of the tiny model, narrowed; zeros, because a dry run reads no value."""
+    """A checkpoint of the tiny model, narrowed; zeros but for the gains, because a dry run reads no other value."""
     small = presets.tiny().replace(width=16, mlp_width=16)
-    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), language_model.abstract(small))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), language_model.abstract(small))
+    tree = nest({name: leaf + name.endswith("/gain") for name, leaf in flatten(zeros).items()})
     path = tmp_path_factory.mktemp("grow") / "source"
     checkpoint.save(path, tree, {"config": small.to_json(), "step": 3, "kind": "train"})
     return path
@@ -269,6 +270,25 @@ def test_the_tables_name_identities_and_means(capsys):
     assert ["0", "D", "1.32", "1"] in [line.split()[:4] for line in lines]
     assert any("got 12 layers that run and 4 dead layers" in line for line in lines)
     assert [line.split()[-1] for line in lines if line.split()[3:4] == ["-"]] == ["dead"] * 4
+
+
+def test_a_layer_that_is_dead_in_the_source_is_dead_in_the_child(source, tmp_path, capsys):
+    """As the identities of a first growth are for the second: the plan's coefficient alone calls them alive."""
+    leaves, metadata = checkpoint.describe(source)
+    tree = checkpoint.load_paths(source, leaves)
+    tree["params/segment0/layer1/gain"] = np.asarray([1.0, 0.003], np.float32)  # layer 5
+    checkpoint.save(tmp_path / "again", nest(tree), metadata)
+    for arguments, dead in ((["--plan", "identity"], [5]), (["--plan", "stack", "--target-layers", "16", "--round",
+                                                             "balance", "--coefficient", "schedule"], [5, 13])):
+        main([str(tmp_path / "again"), "--dry-run", "--json", *arguments])
+        out, err = capsys.readouterr()
+        found = json.loads(out)
+        assert found["cost"]["dead"] == dead and f"{len(dead)} of them dead" in err
+        line = next(line for line in found["warnings"] if line.startswith("layers dead in the source stay so"))
+        assert "in target layers 5 (pass 1 of layer 5, of gain 0.003)" in line
+    main([str(source), "--dry-run", "--json", "--plan", "identity"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["cost"]["dead"] == json.loads(out)["warnings"] == [] and "none dead" in err
 
 
 def test_a_plan_file_for_another_source_is_refused(source, tmp_path, capsys):

@@ -32,7 +32,7 @@ from gt_jax.files import write_atomically
 from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
 from gt_jax.growth.layer_map import EXAMPLE, read_map
-from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, fitted, identity_plan, make_plan
+from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, disorder, fitted, identity_plan, make_plan
 from gt_jax.growth.plan_entries import Plan, read_plan
 from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, reference
 from gt_jax.growth.rounding import ROUNDS
@@ -125,7 +125,8 @@ def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], fi
     if args.dry_run:
         shown, lines = _dry_run(plan, settings, source, warnings)
     else:
-        shown, lines = _grow(args, plan, counts, settings, agree, first)
+        assert source is not None  # `_check` refuses a growth without one
+        shown, lines = _grow(args, source.folder, plan, counts, settings, agree, first)
     if cost is not None:
         shown["cost"] = cost.to_json()
     if first:
@@ -149,22 +150,26 @@ def _prepare(
 
 
 class _Source:
-    """What a checkpoint says without its values: config, and shape and dtype of the model's tensors by path."""
+    """What a checkpoint says before it is read: config, shape and dtype of the model's tensors by path, gains."""
 
     config: ModelConfig
+    folder: Path
     tensors: dict[str, jax.ShapeDtypeStruct]
     metadata: dict[str, Any]
 
     def __init__(self, path: Path) -> None:
         from gt_jax.checkpoints.opened import open_checkpoint
         found = open_checkpoint(path)
+        self.folder = found.folder  # for all that follows: a run that goes on may save another step meanwhile
         self.config, self.tensors, self.metadata = found.config, found.model, found.metadata
         self.path = path
+        from gt_jax.growth.cost import stored_gains
+        self.gains = stored_gains(self.folder, self.config, self.tensors)
 
     def cost(self, plan: Plan, counts: Repetition | None) -> GrowthCost:
         """What growing this source buys and costs."""
         from gt_jax.growth.cost import cost_of_checkpoint
-        return cost_of_checkpoint(self.config, self.tensors, self.metadata, plan, counts)
+        return cost_of_checkpoint(self.config, self.tensors, self.metadata, plan, counts, self.gains)
 
     def refuse_text(self, files: Sequence[Path]) -> None:
         """Refuse, before anything is written, text that cannot be verified on."""
@@ -278,7 +283,8 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
                          passes_from=args.passes_from or "k_exec", layers=layers, target_layout=wanted)
     if wanted is not None and kind in ("file", "identity"):
         plan = fitted(plan, wanted)
-    return plan, counts, (*warnings, *plan_table.dead_layers(plan), *plan_table.unasked_layers(plan),
+    return plan, counts, (*warnings, *(f"the list loses the source's order: {line}" for line in disorder(plan)),
+                          *plan_table.dead_layers(plan), *_stopped(plan, source), *plan_table.unasked_layers(plan),
                           *_silent(plan, options["carry"], source))
 
 
@@ -307,6 +313,9 @@ def _plan_from_file(path: Path, source: _Source | None) -> Plan:
     if source is not None and source.config.depth != plan.source_layout:
         raise Refused(f"plan file {path} is for a source of layout {plan.source_layout} ({len(plan.source_layout)} "
                       f"layers); this source is {source.config.layout} ({len(source.config.depth)} layers)")
+    if plan.kind != "map":
+        refuse_all(disorder(plan), f"plan file {path}: its {plan.kind} plan loses the source's order; make the plan "
+                                   'anew, or where this order is meant, write "kind": "map" into the file:')
     return plan
 
 
@@ -317,6 +326,10 @@ def _target_layout(text: str | None) -> Layout | None:
         return parse(text)
     except Refused as error:
         raise Refused(f"--target-layout: {error}") from None
+
+
+def _stopped(plan: Plan, source: _Source | None) -> list[str]:
+    return [] if source is None or source.gains is None else plan_table.stopped_layers(plan, source.gains)
 
 
 def _silent(plan: Plan, carry: str, source: _Source | None) -> list[str]:
@@ -366,16 +379,19 @@ def _tensors(plan: Plan, settings: Mapping[str, Any], source: _Source) -> tuple[
     return rows, matched.dropped
 
 
-def _grow(args: argparse.Namespace, plan: Plan, counts: Repetition | None, settings: Mapping[str, Any],
+def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition | None, settings: Mapping[str, Any],
           agree: Callable[[Callable[[], Any]], Any], first: bool) -> tuple[dict[str, Any], list[str]]:
-    """Grow, look at the child, verify it where text is given; the JSON object and the lines that show all three."""
+    """Grow, look at the child, verify it where text is given; the JSON object and the lines that show all three.
+
+    `source` is the checkpoint that SRC names.
+    """
     from gt_jax.growth import stream
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     result = stream.grow_checkpoint(
-        args.source, args.target, plan=plan, carry=settings["carry"], noise_std=settings["noise_std"],
+        source, args.target, plan=plan, carry=settings["carry"], noise_std=settings["noise_std"],
         seed=settings["seed"], dtype=settings["dtype"], memory=memory(args.memory), resume=args.resume,
         counts=counts, progress=say if first else None)
     shown: dict[str, Any] = {"source": str(args.source), "target": str(args.target), "plan": plan.to_json(),
@@ -385,13 +401,13 @@ def _grow(args: argparse.Namespace, plan: Plan, counts: Repetition | None, setti
     if not args.no_check:
         from gt_jax.evaluation.growth_check import check_growth, check_lines
         alone = not is_distributed(args)
-        found = agree(lambda: check_growth(args.source, args.target, say, alone=alone) if first else None)
+        found = agree(lambda: check_growth(source, args.target, say, alone=alone) if first else None)
         shown["check"], more = (found, check_lines(found)) if first else (None, [])
         lines += ["", *more]
     if args.verify_text:
         from gt_jax.evaluation.verification import verify
         from gt_jax.evaluation.verification_table import report_lines
-        shown["verify"] = verify(args.source, args.target, text=[str(path) for path in args.verify_text])
+        shown["verify"] = verify(source, args.target, text=[str(path) for path in args.verify_text])
         lines += ["", *report_lines(shown["verify"])]
     return shown, lines
 

@@ -68,17 +68,22 @@ def pass_counts(
 ) -> dict[str, Any]:
     """Run `evaluation` (`training.step.make_evaluation`) over the batches and return the repetition object.
 
-    Batches weigh equally. Raises `Refused` for a plain model, which has no passes to measure.
+    Means over tokens weigh a batch by its targets, for the last may be mostly padding; `computed` is a mean over the
+    batches. Raises `Refused` for a plain model, which has no passes to measure.
     """
 
     if config.adaptive is None:
         raise Refused("measure needs an adaptive model; this one runs every layer once")
-    total, loss, count = None, 0.0, 0.0
-    for batch in batches:
-        ce, tokens, statistics = jax.device_get(evaluation(variables, batch))
-        loss, count = loss + float(ce), count + float(tokens)
-        total = statistics if total is None else jax.tree.map(np.add, total, statistics)
-    mean = jax.tree.map(lambda x: x / len(batches), total)
+    found = [jax.device_get(evaluation(variables, batch)) for batch in batches]
+    loss, count = (sum(float(one[part]) for one in found) for part in (0, 1))
+    weights = np.maximum([float(tokens) for _, tokens, _ in found], 1e-6)
+
+    def over_tokens(*of_batches: np.ndarray) -> np.ndarray:
+        return np.average(np.asarray(of_batches, np.float64), axis=0, weights=weights)
+
+    mean = jax.tree.map(over_tokens, *(statistics for _, _, statistics in found))
+    computed = np.mean([statistics.computed for _, _, statistics in found], axis=0, dtype=np.float64)
+    mean = mean._replace(computed=computed)
     meta = {
         **meta,
         "tokens": int(count),

@@ -9,9 +9,11 @@ not the weight of those passes: a pass at weight 0.3 costs as much as one at wei
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.lineage import trainings
 from gt_jax.configs.model import ModelConfig
@@ -55,9 +57,11 @@ class GrowthCost(NamedTuple):
                 f"at the {self.passes:.1f} {ran} ({self.counted})")
 
 
-def growth_cost(source: ModelConfig, tensors: Abstract, plan: Plan, passes_run: Sequence[float] | None,
-                tokens: int) -> GrowthCost:
+def growth_cost(source: ModelConfig, tensors: Abstract, plan: Plan, passes_run: Sequence[float] | None, tokens: int,
+                gains: Sequence[float] | None = None) -> GrowthCost:
     """The cost of growing `source`, which holds `tensors`, by `plan`, in rows of `tokens` tokens.
+
+    `gains` [l] are the source's own, None for 1: a layer that does next to nothing in the source does so in the child.
 
     `passes_run` [l] is the mean number of passes that a token runs in each source layer. None takes the plan's k_exec;
     for the identity, which has none, the most passes a layer can run. A source that is not adaptive runs one.
@@ -73,17 +77,31 @@ def growth_cost(source: ModelConfig, tensors: Abstract, plan: Plan, passes_run: 
         counted, passes = "k_exec", list(map(float, plan.k_exec))
     parameters = sum(math.prod(leaf.shape) for path, leaf in target_abstract(tensors, plan).items()
                      if path.startswith("params/"))
-    return GrowthCost(len(source.depth), len(child.depth), plan.dead, parameters, float(sum(passes)), counted,
+    dead = tuple(sorted({*plan.dead, *plan.stopped(gains or [1.0] * len(source.depth))}))
+    return GrowthCost(len(source.depth), len(child.depth), dead, parameters, float(sum(passes)), counted,
                       model_flops(source, tokens).forward(passes), model_flops(child, tokens).forward())
 
 
 def cost_of_checkpoint(
-    source: ModelConfig, tensors: Abstract, metadata: Mapping[str, Any], plan: Plan, counts: Repetition | None
-) -> GrowthCost:
+    source: ModelConfig, tensors: Abstract, metadata: Mapping[str, Any], plan: Plan, counts: Repetition | None,
+    gains: Sequence[float] | None = None,
+) -> GrowthCost:  # fmt: skip
     """`growth_cost` by the counts that the plan was made from, in rows as the source was trained on."""
     runs = trainings(metadata)
     data = DataConfig.from_json(runs[0]["run"]["data"]) if runs else DataConfig()
-    return growth_cost(source, tensors, plan, None if counts is None else counts.passes_run, data.sequence_length)
+    return growth_cost(source, tensors, plan, None if counts is None else counts.passes_run, data.sequence_length,
+                       gains)
+
+
+def stored_gains(folder: Path, config: ModelConfig, tensors: Collection[str]) -> list[float] | None:
+    """The gain of each layer of a checkpoint, the only values read before a growth; None where it lacks one."""
+    depth = config.depth
+    where = [depth.position(layer) for layer in range(len(depth))]
+    names = [f"params/segment{segment}/layer{slot}/gain" for segment, _, slot in where]
+    if not set(names) <= set(tensors):
+        return None  # `transform.match` says what is missing
+    values = checkpoint.load_paths(folder, set(names))
+    return [float(values[name].reshape(-1)[block]) for name, (_, block, _) in zip(names, where, strict=True)]
 
 
 def _flops(count: float) -> str:

@@ -28,7 +28,7 @@ from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
-from gt_jax.configs.layout import Layout, Segment, parse
+from gt_jax.configs.layout import Layout, Segment
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth.blocks import blocks, with_copies
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS, own_mass, pass_weights, strengths
@@ -57,16 +57,12 @@ def default_layout(repetition: Repetition, pattern: str = PATTERN) -> Layout:
 
     Raises `Refused` when neither fits the number of layers.
     """
-    count, measured = len(repetition.layers), repetition.meta.get("layout")
-    if measured is None:
+    count, found = len(repetition.layers), repetition.layout
+    if found is None:
         if count % len(pattern) or not count:
             raise Refused(f"{repetition.origin}: {count} layers are not a multiple of the pattern {pattern} "
                           f"({len(pattern)} layers)")
         return Layout((Segment(pattern, count // len(pattern)),))
-    try:
-        found = parse(str(measured))
-    except Refused as error:
-        raise Refused(f"{repetition.origin}: _meta.layout: {error}") from None
     if depth_of(found) != count:
         raise Refused(f"{repetition.origin}: {count} layers, but _meta.layout {found} has {depth_of(found)}")
     return found
@@ -134,12 +130,16 @@ def make_plan(kind: str, repetition: Repetition, source_layout: Layout, *, round
     return plan if target_layout is None else fitted(plan, target_layout)
 
 
+def disorder(plan: Plan) -> list[str]:
+    """The places where copies 1 do not stand in the order of the source."""
+    firsts = [(target, entry.source) for target, entry in enumerate(plan.entries) if entry.copy == 1]
+    return [f"target layer {later} is pass 1 of source layer {source}, target layer {earlier} before it that of source "
+            f"layer {before}" for (earlier, before), (later, source) in pairwise(firsts) if source <= before]
+
+
 def refuse_disorder(plan: Plan) -> None:
     """Raise `Refused`, naming the plan and its entries, where copies 1 do not stand in the order of the source."""
-    firsts = [(target, entry.source) for target, entry in enumerate(plan.entries) if entry.copy == 1]
-    refuse_all([f"target layer {later} is pass 1 of source layer {source}, target layer {earlier} before it that of "
-                f"source layer {before}" for (earlier, before), (later, source) in pairwise(firsts)
-                if source <= before],
+    refuse_all(disorder(plan),
                f"the {plan.kind} plan from {plan.source_layout} to {plan.target_layout} loses the source's order:")
 
 

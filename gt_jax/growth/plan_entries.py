@@ -86,6 +86,11 @@ class Plan:
         """Target layers that do next to nothing, the identity among them."""
         return tuple(target for target, entry in enumerate(self.entries) if entry.dead)
 
+    def stopped(self, gains: Sequence[float]) -> tuple[int, ...]:
+        """Target layers with a coefficient that would run, of source layers whose own gain stops them: `gains` [l]."""
+        return tuple(target for target, entry in enumerate(self.entries)
+                     if not entry.dead and abs(entry.coefficient * gains[entry.source]) < DEAD)
+
     @property
     def mass_granted(self) -> tuple[float, ...]:
         """Sum of the coefficients of a source layer's copies that run, by source layer."""

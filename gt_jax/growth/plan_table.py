@@ -48,6 +48,16 @@ def dead_layers(plan: Plan) -> list[str]:
             + ", ".join(named)]
 
 
+def stopped_layers(plan: Plan, gains: Sequence[float]) -> list[str]:
+    """One line that names the target layers that a gain of the source keeps from running; none where all are open."""
+    named = [f"{target} ({_stands_for(plan, target)}, of gain {gains[plan.entries[target].source]:.2g})"
+             for target in plan.stopped(gains)]
+    if not named:
+        return []
+    return [f"layers dead in the source stay so: coefficient times the source's gain is below {DEAD:g} in target "
+            "layers " + ", ".join(named)]
+
+
 def unasked_layers(plan: Plan) -> list[str]:
     """One line that names the copies that run at the schedule's strength though their layer asked for fewer passes.
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from gt_jax.configs.layout import Layout, parse
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.growth.plan_entries import depth_of
 
 ALPHA = (1.0, 0.7, 0.5, 0.35)
 THRESHOLD = 0.10
@@ -82,10 +83,19 @@ class Repetition:
 
     def refuse_another_layout(self, depth: Layout) -> None:
         """Raise `Refused` where the counts say that a model of other layers was measured than those of `depth`."""
-        said = self.meta.get("layout")
-        if isinstance(said, str) and parse(said).types != depth.types:
+        said = self.layout
+        if said is not None and (depth_of(said) != depth_of(depth) or said.types != depth.types):
             raise Refused(f"{self.origin} was measured on a model of layout {said}; the source has {depth}; measure "
                           "this source")
+
+    @property
+    def layout(self) -> Layout | None:
+        """Of the model that was measured; None where the counts do not say. Raises `Refused` for what is no layout."""
+        said = self.meta.get("layout")
+        try:
+            return None if said is None else parse(str(said))
+        except Refused as error:
+            raise Refused(f"{self.origin}: _meta.layout: {error}") from None
 
     @property
     def k_exec(self) -> tuple[int, ...]:
@@ -228,6 +238,7 @@ def _mean_weight(key: str, data: Mapping[str, Any], wrong: list[str]) -> float |
     """Under either of its names."""
     given = {name: _figure(f"{key}.{name}", data.get(name), False, wrong) for name in ("mean_weight", "expected_k")}
     now, earlier = given.values()
+    _in_range(f"{key}.mean_weight", earlier if now is None else now, wrong)
     if now is not None and earlier is not None and now != earlier:
         wrong.append(f"{key}.mean_weight is {now}, {key}.expected_k {earlier}; the second is the earlier name of the "
                      "first, give one of them")
@@ -238,11 +249,20 @@ def _passes_run(key: str, data: Mapping[str, Any], wrong: list[str]) -> float | 
     """As given, else the sum of `alive`; None where there is neither."""
     given, alive = _figure(f"{key}.passes_run", data.get("passes_run"), False, wrong), data.get("alive")
     if given is not None or alive is None:
+        _in_range(f"{key}.passes_run", given, wrong)
         return given
-    if isinstance(alive, list) and alive and all(map(_share, alive)):
-        return math.fsum(alive)
-    wrong.append(f"{key}.alive is {alive!r}; a list of numbers from 0 to 1 is needed, one a pass")
-    return None
+    if not (isinstance(alive, list) and alive and all(map(_share, alive))):
+        wrong.append(f"{key}.alive is {alive!r}; a list of numbers from 0 to 1 is needed, one a pass")
+        return None
+    wrong += _rising(f"{key}.alive", alive)
+    summed = math.fsum(alive)
+    _in_range(f"{key}.passes_run, the sum of alive,", summed, wrong)
+    return summed
+
+
+def _in_range(key: str, passes: float | None, wrong: list[str]) -> None:
+    if passes is not None and not 0 < passes <= MOST_PASSES:
+        wrong.append(f"{key} is {passes}; a number above 0, at most {MOST_PASSES}, is needed")
 
 
 def _rebuilt(key: str, k_exec: int, p_mu: float | None, warnings: list[str]) -> tuple[float, ...]:
@@ -289,8 +309,10 @@ def _survival(key: str, values: Any, length: int, wrong: list[str]) -> tuple[flo
         return ()
     outside = [f"{key}[{index}] is {value!r}; a number from 0 to 1 is needed"
                for index, value in enumerate(values) if not _share(value)]
-    rising = [] if outside else [f"{key}[{index + 1}] is {after}, above the {before} before it; survival cannot rise"
-                                 for index, (before, after) in enumerate(pairwise(values))
-                                 if after > before + _ROUNDING]
-    wrong += outside + rising
+    wrong += outside or _rising(key, values)
     return tuple(min(float(value), 1.0) for value in values) if not outside else ()
+
+
+def _rising(key: str, values: Sequence[int | float]) -> list[str]:
+    return [f"{key}[{index + 1}] is {after}, above the {before} before it; {key.rpartition('.')[2]} cannot rise"
+            for index, (before, after) in enumerate(pairwise(values)) if after > before + _ROUNDING]

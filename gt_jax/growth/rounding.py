@@ -44,7 +44,8 @@ def rounded(units: Sequence[Unit], round: str, target_layers: int | None) -> tup
     """Copies by unit; raises `Refused` for a `target_layers` that this rounding does not give.
 
     `balance` spreads `target_layers` (by default the nearest depth to the sum of the passes) in proportion to the
-    units' passes, ties to the earlier unit. The message says which depths can be reached, and how.
+    units' passes, ties to the earlier unit, none above `MOST_PASSES`. The message says which depths can be reached,
+    and how.
     """
     copies = _rounded(units, round, target_layers)
     if target_layers is not None and depth(units, copies) != target_layers:
@@ -75,10 +76,10 @@ def _balanced(units: Sequence[Unit], target_layers: int | None) -> tuple[int, ..
         raise Refused(f"--target-layers {wanted} cannot be reached: --round balance gives any multiple of {width} "
                       f"from {least} (every layer once) to {most}")
     shares = [one.passes * wanted / (total * width) for one in units]
-    copies = [max(1, math.floor(share)) for share in shares]
+    copies = [min(MOST_PASSES, max(1, math.floor(share))) for share in shares]
     while (missing := wanted // width - sum(copies)) != 0:
         step = 1 if missing > 0 else -1
-        movable = [index for index, count in enumerate(copies) if step > 0 or count > 1]
+        movable = [index for index, count in enumerate(copies) if 1 <= count + step <= MOST_PASSES]
         copies[max(movable, key=lambda index: (step * (shares[index] - copies[index]), -index))] += step
     return tuple(copies)
 

@@ -41,9 +41,10 @@ def refusal(*arguments):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A checkpoint of the tiny model, narrowed; zeros, because a dry run reads no value."""
+    """A checkpoint of the tiny model, narrowed; zeros but for the gains, because a dry run reads no other value."""
     small = presets.tiny().replace(width=16, mlp_width=16)
-    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), language_model.abstract(small))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), language_model.abstract(small))
+    tree = nest({name: leaf + name.endswith("/gain") for name, leaf in flatten(zeros).items()})
     path = tmp_path_factory.mktemp("grow") / "source"
     checkpoint.save(path, tree, {"config": small.to_json(), "step": 3, "kind": "train"})
     return path
@@ -233,6 +234,23 @@ def test_every_plan_goes_out_as_json_and_picture_and_comes_in_again(tmp_path, ca
     assert Plan.from_json(found) == read_plan(dry)
 
 
+def test_a_plan_file_that_lost_the_order_is_refused_unless_it_is_a_map(tmp_path, capsys):
+    """Plans of earlier versions stand in the wrong order where a type comes again; so may those edited by hand."""
+    file = tmp_path / "plan.json"
+    main(["--dry-run", "--plan-out", str(file)])
+    data = json.loads(file.read_text())
+    data["layers"][0], data["layers"][2] = ({**data["layers"][at], "target": to} for at, to in ((2, 0), (0, 2)))
+    file.write_text(json.dumps(data))
+    message = refusal("--dry-run", "--plan-file", file)
+    assert f"plan file {file}: its dealt plan loses the source's order" in message and '"kind": "map"' in message
+    assert "target layer 2 is pass 1 of source layer 0, target layer 0 before it that of source layer 1" in message
+    file.write_text(json.dumps(data | {"kind": "map"}))
+    for meant in (["--plan-file", str(file)], ["--map", "2,1,3,4,5-8"]):
+        capsys.readouterr()
+        main(["--dry-run", *meant])
+        assert "warning: the list loses the source's order: target layer " in capsys.readouterr().err
+
+
 def test_a_plan_from_the_passes_run_is_made_of_counts_that_have_them(tmp_path, capsys):
     """`alive` is what `measure` wrote before it wrote the sum; the reference counts have neither."""
     assert "take --from k_exec or --from mean_weight" in refusal("--dry-run", "--from", "passes_run")
@@ -252,6 +270,25 @@ def test_the_tables_name_identities_and_means(capsys):
     assert ["0", "D", "1.32", "1"] in [line.split()[:4] for line in lines]
     assert any("got 12 layers that run and 4 dead layers" in line for line in lines)
     assert [line.split()[-1] for line in lines if line.split()[3:4] == ["-"]] == ["dead"] * 4
+
+
+def test_a_layer_that_is_dead_in_the_source_is_dead_in_the_child(source, tmp_path, capsys):
+    """As the identities of a first growth are for the second: the plan's coefficient alone calls them alive."""
+    leaves, metadata = checkpoint.describe(source)
+    tree = checkpoint.load_paths(source, leaves)
+    tree["params/segment0/layer1/gain"] = np.asarray([1.0, 0.003], np.float32)  # layer 5
+    checkpoint.save(tmp_path / "again", nest(tree), metadata)
+    for arguments, dead in ((["--plan", "identity"], [5]), (["--plan", "stack", "--target-layers", "16", "--round",
+                                                             "balance", "--coefficient", "schedule"], [5, 13])):
+        main([str(tmp_path / "again"), "--dry-run", "--json", *arguments])
+        out, err = capsys.readouterr()
+        found = json.loads(out)
+        assert found["cost"]["dead"] == dead and f"{len(dead)} of them dead" in err
+        line = next(line for line in found["warnings"] if line.startswith("layers dead in the source stay so"))
+        assert "in target layers 5 (pass 1 of layer 5, of gain 0.003)" in line
+    main([str(source), "--dry-run", "--json", "--plan", "identity"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["cost"]["dead"] == json.loads(out)["warnings"] == [] and "none dead" in err
 
 
 def test_a_plan_file_for_another_source_is_refused(source, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import pytest
 
 from gt_jax.checkpoints import checkpoint
@@ -13,6 +14,7 @@ from gt_jax.errors import Failed
 from gt_jax.evaluation import growth_check
 from gt_jax.evaluation.growth_check import check_growth, check_lines
 from gt_jax.grow import main as grow
+from gt_jax.growth import stream
 from gt_jax.growth.plan_entries import Demand, Entry, Plan
 from gt_jax.growth.stream import grow_checkpoint
 from gt_jax.growth.transform import target_config
@@ -112,3 +114,19 @@ def test_the_command_says_what_it_costs_before_it_writes_and_looks_at_the_child_
     assert abs(shown["check"]["predictions"]["gap"]) < 1e-6 and shown["cost"]["ratio"] == 1.0
     assert grow([*arguments[:1], str(tmp_path / "b"), *arguments[1:], "--no-check"]) == 0
     assert "check" not in json.loads(capsys.readouterr().out)
+
+
+def test_a_run_that_saves_another_step_meanwhile_does_not_change_the_source(folder, tmp_path, monkeypatch):
+    """The plan, the growth and the look at the child are of the step that was the newest when the command began."""
+    known = checkpoint.describe(folder / "source")[1]
+    checkpoint.save(tmp_path / "run" / "3", perturbed(PLAIN), known)
+
+    def and_the_run_goes_on(*arguments, **options):
+        report = grow_checkpoint(*arguments, **options)
+        later = jax.tree.map(lambda leaf: leaf + 1, perturbed(PLAIN))
+        checkpoint.save(tmp_path / "run" / "4", later, known | {"step": 4})
+        return report
+
+    monkeypatch.setattr(stream, "grow_checkpoint", and_the_run_goes_on)
+    assert grow([str(tmp_path / "run"), str(tmp_path / "child"), "--plan", "identity", "--noise-std", "0"]) == 0
+    assert checkpoint.describe(tmp_path / "child")[1]["grown_from"]["step"] == 3

@@ -21,8 +21,9 @@ from gt_jax.growth.plan import (
     block_plan,
     default_layout,
     identity_plan,
+    make_plan,
 )
-from gt_jax.growth.repetition import LayerRepetition, Repetition, reference
+from gt_jax.growth.repetition import MOST_PASSES, LayerRepetition, Repetition, reference
 
 ALPHA = (1.0, 0.7, 0.5, 0.35)
 
@@ -188,6 +189,14 @@ def test_segments_grow_each_by_its_own_blocks():
     assert [entry.source for entry in plan.entries] == [0, 1, 0, 1, 2, 3, 2, 3, 4, 4, 4, 4]
     with pytest.raises(Refused, match="blocks of one length"):
         block_plan(made, layout.parse("DG*2,D"), round="balance")
+
+
+@pytest.mark.parametrize("kind", ["block", "dealt", "layer"])
+def test_balance_gives_no_unit_more_passes_than_there_can_be(kind):
+    """In proportion the second block would get 77 of the 128 copies; every depth up to 64 copies of all is reached."""
+    for depth in (8 * MOST_PASSES, 8 * MOST_PASSES - 4, 480):
+        plan = make_plan(kind, reference(), layout.parse("DDDG*2"), round="balance", target_layers=depth)
+        assert len(plan.entries) == depth and max(entry.copy for entry in plan.entries) <= MOST_PASSES
 
 
 def test_unreachable_depth_says_what_can_be_reached():

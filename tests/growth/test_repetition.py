@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gt_jax.configs.layout import parse
 from gt_jax.errors import Refused
 from gt_jax.growth import repetition
 from gt_jax.growth.repetition import LayerRepetition, Repetition
@@ -155,6 +156,12 @@ def test_survival_that_is_none(tmp_path, survival, what):
     ({"layer0": {"k_exec": 1, "mean_weight": 1.29, "expected_k": 2.15}}, "expected_k 2.15; the second is the earlier"),
     ({"layer0": {"k_exec": 1, "passes_run": "two"}}, "layer0.passes_run"),
     ({"layer0": {"k_exec": 1, "alive": [1.0, 1.5]}}, "layer0.alive"), ({"layer0": {"k_exec": 1, "alive": 2}}, "alive"),
+    ({"layer0": {"k_exec": 1, "passes_run": -5}}, "layer0.passes_run is -5.0; a number above 0, at most 64"),
+    ({"layer0": {"k_exec": 1, "passes_run": 900}}, "layer0.passes_run"),
+    ({"layer0": {"k_exec": 1, "mean_weight": 0}}, "layer0.mean_weight is 0.0"),
+    ({"layer0": {"k_exec": 1, "expected_k": -1}}, "layer0.mean_weight is -1.0"),
+    ({"layer0": {"k_exec": 1, "alive": [0.1, 0.9]}}, "layer0.alive[1] is 0.9, above the 0.1 before it; alive cannot"),
+    ({"layer0": {"k_exec": 1, "alive": [0, 0]}}, "layer0.passes_run, the sum of alive, is 0.0"),
     ({**counts(1), "layer999999999": {"k_exec": 1}}, "layer1"),
 ], ids=str)
 def test_other_mistakes(tmp_path, content, what):
@@ -169,3 +176,12 @@ def test_all_problems_come_at_once(tmp_path):
 
 def test_a_key_written_twice(tmp_path):
     assert "'layer0' appears twice" in refusal(tmp_path, '{"layer0": {"k_exec": 1}, "layer0": {"k_exec": 2}}')
+
+
+def test_the_layout_that_was_measured_is_one_and_that_of_the_source():
+    source = parse("D")
+    for layout, what in (("G", "of layout G; the source has D"), ("X", "a.json: _meta.layout"), (5, "_meta.layout"),
+                         ("D*99999999999999999999", "of layout D.99999999999999999999; the source has D")):
+        with pytest.raises(Refused, match=what):
+            repetition.from_json({**counts(1), "_meta": {"layout": layout}}, "a.json").refuse_another_layout(source)
+    repetition.from_json({**counts(1), "_meta": {"layout": "D"}}).refuse_another_layout(source)

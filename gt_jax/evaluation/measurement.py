@@ -17,6 +17,7 @@ from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused
 from gt_jax.evaluation.loading import load_for_text
 from gt_jax.growth.repetition import Repetition, from_json
+from gt_jax.models.layers.adaptive_depth import mean_over_tokens
 from gt_jax.training.step import Batch, make_evaluation
 from gt_jax.typing import Tokens, Tree
 
@@ -68,17 +69,20 @@ def pass_counts(
 ) -> dict[str, Any]:
     """Run `evaluation` (`training.step.make_evaluation`) over the batches and return the repetition object.
 
-    Batches weigh equally. Raises `Refused` for a plain model, which has no passes to measure.
+    Means over tokens weigh a batch by its real tokens: the last one may be nearly all padding. `passes_computed` is a
+    mean over batches. Raises `Refused` for a plain model, which has no passes to measure.
     """
 
     if config.adaptive is None:
         raise Refused("measure needs an adaptive model; this one runs every layer once")
-    total, loss, count = None, 0.0, 0.0
+    found, real, loss, count = [], [], 0.0, 0.0
     for batch in batches:
         ce, tokens, statistics = jax.device_get(evaluation(variables, batch))
         loss, count = loss + float(ce), count + float(tokens)
-        total = statistics if total is None else jax.tree.map(np.add, total, statistics)
-    mean = jax.tree.map(lambda x: x / len(batches), total)
+        found.append(statistics)
+        real.append(np.count_nonzero(np.asarray(batch["segment_ids"])))
+    together = jax.tree.map(lambda *of: jnp.stack(of), *found)
+    mean = mean_over_tokens(together, jnp.asarray(real, jnp.float32), config.adaptive)
     meta = {
         **meta,
         "tokens": int(count),

@@ -143,6 +143,11 @@ def read_plan(path: Path) -> Plan:
 
     Raises `Refused` naming the file and all that is wrong with it.
     """
+    return plan_of(path, read_object(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a plan file; raises `Refused` naming the file."""
     if path.is_dir():
         raise Refused(f"plan file {path} is a directory; name a JSON file that --plan-out wrote")
     try:
@@ -157,6 +162,11 @@ def read_plan(path: Path) -> Plan:
         raise Refused(f"plan file {path} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise Refused(f"plan file {path} is not an object with the keys layout, source_layout, layers, ...")
+    return data
+
+
+def plan_of(path: Path, data: Mapping[str, Any]) -> Plan:
+    """The plan in the object of file `path`; raises `Refused` naming the file and all that is wrong with it."""
     try:
         return Plan.from_json(data)
     except Refused as error:

@@ -180,6 +180,7 @@ def test_a_sum_that_does_not_divide_and_a_depth_that_cannot_be_reached(tmp_path)
     (("--dry-run", "--plan", "identity", "--round", "up"), "--round has no meaning"),
     (("same", "same"), "is the source itself"),
     (("a", "b", "--verify-text", "nowhere.txt"), "nowhere.txt is not a file"),
+    (("a", "b", "--tokenizer", "bytes"), "--tokenizer reads --verify-text; there is none"),
     (("--dry-run", "--plan", "sideways"), "sideways is none of block, dealt, layer, split, map, stack, identity"),
     (("--dry-run", "--plan", "map"), "needs its list: --map 1-8,1-4,1-8"),
     (("--dry-run", "--plan", "layer", "--map", "1-8"), "--map has no meaning for --plan layer"),
@@ -304,8 +305,8 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
         options["progress"]("half way")
         return {"tensors": 3, "bytes": 2048, "seconds": 0.5, "dropped": ["a"]}
 
-    def verify(source, target, *, text):
-        return {"text": list(text)}
+    def verify(source, target, *, text, tokenizer):
+        return {"text": list(text), "tokenizer": tokenizer}
 
     def check_growth(source, target, say, *, alone):
         return {"looked at": str(target), "alone": alone}
@@ -324,12 +325,13 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
     text.write_text("held out " * 200)
     files = ["--plan-out", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "plan.png")]
     arguments = [str(source), str(tmp_path / "new"), "--repetition", str(counts(tmp_path, REFERENCE)), "--recipe",
-                 "readme", "--seed", "4", "--memory", "1MiB", "--resume", "--verify-text", str(text)]
+                 "readme", "--seed", "4", "--memory", "1MiB", "--resume", "--verify-text", str(text),
+                 "--tokenizer", "bytes"]
     assert main([*arguments, "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert found["check"] == {"looked at": str(tmp_path / "new"), "alone": True}
-    assert found["report"]["tensors"] == 3 and found["verify"] == {"text": [str(text)]}
+    assert found["report"]["tensors"] == 3 and found["verify"] == {"text": [str(text)], "tokenizer": "bytes"}
     assert "half way" in err
     assert given.pop("progress") and str(given.pop("plan").target_layout) == "DDDG*5"
     assert given.pop("counts").k_exec == tuple(REFERENCE)

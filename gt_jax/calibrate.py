@@ -63,10 +63,13 @@ def calibrate(
         return reading
 
     reading = group.agree(prepare)
-    if (note := text_note(source_metadata, reading, source, names_text(named))) is not None:
-        say(f"note: {note}")
+    for note in (text_note(source_metadata, reading, source, names_text(named)),
+                 text_note(metadata, reading, grown, True)):  # fmt: skip
+        if note is not None:  # a grown model may have been trained on, on another part of the text
+            say(f"note: {note}")
     (shallow, shallow_variables, _), (deep, deep_variables, _) = load(of_source, rules), load(of_grown, rules)
-    fitted = [global_batch(batch, rules) for _, batch in zip(range(batches), reading.train(), strict=False)]
+    stream = reading.train()
+    fitted = [global_batch(batch, rules) for _, batch in zip(range(batches), stream, strict=False)]
     held_out = [global_batch(batch, rules) for batch in reading.held_out(batches)]
     say(f"{reading.summary()}; fitting {len(deep.depth)} gains on {len(fitted)} batches")
     result, report = calibrate_gains(
@@ -79,7 +82,8 @@ def calibrate(
     losses = {"source": loss, "before": before, "after": after, "gap_before": before / loss - 1,
               "gap_after": after / loss - 1}  # fmt: skip
     calibrated = {"source": str(of_source), "grown": str(of_grown),
-                  "text": reading.summary(), "batches": batches, "losses": losses, **report}  # fmt: skip
+                  "text": reading.summary(), "files": reading.files(), "data": stream.state(), "batches": batches,
+                  "losses": losses, **report}  # fmt: skip
     made = {"config": metadata["config"], "kind": "calibrated", "step": metadata.get("step", 0)}
     checkpoint.save(target, result, {**made, "calibrated": calibrated, LINEAGE: carried(metadata)})
     return calibrated

@@ -71,8 +71,12 @@ def _listed(passes: Sequence[int]) -> str:
     return ",".join(map(str, passes))
 
 
-def read_passes(words: str | None) -> tuple[int, ...] | None:
-    """`--passes`: a number, one a layer between commas, or a file that `gt_jax.measure` wrote, for its k_exec."""
+def read_passes(words: str | None, checkpoints: Sequence[Path] = ()) -> tuple[int, ...] | None:
+    """`--passes`: a number, one a layer between commas, or a file that `gt_jax.measure` wrote, for its k_exec.
+
+    Raises `Refused` for counts of other layers than those of an adaptive one of the `checkpoints`.
+    """
+    from gt_jax.checkpoints.opened import open_checkpoint
     from gt_jax.growth import repetition
 
     if words is None:
@@ -80,7 +84,11 @@ def read_passes(words: str | None) -> tuple[int, ...] | None:
     if re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", words):
         return tuple(map(int, words.split(",")))
     if Path(words).exists():
-        return repetition.read(words).k_exec
+        counts = repetition.read(words)
+        for path in checkpoints:
+            if (config := open_checkpoint(path).config).adaptive is not None:
+                counts.refuse_another_layout(config.depth)
+        return counts.k_exec
     raise Refused(f"--passes {words!r} is no number of passes, no list of them, one a layer, like 2,1,3, and no file "
                   "that gt_jax.measure wrote")  # fmt: skip
 
@@ -111,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     batches = None if arguments.all else HELD_OUT_BATCHES if arguments.batches is None else arguments.batches
     with process_group(arguments) as group:
-        passes, mesh = group.agree(lambda: (read_passes(arguments.passes), mesh_of(arguments)))
+        passes, mesh = group.agree(lambda: (read_passes(arguments.passes, arguments.checkpoint), mesh_of(arguments)))
         result = evaluate_checkpoints(
             arguments.checkpoint, text_config(arguments), batches, passes, mesh=mesh, group=group,
             say=lambda line: print(line, file=sys.stderr, flush=True) if group.first else None,

@@ -33,7 +33,8 @@ from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
 from gt_jax.growth.layer_map import EXAMPLE, read_map
 from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, disorder, fitted, identity_plan, make_plan
-from gt_jax.growth.plan_entries import Plan, read_plan
+from gt_jax.growth.plan_entries import Plan
+from gt_jax.growth.plan_file import plan_for, plan_json
 from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, reference
 from gt_jax.growth.rounding import ROUNDS
 from gt_jax.growth.rules import CARRIES, check_noise
@@ -85,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resume", action="store_true", help="finish an interrupted growth of the same plan")
     made.add_argument("--verify-text", type=Path, action="append", metavar="FILE",
                       help="compare source and grown model on this text afterwards; may be repeated")
+    made.add_argument("--tokenizer", metavar="NAME", help="of --verify-text: bytes, a file or a folder (default: what "
+                      "the source was trained with)")
     made.add_argument("--no-check", action="store_true",
                       help="do not read the child back, nor compare it with its source on the source's own text")
     made.add_argument("--plan-out", type=Path, metavar="FILE", help="write the plan as JSON")
@@ -123,14 +126,14 @@ def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], fi
     settings = {"carry": options["carry"], "recipe": args.recipe, "noise_std": args.noise_std, "seed": args.seed,
                 "dtype": args.dtype}
     if args.dry_run:
-        shown, lines = _dry_run(plan, settings, source, warnings)
+        shown, lines = _dry_run(plan, counts, settings, source, warnings)
     else:
         assert source is not None  # `_check` refuses a growth without one
         shown, lines = _grow(args, source.folder, plan, counts, settings, agree, first)
     if cost is not None:
         shown["cost"] = cost.to_json()
     if first:
-        _keep(plan, args.plan_out, args.picture)
+        _keep(plan, counts, args.plan_out, args.picture)
         print(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines))
     return 0
 
@@ -145,7 +148,7 @@ def _prepare(
     source = _Source(args.source) if args.source else None
     plan, counts, warnings = _plan(args, options, source)
     if args.verify_text and source is not None:
-        source.refuse_text(args.verify_text)
+        source.refuse_text(args.verify_text, args.tokenizer)
     return source, plan, counts, warnings, options
 
 
@@ -171,11 +174,11 @@ class _Source:
         from gt_jax.growth.cost import cost_of_checkpoint
         return cost_of_checkpoint(self.config, self.tensors, self.metadata, plan, counts, self.gains)
 
-    def refuse_text(self, files: Sequence[Path]) -> None:
+    def refuse_text(self, files: Sequence[Path], tokenizer: str | None) -> None:
         """Refuse, before anything is written, text that cannot be verified on."""
         from gt_jax.evaluation.loading import data_config
         from gt_jax.text.batches import open_text
-        open_text(data_config(self.metadata, {"text": tuple(map(str, files))}, self.path))
+        open_text(data_config(self.metadata, {"text": tuple(map(str, files)), "tokenizer": tokenizer}, self.path))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -196,6 +199,8 @@ def _check(args: argparse.Namespace) -> None:
     for path in args.verify_text or []:
         if not path.is_file() or path.stat().st_size == 0:
             wrong.append(f"--verify-text {path} is {'empty' if path.is_file() else 'not a file'}")
+    if args.tokenizer is not None and not args.verify_text:
+        wrong.append("--tokenizer reads --verify-text; there is none")
     wrong += _wrong_plan(args) + _wrong_files(args)
     refuse_all(wrong, "these arguments do not go together:")
     check_noise(args.noise_std, args.seed)
@@ -271,7 +276,8 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
     kind, warnings, counts = _kind(args), list[str](), None
     wanted = _target_layout(args.target_layout)
     if kind == "file":
-        plan = _plan_from_file(args.plan_file, source)
+        plan, counts = plan_for(args.plan_file, source.config.depth if source else None)
+        warnings += _assumed(plan, counts, source)
     elif kind == "identity":
         plan = identity_plan(source.config.depth if source else default_layout(reference()))
     else:
@@ -288,35 +294,29 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
                           *_silent(plan, options["carry"], source))
 
 
+def _assumed(plan: Plan, counts: Repetition | None, source: _Source | None) -> list[str]:
+    """What had to be assumed of a plan from a file; raises `Refused` where its counts are of another model."""
+    if source is None or plan.kind == "identity":
+        return []
+    if counts is None:
+        return ["the plan file carries no counts (an earlier version wrote it): whether they were of this source is "
+                "not checked"]  # fmt: skip
+    return [*counts.warnings, *counts.unsaid(source.config.depth, _alpha(source))]
+
+
+def _alpha(source: _Source) -> tuple[float, ...] | None:
+    return source.config.adaptive.alpha if source.config.adaptive else None
+
+
 def _counts(args: argparse.Namespace, source: _Source | None) -> tuple[Repetition, list[str]]:
     """The pass counts, and what had to be assumed; raises `Refused` for counts measured at other strengths."""
-    adaptive = source.config.adaptive if source else None
-    alpha = adaptive.alpha if adaptive else ALPHA
+    alpha = (_alpha(source) if source else None) or ALPHA
     counts = read(args.repetition, alpha) if args.repetition else reference(alpha)
     warnings = list(counts.warnings)
     if source and not args.repetition:
         warnings.append(f"no --repetition: the reference counts {','.join(map(str, REFERENCE_COUNTS))} are used, not "
                         "this source's own; `python -m gt_jax.measure` writes those")
-    if adaptive and counts.alpha != alpha:
-        raise Refused(f"{counts.origin}: _meta.alpha is {list(counts.alpha)}, the source has {list(alpha)}; "
-                      "measure this source")
-    if source and args.repetition:
-        counts.refuse_another_layout(source.config.depth)
-        if counts.content_hash is None:
-            warnings.append(f"{counts.origin} does not say which checkpoint was measured (no _meta.content_hash): "
-                            "whether it was this source is not checked")
-    return counts, warnings
-
-
-def _plan_from_file(path: Path, source: _Source | None) -> Plan:
-    plan = read_plan(path)
-    if source is not None and source.config.depth != plan.source_layout:
-        raise Refused(f"plan file {path} is for a source of layout {plan.source_layout} ({len(plan.source_layout)} "
-                      f"layers); this source is {source.config.layout} ({len(source.config.depth)} layers)")
-    if plan.kind != "map":
-        refuse_all(disorder(plan), f"plan file {path}: its {plan.kind} plan loses the source's order; make the plan "
-                                   'anew, or where this order is meant, write "kind": "map" into the file:')
-    return plan
+    return counts, warnings + (counts.unsaid(source.config.depth, _alpha(source)) if source else [])
 
 
 def _target_layout(text: str | None) -> Layout | None:
@@ -347,19 +347,19 @@ def _silent(plan: Plan, carry: str, source: _Source | None) -> list[str]:
     return warnings
 
 
-def _keep(plan: Plan, plan_out: Path | None, picture: Path | None) -> None:
+def _keep(plan: Plan, counts: Repetition | None, plan_out: Path | None, picture: Path | None) -> None:
     """Write the plan and its picture where they are asked for."""
     if plan_out is not None:
-        write_atomically(plan_out, json.dumps(plan.to_json(), indent=1, allow_nan=False) + "\n")
+        write_atomically(plan_out, json.dumps(plan_json(plan, counts), indent=1, allow_nan=False) + "\n")
     if picture is not None:
         from gt_jax.monitoring.plots import plot_plan
         plot_plan(plan, picture)
 
 
-def _dry_run(plan: Plan, settings: Mapping[str, Any], source: _Source | None,
+def _dry_run(plan: Plan, counts: Repetition | None, settings: Mapping[str, Any], source: _Source | None,
              warnings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The dry run's JSON object, and its lines."""
-    shown = {**plan.to_json(), **settings, "warnings": list(warnings)}
+    shown = {**plan_json(plan, counts), **settings, "warnings": list(warnings)}
     lines = [*plan_table.plan_lines(plan), f"carry {settings['carry']}, noise {settings['noise_std']:g} with seed "
              f"{settings['seed']}, recipe {settings['recipe'] or 'none'}"]
     if source is not None:
@@ -407,7 +407,8 @@ def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition
     if args.verify_text:
         from gt_jax.evaluation.verification import verify
         from gt_jax.evaluation.verification_table import report_lines
-        shown["verify"] = verify(source, args.target, text=[str(path) for path in args.verify_text])
+        files = [str(path) for path in args.verify_text]
+        shown["verify"] = verify(source, args.target, text=files, tokenizer=args.tokenizer)
         lines += ["", *report_lines(shown["verify"])]
     return shown, lines
 

@@ -2,7 +2,8 @@
 
 - A checkpoint's own step lies open in its metadata: `run`, `data`, `files`, ... of a training, `grown_from`,
   `calibrated`, `converted_from`. The steps before it are the list `lineage`. No step is written twice.
-- Every command that makes a checkpoint from another writes `carried(metadata of that one)` as its `lineage`.
+- Every command that makes a checkpoint from another writes `carried(metadata of that one)` as its `lineage`; a file of
+  another format holds `exported(...)`, with the export as its last step.
 - Metadata of earlier versions kept `grown_from` and `calibrated` beside a later `run`: they are read as the same steps.
 """
 
@@ -31,6 +32,12 @@ def chain(metadata: Mapping[str, Any]) -> list[Record]:
     return [*metadata.get(LINEAGE, ()), *found]
 
 
+def exported(metadata: Mapping[str, Any], source: str) -> list[Record]:
+    """`carried` for a file of another format that is written from the checkpoint `source`: the export is a step too."""
+    step = {"step": metadata["step"]} if "step" in metadata else {}
+    return [*carried(metadata), {"kind": "exported", "exported": {"source": source}, **step}]
+
+
 def carried(metadata: Mapping[str, Any]) -> list[Record]:
     """`chain` for the metadata of what is made from this checkpoint: without what only the way back needs."""
     return [_without_forms(record) for record in chain(metadata)]
@@ -49,6 +56,12 @@ def newest(metadata: Mapping[str, Any], name: str) -> Any:
 def trainings(metadata: Mapping[str, Any]) -> list[Record]:
     """The steps that were training runs whose config is known, newest first."""
     return [record for record in reversed(chain(metadata)) if isinstance(record.get("run"), Mapping)]
+
+
+def fits(metadata: Mapping[str, Any]) -> list[Record]:
+    """What calibrations say of the text whose training part they read, its `data` and `files`, newest first."""
+    found = (record.get("calibrated") for record in reversed(chain(metadata)))
+    return [dict(one) for one in found if isinstance(one, Mapping) and isinstance(one.get("data"), Mapping)]
 
 
 def is_lineage(value: Any) -> bool:
@@ -93,6 +106,8 @@ def _told(record: Mapping[str, Any], step: str) -> tuple[str, list[str]]:
             f"on {found['calibrated'].get('text')}"]  # fmt: skip
     if "converted_from" in found:
         return f"converted{step} from {found['converted_from'].get('source')}", tokenizer
+    if "exported" in found:
+        return f"exported{step} from {found['exported'].get('source')}", tokenizer
     return f"{record.get('kind')}{step}", tokenizer
 
 

@@ -17,7 +17,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.models.language_model import LanguageModel, apply_network
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.models.layers.sow import INTERMEDIATES
-from gt_jax.models.memory_chunks import over_chunks
+from gt_jax.models.memory_chunks import mean_over_chunks, over_chunks
 from gt_jax.typing import Activations, Tokens, Tree
 
 
@@ -48,12 +48,12 @@ def hidden_rows(
     def chunk(carry: tuple[Tree, Any], piece: tuple[Mapping[str, Array], Array]) -> tuple[tuple[Tree, Any], Any]:
         one = piece[0]
         output = apply_network(network, variables, one["tokens"], one["segment_ids"], control=control, memory=carry[1])
-        return (carry[0], output.memory), (output.hidden, over_all_tokens(output.statistics, network.config))
+        return (carry[0], output.memory), (output.hidden, output.statistics)
 
     batch = {"tokens": tokens, "segment_ids": segment_ids}
     _, (hidden, statistics) = over_chunks(chunk, network.config, network.rules, (), batch)
     whole = jnp.moveaxis(hidden, 0, 1).reshape(*tokens.shape, hidden.shape[-1])
-    return whole, jax.tree.map(lambda a: jnp.mean(a, axis=0), statistics)
+    return whole, over_all_tokens(mean_over_chunks(statistics, segment_ids, network.config), network.config)
 
 
 def hidden_with_intermediates(
@@ -71,7 +71,7 @@ def hidden_with_intermediates(
             variables, one["tokens"], one["segment_ids"], control=control, memory=carry[1], mutable=[INTERMEDIATES]
         )
         inside = _inside(config, shown[INTERMEDIATES], rows)
-        return (carry[0], output.memory), (output.hidden, over_all_tokens(output.statistics, network.config), inside)
+        return (carry[0], output.memory), (output.hidden, output.statistics, inside)
 
     batch = {"tokens": tokens, "segment_ids": segment_ids}
     _, (hidden, statistics, inside) = over_chunks(chunk, config, network.rules, (), batch)
@@ -81,7 +81,8 @@ def hidden_with_intermediates(
         by_layer = jnp.moveaxis(inside.slots, 0, 3)
         slots = by_layer.reshape(*by_layer.shape[:2], *tokens.shape, by_layer.shape[-1])
     first = jax.tree.map(lambda a: a[0], (inside.states, inside.links))
-    return whole, jax.tree.map(lambda a: jnp.mean(a, axis=0), statistics), Intermediates(slots, *first)
+    mean = over_all_tokens(mean_over_chunks(statistics, segment_ids, config), config)
+    return whole, mean, Intermediates(slots, *first)
 
 
 def _inside(config: ModelConfig, shown: Tree, rows: int) -> Intermediates:

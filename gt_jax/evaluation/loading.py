@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gt_jax.configs.lineage import trainings
+from gt_jax.configs.lineage import fits, trainings
 from gt_jax.errors import Refused, refuse_all
 
 # what decides what is held out
@@ -109,7 +109,8 @@ def text_note(metadata: Mapping[str, Any], text: Any, path: object, other: bool)
     runs = trainings(metadata)
     if not runs:
         return f"nothing says what {path} was trained on; it may know this text"
-    places = [{**WITHOUT_SPLIT, **place} if isinstance(place := run.get("data"), Mapping) else {} for run in runs]
+    readings = [*runs, *fits(metadata)]  # a calibration reads the training part of its text too
+    places = [{**WITHOUT_SPLIT, **place} if isinstance(place := one.get("data"), Mapping) else {} for one in readings]
     hashes = [place.get("content") for place in places]
     split = [getattr(text.config, name) for name in _SPLIT]
     uneven = [place for place, content in zip(places, hashes, strict=True) if content == text.content_hash()
@@ -118,14 +119,18 @@ def text_note(metadata: Mapping[str, Any], text: Any, path: object, other: bool)
         there = ", ".join(f"{name} {uneven[0].get(name)}" for name in _SPLIT)
         return (f"{path} was trained on this text with another part held out ({there}): it may know what is held out "
                 "here")  # fmt: skip
+    shared = _shared_file(readings, hashes, text)
+    known = None if shared is None else (
+        f"{path} was trained on {shared}, a part of this text, by itself or with other files: it may know what is held "
+        "out here")  # fmt: skip
     if text.content_hash() in hashes:
-        shared = _shared_file(runs, hashes, text)
-        return None if shared is None else (
-            f"{path} was trained on {shared}, a part of this text, by itself: it may know what is held out here")
+        return known
     if not other:
         return None if hashes[0] is None else (
             f"the text is not the one that {path} was trained on any more (its hash differs): it may know what is held "
             "out here")  # fmt: skip
+    if known is not None:
+        return known
     if None in hashes:
         named = DataConfig.from_json(runs[0]["run"]["data"])
         if all(getattr(named, name) == getattr(text.config, name) for name in SAME_TEXT):
@@ -134,11 +139,11 @@ def text_note(metadata: Mapping[str, Any], text: Any, path: object, other: bool)
     return f"another text than {path} was trained on: as far as its lineage says, nothing of it was trained on"
 
 
-def _shared_file(runs: Sequence[Mapping[str, Any]], hashes: Sequence[Any], text: Any) -> str | None:
+def _shared_file(readings: Sequence[Mapping[str, Any]], hashes: Sequence[Any], text: Any) -> str | None:
     """The first file of `text` that a training on another text read too, and held out another part of."""
     here = {file["sha256"]: file["path"] for file in text.files()}
-    return next((here[file["sha256"]] for run, content in zip(runs, hashes, strict=True)
-                 if content != text.content_hash() for file in run.get("files") or () if file["sha256"] in here), None)
+    return next((here[file["sha256"]] for one, content in zip(readings, hashes, strict=True)
+                 if content != text.content_hash() for file in one.get("files") or () if file["sha256"] in here), None)
 
 
 def load_for_text(source: Path, named: Mapping[str, Any] | None, batches: int) -> Loaded:

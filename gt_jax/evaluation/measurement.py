@@ -17,6 +17,7 @@ from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused
 from gt_jax.evaluation.loading import load_for_text
 from gt_jax.growth.repetition import Repetition, from_json
+from gt_jax.models.layers.adaptive_depth import mean_over_tokens
 from gt_jax.training.step import Batch, make_evaluation
 from gt_jax.typing import Tokens, Tree
 
@@ -68,22 +69,20 @@ def pass_counts(
 ) -> dict[str, Any]:
     """Run `evaluation` (`training.step.make_evaluation`) over the batches and return the repetition object.
 
-    Means over tokens weigh a batch by its targets, for the last may be mostly padding; `computed` is a mean over the
-    batches. Raises `Refused` for a plain model, which has no passes to measure.
+    Means over tokens weigh a batch by its real tokens: the last one may be nearly all padding. `passes_computed` is a
+    mean over batches. Raises `Refused` for a plain model, which has no passes to measure.
     """
 
     if config.adaptive is None:
         raise Refused("measure needs an adaptive model; this one runs every layer once")
-    found = [jax.device_get(evaluation(variables, batch)) for batch in batches]
-    loss, count = (sum(float(one[part]) for one in found) for part in (0, 1))
-    weights = np.maximum([float(tokens) for _, tokens, _ in found], 1e-6)
-
-    def over_tokens(*of_batches: np.ndarray) -> np.ndarray:
-        return np.average(np.asarray(of_batches, np.float64), axis=0, weights=weights)
-
-    mean = jax.tree.map(over_tokens, *(statistics for _, _, statistics in found))
-    computed = np.mean([statistics.computed for _, _, statistics in found], axis=0, dtype=np.float64)
-    mean = mean._replace(computed=computed)
+    found, real, loss, count = [], [], 0.0, 0.0
+    for batch in batches:
+        ce, tokens, statistics = jax.device_get(evaluation(variables, batch))
+        loss, count = loss + float(ce), count + float(tokens)
+        found.append(statistics)
+        real.append(np.count_nonzero(np.asarray(batch["segment_ids"])))
+    together = jax.tree.map(lambda *of: jnp.stack(of), *found)
+    mean = mean_over_tokens(together, jnp.asarray(real, jnp.float32), config.adaptive)
     meta = {
         **meta,
         "tokens": int(count),

@@ -65,7 +65,7 @@ def verify(
     notes = [*(note for note in (reason, *known) if note is not None), *result.pop("notes")]
     more: dict[str, Any] = {}
     if curve:
-        position = reading.position_after(run.get("data") for run in trainings(shallow.metadata))
+        position = position_of(reading, shallow, deep)
         more["curve"] = train_curve(
             deep.config, variables, reading, position, curve, held_out.batches, _rate(shallow), say
         )  # fmt: skip
@@ -84,6 +84,12 @@ def _refuse_rows(reading: Text, source: Checkpoint, target: Checkpoint, rows: in
     for one in (source, target):
         wrong += [f"{one.path}: {line}" for line in indivisible_fields(one.config, size, current_sizes(), Rules())]
     refuse_all(wrong, "this cannot be verified:")
+
+
+def position_of(reading: Text, source: Checkpoint, target: Checkpoint) -> dict[str, Any] | None:
+    """Where a curve of the target begins in the text: after what the target has read of it, else the source."""
+    runs = [*trainings(target.metadata), *trainings(source.metadata)]
+    return reading.position_after(run.get("data") for run in runs)
 
 
 def _rate(source: Checkpoint) -> OptimizerConfig:

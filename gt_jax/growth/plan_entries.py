@@ -143,11 +143,8 @@ class Plan:
         return cls(data["kind"], source, parse(data["layout"]), entries, demands, dict(data.get("options", {})))
 
 
-def read_plan(path: Path) -> Plan:
-    """The plan in a JSON file, one that --plan-out or a dry run with --json wrote.
-
-    Raises `Refused` naming the file and all that is wrong with it.
-    """
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a plan file; raises `Refused` naming the file."""
     if path.is_dir():
         raise Refused(f"plan file {path} is a directory; name a JSON file that --plan-out wrote")
     try:
@@ -162,6 +159,11 @@ def read_plan(path: Path) -> Plan:
         raise Refused(f"plan file {path} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise Refused(f"plan file {path} is not an object with the keys layout, source_layout, layers, ...")
+    return data
+
+
+def plan_of(path: Path, data: Mapping[str, Any]) -> Plan:
+    """The plan in the object of file `path`; raises `Refused` naming the file and all that is wrong with it."""
     try:
         return Plan.from_json(data)
     except Refused as error:

@@ -88,6 +88,20 @@ class Repetition:
             raise Refused(f"{self.origin} was measured on a model of layout {said}; the source has {depth}; measure "
                           "this source")
 
+    def unsaid(self, depth: Layout, alpha: tuple[float, ...] | None) -> list[str]:
+        """What the counts do not say of the model that they were measured on, in words.
+
+        Raises `Refused` where it is another than one of layers `depth` and strengths `alpha` (None: of none).
+        """
+        if alpha is not None and self.alpha != alpha:
+            raise Refused(f"{self.origin}: _meta.alpha is {list(self.alpha)}, the source has {list(alpha)}; measure "
+                          "this source")
+        self.refuse_another_layout(depth)
+        if self.content_hash is not None or self.meta.get("source") == "reference":
+            return []
+        return [f"{self.origin} does not say which checkpoint was measured (no _meta.content_hash): whether it was "
+                "this source is not checked"]
+
     @property
     def layout(self) -> Layout | None:
         """Of the model that was measured; None where the counts do not say. Raises `Refused` for what is no layout."""

@@ -27,7 +27,7 @@ from gt_jax.checkpoints.folders import UNFINISHED, Damaged, StrPath, prepare_par
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.opened import open_checkpoint
 from gt_jax.checkpoints.tree_paths import differences
-from gt_jax.configs.lineage import carried
+from gt_jax.configs.lineage import exported
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.presets import preset
 from gt_jax.errors import Failed, Refused, refuse_all
@@ -66,7 +66,7 @@ def to_safetensors(source: StrPath, target: StrPath, *, progress: Progress | Non
         _refuse_foreign(unfinished, place)
         checksums = _check_files(where, say)
         try:
-            with Writer(unfinished, tensors, config.to_json(), step, carried(metadata)) as writer:
+            with Writer(unfinished, tensors, config.to_json(), step, exported(metadata, str(where))) as writer:
                 _write(where, expected, config, tensors, writer, say)
             rename(unfinished, place)
         finally:

@@ -13,8 +13,9 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, reshard
 from gt_jax.errors import Refused
 from gt_jax.models.language_model import LanguageModel, apply_network
-from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, mean_over_tokens
 from gt_jax.models.layers.memory_stream import Memory, no_memory
+from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.typing import Tokens, Tree
 
 
@@ -47,6 +48,12 @@ def over_chunks(
     return jax.lax.scan(body, (statistics, memory), (pieces, numbers))
 
 
+def mean_over_chunks(statistics: PassStatistics, segment_ids: Tokens, model: ModelConfig) -> PassStatistics:
+    """Statistics [l, p] of whole rows from those of their chunks [c, l, p], each weighed by its real tokens."""
+    pieces = real_tokens(segment_ids).reshape(segment_ids.shape[0], statistics.alive.shape[0], -1)
+    return mean_over_tokens(statistics, jnp.sum(pieces, axis=(0, 2)), model.adaptive)
+
+
 def forward_rows(
     network: LanguageModel, variables: Tree, tokens: Tokens, segment_ids: Tokens, control: PassControl
 ) -> tuple[Float[Array, "b t v"], PassStatistics]:
@@ -60,4 +67,4 @@ def forward_rows(
     rows = {"tokens": tokens, "segment_ids": segment_ids}
     _, (logits, statistics) = over_chunks(chunk, network.config, network.rules, (), rows)
     whole = jnp.moveaxis(logits, 0, 1).reshape(*tokens.shape, logits.shape[-1])
-    return whole, jax.tree.map(lambda a: jnp.mean(a, axis=0), statistics)
+    return whole, mean_over_chunks(statistics, segment_ids, network.config)

@@ -21,7 +21,7 @@ from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.models.layers.memory_stream import Memory
 from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.primitives import widen
-from gt_jax.models.memory_chunks import chunk_length, over_chunks
+from gt_jax.models.memory_chunks import chunk_length, mean_over_chunks, over_chunks
 from gt_jax.training.accumulation import accumulate_gradients
 from gt_jax.training.loss import unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State, at_step
@@ -247,7 +247,7 @@ def make_evaluation(
             return (carry[0], output.memory), (measured, output.statistics)
 
         _, (sums, statistics) = over_chunks(chunk, model, rules, (), placed)
-        return jnp.sum(sums[0]), jnp.sum(sums[1]), jax.tree.map(lambda a: jnp.mean(a, axis=0), statistics)
+        return jnp.sum(sums[0]), jnp.sum(sums[1]), mean_over_chunks(statistics, placed["segment_ids"], model)
 
     return jax.jit(evaluation)
 

@@ -16,7 +16,8 @@ from gt_jax.configs import presets
 from gt_jax.configs.model import HyperConfig
 from gt_jax.errors import Refused
 from gt_jax.grow import main, memory
-from gt_jax.growth.plan_entries import Plan, read_plan
+from gt_jax.growth.plan_entries import Plan
+from gt_jax.growth.plan_file import read_plan_file
 from gt_jax.models import language_model
 
 REFERENCE = [2, 1, 2, 3, 2, 3, 4, 3]
@@ -181,6 +182,7 @@ def test_a_sum_that_does_not_divide_and_a_depth_that_cannot_be_reached(tmp_path)
     (("--dry-run", "--plan", "identity", "--round", "up"), "--round has no meaning"),
     (("same", "same"), "is the source itself"),
     (("a", "b", "--verify-text", "nowhere.txt"), "nowhere.txt is not a file"),
+    (("a", "b", "--tokenizer", "bytes"), "--tokenizer reads --verify-text; there is none"),
     (("--dry-run", "--plan", "sideways"), "sideways is none of block, dealt, layer, split, map, stack, identity"),
     (("--dry-run", "--plan", "map"), "needs its list: --map 1-8,1-4,1-8"),
     (("--dry-run", "--plan", "layer", "--map", "1-8"), "--map has no meaning for --plan layer"),
@@ -231,7 +233,7 @@ def test_every_plan_goes_out_as_json_and_picture_and_comes_in_again(tmp_path, ca
     assert again | {"carry": "gain", "warnings": []} == found | {"warnings": []}
     dry = tmp_path / "dry.json"  # the whole object of a dry run is a plan file too
     dry.write_text(json.dumps(found))
-    assert Plan.from_json(found) == read_plan(dry)
+    assert Plan.from_json(found) == read_plan_file(dry)[0]
 
 
 def test_a_plan_file_that_lost_the_order_is_refused_unless_it_is_a_map(tmp_path, capsys):
@@ -341,8 +343,8 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
         options["progress"]("half way")
         return {"tensors": 3, "bytes": 2048, "seconds": 0.5, "dropped": ["a"]}
 
-    def verify(source, target, *, text):
-        return {"text": list(text)}
+    def verify(source, target, *, text, tokenizer):
+        return {"text": list(text), "tokenizer": tokenizer}
 
     def check_growth(source, target, say, *, alone):
         return {"looked at": str(target), "alone": alone}
@@ -361,12 +363,13 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
     text.write_text("held out " * 200)
     files = ["--plan-out", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "plan.png")]
     arguments = [str(source), str(tmp_path / "new"), "--repetition", str(counts(tmp_path, REFERENCE)), "--recipe",
-                 "readme", "--seed", "4", "--memory", "1MiB", "--resume", "--verify-text", str(text)]
+                 "readme", "--seed", "4", "--memory", "1MiB", "--resume", "--verify-text", str(text),
+                 "--tokenizer", "bytes"]
     assert main([*arguments, "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert found["check"] == {"looked at": str(tmp_path / "new"), "alone": True}
-    assert found["report"]["tensors"] == 3 and found["verify"] == {"text": [str(text)]}
+    assert found["report"]["tensors"] == 3 and found["verify"] == {"text": [str(text)], "tokenizer": "bytes"}
     assert "half way" in err
     assert given.pop("progress") and str(given.pop("plan").target_layout) == "DDDG*5"
     assert given.pop("counts").k_exec == tuple(REFERENCE)
@@ -375,7 +378,7 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
     assert main([*arguments, *files]) == 0
     out = capsys.readouterr().out
     assert "3 tensors, 2.0 KiB" in out and "verified" in out and "coefficient mass kept in all" in out
-    assert read_plan(tmp_path / "plan.json").to_json() == found["plan"]
+    assert read_plan_file(tmp_path / "plan.json")[0].to_json() == found["plan"]
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
 

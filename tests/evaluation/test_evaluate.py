@@ -174,6 +174,7 @@ def test_a_report_for_a_reader(folder, capsys, monkeypatch):
     (("a", "--passes", "5"), "a layer of a runs 1 to 4 times"),
     (("a", "--passes", "1,2"), "--passes has 2 numbers; a has 1 layers"),
     (("plain", "--passes", "2"), "leave it out"),
+    (("a", "--passes", "turned.json"), "turned.json was measured on a model of layout G; the source has D"),
     (("a", "other"), "vocab is 264 in a and 300 in other"),
     (("a", "plain", "other", "--passes", "0"), "(?s)vocab is 264.*1 to 4 times"),
     (("narrow",), "narrow does not say which tokenizer its 200 tokens are of"),
@@ -184,6 +185,7 @@ def test_what_cannot_be_evaluated_is_refused(folder, monkeypatch, capsys, words,
         if not (folder / name).exists():
             config = small_model("D", False, vocab=vocab)
             checkpoint.save(folder / name, perturbed(config), {"config": config.to_json(), "kind": "train"})
+    (folder / "turned.json").write_text('{"_meta": {"layout": "G"}, "layer0": {"k_exec": 2, "p_mu": 0.5}}')
     with pytest.raises(Refused, match=says):
         evaluate.main(list(words))
     assert capsys.readouterr().out == ""

@@ -97,6 +97,25 @@ def test_an_earlier_training_on_a_part_of_the_text_is_noticed(folder):
     assert "one.txt, a part of this text" in text_note({**metadata, LINEAGE: [first]}, text, "source", False)
 
 
+def test_a_file_that_a_training_read_among_others_is_noticed(folder):
+    """As where models are compared on the text of the first: the second trained on that file and another one."""
+    metadata = metadata_of(folder / "source")
+    alone = open_text(data_config(metadata, None).replace(text=(str(folder / "one.txt"),)))
+    assert "one.txt, a part of this text" in text_note(metadata, alone, "second", True)
+
+
+def test_a_calibration_reads_its_text(folder):
+    """Its training part, by the split of then: held out is what that held out, as with a training."""
+    metadata = metadata_of(folder / "grown")
+    other = open_text(data_config(metadata, {"text": (str(folder / "other.txt"),)}))
+    assert "nothing of it was trained on" in text_note(metadata, other, "grown", True)
+    fit = {"data": other.train().state(), "files": other.files(), "grown": "grown"}
+    fitted = {**metadata, "kind": "calibrated", "calibrated": fit}
+    assert text_note(fitted, other, "fitted", True) is None
+    uneven = open_text(other.config.replace(held_out=0.1))
+    assert "another part held out" in text_note(fitted, uneven, "fitted", True)
+
+
 def test_a_changed_text_is_noticed(folder, tmp_path):
     (tmp_path / "moving.txt").write_bytes((folder / "one.txt").read_bytes())
     metadata = metadata_of(folder / "source")
@@ -164,6 +183,9 @@ def test_calibration_keeps_the_chain(folder, tmp_path):
     metadata = metadata_of(tmp_path / "fitted")
     assert [step["kind"] for step in chain(metadata)] == ["train", "grown", "calibrated"]
     assert newest(metadata, "grown_from") == metadata_of(folder / "grown")["grown_from"]
+    assert metadata["calibrated"]["data"]["content"] == metadata_of(folder / "source")["data"]["content"]
+    assert [file["sha256"] for file in metadata["calibrated"]["files"]] == [
+        file["sha256"] for file in metadata_of(folder / "source")["files"]]
     assert tokenizer_of(metadata) == "bytes" and data_config(metadata, None) == data_config(
         metadata_of(folder / "source"), None)  # fmt: skip
     lines = describe.report_lines(describe.describe(str(tmp_path / "fitted")))
@@ -220,6 +242,51 @@ def test_counts_of_other_values_grow_nothing_and_leave_nothing(folder, tmp_path,
     shutil.rmtree(tmp_path / "deep")
     assert grow(words("bare")) == 0
     assert "bare.json does not say which checkpoint was measured" in capsys.readouterr().err
+
+
+def test_a_plan_file_keeps_the_record_of_its_counts(folder, tmp_path, capsys):
+    """A plan made from counts is refused where the counts are, and leaves what they leave."""
+    own = measure_checkpoint(folder / "source", None, 1)
+    for name, meta in (("own", {}), ("other", {"content_hash": "0" * 64})):
+        counts = tmp_path / f"{name}.json"
+        counts.write_text(json.dumps({**own, "_meta": {**own["_meta"], "loss": float("inf"), **meta}}))
+        plan = ["--repetition", str(counts), "--plan-out", str(tmp_path / f"{name}.plan")]
+        assert grow([str(folder / "source"), "--dry-run", *plan]) == 0
+    source, deep = str(folder / "source"), str(tmp_path / "deep")
+    with pytest.raises(Refused, match=r"other.json was measured on a checkpoint of other values"):
+        grow([source, deep, "--plan-file", str(tmp_path / "other.plan")])
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("deep")]
+    assert grow([source, deep, "--no-check", "--plan-file", str(tmp_path / "own.plan")]) == 0
+    record = metadata_of(deep)["grown_from"]["counts"]
+    read = repetition.read(tmp_path / "own.json")
+    assert (record["sha256"], record["k_exec"], record["origin"]) == (read.sha256, list(read.k_exec), read.origin)
+    assert record["measured"]["content_hash"] == own["_meta"]["content_hash"]
+
+    stored = json.loads((tmp_path / "own.plan").read_text())
+    capsys.readouterr()
+
+    def tried(change):
+        (tmp_path / "changed.plan").write_text(json.dumps(change(json.loads(json.dumps(stored)))))
+        grow([source, "--dry-run", "--plan-file", str(tmp_path / "changed.plan")])
+        return capsys.readouterr().err
+
+    def meta(**changes):
+        def change(plan):
+            plan["counts"]["values"]["_meta"] |= changes
+            return plan
+        return change
+
+    assert "carries no counts" in tried(lambda plan: {name: plan[name] for name in plan if name != "counts"})
+    assert "warning" not in tried(lambda plan: plan)
+    for change, message in (
+        (meta(layout="G"), "measured on a model of layout G"), (meta(alpha=[1.0, 0.5, 0.2, 0.1]), "_meta.alpha is"),
+        (lambda plan: {**plan, "counts": 3}, "key 'counts' is no object"),
+        (lambda plan: {**plan, "counts": {**plan["counts"], "values": {}}}, "counts.values is not valid"),
+        (lambda plan: {**plan, "counts": {**plan["counts"], "values": {"layer0": {"k_exec": 1}, "layer1": {
+            "k_exec": 1}}}}, "counts are of 2 layers"),
+    ):  # fmt: skip
+        with pytest.raises(Refused, match=message):
+            tried(change)
 
 
 def test_counts_in_memory_belong_to_their_layout():

@@ -14,7 +14,8 @@ from gt_jax.errors import Refused
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
 from gt_jax.growth.layer_map import read_map, spelled
 from gt_jax.growth.plan import PASSES_FROM, PLANS, fitted, identity_plan, make_plan
-from gt_jax.growth.plan_entries import Entry, Plan, read_plan
+from gt_jax.growth.plan_entries import Entry, Plan
+from gt_jax.growth.plan_file import read_plan_file
 from gt_jax.growth.repetition import LayerRepetition, Repetition, reference
 
 ALPHA = (1.0, 0.7, 0.5, 0.35)
@@ -345,10 +346,10 @@ def test_plan_files_that_are_none(tmp_path, change, what):
     plan = make_plan("block", reference(), TWO)
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan.to_json()))
-    assert read_plan(path) == plan
+    assert read_plan_file(path)[0] == plan
     path.write_text(json.dumps(plan.to_json() | change))
     with pytest.raises(Refused, match=what) as caught:
-        read_plan(path)
+        read_plan_file(path)
     assert str(path) in str(caught.value)
 
 
@@ -357,12 +358,12 @@ def test_plan_files_of_before_asked_was_written_are_read(tmp_path):
     del data["asked"], data["dead"]
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(data))
-    assert [demand.passes for demand in read_plan(path).demands] == [2.0, 1.0, 2.0, 3.0, 2.0, 3.0, 4.0, 3.0]
+    assert [demand.passes for demand in read_plan_file(path)[0].demands] == [2.0, 1.0, 2.0, 3.0, 2.0, 3.0, 4.0, 3.0]
     for text, what in (("[1]", "not an object"), ("{", "is not JSON"), ("[" * 100_000, "is not JSON")):
         path.write_text(text)
         with pytest.raises(Refused, match=what):
-            read_plan(path)
+            read_plan_file(path)
     path.write_bytes(b"\xff")
     for bad, what in ((path, "cannot be read"), (tmp_path, "is a directory"), (tmp_path / "x.json", "does not exist")):
         with pytest.raises(Refused, match=what):
-            read_plan(bad)
+            read_plan_file(bad)

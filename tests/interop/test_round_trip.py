@@ -9,7 +9,7 @@ from orbax.checkpoint import v1 as ocp
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.tree_paths import flatten, nest
-from gt_jax.configs.lineage import chain
+from gt_jax.configs.lineage import chain, tree_lines
 from gt_jax.configs.model import EmbeddingConfig, ModelConfig
 from gt_jax.interop.shards import Source
 from gt_jax.interop.to_orbax import to_orbax
@@ -121,7 +121,10 @@ def test_a_checkpoint_of_ours_goes_there_and_comes_back_with_its_own_config(tmp_
     assert ModelConfig.from_json(back["config"]) == config and back["step"] == 40
     assert_same_leaves(flatten(checkpoint.load(tmp_path / "back")), leaves)
     steps = chain(checkpoint.describe(tmp_path / "back")[1])
-    assert [step["kind"] for step in steps] == ["train", "converted"] and steps[0]["run"] == metadata["run"]
+    assert [step["kind"] for step in steps] == ["train", "exported", "converted"]
+    assert steps[0]["run"] == metadata["run"] and steps[1]["exported"] == {"source": str(tmp_path / "run" / "40")}
+    assert [line.strip(" └─").split(" from")[0] for line in tree_lines(checkpoint.describe(tmp_path / "back")[1])
+            if " from " in line][:2] == ["converted at step 40", "exported at step 40"]
 
 
 def test_metadata_say_where_it_came_from(tmp_path):

@@ -73,6 +73,32 @@ class PassStatistics(NamedTuple):
     experts: Array
 
 
+def mean_over_tokens(
+    statistics: PassStatistics, tokens: Float[Array, "pieces"], adaptive: AdaptiveConfig | None
+) -> PassStatistics:  # fmt: skip
+    """Statistics [l, p] of a text from those of its pieces [pieces, l, p]: what is a mean over tokens stays one.
+
+        whole = sum_i n_i x_i / sum_i n_i,    n_i the `tokens` of piece i, for the gates those alive among them
+
+    `computed` is a mean over pieces: each is a batch by itself, for which a pass runs or does not.
+    """
+    if (count := statistics.alive.shape[0]) == 1:
+        return jax.tree.map(lambda a: a[0], statistics)
+    moves_all = adaptive is not None and adaptive.halting == "batch"
+    of_alive = {"p_mean", "p_std", "p_floored", "delta_ratio", *(() if moves_all else ("update_ratio",))}
+    everyone = jnp.broadcast_to(tokens[:, None, None], statistics.alive.shape)
+
+    def mean(name: str, values: Array) -> Array:
+        if name == "computed":
+            return jnp.mean(values, axis=0)
+        weights = everyone * statistics.alive if name in of_alive else everyone
+        total = jnp.sum(weights, axis=0, keepdims=True)
+        shares = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 1 / count)
+        return jnp.sum(shares.reshape(*shares.shape, *[1] * (values.ndim - 3)) * values, axis=0)
+
+    return PassStatistics(**{name: mean(name, values) for name, values in statistics._asdict().items()})
+
+
 class LayerOutput(NamedTuple):
     """What mixer and MLP of one layer say beside the update."""
 

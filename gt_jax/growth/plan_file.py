@@ -1,0 +1,65 @@
+"""A plan in a file, with the pass counts that it was made from: what was measured, of which values and layers.
+
+The counts go along so that a plan meets the same refusals, and leaves the same record, as the counts themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gt_jax.configs.layout import Layout
+from gt_jax.errors import Refused, refuse_all
+from gt_jax.growth.plan import disorder
+from gt_jax.growth.plan_entries import Plan, plan_of, read_object
+from gt_jax.growth.repetition import Repetition, from_json
+
+COUNTS = "counts"
+
+
+def plan_json(plan: Plan, counts: Repetition | None) -> dict[str, Any]:
+    """`plan.to_json()`, and under `counts` the counts behind it: `origin`, the file's `sha256`, and its `values`."""
+    if counts is None:
+        return plan.to_json()
+    values = counts.to_json()
+    meta = {name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values["_meta"].items()}  # fmt: skip
+    return {**plan.to_json(),
+            COUNTS: {"origin": counts.origin, "sha256": counts.sha256, "values": {**values, "_meta": meta}}}
+
+
+def read_plan_file(path: Path) -> tuple[Plan, Repetition | None]:
+    """The plan in a JSON file, one that --plan-out or a dry run with --json wrote, and its counts where it has any.
+
+    Raises `Refused` naming the file and all that is wrong with it.
+    """
+    data = read_object(path)
+    plan = plan_of(path, data)
+    if (found := data.get(COUNTS)) is None:
+        return plan, None
+    text = isinstance(found, Mapping) and isinstance(found.get("origin"), str)
+    if not text or not isinstance(found.get("sha256"), str | None):
+        raise Refused(f"plan file {path}: key 'counts' is no object with the texts origin and sha256, and values; "
+                      "leave it as --plan-out wrote it")
+    read = from_json(found.get("values"), f"plan file {path}: counts.values")
+    if len(read.layers) != len(plan.source_layout):
+        raise Refused(f"plan file {path}: counts are of {len(read.layers)} layers, source_layout {plan.source_layout} "
+                      f"has {len(plan.source_layout)}")
+    return plan, dataclasses.replace(read, origin=found["origin"], sha256=found.get("sha256"))
+
+
+def plan_for(path: Path, depth: Layout | None) -> tuple[Plan, Repetition | None]:
+    """`read_plan_file`; raises `Refused` where the plan is for other layers than those of `depth` (None: any), or
+    loses their order without being a map.
+    """
+    plan, counts = read_plan_file(path)
+    if depth is not None and depth != plan.source_layout:
+        raise Refused(f"plan file {path} is for a source of layout {plan.source_layout} ({len(plan.source_layout)} "
+                      f"layers); this source is {depth} ({len(depth)} layers)")
+    if plan.kind != "map":
+        refuse_all(disorder(plan), f"plan file {path}: its {plan.kind} plan loses the source's order; make the plan "
+                                   'anew, or where this order is meant, write "kind": "map" into the file:')
+    return plan, counts

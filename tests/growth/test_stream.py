@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints import checkpoint, orbax_store
 from gt_jax.checkpoints.arrays import ArrayFiles
 from gt_jax.checkpoints.check import check
 from gt_jax.checkpoints.checksums import note_checksums, noted, sums_of_arrays
-from gt_jax.checkpoints.folders import publish
+from gt_jax.checkpoints.folders import Damaged, publish
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.slices import SliceReader
 from gt_jax.checkpoints.tree_paths import flatten, nest
@@ -57,7 +57,7 @@ def small_and_once() -> Any:
     """The model code is asked once what a child's tensors are; small tensors are stored in chunks, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "child_abstract", functools.cache(transform.child_abstract))
-        patch.setattr(checkpoint, "CHUNK", 512)
+        patch.setattr(orbax_store, "CHUNK", 512)
         patch.setattr(stream, "SECONDS", 0.0)  # a line of progress for every source tensor
         yield
 
@@ -213,12 +213,12 @@ def test_a_source_that_cannot_be_read_half_way_keeps_what_is_done(
             return read(reader, part)
 
         def wait() -> Any:
-            raise checkpoint.Damaged(f"{reader.where} cannot be read")
+            raise Damaged(f"{reader.where} cannot be read")
 
         return wait
 
     monkeypatch.setattr(SliceReader, "read", read_until)
-    with pytest.raises(checkpoint.Damaged):
+    with pytest.raises(Damaged):
         grow(case.source, tmp_path / "target")
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["target.unfinished"]
@@ -268,7 +268,7 @@ def saved(source: Path, tree: Any, config: Any, by: str) -> None:
 def test_a_flipped_bit_in_the_source_is_refused_by_tensor_and_file(
         case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     """The lowest bit of a value in the middle: finite, and as plausible as before."""
-    monkeypatch.setattr(checkpoint, "CHUNK", 2**24)  # above 1 KiB Orbax stores raw bytes
+    monkeypatch.setattr(orbax_store, "CHUNK", 2**24)  # above 1 KiB Orbax stores raw bytes
     source, random, config = tmp_path / "source", np.random.default_rng(4), CONFIG.replace(vocab=512)
     tree = jax.tree.map(lambda leaf: leaf, case.tree)
     table = tree["params"]["embedding"]["table"] = random.normal(size=(512, 8)).astype(np.float32)
@@ -277,7 +277,7 @@ def test_a_flipped_bit_in_the_source_is_refused_by_tensor_and_file(
     file, place = where_stored(source, table)
     flip(file, place + 400)
     tensor = "" if by == "file" else "params/embedding/table has other values than were written.*"
-    with pytest.raises(checkpoint.Damaged, match=f"{source} is not usable: {tensor}{file.relative_to(source)}"):
+    with pytest.raises(Damaged, match=f"{source} is not usable: {tensor}{file.relative_to(source)}"):
         grow(source, tmp_path / "target")
     assert not (tmp_path / "target").exists()
     flip(file, place + 400)  # from a backup
@@ -314,7 +314,7 @@ def test_a_growth_that_was_interrupted_has_the_checksums_of_an_undisturbed_one(c
     file, place = where_stored(target, case.grown["params/segment0/layer1/mlp/up/w"][3, 2])
     flip(file, place + 4)
     assert check(target).damaged == [{"file": str(file), "tensors": ["params/segment0/layer1/mlp/up/w"]}]
-    with pytest.raises(checkpoint.Damaged, match="params/segment0/layer1/mlp/up/w"):
+    with pytest.raises(Damaged, match="params/segment0/layer1/mlp/up/w"):
         checkpoint.content_hash(target)
 
 

@@ -45,7 +45,7 @@ from gt_jax.checkpoints.folders import (
     sync,
 )
 from gt_jax.checkpoints.leftovers import clear_save
-from gt_jax.checkpoints.lock import only_writer
+from gt_jax.checkpoints.lock import is_held, only_writer
 from gt_jax.checkpoints.slices import SliceReader
 from gt_jax.checkpoints.tree_paths import combine_digests, differences, flatten, nest, storable
 from gt_jax.configs.model import ModelConfig
@@ -90,6 +90,7 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
     processes every process calls both. It is for the steps of a run: the caller holds the run's lock.
     """
     target, unfinished, leaves = _prepare(path, tree, metadata)
+    on_primary(lambda: _refuse_held(target))
     on_primary(functools.partial(_make_room, unfinished, target))
     if jax.default_backend() == "cpu":  # there "from the devices" copies nothing, and the caller may donate its arrays
         leaves = {name: np.array(leaf) if _is_local(leaf) else leaf.copy() for name, leaf in leaves.items()}
@@ -130,6 +131,11 @@ def _prepare(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> tuple[Pat
 def _refuse_existing(target: Path) -> None:
     if os.path.lexists(target):
         raise Refused(f"{target} exists; a checkpoint is never overwritten, choose another path")
+
+
+def _refuse_held(target: Path) -> None:
+    if is_held(target):
+        raise Refused(f"another process is writing {target} at this moment; it is a step of a run, write elsewhere")
 
 
 def _make_room(unfinished: Path, target: Path) -> None:

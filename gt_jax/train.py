@@ -163,6 +163,23 @@ def default_config(arguments: argparse.Namespace) -> Any:
     return RunConfig(model=model, data=before.data.replace(tokenizer=tokenizer), train=train)
 
 
+def start_folder(arguments: argparse.Namespace) -> str | None:
+    """The one step that --start names, for config, plan, lineage and values: its run may save a newer one meanwhile.
+
+    To resume, --start may be given again: it is the step that the run began with.
+    """
+    from gt_jax.checkpoints.folders import resolve
+    from gt_jax.configs.run import read_run_config
+
+    if arguments.start is None:
+        return None
+    given = Path(arguments.start).resolve()
+    begun = read_run_config(arguments.run).start if arguments.resume else None
+    if begun is not None and given in (Path(begun), Path(begun).parent):
+        return begun
+    return str(resolve(given).resolve())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; 0 when the last step is done and saved."""
     arguments = parser().parse_args(argv)
@@ -180,6 +197,7 @@ def _train(arguments: argparse.Namespace, group: Any) -> int:
     from gt_jax.devices.sharding import MESH_AXES, make_mesh
     from gt_jax.training.loop import train_run
 
+    arguments.start = group.gather(group.agree(lambda: start_folder(arguments)))[0]
     config = group.agree(lambda: run_config(arguments, default_config(arguments)))
     asked = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_AXES}
     given = {axis: size for axis, size in asked.items() if size is not None}

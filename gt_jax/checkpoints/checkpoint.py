@@ -7,37 +7,36 @@
   copy of a checkpoint is found out before a value is read. So is checksums.json, by which whoever reads finds out about
   bits that have changed.
 - Arrays that are written value by value (`arrays`) lie in a folder each; here they become a checkpoint.
-- The only file that imports Orbax; its logging stays silent, its errors become `Refused`, `Damaged` or `OSError`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import json
-import logging
 import math
 import os
-import re
-import sys
 import threading
-import time
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
-from gt_jax.checkpoints.checksums import THREADS, note_checksums, noted, of_values, refuse_changed_values
+from gt_jax.checkpoints import orbax_store
+from gt_jax.checkpoints.checksums import (
+    THREADS,
+    checked_files,
+    note_checksums,
+    noted,
+    of_values,
+    refuse_changed_description,
+    refuse_changed_files,
+    refuse_changed_values,
+)
 from gt_jax.checkpoints.folders import (
-    CHUNK,
     UNFINISHED,
-    Damaged,
     StrPath,
     prepare_parent,
     publish,
@@ -46,19 +45,15 @@ from gt_jax.checkpoints.folders import (
     sync,
 )
 from gt_jax.checkpoints.leftovers import clear_save
-from gt_jax.checkpoints.lock import only_writer
-from gt_jax.checkpoints.slices import SliceReader, writing_axes
+from gt_jax.checkpoints.lock import is_held, only_writer
+from gt_jax.checkpoints.slices import SliceReader
 from gt_jax.checkpoints.tree_paths import combine_digests, differences, flatten, nest, storable
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Refused, refuse_all
 
-_BROKEN = (ValueError, KeyError, TypeError, OSError)  # what Orbax and TensorStore raise on a broken file
-_MOMENT = 0.2  # seconds
 MODEL = ("params/", "statistics/")  # what paths of the model begin with
 _SCRATCH = "metadata"  # the name, in an unfinished checkpoint, of what Orbax saves for its metadata alone
-
-T = TypeVar("T")
 
 
 class Model(NamedTuple):
@@ -79,12 +74,12 @@ def save(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> None:
     target, unfinished, leaves = _prepare(path, tree, metadata)
 
     def work() -> None:
-        ocp.save(unfinished, nest(leaves), custom_metadata=dict(metadata))
+        orbax_store.save(unfinished, leaves, metadata)
         on_primary(functools.partial(_publish, unfinished, target, _model_shapes(leaves)))
 
     with only_writer(target):
         on_primary(functools.partial(_make_room, unfinished, target))
-        _write(target, unfinished, work)
+        orbax_store.write(target, unfinished, work)
 
 
 def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callable[[], None]:
@@ -95,17 +90,17 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
     processes every process calls both. It is for the steps of a run: the caller holds the run's lock.
     """
     target, unfinished, leaves = _prepare(path, tree, metadata)
+    on_primary(lambda: _refuse_held(target))
     on_primary(functools.partial(_make_room, unfinished, target))
     if jax.default_backend() == "cpu":  # there "from the devices" copies nothing, and the caller may donate its arrays
         leaves = {name: np.array(leaf) if _is_local(leaf) else leaf.copy() for name, leaf in leaves.items()}
     errors: list[Exception] = []
     model = _model_shapes(leaves)
-    with _quiet(), _context():
-        response = ocp.save_async(unfinished, nest(leaves), custom_metadata=dict(metadata))
+    response = orbax_store.save_async(unfinished, leaves, metadata)
 
     def finish() -> None:
         try:
-            _write(target, unfinished, lambda: _publish_alone(response, unfinished, target, model))
+            orbax_store.write(target, unfinished, lambda: _publish_alone(response, unfinished, target, model))
         except Exception as error:  # noqa: BLE001 — raised again, where the caller waits
             errors.append(error)
 
@@ -136,6 +131,11 @@ def _prepare(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> tuple[Pat
 def _refuse_existing(target: Path) -> None:
     if os.path.lexists(target):
         raise Refused(f"{target} exists; a checkpoint is never overwritten, choose another path")
+
+
+def _refuse_held(target: Path) -> None:
+    if is_held(target):
+        raise Refused(f"another process is writing {target} at this moment; it is a step of a run, write elsewhere")
 
 
 def _make_room(unfinished: Path, target: Path) -> None:
@@ -176,8 +176,8 @@ def write_metadata(folder: Path, names: Collection[str], metadata: Mapping[str, 
     """
     scratch = folder / _SCRATCH
     on_primary(functools.partial(remove, scratch))
-    tree = nest({name: np.zeros((), np.float32) for name in names})
-    _write(folder, scratch, lambda: ocp.save(scratch, tree, custom_metadata=dict(metadata)), _context(database=False))
+    numbers = {name: np.zeros((), np.float32) for name in names}
+    orbax_store.write(folder, scratch, lambda: orbax_store.save(scratch, numbers, metadata), database=False)
     if jax.process_index() != 0:
         return
     for file in sorted(scratch.rglob("*")):
@@ -196,16 +196,17 @@ def load(path: StrPath, abstract: Any = None, compare: bool = True) -> Any:
     Without `abstract`: nested dicts of numpy arrays. With it (a pytree of `jax.ShapeDtypeStruct`, their shardings, or
     of numpy arrays): the same structure, each leaf restored as its stand-in says; leaves it does not name stay unread.
     Raises `Refused` that lists every leaf whose path, shape or dtype the checkpoint does not have, and `Damaged` where
-    values differ from their checksums, unless the caller has compared all files (`compare` is False).
+    values differ from their checksums, unless the caller has compared all files (`compare` is False). On several
+    processes every process calls it, or all wait; `load_paths` is for one alone.
     """
     where = resolve(path)
     stored, _ = describe(where)
-    read = _read_compared if compare else _read
+    read = _read_compared if compare else orbax_store.read
     if abstract is None:
-        return nest(read(where, {name: _on_host(leaf) for name, leaf in stored.items()}))
+        return nest(read(where, {name: orbax_store.on_host(leaf) for name, leaf in stored.items()}))
     wanted = flatten(abstract)
     refuse_all(differences(wanted, stored), f"checkpoint {where} does not hold what is asked for:")
-    values = read(where, {name: _on_device(leaf) for name, leaf in wanted.items()})
+    values = read(where, {name: orbax_store.on_device(leaf) for name, leaf in wanted.items()})
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in wanted])
 
 
@@ -220,6 +221,8 @@ def load_paths(path: StrPath, paths: Collection[str]) -> dict[str, np.ndarray]:
     missing = [f"{name} is not in the checkpoint" for name in paths if name not in stored]
     refuse_all(missing, f"checkpoint {where}:")
     reader = SliceReader(where, stored)
+    if reader.noted.by_file_alone:
+        refuse_changed_files(where)
     values = {name: reader.whole(name) for name in paths}
     refuse_changed_values(where, {name: of_values(value) for name, value in values.items()}, reader.noted)
     return values
@@ -228,23 +231,29 @@ def load_paths(path: StrPath, paths: Collection[str]) -> dict[str, np.ndarray]:
 def read_leaves(path: StrPath, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
     """`load_paths` for a caller that keeps the description: no look at the folder before the read.
 
-    Raises `Damaged` where values are not those whose checksums were noted.
+    Raises `Damaged` where values are not those whose checksums were noted; where files alone have some, the caller has
+    compared them.
     """
-    values = _read(Path(path), {name: _on_host(leaf) for name, leaf in leaves.items()})
+    values = orbax_store.read(Path(path), {name: orbax_store.on_host(leaf) for name, leaf in leaves.items()})
     refuse_changed_values(Path(path), {name: of_values(value) for name, value in values.items()}, noted(Path(path)))
     return values
 
 
 def describe(path: StrPath) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
-    """Shapes and dtypes by path, `params/segment0/...`, and the metadata; no values are read."""
-    return described(resolve(path))
+    """Shapes and dtypes by path, `params/segment0/...`, and the metadata; no values are read.
+
+    Raises `Damaged` where the files that say this are not those that were written.
+    """
+    where = resolve(path)
+    refuse_changed_description(where)
+    return described(where)
 
 
 def described(where: Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
     """`describe` of a checkpoint of which it does not matter whether it is whole."""
-    found = _look(where, functools.partial(_metadata, where))
-    leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(found.metadata).items()}
-    return dict(sorted(leaves.items())), dict(found.custom_metadata)
+    found, metadata = orbax_store.metadata(where)
+    leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in found.items()}
+    return dict(sorted(leaves.items())), metadata
 
 
 def load_model(path: StrPath, abstract: Any = None) -> Model:
@@ -259,7 +268,7 @@ def load_model(path: StrPath, abstract: Any = None) -> Model:
     if abstract is not None:
         tree = load(where, abstract)
     else:
-        own = {name: _on_host(leaf) for name, leaf in leaves.items() if name.startswith(MODEL)}
+        own = {name: orbax_store.on_host(leaf) for name, leaf in leaves.items() if name.startswith(MODEL)}
         tree = nest(_read_compared(where, own))
     return Model(config, tree["params"], tree.get("statistics", {}), metadata)
 
@@ -300,111 +309,21 @@ def content_hash(path: StrPath, under: Collection[str] | None = None) -> str:
     leaves, _ = describe(where)
     chosen = [name for name in leaves if under is None or name.split("/")[0] in under]
     reader = SliceReader(where, leaves)
+    if reader.noted.by_file_alone:
+        refuse_changed_files(where)
     return combine_digests({name: reader.digest(name) for name in chosen})
 
 
-def _context(database: bool = True) -> ocp.Context:
-    """Raw bytes (weights do not compress), no second copy in memory, and leaves that were not asked for stay unread.
-
-    `database`: all arrays in one database, else each in a folder of its own.
-    """
-    context = ocp.Context()
-    context.array.saving.use_ocdbt = database
-    context.array.saving.use_compression = False
-    context.array.saving.scoped_storage_options_creator = _chunks
-    context.memory.deepcopy_host_arrays = False
-    context.pytree.loading.partial_load = True
-    context.asynchronous.create_directories_asynchronously = False  # else a failure is a wait of five minutes
-    return context
-
-
-def _chunks(key: Any, value: Any) -> Any:
-    """A large array is stored in chunks that are runs of values in C order: a growth reads it in slices."""
-    shape, itemsize = tuple(value.shape), np.dtype(value.dtype).itemsize
-    if math.prod(shape) * itemsize <= CHUNK:
-        return None
-    axes = writing_axes(shape, itemsize, CHUNK)
-    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK, shard_axes=axes or None)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax logs every save, and prints whole stacks for an error that it raises anyway."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    hook = sys.unraisablehook
-
-    def unless_closed(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            hook(unraisable)
-
-    sys.unraisablehook = unless_closed
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _with_orbax(work: Callable[[], T], failed: Callable[[Exception], Exception],
-                context: ocp.Context | None = None) -> T:
-    """`work()` in Orbax's context; what it raises for a broken file or disk is raised as `failed` says it.
-
-    After an error, other reads and writes of the same call find their event loop closed, and futures and coroutines go
-    unheard; Python prints each of them when the error is forgotten. So that happens here, where it is quiet.
-    """
-    with _quiet(), context or _context():
-        try:
-            return work()
-        except _BROKEN as error:
-            failure = failed(error)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            time.sleep(_MOMENT)
-            gc.collect()
-    raise failure
-
-
-def _write(target: Path, unfinished: Path, work: Callable[[], None], context: ocp.Context | None = None) -> None:
-    """Run `work`; what fails leaves nothing `unfinished`, and is an OSError if the operating system said so."""
-
-    def failed(error: Exception) -> Exception:
-        remove(unfinished)
-        code = re.search(r"os_error_code='?(\d+)", str(error))
-        number = int(code[1]) if code else getattr(error, "errno", None)
-        if number is None:
-            return error
-        return OSError(number, f"{os.strerror(number)} while writing {target}; nothing is left there")
-
-    _with_orbax(work, failed, context)
-
-
-def _look(path: Path, work: Callable[[], T]) -> T:
-    return _with_orbax(work, lambda error: Damaged(f"checkpoint {path} cannot be read: {error}"))
-
-
-def _metadata(path: Path) -> Any:
-    found = ocp.metadata(path)
-    if found.metadata is None:  # Orbax logs why, and goes on
-        raise ValueError("the values are not where its metadata says")
-    return found
-
-
-def _read(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    return _look(path, lambda: flatten(ocp.load(path, nest(abstract)))) if abstract else {}
-
-
 def _read_compared(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """`_read`, refused where values differ from their checksums.
+    """`orbax_store.read`, refused where values differ from their checksums.
 
     Numpy arrays are compared as they are, what lies on devices as it lies on the disk: each process reads a share.
-    Tensors of which nothing was noted pass: files would have to be read whole, for a few values too.
+    Where files alone have checksums, all files are compared first; other tensors of which nothing was noted pass.
     """
     sums, group = noted(path), ProcessGroup()
-    values = _read(path, abstract)
+    if sums.by_file_alone:
+        group.agree(lambda: refuse_changed_files(path, group.share(checked_files(path))))
+    values = orbax_store.read(path, abstract)
     known = {name: value for name, value in values.items() if name in sums.tensors}
     here = {name: of_values(value) for name, value in known.items() if isinstance(value, np.ndarray)}
     devices = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in known.items()
@@ -418,21 +337,6 @@ def _read_compared(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
             here |= part
     refuse_changed_values(path, here, sums)
     return values
-
-
-def _on_host(leaf: Any) -> np.ndarray:
-    """Orbax restores where a numpy array stands as numpy; this one takes no memory."""
-    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-
-
-def _on_device(leaf: Any) -> Any:
-    if isinstance(leaf, np.ndarray):
-        return _on_host(leaf)
-    sharding = getattr(leaf, "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    if sharding is None or (mesh is not None and mesh.empty):
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def on_primary(work: Callable[[], None]) -> None:

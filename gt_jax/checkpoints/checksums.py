@@ -1,8 +1,9 @@
 """CRC-32 of all that a checkpoint holds, by file and by tensor: noted when it is written, compared when it is read.
 
 - Neither TensorStore's chunks of raw bytes nor a disk say that a bit has changed.
-- checksums.json: {"files": {name: of its bytes}, "tensors": {path: of its values in C order}}. Who reads a tensor
-  compares it on the way, however it lies on disk; who looks for damage compares files.
+- checksums.json: {"files": {name: of its bytes}, "tensors": {path: of its values in C order}, "crc32": of these two}.
+  Who reads a tensor compares it on the way, however it lies on disk; who looks for damage compares files; who opens a
+  checkpoint compares the files that say what it is.
 - What is written value by value is summed as it is written. Pieces come in any order: with A and B polynomials over
   GF(2) modulo the CRC's own, crc(A B) = crc(A) x^(8 |B|) + crc(B), bytes |B|.
 - A checkpoint from before they were noted by tensor has a flat object of files; an older or foreign one has none.
@@ -14,6 +15,7 @@ import functools
 import json
 import math
 import os
+import re
 import threading
 import zlib
 from collections.abc import Collection, Iterable, Mapping
@@ -29,6 +31,9 @@ from gt_jax.checkpoints.folders import CHECKSUMS, CHUNK, FILES, JOURNALS, Damage
 THREADS = 4  # zlib lets go of the interpreter's lock
 _POLYNOMIAL = 0xEDB88320  # bits reflected: x^0 is the highest
 _ONE, _X_8 = 1 << 31, 1 << 23
+_VALUES = re.compile(r".*/(d/[^/]+|c?[0-9.]*)")  # files of values: of Orbax's database, and chunks of single arrays
+
+_OWN = "crc32"
 
 Pieces = dict[str, list[list[int]]]  # by file, from the checkpoint's folder: [offset, bytes, CRC-32]
 
@@ -45,12 +50,21 @@ class Noted(NamedTuple):
         return bool(self.files) and not self.tensors
 
 
+def _own(sums: Noted) -> int:
+    """CRC-32 of the checksums themselves: a changed name would take a tensor out of the comparison."""
+    return zlib.crc32(json.dumps(sums, sort_keys=True).encode())
+
+
 def noted(path: Path) -> Noted:
     """The checksums of a checkpoint; raises `Damaged` where they cannot be read."""
     try:
         found: dict[str, Any] = json.loads((path / CHECKSUMS).read_text())
         by_tensor = isinstance(found.get("files"), dict)
-        return Noted(dict(found["files"]), dict(found["tensors"])) if by_tensor else Noted(dict(found), {})
+        sums = Noted(dict(found["files"]), dict(found["tensors"])) if by_tensor else Noted(dict(found), {})
+        wrong = by_tensor and (found.keys() - {"files", "tensors", _OWN} or found.get(_OWN, _own(sums)) != _own(sums))
+        if wrong or not all(type(value) is int for value in {**sums.files, **sums.tensors}.values()):
+            raise ValueError("they are not what was written")
+        return sums
     except FileNotFoundError:
         return Noted({}, {})
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -65,8 +79,8 @@ def note_checksums(unfinished: Path, tensors: Mapping[str, int], files: Mapping[
     others = [name for name in others if name not in known]
     with ThreadPoolExecutor(THREADS) as pool:
         known |= dict(zip(others, pool.map(_of_file, [unfinished / name for name in others]), strict=True))
-    sums = {"files": dict(sorted(known.items())), "tensors": dict(sorted(tensors.items()))}
-    write_durably(unfinished / CHECKSUMS, sums)
+    sums = Noted(dict(sorted(known.items())), dict(sorted(tensors.items())))
+    write_durably(unfinished / CHECKSUMS, {**sums._asdict(), _OWN: _own(sums)})
 
 
 def checked_files(path: Path) -> dict[str, int]:
@@ -90,6 +104,20 @@ def changed_bytes(path: Path, names: Collection[str] | None = None) -> str | Non
     """What is wrong with the first of these files (of all) that does not hold what was written."""
     wrong = changed_files(path, names)
     return f"{wrong[0]} holds other bytes than were written" if wrong else None
+
+
+def refuse_changed_files(path: Path, names: Collection[str] | None = None) -> None:
+    """Raise `Damaged` naming those of these files (of all) that do not hold what was written, or are gone."""
+    sizes = checked_files(path)
+    wrong = changed_files(path, sizes if names is None else names)
+    if wrong:
+        raise Damaged(f"checkpoint {path} is not usable: {', '.join(wrong)} "
+                      f"{'holds' if len(wrong) == 1 else 'hold'} other bytes than were written")
+
+
+def refuse_changed_description(path: Path) -> None:
+    """`refuse_changed_files` for all but the values: config, lineage, shapes. No tensor's checksum covers these."""
+    refuse_changed_files(path, [name for name in noted(path).files if not _VALUES.fullmatch(name)])
 
 
 def refuse_changed_values(path: Path, found: Mapping[str, int], sums: Noted) -> None:

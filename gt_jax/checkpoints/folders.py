@@ -18,6 +18,7 @@ from gt_jax.files import sync
 
 UNFINISHED = ".unfinished"  # a save that is under way, or was killed
 JOURNALS = "journal.*.jsonl"  # what a growth has finished so far, in the unfinished folder
+CONVERTING = ".converting"  # a conversion into our format that is under way, or was killed
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for what it writes at this moment
 CHUNK = 2**24  # bytes of a stored chunk and of a slice read: below what malloc maps anew each time, yet few files
 FILES = "files.json"
@@ -108,8 +109,19 @@ def sync_all(folder: Path) -> None:
     sync(folder)
 
 
+def refuse_temporary_name(target: Path) -> None:
+    """Raise `Refused` for a name that says "not finished": nobody opens it, and the next command may clear it."""
+    ending = next((one for one in (UNFINISHED, CONVERTING, TEMPORARY) if target.name.endswith(one)), None)
+    if ending is not None:
+        raise Refused(f"{target} ends in {ending}, which is how what is not finished is named; choose another name")
+
+
 def prepare_parent(target: Path) -> None:
-    """Make the folder `target` will lie in; raises `Refused` when that is not possible or it is not writable."""
+    """Make the folder `target` will lie in; raises `Refused` when that is not possible or it is not writable.
+
+    And for a `target` that is named as what is not finished.
+    """
+    refuse_temporary_name(target)
     new = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -13,13 +13,14 @@ from collections.abc import Collection
 from pathlib import Path
 
 from gt_jax.checkpoints.folders import CHECKSUMS, FILES, JOURNALS, TEMPORARY, UNFINISHED
+from gt_jax.checkpoints.lock import is_held
 from gt_jax.errors import Refused
 
 SAVE, GROWTH, ARRAYS, EMPTY = "save", "growth", "arrays", "nothing"
 _ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt", "orbax.checkpoint", "state")
 _OURS = (FILES, CHECKSUMS, "metadata")  # the last one: what Orbax saves for the metadata alone
 _DATABASE = re.compile(r"d|manifest\.ocdbt.*|ocdbt\.process_\d+|array_metadatas|_.*")
-_STEP = re.compile(rf"\d+{re.escape(UNFINISHED)}({re.escape(TEMPORARY)})?")
+_STEP = re.compile(rf"(\d+){re.escape(UNFINISHED)}({re.escape(TEMPORARY)})?")
 
 
 def kind_of(folder: Path) -> str | None:
@@ -59,7 +60,8 @@ def clear_save(unfinished: Path) -> None:
 
 
 def clear_steps(run: Path) -> None:
-    """Delete what killed saves left in a run, <step>.unfinished; all else stays."""
+    """Delete what killed saves left in a run, <step>.unfinished; all else stays, also what another job writes there."""
     for entry in run.iterdir():
-        if _STEP.fullmatch(entry.name) and kind_of(entry) in (SAVE, EMPTY):
+        step = _STEP.fullmatch(entry.name)
+        if step and kind_of(entry) in (SAVE, EMPTY) and not is_held(entry.with_name(step[1])):
             shutil.rmtree(entry)

@@ -22,6 +22,7 @@ from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Refused
 
 _MARK = b"gt_jax lock of job "
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _BYTES = len(_MARK) + len(uuid.uuid4().hex)  # a lock of ours has so many, or none where a kill came first
 
 
@@ -30,11 +31,27 @@ def lock_file(target: Path) -> Path:
     return target.with_name(f".{target.name}.gt_jax-lock")
 
 
+def is_held(target: Path) -> bool:
+    """Whether a job, of another process or of this one, holds the lock of `target` at this moment."""
+    try:
+        file = os.open(lock_file(target), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # there is none, or nothing of ours
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(file)
+    return False
+
+
 @contextlib.contextmanager
 def only_writer(target: Path) -> Iterator[None]:
     """Hold the lock of `target`; on several processes all of them call it, and hold it.
 
-    Raises `Refused` while another job holds it, and where a file that is not ours has its name.
+    Raises `Refused` while another job holds it, where a file that is not ours has its name, and where no lock is
+    possible.
     """
     group, path = ProcessGroup(), lock_file(target)
     held: list[int] = []
@@ -102,6 +119,13 @@ def _open(path: Path) -> int:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise _foreign(path) from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise Refused(f"the lock {path} cannot be opened ({error.strerror}): it is another user's. Where no job of "
+                          "theirs is writing, delete it, or have them do so") from error
+        if error.errno == errno.EROFS:
+            raise Refused(f"{path.parent} lies on a disk that can only be read; choose another place") from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise Refused(f"the name of {path} is too long for its disk; choose a shorter target") from error
         raise
     try:
         size = os.fstat(file).st_size
@@ -120,6 +144,9 @@ def _flock(file: int, how: int, path: Path, target: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise _busy(path, target) from error
+        if error.errno in _NO_LOCKS:
+            raise Refused(f"the disk of {path.parent} gives no locks ({error.strerror}), and without one two jobs may "
+                          f"write {target}; choose another place, or mount the disk with flock") from error
         raise
 
 

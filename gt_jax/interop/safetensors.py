@@ -2,7 +2,8 @@
 
 Written here and not taken from the package of that name, which has to hold every tensor of a file in memory to write
 it. The format is small: u64 length of the header, the header, the tensors without gaps. It has no checksums; files of
-ours have CRC-32 by tensor in the header's `__metadata__`, and whoever reads a tensor compares it.
+ours have CRC-32 by tensor in the header's `__metadata__`, and whoever reads a tensor compares it; and one of the header
+itself, for names, config and lineage, compared by whoever opens the file.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ DTYPES = {name: np.dtype(dtype) for name, dtype in {
 }.items()}  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _CONFIG, _STEP, _SUMS = "gt_jax.config", "gt_jax.step", "gt_jax.crc32"  # what our own files say of the model
-_LINEAGE = "gt_jax.lineage"
+_LINEAGE, _OWN = "gt_jax.lineage", "gt_jax.header_crc32"
+_OWN_STORED = re.compile(rb'(?<="gt_jax\.header_crc32": ").{8}(?=")')  # as we write it; with zeros there it is computed
 _LENGTH = struct.Struct("<Q")
 _MOST = 100_000_000  # bytes of a header, as in the reference implementation
 
@@ -117,10 +119,10 @@ class Writer:
 
     def _text(self) -> bytes:
         """Length and header; as long at the end, with the checksums, as at the start, with zeros for them."""
-        self._about[_SUMS] = json.dumps(self._sums)
+        self._about |= {_SUMS: json.dumps(self._sums), _OWN: f"{0:08x}"}
         text = json.dumps(self._header).encode()
         text += b" " * (-len(text) % 8)
-        return _LENGTH.pack(len(text)) + text
+        return _LENGTH.pack(len(text)) + _OWN_STORED.sub(f"{zlib.crc32(text):08x}".encode(), text)
 
     def _write_all(self, place: int, data: np.ndarray) -> None:
         view = memoryview(data.data)
@@ -159,6 +161,9 @@ def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         raise Unreadable(f"{path} is not a safetensors file: its header is no JSON object ({error})") from error
     if not isinstance(header, dict):
         raise Unreadable(f"{path} is not a safetensors file: its header is no JSON object")
+    own = _OWN_STORED.search(text)
+    if own is not None and own[0] != f"{zlib.crc32(_OWN_STORED.sub(b'0' * 8, text)):08x}".encode():
+        raise Unreadable(f"{path} is damaged: its header (names, config, lineage) is not what was written")
     return header, _LENGTH.size + length
 
 

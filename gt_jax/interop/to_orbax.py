@@ -20,7 +20,7 @@ import numpy as np
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.arrays import ArrayFiles
 from gt_jax.checkpoints.checksums import Written, note_checksums, sums_of_arrays
-from gt_jax.checkpoints.folders import StrPath, prepare_parent, publish
+from gt_jax.checkpoints.folders import CONVERTING, StrPath, prepare_parent, publish
 from gt_jax.checkpoints.leftovers import ARRAYS, EMPTY, clear
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.configs.lineage import LINEAGE
@@ -40,8 +40,6 @@ from gt_jax.interop.shards import Source, summary
 from gt_jax.interop.tensor_files import Info, groups
 from gt_jax.interop.tensor_names import Leaf
 from gt_jax.text.tokenizers import chosen_tokenizer
-
-STAGE = ".converting"
 
 Progress = Callable[[str], None]
 
@@ -131,7 +129,7 @@ def _own(expected: Expected, config: ModelConfig, tokens: Sequence[bytes] | None
 def _write(source: Source, place: Path, expected: Expected, own: Mapping[str, np.ndarray],
            metadata: Mapping[str, Any], say: Progress) -> None:
     """Leaf by leaf in the stage's folder, then one rename; whatever fails leaves nothing."""
-    stage = place.with_name(place.name + STAGE)
+    stage = place.with_name(place.name + CONVERTING)
     clear(stage, (ARRAYS, EMPTY), f"the conversion to {place.name}")
     arrays = {path: ArrayFiles.of(stage / "state", path, tuple(tensor.shape), np.dtype(tensor.dtype))
               for path, tensor in expected.tensors.items()}

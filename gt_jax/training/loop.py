@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.folders import refuse_temporary_name
 from gt_jax.checkpoints.lock import lock_file, only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs.data import BYTES
@@ -307,6 +308,8 @@ def _check(run: Path, config: RunConfig, resume: bool) -> None:
         refuse_all(wrong, f"{run} was started with another config (there and here):")
     elif run.exists() and (not run.is_dir() or any(path.name not in left for path in run.iterdir())):
         raise Refused(f"{run} exists; resume it with --resume, or give another directory")
+    else:
+        refuse_temporary_name(run)
 
 
 def _locked(run: Path) -> Path:

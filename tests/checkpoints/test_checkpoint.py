@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints import checkpoint, orbax_store
 from gt_jax.checkpoints.arrays import ArrayFiles
-from gt_jax.checkpoints.checkpoint import Damaged
+from gt_jax.checkpoints.folders import Damaged
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
@@ -118,7 +118,7 @@ def test_one_process_of_several_may_load_paths_alone(saved: Path, monkeypatch: p
     def waits_for_ever(*_: Any, **__: Any) -> None:
         raise AssertionError("a load of Orbax waits for the other processes")
 
-    monkeypatch.setattr(checkpoint.ocp, "load", waits_for_ever)
+    monkeypatch.setattr(orbax_store.ocp, "load", waits_for_ever)
     found = checkpoint.load_paths(saved, wanted)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -238,7 +238,7 @@ def test_load_model(saved: Path, tmp_path: Path) -> None:
 def test_content_hash_sees_values_not_layout(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = model_tree()
     with monkeypatch.context() as other:
-        other.setattr(checkpoint, "_context", ocp.Context)  # compressed, in other files
+        other.setattr(orbax_store, "_context", lambda database: ocp.Context())  # compressed, in other files
         checkpoint.save(tmp_path / "compressed", jax.tree.map(np.asarray, tree), METADATA)
     plain = tmp_path / "plain"
     for name, leaf in flatten(tree).items():

@@ -7,7 +7,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -188,4 +187,47 @@ def test_checksums_by_file_alone_are_read_too(tmp_path: Path, capsys: pytest.Cap
     damaged = flip_value(tmp_path / "model", TREE["params"]["embedding"]["table"])  # type: ignore[index]
     with pytest.raises(Failed, match=str(damaged)):
         describe.main([str(tmp_path / "model"), "--check"])
-    assert jax.tree.leaves(checkpoint.load(tmp_path / "model"))
+    table = "params/embedding/table"
+    leaves, _ = checkpoint.describe(tmp_path / "model")
+    for read in (lambda: checkpoint.load(tmp_path / "model"), lambda: checkpoint.content_hash(tmp_path / "model"),
+                 lambda: checkpoint.load(tmp_path / "model", {"params": {"embedding": {"table": leaves[table]}}}),
+                 lambda: checkpoint.load_paths(tmp_path / "model", [table])):
+        with pytest.raises(Damaged, match=f"{damaged.name} holds other bytes than were written"):
+            read()
+
+
+def test_a_changed_bit_of_the_checksums_themselves_is_found(tmp_path: Path) -> None:
+    """In a name too: nothing would be compared with the tensor, or file, that has it."""
+    file = tmp_path / "checksums.json"
+    checksums.note_checksums(tmp_path, {"params/w": 12, "params/gain": 345}, {"state/d/0": 6})
+    whole = file.read_bytes()
+    found = noted(tmp_path)
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(data)
+        with pytest.raises(Damaged, match="checksums cannot be read"):
+            noted(tmp_path)
+    file.write_text(json.dumps(found._asdict()))  # as it was before it had one of its own
+    assert noted(tmp_path) == found
+
+
+def test_what_says_what_a_checkpoint_is_is_compared_by_whoever_opens_it(tmp_path: Path) -> None:
+    """A config or lineage with another number is still JSON, and no tensor's checksum knows of it."""
+    checkpoint.save(tmp_path / "model", TREE, {**METADATA, "config": {"k_max": 4}})
+    by_arrays(tmp_path / "made", [(0, 40)], 1)
+    for folder in (tmp_path / "model", tmp_path / "made"):
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.stat().st_size
+                 and file.parent.name != "d" and file.name.split(".")[0] != "c"]
+        assert {"_CHECKPOINT_METADATA", "_METADATA", "checksums.json", "files.json"} < {file.name for file in files}
+        for file in files:
+            whole = file.read_bytes()
+            flip(file)
+            for read in (checkpoint.describe, checkpoint.load):
+                with pytest.raises(Damaged):
+                    read(folder)
+            file.write_bytes(whole)
+    file = tmp_path / "model" / "_CHECKPOINT_METADATA"
+    file.write_text(file.read_text().replace('"k_max": 4', '"k_max": 5'))
+    with pytest.raises(Damaged, match="_CHECKPOINT_METADATA holds other bytes than were written"):
+        checkpoint.load(tmp_path / "model")

@@ -12,9 +12,13 @@ import pytest
 from gt_jax.checkpoints import checkpoint, leftovers
 from gt_jax.checkpoints.arrays import ArrayFiles
 from gt_jax.checkpoints.folders import publish
+from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
+from gt_jax.configs import presets
+from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.files import write_atomically
+from gt_jax.training import loop
 
 TREE = {"params": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}}
 METADATA: dict[str, Any] = {"config": {}, "kind": "train"}
@@ -145,6 +149,28 @@ def test_a_run_clears_its_own_steps_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "6.unfinished", "8", "thesis.unfinished", "todo.unfinished.md"]
     assert (tmp_path / "thesis.unfinished" / "chapter1.txt").read_text() == "months of work"
+
+
+def test_a_run_leaves_a_step_that_another_job_writes(tmp_path: Path) -> None:
+    """`calibrate` to RUN/9, or a growth that has just begun there, looks like what a killed save left."""
+    with only_writer(tmp_path / "9"):
+        (tmp_path / "9.unfinished").mkdir()
+        run = RunCheckpoints(tmp_path)
+        run.save(8, TREE, METADATA)
+        assert (tmp_path / "9.unfinished").is_dir()
+        with pytest.raises(Refused, match=r"another process is writing .*9 at this moment"):
+            run.save(9, TREE, METADATA)
+        assert (tmp_path / "9.unfinished").is_dir() and run.steps() == [8]
+
+
+@pytest.mark.parametrize("ending", [".unfinished", ".converting", ".orbax-checkpoint-tmp"])
+def test_nothing_is_named_as_what_is_not_finished(tmp_path: Path, ending: str) -> None:
+    """A save to `model` cleared a whole checkpoint that had been saved as `model.unfinished`."""
+    with pytest.raises(Refused, match=f"ends in {ending}, .*choose another name"):
+        checkpoint.save(tmp_path / f"model{ending}", TREE, METADATA)
+    with pytest.raises(Refused, match=f"ends in {ending}"):
+        loop._check(tmp_path / f"run{ending}", RunConfig(model=presets.tiny()), resume=False)
+    assert not any(tmp_path.iterdir())
 
 
 def test_leftovers_are_told_by_what_is_in_them(tmp_path: Path) -> None:

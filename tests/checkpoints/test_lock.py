@@ -1,5 +1,6 @@
 """A lock is ours or refused, unlinked only by who holds it, and taken as long as one process of a job lives."""
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -127,5 +128,36 @@ def test_a_killed_process_lets_go(tmp_path: Path) -> None:
     assert done.returncode == -9 and done.stdout == "held\n", done.stderr
     assert lock_file(tmp_path / "target").exists()
     with only_writer(tmp_path / "target"):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "words"), [
+    (errno.EACCES, "another user's.*delete it"), (errno.EROFS, "only be read; choose another place"),
+    (errno.ENAMETOOLONG, "choose a shorter target"), (errno.ENOLCK, "gives no locks.*mount the disk with flock"),
+    (errno.EOPNOTSUPP, "gives no locks.*choose another place")])
+def test_a_lock_that_is_not_possible_is_refused_with_what_would_be_right(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
+    def fails(*rest: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    of_file = number in (errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
+    with monkeypatch.context() as patch:
+        patch.setattr(os if of_file else fcntl, "open" if of_file else "flock", fails)
+        with pytest.raises(Refused, match=words) as refused, only_writer(tmp_path / "target"):
+            pass
+    assert str(tmp_path) in str(refused.value)
+
+
+def test_whether_a_target_is_held_is_told_without_taking_or_leaving_anything(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    assert not lock.is_held(target)
+    with only_writer(target):
+        assert lock.is_held(target) and lock.is_held(target)
+        with pytest.raises(Refused, match="another process is writing"), only_writer(target):
+            pass
+    lock_file(target).write_text("")  # left by a kill
+    assert not lock.is_held(target) and lock_file(target).exists()
+    with only_writer(target):
         pass
     assert not any(tmp_path.iterdir())

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gt_jax.checkpoints import arrays, checkpoint
+from gt_jax.checkpoints import arrays, checkpoint, orbax_store
 from gt_jax.checkpoints.arrays import ArrayFiles, chunk_shape
-from gt_jax.checkpoints.checkpoint import Damaged
-from gt_jax.checkpoints.folders import publish
+from gt_jax.checkpoints.folders import Damaged, publish
 from gt_jax.checkpoints.slices import SliceReader, cut
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.growth.bounded_work import BoundedExecutor, Group
@@ -94,7 +93,7 @@ def leaf_digest(name: str, value: np.ndarray) -> str:
 def test_digests_do_not_depend_on_slices_or_chunks(
         tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, saved_by_orbax: bool) -> None:
     values = tree()
-    monkeypatch.setattr(checkpoint, "CHUNK", 64)
+    monkeypatch.setattr(orbax_store, "CHUNK", 64)
     if saved_by_orbax:
         place = tmp_path / "saved"
         checkpoint.save(place, nest(values), METADATA)
@@ -108,7 +107,7 @@ def test_digests_do_not_depend_on_slices_or_chunks(
 
 def test_chunks_of_large_arrays_are_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Orbax cuts the longest axis first; ours are told where to cut before."""
-    monkeypatch.setattr(checkpoint, "CHUNK", 2**12)
+    monkeypatch.setattr(orbax_store, "CHUNK", 2**12)
     shapes = [(2, 4, 10, 64), (64, 131), (2**13,), (1310, 16), (3, 2, 2**11), (2, 101, 70)]
     values = {f"w{index}": np.ones(shape, np.float32) for index, shape in enumerate(shapes)}
     checkpoint.save(tmp_path / "saved", values, METADATA)

@@ -1,5 +1,6 @@
 """The format: what the reference implementation writes is read, what is written it reads; damage is found."""
 
+import contextlib
 import json
 import struct
 
@@ -113,3 +114,23 @@ def test_tensors_that_are_not_aligned_are_read(tmp_path):
     data = b"x" + np.arange(3, dtype=np.float32).tobytes()
     path = write(tmp_path / "a.safetensors", {"u": entry([1], 0, 1, "U8"), "f": entry([3], 1, 13)}, data)
     np.testing.assert_array_equal(SafetensorsFile(path).read("f"), [0, 1, 2])
+
+
+def test_a_changed_bit_anywhere_in_a_file_of_ours_is_found(tmp_path):
+    """In the config, the lineage and a name too, where it leaves JSON as good as before."""
+    path, values = tmp_path / "a.safetensors", {"w": np.arange(3, dtype=np.float32), "u": np.zeros((), np.float32)}
+    infos = {name: Info(value.shape, value.dtype) for name, value in values.items()}
+    with Writer(path, infos, {"k_max": 4}, 12, [{"kind": "train", "step": 12}]) as writer:
+        for name, value in values.items():
+            writer.put(name, value)
+    whole = path.read_bytes()
+    assert SafetensorsFile(path).damaged() == []
+    own = whole.index(b"gt_jax.header_crc32")  # without its name there is nothing to compare, and nothing else is wrong
+    for bit in range(8 * len(whole)):
+        if own <= bit // 8 < own + len("gt_jax.header_crc32"):
+            continue
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        with contextlib.suppress(Unreadable):
+            assert SafetensorsFile(path).damaged(), bit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ from gt_jax.growth.plan_entries import Demand, Entry, Plan
 from gt_jax.growth.provenance import stored_plan
 from gt_jax.growth.under_served import under_served
 from gt_jax.models.language_model import abstract
+from gt_jax.training import loop
 from gt_jax.training.loop import make_trainer
 from gt_jax.training.thaw import keep_frozen, trainable_mask
 from tests.support import perturbed, small_model
@@ -168,6 +171,33 @@ def test_under_served_by_copies_or_by_mass():
     assert stored_plan({"grown_from": {"plan": short.to_json()}}, "x") == short
     with pytest.raises(Refused, match="was not grown"):
         stored_plan({}, "x")
+
+
+def test_start_is_one_step_of_a_run_for_all_that_is_read_of_it(tmp_path, monkeypatch):
+    """The run saves on, another plan and all, between the reading of the plan, the config and the values."""
+    child, run, configs = small_model("D*3", adaptive=False), tmp_path / "from", []
+    short, whole = plan((0, 1, 1.0), (0, 2, 1.2), (1, 1, 1.0)), plan((0, 1, 2.2), (1, 1, 1.0), asked=(1, 1))
+
+    def save(step: int, of: Plan) -> None:
+        checkpoint.save(run / str(step), perturbed(child), {"config": child.to_json(), "step": step,
+                                                            "grown_from": {"plan": of.to_json()}})
+
+    def meanwhile(arguments):
+        save(2, whole)
+        return default_config(arguments)
+
+    save(1, short)
+    default_config = train.default_config
+    monkeypatch.setattr(train, "default_config", meanwhile)
+    monkeypatch.setattr(loop, "train_run", lambda run, config, **rest: configs.append(config))
+    words = [str(tmp_path / "run"), "--start", str(run), "--thaw", "under-served"]
+    assert train.main(words) == 0
+    assert configs[0].start == str(run / "1") and configs[0].train.thaw.layers == (0, 1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(configs[0].to_json()))
+    for start in (run, run / "1", run / "2"):  # the flags again, to resume: the step that it began with, or another
+        again = [str(tmp_path / "run"), "--resume", "--start", str(start)]
+        assert train.start_folder(train.parser().parse_args(again)) == str(run / ("2" if start == run / "2" else "1"))
 
 
 def test_the_flags(tmp_path, capsys):

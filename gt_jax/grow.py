@@ -103,9 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_all(_wrong_processes(args), "these arguments do not go together:")
     if not is_distributed(args):
         return _run(args, lambda work: work())
+    from gt_jax.checkpoints.folders import resolve
     from gt_jax.devices.processes import process_group
 
     with process_group(args) as group:
+        if args.source is not None:  # one step for all: a run that goes on may save another meanwhile
+            args.source = Path(group.gather(group.agree(lambda: str(resolve(args.source))))[0])
         return _run(args, group.agree, group.first)
 
 
@@ -363,20 +366,13 @@ def _dry_run(plan: Plan, counts: Repetition | None, settings: Mapping[str, Any],
     lines = [*plan_table.plan_lines(plan), f"carry {settings['carry']}, noise {settings['noise_std']:g} with seed "
              f"{settings['seed']}, recipe {settings['recipe'] or 'none'}"]
     if source is not None:
-        tensors, dropped = _tensors(plan, settings, source)
+        from gt_jax.growth.transform import child_abstract, match
+        child = child_abstract(source.config, plan, settings["dtype"])
+        leaves, dropped = match(source.tensors, child, plan, settings["carry"])
+        tensors = [leaf.to_json() for leaf in leaves]
         shown |= {"tensors": tensors, "dropped": list(dropped), "bytes": sum(row["bytes"] for row in tensors)}
         lines += ["", *plan_table.tensor_lines(tensors, dropped)]
     return shown, lines
-
-
-def _tensors(plan: Plan, settings: Mapping[str, Any], source: _Source) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """Every tensor of the child as a JSON object, and the names of the source's tensors that it does not have."""
-    from gt_jax.growth import transform
-    target = transform.child_abstract(source.config, plan, settings["dtype"])
-    matched = transform.match(source.tensors, target, plan, settings["carry"])
-    rows = [{"path": leaf.path, "old_shape": list(leaf.old_shape), "shape": list(leaf.shape),
-             "dtype": str(leaf.dtype), "rule": leaf.rule, "bytes": leaf.nbytes} for leaf in matched.leaves]
-    return rows, matched.dropped
 
 
 def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition | None, settings: Mapping[str, Any],

@@ -61,6 +61,11 @@ class Leaf(NamedTuple):
         """Bytes of the target tensor."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
+    def to_json(self) -> dict[str, Any]:
+        """What a reader sees of it before it is made."""
+        return {"path": self.path, "old_shape": list(self.old_shape), "shape": list(self.shape),
+                "dtype": str(self.dtype), "rule": self.rule, "bytes": self.nbytes}
+
 
 class Match(NamedTuple):
     """All target tensors by path, and the source tensors that the child does not have."""

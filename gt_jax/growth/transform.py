@@ -250,22 +250,40 @@ def grow_block(leaf: Leaf, block: int, source_slice: Array | np.ndarray, *, carr
 
     For a tensor of the whole model the slice is the tensor and `block` is 0. Returns the leaf's dtype; float32 inside.
     """
-    # Off a mesh one program serves all tensors of one size.
-    on_mesh = not jax.typeof(source_slice).sharding.mesh.empty
+    # Off a mesh one program serves all tensors of about one size: that of the noise takes seconds to compile.
+    on_mesh, size = not jax.typeof(source_slice).sharding.mesh.empty, source_slice.size
     values = source_slice if on_mesh else source_slice.reshape(-1)
-    return grow_slice(leaf, block, values, carry=carry, noise_std=noise_std, seed=seed).reshape(source_slice.shape)
+    if not on_mesh and size < _PADDED and _noisy(leaf, carry, noise_std):
+        values = jnp.pad(values, (0, _program_size(size) - size))
+    grown = grow_slice(leaf, block, values, carry=carry, noise_std=noise_std, seed=seed)
+    return grown[:size].reshape(source_slice.shape) if grown.size > size else grown.reshape(source_slice.shape)
+
+
+_PADDED = 2**16  # smaller blocks are filled up with zeros
+
+
+def _program_size(size: int) -> int:
+    """The smallest of 64, 256, 1024, ... that is no less than `size`."""
+    power = 64
+    while power < size:
+        power *= 4
+    return power
+
+
+def _noisy(leaf: Leaf, carry: str, noise_std: float) -> bool:
+    return rules.treatment(leaf.rule, carry).noisy and noise_std > 0
 
 
 def grow_slice(leaf: Leaf, block: int, values: Array | np.ndarray, start: int = 0, *, carry: str, noise_std: float,
                seed: int) -> Array:
     """The part of `grow_block` that begins at flat position `start` of the block, from that part of its source."""
-    how = rules.treatment(leaf.rule, carry)
-    noisy = how.noisy and noise_std > 0
-    if not noisy and not how.scaled:
+    scaled, noisy = rules.treatment(leaf.rule, carry).scaled, _noisy(leaf, carry, noise_std)
+    if not noisy and not scaled:
         return jnp.asarray(values, leaf.dtype)
     key = noise_on_devices.limbs(noise_key(leaf, block, seed))
-    return _slice(values, key, np.uint32(start), np.float32(leaf.parts[block].coefficient), noise.step(noise_std),
-                  dtype=leaf.dtype, noisy=noisy, scaled=how.scaled)
+    coefficient = leaf.parts[block].coefficient if scaled else 1.0  # of which a product is exact
+    return _slice(values, key, np.uint32(start), np.float32(coefficient), noise.step(noise_std), dtype=leaf.dtype,
+                  noisy=noisy)
 
 
 def noise_key(leaf: Leaf, block: int, seed: int) -> np.ndarray:
@@ -274,18 +292,16 @@ def noise_key(leaf: Leaf, block: int, seed: int) -> np.ndarray:
     return noise.key_of(seed, stacked.name if stacked else leaf.path, leaf.parts[block].layer or 0)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "noisy", "scaled"))
+@functools.partial(jax.jit, static_argnames=("dtype", "noisy"))
 def _slice(weights: Array, key: Array, start: Array, coefficient: Array, noise_step: Array, *, dtype: np.dtype,
-           noisy: bool, scaled: bool) -> Array:
+           noisy: bool) -> Array:
     """coefficient * (weights + noise at positions start, start + 1, ...)."""
     wide = jnp.promote_types(weights.dtype, jnp.float32)
     value = weights.astype(wide)
     if noisy:
         positions = start + noise_on_devices.positions(weights.shape, jax.typeof(weights).sharding)
         value += noise_on_devices.at(key, positions, noise_step).astype(wide)
-    if scaled:
-        value *= coefficient.astype(wide)
-    return value.astype(dtype)
+    return (value * coefficient.astype(wide)).astype(dtype)
 
 
 def grow_leaf(leaf: Leaf, sources: Mapping[str, Array | np.ndarray], *, carry: str, noise_std: float,

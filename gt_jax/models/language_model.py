@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -323,6 +324,12 @@ def _initialiser(config: ModelConfig, rules: Rules) -> Callable[[Array], Tree]:
     return init
 
 
+@functools.lru_cache(maxsize=32)
+def _traced_once(config: ModelConfig, rules: Rules) -> Callable[[Array], Tree]:
+    """`_initialiser`, for shapes alone: a command asks for those of one model several times, seconds each if deep."""
+    return jax.jit(_initialiser(config, rules))
+
+
 def initialise(config: ModelConfig, seed: int, rules: Rules | None = None) -> Tree:
     """Fresh {"params", "statistics"} of a model, drawn from `seed`, laid out by `rules` on the current mesh.
 
@@ -336,7 +343,7 @@ def initialise(config: ModelConfig, seed: int, rules: Rules | None = None) -> Tr
 
 def abstract(config: ModelConfig, rules: Rules | None = None) -> Tree:
     """The shapes, dtypes and shardings of `initialise`, computing nothing: the 8B model without its memory."""
-    init = _initialiser(config, rules or Rules())
+    init = _traced_once(config, rules or Rules())
     # the key is made inside: the devices of the mesh may be a topology that is only compiled for
     shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
     return jax.tree.map(with_mesh_devices, shapes)

@@ -8,7 +8,7 @@ import pytest
 
 from gt_jax.growth import noise, noise_on_devices, slices_on_host
 from gt_jax.growth.finite_check import first_not_finite
-from gt_jax.growth.transform import Leaf, Part, grow_slice
+from gt_jax.growth.transform import Leaf, Part, grow_block, grow_slice
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,19 @@ def test_numpy_and_a_compiled_program_grow_the_same_bytes(source, dtype):
         got, want = (grow(leaf, 0, values, 13, **options) for grow in (slices_on_host.grow_slice, grow_slice))
         assert got.dtype == want.dtype == dtype
         np.testing.assert_array_equal(got.view(np.uint8), np.asarray(want).view(np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(), (63,), (4, 16), (5, 13), (2**16 + 3,)], ids=str)
+def test_a_block_that_is_filled_up_for_its_program_keeps_its_bytes(shape):
+    values = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    part = Part("params/segment0/layer0/mlp/down/w", 0, 0.35, 2)
+    leaf = Leaf(part.source, "output", (part,), (1, *shape), np.dtype("float32"), (1, *shape))
+    for carry in ("output", "gain"):  # scaled, and noise alone
+        options = {"carry": carry, "noise_std": 1e-2, "seed": 5}
+        want = slices_on_host.grow_slice(leaf, 0, values.reshape(-1), 0, **options)
+        got = np.asarray(grow_block(leaf, 0, values, **options))
+        assert got.shape == shape and not np.array_equal(got, values)
+        np.testing.assert_array_equal(got.reshape(-1), want)
 
 
 def test_positions_are_row_major():

@@ -2,7 +2,8 @@
 
 - By file, never by download. The library behind a file is imported when such a file is opened, and only then.
 - The end of a document is the tokenizer's own token for it, if it has one, else one more id after the last.
-- Text in, text out: nothing is added at the beginning, and special tokens that the text spells are text.
+- All of a text and nothing else: nothing is added at the beginning, nothing cut off or filled up at the end, whatever
+  the file asks for. Special tokens that a text spells become those tokens, where the library reads them so.
 """
 
 from __future__ import annotations
@@ -94,14 +95,23 @@ class HuggingFaceTokenizer(_Text):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
             raise Refused(f"tokenizer {path} cannot be read as a tokenizer.json: {error}") from error
+        # Files of models with short rows ask for documents of so many tokens: the rest of each would be lost.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None  # the same text would have other tokens each time
         self._path = path
         found = [self._tokenizer.token_to_id(name) for name in _ENDS]
-        super().__init__(
-            self._tokenizer.get_vocab_size(with_added_tokens=True), next((i for i in found if i is not None), None)
-        )
+        # Not the number of tokens: ids may have gaps, and one beyond it would not fit where tokens are stored.
+        size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        super().__init__(size, next((i for i in found if i is not None), None))
 
     def encode(self, text: bytes) -> Int32[np.ndarray, "n"]:
-        return np.array(self._tokenizer.encode(text.decode(), add_special_tokens=False).ids, np.int32)
+        words = text.decode()
+        try:
+            return np.array(self._tokenizer.encode(words, add_special_tokens=False).ids, np.int32)
+        except Exception as error:  # the library raises no narrower one, for a word without a token for example
+            raise ValueError(str(error)) from error
 
     def decode(self, ids: np.ndarray) -> bytes:
         text: str = self._tokenizer.decode(self._own(ids), skip_special_tokens=False)
@@ -211,6 +221,9 @@ def encode_all(tokenizer: Tokenizer, name: str, documents: Sequence[bytes]) -> l
             encoded.append(tokenizer.encode(document))
         except UnicodeDecodeError as error:
             raise Refused(f"document {index} is not UTF-8 (byte {error.start}), tokenizer {name} takes text; "
+                          f"use --tokenizer {BYTES}") from error  # fmt: skip
+        except ValueError as error:
+            raise Refused(f"document {index} has text that tokenizer {name} has no tokens for ({error}); "
                           f"use --tokenizer {BYTES}") from error  # fmt: skip
     return encoded
 

@@ -19,11 +19,11 @@ def read_tokens(path: Path) -> list[bytes]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Refused(f"--tokens {path} cannot be read: {error}") from error
+        raise Refused(f"token file {path} cannot be read: {error}") from error
     if isinstance(data, Mapping):
         return _tokenizer(path, data)
     if not isinstance(data, list) or not data or not all(isinstance(token, str) for token in data):
-        raise Refused(f"--tokens {path} is neither a JSON list of strings nor a tokenizer.json")
+        raise Refused(f"token file {path} is neither a JSON list of strings nor a tokenizer.json")
     return [token.encode() for token in data]
 
 
@@ -36,13 +36,15 @@ def _tokenizer(path: Path, data: Mapping[str, Any]) -> list[bytes]:
         else:
             texts = {index: str(text) for index, (text, _) in enumerate(vocabulary)}
         added = {int(token["id"]): str(token["content"]) for token in data.get("added_tokens") or ()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise Refused(f"--tokens {path} has no vocabulary where a tokenizer.json has it ({error!r})") from error
-    stand_ins = _stand_ins() if _byte_level(data) else {}
+        stand_ins = _stand_ins() if _byte_level(data) else {}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Refused(f"token file {path} is not made as a tokenizer.json is ({error!r})") from error
     found = {index: _bytes(text, stand_ins) for index, text in texts.items()}
     found |= {index: text.encode() for index, text in added.items()}
+    if not found:
+        raise Refused(f"token file {path} has no tokens")
     missing = [f"id {index} has no token" for index in range(len(found)) if index not in found]
-    refuse_all(missing[:8], f"--tokens {path}: the ids are not 0 to {len(found) - 1}:")
+    refuse_all(missing[:8], f"token file {path}: the ids are not 0 to {len(found) - 1}:")
     return [found[index] for index in range(len(found))]
 
 

@@ -22,6 +22,7 @@ from gt_jax.models.language_model import initialise
 from gt_jax.sample import main as sample
 from gt_jax.text.batches import open_text
 from gt_jax.text.tokenizers import ByteTokenizer, open_tokenizer, tokenizer_of, vocabulary_difference
+from gt_jax.text.vocabulary_files import read_tokens
 from gt_jax.training.loop import train_run, with_token_bytes
 from tests.support import small_model
 
@@ -99,6 +100,52 @@ def test_what_cannot_be_used_is_refused(files, tmp_path):
             open_tokenizer(name)
     with pytest.raises(Refused, match=r"document 0 is not UTF-8 \(byte 3\)"):
         open_text(DataConfig(text=(str(tmp_path / "latin.txt"),), tokenizer=str(files / "hf"), sequence_length=16))
+
+
+def with_words(folder, vocabulary, **unknown):
+    """A tokenizer.json that knows these words and no others, by its path."""
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, **unknown))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(folder / "words.json"))
+    return str(folder / "words.json")
+
+
+def test_a_document_keeps_all_its_tokens_whatever_the_file_asks_for(files, tmp_path):
+    """Truncated, the rest of a document would never be trained on; by dropout its tokens would differ each time."""
+    library = tokenizers.Tokenizer.from_file(str(files / "hf" / "tokenizer.json"))
+    wanted = library.encode(STORY).ids
+    library.enable_truncation(8)
+    library.enable_padding(length=400, pad_id=1)
+    library.model.dropout = 0.9
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["dropout"] == pytest.approx(0.9)
+    assert open_tokenizer(str(tmp_path)).encode(STORY.encode()).tolist() == wanted
+
+
+def test_ids_with_gaps_fit_the_vocabulary(tmp_path):
+    """Of 2 tokens one is id 70,000: counted, they would be stored in 16 bits as another id."""
+    path = with_words(tmp_path, {"deep": 0, "net": 70000}, unk_token="deep")
+    (tmp_path / "text.txt").write_text("net deep " * 40)
+    text = open_text(DataConfig(text=(str(tmp_path / "text.txt"),), tokenizer=path, sequence_length=8))
+    assert text.tokenizer.vocab_size == 70002 and text.tokens[:2].tolist() == [70000, 0]
+
+
+def test_a_word_without_a_token_is_refused(tmp_path):
+    path = with_words(tmp_path, {"deep": 0}, unk_token="[UNK]")
+    (tmp_path / "text.txt").write_text("deep net " * 40)
+    with pytest.raises(Refused, match=r"document 0 has text that tokenizer .*words.json has no tokens for"):
+        open_text(DataConfig(text=(str(tmp_path / "text.txt"),), tokenizer=path, sequence_length=8))
+
+
+@pytest.mark.parametrize(("data", "says"), [
+    ({"model": {"vocab": {"a": 0}}, "decoder": "ByteLevel"}, "not made as a tokenizer.json is"),
+    ({"model": {"vocab": {"a": 0}}, "pre_tokenizer": {"pretokenizers": None}}, "not made as a tokenizer.json is"),
+    ({"model": {"vocab": {}}}, "has no tokens"), ({"model": {"vocab": {"a": 1}}}, "id 0 has no token"),
+])  # fmt: skip
+def test_a_file_of_tokens_that_is_none_is_refused(tmp_path, data, says):
+    (tmp_path / "tokens.json").write_text(json.dumps(data))
+    with pytest.raises(Refused, match=f"(?s)token file .*tokens.json.*{says}"):
+        read_tokens(tmp_path / "tokens.json")
 
 
 def test_a_vocabulary_that_is_too_small_is_refused_and_nothing_is_written(files, tmp_path):

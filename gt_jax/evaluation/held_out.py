@@ -18,7 +18,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import Rules, mesh_for_rows
-from gt_jax.errors import Refused, refuse_all
+from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.evaluation.confidence_intervals import FEWEST_UNITS, Interval, ratio_interval, sums_by_unit
 from gt_jax.evaluation.held_out_rows import held_out_rows
 from gt_jax.evaluation.loading import HELD_OUT_BATCHES, data_config, names_text, text_note
@@ -65,7 +65,8 @@ def evaluate_checkpoints(
         mesh: where they run; None takes as many devices as divide a batch.
         group: the processes, each of which calls it; then there is a mesh of the devices of all.
 
-    Raises `Refused` that lists all that keeps them from being evaluated, before anything is computed.
+    Raises `Refused` that lists all that keeps them from being evaluated, before anything is computed; `Failed` where a
+    model's losses are not finite.
     """
     group = group or ProcessGroup()
     opened, tokenizer, text = group.agree(lambda: _open(sources, named, batches, passes, mesh))
@@ -79,6 +80,9 @@ def evaluate_checkpoints(
             say(f"{one.path}: {len(rows)} batches")
             control = _control(one.config, passes)
             nats = score(one.config, one.load(), rows, control, Rules())
+            if wrong := np.count_nonzero(~np.isfinite(nats)):  # no limit and no verdict would mean anything
+                raise Failed(f"{one.path} gives no finite loss for {wrong:,} of {len(nats):,} tokens: its run went "
+                             "astray or its values are damaged; take an earlier step, or describe --check")  # fmt: skip
             sums.append(sums_by_unit(nats, covered.units))
     return {
         "text": text.summary(),

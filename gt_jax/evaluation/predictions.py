@@ -151,6 +151,8 @@ def summary(sums: Float64[np.ndarray, "fields units"], kind: str, confidence: fl
 
 def verdict(gap: Interval, kind: str) -> str:
     """What the limits of the gap leave open: "good", "good or usable", …, or that there are too few units to tell."""
+    if not np.isfinite(gap.value):
+        return "none: a loss is not finite, or no token is predicted"
     reached = gap.between((GOOD, USABLE))
     if reached is None:
         return f"too few {kind}s to tell, {FEWEST_UNITS} of like length are needed"

@@ -17,7 +17,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import MemoryConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.devices.sharding import Rules
-from gt_jax.errors import Refused
+from gt_jax.errors import Failed, Refused
 from gt_jax.evaluation.confidence_intervals import ratio_interval
 from gt_jax.evaluation.held_out import evaluate_checkpoints
 from gt_jax.evaluation.held_out_rows import held_out_rows
@@ -189,6 +189,14 @@ def test_what_cannot_be_evaluated_is_refused(folder, monkeypatch, capsys, words,
     with pytest.raises(Refused, match=says):
         evaluate.main(list(words))
     assert capsys.readouterr().out == ""
+
+
+def test_losses_that_are_not_finite_are_no_figure(folder, tmp_path):
+    """Of such a model "cannot be told apart" would be said otherwise, and --json had a traceback."""
+    values = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.dtype == jnp.float32 else x, perturbed(PLAIN, 0.1))
+    checkpoint.save(tmp_path / "astray", values, checkpoint.describe(folder / "plain")[1])
+    with pytest.raises(Failed, match=r"astray gives no finite loss for .* tokens"):
+        evaluate_checkpoints([folder / "plain", tmp_path / "astray"], batches=1)
 
 
 @pytest.mark.parametrize("change", [{"held_out": 0.1}, {"split": "fill"}])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,7 @@ def test_verdicts_say_what_the_interval_leaves_open():
             ((0.01, 0.02), (0.01, 0.05), (0.0, 0.5), (0.05, 0.5), (0.2, 0.3), (None, None))]  # fmt: skip
     assert said[:5] == ["good", "good or usable", "good or usable or poor", "usable or poor", "poor"]
     assert "too few places to tell" in said[5]
+    assert "not finite" in predictions.verdict(Interval(math.nan, math.nan, math.nan), "place")
 
 
 def test_no_logits_of_a_whole_batch_are_held():

@@ -46,8 +46,8 @@ def key() -> jax.Array:
 LONGEST = (  # from 120 CPU seconds down to 30
     "test_commands", "test_components", "test_verify", "test_demo", "test_growth_study", "test_several_processes",
     "test_calibration", "test_mixers", "test_gated_delta_rule_tpu", "test_bfloat16", "test_language_model",
-    "test_whole_model", "test_compile_time", "test_round_trip", "test_singular_values", "test_stream_resume", "test_stream",
-    "test_sliding",
+    "test_whole_model", "test_compile_time", "test_round_trip", "test_singular_values", "test_stream_resume",
+    "test_stream", "test_sliding",
 )  # fmt: skip
 
 

@@ -89,7 +89,8 @@ class Run:
         self._state = self._trainer.new_state(initialise(config, 0))
         self._batches = batches(config.vocab, options.batch, options.tokens)
         self._metadata = {"kind": "train", "config": config.to_json()}
-        self.root, self._checkpoints, self.losses = root, RunCheckpoints(root), []
+        self.root, self._checkpoints = root, RunCheckpoints(root)
+        self.losses: list[float] = []
 
     def stretch(self, steps: int, save: bool) -> Stretch:
         """So many more steps, a save begun after the first of them."""

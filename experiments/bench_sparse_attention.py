@@ -17,7 +17,7 @@ import argparse
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from experiments.machine import machine
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
 
 SIDES = {"dense": "reference", "tiled": "xla"}
-BUDGET = {"k_base": 512, "k_min": 32, "k_max": 1024}
+BUDGET: dict[str, Any] = {"k_base": 512, "k_min": 32, "k_max": 1024}
 Passes = dict[str, Any]  # jitted functions by name
 
 
@@ -47,7 +47,7 @@ def make_inputs(t: int, sizes: argparse.Namespace) -> tuple[Any, ...]:
 
 def passes(implementation: str) -> Passes:
     """Forward, and forward with the gradients of all arguments."""
-    attend = functools.partial(sparse_attention, **BUDGET, implementation=implementation)
+    attend: Callable[..., Any] = functools.partial(sparse_attention, **BUDGET, implementation=implementation)
 
     def loss(q: Any, k: Any, v: Any, indexer: Indexer, positions: Positions) -> Any:
         o, seen = attend(q, k, v, indexer, positions)
@@ -83,7 +83,7 @@ def compare(name: str, dense: Any, tiled: Any) -> None:
         raise SystemExit(f"{name}: the two sides do not compute the same: relative difference {difference:.1e}")
 
 
-def alternate(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of a call of each in every round; one before is not timed."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for call in sides.values():

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
-    result = {}
+    result: dict[str, Any] = {}
     for dtype in ("float32", "bfloat16"):
         loss, seconds = train(arguments.preset, dtype, arguments.steps, arguments.seed)
         result[dtype] = {"loss": loss, "seconds": seconds}

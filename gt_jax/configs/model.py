@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from gt_jax.configs import layout
+from gt_jax.configs import layout as layouts
 from gt_jax.configs.json_config import Config, below
 from gt_jax.errors import Refused
 
@@ -349,13 +349,13 @@ class ModelConfig(Config):
     def problems(self) -> list[str]:
         wrong = below(self, 1, "width", "vocab", "mlp_width")
         try:
-            types = layout.parse(self.layout).types
+            types = layouts.parse(self.layout).types
         except Refused as error:
             return [*wrong, str(error)]
         for kind, name in (("D", "deltanet"), ("G", "gsa"), ("S", "sliding")):
             if kind in types and getattr(self, name) is None:
                 wrong.append(f"layout {self.layout} has {kind} layers; {name} must be given")
-        for segment in layout.parse(self.layout).segments:
+        for segment in layouts.parse(self.layout).segments:
             if "S" in segment.pattern.split("D")[0]:
                 wrong.append(f"pattern {segment.pattern}: an S layer reads the D layer before it in its pattern")
         if "S" in types and self.deltanet is not None and self.deltanet.variant != "groundthink":
@@ -386,9 +386,9 @@ class ModelConfig(Config):
         return wrong
 
     @property
-    def depth(self) -> layout.Layout:
+    def depth(self) -> layouts.Layout:
         """The parsed layout."""
-        return layout.parse(self.layout)
+        return layouts.parse(self.layout)
 
     @property
     def plain(self) -> ModelConfig:

@@ -52,8 +52,8 @@ Pass = tuple[int, int]
 class Routing(NamedTuple):
     """Sums over real tokens: entropy over log of the slots and share of null picks, by layer or by compared pair."""
 
-    entropy: Float[Array, "l"]
-    null_rate: Float[Array, "l"]
+    entropy: Float[Array, " l"]
+    null_rate: Float[Array, " l"]
 
 
 class Totals(NamedTuple):
@@ -66,10 +66,10 @@ class Totals(NamedTuple):
     source_ratio: Float[Array, "l p"]
     source_weight: Float[Array, "l p"]
     source_fixed_ratio: Float[Array, "l p"] | None
-    target_ratio: Float[Array, "l"]
+    target_ratio: Float[Array, " l"]
     source_routing: Routing | None
     target_routing: Routing | None
-    router_kl: Float[Array, "l"] | None
+    router_kl: Float[Array, " l"] | None
 
 
 def routing(slots: Float[Array, "l b t s"], experts: int, top_k: int, real: PerToken) -> Routing:
@@ -80,7 +80,7 @@ def routing(slots: Float[Array, "l b t s"], experts: int, top_k: int, real: PerT
     return Routing(_total(entropy, real), _total(null, real))
 
 
-def _total(x: Float[Array, "l b t"], real: PerToken) -> Float[Array, "l"]:
+def _total(x: Float[Array, "l b t"], real: PerToken) -> Float[Array, " l"]:
     return jnp.sum(x * real[None], axis=(1, 2))
 
 

@@ -57,7 +57,7 @@ class Interval(NamedTuple):
 
 
 def ratio_interval(
-    numerators: Float[np.ndarray, "units"], denominators: Float[np.ndarray, "units"], confidence: float = 0.95,
+    numerators: Float[np.ndarray, " units"], denominators: Float[np.ndarray, " units"], confidence: float = 0.95,
     fewest: int = FEWEST_UNITS,
 ) -> Interval:  # fmt: skip
     """Sum of numerators over sum of denominators, with limits where there are `fewest` units or more.
@@ -81,8 +81,8 @@ def ratio_interval(
 
 
 def sums_by_unit(
-    values: Float[np.ndarray, "tokens"], units: Int[np.ndarray, "tokens"]
-) -> Float[np.ndarray, "units"]:
+    values: Float[np.ndarray, " tokens"], units: Int[np.ndarray, " tokens"]
+) -> Float[np.ndarray, " units"]:
     """The sum of the values of each unit, units in ascending order of their number; float64."""
     _, place = np.unique(units, return_inverse=True)
     return np.bincount(place, weights=values.astype(np.float64))

@@ -22,7 +22,7 @@ from gt_jax.models.layers.memory_stream import no_memory
 from gt_jax.typing import Tree
 
 
-def sample_token(key: Array, logits: Float[Array, "b v"], temperature: float, top_k: int | None) -> Int[Array, "b"]:
+def sample_token(key: Array, logits: Float[Array, "b v"], temperature: float, top_k: int | None) -> Int[Array, " b"]:
     """A token from softmax(logits / temperature) over the `top_k` most likely; the most likely at temperature 0."""
     if top_k is not None:
         floor = jax.lax.top_k(logits, top_k)[0][:, -1:]

@@ -22,7 +22,7 @@ class HeldOutRows(NamedTuple):
     units: list[Int32[np.ndarray, "b t"]]
     kind: str
 
-    def scored_units(self) -> Int32[np.ndarray, "scored"]:
+    def scored_units(self) -> Int32[np.ndarray, " scored"]:
         """The unit of each token that is predicted, in the order of the batches."""
         return np.concatenate([of[batch["targets"] >= 0] for batch, of in zip(self.batches, self.units, strict=True)])
 
@@ -42,7 +42,7 @@ def held_out_rows(text: Text, batches: int | None = None) -> HeldOutRows:
     return HeldOutRows(text.held_out(batches), [batch["tokens"] for batch in marked], kind)
 
 
-def _units(text: Text) -> tuple[Int64[np.ndarray, "spans"], str]:
+def _units(text: Text) -> tuple[Int64[np.ndarray, " spans"], str]:
     """The unit of each held-out span, and what units are: spans that touch within a document are one unit."""
     starts, stops = text.held_out_spans.T
     end = text.tokenizer.end_of_document

@@ -28,7 +28,7 @@ from gt_jax.training.step import Batch, shard_batch
 from gt_jax.typing import Tree
 
 
-def byte_lengths(tokenizer: Tokenizer) -> Int64[np.ndarray, "vocab"]:
+def byte_lengths(tokenizer: Tokenizer) -> Int64[np.ndarray, " vocab"]:
     """How many bytes each token stands for; 0 for the end of a document."""
     lengths = np.fromiter(map(len, tokenizer.texts()), np.int64, tokenizer.vocab_size)
     lengths[tokenizer.end_of_document] = 0
@@ -68,7 +68,7 @@ def make_scores(
 
 def score(
     model: ModelConfig, variables: Tree, batches: Sequence[Batch], control: PassControl, rules: Rules
-) -> Float32[np.ndarray, "scored"]:
+) -> Float32[np.ndarray, " scored"]:
     """The nats of every target of the batches, in order; as many as `targets_of` the batches."""
     scores = make_scores(model, rules)
     found = []
@@ -78,6 +78,6 @@ def score(
     return np.concatenate(found)
 
 
-def targets_of(batches: Sequence[Batch]) -> Int[np.ndarray, "scored"]:
+def targets_of(batches: Sequence[Batch]) -> Int[np.ndarray, " scored"]:
     """The tokens that are predicted, in order."""
     return np.concatenate([batch["targets"][batch["targets"] >= 0] for batch in batches])

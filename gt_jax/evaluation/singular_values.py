@@ -49,9 +49,9 @@ EXHAUSTED = 1e-5
 class SingularValue(NamedTuple):
     """Of each row's Jacobian: `value` <= sigma_max <= value * factor, a singular value within `distance` of value."""
 
-    value: Float[Array, "b"]
-    distance: Float[Array, "b"]
-    factor: Float[Array, "b"]
+    value: Float[Array, " b"]
+    distance: Float[Array, " b"]
+    factor: Float[Array, " b"]
 
 
 class Step(NamedTuple):

@@ -298,7 +298,7 @@ def _size(square: Array) -> Array:
 def _normal(
     setting: Setting, objective: str, source: Tree, target: Tree, control: PassControl, gains: Array,
     batch: Mapping[str, Array],
-) -> tuple[Float[Array, "l"], Float[Array, "l l"]]:  # fmt: skip
+) -> tuple[Float[Array, " l"], Float[Array, "l l"]]:  # fmt: skip
     """(J^T dL/dx, J^T M J) of one batch, sums over its real tokens; for squares both halved, which no step notices."""
     syncs = setting.syncs if objective == "blocks" else setting.syncs[-1:]
     wanted = _source_states(setting, syncs, source, batch, control)

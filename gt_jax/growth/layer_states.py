@@ -32,7 +32,7 @@ States = Float[Array, "s b t *n d"]
 Gains = Float[Array | np.ndarray, "l"]
 
 
-def gains_of(config: ModelConfig, variables: Tree) -> Float[np.ndarray, "l"]:
+def gains_of(config: ModelConfig, variables: Tree) -> Float[np.ndarray, " l"]:
     """The `gain` of every layer, in the order of the layers."""
     gains = np.zeros(len(config.depth), np.float32)
     for segment, slot, layers in _slots(config):
@@ -138,7 +138,7 @@ def _block(
 
 
 def columns(
-    function: Callable[[Array], Array], at: Float[Array, "l"]
+    function: Callable[[Array], Array], at: Float[Array, " l"]
 ) -> tuple[Float[Array, "..."], Float[Array, "l ..."]]:
     """(function(at), its derivative by each component of `at` along a leading axis), exact; one component at a time.
 

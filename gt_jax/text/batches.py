@@ -30,7 +30,7 @@ from gt_jax.text.split import Spans, content_keys, split_documents
 from gt_jax.text.tokenizers import Tokenizer, encode_all, open_tokenizer
 
 Batch = dict[str, Int32[np.ndarray, "b t"]]
-Row = dict[str, Int32[np.ndarray, "t"]]
+Row = dict[str, Int32[np.ndarray, " t"]]
 Pieces = Int64[np.ndarray, "pieces"]
 
 # A piece is what the first shuffle moves. Whole files of 100 KB would fill hundreds of rows in succession; pieces of
@@ -64,7 +64,7 @@ class PackedRows:
     """
 
     def __init__(
-        self, tokens: UInt[np.ndarray, "n"], spans: Spans, row: int, seed: int, endless: bool,
+        self, tokens: UInt[np.ndarray, " n"], spans: Spans, row: int, seed: int, endless: bool,
         window: int = _WINDOW_ROWS,
     ) -> None:  # fmt: skip
         self._tokens, self._row, self._seed, self._endless = tokens, row, seed, endless
@@ -111,7 +111,7 @@ class PackedRows:
         order = self._permutation(len(self._starts), 0, epoch)
         return order, np.cumsum((self._stops - self._starts)[order])
 
-    def _permutation(self, length: int, purpose: int, number: int) -> Int64[np.ndarray, "length"]:
+    def _permutation(self, length: int, purpose: int, number: int) -> Int64[np.ndarray, " length"]:
         """A permutation that is a function of (seed, purpose, number).
 
         Sorted raw Philox bits: numpy promises that these never change, which it does not of Generator.permutation.
@@ -167,7 +167,7 @@ class Text:
 
     config: DataConfig
     source: str
-    tokens: UInt[np.ndarray, "n"]
+    tokens: UInt[np.ndarray, " n"]
     tokenizer: Tokenizer
     documents: int
     characters: int
@@ -282,7 +282,9 @@ def held_out_batches(config: DataConfig, batches: int | None = None) -> list[Bat
     return open_text(config).held_out(batches)
 
 
-def spread_batches(tokens: UInt[np.ndarray, "n"], spans: Spans, config: DataConfig, batches: int | None) -> list[Batch]:
+def spread_batches(
+    tokens: UInt[np.ndarray, " n"], spans: Spans, config: DataConfig, batches: int | None
+) -> list[Batch]:
     """At most `batches` batches of the rows of these spans: of N rows row i of n is row floor(i N / n); None is all."""
     size = config.batch_size
     rows = PackedRows(tokens, spans, config.sequence_length, _HELD_OUT_SEED, endless=False)

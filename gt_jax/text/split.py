@@ -31,7 +31,7 @@ from gt_jax.configs.data import DataConfig
 
 Spans = Int64[np.ndarray, "_ 2"]  # [start, stop) in the flat array of tokens, each inside one document
 Ends = Int64[np.ndarray, "documents"]
-Stretches = tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]  # where each ends, and the part that it is of
+Stretches = tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]  # where each ends, and the part that it is of
 
 TRAINING, HELD_OUT, TUNING = range(3)
 _FEW_DOCUMENTS = 20
@@ -49,13 +49,13 @@ class Parts(NamedTuple):
     tuning: Spans
 
 
-def content_keys(documents: Iterable[bytes]) -> UInt64[np.ndarray, "documents"]:
+def content_keys(documents: Iterable[bytes]) -> UInt64[np.ndarray, " documents"]:
     """A hash of each document's bytes: what chooses between documents of like length."""
     digests = b"".join(hashlib.blake2b(document, digest_size=8).digest() for document in documents)
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
-def split_documents(ends: Ends, keys: UInt64[np.ndarray, "documents"], config: DataConfig) -> Parts:
+def split_documents(ends: Ends, keys: UInt64[np.ndarray, " documents"], config: DataConfig) -> Parts:
     """The parts of documents that end at `ends` in one flat array of tokens, with `content_keys` `keys`.
 
     `config` gives the rule, the shares and the row. There must be a row of tokens for each part that is asked for.
@@ -68,7 +68,7 @@ def split_documents(ends: Ends, keys: UInt64[np.ndarray, "documents"], config: D
     return Parts(*(spans[part == number] for number in range(len(Parts._fields))))
 
 
-def _sampled(ends: Ends, keys: UInt64[np.ndarray, "documents"], config: DataConfig) -> Stretches:
+def _sampled(ends: Ends, keys: UInt64[np.ndarray, " documents"], config: DataConfig) -> Stretches:
     """Documents of each length by the hash of their content, and the tails of very long ones."""
     lengths = np.diff(ends, prepend=0)
     long = lengths > config.held_out * ends[-1] / _FEW_PLACES
@@ -106,7 +106,7 @@ def _filled(ends: Ends, config: DataConfig) -> Stretches:
     return ends, part
 
 
-def _too_little(cuts: Int64[np.ndarray, "n"], part: Int64[np.ndarray, "n"], config: DataConfig) -> bool:
+def _too_little(cuts: Int64[np.ndarray, " n"], part: Int64[np.ndarray, " n"], config: DataConfig) -> bool:
     """Whether a part that is asked for has less than a row, or the held-out one too few places to be a sample."""
     sizes = np.bincount(part, weights=np.diff(cuts, prepend=0), minlength=len(Parts._fields))
     asked = sizes if config.tuning else sizes[:TUNING]
@@ -132,7 +132,7 @@ def _even_pieces(ends: Ends, config: DataConfig) -> Stretches:
     return cuts, part[np.searchsorted(piece_ends, cuts)]
 
 
-def _evenly(count: int, share: float, leave: int) -> Bool[np.ndarray, "count"]:
+def _evenly(count: int, share: float, leave: int) -> Bool[np.ndarray, " count"]:
     """Every (1 / share)-th of `count` places: at least one of them, and at least `leave` others."""
     chosen = np.diff(np.floor(np.arange(count + 1) * share + 1e-9)) > 0
     chosen[-1] |= not chosen.any()

@@ -10,7 +10,7 @@ from jaxtyping import Int32, UInt8
 
 def token_table(
     texts: Sequence[bytes], width: int = 32
-) -> tuple[UInt8[np.ndarray, "vocab width"], Int32[np.ndarray, "vocab"]]:
+) -> tuple[UInt8[np.ndarray, "vocab width"], Int32[np.ndarray, " vocab"]]:
     """(bytes, lengths) of the tokens' texts: row i holds the first lengths[i] bytes of texts[i], then zeros.
 
     A text longer than `width` bytes is cut there, but not within a UTF-8 character; one that is not valid UTF-8 is cut

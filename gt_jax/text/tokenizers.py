@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     end_of_document: int
 
-    def encode(self, text: bytes) -> Int32[np.ndarray, "n"]:
+    def encode(self, text: bytes) -> Int32[np.ndarray, " n"]:
         """The ids of a document, without its end; raises ValueError for bytes that it cannot take."""
         ...
 
@@ -50,7 +50,7 @@ class ByteTokenizer:
     end_of_document = 256
     vocab_size = 257
 
-    def encode(self, text: bytes) -> Int32[np.ndarray, "n"]:
+    def encode(self, text: bytes) -> Int32[np.ndarray, " n"]:
         """The bytes as ids 0 to 255; no end of document is added."""
         return np.frombuffer(text, dtype=np.uint8).astype(np.int32)
 
@@ -106,7 +106,7 @@ class HuggingFaceTokenizer(_Text):
         size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         super().__init__(size, next((i for i in found if i is not None), None))
 
-    def encode(self, text: bytes) -> Int32[np.ndarray, "n"]:
+    def encode(self, text: bytes) -> Int32[np.ndarray, " n"]:
         words = text.decode()
         try:
             return np.array(self._tokenizer.encode(words, add_special_tokens=False).ids, np.int32)
@@ -135,7 +135,7 @@ class SentencePieceTokenizer(_Text):
         end = self._model.eos_id()
         super().__init__(self._model.get_piece_size(), end if end >= 0 else None)
 
-    def encode(self, text: bytes) -> Int32[np.ndarray, "n"]:
+    def encode(self, text: bytes) -> Int32[np.ndarray, " n"]:
         return np.array(self._model.encode(text.decode()), np.int32)
 
     def decode(self, ids: np.ndarray) -> bytes:
@@ -213,7 +213,7 @@ def vocabulary_difference(known: str, named: str) -> str | None:
     return f"{known} has {len(texts)} tokens, {named} {len(others)}, of which {common} stand for the same bytes"
 
 
-def encode_all(tokenizer: Tokenizer, name: str, documents: Sequence[bytes]) -> list[Int32[np.ndarray, "_"]]:
+def encode_all(tokenizer: Tokenizer, name: str, documents: Sequence[bytes]) -> list[Int32[np.ndarray, " _"]]:
     """The ids of each document; raises `Refused` naming the first document that the tokenizer cannot take."""
     encoded = []
     for index, document in enumerate(documents):

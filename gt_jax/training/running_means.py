@@ -20,7 +20,7 @@ def floats(statistics: Tree) -> Tree:
     return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None, statistics)
 
 
-def moved_once(start: Tree, moved: Tree, tokens: Float[Array, "pieces"]) -> Tree:
+def moved_once(start: Tree, moved: Tree, tokens: Float[Array, " pieces"]) -> Tree:
     """`start` with the mean of the leaves of `moved` [pieces, …] by `tokens`; as it is where no piece has any."""
     total = jnp.sum(tokens)
 

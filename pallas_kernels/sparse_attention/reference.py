@@ -109,7 +109,7 @@ def sparse_attention(
 def indexer_kl(
     attention: Float[Array, "b h t s"],
     scores: Float[Array, "b n t s"],
-    importance: Float[Array, "h"],
+    importance: Float[Array, " h"],
     chosen: Bool[Array, "b h t s"],
     head_axes: tuple[str, ...] = (),
 ) -> Float[Array, "b t"]:
@@ -129,7 +129,7 @@ def indexer_kl(
 
 
 def head_weights(
-    chosen: Bool[Array, "b h t s"], importance: Float[Array, "h"], indexer_heads: int
+    chosen: Bool[Array, "b h t s"], importance: Float[Array, " h"], indexer_heads: int
 ) -> Float[Array, "b n t s"]:
     """Importance of the attention heads that selected the key, summed over the heads of each indexer head."""
     b, _, t, s = chosen.shape
@@ -137,7 +137,7 @@ def head_weights(
     return weights.reshape(b, indexer_heads, -1, t, s).sum(axis=2)
 
 
-def head_mean(x: Float[Array, "b h *rest"], head_axes: tuple[str, ...]) -> Float[Array, "b *rest"]:
+def head_mean(x: Float[Array, "b h *rest"], head_axes: tuple[str, ...]) -> Float[Array, " b *rest"]:
     """Mean over all heads, those of the other shards included."""
     mean = jnp.mean(x, axis=1)
     return jax.lax.pmean(mean, head_axes) if head_axes else mean

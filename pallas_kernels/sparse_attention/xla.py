@@ -103,7 +103,7 @@ class _Shared(NamedTuple):
     variance_ema: Array
 
     @property
-    def weights(self) -> Float[Array, "h"]:
+    def weights(self) -> Float[Array, " h"]:
         """sigmoid(importance)"""
         return jax.nn.sigmoid(self.importance)
 
@@ -239,7 +239,7 @@ def _divergence(
     plan: _Plan,
     block: Callable[[Array], _Block],
     span: tuple[Array, Array],
-    importance: Float[Array, "h"],
+    importance: Float[Array, " h"],
     log_sum: Float[Array, "b h t"],
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """KL(P || Q) of `reference.indexer_kl`, and sum P / sum of Q's mass, its slope in that sum."""

@@ -74,7 +74,7 @@ class PassStatistics(NamedTuple):
 
 
 def mean_over_tokens(
-    statistics: PassStatistics, tokens: Float[Array, "pieces"], adaptive: AdaptiveConfig | None
+    statistics: PassStatistics, tokens: Float[Array, " pieces"], adaptive: AdaptiveConfig | None
 ) -> PassStatistics:  # fmt: skip
     """Statistics [l, p] of a text from those of its pieces [pieces, l, p]: what is a mean over tokens stays one.
 

@@ -41,7 +41,7 @@ def l2_normalise(x: Float[Array, "... k"]) -> Float[Array, "... k"]:
 
 
 def log_decay(
-    logits: Float[Array, "b t hv"], a_log: Float[Array, "hv"], dt_bias: Float[Array, "hv"], floor: float | None = None
+    logits: Float[Array, "b t hv"], a_log: Float[Array, " hv"], dt_bias: Float[Array, " hv"], floor: float | None = None
 ) -> Float[Array, "b t hv"]:
     """g = max(-exp(A_log) softplus(logits + dt_bias), floor) <= 0, float32; None is no floor."""
     wide = widen(logits) + dt_bias[None, None]
@@ -50,7 +50,7 @@ def log_decay(
 
 
 def skip_read(
-    q: Float[Array, "b t h k"], k: Float[Array, "b t h k"], v: Float[Array, "b t hv v"], strength: Float[Array, "hv"]
+    q: Float[Array, "b t h k"], k: Float[Array, "b t h k"], v: Float[Array, "b t hv v"], strength: Float[Array, " hv"]
 ) -> Float[Array, "b t hv v"]:
     """D_h (q.k) v, float32, with the q and k that value head h reads and writes with; not scaled like the read."""
     match = jnp.repeat(jnp.sum(widen(q) * widen(k), axis=-1), v.shape[2] // q.shape[2], axis=2)

@@ -298,7 +298,7 @@ def _beside(per_row: Array, x: Array) -> Array:
     return per_row.reshape(*per_row.shape, *(1,) * (x.ndim - per_row.ndim))
 
 
-def keep_where(living: Bool[Array, "b"], new: Tree, old: Tree) -> Tree:
+def keep_where(living: Bool[Array, " b"], new: Tree, old: Tree) -> Tree:
     """`new` for living rows, `old` for halted ones, leaf by leaf [b, …], laid out as `new`."""
 
     def choose(new: Array, old: Array) -> Array:

@@ -31,9 +31,9 @@ class Dispatch(NamedTuple):
     rows after the last run are empty.
     """
 
-    pick: Int[Array, "r"]
-    row: Int[Array, "m"]
-    sizes: Int[Array, "e"]
+    pick: Int[Array, " r"]
+    row: Int[Array, " m"]
+    sizes: Int[Array, " e"]
 
 
 def block_size(picks: int, experts: int) -> int:
@@ -48,7 +48,7 @@ def row_count(picks: int, count: int, block: int) -> int:
     return rows if rows < 4 * TILE else -(-rows // TILE) * TILE
 
 
-def dispatch(experts: Int[Array, "m"], count: int, block: int) -> Dispatch:
+def dispatch(experts: Int[Array, " m"], count: int, block: int) -> Dispatch:
     """Rows for the picks of experts 0 … count-1, in the order of the picks within each expert; others get no row."""
     picks = experts.shape[0]
     order = jnp.argsort(experts, stable=True).astype(jnp.int32)
@@ -64,7 +64,7 @@ def dispatch(experts: Int[Array, "m"], count: int, block: int) -> Dispatch:
 
 
 @jax.custom_vjp
-def spread(x: Float[Array, "n d"], source: Int[Array, "r"], rows: Int[Array, "n k"]) -> Float[Array, "r d"]:
+def spread(x: Float[Array, "n d"], source: Int[Array, " r"], rows: Int[Array, "n k"]) -> Float[Array, "r d"]:
     """y_r = x[source_r], 0 where source_r is n. `rows` says the same the other way: those that came from each of x.
 
     The transpose of a gather is a sum of scattered rows, which a TPU sorts first and then writes one by one; as the
@@ -74,7 +74,7 @@ def spread(x: Float[Array, "n d"], source: Int[Array, "r"], rows: Int[Array, "n 
 
 
 @jax.custom_vjp
-def collect(y: Float[Array, "r d"], source: Int[Array, "r"], rows: Int[Array, "n k"]) -> Float[Array, "n d"]:
+def collect(y: Float[Array, "r d"], source: Int[Array, " r"], rows: Int[Array, "n k"]) -> Float[Array, "n d"]:
     """x_n = sum_k y[rows_nk], where rows_nk is r nothing: the transpose of `spread`."""
     return jnp.sum(y.at[rows].get(mode="fill", fill_value=0), axis=1)
 
@@ -87,13 +87,13 @@ spread.defvjp(_kept(spread), lambda kept, gradient: (collect(gradient, *kept), N
 collect.defvjp(_kept(collect), lambda kept, gradient: (spread(gradient, *kept), None, None))
 
 
-def ragged_product(x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"]) -> Float[Array, "r f"]:
+def ragged_product(x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"]) -> Float[Array, "r f"]:
     """Each expert's run of rows times its matrix by `jax.lax.ragged_dot`; 0 after the last run."""
     return _inside(jax.lax.ragged_dot(x, w, sizes), sizes)
 
 
 def blocked_product(
-    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], block: int
+    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"], block: int
 ) -> Float[Array, "r f"]:
     """`ragged_product` for runs that are multiples of `block`: each block of rows times its expert's matrix.
 
@@ -109,7 +109,7 @@ def blocked_product(
 
 
 def blocked_gradients(
-    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], gradient: Float[Array, "r f"], block: int
+    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"], gradient: Float[Array, "r f"], block: int
 ) -> tuple[Float[Array, "r d"], Float[Array, "e d f"]]:
     """dx = gradient w^T and dw_i = x_i^T gradient_i, block after block; dw is added to in place, in float32."""
 
@@ -132,7 +132,7 @@ def _owners(x: Array, w: Array, sizes: Array, block: int) -> tuple[Array, Array]
 
 
 def tiled_product(
-    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], *, interpret: bool = False
+    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"], *, interpret: bool = False
 ) -> Float[Array, "r f"]:
     """`ragged_product` by megablox, the TPU kernel that comes with JAX; its derivative is `tiled_gradients`."""
     product = gmm(x, w, sizes, x.dtype, _tiles(x.shape[0], w.shape[1], w.shape[2]), interpret=interpret)
@@ -140,7 +140,7 @@ def tiled_product(
 
 
 def tiled_gradients(
-    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], gradient: Float[Array, "r f"],
+    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"], gradient: Float[Array, "r f"],
     *, interpret: bool = False,
 ) -> tuple[Float[Array, "r d"], Float[Array, "e d f"]]:
     """dx = gradient w^T by runs, dw_i = x_i^T gradient_i, both by megablox.
@@ -164,7 +164,7 @@ def takes_tiles(rows: int, inner: int, outer: int) -> bool:
     return math.gcd(rows, TILE) >= LANES and inner % LANES == 0 and outer % LANES == 0
 
 
-def _inside(product: Float[Array, "r f"], sizes: Int[Array, "e"]) -> Float[Array, "r f"]:
+def _inside(product: Float[Array, "r f"], sizes: Int[Array, " e"]) -> Float[Array, "r f"]:
     """0 after the last run, where a kernel may leave what it finds."""
     inside = jnp.arange(product.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
     return jnp.where(inside[:, None], product, 0.0)
@@ -172,7 +172,7 @@ def _inside(product: Float[Array, "r f"], sizes: Int[Array, "e"]) -> Float[Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_product(
-    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, "e"], block: int
+    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"], block: int
 ) -> Float[Array, "r f"]:
     """Each expert's run of rows times its matrix; runs are multiples of `block`.
 

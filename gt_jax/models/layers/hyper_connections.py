@@ -201,7 +201,7 @@ class Scale(nn.Module):
     rules: Rules
 
     @nn.compact
-    def __call__(self) -> Float[Array, "d"]:
+    def __call__(self) -> Float[Array, " d"]:
         return self.param("scale", nn.initializers.ones, (self.width,), jnp.float32, on_mesh(self.rules.spec(None)))
 
 

@@ -24,7 +24,7 @@ class Memory(NamedTuple):
     """The state that is carried and the segment id of its document; segment 0 is no memory."""
 
     value: Float[Array, "b d"]
-    segment: Int[Array, "b"]
+    segment: Int[Array, " b"]
 
 
 def no_memory(batch: int, width: int, dtype: str) -> Memory:

@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
     segment_ids: Tokens
     positions: Tokens
-    start: Int[Array, "b"] | None = None
+    start: Int[Array, " b"] | None = None
     key: Array | None = None
 
 
@@ -49,7 +49,7 @@ class MixerOutput(NamedTuple):
 
 
 def place_rows(
-    segment_ids: Tokens, start: Int[Array, "b"] | None = None, key: Array | None = None, rules: Rules | None = None
+    segment_ids: Tokens, start: Int[Array, " b"] | None = None, key: Array | None = None, rules: Rules | None = None
 ) -> Place:
     """The place of whole rows, or with a cache of the tokens from index `start` on: positions = start + 0, 1, 2 …"""
     rules = Rules() if rules is None else rules

@@ -37,7 +37,7 @@ class MLPOutput(NamedTuple):
 
     y: Activations
     auxiliary_loss: Scalar
-    experts: Float[Array, "e"]
+    experts: Float[Array, " e"]
     null_rate: Scalar
     router_entropy: Scalar
 
@@ -66,7 +66,7 @@ def route(slots: Float[Array, "b t s"], experts: int, top_k: int) -> Routing:
 
 def router_losses(
     config: MoEConfig, slots: Float[Array, "b t s"], experts: Int[Array, "b t k"], real: PerToken
-) -> tuple[Scalar, Float[Array, "e"], Scalar, Scalar]:
+) -> tuple[Scalar, Float[Array, " e"], Scalar, Scalar]:
     """(auxiliary loss, shares of experts, null rate, entropy) over the tokens with real 1; see `MLPOutput`.
 
     loss = balance_loss e sum_i f_i P_i + router_z_loss mean(logsumexp(slots)^2)

@@ -101,7 +101,7 @@ def _add_scaled_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[A
 add_scaled.defvjp(_add_scaled_forward, _add_scaled_backward)
 
 
-def rms_norm(x: Float[Array, "... d"], scale: Float[Array, "d"], epsilon: float) -> Float[Array, "... d"]:
+def rms_norm(x: Float[Array, "... d"], scale: Float[Array, " d"], epsilon: float) -> Float[Array, "... d"]:
     """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32, returned in x's dtype (arXiv 1910.07467)."""
     wide = widen(x)
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
@@ -110,7 +110,7 @@ def rms_norm(x: Float[Array, "... d"], scale: Float[Array, "d"], epsilon: float)
 
 def short_convolution(
     x: Float[Array, "b t *c"],
-    weight: Float[Array, "w *c"],
+    weight: Float[Array, " w *c"],
     segment_ids: Int[Array, "b t"],
     window: Float[Array, "b r *c"],
     window_segments: Int[Array, "b r"],
@@ -134,7 +134,7 @@ def short_convolution(
     return total.astype(x.dtype)
 
 
-def rotary_frequencies(width: int, base: float, table: Rope, dtype: jnp.dtype) -> Float[Array, "half"]:
+def rotary_frequencies(width: int, base: float, table: Rope, dtype: jnp.dtype) -> Float[Array, " half"]:
     """Radians a position of each of the width/2 pairs: base^(-2i/width) ("standard", arXiv 2104.09864).
 
     "origin": base^(-2 ((2i) mod (width/2)) / width), every second one of the standard table, each used twice.

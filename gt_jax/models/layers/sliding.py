@@ -150,7 +150,7 @@ class SlidingAttention(nn.Module):
         y = outward("bthv,hvd->btd", read, ("batch", None, None))
         return (widen(y) * gate).astype(y.dtype), statistics
 
-    def _strength(self, place: Place, rows: int) -> Float[Array, "b"]:
+    def _strength(self, place: Place, rows: int) -> Float[Array, " b"]:
         """m of each row."""
         if place.key is None:
             strength = jnp.full((rows,), self.config.evaluation_scale, jnp.float32)

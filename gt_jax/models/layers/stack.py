@@ -47,7 +47,7 @@ def empty_buffer(x: Float[Array, "*x"], skips: Skips) -> SkipBuffer:
 
 
 def enter(
-    x: Float[Array, "*x"], buffer: SkipBuffer, weights: Float[Array, "s"], layer: LayerIndex, skips: Skips
+    x: Float[Array, "*x"], buffer: SkipBuffer, weights: Float[Array, " s"], layer: LayerIndex, skips: Skips
 ) -> Float[Array, "*x"]:
     """x + sum of weights[i] buffer[source of skip i] over the skips that end at `layer`, before `mix`."""
     for index, (source, target) in enumerate(skips):
@@ -64,10 +64,10 @@ def record(x: Float[Array, "*x"], buffer: SkipBuffer, layer: LayerIndex, skips: 
 
 
 def contributions(
-    residual_scales: Float[Array | np.ndarray, "l"],
-    weights: Float[Array | np.ndarray, "s"] | None = None,
+    residual_scales: Float[Array | np.ndarray, " l"],
+    weights: Float[Array | np.ndarray, " s"] | None = None,
     skips: Skips = (),
-) -> Float[Array | np.ndarray, "l"]:
+) -> Float[Array | np.ndarray, " l"]:
     """The factor with which each layer's update reaches the output on the direct path: prod_{j>l} a_j.
 
     With skips also along them: c_l = a_{l+1} c_{l+1} + sum_{(l, j)} w a_j c_j. numpy in, numpy out.

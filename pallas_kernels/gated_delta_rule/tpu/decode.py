@@ -90,7 +90,7 @@ def unsupported(q: Array, k: Array, v: Array) -> list[str]:
     return problems
 
 
-def make_plan(q: Array, v: Array, scale: float) -> Plan:
+def make_plan(q: Array | jax.ShapeDtypeStruct, v: Array | jax.ShapeDtypeStruct, scale: float) -> Plan:
     """As many heads a step as divide those there are and fit; where all do, as many rows of the batch."""
     batch, tokens, key_heads, key_width = q.shape
     group, value_width = v.shape[2] // key_heads, v.shape[3]

@@ -27,7 +27,7 @@ def indexer_scores(
     query: Float[Array, "b t n i"],
     key: Float[Array, "b s n i"],
     weight: Float[Array, "b t n"],
-    bias: Float[Array, "n"],
+    bias: Float[Array, " n"],
     scale: float | None = None,
 ) -> Float[Array, "b n t s"]:
     """w_t * sigmoid(qI_t . kI_s * scale + bias) per indexer head, float32, in [0, 1] for w in [0, 1].
@@ -48,7 +48,7 @@ def visible_variance(scores: Float[Array, "b n t s"], visible: Bool[Array, "b t 
 
 
 def row_variance(
-    scores: Float[Array, "b n t s"], visible: Bool[Array, "b t s"], length: Int[Array, "b"]
+    scores: Float[Array, "b n t s"], visible: Bool[Array, "b t s"], length: Int[Array, " b"]
 ) -> Float[Array, "b n t"]:
     """Population variance over all `length` entries of the row, those that are not visible counted as 0.
 
@@ -62,7 +62,7 @@ def _visible_sum(x: Float[Array, "b n t s"], visible: Bool[Array, "b t s"]) -> F
 
 
 def variance_of(
-    total: Callable[[Callable[[Array], Array]], Array], count: Int[Array, "b t"], size: Int[Array, "b #t"]
+    total: Callable[[Callable[[Array], Array]], Array], count: Int[Array, "b t"], size: Int[Array, " b #t"]
 ) -> Float[Array, "b n t"]:
     """Population variance over `size` entries, all but `count` of which are 0; `total(f)` sums f(score) over those."""
     of_all, zeros = (x.astype(jnp.float32)[:, None] for x in (size, size - count))

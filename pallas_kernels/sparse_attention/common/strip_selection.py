@@ -72,7 +72,7 @@ def select_rows(
     strip: Strip,
     span: tuple[Array, Array],
     tile: int,
-    importance: Float[Array, "h"],
+    importance: Float[Array, " h"],
     variance_ema: Float[Array, ""],
     length: Int[Array, "1"],
     *,

@@ -140,7 +140,7 @@ def select(
     return threshold, end, count, seen[:, 0], variance, flags
 
 
-def importances(shared: Shared) -> Float[Array, "h"]:
+def importances(shared: Shared) -> Float[Array, " h"]:
     """Of each head, in (0, 1)."""
     return jax.nn.sigmoid(shared.importance.astype(jnp.float32))
 

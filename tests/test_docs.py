@@ -38,7 +38,10 @@ def parsed(rest):
     words = shlex.split(rest, comments=True)
     module, arguments = words[0], words[1:]
     if module.startswith("experiments."):
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"there is no {module}"
+        file = ROOT / f"{module.replace('.', '/')}.py"
+        assert file.is_file(), f"there is no {module}"
+        unknown = {word.split("=")[0] for word in arguments if word.startswith("--")} - {"--help"} - options(file)
+        assert not unknown, f"{module} has no {', '.join(sorted(unknown))}"
         return
     if module == "gt_jax":
         if not arguments or arguments[0] in ("--version", "COMMAND"):
@@ -55,6 +58,13 @@ def parsed(rest):
     wrong = [word for word in arguments if word.startswith("--") and word.split("=")[0] not in known]
     assert not wrong, f"{name} has no {', '.join(wrong)}"
     importlib.import_module(module).parser().parse_args(arguments)
+
+
+def options(file):
+    """The options that a file of experiments/, or of a folder there that it imports from, adds to a parser."""
+    folders = sorted(set(re.findall(r"(?:from|import) experiments\.(\w+)", text_of(file))))
+    files = [file, *(other for folder in folders for other in (ROOT / "experiments" / folder).glob("*.py"))]
+    return {flag for one in files for flag in re.findall(r"add_argument\(\s*\"(--[\w-]+)", text_of(one))}
 
 
 def flags(name):
@@ -77,8 +87,7 @@ def test_every_command_line_parses(page, capsys):
 def test_every_option_named_in_a_line_exists(page):
     """`--option` in running text belongs to some command, to pip, or to pytest."""
     known = {flag for name in entry.COMMANDS for flag in flags(name)}
-    studies = "".join(map(text_of, (ROOT / "experiments").glob("*.py")))
-    known |= set(re.findall(r"add_argument\(\s*\"(--[\w-]+)", studies))
+    known |= set().union(*map(options, (ROOT / "experiments").glob("*.py")))
     known |= {"--version", "--help", "--no-deps", "--durations", "--dist"}
     named = set(re.findall(r"`(--[a-z][\w-]*)", text_of(page)))
     assert not {flag for flag in named if flag not in known and not flag.startswith("--xla_")}, page
@@ -87,19 +96,25 @@ def test_every_option_named_in_a_line_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_link_and_path_leads_somewhere(page):
     text = text_of(page)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
-               for heading in re.findall(r"^#+ (.+)$", text, re.M)}
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)]+?)\)", text):
+        target = "".join(target.split())  # a link may be broken over two lines
         if re.match(r"https?://", target):
             continue
         path, _, anchor = target.partition("#")
-        assert not path or (page.parent / path).exists(), f"{page.name} links to {target}, which is not there"
-        assert path or anchor in anchors, f"{page.name} links to #{anchor}; its headings are {sorted(anchors)}"
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links to {target}, which is not there"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}; headings: {anchors(file)}"
     for path in re.findall(r"`((?:gt_jax|pallas_kernels|experiments|tests|docs)/[\w./*]+)`", text):
         any_operation = path.rstrip("/").replace("/OP/", "/*/")  # how CONTRIBUTING names one that is to come
         assert list(ROOT.glob(any_operation)), f"{page.name} names {path}, which is not there"
     for module in re.findall(r"`((?:gt_jax|pallas_kernels|experiments)(?:\.\w+)+)(?:\(.*?\))?`", text):
         assert exists(module), f"{page.name} names {module}, which is not there"
+
+
+def anchors(page):
+    """What may stand after # in a link to a page."""
+    return sorted(re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+                  for heading in re.findall(r"^#+ (.+)$", text_of(page), re.M))
 
 
 def exists(dotted):
@@ -130,3 +145,33 @@ def test_the_library_section_uses_the_public_face_and_nothing_else():
     small = code.replace('preset("tiny")', 'preset("tiny").replace(layout="DG")')  # as the examples
     assert small != code
     exec(compile(small, "README.md", "exec"), {})
+
+
+REPORT = ROOT / "experiments" / "results" / "growth_operators.md"
+FIGURE = r"([+-]?\d+\.\d+)"
+INTERVAL = re.compile(rf"{FIGURE}(?:[^\d(.]{{0,20}} \((?:95 % interval )?|(?: \(|(?: points)?, )){FIGURE} to {FIGURE}")
+
+
+def numbers(match):
+    """A mean and its interval, and those of the same comparison turned round."""
+    mean, low, high = (float(word) for word in match)
+    return {(mean, low, high), (-mean, -high, -low)}
+
+
+@pytest.mark.parametrize(("page", "start", "end"), [
+    ("docs/studies.md", "## Which way of growing", "## Does bfloat16"),
+    ("docs/depth.md", "## What is not shown yet", "## The recurrence"),
+    ("docs/growing.md", "### The identity of growth", "## The commands"),
+    ("README.md", "Not shown yet", "## Licence"),
+])  # fmt: skip
+def test_every_interval_of_the_study_in_the_docs_stands_in_its_report(page, start, end):
+    """To the digits that the page gives; a page may turn a comparison round."""
+    told = [numbers(match) for match in INTERVAL.findall(text_of(REPORT))]
+    known = set().union(*told)
+    text = " ".join(text_of(ROOT / page).split(start)[1].split(end)[0].split())
+    found = INTERVAL.findall(text)
+    assert len(found) > 1, "hardly any figure of the study was recognised"
+    for match in found:
+        digits = min(len(word.split(".")[1]) for word in match)
+        wanted = tuple(float(word) for word in match)
+        assert any(tuple(round(x, digits) for x in one) == wanted for one in known), f"{page}: {' '.join(match)}"

@@ -12,6 +12,7 @@ from experiments.growth_study.run import CONTROLS, LONGER, ON_FLOPS, ON_TOKENS, 
 from experiments.growth_study.study import SEEN_ALLOWED, StudyConfig
 
 GAP_WANTED, CALIBRATED_WANTED, SHARE_WANTED = 1.0, 0.3, 0.5
+FITTED = ", calibrated"  # how the name of a calibrated operator ends
 Found = Mapping[str, Any]
 
 
@@ -30,12 +31,21 @@ def findings(study: StudyConfig, units: Units, found: Found, first: str) -> list
     lines += [target(found, name, GAP_WANTED) for name in (README, BLOCK, DEALT)]
     lines += [target(found, one.name, CALIBRATED_WANTED) for one in OPERATORS if one.calibrated]
     errors = {one.name: max(found[one.name]["seeds"]["gap_error"]) for one in OPERATORS}
-    lines.append(f"The standard error of one seed's gap over the held-out batches (paired), %: {errors[BLOCK]:.2f} "
-                 f"{BLOCK}, {errors[DEALT]:.2f} {DEALT}, at most {max(errors.values()):.2f}.")  # fmt: skip
+    lines.append(f"The standard error of one seed's gap over the held-out batches (paired, each batch taken as "
+                 f"independent; where they share documents it is larger), %: {errors[BLOCK]:.2f} {BLOCK}, "
+                 f"{errors[DEALT]:.2f} {DEALT}, at most {max(errors.values()):.2f}.")  # fmt: skip
     others = (README, ONCE, "random new layers", ON_TOKENS, ON_FLOPS, SCRATCH_FLOPS, SCRATCH_TOKENS)
     pairs = ((DEALT, BLOCK), (BLOCK, README), *((DEALT, other) for other in others), (LONGER, SCRATCH_TOKENS))
+    named = [(mine, other) for mine, other in pairs if {mine, other} <= set(sound)]
+    lines.append(f"The {len(named)} comparisons that follow are of losses after training on, with the FLOPs of both "
+                 f"({len(study.seeds)} seed{'s' * (len(study.seeds) != 1)}; were there no difference at all, "
+                 f"{0.05 * len(named):.1f} of them would be called one by chance).")  # fmt: skip
     lines += [f"{verdict(mine, other, paired(found, mine, other))}{compute(found, mine, other)}."
-              for mine, other in pairs if {mine, other} <= set(sound)]  # fmt: skip
+              for mine, other in named]  # fmt: skip
+    for key, words in (("gap", "in the gap at growth, %"), ("final", "after training on")):
+        lines += [f"Calibration, {words}: {verdict(fitted, plain, paired(found, fitted, plain, key))}"
+                  f"{compute(found, fitted, plain)}."
+                  for plain, fitted in calibrated() if {plain, fitted} <= set(sound)]  # fmt: skip
     lines += [reach(study, found, name) for name in (BLOCK, DEALT, LONGER)]
     for name, tried in units[study.seeds[0]]["tuning"].items():
         if len(tried) > 1 and min(tried, key=tried.__getitem__) in (min(tried, key=float), max(tried, key=float)):
@@ -65,6 +75,13 @@ def comparisons(found: Found, sound: list[str]) -> list[str]:
     return lines
 
 
+def calibrated() -> list[tuple[str, str]]:
+    """Every operator that is compared with and without calibration: (without, with)."""
+    names = [one.name for one in OPERATORS]
+    return [(one.name.removesuffix(FITTED), one.name) for one in OPERATORS
+            if one.calibrated and one.name.removesuffix(FITTED) in names]  # fmt: skip
+
+
 def compute(found: Found, mine: str, other: str) -> str:
     """How the FLOPs of two contenders compare."""
     times_as_much = of(found, mine, "flops").mean / of(found, other, "flops").mean
@@ -86,8 +103,10 @@ def reach(study: StudyConfig, found: Found, name: str) -> str:
         return f"{line})."
     share = there.median / total
     whole = share + study.source_steps * study.tokens_per_step / 1e3 / total
+    odds = 100 * (1 - 2.0 ** (1 - len(there.times)))
     return (f"{line}, {share:.2f} of that model's, {whole:.2f} with the source's own training; wanted: at most "
-            f"{SHARE_WANTED:g}).")  # fmt: skip
+            f"{SHARE_WANTED:g}; the true median lies between the least and the largest of the times with {odds:.0f} %, "
+            "so this is no claim).")  # fmt: skip
 
 
 def largest(units: Units, name: str) -> str:

@@ -37,7 +37,7 @@ class About(NamedTuple):
 
 
 def paired_error(one: Losses, other: Losses) -> float:
-    """Standard error, nats a byte, of the difference of two mean losses on the same batches."""
+    """Standard error, nats a byte, of the difference of two mean losses on the same batches, taken as independent."""
     difference = (np.array(one.sums) - np.array(other.sums)) / np.maximum(np.array(one.counts), 1.0)
     return float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else 0.0
 

@@ -168,7 +168,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", type=Path, metavar="SRC", help="the adaptive checkpoint")
     p.add_argument("grown", type=Path, metavar="GROWN", help="the checkpoint grown from it")
     p.add_argument("target", type=Path, metavar="DST", help="checkpoint to write; must not exist")
-    add_text_arguments(p)
+    add_text_arguments(p, "the gains are fitted on their training part, the losses are of their held-out part",
+                       "training batches to fit on, and held-out batches for the losses")
     p.add_argument("--objective", choices=OBJECTIVES, default=OBJECTIVE,
                    help="kl: predictions; blocks: hidden states where all copies of the layers so far are done; final: "
                    f"hidden state at the end ({OBJECTIVE})")

@@ -4,6 +4,7 @@
 """
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,19 @@ def test_the_table_stands_on_the_ground():
     names = list(ROOMS)
     for number, (room, below) in enumerate(ROOMS.items()):
         assert set(below) <= set(names[:number]), room
+
+
+def test_the_documented_table_is_this_one():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `gt_jax/(\w+)/` \| .* \| ([^|]*) \|$", text, re.M)
+    assert {room for room, _ in rows} == set(ROOMS) - set(BASE)
+    for room, words in rows:
+        others = set(ROOMS) - set(BASE) - {room}
+        if words.startswith("all rooms but "):
+            allowed = others - {words.removeprefix("all rooms but ")}
+        else:
+            allowed = set() if words == "the three files" else set(words.removeprefix("+ ").split(", "))
+        assert allowed == set(ROOMS[room]) - set(BASE), f"docs/architecture.md: {room}"
 
 
 def test_rooms_import_what_the_table_says_and_no_more():

@@ -32,13 +32,14 @@ class Loaded(NamedTuple):
     notes: list[str]
 
 
-def add_text_arguments(p: argparse.ArgumentParser) -> None:
-    """The flags that name the text."""
-    p.add_argument("--text", nargs="+", help="text files; their held-out part is used (default: the training text)")
+def add_text_arguments(p: argparse.ArgumentParser, part: str = "their held-out part is used",
+                       batches: str = "held-out batches to run") -> None:
+    """The flags that name the text; `part` and `batches` say what of it is read."""
+    p.add_argument("--text", nargs="+", help=f"text files; {part} (default: the training text)")
     p.add_argument("--tfds", help="prepared TFDS dataset")
     p.add_argument("--tfds-dir", help="where TFDS datasets lie")
     p.add_argument("--tokenizer", help="bytes, a file or a folder (default: what the checkpoint was trained with)")
-    p.add_argument("--batches", type=int, default=HELD_OUT_BATCHES, help="held-out batches to run")
+    p.add_argument("--batches", type=int, default=HELD_OUT_BATCHES, help=f"{batches} ({HELD_OUT_BATCHES})")
 
 
 def text_config(arguments: argparse.Namespace) -> dict[str, Any] | None:

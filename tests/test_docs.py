@@ -162,6 +162,7 @@ def numbers(match):
     ("docs/studies.md", "## Which way of growing", "## Does bfloat16"),
     ("docs/depth.md", "## What is not shown yet", "## The recurrence"),
     ("docs/growing.md", "### The identity of growth", "## The commands"),
+    ("docs/growing.md", "### calibrate", "### Lineage"),
     ("README.md", "Not shown yet", "## Licence"),
 ])  # fmt: skip
 def test_every_interval_of_the_study_in_the_docs_stands_in_its_report(page, start, end):

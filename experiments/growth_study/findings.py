@@ -46,7 +46,8 @@ def findings(study: StudyConfig, units: Units, found: Found, first: str) -> list
         lines += [f"Calibration, {words}: {verdict(fitted, plain, paired(found, fitted, plain, key))}"
                   f"{compute(found, fitted, plain)}."
                   for plain, fitted in calibrated() if {plain, fitted} <= set(sound)]  # fmt: skip
-    lines += [reach(study, found, name) for name in (BLOCK, DEALT, LONGER)]
+    lines += [reach(study, found, name) for name in (BLOCK, DEALT, LONGER)
+              if "there" in found[name]["seeds"]]  # fmt: skip
     for name, tried in units[study.seeds[0]]["tuning"].items():
         if len(tried) > 1 and min(tried, key=tried.__getitem__) in (min(tried, key=float), max(tried, key=float)):
             lines.append(f"{name} did best at the end of the rates that were tried; a rate beyond it may be better "

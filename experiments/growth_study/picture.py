@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ def curve(units: Units, name: str) -> tuple[np.ndarray, np.ndarray]:
         [[loss for _, loss in run[:count]] for run in runs])  # fmt: skip
 
 
+def drawn(found: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Those that have a curve at every seed: a run that diverged has a first loss only."""
+    return [name for name in names if not any(found[name]["diverged"])]
+
+
 def draw(study: StudyConfig, units: Units, found: Mapping[str, Any], path: Path) -> None:
     """Three panels, PNG; the same figures give the same bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -40,20 +45,20 @@ def draw(study: StudyConfig, units: Units, found: Mapping[str, Any], path: Path)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
-    _after(panels[0], study, units)
+    _after(panels[0], study, units, found)
     _gaps(panels[1], found)
     _compute(panels[2], study, units, found)
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def _after(axes: Any, study: StudyConfig, units: Units) -> None:
+def _after(axes: Any, study: StudyConfig, units: Units, found: Mapping[str, Any]) -> None:
     thousand = study.tokens_per_step / 1e3
     level = float(np.mean([one["source"]["loss"] for one in units.values()]))
-    for one in OPERATORS:
-        steps, losses = curve(units, one.name)
-        known = one.name in _SHOWN
-        axes.plot(steps * thousand, losses.mean(axis=0), color=_SHOWN.get(one.name, _GREY), marker="o", markersize=3,
-                  linewidth=2 if known else 1, label=one.name if known else None, zorder=3 if known else 2)  # fmt: skip
+    for name in drawn(found, (one.name for one in OPERATORS)):
+        steps, losses = curve(units, name)
+        known = name in _SHOWN
+        axes.plot(steps * thousand, losses.mean(axis=0), color=_SHOWN.get(name, _GREY), marker="o", markersize=3,
+                  linewidth=2 if known else 1, label=name if known else None, zorder=3 if known else 2)  # fmt: skip
     axes.axhline(level, color="#333333", linestyle=(0, (4, 3)), linewidth=1.2, label="the source's loss")
     axes.set_ylim(top=1.12 * level)
     axes.set_title("After growth, means of the seeds (grey: the other operators)", loc="left", fontweight="bold")
@@ -79,7 +84,7 @@ def _gaps(axes: Any, found: Mapping[str, Any]) -> None:
 
 def _compute(axes: Any, study: StudyConfig, units: Units, found: Mapping[str, Any]) -> None:
     before = float(np.mean([one["source"]["flops"] for one in units.values()])) / 1e12
-    names = [*(name for name in _SHOWN), *CONTROLS]
+    names = drawn(found, (*_SHOWN, *CONTROLS))
     colours = {**_SHOWN, **dict(zip(CONTROLS, _CONTROLS, strict=True))}
     for name in names:
         steps, losses = curve(units, name)

@@ -57,10 +57,12 @@ def figures(study: StudyConfig, units: Units) -> dict[str, dict[str, Any]]:
     """For every operator and control: each figure by seed. Gaps in %, tokens in thousands, FLOPs in 1e12.
 
     "flops" is all that led to the model: the source's training, `growth_flops` (measuring and calibrating), and the
-    training after it. "back" and "there" are times, None where the run ended, after "trained_on", before them.
+    training after it. "back" and "there" are times, None where the run ended, after "trained_on", before them; where
+    a model from scratch diverged there is no "there".
     """
     thousand = study.tokens_per_step / 1e3
     grown = {one.name: one for one in OPERATORS}
+    missing = any(one[SCRATCH_TOKENS]["diverged"] for one in units.values())  # then it has no final loss to reach
     found: dict[str, dict[str, Any]] = {}
     for name in (*grown, *CONTROLS):
         rows: dict[str, list[Any]] = {}
@@ -75,7 +77,10 @@ def figures(study: StudyConfig, units: Units) -> dict[str, dict[str, Any]]:
                 row["flops"] += source["flops"] / 1e12
                 row["gap"] = 100 * (first.mean / source["loss"] - 1)
                 row["gap_error"] = 100 * paired_error(first, Losses(**source["adaptive"])) / source["loss"]
-                for key, level in (("back", source["loss"]), ("there", one[SCRATCH_TOKENS]["final"])):
+                levels = {"back": source["loss"]}
+                if not missing:
+                    levels["there"] = one[SCRATCH_TOKENS]["final"]
+                for key, level in levels.items():
                     steps = reached(unit, level)
                     row[key] = None if steps is None else steps * thousand
             for key, value in row.items():

@@ -17,7 +17,7 @@ import pytest
 from experiments import growth_operators
 from experiments.growth_study import findings, flops, inference, operators, results, run, tables
 from experiments.growth_study import report as reports
-from experiments.growth_study.engine import Engine, Losses, pace, paced
+from experiments.growth_study.engine import NO_LOSS, Engine, Losses, pace, paced
 from experiments.growth_study.operators import BLOCK, CALIBRATED, DEALT, ONCE, OPERATORS, README
 from experiments.growth_study.study import StudyConfig, Watched, open_material, separation
 from gt_jax.configs.optimizer import OptimizerConfig
@@ -341,6 +341,18 @@ def test_every_claim_of_the_stored_report_has_its_seeds_and_every_table_of_model
     sources = report_text.split("## The sources")[1]
     for row in ("| 1.29 | 2.15 | 2.50 |", "| 1.28 | 2.04 | 2.38 |", "| 1.29 | 2.10 | 2.31 |"):
         assert row in sources  # mean weight, passes a token runs, passes computed for the batch
+
+
+def test_nobody_reaches_a_model_from_scratch_that_diverged(tmp_path):
+    """Its "final loss" is a mark, 1e9, that every model is below from its first step."""
+    stored = json.loads((RESULTS / "growth_operators.json").read_text())
+    stored["units"]["1"][run.SCRATCH_TOKENS] |= {"diverged": "three steps", "final": NO_LOSS,
+                                                 "losses": {"0": {"sums": [NO_LOSS], "counts": [1.0], "passes": []}}}
+    (tmp_path / "growth_operators.json").write_text(json.dumps(stored))
+    text = reports.render(tmp_path)
+    assert "diverged at 1 of 3 seeds" in text and "reaches the final loss of the model from scratch" not in text
+    row = next(line for line in text.splitlines() if line.startswith("| **source trained on, equal tokens**"))
+    assert row.endswith("| - | - |")
 
 
 def test_what_is_no_study_is_not_rendered(tmp_path):

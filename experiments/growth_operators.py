@@ -87,9 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from experiments.growth_study.report import render
     from gt_jax.devices.sharding import mesh_for_rows
+    from gt_jax.errors import refuse_all
 
     arguments = parser().parse_args(argv)
     if arguments.render:
+        named = [name for name in ("seeds", "scale", "width", "work")
+                 if getattr(arguments, name) != parser().get_default(name)]  # fmt: skip
+        refuse_all([f"--{name} is of a study that is run; --render takes all from the stored one" for name in named],
+                   "these arguments do not go together:")  # fmt: skip
         print(render(arguments.output))
         return 0
     words = list(sys.argv[1:] if argv is None else argv)

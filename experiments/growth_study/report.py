@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.growth_study.operators import OPERATORS
 from experiments.growth_study.picture import draw
 from experiments.growth_study.results import NAME, About, Units, figures, named
-from experiments.growth_study.run import Rates
+from experiments.growth_study.run import CONTROLS, Rates
 from experiments.growth_study.study import StudyConfig
 from experiments.growth_study.tables import markdown
 from gt_jax.configs.json_config import read_object
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import write_atomically
 
 
@@ -39,6 +40,14 @@ def render(output: Path) -> str:
     keys = ("config", "content", "command", "versions", "machine", "seconds_of_this_call", "rates", "units")
     if missing := [key for key in keys if key not in stored]:
         raise Refused(f"{file} is no result of this study: it has no {', '.join(missing)}")
+    study = StudyConfig.from_json(stored["config"])
+    wrong = []
+    for seed in map(str, study.seeds):
+        wanted = {"source", "analysis", *(one.name for one in OPERATORS), *CONTROLS}
+        if missing := sorted(wanted - set(stored["units"].get(seed, {}))):
+            wrong.append(f"seed {seed} has no {', '.join(missing)}")
+    wrong += [f"seed {seed} is none of the config's" for seed in stored["units"] if seed not in map(str, study.seeds)]
+    refuse_all(wrong, f"{file} is of another version of this study, or not whole:")
     return _written(output, {key: stored[key] for key in keys})
 
 

@@ -60,7 +60,9 @@ def markdown(study: StudyConfig, units: Units, found: Found, rates: Rates, comma
         "## What the gaps are made of", "",
         "In % of the source's loss. *spread*: every pass at its mean weight instead of each token's own. *tail*: "
         "passes that the plan grants no copy. *order*: the order of the plan instead of the recurrence's. *check*: the "
-        "unrolled source against the source with its passes fixed. Nothing is trained here.", "", *parts(units), "",
+        "unrolled source against the source with its passes fixed. Nothing is trained here; the FLOPs are those up to "
+        "growth.", "",
+        *parts(units, found), "",
         "## What the figures say", "", *[f"- {line}" for line in findings(study, units, found, order[0])], "",
         "## What they cannot tell", "", *[f"- {line}" for line in cannot_tell(study, found)], "",
         "![](growth_operators.png)", "",
@@ -147,14 +149,17 @@ def learning_rates(study: StudyConfig, units: Units, found: Found, rates: Rates)
     return [*lines, f"- All others: {study.further_rate:g}, not tuned."]
 
 
-def parts(units: Units) -> list[str]:
+def parts(units: Units, found: Found) -> list[str]:
     """Spread, tail, order: % of the source's loss, by model and seed and in the mean; they add up to the total."""
     rows = []
     for name in next(iter(units.values()))["analysis"]["models"]:
         figures = [(one["analysis"]["spread"], *(one["analysis"]["models"][name][key] for key in PARTS[1:]))
                    for one in units.values()]  # fmt: skip
-        rows += [(name, str(seed), *(f"{figure:+.2f}" for figure in row), f"{one['analysis']['check']:.0e}")
-                 for (seed, one), row in zip(units.items(), figures, strict=True)]  # fmt: skip
+        spent = [one["source"]["flops"] / 1e12 + growth
+                 for one, growth in zip(units.values(), found[name]["seeds"]["growth"], strict=True)]  # fmt: skip
+        rows += [(name, str(seed), f"{flops:.2f}", *(f"{figure:+.2f}" for figure in row),
+                  f"{one['analysis']['check']:.0e}")
+                 for (seed, one), flops, row in zip(units.items(), spent, figures, strict=True)]  # fmt: skip
         means = (interval(column).text("{:+.2f}") for column in zip(*figures, strict=True))
-        rows.append((name, f"mean of {len(figures)}", *means, ""))
-    return table(("operator", "seed", "spread", "tail", "order", "total gap", "check, nats"), rows)
+        rows.append((name, f"mean of {len(figures)}", f"{sum(spent) / len(spent):.2f}", *means, ""))
+    return table(("operator", "seed", "FLOPs, 1e12", "spread", "tail", "order", "total gap", "check, nats"), rows)

@@ -61,7 +61,7 @@ def test_the_whole_study_killed_and_gone_on_with(tmp_path, text, monkeypatch):
 
     few = (README, BLOCK, DEALT, "random new layers", CALIBRATED)
     chosen = tuple(one for one in OPERATORS if one.name in few)
-    for module in (operators, run, results, tables, findings):
+    for module in (operators, run, results, tables, findings, reports):
         monkeypatch.setattr(module, "OPERATORS", chosen)
     from experiments.growth_study import picture
 
@@ -333,7 +333,7 @@ def test_every_claim_of_the_stored_report_has_its_seeds_and_every_table_of_model
     claims = report_text.split("## What the figures say")[1].split("## What they cannot tell")[0]
     for line in claims.splitlines():
         assert not line.startswith("- ") or "3 seeds" in line or "The standard error of one seed" in line, line
-    for heading in ("## The sources", "## Operators", "## Against the controls"):
+    for heading in ("## The sources", "## Operators", "## Against the controls", "## What the gaps"):
         assert "FLOPs, 1e12" in report_text.split(heading)[1].split("\n| ---")[0], heading
     assert "cannot be told apart (-0.0015 (-0.0035 to +0.0006), 3 seeds)" in claims, "one sign at three seeds"
     assert "2 of 3 seeds (thousand bytes after growth: 107, > 138, 125; median 125" in claims
@@ -361,6 +361,14 @@ def test_what_is_no_study_is_not_rendered(tmp_path):
         reports.render(tmp_path)
     with pytest.raises(Refused, match="cannot be read"):
         reports.render(tmp_path / "nowhere")
+    stored = json.loads((RESULTS / "growth_operators.json").read_text())
+    del stored["units"]["0"][run.SCRATCH_FLOPS]
+    stored["units"]["5"] = stored["units"].pop("1")
+    (tmp_path / "growth_operators.json").write_text(json.dumps(stored))
+    with pytest.raises(Refused, match=r"seed 0 has no from scratch, equal FLOPs[^0]*seed 1 has no [^0]*seed 5 is none"):
+        reports.render(tmp_path)
+    with pytest.raises(Refused, match="--scale is of a study that is run"):
+        growth_operators.main(["--render", "--output", str(RESULTS), "--scale", "2"])
 
 
 def test_words_that_make_no_study():

@@ -5,8 +5,8 @@
 * One process: compile the step, warm it up, time a few steps (the fastest and the median count), then trace three.
 * Time: every operation of the compiled program carries the scope it came from (Linen modules and named scopes); the
   profiler's leaf events are summed by it. "other" is what belongs to no part: residual adds, statistics, copies.
-* FLOPs: of the matrix products that one token needs in one pass of each layer, from the config. Backward passes multiply
-  all parts alike; repeated passes those of the stack, and neither multi-token prediction nor the unembedding.
+* FLOPs: of the matrix products that one token needs in one pass of each layer, from the config. Backward passes
+  multiply all parts alike; repeated passes those of the stack, and neither multi-token prediction nor the unembedding.
 * The last column is share of time over share of FLOPs: above 3 wants a reason (docs/performance.md). Of an adaptive
   model it is too high for the parts of the stack, and too low for the two that run once.
 """

@@ -48,7 +48,8 @@ def markdown(study: StudyConfig, units: Units, found: Found, rates: Rates, comma
         "## The sources", "", *sources(units), "",
         "*Mean weight* is the mean over tokens of the summed weights of a layer's passes; the price of this study "
         "steers it. *Passes run* are those that a token runs, since a pass runs while its weight is at least 0.10; "
-        "*passes computed* those that run for a batch, when any of its tokens is alive.", "",
+        "*passes computed* those that run for a batch, when any of its tokens is alive. Weight and passes run are of "
+        "the batches measured on, passes computed of the held-out ones.", "",
         f"## Operators, by their loss after training on ({seeds})", "",
         *operators(found, order, further), "",
         f"## Against the controls ({seeds})", "",

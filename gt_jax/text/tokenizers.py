@@ -94,14 +94,19 @@ class HuggingFaceTokenizer(_Text):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
             raise Refused(f"tokenizer {path} cannot be read as a tokenizer.json: {error}") from error
+        self._tokenizer.encode_special_tokens = True  # text that spells the end of a document does not end one
         self._path = path
         found = [self._tokenizer.token_to_id(name) for name in _ENDS]
-        super().__init__(
-            self._tokenizer.get_vocab_size(with_added_tokens=True), next((i for i in found if i is not None), None)
-        )
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        size = 1 + max(ids, default=-1)  # not how many there are: a file may leave ids out
+        super().__init__(size, next((i for i in found if i is not None), None))
 
     def encode(self, text: bytes) -> Int32[np.ndarray, "n"]:
-        return np.array(self._tokenizer.encode(text.decode(), add_special_tokens=False).ids, np.int32)
+        words = text.decode()
+        try:
+            return np.array(self._tokenizer.encode(words, add_special_tokens=False).ids, np.int32)
+        except Exception as error:  # the library raises no other class, of a word that the vocabulary lacks for example
+            raise ValueError(str(error)) from error
 
     def decode(self, ids: np.ndarray) -> bytes:
         text: str = self._tokenizer.decode(self._own(ids), skip_special_tokens=False)
@@ -212,6 +217,9 @@ def encode_all(tokenizer: Tokenizer, name: str, documents: Sequence[bytes]) -> l
         except UnicodeDecodeError as error:
             raise Refused(f"document {index} is not UTF-8 (byte {error.start}), tokenizer {name} takes text; "
                           f"use --tokenizer {BYTES}") from error  # fmt: skip
+        except ValueError as error:
+            raise Refused(f"document {index} cannot be encoded by tokenizer {name}: {error}; take one that has a token "
+                          f"for what it does not know, or --tokenizer {BYTES}") from error  # fmt: skip
     return encoded
 
 

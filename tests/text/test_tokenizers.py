@@ -77,6 +77,34 @@ def test_ids_are_those_of_the_library(files):
     assert theirs.end_of_document == model.eos_id()
 
 
+def test_an_end_of_document_that_the_text_spells_is_text(files, tmp_path):
+    """Else a document that speaks of it would be two, and what is independent would be counted wrongly."""
+    tokenizer = open_tokenizer(str(files / "hf"))
+    ids = tokenizer.encode(b"a <|endoftext|> b")
+    assert tokenizer.end_of_document not in ids and tokenizer.decode(ids) == b"a <|endoftext|> b"
+    (tmp_path / "speaks.txt").write_text("It ends with <|endoftext|> they say.\n" * 40)
+    text = open_text(DataConfig(text=(str(tmp_path / "speaks.txt"),), tokenizer=str(files / "hf"), sequence_length=16))
+    assert np.count_nonzero(text.tokens == tokenizer.end_of_document) == text.documents == 1
+
+
+def test_ids_that_a_file_leaves_out_are_counted(tmp_path):
+    """The vocabulary of the model must hold the largest id; how many there are does not say it."""
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 5}, [])).save(str(tmp_path / "gaps.json"))
+    tokenizer = open_tokenizer(str(tmp_path / "gaps.json"))
+    assert tokenizer.encode(b"ab").tolist() == [0, 5]
+    assert (tokenizer.end_of_document, tokenizer.vocab_size) == (6, 7)
+
+
+def test_a_document_with_a_word_that_the_vocabulary_lacks_is_refused(tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    (tmp_path / "text.txt").write_text("a b c " * 40)
+    config = DataConfig(text=(str(tmp_path / "text.txt"),), tokenizer=str(tmp_path / "words.json"), sequence_length=8)
+    with pytest.raises(Refused, match=r"document 0 cannot be encoded by tokenizer .*words.json: .*UNK"):
+        open_text(config)
+
+
 def test_a_text_of_tokens_has_their_ids_and_says_so(files):
     config = DataConfig(text=(str(files / "story.txt"),), tokenizer=str(files / "hf"), sequence_length=16)
     text = open_text(config)

@@ -40,7 +40,7 @@ EXPONENTS = np.arange(0, 4.5, 0.5)
 
 
 class Interval(NamedTuple):
-    """An estimate between its confidence limits, which are None where there are too few units for any."""
+    """An estimate between its confidence limits; they are None with too few units, or where it is not finite itself."""
 
     value: float
     low: float | None
@@ -49,6 +49,12 @@ class Interval(NamedTuple):
     def to_json(self) -> dict[str, float | None]:
         """The three by name."""
         return self._asdict()
+
+    def without_limits(self, kind: str) -> str:
+        """Why there are none, in words: a verdict of an interval over units of this `kind`."""
+        if not np.isfinite(self.value):
+            return f"no verdict: the figure is {self.value}"
+        return f"too few {kind}s to tell, {FEWEST_UNITS} of like length are needed"
 
     def sign(self) -> int | None:
         """1 above zero and -1 below, both limits; 0 where zero is between them, None where there are none."""
@@ -68,7 +74,7 @@ def ratio_interval(
     numerators: Float[np.ndarray, "units"], denominators: Float[np.ndarray, "units"], confidence: float = 0.95,
     fewest: int = FEWEST_UNITS,
 ) -> Interval:  # fmt: skip
-    """Sum of numerators over sum of denominators, with limits where there are `fewest` units or more.
+    """Sum of numerators over sum of denominators, with limits where there are `fewest` units or more and it is finite.
 
     Raises ValueError where the second sum is not > 0.
     """
@@ -76,6 +82,8 @@ def ratio_interval(
     if not size > 0:
         raise ValueError(f"denominators sum to {size}; a ratio needs a positive sum")
     rest, count = size - denominators, len(numerators)
+    if not np.isfinite(total):
+        return Interval(total / size, None, None)
     if count < fewest or _freedom(denominators) < 1 or not (rest > 0).all():
         return Interval(total / size, None, None)
     without = (total - numerators) / rest

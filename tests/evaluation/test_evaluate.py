@@ -18,6 +18,7 @@ from gt_jax.configs.model import MemoryConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused
+from gt_jax.evaluation import held_out
 from gt_jax.evaluation.confidence_intervals import ratio_interval
 from gt_jax.evaluation.held_out import evaluate_checkpoints
 from gt_jax.evaluation.held_out_rows import held_out_rows
@@ -107,6 +108,17 @@ def test_a_few_rows_are_of_as_many_documents_as_they_can_be():
     assert spread > 1.5 * first and spread >= 15
 
 
+def test_copies_of_a_document_are_one_unit(tmp_path):
+    """They are held out together, and taken for independent they would make any interval narrow."""
+    random = np.random.default_rng(0)
+    documents = [bytes(random.integers(0, 256, random.integers(60, 90)).tolist()) for _ in range(40)] * 5
+    (tmp_path / "text.bin").write_bytes(b"".join(one + b"\n<|endoftext|>\n" for one in documents))
+    text = open_text(DataConfig(text=(str(tmp_path / "text.bin"),), sequence_length=ROW, batch_size=2, held_out=0.2))
+    found = held_out_rows(text)
+    assert found.kind == "document"
+    assert len(np.unique(found.scored_units())) == len(text.held_out_spans) / 5 == 8
+
+
 def test_of_one_document_the_places_are_what_is_independent(folder):
     text = open_text(text_of(folder).config.replace(text=(str(folder / "one.bin"),)))
     found = held_out_rows(text)
@@ -163,6 +175,19 @@ def test_a_report_for_a_reader(folder, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "bits per byte" in out and "intervals: 95 %, over " in out and "documents\n" in out
     assert "b against a: " in out and any(line.split()[:3] == ["a", "7", "free"] for line in out.splitlines())
+
+
+def test_a_model_that_diverged_is_shown_as_that(folder, capsys, monkeypatch):
+    """Its losses are not a number: no verdict comes of them, and what is printed is JSON."""
+    nats = iter([1.0, float("nan")] * 2)
+    monkeypatch.setattr(held_out, "score", lambda _, __, rows, *rest: np.full(len(targets_of(rows)), next(nats)))
+    words = [str(folder / "a"), str(folder / "b"), "--batches", "4"]
+    assert evaluate.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["models"][1]["nats_per_token"] == {"value": "NaN", "low": None, "high": None}
+    assert found["models"][1]["perplexity"]["value"] == "NaN" and found["models"][0]["perplexity"]["low"] is not None
+    assert found["differences"][0]["verdict"] == "no verdict: the figure is nan"
+    assert evaluate.main(words) == 0 and "no verdict: the figure is nan" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "says"), [

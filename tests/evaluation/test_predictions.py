@@ -53,6 +53,21 @@ def test_verdicts_say_what_the_interval_leaves_open():
     assert "too few places to tell" in said[5]
 
 
+def test_the_cosine_is_called_by_its_interval_and_a_loss_that_is_not_finite_by_nothing():
+    """Two documents of ten disagree: a mean of 0.9951 is above what is good, its interval is not."""
+    sums = np.ones((len(predictions.Agreement._fields), 10))
+    cosine = predictions.Agreement._fields.index("cosine")
+    sums[cosine] = np.where(np.arange(10) < 8, 0.9985, 0.9815)
+    found = predictions.summary(sums, "document")
+    assert found["cosine"] == pytest.approx(0.9951) and found["cosine_verdict"] == "below or good"
+    sums[cosine] = 0.999
+    assert predictions.summary(sums, "document")["cosine_verdict"] == "good"
+    for name in ("source_loss", "target_loss"):
+        broken = sums.copy()
+        broken[predictions.Agreement._fields.index(name), 3] = np.nan
+        assert predictions.summary(broken, "document")["verdict"] == "no verdict: the figure is nan"
+
+
 def test_no_logits_of_a_whole_batch_are_held():
     """By the compiler's own count: temporary bytes stay below one float32 array of logits, of which there were 3."""
     source, target = (small_model("D", False, vocab=32768) for _ in range(2))

@@ -174,6 +174,8 @@ def test_a_model_keeps_its_tokenizer_when_it_is_grown_trained_on_and_sampled(fil
                   lambda: sample([str(grown), "--tokenizer", "bytes", "--prompt", "a"])):  # fmt: skip
         with pytest.raises(Refused, match=r"was trained with another tokenizer: .*; leave --tokenizer out"):
             wrong()
+    with pytest.raises(Refused, match="--prompt cannot be encoded"):
+        sample([str(grown), "--prompt", "\udcff"])  # what a shell hands on of bytes that are no UTF-8
     (difference,) = incomparable(open_checkpoint(grown), open_checkpoint(another))
     assert f"{another} was trained with another tokenizer than {grown}" in difference
     assert not incomparable(open_checkpoint(grown), open_checkpoint(source))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -83,7 +84,7 @@ def read_passes(words: str | None, checkpoints: Sequence[Path] = ()) -> tuple[in
         return None
     if re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", words):
         return tuple(map(int, words.split(",")))
-    if Path(words).exists():
+    if os.path.exists(words):  # unlike Path's, it takes words that are too long for a name
         counts = repetition.read(words)
         for path in checkpoints:
             if (config := open_checkpoint(path).config).adaptive is not None:

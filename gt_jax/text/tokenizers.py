@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -150,13 +151,13 @@ def open_tokenizer(name: str) -> Tokenizer:
     if name == BYTES:
         return ByteTokenizer()
     path = Path(name)
+    if not os.path.exists(name):  # unlike Path's, it takes words that are too long for a name
+        raise Refused(f"tokenizer {name!r} is neither {BYTES!r} nor a file or folder; nothing is downloaded")
     if path.is_dir():
         inside = [path / file for file in ("tokenizer.json", "tokenizer.model") if (path / file).is_file()]
         if not inside:
             raise Refused(f"tokenizer folder {name} has neither tokenizer.json nor tokenizer.model")
         path = inside[0]
-    if not path.is_file():
-        raise Refused(f"tokenizer {name!r} is neither {BYTES!r} nor a file or folder; nothing is downloaded")
     if path.suffix not in (".json", ".model"):
         raise Refused(f"tokenizer {name} must be a tokenizer.json or a SentencePiece .model file")
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)

@@ -196,6 +196,7 @@ def test_a_model_that_diverged_is_shown_as_that(folder, capsys, monkeypatch):
     (("a", "--all", "--batches", "3"), "exclude each other"),
     (("a", "--text", "missing.txt"), "missing.txt"),
     (("a", "--passes", "many"), "--passes 'many' is no number of passes"),
+    (("a", "--passes", "2, " * 100), "--passes '2, 2, .* is no number of passes"),
     (("a", "--passes", "5"), "a layer of a runs 1 to 4 times"),
     (("a", "--passes", "1,2"), "--passes has 2 numbers; a has 1 layers"),
     (("plain", "--passes", "2"), "leave it out"),

@@ -119,7 +119,8 @@ def test_what_cannot_be_used_is_refused(files, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {}}))
     (tmp_path / "broken.model").write_bytes(b"no model")
     (tmp_path / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 100)
-    for name, words in (("gpt2", "nothing is downloaded"), (str(tmp_path / "empty"), "neither tokenizer.json nor"),
+    for name, words in (("gpt2", "nothing is downloaded"), ("a" * 300, "nothing is downloaded"),
+                        (str(tmp_path / "empty"), "neither tokenizer.json nor"),
                         (str(tmp_path / "tokenizer.json"), "cannot be read as a tokenizer.json"),
                         (str(tmp_path / "broken.model"), "cannot be read as a SentencePiece model"),
                         (str(files / "story.txt"), "must be a tokenizer.json or")):  # fmt: skip

@@ -105,7 +105,8 @@ def _open(
     first = opened[0]
     data = data_config(first.metadata, named, first.path)
     tokenizer = open_tokenizer(data.tokenizer)
-    wrong = [problem for other in opened[1:] for problem in incomparable(first, other)]
+    of_user = (named or {}).get("tokenizer")
+    wrong = [problem for other in opened[1:] for problem in incomparable(first, other, of_user)]
     for one in opened:
         wrong += _misfits(one, data, passes, tokenizer.vocab_size)
         if mesh is not None:

@@ -180,5 +180,9 @@ def test_a_model_keeps_its_tokenizer_when_it_is_grown_trained_on_and_sampled(fil
     (difference,) = incomparable(open_checkpoint(grown), open_checkpoint(another))
     assert f"{another} was trained with another tokenizer than {grown}" in difference
     assert not incomparable(open_checkpoint(grown), open_checkpoint(source))
+    checkpoint.save(tmp_path / "unknown", variables, {"config": model.to_json(), "kind": "model"})
+    pair = open_checkpoint(grown), open_checkpoint(tmp_path / "unknown")
+    assert "unknown does not say which tokenizer its 600 tokens are of" in incomparable(*pair)[0]
+    assert not incomparable(*pair, own) and "with another tokenizer" in incomparable(*pair, other)[0]
     assert vocabulary_difference(own, str(files / "hf" / "tokenizer.json")) is None  # the same by another name
     assert vocabulary_difference("gone.json", other) is None

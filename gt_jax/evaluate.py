@@ -7,7 +7,7 @@
 - Nats a token, bits per byte (for any tokenizer, see evaluation.scoring) and perplexity, each with its 95 % interval
   (evaluation.confidence_intervals), over documents, or over places where several are of one document.
 - The rows lie evenly over the whole held-out part (evaluation.held_out_rows), so that few rows are of many documents.
-- Several checkpoints are run on the same rows; the others are compared with the first in pairs, row by row, so that a
+- Several checkpoints are run on the same rows; the others are compared with the first in pairs, unit by unit, so that a
   difference far smaller than the intervals of the two can be certain.
 - The text is the held-out part of the one that the first checkpoint was trained on, or of the one that is named.
 - Several processes share the work: the same command with --coordinator HOST:PORT --processes N --process I in each.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ def report_lines(result: Mapping[str, Any]) -> list[str]:
         f"intervals: {100 * result['confidence']:g} %, over {units['count']} {units['kind']}"
         + "s" * (units["count"] != 1)
         + (" of its text: how far this text varies, not how other texts would" if units["kind"] == "place" else "")
-        + (": none, that is too few, or one of them is nearly all" if _without_limits(result) else ""),
+        + (": none, that is too few, or one of them is nearly all, or no loss is finite" if _no_limits(result) else ""),
         "",
         table([[one["checkpoint"], one["step"], "free" if one["passes"] is None else _listed(one["passes"]),
                 *(_shown(one[name], digits) for name, digits in FIGURES)] for one in result["models"]],
@@ -54,16 +55,16 @@ def report_lines(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _without_limits(result: Mapping[str, Any]) -> bool:
-    return result["models"][0]["nats_per_token"]["low"] is None
+def _no_limits(result: Mapping[str, Any]) -> bool:
+    return all(one["nats_per_token"]["low"] is None for one in result["models"])
 
 
 FIGURES = (("nats_per_token", 4), ("bits_per_byte", 4), ("perplexity", 3))
 
 
-def _shown(figure: Mapping[str, float | None], digits: int, sign: str = "") -> str:
-    value, low, high = (None if figure[name] is None else f"{figure[name]:{sign}.{digits}f}"
-                        for name in ("value", "low", "high"))
+def _shown(figure: Mapping[str, float | str | None], digits: int, sign: str = "") -> str:
+    value, low, high = (None if number is None else f"{float(number):{sign}.{digits}f}"
+                        for number in (figure["value"], figure["low"], figure["high"]))
     return (value or "-") + (f" ({low} to {high})" if low is not None and high is not None else "")
 
 
@@ -83,7 +84,7 @@ def read_passes(words: str | None, checkpoints: Sequence[Path] = ()) -> tuple[in
         return None
     if re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", words):
         return tuple(map(int, words.split(",")))
-    if Path(words).exists():
+    if os.path.exists(words):  # unlike Path's, it takes words that are too long for a name
         counts = repetition.read(words)
         for path in checkpoints:
             if (config := open_checkpoint(path).config).adaptive is not None:

@@ -40,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} ids, {arguments.checkpoint} a vocabulary of "
                       f"{config.vocab}; name the one it was trained with by --tokenizer")  # fmt: skip
     try:
-        prompt = np.asarray(tokenizer.encode(arguments.prompt.encode()), np.int32)[None]
+        prompt = tokenizer.encode(arguments.prompt.encode())[None]
     except ValueError as error:
-        raise Refused(f"--prompt {arguments.prompt!r} cannot be read by the checkpoint's tokenizer: {error}") from error
+        raise Refused(f"--prompt cannot be encoded by the model's tokenizer: {error}") from error
+    if not prompt.size:
+        raise Refused("--prompt has no token in the model's tokenizer; give other words")
     drawn = sample(
         config, variables, prompt, arguments.length, temperature=arguments.temperature, top_k=arguments.top_k,
         seed=arguments.seed, tokens=tokenizer.vocab_size,

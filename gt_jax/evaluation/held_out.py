@@ -18,8 +18,8 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import Rules, mesh_for_rows
-from gt_jax.errors import Failed, Refused, refuse_all
-from gt_jax.evaluation.confidence_intervals import FEWEST_UNITS, Interval, ratio_interval, sums_by_unit
+from gt_jax.errors import Refused, refuse_all
+from gt_jax.evaluation.confidence_intervals import Interval, ratio_interval, sums_by_unit
 from gt_jax.evaluation.held_out_rows import held_out_rows
 from gt_jax.evaluation.loading import HELD_OUT_BATCHES, data_config, names_text, text_note
 from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
@@ -27,13 +27,12 @@ from gt_jax.evaluation.pairs import incomparable
 from gt_jax.evaluation.scoring import byte_lengths, score, targets_of
 from gt_jax.models.language_model import fixed_passes, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl
+from gt_jax.monitoring.metrics import json_values
 from gt_jax.text.batches import Text, open_text
 from gt_jax.text.tokenizers import Tokenizer, open_tokenizer
 from gt_jax.training.divisibility import indivisible_fields
 
 CONFIDENCE = 0.95
-
-
 
 Passes = tuple[int, ...] | None
 
@@ -55,7 +54,7 @@ def evaluate_checkpoints(
     passes: Passes = None, *, say: Say = lambda line: None, mesh: jax.sharding.Mesh | None = None,
     group: ProcessGroup | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluate checkpoints on the same held-out rows; returns JSON values.
+    """Evaluate checkpoints on the same held-out rows; returns JSON values, figures that are not finite as strings.
 
     Args:
         sources: checkpoints or run directories; all of one tokenizer.
@@ -80,11 +79,8 @@ def evaluate_checkpoints(
             say(f"{one.path}: {len(rows)} batches")
             control = _control(one.config, passes)
             nats = score(one.config, one.load(), rows, control, Rules())
-            if wrong := np.count_nonzero(~np.isfinite(nats)):  # no limit and no verdict would mean anything
-                raise Failed(f"{one.path} gives no finite loss for {wrong:,} of {len(nats):,} tokens: its run went "
-                             "astray or its values are damaged; take an earlier step, or describe --check")  # fmt: skip
             sums.append(sums_by_unit(nats, covered.units))
-    return {
+    found: dict[str, Any] = json_values({
         "text": text.summary(),
         "rows": int(sum((batch["targets"] >= 0).any(axis=1).sum() for batch in rows)),
         "tokens": int(covered.tokens.sum()), "bytes": int(covered.bytes.sum()), "ends": covered.ends,
@@ -93,7 +89,8 @@ def evaluate_checkpoints(
         "models": [_figures(one, nats, covered, passes) for one, nats in zip(opened, sums, strict=True)],
         "differences": [_difference(first, one, nats - sums[0], covered)
                         for one, nats in zip(opened[1:], sums[1:], strict=True)],
-    }  # fmt: skip
+    })  # fmt: skip
+    return found
 
 
 def _open(
@@ -109,7 +106,8 @@ def _open(
     first = opened[0]
     data = data_config(first.metadata, named, first.path)
     tokenizer = open_tokenizer(data.tokenizer)
-    wrong = [problem for other in opened[1:] for problem in incomparable(first, other)]
+    of_user = (named or {}).get("tokenizer")
+    wrong = [problem for other in opened[1:] for problem in incomparable(first, other, of_user)]
     for one in opened:
         wrong += _misfits(one, data, passes, tokenizer.vocab_size)
         if mesh is not None:
@@ -176,14 +174,14 @@ def _figures(one: Checkpoint, nats: Any, covered: Covered, passes: Passes) -> di
 
 def _exp(nats: float) -> float | None:
     """None, JSON's way to say it, where it is beyond float64."""
-    return math.exp(nats) if nats < 700 else None
+    return None if nats >= 700 else math.exp(nats)
 
 
 def _difference(first: Checkpoint, other: Checkpoint, nats: Any, covered: Covered) -> dict[str, Any]:
     """What `other` needs more than `first`, unit by unit; a verdict where the limits agree on the sign."""
     a_token, a_byte = _intervals(nats, covered)
     sign = a_token.sign()
-    verdict = (f"too few {covered.kind}s to tell, {FEWEST_UNITS} of like length are needed" if sign is None
+    verdict = (a_token.without_limits(covered.kind) if sign is None
                else ("cannot be told apart", "worse", "better")[sign])  # fmt: skip
     return {
         "checkpoint": str(other.path), "against": str(first.path), "nats_per_token": a_token.to_json(),

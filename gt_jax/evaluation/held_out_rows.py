@@ -2,11 +2,13 @@
 
 - The rows are those of `Text.held_out`: fewer than there are lie evenly over the whole held-out part.
 - What is independent is a stretch that was held out as one: a document, or a place of a document of which several
-  places are held out. Tokens within one are alike, and so are its rows.
+  places are held out. Tokens within one are alike, and so are its rows. Stretches of the same bytes are one: a copy
+  says nothing new.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -43,10 +45,20 @@ def held_out_rows(text: Text, batches: int | None = None) -> HeldOutRows:
 
 
 def _units(text: Text) -> tuple[Int64[np.ndarray, " spans"], str]:
-    """The unit of each held-out span, and what units are: spans that touch within a document are one unit."""
-    starts, stops = text.held_out_spans.T
+    """The unit of each held-out span, and what units are.
+
+    Spans that touch within a document are one unit, and so are copies.
+    """
+    spans = text.held_out_spans
+    starts, stops = spans.T
     end = text.tokenizer.end_of_document
     apart = (starts[1:] != stops[:-1]) | (text.tokens[stops[:-1] - 1] == end)
     numbers = np.concatenate([[0], np.cumsum(apart)])
     documents = np.searchsorted(np.flatnonzero(text.tokens == end), starts)
-    return numbers, "document" if len(np.unique(documents)) == numbers[-1] + 1 else "place"
+    kind = "document" if len(np.unique(documents)) == numbers[-1] + 1 else "place"
+    hashes = [hashlib.blake2b() for _ in range(numbers[-1] + 1)]
+    for number, (start, stop) in zip(numbers.tolist(), spans.tolist(), strict=True):
+        hashes[number].update(text.tokens[start:stop].tobytes())
+    known: dict[bytes, int] = {}
+    unit = np.array([known.setdefault(one.digest(), len(known)) for one in hashes])
+    return unit[numbers], kind

@@ -6,21 +6,29 @@ import numpy as np
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.lineage import newest
+from gt_jax.errors import Refused
 from gt_jax.evaluation.model_files import Checkpoint
 from gt_jax.growth.plan import Plan
 from gt_jax.growth.provenance import changed_content_hash, grown_plan
-from gt_jax.text.tokenizers import tokenizer_of, vocabulary_difference
+from gt_jax.text.tokenizers import chosen_tokenizer, tokenizer_of, vocabulary_difference
 
 TOKENS = ("statistics/embedding/token_bytes", "statistics/embedding/token_length")
 
 
-def incomparable(source: Checkpoint, target: Checkpoint) -> list[str]:
-    """Why the two do not speak of the same tokens."""
+def incomparable(source: Checkpoint, target: Checkpoint, tokenizer: str | None = None) -> list[str]:
+    """Why the two do not speak of the same tokens, as far as is known; `tokenizer` is what the user named, if anything.
+
+    Where a table is no help, a target that does not say what its tokens are is a reason too.
+    """
     if source.config.vocab != target.config.vocab:
         return [f"vocab is {source.config.vocab} in {source.path} and {target.config.vocab} in {target.path}"]
     if not all(path in one.tensors for path in TOKENS for one in (source, target)):  # a table knows no bytes
-        known, named = tokenizer_of(source.metadata), tokenizer_of(target.metadata)
-        differ = None if known is None or named is None else vocabulary_difference(known, named)
+        try:
+            named = chosen_tokenizer(target.metadata, tokenizer, target.path)
+        except Refused as reason:
+            return [str(reason)]
+        known = tokenizer_of(source.metadata)
+        differ = None if known is None else vocabulary_difference(known, named)
         return [f"{target.path} was trained with another tokenizer than {source.path}: {differ}"] if differ else []
     (text, length), (other, other_length) = (
         [checkpoint.load_paths(one.folder, TOKENS)[path] for path in TOKENS] for one in (source, target)

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Float64, Int
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, global_batch, reshard
-from gt_jax.evaluation.confidence_intervals import FEWEST_UNITS, Interval, ratio_interval
+from gt_jax.evaluation.confidence_intervals import Interval, ratio_interval
 from gt_jax.evaluation.held_out_rows import HeldOutRows
 from gt_jax.evaluation.intermediates import hidden_rows
 from gt_jax.models.language_model import LanguageModel, free_passes
@@ -143,20 +143,21 @@ def summary(sums: Float64[np.ndarray, "fields units"], kind: str, confidence: fl
                               for name in ("kl", "same_top1", "cosine")}}  # fmt: skip
     return {
         **mean, "tokens": int(total), "gap": gap.value, "verdict": verdict(gap, kind),
-        "cosine_verdict": "good" if (mean["cosine"] or 0) > COSINE else "below",
+        "cosine_verdict": said(between["cosine"], (COSINE,), ("below", "good"), kind),
         "intervals": {name: one.to_json() for name, one in between.items()},
         "confidence": confidence, "units": {"kind": kind, "count": len(tokens)},
     }  # fmt: skip
 
 
 def verdict(gap: Interval, kind: str) -> str:
-    """What the limits of the gap leave open: "good", "good or usable", …, or that there are too few units to tell."""
-    if not np.isfinite(gap.value):
-        return "none: a loss is not finite, or no token is predicted"
-    reached = gap.between((GOOD, USABLE))
-    if reached is None:
-        return f"too few {kind}s to tell, {FEWEST_UNITS} of like length are needed"
-    return " or ".join(("good", "usable", "poor")[reached[0]:reached[1] + 1])
+    """What the limits of the gap leave open: "good", "good or usable", …, or why they say nothing."""
+    return said(gap, (GOOD, USABLE), ("good", "usable", "poor"), kind)
+
+
+def said(figure: Interval, cuts: Sequence[float], words: Sequence[str], kind: str) -> str:
+    """The words of the classes between the ascending `cuts` that the limits reach, or why there are no limits."""
+    reached = figure.between(cuts)
+    return figure.without_limits(kind) if reached is None else " or ".join(words[reached[0]:reached[1] + 1])
 
 
 @functools.lru_cache(maxsize=8)

@@ -50,7 +50,7 @@ def verify(
         if curve < 0:
             raise Refused(f"--curve is {curve}; name a number of steps, 0 trains none")
         shallow, deep = open_checkpoint(source), open_checkpoint(target)
-        refuse_all(incomparable(shallow, deep), f"{source} and {target} cannot be compared:")
+        refuse_all(incomparable(shallow, deep, tokenizer), f"{source} and {target} cannot be compared:")
         reading = open_text(data_config(shallow.metadata, named, source))
         _refuse_rows(reading, shallow, deep, rows, jacobian_iterations)
         return shallow, deep, reading, *plan_between(shallow, deep)

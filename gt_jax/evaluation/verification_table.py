@@ -22,8 +22,8 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         f"below {100 * GOOD:.0f} % is good, below {100 * USABLE:.0f} % usable)",
         f"KL {float(result['kl']):.4f} nats{_limits(between['kl'], 1.0, '.4f')}, same top token "
         f"{100 * float(result['same_top1']):.1f} %{_limits(between['same_top1'], 100.0, '.1f')}, "
-        f"logit cosine {float(result['cosine']):.4f} ("
-        + (f"good, above {COSINE})" if result["cosine_verdict"] == "good" else f"wanted: above {COSINE})"),
+        f"logit cosine {float(result['cosine']):.4f}{_limits(between['cosine'], 1.0, '.4f')} "
+        f"({result['cosine_verdict']}; above {COSINE} is good)",
         f"in brackets: {100 * result['confidence']:g} % intervals over {result['units']['count']} "
         f"{result['units']['kind']}{'s' * (result['units']['count'] != 1)}",
     ]

@@ -215,13 +215,18 @@ class Text:
     def position_after(self, positions: Iterable[Any]) -> dict[str, Any] | None:
         """The first of the `positions`, as `TrainStream.state` gave them, that is one in this text, this split and rows
         of this length in this order; None without any. Rows count: at another batch size the next whole batch follows.
+        Raises `Refused` where that one does not say how far it is.
         """
         own = {**_identity(self.config, self.content_hash()), "batch_size": None}
         for place in positions:
             known = {**WITHOUT_SPLIT, **place} if isinstance(place, Mapping) else {}
             if {**{key: known.get(key) for key in own}, "batch_size": None} != own:
                 continue
-            rows = place["batches"] * place["batch_size"]
+            read, size = known.get("batches"), known.get("batch_size")
+            if not (isinstance(read, int) and isinstance(size, int) and min(read, size) >= 0):
+                raise Refused(f"the saved position in this text is not one: batches is {read!r}, batch_size {size!r}; "
+                              "both must be numbers. Its checkpoint's metadata are damaged")  # fmt: skip
+            rows = read * size
             return {**own, "batch_size": self.config.batch_size, "batches": math.ceil(rows / self.config.batch_size)}
         return None
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -100,6 +101,7 @@ class HuggingFaceTokenizer(_Text):
         self._tokenizer.no_padding()
         if getattr(self._tokenizer.model, "dropout", None):
             self._tokenizer.model.dropout = None  # the same text would have other tokens each time
+        self._tokenizer.encode_special_tokens = True  # text that spells the end of a document does not end one
         self._path = path
         found = [self._tokenizer.token_to_id(name) for name in _ENDS]
         # Not the number of tokens: ids may have gaps, and one beyond it would not fit where tokens are stored.
@@ -155,13 +157,13 @@ def open_tokenizer(name: str) -> Tokenizer:
     if name == BYTES:
         return ByteTokenizer()
     path = Path(name)
+    if not os.path.exists(name):  # unlike Path's, it takes words that are too long for a name
+        raise Refused(f"tokenizer {name!r} is neither {BYTES!r} nor a file or folder; nothing is downloaded")
     if path.is_dir():
         inside = [path / file for file in ("tokenizer.json", "tokenizer.model") if (path / file).is_file()]
         if not inside:
             raise Refused(f"tokenizer folder {name} has neither tokenizer.json nor tokenizer.model")
         path = inside[0]
-    if not path.is_file():
-        raise Refused(f"tokenizer {name!r} is neither {BYTES!r} nor a file or folder; nothing is downloaded")
     if path.suffix not in (".json", ".model"):
         raise Refused(f"tokenizer {name} must be a tokenizer.json or a SentencePiece .model file")
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
@@ -223,8 +225,8 @@ def encode_all(tokenizer: Tokenizer, name: str, documents: Sequence[bytes]) -> l
             raise Refused(f"document {index} is not UTF-8 (byte {error.start}), tokenizer {name} takes text; "
                           f"use --tokenizer {BYTES}") from error  # fmt: skip
         except ValueError as error:
-            raise Refused(f"document {index} has text that tokenizer {name} has no tokens for ({error}); "
-                          f"use --tokenizer {BYTES}") from error  # fmt: skip
+            raise Refused(f"document {index} cannot be encoded by tokenizer {name}: {error}; take one that has a token "
+                          f"for what it does not know, or --tokenizer {BYTES}") from error  # fmt: skip
     return encoded
 
 

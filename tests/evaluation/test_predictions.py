@@ -53,7 +53,22 @@ def test_verdicts_say_what_the_interval_leaves_open():
             ((0.01, 0.02), (0.01, 0.05), (0.0, 0.5), (0.05, 0.5), (0.2, 0.3), (None, None))]  # fmt: skip
     assert said[:5] == ["good", "good or usable", "good or usable or poor", "usable or poor", "poor"]
     assert "too few places to tell" in said[5]
-    assert "not finite" in predictions.verdict(Interval(math.nan, math.nan, math.nan), "place")
+    assert predictions.verdict(Interval(math.nan, None, None), "place") == "no verdict: the figure is nan"
+
+
+def test_the_cosine_is_called_by_its_interval_and_a_loss_that_is_not_finite_by_nothing():
+    """Two documents of ten disagree: a mean of 0.9951 is above what is good, its interval is not."""
+    sums = np.ones((len(predictions.Agreement._fields), 10))
+    cosine = predictions.Agreement._fields.index("cosine")
+    sums[cosine] = np.where(np.arange(10) < 8, 0.9985, 0.9815)
+    found = predictions.summary(sums, "document")
+    assert found["cosine"] == pytest.approx(0.9951) and found["cosine_verdict"] == "below or good"
+    sums[cosine] = 0.999
+    assert predictions.summary(sums, "document")["cosine_verdict"] == "good"
+    for name in ("source_loss", "target_loss"):
+        broken = sums.copy()
+        broken[predictions.Agreement._fields.index(name), 3] = np.nan
+        assert predictions.summary(broken, "document")["verdict"] == "no verdict: the figure is nan"
 
 
 def test_no_logits_of_a_whole_batch_are_held():

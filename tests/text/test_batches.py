@@ -242,6 +242,13 @@ def test_a_position_in_another_text_or_shape_is_refused(text, tmp_path):
             text.train({**state, "batches": batches})
 
 
+@pytest.mark.parametrize("wrong", [{"batches": None}, {"batches": "3"}, {"batches": -3}, {"batch_size": None}])
+def test_a_position_that_does_not_say_how_far_it_is_is_refused(text, wrong):
+    """To begin at the first batch again would train twice on what was read."""
+    with pytest.raises(Refused, match=f"not one: .*{next(iter(wrong))}"):
+        text.position_after([{**text.train().state(), **wrong}])
+
+
 def test_same_seed_same_bytes_across_processes_and_light_imports(text):
     """Importing the module brings neither jax nor grain nor TensorFlow; another process gives the same batches."""
     program = (

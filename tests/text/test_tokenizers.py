@@ -78,6 +78,34 @@ def test_ids_are_those_of_the_library(files):
     assert theirs.end_of_document == model.eos_id()
 
 
+def test_an_end_of_document_that_the_text_spells_is_text(files, tmp_path):
+    """Else a document that speaks of it would be two, and what is independent would be counted wrongly."""
+    tokenizer = open_tokenizer(str(files / "hf"))
+    ids = tokenizer.encode(b"a <|endoftext|> b")
+    assert tokenizer.end_of_document not in ids and tokenizer.decode(ids) == b"a <|endoftext|> b"
+    (tmp_path / "speaks.txt").write_text("It ends with <|endoftext|> they say.\n" * 40)
+    text = open_text(DataConfig(text=(str(tmp_path / "speaks.txt"),), tokenizer=str(files / "hf"), sequence_length=16))
+    assert np.count_nonzero(text.tokens == tokenizer.end_of_document) == text.documents == 1
+
+
+def test_ids_that_a_file_leaves_out_are_counted(tmp_path):
+    """The vocabulary of the model must hold the largest id; how many there are does not say it."""
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 5}, [])).save(str(tmp_path / "gaps.json"))
+    tokenizer = open_tokenizer(str(tmp_path / "gaps.json"))
+    assert tokenizer.encode(b"ab").tolist() == [0, 5]
+    assert (tokenizer.end_of_document, tokenizer.vocab_size) == (6, 7)
+
+
+def test_a_document_with_a_word_that_the_vocabulary_lacks_is_refused(tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    (tmp_path / "text.txt").write_text("a b c " * 40)
+    config = DataConfig(text=(str(tmp_path / "text.txt"),), tokenizer=str(tmp_path / "words.json"), sequence_length=8)
+    with pytest.raises(Refused, match=r"document 0 cannot be encoded by tokenizer .*words.json: .*UNK"):
+        open_text(config)
+
+
 def test_a_text_of_tokens_has_their_ids_and_says_so(files):
     config = DataConfig(text=(str(files / "story.txt"),), tokenizer=str(files / "hf"), sequence_length=16)
     text = open_text(config)
@@ -92,7 +120,8 @@ def test_what_cannot_be_used_is_refused(files, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {}}))
     (tmp_path / "broken.model").write_bytes(b"no model")
     (tmp_path / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 100)
-    for name, words in (("gpt2", "nothing is downloaded"), (str(tmp_path / "empty"), "neither tokenizer.json nor"),
+    for name, words in (("gpt2", "nothing is downloaded"), ("a" * 300, "nothing is downloaded"),
+                        (str(tmp_path / "empty"), "neither tokenizer.json nor"),
                         (str(tmp_path / "tokenizer.json"), "cannot be read as a tokenizer.json"),
                         (str(tmp_path / "broken.model"), "cannot be read as a SentencePiece model"),
                         (str(files / "story.txt"), "must be a tokenizer.json or")):  # fmt: skip
@@ -133,7 +162,7 @@ def test_ids_with_gaps_fit_the_vocabulary(tmp_path):
 def test_a_word_without_a_token_is_refused(tmp_path):
     path = with_words(tmp_path, {"deep": 0}, unk_token="[UNK]")
     (tmp_path / "text.txt").write_text("deep net " * 40)
-    with pytest.raises(Refused, match=r"document 0 has text that tokenizer .*words.json has no tokens for"):
+    with pytest.raises(Refused, match=r"document 0 cannot be encoded by tokenizer .*words.json"):
         open_text(DataConfig(text=(str(tmp_path / "text.txt"),), tokenizer=path, sequence_length=8))
 
 
@@ -193,8 +222,14 @@ def test_a_model_keeps_its_tokenizer_when_it_is_grown_trained_on_and_sampled(fil
                   lambda: sample([str(grown), "--tokenizer", "bytes", "--prompt", "a"])):  # fmt: skip
         with pytest.raises(Refused, match=r"was trained with another tokenizer: .*; leave --tokenizer out"):
             wrong()
+    with pytest.raises(Refused, match="--prompt cannot be encoded"):
+        sample([str(grown), "--prompt", "\udcff"])  # what a shell hands on of bytes that are no UTF-8
     (difference,) = incomparable(open_checkpoint(grown), open_checkpoint(another))
     assert f"{another} was trained with another tokenizer than {grown}" in difference
     assert not incomparable(open_checkpoint(grown), open_checkpoint(source))
+    checkpoint.save(tmp_path / "unknown", variables, {"config": model.to_json(), "kind": "model"})
+    pair = open_checkpoint(grown), open_checkpoint(tmp_path / "unknown")
+    assert "unknown does not say which tokenizer its 600 tokens are of" in incomparable(*pair)[0]
+    assert not incomparable(*pair, own) and "with another tokenizer" in incomparable(*pair, other)[0]
     assert vocabulary_difference(own, str(files / "hf" / "tokenizer.json")) is None  # the same by another name
     assert vocabulary_difference("gone.json", other) is None

@@ -29,6 +29,8 @@ def read_tokens(path: Path) -> list[bytes]:
 
 def _tokenizer(path: Path, data: Mapping[str, Any]) -> list[bytes]:
     """The vocabulary of a tokenizer.json, its added tokens included."""
+    if not isinstance(data.get("model"), Mapping) or "vocab" not in data["model"]:
+        raise Refused(f"token file {path} has no vocabulary (model.vocab, as a tokenizer.json has it)")
     try:
         vocabulary = data["model"]["vocab"]
         if isinstance(vocabulary, Mapping):

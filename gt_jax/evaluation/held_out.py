@@ -64,8 +64,8 @@ def evaluate_checkpoints(
         mesh: where they run; None takes as many devices as divide a batch.
         group: the processes, each of which calls it; then there is a mesh of the devices of all.
 
-    Raises `Refused` that lists all that keeps them from being evaluated, before anything is computed; `Failed` where a
-    model's losses are not finite.
+    Raises `Refused` that lists all that keeps them from being evaluated, before anything is computed. A model whose
+    losses are not finite gets no limits and no verdict.
     """
     group = group or ProcessGroup()
     opened, tokenizer, text = group.agree(lambda: _open(sources, named, batches, passes, mesh))

@@ -8,13 +8,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
 from gt_jax.text.batches import Batch, Text, spread_batches
+from gt_jax.text.split import content_keys
 
 
 class HeldOutRows(NamedTuple):
@@ -56,9 +56,7 @@ def _units(text: Text) -> tuple[Int64[np.ndarray, " spans"], str]:
     numbers = np.concatenate([[0], np.cumsum(apart)])
     documents = np.searchsorted(np.flatnonzero(text.tokens == end), starts)
     kind = "document" if len(np.unique(documents)) == numbers[-1] + 1 else "place"
-    hashes = [hashlib.blake2b() for _ in range(numbers[-1] + 1)]
-    for number, (start, stop) in zip(numbers.tolist(), spans.tolist(), strict=True):
-        hashes[number].update(text.tokens[start:stop].tobytes())
-    known: dict[bytes, int] = {}
-    unit = np.array([known.setdefault(one.digest(), len(known)) for one in hashes])
-    return unit[numbers], kind
+    stretches = np.split(spans, np.flatnonzero(apart) + 1)
+    keys = content_keys(b"".join(text.tokens[start:stop].tobytes() for start, stop in one) for one in stretches)
+    _, first, copy_of = np.unique(keys, return_index=True, return_inverse=True)
+    return first[copy_of][numbers], kind

@@ -3,7 +3,7 @@
 - By file, never by download. The library behind a file is imported when such a file is opened, and only then.
 - The end of a document is the tokenizer's own token for it, if it has one, else one more id after the last.
 - All of a text and nothing else: nothing is added at the beginning, nothing cut off or filled up at the end, whatever
-  the file asks for. Special tokens that a text spells become those tokens, where the library reads them so.
+  the file asks for. Special tokens that a text spells are text.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Generated tasks whose answers need a known number of steps."""

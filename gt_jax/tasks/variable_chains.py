@@ -1,0 +1,82 @@
+"""Variable chains: what is a variable worth that is defined by another one, which is defined by another one …?
+
+    A7 C2 BA DC EB      A = 7, C = 2, B = A, D = C, E = B: behind BA, DC and EB the value is asked, 7, 2, 7
+
+- A definition is the variable and what it is, a digit or a variable. The difficulty is the number of look-ups: 1 for
+  BA, 2 for EB. The values of the chains differ, and the chains grow in turns drawn at random, so that which value is the
+  answer cannot be told without following the chain.
+- `order` "forward": a definition stands behind those it needs, and its value is asked right there. "shuffled":
+  definitions stand anywhere, and the variables are asked behind them all: a token has all look-ups before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+
+from gt_jax.tasks.draws import Draws
+from gt_jax.tasks.task import DIGITS, LETTERS, Instance, Task
+
+Order = Literal["forward", "shuffled"]
+_ASKED = ord("?")
+
+
+@dataclasses.dataclass(frozen=True)
+class VariableChains(Task):
+    """`chains` chains, each with `hardest` definitions behind the digit; those from `easiest` on are asked."""
+
+    name: ClassVar[str] = "variable_chains"
+    hardest: int = 6
+    chains: int = 6
+    order: Order = "forward"
+
+    @property
+    def longest(self) -> int:
+        definitions = 2 * self.chains * (self.hardest + 1)
+        return definitions if self.order == "forward" else definitions + 2 * self.chains * self.hardest
+
+    def problems(self) -> list[str]:
+        wrong = super().problems() + self.at_most("chains", len(DIGITS), "a digit each")
+        if self.chains < 2:
+            wrong.append(f"chains is {self.chains}; of one chain the value is known, it must be at least 2")
+        if self.order not in get_args(Order):
+            wrong.append(f"order is {self.order!r}; it must be one of {', '.join(get_args(Order))}")
+        if self.chains * (self.hardest + 1) > len(LETTERS):
+            wrong.append(f"chains {self.chains} x (hardest {self.hardest} + 1) variables are more than the "
+                         f"{len(LETTERS)} letters")
+        return wrong
+
+    def draw(self, draws: Draws, hardest: int) -> Instance:
+        length = hardest + 1
+        letters, digits = (np.frombuffer(signs, np.uint8).astype(np.int64) for signs in (LETTERS, DIGITS))
+        names = letters[draws.permutation(len(letters))[: self.chains * length]].reshape(self.chains, length)
+        values = digits[draws.permutation(len(digits))[: self.chains]]
+        means = np.concatenate([values[:, None], names[:, :-1]], axis=1)
+        # each chain's places in a random order of all: its definitions take them from the first to the last
+        turn = draws.permutation(self.chains * length) % self.chains
+        place = np.argsort(turn, kind="stable").reshape(self.chains, length)
+        flat = place.ravel() if self.order == "forward" else draws.permutation(self.chains * length)
+        names, means, depth, worth = (
+            _placed(a, flat) for a in (names, means, np.tile(np.arange(length), (self.chains, 1)),
+                                       np.repeat(values, length)))  # fmt: skip
+        depth = np.where(depth >= self.easiest, depth, 0)
+        tokens = np.stack([names, means], axis=1).ravel()
+        second = np.array([0, 1])
+        if self.order == "forward":
+            return Instance.of(tokens, np.outer(worth, second).ravel(), np.outer(depth, second).ravel())
+        asked = np.flatnonzero(depth)
+        asked = asked[draws.permutation(asked.size)]
+        nothing = np.zeros(tokens.size, np.int64)
+        questions = np.stack([np.full(asked.size, _ASKED), names[asked]], axis=1).ravel()
+        return Instance.of(
+            np.concatenate([tokens, questions]), np.concatenate([nothing, np.outer(worth[asked], second).ravel()]),
+            np.concatenate([nothing, np.outer(depth[asked], second).ravel()]),
+        )
+
+
+def _placed(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    made = np.empty(places.size, np.int64)
+    made[places] = values.ravel()
+    return made

@@ -120,7 +120,9 @@ class AdaptiveConfig(Config):
 
     `halting` "token": a token below the threshold is finished. "batch" (origin): all go on until at most `batch_share`
     of the tokens are at or above it. `features` says what the halting head sees of the mixer, its write gate, output
-    gate and head spread: those of the mixer's own input, or (origin) of the mean over streams before any norm.
+    gate and head spread: those of the mixer's own input, or (origin) of the mean over streams before any norm. With
+    `state_width` it also sees the token's state, normed and projected to so many numbers; with `by_pass` its embedding
+    is one of each pass, so that it knows how many there were.
     """
 
     alpha: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35)
@@ -132,13 +134,16 @@ class AdaptiveConfig(Config):
     halting: Literal["token", "batch"] = "token"
     batch_share: float = 0.02
     features: Literal["mixer_input", "stream_mean"] = "mixer_input"
+    state_width: int = 0
+    by_pass: bool = False
+    logit_bound: float = 0.0
 
     @property
     def max_passes(self) -> int:
         return len(self.alpha)
 
     def problems(self) -> list[str]:
-        wrong = below(self, 1, "hidden", "embedding")
+        wrong = below(self, 1, "hidden", "embedding") + below(self, 0, "state_width")
         if not self.alpha or min(self.alpha) <= 0:
             wrong.append(f"alpha is {self.alpha}; it needs positive strengths, for example 1.0, 0.7, 0.5, 0.35")
         if not 0 < self.threshold < 1:

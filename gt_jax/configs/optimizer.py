@@ -10,7 +10,8 @@ from gt_jax.configs.json_config import Config
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Config):
-    """Learning rate, schedule (fractions of the run), decay, clipping; `scalar_scale` multiplies the scalars' rate."""
+    """Learning rate, schedule (fractions of the run), decay, clipping; `scalar_scale` multiplies the scalars' rate,
+    `halting_scale` that of the halting heads (of adaptive depth)."""
 
     learning_rate: float = 3e-3
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -22,6 +23,7 @@ class OptimizerConfig(Config):
     b1: float = 0.9
     b2: float = 0.95
     scalar_scale: float = 1.0
+    halting_scale: float = 1.0
 
     def problems(self) -> list[str]:
         wrong = []

@@ -22,7 +22,10 @@ from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.price import PriceConfig
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
-from gt_jax.typing import Scalar
+from gt_jax.typing import Scalar, Tree
+
+
+FAST, SLOW = 100.0, 5.0  # of the controller, a run
 
 
 class PriceState(NamedTuple):
@@ -33,8 +36,9 @@ class PriceState(NamedTuple):
 
 
 def initial_price(config: PriceConfig) -> PriceState:
-    """Lambda at its lower bound."""
-    return PriceState(jnp.asarray(config.lowest, jnp.float32), jnp.zeros((), jnp.int32))
+    """Where lambda starts: at its lower bound, or at the price that is given."""
+    start = config.lowest if config.rule == "ouro" else config.value
+    return PriceState(jnp.asarray(start, jnp.float32), jnp.zeros((), jnp.int32))
 
 
 class Phase(NamedTuple):
@@ -45,21 +49,32 @@ class Phase(NamedTuple):
     moves: Array
 
 
-def phase(config: PriceConfig, step: Int[Array, ""], steps: int) -> Phase:
-    """Two forced passes first, then free ones with p capped, then the price; every 20th step audits: forced passes."""
+def phase(config: PriceConfig, step: Int[Array, ""], steps: int, passes: int) -> Phase:
+    """Forced passes first, then free ones with p capped, then the price; every `audit_every`-th step is an audit.
+
+    An audit of rule "ouro" forces passes and charges nothing. One of rule "budget" runs every pass with its own weight,
+    however small, and is charged; the price moves by none. `passes` is K, of which forced ones are drawn.
+    """
     done = step.astype(jnp.float32) / steps
     warming = done < config.forced_until
     audit = jnp.logical_not(warming) & (step % config.audit_every == config.audit_every - 1)
-    forced = jnp.where(warming | audit, config.forced_passes, 0).astype(jnp.int32)
+    drawn = jax.random.randint(jax.random.fold_in(jax.random.key(passes), step), (), 1, passes + 1)
+    count = config.forced_passes if config.forced_passes else drawn
+    ouro = config.rule == "ouro"
+    forced = jnp.where(warming | (audit & ouro), count, 0).astype(jnp.int32)
     p_max = jnp.where(done < config.clipped_until, config.p_max, 1.0).astype(jnp.float32)
-    charged = (done >= config.price_from) & jnp.logical_not(audit)
-    return Phase(PassControl(forced, p_max), charged, charged)
+    begun = done >= config.price_from
+    moves = begun & jnp.logical_not(audit)
+    uncut = jnp.where(audit & (not ouro), 1.0, 0.0)
+    return Phase(PassControl(forced, p_max, uncut), moves if ouro else begun, moves)
 
 
 def price_loss(
     config: PriceConfig, value: Scalar, statistics: PassStatistics, cross_entropy: Scalar, first_pass: Scalar
 ) -> Scalar:
-    """lambda * sum over layers of relu(0.85 ponder + 0.15 share run - coupon); differentiable through survival."""
+    """lambda times what the passes cost, by the config's rule; differentiable through the weights of the passes."""
+    if config.rule == "budget":
+        return value * jnp.sum(statistics.cost)
     passes = statistics.survival.shape[-1]
     scale = max(passes - 1, 1)
     ponder = jax.nn.relu(jnp.sum(statistics.survival, axis=-1) - 1.0) / scale
@@ -69,12 +84,42 @@ def price_loss(
 
 
 def move_price(config: PriceConfig, state: PriceState, steered: Scalar, moves: Array, steps: int) -> PriceState:
-    """One dual step; `steered` is the mean over layers of what `target_of` names.
-
-    Once high for `settled_after` of the run: only outside [-2 %, +5 %] of the target, half speed.
-    """
-    settled = state.high_steps >= max(1, round(config.settled_after * steps))
+    """One step of lambda; `steered` is the mean over layers of what `target_of` names."""
+    if config.target is None:
+        return state
     excess = steered - config.target
+    if config.rule == "budget":
+        value = jnp.clip(state.value + SLOW * config.rate / steps * excess, config.lowest, config.highest)
+        return PriceState(jnp.where(moves, value, state.value), state.high_steps)
+    return _moved_ouro(config, state, excess, moves, steps)
+
+
+def gate_step(config: PriceConfig, steered: Scalar, moves: Array, steps: int) -> Scalar:
+    """What rule "budget" adds to the last bias of every halting head after a step: at the target quickly, and to stay.
+
+    -min(1/2, 100/steps) (steered - target): the price alone is an integral whose effect is another one, the gates'
+    weights, and such a loop swings; this is its proportional part, and the price ends where it has nothing left to do.
+    """
+    if config.target is None or config.rule == "ouro":
+        return jnp.zeros((), jnp.float32)
+    fast = min(0.5, FAST * config.rate / steps)
+    return jnp.where(moves, -fast * (steered - config.target), 0.0)
+
+
+def with_gates_moved(params: Tree, step: Scalar) -> Tree:
+    """The parameters with the last bias of every halting head moved by `step`."""
+
+    def moved(path: tuple, leaf: Array) -> Array:
+        last = jax.tree_util.keystr(path, simple=True, separator="/").endswith("halting/output/b")
+        return leaf + step.astype(leaf.dtype) if last else leaf
+
+    return jax.tree_util.tree_map_with_path(moved, params)
+
+
+def _moved_ouro(config: PriceConfig, state: PriceState, excess: Scalar, moves: Array, steps: int) -> PriceState:
+    """Once high for `settled_after` of the run: only outside [-2 %, +5 %] of the target, half speed."""
+    assert config.target is not None
+    settled = state.high_steps >= max(1, round(config.settled_after * steps))
     outside = (excess < -0.02 * config.target) | (excess > 0.05 * config.target)
     speed = jnp.where(settled, jnp.where(outside, 0.5, 0.0), 1.0)
     moved = jnp.clip(state.value + speed * (config.rate / steps) * excess, config.lowest, config.highest)

@@ -25,7 +25,7 @@ from gt_jax.models.memory_chunks import chunk_length, mean_over_chunks, over_chu
 from gt_jax.training.accumulation import accumulate_gradients
 from gt_jax.training.loss import unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State, at_step
-from gt_jax.training.price import Phase, move_price, phase, price_loss
+from gt_jax.training.price import Phase, gate_step, move_price, phase, price_loss, with_gates_moved
 from gt_jax.training.running_means import floats, moved_once
 from gt_jax.training.state import TrainState
 from gt_jax.training.thaw import keep_frozen
@@ -164,12 +164,13 @@ def make_step(
     batch runs in so many parts.
     """
     loss = make_loss(model, price, rules, seed)
+    passes = 1 if model.adaptive is None else model.adaptive.max_passes
     gradient = jax.value_and_grad(loss, has_aux=True)
     if accumulate > 1:
         gradient = accumulate_gradients(loss, accumulate, rules, functools.partial(target_counts, model))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        now = phase(price, state.step, steps)
+        now = phase(price, state.step, steps, passes)
         placed = shard_batch(batch, rules)
         (total, extra), grads = gradient(state.params, state.statistics, placed, state.price.value, now, state.step)
         statistics = extra["statistics"]
@@ -188,6 +189,8 @@ def make_step(
         depth = {name: jnp.sum(getattr(report["passes"], of), axis=-1) for name, of in DEPTH.items()}
         steered = jnp.mean(depth[price.target_of])
         moved = move_price(price, state.price, steered, now.moves, steps)
+        if model.adaptive is not None:
+            params = with_gates_moved(params, gate_step(price, steered, now.moves, steps))
         norm = optax.tree.norm(jax.tree.map(widen, grads))
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         metrics = {
@@ -196,7 +199,7 @@ def make_step(
             "price_loss": report["price_loss"],
             "indexer_loss": jnp.sum(report["passes"].auxiliary_loss),
             **_component_metrics(model, report),
-            **({} if model.adaptive is None else {f"{price.target_of}_excess": steered - price.target}),
+            **_excess(model, price, steered),
             "gradient_norm": norm,
             "bad": 1.0 - finite.astype(jnp.float32),
             "price": state.price.value,
@@ -209,6 +212,13 @@ def make_step(
         return applied._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _excess(model: ModelConfig, price: PriceConfig, steered: Scalar) -> dict[str, Array]:
+    """How far depth is above the price's target, where there is one."""
+    if model.adaptive is None or price.target is None:
+        return {}
+    return {f"{price.target_of}_excess": steered - price.target}
 
 
 def _component_metrics(model: ModelConfig, report: Mapping[str, Any]) -> dict[str, Array]:

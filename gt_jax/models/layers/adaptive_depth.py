@@ -36,16 +36,22 @@ RATIO_CLIP = 10.0
 
 
 class PassControl(NamedTuple):
-    """How many passes: `forced` [] or [l] int32, 0 for the halting heads' choice; `p_max` [] caps the continue gate."""
+    """How many passes: `forced` [] or [l] int32, 0 for the halting heads' choice; `p_max` [] caps the continue gate.
+
+    Where `uncut` [] is above 0, no token is finished: every pass runs and counts with s_k, however small. So a gate far
+    below the threshold still has a gradient, which training needs now and then.
+    """
 
     forced: Array
     p_max: Array
+    uncut: Array | float = 0.0
 
 
 class PassStatistics(NamedTuple):
     """Per pass [p], float32, means over tokens: what `measure` and the training metrics read.
 
-    `survival` is the mean weight w_k, `alive` the share of tokens with s_k >= threshold, `computed` 1 where the pass
+    `survival` is the mean weight w_k, `alive` the share of tokens with s_k >= threshold, `cost` the mean of
+    `smooth_count` for passes after the first, `computed` 1 where the pass
     was computed for the batch, else 0, `s_after` the mean s after the pass (finished tokens keep theirs), `p_mean`,
     `p_std` and `p_floored` (share at the floor) are of the continue gate over alive tokens, `delta_ratio` is |dh|/|h|
     and `update_ratio` that times |gain| alpha_k w_k, the size of what the pass adds, over alive tokens ("batch": over
@@ -57,6 +63,7 @@ class PassStatistics(NamedTuple):
 
     survival: Array
     alive: Array
+    cost: Array
     computed: Array
     s_after: Array
     p_mean: Array
@@ -122,22 +129,43 @@ class _Carry(NamedTuple):
     first: Array
 
 
+def bounded_logit(logit: PerToken, config: AdaptiveConfig) -> PerToken:
+    """A gate's logit within +-`logit_bound`, its gradient as if it were not bound; bound 0 leaves it as it is.
+
+    Farther out the gate's slope p (1 - p) is so small that nothing it learns later can bring it back.
+    """
+    bound = config.logit_bound
+    return logit + jax.lax.stop_gradient(jnp.clip(logit, -bound, bound) - logit) if bound else logit
+
+
 class HaltingHead(nn.Module):
-    """p = sigmoid(MLP([features, embedding])), the probability to continue; float32; gradient to its own weights."""
+    """p = sigmoid(MLP([features, embedding])), the probability to continue; float32; gradient to its own weights.
+
+    With `state_width` the features have W h / rms(h) behind them, h the state [b, t, d] after the pass; with `by_pass`
+    the embedding is that of pass `k` [].
+    """
 
     config: AdaptiveConfig
     rules: Rules
 
     @nn.compact
-    def __call__(self, features: Float[Array, "b t f"]) -> PerToken:
-        c = self.config
-        embedding = self.param("embedding", INIT, (c.embedding,), jnp.float32, on_mesh(self.rules.spec(None)))
+    def __call__(self, features: Float[Array, "b t f"], state: Activations, k: Array) -> PerToken:
+        c, spec = self.config, self.rules.spec
+        if c.by_pass:
+            table = self.param("embedding", INIT, (c.max_passes, c.embedding), jnp.float32, on_mesh(spec(None, None)))
+            embedding = jnp.sum(jax.nn.one_hot(k, c.max_passes)[:, None] * table, axis=0)
+        else:
+            embedding = self.param("embedding", INIT, (c.embedding,), jnp.float32, on_mesh(spec(None)))
         tiled = jnp.broadcast_to(embedding[None, None], (*features.shape[:2], c.embedding))
-        tiled = tiled + jnp.zeros_like(features[..., :1])  # takes the rows' sharding
-        hidden = Affine((FEATURES + c.embedding, c.hidden), 0.0, self.rules, name="hidden")
+        seen = [features, tiled + jnp.zeros_like(features[..., :1])]  # takes the rows' sharding
+        if c.state_width:
+            h = widen(jax.lax.stop_gradient(state))
+            h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + 1e-6)
+            seen.append(Affine((h.shape[-1], c.state_width), 0.0, self.rules, name="state")(h))
+        hidden = Affine((FEATURES + c.embedding + c.state_width, c.hidden), 0.0, self.rules, name="hidden")
         output = Affine((c.hidden, 1), c.initial_bias, self.rules, name="output")
-        inner = jax.nn.gelu(hidden(jnp.concatenate([features, tiled], axis=-1)))
-        return jax.nn.sigmoid(output(inner)[..., 0])
+        inner = jax.nn.gelu(hidden(jnp.concatenate(seen, axis=-1)))
+        return jax.nn.sigmoid(bounded_logit(output(inner)[..., 0], c))
 
 
 class Affine(nn.Module):
@@ -183,22 +211,39 @@ def halting_features(x: Activations, delta: Activations, previous: Activations, 
 
 def continue_probability(p: PerToken, k: Array, control: PassControl, floor: float) -> PerToken:
     """The gate in use: clipped to [floor, p_max]; with forced passes 1 before the last of them and 0 after it."""
-    free = jnp.clip(p, floor, control.p_max)
+    raised = p + jax.lax.stop_gradient(jnp.maximum(floor - p, 0.0))  # a gate at the floor can still rise
+    free = jnp.minimum(raised, control.p_max)
     return jnp.where(control.forced > 0, jnp.where(k + 1 < control.forced, 1.0, 0.0), free)
 
 
-def _goes_on(s: PerToken, config: AdaptiveConfig, real: PerToken) -> Array:
+def smooth_count(s: PerToken, config: AdaptiveConfig) -> PerToken:
+    """What a pass of strength s counts in the price: (1 + h) s / (h + s), h = 2 threshold; 0 at 0, 1 at 1.
+
+    A token runs a pass whole or not at all, whatever its weight: the count rises where the threshold is, and has a
+    slope everywhere, so that the price has a gradient for every gate.
+    """
+    h = 2 * config.threshold
+    return (1 + h) * s / (h + s)
+
+
+def _goes_on(s: PerToken, config: AdaptiveConfig, control: PassControl, real: PerToken) -> Array:
     """Whether another pass runs: "token" while anyone is alive, "batch" while more than `batch_share` are."""
     alive = (s >= config.threshold).astype(jnp.float32) * real
     share = masked_mean(alive, real)
-    return share > (config.batch_share if config.halting == "batch" else 0.0)
+    going = share > (config.batch_share if config.halting == "batch" else 0.0)
+    return going | (jnp.asarray(control.uncut) > 0)
 
 
-def _weight(s: PerToken, config: AdaptiveConfig, goes_on: Array) -> PerToken:
+def _weight(s: PerToken, config: AdaptiveConfig, control: PassControl, goes_on: Array) -> PerToken:
     """w_k: what is left of s_k where this pass counts."""
     if config.halting == "batch":
         return jnp.where(goes_on, s, 0.0)
-    return jnp.where(s >= config.threshold, s, 0.0)
+    return jnp.where(_counted(s, config, control), s, 0.0)
+
+
+def _counted(s: PerToken, config: AdaptiveConfig, control: PassControl) -> Array:
+    """Which tokens this pass moves."""
+    return (s >= config.threshold) | (jnp.asarray(control.uncut) > 0)
 
 
 def run_passes(
@@ -223,13 +268,15 @@ def run_passes(
 
     def run(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
         x, s, previous, first = carry
-        weight = _weight(s, config, _goes_on(s, config, real))
+        weight = _weight(s, config, control, _goes_on(s, config, control, real))
         step, seen = delta(layer, x, cache)
         h, dh = stream_mean(x), stream_mean(step)
-        p_free = layer.halting(halting_features(h, dh, previous, seen.mixer))
+        strength = (gain * alpha * weight).reshape(*weight.shape, *[1] * (x.ndim - 2))
+        moved = add_scaled(x, step, strength)
+        p_free = layer.halting(halting_features(h, dh, previous, seen.mixer), stream_mean(moved), k)
         p = continue_probability(p_free, k, control, config.p_floor)
-        counted = s >= config.threshold
-        alive = counted.astype(jnp.float32) * real
+        alive = (s >= config.threshold).astype(jnp.float32) * real
+        cost = jnp.where(k > 0, masked_mean(smooth_count(weight, config), real), 0.0)
         p_mean = masked_mean(p, alive)
         p_std = jnp.sqrt(masked_mean(jnp.square(p - p_mean), alive))
         floored = masked_mean((p <= config.p_floor).astype(jnp.float32), alive)
@@ -237,13 +284,11 @@ def run_passes(
         ratio = masked_mean(ratios, alive)
         moving = real if config.halting == "batch" else alive  # there a pass that runs moves every token
         added = jax.lax.stop_gradient(jnp.abs(gain) * alpha * masked_mean(weight * ratios, moving))
-        s = s * p if config.halting == "batch" else jnp.where(counted, s * p, s)
+        s = s * p if config.halting == "batch" else jnp.where(_counted(s, config, control), s * p, s)
         statistics = PassStatistics(
-            masked_mean(weight, real), masked_mean(alive, real), jnp.ones((), jnp.float32), masked_mean(s, real),
+            masked_mean(weight, real), masked_mean(alive, real), cost, jnp.ones((), jnp.float32), masked_mean(s, real),
             p_mean, p_std, floored, ratio, added, *seen.statistics,
         )  # fmt: skip
-        strength = (gain * alpha * weight).reshape(*weight.shape, *[1] * (x.ndim - 2))
-        moved = add_scaled(x, step, strength)
         first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(moved)), first)
         return _Carry(moved, s, jax.lax.stop_gradient(dh), first), statistics, seen.mixer.cache
 
@@ -255,7 +300,7 @@ def run_passes(
         if every_pass:
             carry, statistics, new_cache = run(layer, carry, *xs)
         else:
-            going = _goes_on(carry.s, config, real)
+            going = _goes_on(carry.s, config, control, real)
             carry, statistics, new_cache = nn.cond(going, run, skip, layer, carry, *xs)
         return carry, (statistics, new_cache)
 

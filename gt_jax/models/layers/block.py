@@ -46,12 +46,12 @@ class Stream(NamedTuple):
 class Common(NamedTuple):
     """What every layer of the stack is given.
 
-    Place, cap of the continue gate, embedded X; weights of the skips [s] and `ExitWeights` of the unit that lets tokens
+    Place, control of the passes but for the counts forced, embedded X; weights of the skips [s] and `ExitWeights` of the unit that lets tokens
     leave, None without them.
     """
 
     place: Place
-    p_max: Array
+    control: PassControl
     x0: State
     skip_weights: Any
     exit_weights: Any
@@ -148,7 +148,7 @@ class Block(nn.Module):
         place = common.place
         if place.key is not None:  # each layer draws for itself
             place = place._replace(key=jax.random.fold_in(place.key, number))
-        x, first, seen, new_cache, new_link = layer(x, place, PassControl(forced, common.p_max), cache, link)
+        x, first, seen, new_cache, new_link = layer(x, place, common.control._replace(forced=forced), cache, link)
         kept = record(x, stream.skips, number, skips)
         return stream._replace(x=x, first=first, skips=kept), seen, new_cache, new_link
 

@@ -43,7 +43,8 @@ def calibrate(
     from gt_jax.evaluation.loading import data_config, names_text, text_note
     from gt_jax.evaluation.model_files import load
     from gt_jax.growth.calibration import calibrate_gains
-    from gt_jax.text.batches import Text, open_text
+    from gt_jax.text.batches import Text
+    from gt_jax.text.data import Data, open_data
     from gt_jax.text.tokenizers import chosen_tokenizer
     from gt_jax.training.step import evaluate, make_evaluation
 
@@ -55,10 +56,10 @@ def calibrate(
     group.on_first(lambda: _refuse_other_values(metadata, grown, of_source))
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "tokenizer": tokenizer}
 
-    def prepare() -> Text:
+    def prepare() -> Text | Data:
         data = data_config(source_metadata, named, source)
         chosen_tokenizer(metadata, data.tokenizer, grown)
-        reading = open_text(data)
+        reading = open_data(data)
         _refuse_mesh(reading.config.batch_size, *places)
         return reading
 

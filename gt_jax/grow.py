@@ -180,8 +180,8 @@ class _Source:
     def refuse_text(self, files: Sequence[Path], tokenizer: str | None) -> None:
         """Refuse, before anything is written, text that cannot be verified on."""
         from gt_jax.evaluation.loading import data_config
-        from gt_jax.text.batches import open_text
-        open_text(data_config(self.metadata, {"text": tuple(map(str, files)), "tokenizer": tokenizer}, self.path))
+        from gt_jax.text.data import open_data
+        open_data(data_config(self.metadata, {"text": tuple(map(str, files)), "tokenizer": tokenizer}, self.path))
 
 
 def _check(args: argparse.Namespace) -> None:

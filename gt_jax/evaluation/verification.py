@@ -20,7 +20,8 @@ from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
 from gt_jax.evaluation.pairs import incomparable, plan_between
 from gt_jax.growth.plan import Plan
 from gt_jax.monitoring.metrics import json_values
-from gt_jax.text.batches import Text, open_text
+from gt_jax.text.batches import Text
+from gt_jax.text.data import Data, open_data
 from gt_jax.training.divisibility import indivisible_fields
 from gt_jax.training.loop import fit, make_trainer, variables_of
 from gt_jax.training.step import evaluate
@@ -44,14 +45,14 @@ def verify(
     rows = Rules().shards("batch") if jacobian_rows is None else jacobian_rows
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "tokenizer": tokenizer}
 
-    def prepare() -> tuple[Checkpoint, Checkpoint, Text, Plan | None, str | None]:
+    def prepare() -> tuple[Checkpoint, Checkpoint, Text | Data, Plan | None, str | None]:
         if batches < 1:
             raise Refused(f"--batches is {batches}; at least one is needed")
         if curve < 0:
             raise Refused(f"--curve is {curve}; name a number of steps, 0 trains none")
         shallow, deep = open_checkpoint(source), open_checkpoint(target)
         refuse_all(incomparable(shallow, deep, tokenizer), f"{source} and {target} cannot be compared:")
-        reading = open_text(data_config(shallow.metadata, named, source))
+        reading = open_data(data_config(shallow.metadata, named, source))
         _refuse_rows(reading, shallow, deep, rows, jacobian_iterations)
         return shallow, deep, reading, *plan_between(shallow, deep)
 
@@ -73,7 +74,7 @@ def verify(
     return json_values(whole)
 
 
-def _refuse_rows(reading: Text, source: Checkpoint, target: Checkpoint, rows: int, iterations: int) -> None:
+def _refuse_rows(reading: Text | Data, source: Checkpoint, target: Checkpoint, rows: int, iterations: int) -> None:
     size, cuts, wrong = reading.config.batch_size, Rules().shards("batch"), []
     if not 0 <= rows <= size:
         wrong.append(f"--jacobian-rows is {rows}; a batch has {size} rows, and 0 leaves the Jacobians out")
@@ -86,7 +87,7 @@ def _refuse_rows(reading: Text, source: Checkpoint, target: Checkpoint, rows: in
     refuse_all(wrong, "this cannot be verified:")
 
 
-def position_of(reading: Text, source: Checkpoint, target: Checkpoint) -> dict[str, Any] | None:
+def position_of(reading: Text | Data, source: Checkpoint, target: Checkpoint) -> dict[str, Any] | None:
     """Where a curve of the target begins in the text: after what the target has read of it, else the source."""
     runs = [*trainings(target.metadata), *trainings(source.metadata)]
     return reading.position_after(run.get("data") for run in runs)
@@ -99,7 +100,7 @@ def _rate(source: Checkpoint) -> OptimizerConfig:
 
 
 def train_curve(
-    config: ModelConfig, variables: Tree, text: Text, position: dict[str, Any] | None, steps: int,
+    config: ModelConfig, variables: Tree, text: Text | Data, position: dict[str, Any] | None, steps: int,
     held_out: Sequence[Any], optimizer: OptimizerConfig, say: Say = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Training losses of `steps` steps with a fresh optimizer on the batches after `position`, and the loss after them.

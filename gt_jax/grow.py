@@ -181,7 +181,8 @@ class _Source:
         """Refuse, before anything is written, text that cannot be verified on."""
         from gt_jax.evaluation.loading import data_config
         from gt_jax.text.data import open_data
-        open_data(data_config(self.metadata, {"text": tuple(map(str, files)), "tokenizer": tokenizer}, self.path))
+        from gt_jax.text.flags import file_fields
+        open_data(data_config(self.metadata, {**file_fields([*map(str, files)]), "tokenizer": tokenizer}, self.path))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -403,8 +404,10 @@ def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition
     if args.verify_text:
         from gt_jax.evaluation.verification import verify
         from gt_jax.evaluation.verification_table import report_lines
-        files = [str(path) for path in args.verify_text]
-        shown["verify"] = verify(source, args.target, text=files, tokenizer=args.tokenizer)
+        from gt_jax.text.flags import file_fields
+        files = file_fields([str(path) for path in args.verify_text])
+        shown["verify"] = verify(source, args.target, text=files["text"], json_lines=files["json_lines"],
+                                 tokenizer=args.tokenizer)
         lines += ["", *report_lines(shown["verify"])]
     return shown, lines
 

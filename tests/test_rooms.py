@@ -29,7 +29,8 @@ ROOMS = {  # from the ground up: every room stands on rooms above it in this tab
     "interop": (*BASE, "configs", "text", "models", "checkpoints"),
     "monitoring": (*BASE, "configs", "growth"),
     "training": (*BASE, "configs", "devices", "text", "models", "checkpoints", "monitoring"),
-    "evaluation": (*BASE, "configs", "devices", "text", "models", "checkpoints", "growth", "monitoring", "training"),
+    "evaluation": (*BASE, "configs", "devices", "tasks", "text", "models", "checkpoints", "growth", "monitoring",
+                   "training"),
 }
 # The commands, the list of them and the public face import from any room; from no command.
 TOP = (*COMMANDS, "__init__", "__main__")

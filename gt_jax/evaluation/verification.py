@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gt_jax.configs.data import Weight
 from gt_jax.configs.lineage import newest, trainings
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
@@ -32,8 +33,9 @@ Say = Callable[[str], None]
 
 def verify(
     source: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None, tfds_dir: str | None = None,
-    tokenizer: str | None = None, batches: int = 8, jacobian_rows: int | None = None, jacobian_iterations: int = 20,
-    curve: int = 0, say: Say = lambda line: None, group: ProcessGroup | None = None,
+    json_lines: Sequence[str] = (), tasks: Sequence[str] = (), mix: Sequence[Weight] = (),
+    tokenizer: str | None = None, batches: int = 8, jacobian_rows: int | None = None,
+    jacobian_iterations: int = 20, curve: int = 0, say: Say = lambda line: None, group: ProcessGroup | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare two checkpoints on held-out text (default: the source's own); numbers that are not finite as strings.
 
@@ -43,7 +45,8 @@ def verify(
     """
     group = group or ProcessGroup()
     rows = Rules().shards("batch") if jacobian_rows is None else jacobian_rows
-    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "tokenizer": tokenizer}
+    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "json_lines": tuple(json_lines),
+                             "tasks": tuple(tasks), "mix": tuple(mix), "tokenizer": tokenizer}
 
     def prepare() -> tuple[Checkpoint, Checkpoint, Text | Data, Plan | None, str | None]:
         if batches < 1:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,6 +20,7 @@ from jaxtyping import Int32
 from gt_jax.configs.data import TEXT, DataConfig
 from gt_jax.tasks.registry import read_task
 from gt_jax.text.batches import Batch, RandomRows, Text, TrainStream, identity, open_text, position_after
+from gt_jax.text.json_lines_part import JsonLinesPart
 from gt_jax.text.mixed_rows import MixedRows, quotas
 from gt_jax.text.task_part import TaskPart
 from gt_jax.text.tokenizers import Tokenizer, open_tokenizer
@@ -130,4 +132,5 @@ def open_data(config: DataConfig) -> Text | Data:
     for words in config.tasks:
         task = read_task(words)
         parts[task.name] = TaskPart(task, config, tokenizer, round(config.curriculum_rows * shares[task.name]))
+    parts |= {Path(path).stem: JsonLinesPart(path, config, tokenizer) for path in config.json_lines}
     return Data(config, tokenizer, parts)

@@ -46,7 +46,7 @@ def read_task(words: str) -> Task:
             wrong.append(f"{option} is {value!r}; it must be a whole number")
     refuse_all(wrong, f"task {words!r} cannot be read:")
     try:
-        return kind(**options)
+        return kind.from_json(options)
     except Refused as error:
         _, *problems = str(error).splitlines()
         raise Refused("\n".join([f"task {words!r} is not valid:", *problems])) from error

@@ -6,6 +6,7 @@ just this byte, so that an answer stays one token. A tokenizer that has none for
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import numpy as np
@@ -31,8 +32,9 @@ class TaskPart:
     def __init__(self, task: Task, config: DataConfig, tokenizer: Tokenizer, curriculum: int = 0) -> None:
         self.task, self.config, self.tokenizer = task, config, tokenizer
         self._curriculum, self._ids = curriculum, symbol_ids(task, tokenizer, config.tokenizer)
-        for rows in (self.training_rows(), self._rows(HELD_OUT)):
-            rows[0]  # where a curriculum has the fewest different instances
+        # A held-out instance takes 1 / held_out draws to find, and its rows are asked for again.
+        self._row = functools.lru_cache(maxsize=4 * WHOLE)(lambda part, index: self._rows(part)[index])
+        self.training_rows()[0], self._row(HELD_OUT, 0)  # where a curriculum has the fewest different instances
 
     def training_rows(self) -> TaskRows:
         """The rows of the training part, endless."""
@@ -79,8 +81,8 @@ class TaskPart:
     def _batches(self, name: str, part: int, batches: int | None) -> list[Batch]:
         if batches is not None and batches < 1:
             raise Refused(f"{name} batches is {batches}; it must be at least 1")
-        rows, size = self._rows(part), self.config.batch_size
-        return stacked([rows[i] for i in range(WHOLE if batches is None else batches * size)], size)
+        size = self.config.batch_size
+        return stacked([self._row(part, i) for i in range(WHOLE if batches is None else batches * size)], size)
 
 
 def symbol_ids(task: Task, tokenizer: Tokenizer, name: str) -> Ids:

@@ -9,7 +9,8 @@
 - The rows lie evenly over the whole held-out part (evaluation.held_out_rows), so that few rows are of many documents.
 - Several checkpoints are run on the same rows; the others are compared with the first in pairs, unit by unit, so that a
   difference far smaller than the intervals of the two can be certain.
-- The text is the held-out part of the one that the first checkpoint was trained on, or of the one that is named.
+- The text is the held-out part of the one that the first checkpoint was trained on, or of the one that is named. So
+  are tasks and JSON lines: then intervals are over instances or documents, and of a mix over the units of all parts.
 - Several processes share the work: the same command with --coordinator HOST:PORT --processes N --process I in each.
 - An adaptive model takes as many passes as it likes; --passes fixes them.
 """

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import sys
 
@@ -53,6 +55,7 @@ class TaskRows:
         self._task, self._row, self._seed, self._shares = task, row, seed, (held_out, tuning)
         self._part, self._curriculum = part, curriculum
         self._ids = np.arange(256, dtype=np.int32) if ids is None else ids
+        self._longest = functools.cache(lambda hardest: dataclasses.replace(task, hardest=hardest).longest)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -62,7 +65,7 @@ class TaskRows:
                "segment_ids": np.zeros(self._row, np.int32), "difficulty": np.zeros(self._row, np.int32)}
         draws, hardest = Draws(self._seed, self._part, int(index)), self.hardest(int(index))
         filled = segment = 0
-        while filled + self._task.longest <= self._row:
+        while filled + self._longest(hardest) <= self._row:
             instance = self._instance(draws, hardest)
             here, segment = slice(filled, filled + instance.tokens.size), segment + 1
             row["tokens"][here] = self._ids[instance.tokens]

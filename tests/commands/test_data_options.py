@@ -1,5 +1,6 @@
 """The options that name data, as a user types them: what they mean, what they leave, what they refuse."""
 
+import inspect
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig
 from gt_jax.devices.sharding import Rules, global_batch
 from gt_jax.errors import Refused
+from gt_jax.evaluation.loading import text_config
 from gt_jax.monitoring.metrics import read_metrics
 from gt_jax.sample import main as sample
 from gt_jax.training.loop import train_run
@@ -48,6 +50,20 @@ def test_what_the_options_mean():
     assert both.shares == pytest.approx({"text": 1 / 3, "p_hop": 1 / 3, "b": 1 / 3})
     assert config_of("--task", "addition").data.parts == ("addition",)
     assert config_of().data == RunConfig(model=tiny()).data
+
+
+def test_every_command_that_reads_data_takes_what_the_options_name():
+    from gt_jax.calibrate import calibrate
+    from gt_jax.evaluation.verification import verify
+    from gt_jax.verify import parser
+
+    words = ["a", "b", "--text", "x.txt", "y.jsonl", "--task", CHAINS, "--mix", "text=0.5,y=0.3,variable_chains=0.2"]
+    named = text_config(parser().parse_args(words))
+    assert named["text"] == ("x.txt",) and named["json_lines"] == ("y.jsonl",) and named["tasks"] == (WHOLE,)
+    assert [one.part for one in named["mix"]] == ["text", "y", "variable_chains"]
+    assert text_config(parser().parse_args(["a", "b"])) is None
+    for function in (calibrate, verify):
+        assert set(named) <= set(inspect.signature(function).parameters)
 
 
 def test_a_source_that_is_named_replaces_all_that_the_run_had():

@@ -279,6 +279,8 @@ def test_the_curriculum_rises_evenly_and_stays():
     plain = TaskRows(task, 128, 1, 0.05)
     assert int(plain[0]["difficulty"].max()) == 6
     np.testing.assert_equal(rows[55], plain[55])
+    early = TaskRows(task, task.longest, 1, 0.05, curriculum=50)[0]
+    assert early["segment_ids"].max() == 2, "short instances fill a row that one of the longest would fill"
 
 
 @pytest.mark.parametrize("words", WORDS)

@@ -116,11 +116,13 @@ def text_note(metadata: Mapping[str, Any], data: Any, path: object, other: bool)
     `other`: the user named the data. None where a training of the model held out just this part, and no other trained
     on it. Of several parts each is judged by itself.
     """
+    from gt_jax.text.task_part import TaskPart
+
     runs = trainings(metadata)
     if not runs:
         return f"nothing says what {path} was trained on; it may know this text"
     readings = [*runs, *fits(metadata)]  # a calibration reads the training part of its text too
-    notes = [_task_note(runs, part, path) if hasattr(part, "task") else _part_note(readings, part, path, other)
+    notes = [_task_note(runs, part, path) if isinstance(part, TaskPart) else _part_note(readings, part, path, other)
              for part in data.parts.values()]  # fmt: skip
     return "; ".join(dict.fromkeys(note for note in notes if note is not None)) or None
 
@@ -139,12 +141,12 @@ def _task_note(runs: Sequence[Mapping[str, Any]], part: Any, path: object) -> st
 
 def _part_note(readings: Sequence[Mapping[str, Any]], text: Any, path: object, other: bool) -> str | None:
     """`text_note` of a text, or of a JSON-lines file."""
-    from gt_jax.configs.data import TEXT, WITHOUT_SPLIT, DataConfig
+    from gt_jax.configs.data import WITHOUT_SPLIT, DataConfig
+    from gt_jax.text.batches import Text
 
     places = [{**WITHOUT_SPLIT, **place} if isinstance(place := one.get("data"), Mapping) else {} for one in readings]
     hashes = [_contents(place) for place in places]
-    # an answer is held out by its prompt, whatever the rows
-    names = _SPLIT if TEXT in getattr(text, "parts", ()) else ("held_out", "tuning")
+    names = _SPLIT if isinstance(text, Text) else ("held_out", "tuning")  # whole documents, whatever the rows
     split = [getattr(text.config, name) for name in names]
     uneven = [place for place, content in zip(places, hashes, strict=True) if text.content_hash() in content
               and [place.get(name) for name in names] != split]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -66,6 +67,10 @@ class JsonLinesPart:
 
     def content_hash(self) -> str:
         """SHA-256 of the documents' tokens, targets and difficulties."""
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> str:
         found = hashlib.sha256()
         for one in self._documents:
             for values in (one.tokens, one.targets, one.difficulty):

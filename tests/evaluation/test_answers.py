@@ -17,6 +17,8 @@ from gt_jax.evaluation.answers import Answers, answers, asked, make_answers, rig
 from gt_jax.evaluation.confidence_intervals import ratio_interval
 from gt_jax.evaluation.proportions import proportion_interval
 from gt_jax.models.language_model import LanguageModel, apply_network, fixed_passes
+from gt_jax.monitoring.answer_lines import answer_lines
+from gt_jax.monitoring.answer_plots import panel_of
 from tests.support import perturbed, small_model
 
 MODEL = small_model("D")
@@ -169,6 +171,7 @@ def test_what_is_stored_is_plain_and_whole(rows, monkeypatch):
     assert all(of.keys() == names for of in stored["accuracy_forced"].values())
     assert stored["accuracy_forced"].keys() == stored["forced"].keys() == {"1", "2", "3", "4"}
     assert [one["k_exec"] for one in stored["cuts"]] == [4, 1] and isinstance(stored["spearman"], float)
+    assert len(answer_lines(stored)) == 11 and panel_of(stored, "a").accuracy.keys() >= {"free passes"}
     low, high = stored["intervals"]["accuracy"]["1"]
     assert low < stored["accuracy"]["1"] < high
 

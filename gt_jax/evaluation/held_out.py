@@ -28,7 +28,8 @@ from gt_jax.evaluation.scoring import byte_lengths, score, targets_of
 from gt_jax.models.language_model import fixed_passes, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.monitoring.metrics import json_values
-from gt_jax.text.batches import Text, open_text
+from gt_jax.text.batches import Text
+from gt_jax.text.data import Data, open_data
 from gt_jax.text.tokenizers import Tokenizer, open_tokenizer
 from gt_jax.training.divisibility import indivisible_fields
 
@@ -96,7 +97,7 @@ def evaluate_checkpoints(
 def _open(
     sources: Sequence[Path], named: dict[str, Any] | None, batches: int | None, passes: Passes,
     mesh: jax.sharding.Mesh | None,
-) -> tuple[list[Checkpoint], Tokenizer, Text]:  # fmt: skip
+) -> tuple[list[Checkpoint], Tokenizer, Text | Data]:  # fmt: skip
     """All that can be refused before anything is computed."""
     if batches is not None and batches < 1:
         raise Refused(f"--batches is {batches}; at least one is needed, and --all takes all there are")
@@ -116,7 +117,7 @@ def _open(
     if passes is not None and all(one.config.adaptive is None for one in opened):
         wrong.append("--passes fixes the passes of adaptive models; here every layer runs once, leave it out")
     refuse_all(wrong, "this cannot be evaluated:")
-    return opened, tokenizer, open_text(data)
+    return opened, tokenizer, open_data(data)
 
 
 def _misfits(one: Checkpoint, data: DataConfig, passes: Passes, tokens: int) -> list[str]:
@@ -150,7 +151,7 @@ def _covered(kind: str, units: Any, targets: Any, tokenizer: Tokenizer) -> Cover
     return Covered(kind, units, tokens, sums_by_unit(stands_for, units), ends)
 
 
-def _notes(opened: Sequence[Checkpoint], text: Text, named: Mapping[str, Any] | None) -> list[str]:
+def _notes(opened: Sequence[Checkpoint], text: Text | Data, named: Mapping[str, Any] | None) -> list[str]:
     """Where the text may not be held out for every model."""
     found = [text_note(one.metadata, text, one.path, names_text(named) or one is not opened[0]) for one in opened]
     return [note for note in found if note is not None]

@@ -3,8 +3,8 @@
     A7 C2 BA DC EB      A = 7, C = 2, B = A, D = C, E = B: behind BA, DC and EB the value is asked, 7, 2, 7
 
 - A definition is the variable and what it is, a digit or a variable. The difficulty is the number of look-ups: 1 for
-  BA, 2 for EB. The values of the chains differ, and the chains grow in turns drawn at random, so that which value is the
-  answer cannot be told without following the chain.
+  BA, 2 for EB. The values of the chains differ, and the chains grow in turns drawn at random, so that which value is
+  the answer cannot be told without following the chain.
 - `order` "forward": a definition stands behind those it needs, and its value is asked right there. "shuffled":
   definitions stand anywhere, and the variables are asked behind them all: a token has all look-ups before it.
 """
@@ -36,6 +36,10 @@ class VariableChains(Task):
     def longest(self) -> int:
         definitions = 2 * self.chains * (self.hardest + 1)
         return definitions if self.order == "forward" else definitions + 2 * self.chains * self.hardest
+
+    @property
+    def alphabet(self) -> bytes:
+        return LETTERS + DIGITS + (b"" if self.order == "forward" else bytes([_ASKED]))
 
     def problems(self) -> list[str]:
         wrong = super().problems() + self.at_most("chains", len(DIGITS), "a digit each")

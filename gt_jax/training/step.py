@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.thaw import ThawConfig
-from gt_jax.devices.sharding import Rules, reshard
+from gt_jax.devices.sharding import Rules, model_inputs, reshard
 from gt_jax.models.language_model import LanguageModel, ModelOutput, apply_network, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.models.layers.memory_stream import Memory
@@ -39,10 +39,11 @@ Batch = Mapping[str, Any]
 
 
 def shard_batch(batch: Batch, rules: Rules) -> dict[str, Array]:
-    """The batch on the mesh, rows with the batch axes; raises AssertionError for arrays that are not alike [b, t]."""
-    chex.assert_rank(list(batch.values()), 2)
-    chex.assert_equal_shape(list(batch.values()))
-    return {name: reshard(jnp.asarray(array), rules.spec("batch", None)) for name, array in batch.items()}
+    """What a model reads of the batch, on the mesh; raises AssertionError for arrays that are not alike [b, t]."""
+    read = model_inputs(batch)
+    chex.assert_rank(list(read.values()), 2)
+    chex.assert_equal_shape(list(read.values()))
+    return {name: reshard(jnp.asarray(array), rules.spec("batch", None)) for name, array in read.items()}
 
 
 class Sums(NamedTuple):

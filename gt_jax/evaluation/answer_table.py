@@ -42,7 +42,7 @@ class Accuracy(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """How much accuracy is lost, over all answers and over the hardest."""
+    """By how much one accuracy is above another, over all answers and over the hardest: what is lost, or won."""
 
     all: Interval
     hardest: Interval
@@ -80,6 +80,15 @@ class AnswerTable:
     spearman: Interval | None
     forced: dict[int, Forced]
     cuts: tuple[Cut, ...]
+    right: Bool[np.ndarray, " n"] = dataclasses.field(repr=False, compare=False)
+    where: Asked = dataclasses.field(repr=False, compare=False)
+
+    def gain_over(self, other: AnswerTable) -> Cost:
+        """By how much this model's share of right answers is above `other`'s, on the same batches: paired."""
+        same = all(map(np.array_equal, self.where, other.where))
+        if not same:
+            raise ValueError("the tables are of other batches; compare models on the same ones")
+        return _Units(self.where).cost(self.right, other.right)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: figures by difficulty as {"1": …}, and their limits [low, high] under `intervals`."""
@@ -162,7 +171,7 @@ def answer_table(
         passes_by_layer={d: tuple(base.passes[:, here].mean(axis=1).tolist()) for d, here in units.of.items()},
         spearman=spearman(tally, where.difficulty, where.instance, CONFIDENCE),
         forced={k: Forced(units.accuracy(right), units.cost(base.right, right)) for k, right in runs.items()},
-        cuts=_cuts(config, base, units, run) if cuts and free else (),
+        cuts=_cuts(config, base, units, run) if cuts and free else (), right=base.right, where=where,
     )  # fmt: skip
 
 

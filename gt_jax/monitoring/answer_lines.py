@@ -27,6 +27,12 @@ def answer_lines(found: Mapping[str, Any]) -> list[str]:
     return lines + (_cut_lines(found["cuts"]) if found["cuts"] else [])
 
 
+def gain_line(gain: Mapping[str, Any]) -> str:
+    """By how much more of the answers is right than by another model: all, and the hardest third."""
+    return (f"{_points(gain['accuracy_all'])} points more answers right, {_points(gain['accuracy_hardest'])} of the "
+            "hardest")  # fmt: skip
+
+
 def _spearman(found: Mapping[str, Any]) -> str:
     if found["spearman"] is None:
         return "Spearman's correlation of passes and difficulty: none, one of them is the same for all answers"
@@ -46,8 +52,9 @@ def _costs(one: Mapping[str, Any]) -> str:
 
 
 def _points(cost: Mapping[str, Any]) -> str:
-    limits = None if cost["low"] is None else [100 * cost["low"], 100 * cost["high"]]
-    return _shown(100 * cost["value"], limits, "{:+.1f}")
+    value, low, high = (None if cost[name] is None else round(100 * cost[name], 1) + 0.0  # which makes -0.0 a 0.0
+                        for name in ("value", "low", "high"))  # fmt: skip
+    return _shown(value or 0.0, [low, high], "{:+.1f}")
 
 
 def _percent(share: float, limits: Sequence[float | None] | None = None) -> str:
@@ -57,4 +64,5 @@ def _percent(share: float, limits: Sequence[float | None] | None = None) -> str:
 
 def _shown(value: float, limits: Sequence[float | None] | None, form: str) -> str:
     there = [limit for limit in limits or () if limit is not None]
-    return form.format(value) + (f" ({form.format(there[0])} to {form.format(there[1])})" if len(there) == 2 else "")
+    shown = [form.format(number) for number in (value, *there)]
+    return shown[0] + (f" ({shown[1]} to {shown[2]})" if len(shown) == 3 else "")

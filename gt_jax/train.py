@@ -100,17 +100,19 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     train = train.replace(**own, optimizer=optimizer, price=price, thaw=thaw)
     sources = source_fields(arguments)
     shape = pick("tokenizer", "sequence_length", "batch_size", "held_out", "seed")
-    rows = curriculum_rows(arguments.curriculum, train.steps * shape.get("batch_size", base.data.batch_size))
-    return base.replace(model=model, train=train, data=base.data.replace(**sources, **shape, **rows), **start)
+    data = with_curriculum(base.data.replace(**sources, **shape), arguments.curriculum, train.steps)
+    return base.replace(model=model, train=train, data=data, **start)
 
 
-def curriculum_rows(fraction: float | None, rows: int) -> dict[str, int]:
-    """The field of DataConfig that --curriculum means in a run of so many rows; none where it is not given."""
+def with_curriculum(data: Any, fraction: float | None, steps: int) -> Any:
+    """`data` (a DataConfig) with the rows that --curriculum means in a run of so many steps, as it is without it."""
     if fraction is None:
-        return {}
+        return data
     if not 0 <= fraction <= 1:
         raise Refused(f"--curriculum is {fraction}; it is a fraction of the run, from 0 to 1, for example 0.3")
-    return {"curriculum_rows": round(fraction * rows)}
+    if not data.tasks:
+        raise Refused("--curriculum lets the difficulty of tasks rise; name one with --task")
+    return data.replace(curriculum_rows=round(fraction * steps * data.batch_size))
 
 
 def thaw_config(arguments: argparse.Namespace, stored: Any, start: str | None) -> Any:

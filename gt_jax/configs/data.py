@@ -104,6 +104,8 @@ class DataConfig(Config):
         parts, weighed = self.parts, [one.part for one in self.mix]
         wrong = [f"two parts are named {name}; each needs a name of its own"
                  for name, count in Counter(parts).items() if count > 1]
+        wrong += [f"json_lines {file} would be the part {TEXT}, which is plain text; give the file another name"
+                  for file in self.json_lines if Path(file).stem == TEXT]
         wrong += [f"mix weighs {name} twice" for name, count in Counter(weighed).items() if count > 1]
         wrong += [f"mix names {name}, which is not given; the parts are {', '.join(parts)}"
                   for name in weighed if name not in parts]

@@ -48,7 +48,8 @@ def read_task(words: str) -> Task:
     try:
         return kind(**options)
     except Refused as error:
-        raise Refused(f"task {words!r}: {error}") from error
+        _, *problems = str(error).splitlines()
+        raise Refused("\n".join([f"task {words!r} is not valid:", *problems])) from error
 
 
 def notation(task: Task) -> str:

@@ -209,6 +209,10 @@ class Text:
         """
         return self._batches("held-out", self.held_out_spans, batches)
 
+    def held_out_by_part(self, batches: int | None = None) -> dict[str, list[Batch]]:
+        """The same under the name of the only part."""
+        return {TEXT: self.held_out(batches)}
+
     def tuning(self, batches: int | None = None) -> list[Batch]:
         """The batches of the tuning part, likewise: what is chosen by them is not chosen by the held-out part."""
         if not self.config.tuning:

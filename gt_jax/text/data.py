@@ -75,8 +75,11 @@ class Data:
 
     def held_out(self, batches: int | None = None) -> list[Batch]:
         """The held-out batches of the parts one after the other, `held_out_counts` of each; None: all of each."""
-        counts = self.held_out_counts(batches)
-        return [batch for name, part in self.parts.items() for batch in part.held_out(counts[name])]
+        return [batch for of_part in self.held_out_by_part(batches).values() for batch in of_part]
+
+    def held_out_by_part(self, batches: int | None = None) -> dict[str, list[Batch]]:
+        """The same by the names of the parts."""
+        return {name: self.parts[name].held_out(count) for name, count in self.held_out_counts(batches).items()}
 
     def tuning(self, batches: int | None = None) -> list[Batch]:
         """The batches of the tuning parts, likewise."""
@@ -125,7 +128,7 @@ def open_data(config: DataConfig) -> Text | Data:
 
     Raises `Refused` for what cannot be used, and for a part that a mix gives less than a row in 10,000.
     """
-    if config.parts == (TEXT,):
+    if not (config.tasks or config.json_lines):
         return open_text(config)
     tokenizer, shares = open_tokenizer(config.tokenizer), config.shares
     parts: dict[str, Part] = {TEXT: open_text(config)} if TEXT in config.parts else {}

@@ -34,7 +34,7 @@ def source_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     if arguments.text or arguments.tfds or arguments.task:
-        found = {**NOTHING, **file_fields(arguments.text or ()), "tasks": _tasks(arguments.task or ())}
+        found = {**NOTHING, **file_fields(arguments.text or ()), "tasks": read_tasks(arguments.task or ())}
     named = {"tfds": arguments.tfds, "tfds_dir": arguments.tfds_dir}
     mix = {} if arguments.mix is None else {"mix": read_mix(arguments.mix)}
     return found | {name: value for name, value in named.items() if value is not None} | mix
@@ -61,7 +61,7 @@ def read_mix(words: str) -> tuple[Weight, ...]:
     return tuple(found)
 
 
-def _tasks(given: Sequence[str]) -> tuple[str, ...]:
+def read_tasks(given: Sequence[str]) -> tuple[str, ...]:
     """Each task with all of its options."""
     from gt_jax.tasks.registry import notation, read_task  # here, so that --help needs no numpy
 
@@ -70,6 +70,7 @@ def _tasks(given: Sequence[str]) -> tuple[str, ...]:
         try:
             found.append(notation(read_task(words)))
         except Refused as error:
-            wrong.append(str(error))
-    refuse_all(wrong, "--task:")
+            heading, *problems = str(error).splitlines()
+            wrong.append(" ".join([heading, "; ".join(line.removeprefix("  - ") for line in problems)]).strip())
+    refuse_all(wrong, "--task cannot be read:")
     return tuple(found)

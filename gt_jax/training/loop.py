@@ -37,7 +37,7 @@ from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.training.divisibility import refuse_indivisible
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import TrainState, new_state
-from gt_jax.training.step import Batch, evaluate, make_evaluation, make_step
+from gt_jax.training.step import Batch, held_out_losses, make_evaluation, make_step
 from gt_jax.training.stopping import Termination
 from gt_jax.typing import Tree
 
@@ -172,7 +172,8 @@ def _train_run(
         raise Refused(f"model.vocab is {config.model.vocab}; tokenizer {config.data.tokenizer} has ids up to "
                       f"{needed - 1}, so it must be at least {needed}")  # fmt: skip
     trainer = make_trainer(config.model, config.train, rules)
-    held_out = [global_batch(batch, rules) for batch in text.held_out(config.train.evaluation_batches)]
+    held_out = {name: [global_batch(batch, rules) for batch in batches]
+                for name, batches in text.held_out_by_part(config.train.evaluation_batches).items()}
     notes: list[str] = []
     steps = RunCheckpoints(run, config.train.keep, notes.append)
     state, lineage, position = _start(config, trainer, steps, rules, text)
@@ -204,8 +205,7 @@ def _train_run(
 
         def after(step: int, state: TrainState, last: bool) -> None:
             if _due(step, train.evaluate_every, train.steps):
-                loss = evaluate(trainer.evaluation, variables_of(state), held_out)
-                record(step, {"held_out_loss": loss})
+                record(step, held_out_losses(trainer.evaluation, variables_of(state), held_out))
             group.agree(heard)
             if last or _due(step, train.checkpoint_every, train.steps):
                 here = _metadata(config, text, stream.state(), state)

@@ -255,6 +255,20 @@ def make_evaluation(
 
 def evaluate(evaluation: Callable[..., Any], variables: Tree, batches: Sequence[Batch], control: Any = None) -> float:
     """Mean cross-entropy in nats a token over the batches."""
-    sums = [evaluation(variables, batch, control)[:2] for batch in batches]
+    return _nats_a_token([evaluation(variables, batch, control)[:2] for batch in batches])
+
+
+def held_out_losses(
+    evaluation: Callable[..., Any], variables: Tree, parts: Mapping[str, Sequence[Batch]]
+) -> dict[str, float]:
+    """`held_out_loss`, nats a token over the batches of all parts, and of several `held_out_loss_PART` of each."""
+    sums = {name: [evaluation(variables, batch, None)[:2] for batch in batches] for name, batches in parts.items()}
+    found = {"held_out_loss": _nats_a_token([pair for of_part in sums.values() for pair in of_part])}
+    if len(sums) == 1:
+        return found
+    return found | {f"held_out_loss_{name}": _nats_a_token(of_part) for name, of_part in sums.items()}
+
+
+def _nats_a_token(sums: Sequence[Any]) -> float:
     total, count = (sum(float(pair[i]) for pair in sums) for i in range(2))
     return total / max(count, 1.0)

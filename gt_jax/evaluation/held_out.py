@@ -157,9 +157,7 @@ def answers_asked(data: Text | Data, batches: int | None, needed: bool = False) 
 
     Raises `Refused` where that is none and one is `needed`.
     """
-    counts = {} if isinstance(data, Text) else data.held_out_counts(batches)
-    parts = {name: data.parts[name].held_out(count) for name, count in counts.items()}
-    found = {name: rows for name, rows in parts.items()
+    found = {name: rows for name, rows in data.held_out_by_part(batches).items()
              if any("difficulty" in batch and (batch["difficulty"] > 0).any() for batch in rows)}  # fmt: skip
     if needed and not found:
         raise Refused("no answer of known difficulty is in this data; name a task, for example --task pointer_jumps")

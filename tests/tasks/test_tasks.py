@@ -81,9 +81,9 @@ def solve_variable_chains(task, text: str) -> Answers:
             at, steps = means[at], steps + 1
         if task.order == "forward":
             assert steps == 1 or pair[1] in text[: 2 * place: 2], "a definition stands behind those it needs"
-        # the digit's own definition is one look-up that nobody is asked for
-        if steps - 1 >= task.easiest:
-            found[2 * place + 1] = (at, steps - 1)
+        steps -= task.order == "forward"  # there the definition that is being read is at hand
+        if steps >= task.easiest:
+            found[2 * place + 1] = (at, steps)
     return found
 
 

@@ -122,7 +122,7 @@ class AdaptiveConfig(Config):
     of the tokens are at or above it. `features` says what the halting head sees of the mixer, its write gate, output
     gate and head spread: those of the mixer's own input, or (origin) of the mean over streams before any norm. With
     `state_width` it also sees the token's state, normed and projected to so many numbers; with `by_pass` its embedding
-    is one of each pass, so that it knows how many there were.
+    is one of each pass, so that it knows how many there were. `logit_bound` above 0 keeps a gate's logit within it.
     """
 
     alpha: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35)
@@ -141,6 +141,16 @@ class AdaptiveConfig(Config):
     @property
     def max_passes(self) -> int:
         return len(self.alpha)
+
+    @property
+    def seeing_state(self) -> AdaptiveConfig:
+        """With halting heads that can tell which token needs how much: they see state and pass, and do not saturate."""
+        return self.replace(state_width=16, by_pass=True, logit_bound=5.0)
+
+    @property
+    def seeing_features(self) -> AdaptiveConfig:
+        """With halting heads that see features of the pass alone (origin)."""
+        return self.replace(state_width=0, by_pass=False, logit_bound=0.0)
 
     def problems(self) -> list[str]:
         wrong = below(self, 1, "hidden", "embedding") + below(self, 0, "state_width")

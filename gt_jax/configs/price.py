@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from gt_jax.configs.json_config import Config
 
@@ -16,19 +15,20 @@ TargetOf = Literal["mean_weight", "passes_run"]
 class PriceConfig(Config):
     """What a pass costs, or the depth aimed at; the phases are fractions of the run (gt_jax/training/price.py).
 
-    `rule` "budget": a pass costs `value` nats a token and layer; with a `target` the price moves, up and down within
-    `lowest` .. `highest`, until the mean over layers of `target_of` is there. `mean_weight` is the sum of a token's
-    weights, `passes_run` the passes that it runs. Every `audit_every`-th step no token is finished.
-    "ouro" (origin): the price only ever makes depth dear, less a coupon for what passes gain, and every
-    `audit_every`-th step forces passes. `forced_passes` 0 draws their number for every step anew.
+    `target` is what the mean over layers of `target_of` is held at: `mean_weight`, the sum of a token's weights, or
+    `passes_run`, the passes that it runs. `rule` "ouro" (origin): the price makes depth dear, less a coupon for what
+    passes gain; every `audit_every`-th step forces passes. "budget": the price, in nats a pass, token and layer, goes
+    up and down within `lowest` .. `highest` until depth is at the target, or stays at `value` where there is none
+    (null); every `audit_every`-th step no token is finished. `forced_passes` 0 draws their number for each step anew.
+    `budget(...)` has the fields that suit this rule.
     """
 
-    rule: Rule = "budget"
+    rule: Rule = "ouro"
     target: float | None = 1.30
     target_of: TargetOf = "mean_weight"
     value: float = 0.0
     rate: float = 1.0
-    lowest: float = -5e-2
+    lowest: float = 1e-4
     highest: float = 5e-2
     coupon: float = 2.0
     forced_until: float = 0.30
@@ -38,11 +38,6 @@ class PriceConfig(Config):
     forced_passes: int = 2
     audit_every: int = 20
     settled_after: float = 0.005
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> PriceConfig:
-        """As every config; an object that names no rule was stored when the rule was "ouro"."""
-        return super().from_json({"rule": "ouro", **data})
 
     def problems(self) -> list[str]:
         wrong = []
@@ -58,7 +53,7 @@ class PriceConfig(Config):
             least = "0 < " if self.rule == "ouro" else ""
             wrong.append(f"{least}lowest {self.lowest} <= highest {self.highest} does not hold")
         if self.forced_passes < 0:
-            wrong.append(f"forced_passes is {self.forced_passes}; it must be 1 or more, or 0 to draw a number each step")
+            wrong.append(f"forced_passes is {self.forced_passes}; it must be at least 0, which draws their number")
         if not 0 <= self.forced_until <= self.price_from <= self.clipped_until <= 1:
             wrong.append(
                 f"0 <= forced_until {self.forced_until} <= price_from {self.price_from} <= "
@@ -67,3 +62,24 @@ class PriceConfig(Config):
         if self.audit_every < 2:
             wrong.append(f"audit_every is {self.audit_every}; it must be at least 2")
         return wrong
+
+
+def fits_rule(rule: str, target: float | None, cost: float | None) -> list[str]:
+    """What is wrong with a target and a fixed cost of a pass, one line each."""
+    wrong = []
+    if cost is not None and rule != "budget":
+        wrong.append(f"a pass price of {cost} needs price rule 'budget'; the rule is {rule!r}, which has its own price")
+    if cost is not None and target is not None:
+        wrong.append(f"target {target} and a pass price of {cost} are both given; one of them decides the depth")
+    return wrong
+
+
+def budget(target: float | None, **fields: object) -> PriceConfig:
+    """A price of rule "budget": both signs, gates free from the first step on, audits at every tenth.
+
+    >>> budget(2.0, target_of="passes_run").rule
+    'budget'
+    """
+    free = {"forced_until": 0.0, "price_from": 0.0, "clipped_until": 0.0, "audit_every": 10, "forced_passes": 0}
+    bounds = {"lowest": -100.0, "highest": 100.0}
+    return PriceConfig(rule="budget", target=target, **{**free, **bounds, **fields})  # type: ignore[arg-type]

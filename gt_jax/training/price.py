@@ -1,6 +1,8 @@
-"""The compute price (OuroSpec): what a pass costs, and the controller that keeps the mean depth at its target.
+"""The compute price: what a pass costs, and when; `budget.py` has what moves the price of rule "budget".
 
-price loss = lambda * sum_l relu( 0.85 ponder_l + 0.15 (passes_run_l - 1)/(K - 1) - coupon ),
+Rule "budget":  price loss = price * sum_l sum_{k>1} c(w_lk),  c the `smooth_count`; without a target the price stands.
+
+Rule "ouro" (OuroSpec):  price loss = lambda * sum_l relu( 0.85 ponder_l + 0.15 (passes_run_l - 1)/(K - 1) - coupon ),
 ponder_l = relu(mean_weight_l - 1)/(K - 1),  coupon = 2.0 relu(CE after pass 1 - CE), without gradient.
 
 - "CE after pass 1" is read where the last layer has run one pass: the loss the model would have had without the rest.
@@ -22,10 +24,8 @@ from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.price import PriceConfig
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
-from gt_jax.typing import Scalar, Tree
-
-
-FAST, SLOW = 100.0, 5.0  # of the controller, a run
+from gt_jax.training.budget import BudgetState, initial_budget
+from gt_jax.typing import Scalar
 
 
 class PriceState(NamedTuple):
@@ -35,10 +35,11 @@ class PriceState(NamedTuple):
     high_steps: Int[Array, ""]
 
 
-def initial_price(config: PriceConfig) -> PriceState:
-    """Where lambda starts: at its lower bound, or at the price that is given."""
-    start = config.lowest if config.rule == "ouro" else config.value
-    return PriceState(jnp.asarray(start, jnp.float32), jnp.zeros((), jnp.int32))
+def initial_price(config: PriceConfig) -> PriceState | BudgetState:
+    """Where the price starts: lambda at its lower bound, or at what a pass is said to cost."""
+    if config.rule == "budget":
+        return initial_budget(config)
+    return PriceState(jnp.asarray(config.lowest, jnp.float32), jnp.zeros((), jnp.int32))
 
 
 class Phase(NamedTuple):
@@ -84,42 +85,13 @@ def price_loss(
 
 
 def move_price(config: PriceConfig, state: PriceState, steered: Scalar, moves: Array, steps: int) -> PriceState:
-    """One step of lambda; `steered` is the mean over layers of what `target_of` names."""
-    if config.target is None:
-        return state
-    excess = steered - config.target
-    if config.rule == "budget":
-        value = jnp.clip(state.value + SLOW * config.rate / steps * excess, config.lowest, config.highest)
-        return PriceState(jnp.where(moves, value, state.value), state.high_steps)
-    return _moved_ouro(config, state, excess, moves, steps)
+    """One dual step of rule "ouro"; `steered` is the mean over layers of what `target_of` names.
 
-
-def gate_step(config: PriceConfig, steered: Scalar, moves: Array, steps: int) -> Scalar:
-    """What rule "budget" adds to the last bias of every halting head after a step: at the target quickly, and to stay.
-
-    -min(1/2, 100/steps) (steered - target): the price alone is an integral whose effect is another one, the gates'
-    weights, and such a loop swings; this is its proportional part, and the price ends where it has nothing left to do.
+    Once high for `settled_after` of the run: only outside [-2 %, +5 %] of the target, half speed.
     """
-    if config.target is None or config.rule == "ouro":
-        return jnp.zeros((), jnp.float32)
-    fast = min(0.5, FAST * config.rate / steps)
-    return jnp.where(moves, -fast * (steered - config.target), 0.0)
-
-
-def with_gates_moved(params: Tree, step: Scalar) -> Tree:
-    """The parameters with the last bias of every halting head moved by `step`."""
-
-    def moved(path: tuple, leaf: Array) -> Array:
-        last = jax.tree_util.keystr(path, simple=True, separator="/").endswith("halting/output/b")
-        return leaf + step.astype(leaf.dtype) if last else leaf
-
-    return jax.tree_util.tree_map_with_path(moved, params)
-
-
-def _moved_ouro(config: PriceConfig, state: PriceState, excess: Scalar, moves: Array, steps: int) -> PriceState:
-    """Once high for `settled_after` of the run: only outside [-2 %, +5 %] of the target, half speed."""
     assert config.target is not None
     settled = state.high_steps >= max(1, round(config.settled_after * steps))
+    excess = steered - config.target
     outside = (excess < -0.02 * config.target) | (excess > 0.05 * config.target)
     speed = jnp.where(settled, jnp.where(outside, 0.5, 0.0), 1.0)
     moved = jnp.clip(state.value + speed * (config.rate / steps) * excess, config.lowest, config.highest)

@@ -23,9 +23,10 @@ from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.primitives import widen
 from gt_jax.models.memory_chunks import chunk_length, mean_over_chunks, over_chunks
 from gt_jax.training.accumulation import accumulate_gradients
+from gt_jax.training.budget import BudgetState, move_budget, with_gates_moved
 from gt_jax.training.loss import unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State, at_step
-from gt_jax.training.price import Phase, gate_step, move_price, phase, price_loss, with_gates_moved
+from gt_jax.training.price import Phase, PriceState, move_price, phase, price_loss
 from gt_jax.training.running_means import floats, moved_once
 from gt_jax.training.state import TrainState
 from gt_jax.training.thaw import keep_frozen
@@ -174,24 +175,23 @@ def make_step(
         now = phase(price, state.step, steps, passes)
         placed = shard_batch(batch, rules)
         (total, extra), grads = gradient(state.params, state.statistics, placed, state.price.value, now, state.step)
-        statistics = extra["statistics"]
+        statistics, report = extra["statistics"], extra["report"]
+        depth = {name: jnp.sum(getattr(report["passes"], of), axis=-1) for name, of in DEPTH.items()}
+        steered = jnp.mean(depth[price.target_of])
+        moved = _moved_price(price, state.price, report["passes"], grads, steered, now.moves, steps)
         if thaw is not None:
             grads = keep_frozen(thaw, model.depth, state.step, grads, jax.tree.map(jnp.zeros_like, grads))
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(grads, at_step(state.optimizer, state.step), state.params)
             params = optax.apply_updates(state.params, updates)
+        if price.rule == "budget":
+            params = with_gates_moved(params, price, steered, now.moves)
         if thaw is not None:
             params = keep_frozen(thaw, model.depth, state.step, params, state.params)
             statistics = keep_frozen(thaw, model.depth, state.step, statistics, state.statistics)
             if isinstance(moments, Float32State):
                 copies = keep_frozen(thaw, model.depth, state.step, moments.copies, state.optimizer.copies)
                 moments = moments._replace(copies=copies)
-        report = extra["report"]
-        depth = {name: jnp.sum(getattr(report["passes"], of), axis=-1) for name, of in DEPTH.items()}
-        steered = jnp.mean(depth[price.target_of])
-        moved = move_price(price, state.price, steered, now.moves, steps)
-        if model.adaptive is not None:
-            params = with_gates_moved(params, gate_step(price, steered, now.moves, steps))
         norm = optax.tree.norm(jax.tree.map(widen, grads))
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         metrics = {
@@ -213,6 +213,16 @@ def make_step(
         return applied._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _moved_price(
+    price: PriceConfig, state: PriceState | BudgetState, passes: PassStatistics, gradients: Tree, steered: Scalar,
+    moves: Array, steps: int,
+) -> PriceState | BudgetState:  # fmt: skip
+    """The price after a step, by its rule."""
+    if isinstance(state, BudgetState):
+        return move_budget(price, state, passes, gradients, steered, moves)
+    return move_price(price, state, steered, moves, steps)
 
 
 def _excess(model: ModelConfig, price: PriceConfig, steered: Scalar) -> dict[str, Array]:

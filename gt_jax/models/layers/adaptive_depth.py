@@ -51,7 +51,8 @@ class PassStatistics(NamedTuple):
     """Per pass [p], float32, means over tokens: what `measure` and the training metrics read.
 
     `survival` is the mean weight w_k, `alive` the share of tokens with s_k >= threshold, `cost` the mean of
-    `smooth_count` for passes after the first, `computed` 1 where the pass
+    `smooth_count` for passes after the first and `cost_slope` its slope in a number added to the logits of all gates of
+    the layer, `computed` 1 where the pass
     was computed for the batch, else 0, `s_after` the mean s after the pass (finished tokens keep theirs), `p_mean`,
     `p_std` and `p_floored` (share at the floor) are of the continue gate over alive tokens, `delta_ratio` is |dh|/|h|
     and `update_ratio` that times |gain| alpha_k w_k, the size of what the pass adds, over alive tokens ("batch": over
@@ -64,6 +65,7 @@ class PassStatistics(NamedTuple):
     survival: Array
     alive: Array
     cost: Array
+    cost_slope: Array
     computed: Array
     s_after: Array
     p_mean: Array
@@ -125,6 +127,7 @@ class LayerOutput(NamedTuple):
 class _Carry(NamedTuple):
     x: Array
     s: Array
+    slope: Array  # of s in a number added to the logits of all gates
     previous: Array
     first: Array
 
@@ -226,6 +229,12 @@ def smooth_count(s: PerToken, config: AdaptiveConfig) -> PerToken:
     return (1 + h) * s / (h + s)
 
 
+def smooth_slope(s: PerToken, config: AdaptiveConfig) -> PerToken:
+    """Its slope, (1 + h) h / (h + s)^2."""
+    h = 2 * config.threshold
+    return (1 + h) * h / jnp.square(h + s)
+
+
 def _goes_on(s: PerToken, config: AdaptiveConfig, control: PassControl, real: PerToken) -> Array:
     """Whether another pass runs: "token" while anyone is alive, "batch" while more than `batch_share` are."""
     alive = (s >= config.threshold).astype(jnp.float32) * real
@@ -267,7 +276,7 @@ def run_passes(
     every_pass = cache is not None or layer.is_mutable_collection(INTERMEDIATES)
 
     def run(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
-        x, s, previous, first = carry
+        x, s, slope, previous, first = carry
         weight = _weight(s, config, control, _goes_on(s, config, control, real))
         step, seen = delta(layer, x, cache)
         h, dh = stream_mean(x), stream_mean(step)
@@ -277,6 +286,8 @@ def run_passes(
         p = continue_probability(p_free, k, control, config.p_floor)
         alive = (s >= config.threshold).astype(jnp.float32) * real
         cost = jnp.where(k > 0, masked_mean(smooth_count(weight, config), real), 0.0)
+        rises = jnp.where(weight > 0, slope * smooth_slope(weight, config), 0.0)  # 0 in the first pass, as `slope` is
+        cost_slope = jax.lax.stop_gradient(masked_mean(rises, real))
         p_mean = masked_mean(p, alive)
         p_std = jnp.sqrt(masked_mean(jnp.square(p - p_mean), alive))
         floored = masked_mean((p <= config.p_floor).astype(jnp.float32), alive)
@@ -284,13 +295,16 @@ def run_passes(
         ratio = masked_mean(ratios, alive)
         moving = real if config.halting == "batch" else alive  # there a pass that runs moves every token
         added = jax.lax.stop_gradient(jnp.abs(gain) * alpha * masked_mean(weight * ratios, moving))
-        s = s * p if config.halting == "batch" else jnp.where(_counted(s, config, control), s * p, s)
+        going = jnp.ones_like(s, bool) if config.halting == "batch" else _counted(s, config, control)
+        free = jnp.where(control.forced > 0, 0.0, p * (1 - p))
+        slope = jax.lax.stop_gradient(jnp.where(going, slope * p + s * free, slope))
+        s = jnp.where(going, s * p, s)
         statistics = PassStatistics(
-            masked_mean(weight, real), masked_mean(alive, real), cost, jnp.ones((), jnp.float32), masked_mean(s, real),
-            p_mean, p_std, floored, ratio, added, *seen.statistics,
+            masked_mean(weight, real), masked_mean(alive, real), cost, cost_slope, jnp.ones((), jnp.float32),
+            masked_mean(s, real), p_mean, p_std, floored, ratio, added, *seen.statistics,
         )  # fmt: skip
         first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(moved)), first)
-        return _Carry(moved, s, jax.lax.stop_gradient(dh), first), statistics, seen.mixer.cache
+        return _Carry(moved, s, slope, jax.lax.stop_gradient(dh), first), statistics, seen.mixer.cache
 
     def skip(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
         nothing = no_statistics(experts)
@@ -298,7 +312,7 @@ def run_passes(
 
     def one_pass(layer: Any, carry: _Carry, xs: tuple[Array, Array, Tree]) -> tuple[_Carry, Any]:
         if asked_for(layer, PASSES):
-            runs = (carry.s >= config.threshold) & (real > 0) & _goes_on(carry.s, config, real)
+            runs = (carry.s >= config.threshold) & (real > 0) & _goes_on(carry.s, config, control, real)
             sow(layer, "runs", runs, PASSES)
         if every_pass:
             carry, statistics, new_cache = run(layer, carry, *xs)
@@ -308,7 +322,8 @@ def run_passes(
         return carry, (statistics, new_cache)
 
     h = stream_mean(x)
-    start = _Carry(x, jnp.ones_like(h[..., 0], jnp.float32), jnp.zeros_like(h), jnp.zeros_like(h))
+    ones = jnp.ones_like(h[..., 0], jnp.float32)
+    start = _Carry(x, ones, jnp.zeros_like(ones), jnp.zeros_like(h), jnp.zeros_like(h))
     passes = config.max_passes
     scanned = nn.scan(
         nn.remat(one_pass, prevent_cse=False) if remat else one_pass,

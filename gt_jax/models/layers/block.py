@@ -46,8 +46,8 @@ class Stream(NamedTuple):
 class Common(NamedTuple):
     """What every layer of the stack is given.
 
-    Place, control of the passes but for the counts forced, embedded X; weights of the skips [s] and `ExitWeights` of the unit that lets tokens
-    leave, None without them.
+    Place, control of the passes but for the counts forced, embedded X; weights of the skips [s] and `ExitWeights` of
+    the unit that lets tokens leave, None without them.
     """
 
     place: Place

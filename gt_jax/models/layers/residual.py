@@ -216,4 +216,4 @@ def _single(ratio: Array, added: Array, seen: LayerOutput) -> PassStatistics:
     one, zero = jnp.ones((1,), jnp.float32), jnp.zeros((1,), jnp.float32)
     rest = [value[None] for value in seen.statistics]
     ratios = (jax.lax.stop_gradient(each)[None] for each in (ratio, added))
-    return PassStatistics(one, one, zero, one, zero, zero, zero, zero, *ratios, *rest)
+    return PassStatistics(one, one, zero, zero, one, zero, zero, zero, zero, *ratios, *rest)

@@ -142,6 +142,7 @@ def default_config(arguments: argparse.Namespace) -> Any:
     from gt_jax.configs.lineage import trainings
     from gt_jax.configs.presets import preset
     from gt_jax.configs.run import RunConfig, TrainConfig, read_run_config
+    from gt_jax.configs.standing import gone_on, standing
     from gt_jax.text.tokenizers import chosen_tokenizer
 
     if arguments.resume:
@@ -158,8 +159,11 @@ def default_config(arguments: argparse.Namespace) -> Any:
     model, runs = start.config, trainings(start.metadata)
     if not runs:
         return RunConfig(model=model, data=DataConfig(tokenizer=tokenizer))
-    before = RunConfig.from_json(runs[0]["run"])
+    before, at = RunConfig.from_json(runs[0]["run"]), standing(start.metadata)
     train = TrainConfig(optimizer=before.train.optimizer, price=before.train.price)
+    if at is not None:
+        steps = TrainConfig.steps if arguments.steps is None else arguments.steps
+        train = gone_on(before.train, at.step, steps, arguments.learning_rate)
     return RunConfig(model=model, data=before.data.replace(tokenizer=tokenizer), train=train)
 
 

@@ -72,6 +72,21 @@ def unasked_layers(plan: Plan) -> list[str]:
     return ["passes that nobody asked for run in target layers " + ", ".join(named)]
 
 
+def silent_layers(plan: Plan, carry: str, streams: bool) -> list[str]:
+    """What a coefficient of 0 means where the gain does not carry it; `streams`: with hyper-connections."""
+    silent = ", ".join(str(target) for target, entry in enumerate(plan.entries) if entry.coefficient == 0)
+    if not silent or carry == "gain":
+        return []
+    warnings = []
+    if carry == "weights":
+        warnings.append(f"carry weights at coefficient 0 makes every weight of target layers {silent} 0; "
+                        "such layers get no gradient (carry gain or output does not have this)")
+    if streams:
+        warnings.append(f"carry {carry} at coefficient 0 does not make target layers {silent} the identity: they still "
+                        "mix the streams of the hyper-connections (carry gain does make them)")
+    return warnings
+
+
 def tensor_lines(tensors: Sequence[dict[str, Any]], dropped: Sequence[str]) -> list[str]:
     """Every target tensor with its source shape, its shape, rule and bytes, then the dropped tensors by name."""
     rows = [[row["path"], _shape(row["old_shape"]), _shape(row["shape"]), row["dtype"], row["rule"],

@@ -38,7 +38,7 @@ from gt_jax.files import explain_full_disk
 from gt_jax.growth.journal import Journal
 from gt_jax.growth.pipeline import Budget, Pipeline, Settings, feeds, throttled
 from gt_jax.growth.plan import Plan
-from gt_jax.growth.provenance import counts_record, refuse_other_counts
+from gt_jax.growth.provenance import counts_record, refuse_other_counts, standing_record
 from gt_jax.growth.repetition import Repetition
 from gt_jax.growth.rules import check_noise
 from gt_jax.growth.transform import child_abstract, match, target_config
@@ -117,7 +117,7 @@ class _Growth:
             "source": str(self.where), "step": source_metadata.get("step"), "plan": plan.to_json(),
             "coefficients": [entry.coefficient for entry in plan.entries], "k_exec": list(plan.k_exec),
             "carry": carry, "noise_std": noise_std, "seed": seed, "dtype": dtype, "versions": _versions(),
-            **counts_record(counts)}
+            **counts_record(counts), **standing_record(source_metadata)}
         self.metadata: dict[str, Any] = {
             "config": config.to_json(), "kind": "grown", "step": 0, "grown_from": grown_from,
             LINEAGE: carried(source_metadata)}

@@ -15,7 +15,8 @@ from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import presets
 from gt_jax.configs.model import HyperConfig
 from gt_jax.errors import Refused
-from gt_jax.grow import main, memory
+from gt_jax.grow import main
+from gt_jax.growth.memory_size import memory_size
 from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.plan_file import read_plan_file
 from gt_jax.models import language_model
@@ -316,7 +317,7 @@ def test_recipe_and_the_same_flag_agree(capsys):
 
 
 def test_sizes():
-    assert [memory(text) for text in ("2GiB", "512 MiB", "1.5GB", "100", "1KiB")] == [
+    assert [memory_size(text) for text in ("2GiB", "512 MiB", "1.5GB", "100", "1KiB")] == [
         2**31, 2**29, 1_500_000_000, 100, 1024]
 
 

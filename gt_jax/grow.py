@@ -90,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
                       "the source was trained with)")
     made.add_argument("--no-check", action="store_true",
                       help="do not read the child back, nor compare it with its source on the source's own text")
+    made.add_argument("--no-moments", action="store_true",
+                      help="leave out the second moments of the source's optimizer, which training on begins with")
     made.add_argument("--plan-out", type=Path, metavar="FILE", help="write the plan as JSON")
     made.add_argument("--picture", type=Path, metavar="FILE.png",
                       help="draw the plan: its order, passes asked for and granted, coefficient mass kept")
@@ -373,11 +375,13 @@ def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition
     result = stream.grow_checkpoint(
         source, args.target, plan=plan, carry=settings["carry"], noise_std=settings["noise_std"],
         seed=settings["seed"], dtype=settings["dtype"], memory=memory_size(args.memory), resume=args.resume,
-        counts=counts, progress=say if first else None)
+        counts=counts, moments=not args.no_moments, progress=say if first else None)
     shown: dict[str, Any] = {"source": str(args.source), "target": str(args.target), "plan": plan.to_json(),
                              **settings, "report": result}
-    lines = [*plan_table.plan_lines(plan), "", f"{args.target}: {result['tensors']} tensors, "
-             f"{plan_table.size(result['bytes'])}, {result['seconds']:.1f} s; {len(result['dropped'])} tensors dropped"]
+    size = plan_table.size(result["bytes"])
+    size += f" ({plan_table.size(result['moments'])} of it second moments)" if result["moments"] else ""
+    lines = [*plan_table.plan_lines(plan), "", f"{args.target}: {result['tensors']} tensors, {size}, "
+             f"{result['seconds']:.1f} s; {len(result['dropped'])} tensors dropped"]
     if not args.no_check:
         from gt_jax.evaluation.growth_check import check_growth, check_lines
         alone = not is_distributed(args)

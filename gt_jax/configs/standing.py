@@ -3,7 +3,7 @@
 - It goes on at the rate at which the earlier one stood, and falls as far as that one would have: from the plateau of a
   WSD schedule the rate neither rises nor falls, until the new run's own decay. From within a decay it goes on lower:
   a higher rate would lose at once what the decay has won.
-- The rate warms up again in a few steps, since the optimizer's moments may be fresh.
+- Where the optimizer's moments are fresh, the rate warms up again in a few steps.
 - The price's phases that are over do not come again (`PriceConfig.after`).
 """
 
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gt_jax.configs.lineage import trainings
-from gt_jax.configs.run import TrainConfig
+from gt_jax.configs.run import MomentsOf, TrainConfig
 from gt_jax.errors import Refused
 
 REWARM = 10
-"""Steps of the warm-up where a training goes on; at most a tenth of its steps."""
+"""Steps of the warm-up where a training goes on with fresh moments; at most a tenth of its steps."""
 
 Phase = Literal["warm-up", "plateau", "decay"]
 
@@ -84,22 +84,25 @@ def plateau_end(train: TrainConfig) -> int | None:
     return top if train.optimizer.schedule == "wsd" and warm < top < train.steps else None
 
 
-def gone_on(before: TrainConfig, step: int, steps: int, learning_rate: float | None = None) -> TrainConfig:
+def gone_on(
+    before: TrainConfig, step: int, steps: int, learning_rate: float | None = None, moments: MomentsOf = "fresh",
+) -> TrainConfig:  # fmt: skip
     """A training of `steps` steps that follows step `step` of `before`: its optimizer and price, gone on with.
 
-    rate = that of the next step of `before` (its peak, where it was warming up), after a short warm-up; lowest rate =
-    that of `before`; the share of the decay is kept. A `learning_rate` that is given is the peak instead, and the
-    lowest rate the same share of it as in `before`. All else is at its default. Raises `Refused` where `before` stood
-    at 0.
+    rate = that of the next step of `before` (its peak, where it was warming up), with fresh moments after a short
+    warm-up; lowest rate = that of `before`; the share of the decay is kept. A `learning_rate` that is given is the peak
+    instead, and the lowest rate the same share of it as in `before`. All else is at its default. Raises `Refused` where
+    `before` stood at 0.
     """
     plain, at, optimizer = TrainConfig(steps=steps), stood(before, step), before.optimizer
     left = optimizer.boundaries(before.steps)[0] - step if at.phase == "warm-up" else 0
     rate = learning_rate or (at.peak if at.phase == "warm-up" else at.learning_rate)
     if rate <= 0:
         raise Refused(f"the training that this goes on from stood {at.line()}; give --learning-rate")
-    warm = min(steps, max(left, 1, min(REWARM, steps // 10)))
+    warm = min(steps, max(left, 1, min(REWARM, steps // 10) if moments == "fresh" else 1))
     lowest = optimizer.final * (1.0 if learning_rate else at.peak / rate)
     return plain.replace(
         optimizer=optimizer.replace(learning_rate=rate, warmup=warm / steps, final=min(1.0, lowest)),
         price=before.price.after(step, before.steps, steps),
+        moments=moments,
     )

@@ -38,6 +38,7 @@ from gt_jax.monitoring.tensorboard import TensorBoard, writer_module
 from gt_jax.text.batches import Text, open_text
 from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.training.divisibility import refuse_indivisible
+from gt_jax.training.moments import carried_moments
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.price import PriceState
 from gt_jax.training.state import TrainState, new_state
@@ -275,7 +276,7 @@ def _start(config: RunConfig, trainer: Trainer, steps: RunCheckpoints, rules: Ru
     """The run's newest checkpoint; before there is one, `config.start` or fresh weights.
 
     From `config.start` the text goes on where the newest training in its lineage stopped that read the same text in the
-    same rows, and an adaptive model's price where it was.
+    same rows, and an adaptive model's price where it was; so do the optimizer's moments where they are carried.
     """
     shapes = abstract(config.model, rules)
     state = jax.eval_shape(trainer.new_state, shapes)
@@ -295,6 +296,9 @@ def _start(config: RunConfig, trainer: Trainer, steps: RunCheckpoints, rules: Ru
     position = text.position_after(run.get("data") for run in trainings(metadata))
     begun = trainer.new_state(checkpoint.load(start, shapes))
     told = _continuing(config, position, standing(metadata))
+    told.append(f"the optimizer's moments are {config.train.moments}")
+    if config.train.moments == "carried":
+        begun = begun._replace(optimizer=carried_moments(begun.optimizer, begun.params, start, stored))
     if config.model.adaptive is not None:
         price, words = _price_of(start, stored, metadata, begun.price)
         begun, told = begun._replace(price=price), [*told, words]

@@ -33,7 +33,7 @@ from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
 from gt_jax.growth.layer_map import EXAMPLE, read_map
 from gt_jax.growth.memory_size import memory_size
-from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, disorder, fitted, identity_plan, make_plan
+from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, fitted, identity_plan, make_plan
 from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.plan_file import plan_for, plan_json
 from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, reference
@@ -189,8 +189,9 @@ class _Source:
     def refuse_text(self, files: Sequence[Path], tokenizer: str | None) -> None:
         """Refuse, before anything is written, text that cannot be verified on."""
         from gt_jax.evaluation.loading import data_config
-        from gt_jax.text.batches import open_text
-        open_text(data_config(self.metadata, {"text": tuple(map(str, files)), "tokenizer": tokenizer}, self.path))
+        from gt_jax.text.data import open_data
+        from gt_jax.text.flags import file_fields
+        open_data(data_config(self.metadata, {**file_fields([*map(str, files)]), "tokenizer": tokenizer}, self.path))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -292,10 +293,8 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
                          passes_from=args.passes_from or "k_exec", layers=layers, target_layout=wanted)
     if wanted is not None and kind in ("file", "identity"):
         plan = fitted(plan, wanted)
-    return plan, counts, (*warnings, *(f"the list loses the source's order: {line}" for line in disorder(plan)),
-                          *plan_table.dead_layers(plan), *_stopped(plan, source), *plan_table.unasked_layers(plan),
-                          *plan_table.silent_layers(plan, options["carry"], source is not None and
-                                                    source.config.hyper is not None))
+    gains, streams = (None, False) if source is None else (source.gains, source.config.hyper is not None)
+    return plan, counts, (*warnings, *plan_table.warnings(plan, options["carry"], gains, streams))
 
 
 def _assumed(plan: Plan, counts: Repetition | None, source: _Source | None) -> list[str]:
@@ -330,10 +329,6 @@ def _target_layout(text: str | None) -> Layout | None:
         return parse(text)
     except Refused as error:
         raise Refused(f"--target-layout: {error}") from None
-
-
-def _stopped(plan: Plan, source: _Source | None) -> list[str]:
-    return [] if source is None or source.gains is None else plan_table.stopped_layers(plan, source.gains)
 
 
 def _keep(plan: Plan, counts: Repetition | None, plan_out: Path | None, picture: Path | None) -> None:
@@ -391,8 +386,10 @@ def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition
     if args.verify_text:
         from gt_jax.evaluation.verification import verify
         from gt_jax.evaluation.verification_table import report_lines
-        files = [str(path) for path in args.verify_text]
-        shown["verify"] = verify(source, args.target, text=files, tokenizer=args.tokenizer)
+        from gt_jax.text.flags import file_fields
+        files = file_fields([str(path) for path in args.verify_text])
+        shown["verify"] = verify(source, args.target, text=files["text"], json_lines=files["json_lines"],
+                                 tokenizer=args.tokenizer)
         lines += ["", *report_lines(shown["verify"])]
     return shown, lines
 

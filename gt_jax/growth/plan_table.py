@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gt_jax.growth.plan import disorder
 from gt_jax.growth.plan_entries import DEAD, Plan
 
 
@@ -37,6 +38,13 @@ def plan_lines(plan: Plan) -> list[str]:
         + (f" and {dead} dead {'layer' if dead == 1 else 'layers'}" if dead else "")
         + f"; coefficient mass kept in all: {plan.total_mass_kept:.0%}",
     ]
+
+
+def warnings(plan: Plan, carry: str, gains: Sequence[float] | None = None, streams: bool = False) -> list[str]:
+    """What a reader should know of a plan before it is carried out; `gains` are the source layers' own, if known."""
+    return [*(f"the list loses the source's order: {line}" for line in disorder(plan)), *dead_layers(plan),
+            *([] if gains is None else stopped_layers(plan, gains)), *unasked_layers(plan),
+            *silent_layers(plan, carry, streams)]
 
 
 def dead_layers(plan: Plan) -> list[str]:

@@ -361,7 +361,7 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
         options["progress"]("half way")
         return {"tensors": 3, "bytes": 2048, "moments": 1024, "seconds": 0.5, "dropped": ["a"]}
 
-    def verify(source, target, *, text, tokenizer):
+    def verify(source, target, *, text, tokenizer, json_lines=()):
         return {"text": list(text), "tokenizer": tokenizer}
 
     def check_growth(source, target, say, *, alone):

@@ -28,7 +28,7 @@ from gt_jax.models.layers.hyper_connections import from_streams
 from gt_jax.models.layers.mixer import MixerOutput, masked_mean
 from gt_jax.models.layers.moe import MLPOutput
 from gt_jax.models.layers.primitives import INIT, add_scaled, float32_einsum, widen
-from gt_jax.models.layers.sow import INTERMEDIATES
+from gt_jax.models.layers.sow import INTERMEDIATES, PASSES, asked_for, sow
 from gt_jax.typing import Activations, PerToken, State, Tree
 
 FEATURES = 5
@@ -252,6 +252,9 @@ def run_passes(
         return carry, nothing._replace(s_after=masked_mean(carry.s, real)), cache
 
     def one_pass(layer: Any, carry: _Carry, xs: tuple[Array, Array, Tree]) -> tuple[_Carry, Any]:
+        if asked_for(layer, PASSES):
+            runs = (carry.s >= config.threshold) & (real > 0) & _goes_on(carry.s, config, real)
+            sow(layer, "runs", runs, PASSES)
         if every_pass:
             carry, statistics, new_cache = run(layer, carry, *xs)
         else:
@@ -265,7 +268,7 @@ def run_passes(
     scanned = nn.scan(
         nn.remat(one_pass, prevent_cse=False) if remat else one_pass,
         variable_broadcast=("params", "statistics"),
-        variable_axes={INTERMEDIATES: 0},
+        variable_axes={INTERMEDIATES: 0, PASSES: 0},
         split_rngs={"params": False},
         length=passes,
     )

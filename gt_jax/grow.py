@@ -19,20 +19,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gt_jax.configs.layout import Layout, parse
+from gt_jax.configs.standing import standing
 from gt_jax.devices.flags import add_process_flags, is_distributed, wrong_process_flags
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.files import write_atomically
 from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
 from gt_jax.growth.layer_map import EXAMPLE, read_map
-from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, disorder, fitted, identity_plan, make_plan
+from gt_jax.growth.memory_size import memory_size
+from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, fitted, identity_plan, make_plan
 from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.plan_file import plan_for, plan_json
 from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, reference
@@ -49,7 +50,6 @@ DEFAULT_PLAN = "dealt"
 DEFAULTS = {"coefficient": "expected", "correct": "none", "carry": "gain"}
 RECIPES = {"readme": {"coefficient": "schedule", "correct": "none", "carry": "weights"}}
 KINDS = (*PLANS, "identity")
-_UNITS = {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
                       "the source was trained with)")
     made.add_argument("--no-check", action="store_true",
                       help="do not read the child back, nor compare it with its source on the source's own text")
+    made.add_argument("--no-moments", action="store_true",
+                      help="leave out the second moments of the source's optimizer, which training on begins with")
     made.add_argument("--plan-out", type=Path, metavar="FILE", help="write the plan as JSON")
     made.add_argument("--picture", type=Path, metavar="FILE.png",
                       help="draw the plan: its order, passes asked for and granted, coefficient mass kept")
@@ -124,7 +126,10 @@ def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], fi
     """Everything after the command line; `first` is whether this process prints and keeps results."""
     source, plan, counts, warnings, options = agree(lambda: _prepare(args))
     cost = None if source is None else source.cost(plan, counts)
-    for line in (*(f"warning: {line}" for line in warnings), *([] if cost is None else [cost.line()])) if first else ():
+    at = None if source is None else source.stood
+    told = [*(f"warning: {line}" for line in warnings), *([] if at is None else [f"the source stood {at.line()}"]),
+            *([] if cost is None else [cost.line()])]
+    for line in told if first else ():
         print(line, file=sys.stderr, flush=True)
     settings = {"carry": options["carry"], "recipe": args.recipe, "noise_std": args.noise_std, "seed": args.seed,
                 "dtype": args.dtype}
@@ -135,6 +140,8 @@ def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], fi
         shown, lines = _grow(args, source.folder, plan, counts, settings, agree, first)
     if cost is not None:
         shown["cost"] = cost.to_json()
+    if at is not None:
+        shown["stood"] = at.to_json()
     if first:
         _keep(plan, counts, args.plan_out, args.picture)
         print(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines))
@@ -150,6 +157,8 @@ def _prepare(
     options = _recipe(args)
     source = _Source(args.source) if args.source else None
     plan, counts, warnings = _plan(args, options, source)
+    if source is not None and source.stood is not None:
+        warnings = (*warnings, *source.stood.warnings(source.folder))
     if args.verify_text and source is not None:
         source.refuse_text(args.verify_text, args.tokenizer)
     return source, plan, counts, warnings, options
@@ -168,7 +177,7 @@ class _Source:
         found = open_checkpoint(path)
         self.folder = found.folder  # for all that follows: a run that goes on may save another step meanwhile
         self.config, self.tensors, self.metadata = found.config, found.model, found.metadata
-        self.path = path
+        self.path, self.stood = path, standing(found.metadata)
         from gt_jax.growth.cost import stored_gains
         self.gains = stored_gains(self.folder, self.config, self.tensors)
 
@@ -208,7 +217,7 @@ def _check(args: argparse.Namespace) -> None:
     wrong += _wrong_plan(args) + _wrong_files(args)
     refuse_all(wrong, "these arguments do not go together:")
     check_noise(args.noise_std, args.seed)
-    memory(args.memory)
+    memory_size(args.memory)
 
 
 def _wrong_plan(args: argparse.Namespace) -> list[str]:
@@ -254,15 +263,6 @@ def _wrong_files(args: argparse.Namespace) -> list[str]:
     return wrong
 
 
-def memory(text: str) -> int:
-    """Bytes of a size such as 2GiB, 512MiB, 1.5 GB or 100000; raises `Refused`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    count = int(float(match[1]) * _UNITS.get(match[2].lower() or "b", 0)) if match else 0
-    if count < 1:
-        raise Refused(f"--memory {text!r} is not a size; write for example 2GiB or 512MiB")
-    return count
-
-
 def _recipe(args: argparse.Namespace) -> dict[str, str]:
     """Coefficient, correction and carry: the recipe's, else the flags', else the defaults."""
     given = {name: value for name in DEFAULTS if (value := getattr(args, name)) is not None}
@@ -293,9 +293,8 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
                          passes_from=args.passes_from or "k_exec", layers=layers, target_layout=wanted)
     if wanted is not None and kind in ("file", "identity"):
         plan = fitted(plan, wanted)
-    return plan, counts, (*warnings, *(f"the list loses the source's order: {line}" for line in disorder(plan)),
-                          *plan_table.dead_layers(plan), *_stopped(plan, source), *plan_table.unasked_layers(plan),
-                          *_silent(plan, options["carry"], source))
+    gains, streams = (None, False) if source is None else (source.gains, source.config.hyper is not None)
+    return plan, counts, (*warnings, *plan_table.warnings(plan, options["carry"], gains, streams))
 
 
 def _assumed(plan: Plan, counts: Repetition | None, source: _Source | None) -> list[str]:
@@ -330,25 +329,6 @@ def _target_layout(text: str | None) -> Layout | None:
         return parse(text)
     except Refused as error:
         raise Refused(f"--target-layout: {error}") from None
-
-
-def _stopped(plan: Plan, source: _Source | None) -> list[str]:
-    return [] if source is None or source.gains is None else plan_table.stopped_layers(plan, source.gains)
-
-
-def _silent(plan: Plan, carry: str, source: _Source | None) -> list[str]:
-    """What a coefficient of 0 means where the gain does not carry it."""
-    silent = ", ".join(str(target) for target, entry in enumerate(plan.entries) if entry.coefficient == 0)
-    if not silent or carry == "gain":
-        return []
-    warnings = []
-    if carry == "weights":
-        warnings.append(f"carry weights at coefficient 0 makes every weight of target layers {silent} 0; "
-                        "such layers get no gradient (carry gain or output does not have this)")
-    if source is not None and source.config.hyper is not None:
-        warnings.append(f"carry {carry} at coefficient 0 does not make target layers {silent} the identity: they still "
-                        "mix the streams of the hyper-connections (carry gain does make them)")
-    return warnings
 
 
 def _keep(plan: Plan, counts: Repetition | None, plan_out: Path | None, picture: Path | None) -> None:
@@ -389,12 +369,14 @@ def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition
 
     result = stream.grow_checkpoint(
         source, args.target, plan=plan, carry=settings["carry"], noise_std=settings["noise_std"],
-        seed=settings["seed"], dtype=settings["dtype"], memory=memory(args.memory), resume=args.resume,
-        counts=counts, progress=say if first else None)
+        seed=settings["seed"], dtype=settings["dtype"], memory=memory_size(args.memory), resume=args.resume,
+        counts=counts, moments=not args.no_moments, progress=say if first else None)
     shown: dict[str, Any] = {"source": str(args.source), "target": str(args.target), "plan": plan.to_json(),
                              **settings, "report": result}
-    lines = [*plan_table.plan_lines(plan), "", f"{args.target}: {result['tensors']} tensors, "
-             f"{plan_table.size(result['bytes'])}, {result['seconds']:.1f} s; {len(result['dropped'])} tensors dropped"]
+    size = plan_table.size(result["bytes"])
+    size += f" ({plan_table.size(result['moments'])} of it second moments)" if result["moments"] else ""
+    lines = [*plan_table.plan_lines(plan), "", f"{args.target}: {result['tensors']} tensors, {size}, "
+             f"{result['seconds']:.1f} s; {len(result['dropped'])} tensors dropped"]
     if not args.no_check:
         from gt_jax.evaluation.growth_check import check_growth, check_lines
         alone = not is_distributed(args)

@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line; a flag that is not given leaves the default, or with --resume the run's own value."""
     from gt_jax.configs.model import Remat
     from gt_jax.configs.price import Rule, TargetOf
+    from gt_jax.configs.run import MomentsOf
     from gt_jax.text.flags import add_source_flags
 
     p = argparse.ArgumentParser(
@@ -43,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--plain", action="store_true", help="no adaptive depth: every layer runs once")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
     model.add_argument("--start", help="checkpoint to start from, for example a grown one; brings its own config")
+    model.add_argument("--moments", choices=get_args(MomentsOf),
+                       help="the optimizer's moments that a run with --start begins with: those that it holds, else "
+                       "fresh ones")
     model.add_argument("--remat", choices=get_args(Remat), help="what the backward pass computes again")
     data = p.add_argument_group("data")
     add_source_flags(data, "text files, or JSON lines in *.jsonl (default: the Python library's sources)")
@@ -101,7 +105,7 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     model = with_gates(model.plain if "plain" in given else model, arguments.gates)
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
     price, optimizer = with_price(train.price, optimizer, arguments)
-    own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep", "accumulate")
+    own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep", "accumulate", "moments")
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
     thaw = thaw_config(arguments, train.thaw, start.get("start", base.start))
     train = train.replace(**own, optimizer=optimizer, price=price, thaw=thaw)
@@ -189,8 +193,11 @@ def default_config(arguments: argparse.Namespace) -> Any:
     from gt_jax.configs.data import DataConfig
     from gt_jax.configs.lineage import trainings
     from gt_jax.configs.presets import preset
-    from gt_jax.configs.run import RunConfig, TrainConfig, read_run_config
+    from gt_jax.configs.run import MomentsOf, RunConfig, TrainConfig, read_run_config
+    from gt_jax.configs.standing import gone_on, standing
+    from gt_jax.models.language_model import abstract
     from gt_jax.text.tokenizers import chosen_tokenizer
+    from gt_jax.training.moments import lacking_moments
 
     if arguments.resume:
         stored = read_run_config(arguments.run)
@@ -204,11 +211,17 @@ def default_config(arguments: argparse.Namespace) -> Any:
     start = open_checkpoint(arguments.start)
     tokenizer = chosen_tokenizer(start.metadata, arguments.tokenizer, f"--start {arguments.start}")
     model, runs = start.config, trainings(start.metadata)
+    moments: MomentsOf = "fresh" if lacking_moments(abstract(model)["params"], start.tensors) else "carried"
+    moments = arguments.moments or moments
     if not runs:
-        return RunConfig(model=model, data=DataConfig(tokenizer=tokenizer))
-    before = RunConfig.from_json(runs[0]["run"])
-    train = TrainConfig(optimizer=before.train.optimizer, price=before.train.price)
-    return RunConfig(model=model, data=before.data.replace(tokenizer=tokenizer), train=train)
+        train = TrainConfig(moments=moments)
+        return RunConfig(model=model, train=train, data=DataConfig(tokenizer=tokenizer), start=arguments.start)
+    before, at = RunConfig.from_json(runs[0]["run"]), standing(start.metadata)
+    train = TrainConfig(optimizer=before.train.optimizer, price=before.train.price, moments=moments)
+    if at is not None:
+        steps = TrainConfig.steps if arguments.steps is None else arguments.steps
+        train = gone_on(before.train, at.step, steps, arguments.learning_rate, moments)
+    return RunConfig(model=model, data=before.data.replace(tokenizer=tokenizer), train=train, start=arguments.start)
 
 
 def start_folder(arguments: argparse.Namespace) -> str | None:

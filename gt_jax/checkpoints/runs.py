@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,17 +30,19 @@ T = TypeVar("T")
 
 
 class RunCheckpoints:
-    """The steps of one run, RUN/<step>/, the newest `keep` of them.
+    """The steps of one run, RUN/<step>/, the newest `keep` of them, and those named in `always`.
 
     An older step goes only after a newer one is complete and on the disk; what killed saves left behind is ignored and
     cleared away by the next save. `warn` hears of damaged steps. The caller holds the run's lock.
     """
 
-    def __init__(self, root: StrPath, keep: int = 2, warn: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, root: StrPath, keep: int = 2, warn: Callable[[str], None] | None = None, always: Collection[int] = (),
+    ) -> None:  # fmt: skip
         if keep < 1:
             raise Refused(f"keep is {keep}; at least one checkpoint must stay")
         self.root = Path(os.path.abspath(root))
-        self.keep = keep
+        self.keep, self.always = keep, frozenset(always)
         self._warn = warn or (lambda message: None)
         self._writing: Callable[[], None] | None = None
 
@@ -123,6 +125,8 @@ class RunCheckpoints:
 
     def _forget_old(self) -> None:
         for step in self.steps()[: -self.keep]:
+            if step in self.always:
+                continue
             old = self.root / f"{step}{UNFINISHED}"
             os.rename(self.root / str(step), old)  # a kill while deleting must not leave half a step
             shutil.rmtree(old)

@@ -63,6 +63,14 @@ class PriceConfig(Config):
             wrong.append(f"audit_every is {self.audit_every}; it must be at least 2")
         return wrong
 
+    def after(self, done: int, of: int, steps: int) -> PriceConfig:
+        """The price of `steps` steps that follow step `done` of a run of `of` steps: what is over does not come again.
+
+        Phases last as many steps as were left of them, and lambda moves as much in a step.
+        """
+        left = {name: min(1.0, max(0.0, getattr(self, name) * of - done) / steps)
+                for name in ("forced_until", "price_from", "clipped_until")}
+        return self.replace(**left, rate=self.rate * steps / of, settled_after=self.settled_after * of / steps)
 
 def fits_rule(rule: str, target: float | None, cost: float | None) -> list[str]:
     """What is wrong with a target and a fixed cost of a pass, one line each."""

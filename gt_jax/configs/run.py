@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 from gt_jax.configs.data import BYTES, DataConfig
 from gt_jax.configs.json_config import Config, below
@@ -14,13 +15,16 @@ from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.thaw import ThawConfig
 from gt_jax.errors import Refused
 
+MomentsOf = Literal["fresh", "carried"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
     """`seed` draws the initial weights; 0 for `evaluate_every` or `checkpoint_every` means only at the end.
 
     So many `max_nonfinite_steps` in a row, whose loss or gradient is not finite, end the run. With `accumulate` a batch
-    runs in so many parts, one after the other. With `thaw` only a few layers train at first.
+    runs in so many parts, one after the other. With `thaw` only a few layers train at first. A run that starts from a
+    checkpoint begins with the optimizer's `moments` of there, or with fresh ones.
     """
 
     steps: int = 400
@@ -34,6 +38,7 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     price: PriceConfig = dataclasses.field(default_factory=PriceConfig)
     thaw: ThawConfig | None = None
+    moments: MomentsOf = "fresh"
 
     def problems(self) -> list[str]:
         wrong = below(self, 1, "steps", "evaluation_batches", "keep", "accumulate", "max_nonfinite_steps")
@@ -58,6 +63,8 @@ class RunConfig(Config):
         if self.data.batch_size % max(self.train.accumulate, 1):
             wrong.append(f"data.batch_size is {self.data.batch_size}; "
                          f"train.accumulate {self.train.accumulate} does not divide it")
+        if self.train.moments == "carried" and self.start is None:
+            wrong.append("train.moments is 'carried'; a run without start has none, it must be 'fresh'")
         memory, length = self.model.memory, self.data.sequence_length
         if memory is not None and length > memory.chunk and length % memory.chunk:
             wrong.append(f"data.sequence_length is {length}; with a memory stream it must be whole chunks of "

@@ -11,6 +11,7 @@ from gt_jax.configs.lineage import newest, trainings
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
+from gt_jax.configs.standing import gone_on, standing
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import Rules, current_sizes, global_batch
 from gt_jax.errors import Refused, refuse_all
@@ -71,7 +72,7 @@ def verify(
     if curve:
         position = position_of(reading, shallow, deep)
         more["curve"] = train_curve(
-            deep.config, variables, reading, position, curve, held_out.batches, _rate(shallow), say
+            deep.config, variables, reading, position, curve, held_out.batches, _rate(shallow, curve), say
         )  # fmt: skip
     whole = {"source": str(source), "target": str(target), "text": reading.summary(), "notes": notes, **result, **more}
     return json_values(whole)
@@ -96,10 +97,13 @@ def position_of(reading: Text | Data, source: Checkpoint, target: Checkpoint) ->
     return reading.position_after(run.get("data") for run in runs)
 
 
-def _rate(source: Checkpoint) -> OptimizerConfig:
-    """The optimizer that the source was trained with, the default for a source without a run."""
-    run = newest(source.metadata, "run")
-    return OptimizerConfig() if run is None else RunConfig.from_json(run).train.optimizer
+def _rate(source: Checkpoint, steps: int) -> OptimizerConfig:
+    """That of `steps` steps that go on where the source stood, the default for a source without a run."""
+    run, at = newest(source.metadata, "run"), standing(source.metadata)
+    if run is None:
+        return OptimizerConfig()
+    before = RunConfig.from_json(run).train
+    return before.optimizer if at is None else gone_on(before, at.step, steps).optimizer
 
 
 def train_curve(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gt_jax.growth.plan import disorder
 from gt_jax.growth.plan_entries import DEAD, Plan
 
 
@@ -39,6 +40,13 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
 
 
+def warnings(plan: Plan, carry: str, gains: Sequence[float] | None = None, streams: bool = False) -> list[str]:
+    """What a reader should know of a plan before it is carried out; `gains` are the source layers' own, if known."""
+    return [*(f"the list loses the source's order: {line}" for line in disorder(plan)), *dead_layers(plan),
+            *([] if gains is None else stopped_layers(plan, gains)), *unasked_layers(plan),
+            *silent_layers(plan, carry, streams)]
+
+
 def dead_layers(plan: Plan) -> list[str]:
     """One line that names the target layers that do next to nothing, and what they stand for; none where all run."""
     named = [f"{target} ({_stands_for(plan, target)})" for target in plan.dead]
@@ -70,6 +78,21 @@ def unasked_layers(plan: Plan) -> list[str]:
     if not named or plan.options.get("coefficient") != "schedule":
         return []
     return ["passes that nobody asked for run in target layers " + ", ".join(named)]
+
+
+def silent_layers(plan: Plan, carry: str, streams: bool) -> list[str]:
+    """What a coefficient of 0 means where the gain does not carry it; `streams`: with hyper-connections."""
+    silent = ", ".join(str(target) for target, entry in enumerate(plan.entries) if entry.coefficient == 0)
+    if not silent or carry == "gain":
+        return []
+    warnings = []
+    if carry == "weights":
+        warnings.append(f"carry weights at coefficient 0 makes every weight of target layers {silent} 0; "
+                        "such layers get no gradient (carry gain or output does not have this)")
+    if streams:
+        warnings.append(f"carry {carry} at coefficient 0 does not make target layers {silent} the identity: they still "
+                        "mix the streams of the hyper-connections (carry gain does make them)")
+    return warnings
 
 
 def tensor_lines(tensors: Sequence[dict[str, Any]], dropped: Sequence[str]) -> list[str]:

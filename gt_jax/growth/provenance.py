@@ -7,6 +7,7 @@ from typing import Any
 
 from gt_jax.checkpoints.folders import StrPath
 from gt_jax.configs.lineage import newest
+from gt_jax.configs.standing import standing
 from gt_jax.errors import Refused
 from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.repetition import Repetition
@@ -47,6 +48,12 @@ def counts_record(counts: Repetition | None) -> dict[str, Any]:
         return {}
     record: dict[str, Any] = {"origin": counts.origin, "k_exec": list(counts.k_exec), "measured": dict(counts.meta)}
     return {"counts": record if counts.sha256 is None else {**record, "sha256": counts.sha256}}
+
+
+def standing_record(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """{"stood": where in its schedule the source's training stood}, as a grown checkpoint keeps it; {} if unknown."""
+    at = standing(metadata)
+    return {} if at is None else {"stood": at.to_json()}
 
 
 def refuse_other_counts(counts: Repetition | None, content_hash: str, source: StrPath) -> None:

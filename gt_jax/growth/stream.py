@@ -36,9 +36,10 @@ from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import explain_full_disk
 from gt_jax.growth.journal import Journal
+from gt_jax.growth.moments import moment_leaves
 from gt_jax.growth.pipeline import Budget, Pipeline, Settings, feeds, throttled
 from gt_jax.growth.plan import Plan
-from gt_jax.growth.provenance import counts_record, refuse_other_counts
+from gt_jax.growth.provenance import counts_record, refuse_other_counts, standing_record
 from gt_jax.growth.repetition import Repetition
 from gt_jax.growth.rules import check_noise
 from gt_jax.growth.transform import child_abstract, match, target_config
@@ -52,13 +53,16 @@ Progress = Callable[[str], None]
 
 def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str = "gain", noise_std: float | int = 0.0,
                     seed: int = 0, dtype: str | None = None, memory: int = MEMORY, resume: bool = False,
-                    counts: Repetition | None = None, progress: Progress | None = None) -> dict[str, Any]:
+                    counts: Repetition | None = None, moments: bool = True,
+                    progress: Progress | None = None) -> dict[str, Any]:
     """Grow the checkpoint (or a run's newest step) `source` into the new checkpoint `target`; returns a report.
 
     `memory` bounds the bytes of tensors held at a time, beside the program itself. Missing parent folders are made.
     `counts` are those that the plan was made from: the target keeps where they came from, and where they say of which
-    values they were measured, others are refused once all of the source is read.
-    The report holds "tensors", "bytes", "kept" (source tensors whose part `resume` took over), "dropped", "seconds",
+    values they were measured, others are refused once all of the source is read. With `moments` the second moments of a
+    training checkpoint's optimizer grow too (gt_jax.growth.moments).
+    The report holds "tensors", "bytes", "moments" (bytes of those), "kept" (source tensors whose part `resume` took
+    over), "dropped", "seconds",
     "config", "grown_from" and "source_checksums": whether the source had any to be compared with. Where
     `jax.distributed` runs several processes, each of them calls it, with `target` on a disk that all see. Raises
     `Refused`, with nothing left behind, for everything that does not fit: paths, plan, values that are not finite, a
@@ -78,7 +82,7 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
     """
     group, started = ProcessGroup(), time.monotonic()
     growth = group.agree(lambda: _Growth(source, target, plan, carry, float(noise_std), seed, dtype, memory, resume,
-                                         counts))
+                                         counts, moments))
     with contextlib.ExitStack() as stack:
         with explain_full_disk(growth.target):
             stack.enter_context(only_writer(growth.target))
@@ -88,7 +92,8 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
         group.agree(lambda: growth.describe(metadata))
         group.on_first(growth.publish)
     return {"source": str(growth.where), "target": str(growth.target), "tensors": len(growth.leaves),
-            "bytes": sum(leaf.nbytes for leaf in growth.leaves), "kept": kept, "dropped": growth.dropped,
+            "bytes": sum(leaf.nbytes for leaf in growth.leaves),
+            "moments": sum(leaf.nbytes for leaf in growth.moments), "kept": kept, "dropped": growth.dropped,
             "seconds": time.monotonic() - started, "config": metadata["config"],
             "grown_from": metadata["grown_from"], "source_checksums": bool(growth.reader.noted.files)}
 
@@ -98,7 +103,7 @@ class _Growth:
 
     def __init__(self, source: StrPath, target: StrPath, plan: Plan, carry: str, noise_std: float, seed: int,
                  dtype: str | None, memory: int, resume: bool,
-                 counts: Repetition | None = None) -> None:
+                 counts: Repetition | None = None, moments: bool = True) -> None:
         self.where, self.target = _paths(source, target)
         self.counts = counts
         self.unfinished = UnfinishedGrowth(self.target)
@@ -108,16 +113,19 @@ class _Growth:
         check_noise(noise_std, seed)
         self.model = opened.model
         matched = match(self.model, child_abstract(source_config, plan, dtype), plan, carry)
-        self.leaves = matched.leaves
+        self.moments = moment_leaves(stored, matched.leaves) if moments else ()
+        self.leaves = (*matched.leaves, *self.moments)
         self.dropped = [*matched.dropped, *_not_carried(stored)]
+        more = {part.source for leaf in self.moments for part in leaf.parts}
+        self.sources = {name: leaf for name, leaf in stored.items() if name in self.model or name in more}
         self.settings, self.budget = Settings(carry, noise_std, seed), Budget(memory)
-        self.reader = SliceReader(self.where, self.model)
+        self.reader = SliceReader(self.where, self.sources)
         self._refuse_small_budget()
         grown_from = {
             "source": str(self.where), "step": source_metadata.get("step"), "plan": plan.to_json(),
             "coefficients": [entry.coefficient for entry in plan.entries], "k_exec": list(plan.k_exec),
             "carry": carry, "noise_std": noise_std, "seed": seed, "dtype": dtype, "versions": _versions(),
-            **counts_record(counts)}
+            "moments": bool(self.moments), **counts_record(counts), **standing_record(source_metadata)}
         self.metadata: dict[str, Any] = {
             "config": config.to_json(), "kind": "grown", "step": 0, "grown_from": grown_from,
             LINEAGE: carried(source_metadata)}
@@ -147,14 +155,14 @@ class _Growth:
         """Compare what is finished with the source, make the rest; (source tensors kept, metadata of the target)."""
         whole, finished = group.agree(lambda: (self.unfinished.whole(), self.unfinished.finished()))
         self.described = whole is not None
-        kept = self.model.keys() if whole else finished.keys()
+        kept = self.sources.keys() if whole else finished.keys()
         digests = self._compare(group, kept, finished, say)
         if whole is None:
-            self._make(group, [name for name in self.model if name not in kept], say)
+            self._make(group, [name for name in self.sources if name not in kept], say)
             digests = group.agree(self.unfinished.finished)
-        if digests.keys() != self.model.keys():
+        if digests.keys() != self.sources.keys():
             raise Failed(f"the journals in {self.unfinished.folder} lack source tensors; was it changed meanwhile?")
-        content = combine_digests(digests)
+        content = combine_digests({name: digests[name] for name in self.model})
         if whole is not None and (there := whole["grown_from"]["content_hash"]) != content:
             self.unfinished.refuse_another_source([f"content_hash: {there} there, {content} now"])
         group.on_first(lambda: self._refuse_counts(content))
@@ -190,10 +198,10 @@ class _Growth:
     def _compare(self, group: ProcessGroup, kept: Collection[str], finished: Mapping[str, str],
                  say: Progress) -> dict[str, str]:
         """Digests, as they are now, of the source tensors whose part is kept; raises `Refused` naming changed ones."""
-        share = group.share({name: _nbytes(self.model[name]) for name in kept})
+        share = group.share({name: _nbytes(self.sources[name]) for name in kept})
         if share:
             say(f"comparing {len(share)} source tensors with what was grown from them, "
-                f"{_gib(sum(_nbytes(self.model[name]) for name in share))}")
+                f"{_gib(sum(_nbytes(self.sources[name]) for name in share))}")
         own = group.agree(lambda: {name: self.reader.digest(name, self.budget.slice) for name in share})
         digests = {name: digest for part in group.gather(own) for name, digest in part.items()}
         self.unfinished.refuse_another_source(sorted(
@@ -204,7 +212,7 @@ class _Growth:
     def _make(self, group: ProcessGroup, names: Collection[str], say: Progress) -> None:
         """This process's share of the source tensors `names`, into the unfinished folder and its journal."""
         fed, started = feeds(self.leaves), time.monotonic()
-        share = group.share({name: _nbytes(self.model[name]) + sum(
+        share = group.share({name: _nbytes(self.sources[name]) + sum(
             feed.leaf.nbytes // len(feed.leaf.parts) for block in fed.get(name, {}).values() for feed in block)
             for name in names})
         total = sum(feed.leaf.nbytes // len(feed.leaf.parts)
@@ -241,7 +249,7 @@ class _Growth:
         """Raise `Refused` naming the source tensors whose chunks are too large for the budget."""
         memory = self.budget.memory
         needed = {name: self.budget.needed(leaf.dtype.itemsize * max(
-            part.count for part in self.reader.slices(name, self.budget.slice))) for name, leaf in self.model.items()}
+            part.count for part in self.reader.slices(name, self.budget.slice))) for name, leaf in self.sources.items()}
         large = [f"{name} needs {_gib(size)} ({size} bytes), it is stored in large chunks"
                  for name, size in needed.items() if size > memory]
         refuse_all(large, f"a memory budget of {_gib(memory)} ({memory} bytes) is too small; --memory must be at least "
@@ -278,7 +286,8 @@ def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
 
 
 def _not_carried(stored: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
-    """What a training checkpoint holds beside the model, by its top-level name."""
+    """What a training checkpoint holds beside the model, by its top-level name: of the optimizer only second moments
+    are carried."""
     return sorted({name.split("/")[0] for name in stored if not name.startswith(checkpoint.MODEL)})
 
 

@@ -19,7 +19,7 @@ from gt_jax.checkpoints.leftovers import ARRAYS, EMPTY, GROWTH, clear
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth.journal import gather_journals, read_journals
 
-_OUTSIDE = ("source", "content_hash", "counts")  # of grown_from: where things lay, not what came of them
+_OUTSIDE = ("source", "content_hash", "counts", "stood")  # of grown_from: where things lay, not what came of them
 
 
 class UnfinishedGrowth:

@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.folders import refuse_temporary_name
 from gt_jax.checkpoints.lock import lock_file, only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
+from gt_jax.checkpoints.tree_paths import differences as differences_of_trees
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.data import BYTES
-from gt_jax.configs.lineage import LINEAGE, carried, earlier, trainings
+from gt_jax.configs.lineage import LINEAGE, carried, earlier, newest, trainings
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, differences, read_run_config
+from gt_jax.configs.standing import Standing, plateau_end, standing
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import Rules, current_sizes, global_batch, with_mesh_devices
 from gt_jax.errors import Failed, Refused, refuse_all
@@ -35,7 +39,9 @@ from gt_jax.text.batches import Text
 from gt_jax.text.data import Data, open_data
 from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.training.divisibility import refuse_indivisible
+from gt_jax.training.moments import carried_moments
 from gt_jax.training.optimizer import make_optimizer
+from gt_jax.training.price import PriceState
 from gt_jax.training.state import TrainState, new_state
 from gt_jax.training.step import Batch, held_out_losses, make_evaluation, make_step
 from gt_jax.training.stopping import Termination
@@ -175,8 +181,9 @@ def _train_run(
     held_out = {name: [global_batch(batch, rules) for batch in batches]
                 for name, batches in text.held_out_by_part(config.train.evaluation_batches).items()}
     notes: list[str] = []
-    steps = RunCheckpoints(run, config.train.keep, notes.append)
-    state, lineage, position = _start(config, trainer, steps, rules, text)
+    top = plateau_end(config.train) if config.train.checkpoint_every else None
+    steps = RunCheckpoints(run, config.train.keep, notes.append, () if top is None else (top,))
+    state, lineage, position, told = _start(config, trainer, steps, rules, text)
     stream = group.agree(lambda: text.train(position))
     if not resume:  # all that can be refused has been: from here on the directory is a run
         group.on_first(lambda: checkpoint.prepare_parent(_locked(run)))
@@ -191,7 +198,7 @@ def _train_run(
         also=TensorBoard(run / "tensorboard", resumed) if tensorboard and group.first else None,
     )  # fmt: skip
     with explain_full_disk(run), recorder:
-        for note in [*notes, *_continuing(config, position, resume), text.summary()]:
+        for note in [*notes, *(() if resume else told), text.summary()]:
             recorder.message(note)
         train = config.train
         places: dict[int, Any] = {}
@@ -207,14 +214,18 @@ def _train_run(
             if _due(step, train.evaluate_every, train.steps):
                 record(step, held_out_losses(trainer.evaluation, variables_of(state), held_out))
             group.agree(heard)
-            if last or _due(step, train.checkpoint_every, train.steps):
+            if last or step == top or _due(step, train.checkpoint_every, train.steps):
                 here = _metadata(config, text, stream.state(), state)
                 steps.save_beside(step, state._asdict(), {**here, **lineage})
+            if step == top:
+                recorder.message(f"step {step}: from here on the learning rate falls; {run / str(step)} stays, to grow "
+                                 "or to train on from")  # fmt: skip
             if last:
                 recorder.message(f"asked to stop: saved after step {step}; go on with --resume")
 
         def due(step: int) -> bool:
-            return any(_due(step, every, train.steps) for every in (train.evaluate_every, train.checkpoint_every))
+            often = train.evaluate_every, train.checkpoint_every
+            return step == top or any(_due(step, every, train.steps) for every in often)
 
         def record(step: int, metrics: dict[str, Any]) -> None:
             try:
@@ -252,22 +263,23 @@ def _metadata(config: RunConfig, text: Text | Data, position: dict[str, Any], st
     }
 
 
-def _continuing(config: RunConfig, position: dict[str, Any] | None, resume: bool) -> list[str]:
-    """Where in the text a run begins that starts from a checkpoint."""
-    if config.start is None or resume:
-        return []
-    if position is None:
-        return [f"the text begins at its beginning: no training of {config.start} read this text in these rows"]
-    return [f"the text goes on after {position['batches']} batches, where the training of {config.start} stopped"]
+class _Begun(NamedTuple):
+    """What a run begins or goes on with: its state, the lineage that its checkpoints keep, the position in the text,
+    and what there is to say about all three."""
+
+    state: TrainState
+    lineage: dict[str, Any]
+    position: dict[str, Any] | None
+    told: list[str]
 
 
 def _start(
     config: RunConfig, trainer: Trainer, steps: RunCheckpoints, rules: Rules, text: Text | Data
-) -> tuple[TrainState, dict[str, Any], dict[str, Any] | None]:
-    """The state to go on from, the lineage that its checkpoints keep, and the position in the text.
+) -> _Begun:
+    """The run's newest checkpoint; before there is one, `config.start` or fresh weights.
 
-    The run's newest checkpoint; before there is one, `config.start` or fresh weights. From `config.start` the text goes
-    on where the newest training in its lineage stopped that read the same text in the same rows.
+    From `config.start` the text goes on where the newest training in its lineage stopped that read the same text in the
+    same rows, and an adaptive model's price where it was; so do the optimizer's moments where they are carried.
     """
     shapes = abstract(config.model, rules)
     state = jax.eval_shape(trainer.new_state, shapes)
@@ -276,16 +288,54 @@ def _start(
     if restored is not None:
         _, tree, metadata = restored
         before = earlier(metadata)
-        return TrainState(**tree), {LINEAGE: before} if before else {}, metadata.get("data")
+        return _Begun(TrainState(**tree), {LINEAGE: before} if before else {}, metadata.get("data"), [])
     if config.start is None:
         fresh = initialise(config.model, config.train.seed, rules)
-        return trainer.new_state(with_token_bytes(fresh, config, text)), {}, None
+        return _Begun(trainer.new_state(with_token_bytes(fresh, config, text)), {}, None, [])
     group, named = ProcessGroup(), config.start
     # one step of a run for its lineage and its values, in every process: a newer one may come between
     start = group.gather(group.agree(lambda: str(checkpoint.resolve(named))))[0]
-    _, metadata = checkpoint.describe(start)
+    stored, metadata = checkpoint.describe(start)
     position = text.position_after(run.get("data") for run in trainings(metadata))
-    return trainer.new_state(checkpoint.load(start, shapes)), {LINEAGE: carried(metadata)}, position
+    begun = trainer.new_state(checkpoint.load(start, shapes))
+    told = _continuing(config, position, standing(metadata))
+    told.append(f"the optimizer's moments are {config.train.moments}")
+    if config.train.moments == "carried":
+        begun = begun._replace(optimizer=carried_moments(begun.optimizer, begun.params, start, stored))
+    if config.model.adaptive is not None:
+        price, words = _price_of(start, stored, metadata, begun.price)
+        begun, told = begun._replace(price=price), [*told, words]
+    return _Begun(begun, {LINEAGE: carried(metadata)}, position, told)
+
+
+def _continuing(config: RunConfig, position: dict[str, Any] | None, at: Standing | None) -> list[str]:
+    """Where in the text and in its schedule a run begins that starts from a checkpoint."""
+    told = [f"the text begins at its beginning: no training of {config.start} read this text in these rows"]
+    if position is not None:
+        told = [f"the text goes on after {position['batches']} batches, where the training of {config.start} stopped"]
+    if at is None:
+        return told
+    optimizer, steps = config.train.optimizer, config.train.steps
+    warm, top, _ = optimizer.boundaries(steps)
+    told.append(f"the training of {config.start} stood {at.line()}; here it is {optimizer.learning_rate:.3g} after a "
+                f"warm-up of {warm} steps, and falls after step {top}")  # fmt: skip
+    if at.phase == "decay" and optimizer.learning_rate > 1.01 * at.learning_rate:
+        told.append("the rate rises again: what its decay had won is lost first")
+    return told
+
+
+def _price_of(
+    start: str, stored: Mapping[str, Any], metadata: Mapping[str, Any], fresh: PriceState
+) -> tuple[PriceState, str]:
+    """The compute price to begin with, and words about it: that of the training checkpoint `start`, if it holds one;
+    else, of a model made from one, lambda as it was there; else a fresh one."""
+    wanted = {"price": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), fresh)}
+    if not differences_of_trees(flatten(wanted), stored):
+        return checkpoint.load(start, jax.tree.map(with_mesh_devices, wanted))["price"], "the compute price goes on"
+    value = newest(metadata, "price")
+    if isinstance(value, float):
+        return fresh._replace(value=jnp.full_like(fresh.value, value)), f"the compute price goes on at {value:.3g}"
+    return fresh, f"the compute price begins anew: {start} holds none"
 
 
 def with_token_bytes(variables: Tree, config: RunConfig, text: Text | Data) -> Tree:

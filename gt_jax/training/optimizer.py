@@ -24,14 +24,12 @@ from gt_jax.typing import Tree
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up, then cosine to `final` of the peak, or constant with a linear fall over the last `decay`."""
-    peak, warm = config.learning_rate, max(1, round(config.warmup * steps))
+    peak, (warm, top, down) = config.learning_rate, config.boundaries(steps)
     rise = optax.linear_schedule(peak / warm, peak, warm)
     if config.schedule == "cosine":
-        fall = optax.cosine_decay_schedule(peak, max(1, steps - warm), config.final)
-        return optax.join_schedules([rise, fall], [warm])
-    down = max(1, round(config.decay * steps))
+        return optax.join_schedules([rise, optax.cosine_decay_schedule(peak, down, config.final)], [warm])
     fall = optax.linear_schedule(peak, peak * config.final, down)
-    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warm, max(warm, steps - down)])
+    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warm, top])
 
 
 GATES = ("halting", "exit", "memory", "beta", "decay", "state_gate")

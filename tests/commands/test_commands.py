@@ -89,7 +89,8 @@ def test_a_run_killed_or_stopped_at_any_moment_ends_with_the_bytes_of_an_uninter
             process.send_signal(way)
         ends.append(process.wait())
         assert time.monotonic() - asked < 30
-    assert ends == [-signal.SIGKILL, 0, -signal.SIGKILL] and len(RunCheckpoints(killed).steps()) == 2
+    assert ends == [-signal.SIGKILL, 0, -signal.SIGKILL]
+    assert len(RunCheckpoints(killed).steps()) in (2, 3), "the newest two; past the plateau its end stays too"
     done(folder, "gt_jax.train", "killed", "--resume")
     assert checkpoint.content_hash(killed) == checkpoint.content_hash(run)
     assert lines_without_time(killed) == lines_without_time(run)

@@ -13,9 +13,13 @@ import pytest
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import presets
+from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import HyperConfig
+from gt_jax.configs.run import TrainConfig
+from gt_jax.configs.standing import stood
 from gt_jax.errors import Refused
-from gt_jax.grow import main, memory
+from gt_jax.grow import main
+from gt_jax.growth.memory_size import memory_size
 from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.plan_file import read_plan_file
 from gt_jax.models import language_model
@@ -315,8 +319,22 @@ def test_recipe_and_the_same_flag_agree(capsys):
     assert "recipe readme" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("step", "says"), [(320, None), (400, "stood in the decay"), (3, None)])
+def test_where_the_source_stood_is_said(source, tmp_path, step, says, capsys):
+    run = {"train": TrainConfig(steps=400).to_json(), "data": DataConfig().to_json()}
+    stored = checkpoint.load(source)
+    place = tmp_path / "run" / str(step)
+    checkpoint.save(place, stored, {**checkpoint.describe(source)[1], "step": step, "run": run})
+    assert main([str(place), "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["stood"] == stood(TrainConfig(steps=400), step).to_json()
+    assert f"the source stood at step {step} of 400" in err
+    assert [says is not None and says in line for line in found["warnings"]].count(True) == (says is not None)
+
+
 def test_sizes():
-    assert [memory(text) for text in ("2GiB", "512 MiB", "1.5GB", "100", "1KiB")] == [
+    assert [memory_size(text) for text in ("2GiB", "512 MiB", "1.5GB", "100", "1KiB")] == [
         2**31, 2**29, 1_500_000_000, 100, 1024]
 
 
@@ -341,9 +359,9 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
     def grow_checkpoint(source, target, **options):
         given.update(options, source=source, target=target)
         options["progress"]("half way")
-        return {"tensors": 3, "bytes": 2048, "seconds": 0.5, "dropped": ["a"]}
+        return {"tensors": 3, "bytes": 2048, "moments": 1024, "seconds": 0.5, "dropped": ["a"]}
 
-    def verify(source, target, *, text, tokenizer):
+    def verify(source, target, *, text, tokenizer, json_lines=()):
         return {"text": list(text), "tokenizer": tokenizer}
 
     def check_growth(source, target, say, *, alone):
@@ -374,10 +392,11 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
     assert given.pop("progress") and str(given.pop("plan").target_layout) == "DDDG*5"
     assert given.pop("counts").k_exec == tuple(REFERENCE)
     assert given == {"source": source, "target": tmp_path / "new", "carry": "weights", "noise_std": 1e-4, "seed": 4,
-                     "dtype": None, "memory": 2**20, "resume": True}
-    assert main([*arguments, *files]) == 0
+                     "dtype": None, "memory": 2**20, "resume": True, "moments": True}
+    assert main([*arguments, *files, "--no-moments"]) == 0 and given["moments"] is False
     out = capsys.readouterr().out
-    assert "3 tensors, 2.0 KiB" in out and "verified" in out and "coefficient mass kept in all" in out
+    assert "3 tensors, 2.0 KiB (1.0 KiB of it second moments)" in out
+    assert "verified" in out and "coefficient mass kept in all" in out
     assert read_plan_file(tmp_path / "plan.json")[0].to_json() == found["plan"]
     assert (tmp_path / "plan.png").stat().st_size > 1000
 

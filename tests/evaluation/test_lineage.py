@@ -18,6 +18,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.lineage import LINEAGE, carried, chain, newest
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
+from gt_jax.configs.standing import gone_on, stood
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import mesh_for_rows
 from gt_jax.errors import Refused
@@ -48,7 +49,7 @@ def folder(tmp_path_factory):
     data = DataConfig(text=(str(place / "two.txt"), str(place / "one.txt")), sequence_length=24, batch_size=2,
                       held_out=0.3, seed=5)  # fmt: skip
     optimizer = OptimizerConfig(learning_rate=3e-3, schedule="wsd")
-    text, run = open_text(data), RunConfig(model=CONFIG, data=data, train=TrainConfig(optimizer=optimizer, steps=3))
+    text, run = open_text(data), RunConfig(model=CONFIG, data=data, train=TrainConfig(optimizer=optimizer, steps=20))
     stream = text.train()
     for _ in range(3):
         next(stream)
@@ -131,10 +132,13 @@ def test_training_goes_on_in_the_same_text_where_the_source_stopped(folder, tmp_
 
     config = started("--steps", "1")
     source = RunConfig.from_json(metadata_of(folder / "source")["run"])
-    assert config.data == source.data and config.train.optimizer == source.train.optimizer
+    assert config.data == source.data and config.train == gone_on(source.train, 3, 1)
+    assert config.train.optimizer == source.train.optimizer.replace(warmup=1.0), "the plateau's rate, a short warm-up"
     other = started("--text", str(folder / "other.txt"))
     assert other.data == source.data.replace(text=(str(folder / "other.txt"),))
-    assert started("--learning-rate", "0.5").train.optimizer == source.train.optimizer.replace(learning_rate=0.5)
+    named = started("--learning-rate", "0.5", "--schedule", "cosine", "--warmup", "0.1").train.optimizer
+    assert named == source.train.optimizer.replace(learning_rate=0.5, schedule="cosine", warmup=0.1)
+    assert metadata_of(folder / "grown")["grown_from"]["stood"] == stood(source.train, 3).to_json()
 
     train_run(tmp_path / "run", config, show=False)
     metadata = metadata_of(tmp_path / "run")

@@ -209,6 +209,15 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(wh
     assert_as_whole(run, place)
 
 
+@pytest.mark.parametrize(("every", "left"), [(3, [8, 10]), (0, [10])])
+def test_the_checkpoint_that_ends_the_plateau_stays(whole, every, left, tmp_path, capsys):
+    """It is what a run is grown from: whatever is saved and kept otherwise."""
+    config = whole[0].replace(train=whole[0].train.replace(checkpoint_every=every, keep=1))
+    train_run(tmp_path / "run", config)
+    assert RunCheckpoints(tmp_path / "run").steps() == left
+    assert ("from here on the learning rate falls" in capsys.readouterr().err) == (every > 0)
+
+
 def test_a_run_that_is_being_trained_is_not_resumed_a_second_time(whole, tmp_path):
     """A job is queued again while the old one still runs: nothing of the run may change."""
     config, place = whole

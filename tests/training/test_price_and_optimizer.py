@@ -134,6 +134,14 @@ def test_schedules_warm_up_and_come_down(schedule):
         assert np.all(values[10:80] == 1.0)
 
 
+@pytest.mark.parametrize("steps", [1, 7, 100])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_config_says_the_rate_of_every_step(schedule, steps):
+    config = OptimizerConfig(learning_rate=2e-3, schedule=schedule, warmup=0.1, final=0.2)
+    rate = jax.jit(jax.vmap(learning_rate(config, steps)))(jnp.arange(steps + 3))
+    np.testing.assert_allclose(rate, [config.rate(step, steps) for step in range(steps + 3)], rtol=1e-5)
+
+
 def test_impossible_configs_are_refused():
     with pytest.raises(Refused, match="target"):
         PriceConfig(target=0.5)

@@ -31,7 +31,8 @@ from gt_jax.training import loop
 from tests.training import process_group_job
 
 WORDS = ("--text", "story.txt", "--layout", "D", "--plain", "--steps", "4", "--batch-size", "4",
-         "--sequence-length", "32", "--checkpoint-every", "2", "--evaluate-every", "4")  # fmt: skip
+         "--sequence-length", "32", "--checkpoint-every", "2", "--evaluate-every", "4",
+         "--schedule", "cosine")  # fmt: skip  # no plateau, whose end would be saved too
 MESH = ("--fsdp", "2", "--tensor", "2")
 TASK = "pointer_jumps:symbols=6,hardest=4,queries=8"
 VERIFY = ("one/2", "one/4", "--json", "--batches", "1", "--jacobian-rows", "4", "--jacobian-iterations", "4")

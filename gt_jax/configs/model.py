@@ -121,6 +121,8 @@ class AdaptiveConfig(Config):
     `halting` "token": a token below the threshold is finished. "batch" (origin): all go on until at most `batch_share`
     of the tokens are at or above it. `features` says what the halting head sees of the mixer, its write gate, output
     gate and head spread: those of the mixer's own input, or (origin) of the mean over streams before any norm.
+    `context` says whom a token sees in a pass after the first: "all", the finished ones too, or those "alive" in that
+    pass; then a pass costs what the share of living tokens is.
     """
 
     alpha: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35)
@@ -132,6 +134,7 @@ class AdaptiveConfig(Config):
     halting: Literal["token", "batch"] = "token"
     batch_share: float = 0.02
     features: Literal["mixer_input", "stream_mean"] = "mixer_input"
+    context: Literal["all", "alive"] = "all"
 
     @property
     def max_passes(self) -> int:
@@ -147,6 +150,8 @@ class AdaptiveConfig(Config):
             wrong.append(f"p_floor is {self.p_floor}; it must lie in [0, threshold {self.threshold})")
         if not 0 <= self.batch_share < 1:
             wrong.append(f"batch_share is {self.batch_share}; it must lie in [0, 1)")
+        if self.context == "alive" and self.halting == "batch":
+            wrong.append("context 'alive' needs halting 'token'; under 'batch' no token is finished before all are")
         return wrong
 
 

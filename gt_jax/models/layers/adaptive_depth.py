@@ -10,6 +10,8 @@ s_1 = 1; for k = 1 … K:  X <- X + w_k alpha_k Delta(X);  s_{k+1} = s_k p_k;  w
 - A dead pass costs nothing: `lax.scan` over passes with a `lax.cond` on "anyone alive", forward and backward.
 - With a cache (decoding) every pass runs, because a later token may read what this one wrote; also where someone looks
   inside (collection `intermediates` mutable), because what is shown has a place for every pass.
+- All that is of `context` "all". With "alive" a finished token is absent from later passes, and a pass runs on rows of
+  living tokens alone, in decoding too: `layers.compacted_passes`.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import AdaptiveConfig
 from gt_jax.devices.sharding import Rules, on_mesh
+from gt_jax.models.layers.compacted_passes import pass_lengths, run_on_living
 from gt_jax.models.layers.hyper_connections import from_streams
-from gt_jax.models.layers.mixer import MixerOutput, masked_mean
+from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
 from gt_jax.models.layers.moe import MLPOutput
 from gt_jax.models.layers.primitives import INIT, add_scaled, float32_einsum, widen
-from gt_jax.models.layers.sow import INTERMEDIATES
+from gt_jax.models.layers.sow import INTERMEDIATES, sow
 from gt_jax.typing import Activations, PerToken, State, Tree
 
 FEATURES = 5
@@ -208,23 +211,29 @@ def run_passes(
     control: PassControl,
     cache: Tree,
     *,
-    real: PerToken,
-    delta: Callable[[Any, State, Tree], tuple[State, LayerOutput]],
+    place: Place,
+    delta: Callable[[Any, State, Place, Tree], tuple[State, LayerOutput]],
     gain: Array,
     remat: bool,
     experts: int,
+    rules: Rules,
 ) -> tuple[State, Activations, PassStatistics, Tree]:
     """Run `layer` up to K times per token: (X, mean stream after pass 1, statistics and caches with a pass axis).
 
-    `layer` is a bound Linen module with a submodule `halting`; `delta(layer, x, cache)` is its update, whatever it is.
-    `real` is 1 for tokens of a document; padding keeps no pass alive and is in no statistic.
+    `layer` is a bound Linen module with a submodule `halting`; `delta(layer, x, place, cache)` is its update, whatever
+    it is. Padding keeps no pass alive and is in no statistic.
     """
-    every_pass = cache is not None or layer.is_mutable_collection(INTERMEDIATES)
+    shown = layer.is_mutable_collection(INTERMEDIATES)
+    every_pass = cache is not None or shown
+    lengths = (x.shape[1],) if shown else pass_lengths(x.shape[1])
 
-    def run(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
+    def run(
+        layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree, place: Place = place
+    ) -> tuple[_Carry, PassStatistics, Tree]:
         x, s, previous, first = carry
+        real = real_tokens(place.segment_ids)
         weight = _weight(s, config, _goes_on(s, config, real))
-        step, seen = delta(layer, x, cache)
+        step, seen = delta(layer, x, place, cache)
         h, dh = stream_mean(x), stream_mean(step)
         p_free = layer.halting(halting_features(h, dh, previous, seen.mixer))
         p = continue_probability(p_free, k, control, config.p_floor)
@@ -249,13 +258,34 @@ def run_passes(
 
     def skip(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
         nothing = no_statistics(experts)
-        return carry, nothing._replace(s_after=masked_mean(carry.s, real)), cache
+        return carry, nothing._replace(s_after=masked_mean(carry.s, real_tokens(place.segment_ids))), cache
+
+    def of_living(
+        layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree
+    ) -> tuple[_Carry, PassStatistics, Tree]:
+        def own(layer: Any, rows: Tree, place: Place, cache: Tree) -> tuple[Tree, PassStatistics, Tree]:
+            x, s, previous = rows
+            moved, statistics, new_cache = run(layer, _Carry(x, s, previous, previous), k, alpha, cache, place)
+            return moved[:3], statistics, new_cache
+
+        real = real_tokens(place.segment_ids)
+        living = (carry.s >= config.threshold) & (real > 0)
+        rows, seen, cache, computed = run_on_living(
+            layer, own, carry[:3], place, living, cache, rules=rules, lengths=lengths, nothing=no_statistics(experts)
+        )
+        if shown:
+            sow(layer, "state", carry.x)  # of finished tokens too
+        first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(rows[0])), carry.first)
+        new = _Carry(rows[0], rows[1], rows[2], first)
+        return new, of_everyone(seen, living, real, new.s, computed), cache
 
     def one_pass(layer: Any, carry: _Carry, xs: tuple[Array, Array, Tree]) -> tuple[_Carry, Any]:
-        if every_pass:
+        if config.context == "alive":
+            carry, statistics, new_cache = of_living(layer, carry, *xs)
+        elif every_pass:
             carry, statistics, new_cache = run(layer, carry, *xs)
         else:
-            going = _goes_on(carry.s, config, real)
+            going = _goes_on(carry.s, config, real_tokens(place.segment_ids))
             carry, statistics, new_cache = nn.cond(going, run, skip, layer, carry, *xs)
         return carry, (statistics, new_cache)
 
@@ -272,6 +302,12 @@ def run_passes(
     xs = (jnp.arange(passes, dtype=jnp.int32), jnp.asarray(config.alpha, jnp.float32), cache)
     last, (statistics, caches) = scanned(layer, start, xs)
     return last.x, last.first, statistics, caches
+
+
+def of_everyone(seen: PassStatistics, living: Array, real: PerToken, s: PerToken, computed: Array) -> PassStatistics:
+    """Statistics of a pass that was shown its living tokens alone, as those of all real tokens; `s` [b, t] after it."""
+    share = masked_mean(living.astype(jnp.float32), real)
+    return seen._replace(survival=share * seen.survival, alive=share, computed=computed, s_after=masked_mean(s, real))
 
 
 def no_statistics(experts: int) -> PassStatistics:

@@ -65,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layouts", nargs="+", default=["D*4", "G*4", "DG*2"])
     p.add_argument("--what", nargs="+", choices=("step", "decoding"), default=["step", "decoding"])
     p.add_argument("--shares", nargs="+", type=float, default=[0.25], help="of tokens that live on (0.25)")
+    p.add_argument("--lengths", nargs="+", type=float, default=list(AdaptiveConfig().lengths),
+                   help="shares of a row that a pass is compiled for (the default of a model)")
     p.add_argument("--even", action="store_true", help="as many living tokens in every row")
     p.add_argument("--width", type=int, default=64)
     p.add_argument("--rows", type=int, default=4)
@@ -92,7 +94,7 @@ def model(layout: str, context: Any, options: argparse.Namespace) -> ModelConfig
         layout=layout, width=width, vocab=264, mlp_width=2 * width, remat=options.remat,
         deltanet=DeltaNetConfig(heads, heads, 16, 16, chunk_size=32),
         gsa=GSAConfig(heads, 16, indexer_heads=min(heads, 2), indexer_width=16, k_base=64, k_min=16, k_max=128),
-        adaptive=AdaptiveConfig(context=context),
+        adaptive=AdaptiveConfig(context=context, lengths=tuple(options.lengths)),
     )  # fmt: skip
 
 

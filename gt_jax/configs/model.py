@@ -6,6 +6,7 @@ One small config a layer type; a feature is a field of its layer's config, never
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, Literal
 
 from gt_jax.configs import layout as layouts
@@ -122,7 +123,8 @@ class AdaptiveConfig(Config):
     of the tokens are at or above it. `features` says what the halting head sees of the mixer, its write gate, output
     gate and head spread: those of the mixer's own input, or (origin) of the mean over streams before any norm.
     `context` says whom a token sees in a pass after the first: "all", the finished ones too, or those "alive" in that
-    pass; then a pass costs what the share of living tokens is.
+    pass; then a pass costs what the share of living tokens is, up to the next of `lengths`: shares of a row that it is
+    compiled for, each of them once, the longest first.
     """
 
     alpha: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35)
@@ -135,6 +137,7 @@ class AdaptiveConfig(Config):
     batch_share: float = 0.02
     features: Literal["mixer_input", "stream_mean"] = "mixer_input"
     context: Literal["all", "alive"] = "all"
+    lengths: tuple[float, ...] = (1.0, 0.56, 0.3, 0.16)  # above 1/2, 1/4, 1/8: the fullest row is fuller than the mean
 
     @property
     def max_passes(self) -> int:
@@ -150,6 +153,9 @@ class AdaptiveConfig(Config):
             wrong.append(f"p_floor is {self.p_floor}; it must lie in [0, threshold {self.threshold})")
         if not 0 <= self.batch_share < 1:
             wrong.append(f"batch_share is {self.batch_share}; it must lie in [0, 1)")
+        falling = all(0 < low < high for high, low in itertools.pairwise(self.lengths))
+        if self.lengths[:1] != (1.0,) or not falling:
+            wrong.append(f"lengths is {self.lengths}; it must fall from 1.0 and stay above 0, like 1.0, 0.56, 0.3")
         if self.context == "alive" and self.halting == "batch":
             wrong.append("context 'alive' needs halting 'token'; under 'batch' no token is finished before all are")
         return wrong

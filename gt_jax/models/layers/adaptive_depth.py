@@ -225,7 +225,7 @@ def run_passes(
     """
     shown = layer.is_mutable_collection(INTERMEDIATES)
     every_pass = cache is not None or shown
-    lengths = (x.shape[1],) if shown else pass_lengths(x.shape[1])
+    lengths = (x.shape[1],) if shown else pass_lengths(x.shape[1], config.lengths)
 
     def run(
         layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree, place: Place = place

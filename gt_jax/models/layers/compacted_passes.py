@@ -30,14 +30,12 @@ from gt_jax.typing import Array, Tokens, Tree
 PassFn = Callable[[Any, Tree, Place, Tree], tuple[Tree, Tree, Tree]]
 """(layer, rows, place, cache) -> (rows, extras, cache): see `run_on_living`."""
 
-SHARES = (1.0, 0.56, 0.3, 0.16)  # a little above 1/2, 1/4, 1/8: the fullest row is fuller than the mean
 GRAIN = 8  # lengths are whole vectors of a processor
 
 
-def pass_lengths(tokens: int) -> tuple[int, ...]:
+def pass_lengths(tokens: int, shares: Sequence[float]) -> tuple[int, ...]:
     """0 and these shares of a row of t, up to whole vectors, ascending: what a pass is compiled for, each a program."""
-    grown = {min(tokens, -(-round(tokens * share) // GRAIN) * GRAIN) for share in SHARES}
-    return tuple(sorted({0, *grown}))
+    return tuple(sorted({0, *(min(tokens, -(-round(tokens * share) // GRAIN) * GRAIN) for share in shares)}))
 
 
 def run_on_living(
@@ -73,7 +71,11 @@ def run_on_living(
             back, forth = jnp.where(spot < fill, spot, length), jnp.where(taken, order, tokens)
             return jax.tree.map(lambda leaf: move_tokens(leaf, back, forth, rules), new), extras, new_cache
 
-        return nn.remat(bucket, prevent_cse=False) if cache is None else bucket
+        return bucket
+
+    def pure(length: int) -> Callable[..., tuple[Tree, Tree, Tree]]:  # no variable of the layer comes out of it
+        apply = nn.apply(at(length), layer)
+        return jax.checkpoint(apply, prevent_cse=False) if cache is None else apply
 
     if len(lengths) == 1:
         moved, extras, cache = at(tokens)(layer, *operands)
@@ -84,11 +86,11 @@ def run_on_living(
         if cache is not None and has_mesh():  # mixers lay their cache out at first use; a switch needs it so before
             laid_out = outline(layer, at(tokens), *operands)[2]
             cache = jax.tree.map(lambda leaf, shape: reshard(leaf, partition(shape)), cache, laid_out)
-        skip = lambda layer, rows, *same: (rows, nothing, same[-1])  # noqa: E731
-        branches = [at(length) if length else skip for length in lengths]
+        skip = lambda variables, rows, *same: (rows, nothing, same[-1])  # noqa: E731
+        branches = [pure(length) if length else skip for length in lengths]
         fullest = jnp.max(packing.fill)
         index = jnp.sum(fullest > jnp.asarray(lengths[:-1], jnp.int32), dtype=jnp.int32)
-        moved, extras, cache = nn.switch(index, branches, layer, *operands[:-1], cache)
+        moved, extras, cache = jax.lax.switch(index, branches, layer.variables, *operands[:-1], cache)
         computed = jnp.asarray(lengths, jnp.float32)[index] / tokens
     kept = jax.tree.map(lambda new, old: jnp.where(beside(living, new), new, old), moved, rows)
     return kept, extras, cache, computed

@@ -20,7 +20,8 @@ from gt_jax.models.layers.residual import Layer
 from tests.models.layers import test_adaptive_depth
 from tests.support import assert_rounded_alike, perturbed, segments, small_model, tokens
 
-CONFIG = small_model(adaptive=True).replace(adaptive=AdaptiveConfig(context="alive"))
+ALIVE = AdaptiveConfig(context="alive", lengths=(1.0, 0.4))  # fewer lengths compile sooner
+CONFIG = small_model().replace(adaptive=ALIVE)
 FREE = PassControl(jnp.zeros((), jnp.int32), jnp.ones(()))
 IDS = jnp.concatenate(
     [segments(20), segments(3, 9, 8), jnp.concatenate([segments(7, 5), jnp.zeros((1, 8), jnp.int32)], 1)]
@@ -91,8 +92,10 @@ def test_equals_the_rows_with_finished_tokens_deleted(kind):
 def loss(kind: str, lengths, x, v):
     """A loss of what comes out of a layer; its extras are the values and the share of each pass that was computed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adaptive_depth, "pass_lengths", lambda tokens: lengths)
-        out, _, seen, *_ = Layer(kind, CONFIG, Rules()).apply(v, x, place_rows(IDS), FREE)
+        patch.setattr(adaptive_depth, "pass_lengths", lambda *_: lengths)
+        layer = Layer(kind, CONFIG, Rules())
+        (out, _, seen, *_), moved = layer.apply(v, x, place_rows(IDS), FREE, mutable=["statistics"])  # as in training
+    assert kind == "D" or moved["statistics"]["mixer"]["variance_ema"].shape == ()
     real = (IDS > 0).astype(jnp.float32)[..., None]
     return jnp.sum(jnp.sin(out) * real) + jnp.sum(seen.survival) + jnp.sum(seen.auxiliary_loss), (out * real, seen)
 
@@ -100,8 +103,9 @@ def loss(kind: str, lengths, x, v):
 @pytest.mark.parametrize("kind", ["D", "G"])
 def test_buckets_change_what_is_computed_and_nothing_else(kind):
     """Values, statistics and gradients: those of a bucket are those of whole rows."""
-    ladder = compacted_passes.pass_lengths(TOKENS)
-    assert ladder == (0, 8, 16, 20) and compacted_passes.pass_lengths(1) == (0, 1)
+    ladder = compacted_passes.pass_lengths(TOKENS, ALIVE.lengths)
+    assert ladder == (0, 8, 20) and compacted_passes.pass_lengths(1, ALIVE.lengths) == (0, 1)
+    assert compacted_passes.pass_lengths(675, AdaptiveConfig().lengths) == (0, 112, 208, 384, 675)
     results = []
     for lengths in (ladder, (TOKENS,)):
         gradient = jax.jit(jax.grad(functools.partial(loss, kind, lengths), (0, 1), has_aux=True))
@@ -118,7 +122,7 @@ def test_buckets_change_what_is_computed_and_nothing_else(kind):
     np.testing.assert_allclose(gradients[0], wanted[0], atol=1e-5 * float(jnp.abs(wanted[0]).max()))
 
 
-@pytest.mark.parametrize("kind", ["D", "G"])
+@pytest.mark.parametrize("kind", ["D", pytest.param("G", marks=pytest.mark.exhaustive)])
 def test_no_token_sees_a_later_one_or_another_row(kind):
     """The gradient of every token by every token before, none by those after, of other documents or rows."""
     layer, given = Layer(kind, CONFIG, Rules()), variables(kind)
@@ -154,7 +158,7 @@ def test_what_is_shown_inside_lies_at_its_tokens():
 
 # Decoding
 
-MODEL = small_model("DG").replace(adaptive=AdaptiveConfig(context="alive"))
+MODEL = small_model("DG").replace(adaptive=ALIVE)
 
 
 @functools.cache

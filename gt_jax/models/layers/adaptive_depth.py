@@ -10,6 +10,8 @@ s_1 = 1; for k = 1 … K:  X <- X + w_k alpha_k Delta(X);  s_{k+1} = s_k p_k;  w
 - A dead pass costs nothing: `lax.scan` over passes with a `lax.cond` on "anyone alive", forward and backward.
 - With a cache (decoding) every pass runs, because a later token may read what this one wrote; also where someone looks
   inside (collection `intermediates` mutable), because what is shown has a place for every pass.
+- All that is of `context` "all". With "alive" a finished token is absent from later passes, and a pass runs on rows of
+  living tokens alone, in decoding too: `layers.compacted_passes`.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import AdaptiveConfig
 from gt_jax.devices.sharding import Rules, on_mesh
+from gt_jax.models.layers.compacted_passes import pass_lengths, run_on_living
 from gt_jax.models.layers.hyper_connections import from_streams
-from gt_jax.models.layers.mixer import MixerOutput, masked_mean
+from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
 from gt_jax.models.layers.moe import MLPOutput
 from gt_jax.models.layers.primitives import INIT, add_scaled, float32_einsum, widen
 from gt_jax.models.layers.sow import INTERMEDIATES, PASSES, asked_for, sow
@@ -152,9 +155,12 @@ class HaltingHead(nn.Module):
     rules: Rules
 
     @nn.compact
-    def __call__(self, features: Float[Array, "b t f"], state: Activations, k: Array) -> PerToken:
+    def __call__(
+        self, features: Float[Array, "b t f"], state: Activations | None = None, k: Array | None = None
+    ) -> PerToken:
         c, spec = self.config, self.rules.spec
         if c.by_pass:
+            assert k is not None
             table = self.param("embedding", INIT, (c.max_passes, c.embedding), jnp.float32, on_mesh(spec(None, None)))
             embedding = jnp.sum(jax.nn.one_hot(k, c.max_passes)[:, None] * table, axis=0)
         else:
@@ -162,6 +168,7 @@ class HaltingHead(nn.Module):
         tiled = jnp.broadcast_to(embedding[None, None], (*features.shape[:2], c.embedding))
         seen = [features, tiled + jnp.zeros_like(features[..., :1])]  # takes the rows' sharding
         if c.state_width:
+            assert state is not None
             h = widen(jax.lax.stop_gradient(state))
             h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + 1e-6)
             seen.append(Affine((h.shape[-1], c.state_width), 0.0, self.rules, name="state")(h))
@@ -262,23 +269,29 @@ def run_passes(
     control: PassControl,
     cache: Tree,
     *,
-    real: PerToken,
-    delta: Callable[[Any, State, Tree], tuple[State, LayerOutput]],
+    place: Place,
+    delta: Callable[[Any, State, Place, Tree], tuple[State, LayerOutput]],
     gain: Array,
     remat: bool,
     experts: int,
+    rules: Rules,
 ) -> tuple[State, Activations, PassStatistics, Tree]:
     """Run `layer` up to K times per token: (X, mean stream after pass 1, statistics and caches with a pass axis).
 
-    `layer` is a bound Linen module with a submodule `halting`; `delta(layer, x, cache)` is its update, whatever it is.
-    `real` is 1 for tokens of a document; padding keeps no pass alive and is in no statistic.
+    `layer` is a bound Linen module with a submodule `halting`; `delta(layer, x, place, cache)` is its update, whatever
+    it is. Padding keeps no pass alive and is in no statistic.
     """
-    every_pass = cache is not None or layer.is_mutable_collection(INTERMEDIATES)
+    shown = layer.is_mutable_collection(INTERMEDIATES)
+    every_pass = cache is not None or shown
+    lengths = (x.shape[1],) if shown else pass_lengths(x.shape[1], config.lengths)
 
-    def run(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
+    def run(
+        layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree, place: Place = place
+    ) -> tuple[_Carry, PassStatistics, Tree]:
         x, s, slope, previous, first = carry
+        real = real_tokens(place.segment_ids)
         weight = _weight(s, config, control, _goes_on(s, config, control, real))
-        step, seen = delta(layer, x, cache)
+        step, seen = delta(layer, x, place, cache)
         h, dh = stream_mean(x), stream_mean(step)
         strength = (gain * alpha * weight).reshape(*weight.shape, *[1] * (x.ndim - 2))
         moved = add_scaled(x, step, strength)
@@ -308,13 +321,35 @@ def run_passes(
 
     def skip(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
         nothing = no_statistics(experts)
-        return carry, nothing._replace(s_after=masked_mean(carry.s, real)), cache
+        return carry, nothing._replace(s_after=masked_mean(carry.s, real_tokens(place.segment_ids))), cache
+
+    def of_living(
+        layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree
+    ) -> tuple[_Carry, PassStatistics, Tree]:
+        def own(layer: Any, rows: Tree, place: Place, cache: Tree) -> tuple[Tree, PassStatistics, Tree]:
+            moved, statistics, new_cache = run(layer, _Carry(*rows, rows[-1]), k, alpha, cache, place)
+            return moved[:-1], statistics, new_cache
+
+        real = real_tokens(place.segment_ids)
+        living = _counted(carry.s, config, control) & (real > 0)
+        rows, seen, cache, computed = run_on_living(
+            layer, own, carry[:-1], place, living, cache, rules=rules, lengths=lengths, nothing=no_statistics(experts)
+        )
+        if shown:
+            sow(layer, "state", carry.x)  # of finished tokens too
+        first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(rows[0])), carry.first)
+        new = _Carry(*rows, first)
+        alive = (carry.s >= config.threshold).astype(jnp.float32)
+        return new, of_everyone(seen, living, alive, real, new.s, computed), cache
 
     def one_pass(layer: Any, carry: _Carry, xs: tuple[Array, Array, Tree]) -> tuple[_Carry, Any]:
+        real = real_tokens(place.segment_ids)
         if asked_for(layer, PASSES):
             runs = (carry.s >= config.threshold) & (real > 0) & _goes_on(carry.s, config, control, real)
             sow(layer, "runs", runs, PASSES)
-        if every_pass:
+        if config.context == "alive":
+            carry, statistics, new_cache = of_living(layer, carry, *xs)
+        elif every_pass:
             carry, statistics, new_cache = run(layer, carry, *xs)
         else:
             going = _goes_on(carry.s, config, control, real)
@@ -335,6 +370,18 @@ def run_passes(
     xs = (jnp.arange(passes, dtype=jnp.int32), jnp.asarray(config.alpha, jnp.float32), cache)
     last, (statistics, caches) = scanned(layer, start, xs)
     return last.x, last.first, statistics, caches
+
+
+def of_everyone(
+    seen: PassStatistics, living: Array, alive: PerToken, real: PerToken, s: PerToken, computed: Array
+) -> PassStatistics:
+    """Statistics of a pass that was shown its living tokens alone, as those of all real tokens; `s` [b, t] after it.
+
+    In an audit tokens below the threshold live too, and are not among the `alive`.
+    """
+    share = masked_mean(living.astype(jnp.float32), real)
+    means = {name: share * getattr(seen, name) for name in ("survival", "cost", "cost_slope")}
+    return seen._replace(**means, alive=masked_mean(alive, real), computed=computed, s_after=masked_mean(s, real))
 
 
 def no_statistics(experts: int) -> PassStatistics:

@@ -19,7 +19,8 @@ from jaxtyping import Array
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
-from gt_jax.models.layers.early_exit import alive, alive_share, bucket_lengths, exit_step
+from gt_jax.models.layers.compaction import bucket_lengths
+from gt_jax.models.layers.early_exit import alive, alive_share, exit_step
 from gt_jax.models.layers.mixer import Place, real_tokens
 from gt_jax.models.layers.residual import Layer, Update, moved_variance
 from gt_jax.models.layers.reversible import Delta

@@ -158,9 +158,9 @@ class Layer(nn.Module):
             return x, stream_mean(x), _unseen(adaptive.max_passes, self.config), cache, None
         moved, first, statistics, caches = run_passes(
             self, x, adaptive, control, cache,
-            real=real_tokens(place.segment_ids), delta=lambda layer, x, cache: layer.delta(x, place, cache),
+            place=place, delta=lambda layer, x, place, cache: layer.delta(x, place, cache),
             gain=self.gain, remat=self.config.remat == "pass",
-            experts=_experts(self.config),
+            experts=_experts(self.config), rules=self.rules,
         )  # fmt: skip
         self._observe(statistics.score_variance[0])
         return moved, first, statistics, caches, None

@@ -327,7 +327,7 @@ def run_passes(
         layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree
     ) -> tuple[_Carry, PassStatistics, Tree]:
         def own(layer: Any, rows: Tree, place: Place, cache: Tree) -> tuple[Tree, PassStatistics, Tree]:
-            moved, statistics, new_cache = run(layer, _Carry(*rows, rows[-1]), k, alpha, cache, place)
+            moved, statistics, new_cache = run(layer, _Carry(rows[0], rows[1], rows[2], rows[3], rows[3]), k, alpha, cache, place)
             return moved[:-1], statistics, new_cache
 
         real = real_tokens(place.segment_ids)
@@ -338,7 +338,7 @@ def run_passes(
         if shown:
             sow(layer, "state", carry.x)  # of finished tokens too
         first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(rows[0])), carry.first)
-        new = _Carry(*rows, first)
+        new = _Carry(rows[0], rows[1], rows[2], rows[3], first)
         alive = (carry.s >= config.threshold).astype(jnp.float32)
         return new, of_everyone(seen, living, alive, real, new.s, computed), cache
 

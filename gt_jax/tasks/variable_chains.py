@@ -5,11 +5,12 @@
 - A definition is the variable and what it is, a digit or a variable. The difficulty is the number of look-ups: behind
   BA 1, that of A, behind EB 2. The values of the chains differ, and the chains grow in turns drawn at random, so that
   which value is the answer cannot be told without following the chain.
-- `order` "forward": a definition stands behind those it needs, and its value is asked right there. "shuffled":
-  definitions stand anywhere, and the variables are asked behind them all, by ?A, which takes 1 look-up, or ?E, which
-  takes 3: a token has all look-ups before it.
-- "forward" needs no depth of a model that can swap two keys of its state: reading BA, a D layer with beta up to 2 moves
-  what it holds for A to B, and answers a chain of any length in one pass.
+- `order` "forward": a definition stands behind those it needs, and its value is asked right there. "backward": it
+  stands before those it needs. "shuffled": definitions stand anywhere. In these two the variables are asked behind them
+  all, by ?A, which takes 1 look-up, or ?E, which takes 3: a token has all look-ups before it.
+- "forward" needs no depth of a model that can move what its state holds from key to key: reading BA, a D layer gives B
+  what it holds for A, and answers a chain of any length in one pass. Of shuffled chains it so answers those whose
+  definitions happen to stand forward, 1 in d!, and of backward ones none.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from gt_jax.tasks.draws import Draws
 from gt_jax.tasks.task import DIGITS, LETTERS, Instance, Task
 
-Order = Literal["forward", "shuffled"]
+Order = Literal["forward", "backward", "shuffled"]
 _ASKED = ord("?")
 
 
@@ -74,11 +75,13 @@ class VariableChains(Task):
         # each chain's places in a random order of all: its definitions take them from the first to the last
         turn = draws.permutation(self.chains * length) % self.chains
         place = np.argsort(turn, kind="stable").reshape(self.chains, length)
-        flat = place.ravel() if self.order == "forward" else draws.permutation(self.chains * length)
+        if self.order == "backward":
+            place = self.chains * length - 1 - place
+        flat = draws.permutation(self.chains * length) if self.order == "shuffled" else place.ravel()
         names, means, depth, worth = (
             _placed(a, flat) for a in (names, means, np.tile(np.arange(length), (self.chains, 1)),
                                        np.repeat(values, length)))  # fmt: skip
-        depth = depth + (self.order == "shuffled")
+        depth = depth + (self.order != "forward")
         depth = np.where(depth >= self.easiest, depth, 0)
         tokens = np.stack([names, means], axis=1).ravel()
         second = np.array([0, 1])

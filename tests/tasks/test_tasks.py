@@ -17,7 +17,8 @@ from gt_jax.tasks.rows import HELD_OUT, TRAINING, TUNING, TaskRows, part_of
 WORDS = [  # each task as it is by default, and one that is smaller, longer or of another kind
     "pointer_jumps", "pointer_jumps:easiest=3,hardest=15,symbols=20,queries=5",
     "p_hop", "p_hop:easiest=2,hardest=9,symbols=3,length=90",
-    "variable_chains", "variable_chains:hardest=4,chains=3,order=shuffled", "variable_chains:hardest=12,chains=4",
+    "variable_chains", "variable_chains:hardest=4,chains=3,order=shuffled",
+    "variable_chains:hardest=4,chains=3,letters=20,order=backward", "variable_chains:hardest=12,chains=4",
     "addition", "addition:easiest=2,hardest=4,digits=20",
     "group_words", "group_words:group=Z2,hardest=9", "group_words:group=A5,hardest=20",
 ]  # fmt: skip
@@ -74,13 +75,16 @@ def solve_variable_chains(task, text: str) -> Answers:
     means = {pair[0]: pair[1] for pair in pairs if pair[0] != "?"}
     found = {}
     for place, pair in enumerate(pairs):
-        if (pair[0] == "?") != (task.order == "shuffled"):
+        if (pair[0] == "?") != (task.order != "forward"):
             continue
         at, steps = pair[1] if pair[0] == "?" else pair[0], 0
         while not at.isdigit():
             at, steps = means[at], steps + 1
         if task.order == "forward":
             assert steps == 1 or pair[1] in text[: 2 * place: 2], "a definition stands behind those it needs"
+        if task.order == "backward" and steps > 1:
+            needs = means[pair[1]]
+            assert text[::2].index(pair[1]) < text[::2].index(needs), "a definition stands before those it needs"
         steps -= task.order == "forward"  # there the definition that is being read is at hand
         if steps >= task.easiest:
             found[2 * place + 1] = (at, steps)

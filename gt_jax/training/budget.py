@@ -44,8 +44,8 @@ class BudgetState(NamedTuple):
 
 def initial_budget(config: PriceConfig) -> BudgetState:
     """The price that is given, nothing measured."""
-    zero = jnp.zeros((), jnp.float32)
-    return BudgetState(jnp.asarray(config.value, jnp.float32), zero, zero, zero, zero)
+    zeros = [jnp.zeros((), jnp.float32) for _ in BudgetState._fields[1:]]  # the step donates each of them
+    return BudgetState(jnp.asarray(config.value, jnp.float32), *zeros)
 
 
 def move_budget(

@@ -18,14 +18,17 @@ import pytest
 from gt_jax.configs.model import AdaptiveConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig, budget
+from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.sharding import Rules
-from gt_jax.models.language_model import free_passes
+from gt_jax.models.language_model import free_passes, initialise
 from gt_jax.models.layers.adaptive_depth import FEATURES, HaltingHead, LayerOutput, run_passes
 from gt_jax.models.layers.mixer import MixerOutput
 from gt_jax.models.layers.moe import MLPOutput
-from gt_jax.training.budget import move_budget, with_gates_moved
+from gt_jax.training.budget import BudgetState, move_budget, with_gates_moved
+from gt_jax.training.loop import make_trainer
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.price import initial_price, move_price, phase, price_loss
+from tests.support import small_model
 
 WIDTH, PASSES = 8, 4
 GATES = AdaptiveConfig(alpha=(1.0,) * PASSES, initial_bias=0.0, state_width=8, by_pass=True, logit_bound=5.0)
@@ -148,3 +151,21 @@ def test_the_slope_is_the_derivative_of_the_cost():
 
     (_, slope), gradient = jax.jit(jax.value_and_grad(cost, has_aux=True))(params)
     np.testing.assert_allclose(slope, gradient["halting"]["output"]["b"][0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("context", ["all", "alive"])
+def test_a_model_trains_under_a_budget(context):
+    """The whole step: gates that see the state, audits on rows of living tokens too, the price in the state."""
+    config = small_model("D").replace(adaptive=GATES.replace(context=context))
+    price = budget(1.5, target_of="passes_run", audit_every=3)
+    trainer = make_trainer(config, TrainConfig(steps=6, price=price, optimizer=OptimizerConfig(halting_scale=10.0)))
+    state = trainer.new_state(initialise(config, 0))
+    tokens = np.random.default_rng(0).integers(1, config.vocab, (2, 33)).astype(np.int32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((2, 32), np.int32)}
+    seen = []
+    for _ in range(6):
+        state, metrics = trainer.step(state, batch)
+        seen.append({name: np.asarray(metrics[name]) for name in ("loss", "price", "passes_run", "bad")})
+    assert not any(one["bad"] for one in seen) and seen[-1]["loss"] < seen[0]["loss"]
+    assert seen[1]["price"] != 0 and seen[3]["price"] == seen[2]["price"], "an audit moves no price"
+    assert isinstance(state.price, BudgetState) and float(state.price.weight) > 0

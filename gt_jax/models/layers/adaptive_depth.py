@@ -327,7 +327,9 @@ def run_passes(
         layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree
     ) -> tuple[_Carry, PassStatistics, Tree]:
         def own(layer: Any, rows: Tree, place: Place, cache: Tree) -> tuple[Tree, PassStatistics, Tree]:
-            moved, statistics, new_cache = run(layer, _Carry(rows[0], rows[1], rows[2], rows[3], rows[3]), k, alpha, cache, place)
+            x, s, slope, previous = rows
+            start = _Carry(x, s, slope, previous, previous)
+            moved, statistics, new_cache = run(layer, start, k, alpha, cache, place)
             return moved[:-1], statistics, new_cache
 
         real = real_tokens(place.segment_ids)

@@ -25,7 +25,7 @@ UNDER_SERVED = "under-served"
 def parser() -> argparse.ArgumentParser:
     """The command line; a flag that is not given leaves the default, or with --resume the run's own value."""
     from gt_jax.configs.model import Remat
-    from gt_jax.configs.price import TargetOf
+    from gt_jax.configs.price import Rule, TargetOf
     from gt_jax.configs.run import MomentsOf
     from gt_jax.text.flags import add_source_flags
 
@@ -39,6 +39,8 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--model", type=Path, metavar="FILE",
                        help="JSON object of config fields to change, nested as describe --json prints them; null: off")
     model.add_argument("--layout", help="another depth, for example DDDG*3")
+    model.add_argument("--gates", choices=("features", "state"), help="what the halting heads see: features of the "
+                       "pass, or the token's state and the number of the pass too (default: as the preset has it)")
     model.add_argument("--plain", action="store_true", help="no adaptive depth: every layer runs once")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
     model.add_argument("--start", help="checkpoint to start from, for example a grown one; brings its own config")
@@ -66,6 +68,11 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--target-of", choices=get_args(TargetOf),
                        help="what that is the mean of: a token's summed weights (mean_weight, default), or the passes "
                        "that it runs")
+    train.add_argument("--price-rule", choices=get_args(Rule),
+                       help="what steers the depth: a price that only ever rises above 0 (ouro, default), or one of "
+                       "both signs that brings the depth to the target and holds it (budget)")
+    train.add_argument("--pass-price", type=float, metavar="NATS",
+                       help="instead of a target: what one more pass of a token in a layer costs (--price-rule budget)")
     train.add_argument("--thaw", metavar=f"{UNDER_SERVED}|LAYERS",
                        help="at first only these layers train, counted from 0, for example 3,7,11; under-served: the "
                        "copies of the layers to which the growth gave less than they asked for")
@@ -95,9 +102,9 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
 
         model = changed_by_file(model, arguments.model)
     model = model.replace(**pick("layout", "remat"), **({"compute_dtype": given["dtype"]} if "dtype" in given else {}))
-    model = model.plain if "plain" in given else model
+    model = with_gates(model.plain if "plain" in given else model, arguments.gates)
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
-    price = train.price.replace(**pick("target", "target_of"))
+    price, optimizer = with_price(train.price, optimizer, arguments)
     own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep", "accumulate", "moments")
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
     thaw = thaw_config(arguments, train.thaw, start.get("start", base.start))
@@ -106,6 +113,32 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     shape = pick("tokenizer", "sequence_length", "batch_size", "held_out", "seed")
     data = with_curriculum(base.data.replace(**sources, **shape), arguments.curriculum, train.steps)
     return base.replace(model=model, train=train, data=data, **start)
+
+
+def with_gates(model: Any, sees: str | None) -> Any:
+    """`model` (a ModelConfig) whose halting heads see what --gates says."""
+    if sees is None:
+        return model
+    if model.adaptive is None:
+        raise Refused(f"--gates {sees}: the model has no adaptive depth, so there are no gates")
+    return model.replace(adaptive=model.adaptive.seeing_state if sees == "state" else model.adaptive.seeing_features)
+
+
+def with_price(price: Any, optimizer: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """(PriceConfig, OptimizerConfig) with --price-rule, --target, --target-of and --pass-price."""
+    from gt_jax.configs.price import budget, fits_rule
+
+    target, cost, rule = arguments.target, arguments.pass_price, arguments.price_rule or price.rule
+    of = {} if arguments.target_of is None else {"target_of": arguments.target_of}
+    refuse_all(fits_rule(rule, target, cost), "the price cannot be set so:")
+    aim = {} if target is None else {"target": target}
+    aim = {"target": None, "value": cost} if cost is not None else aim
+    if rule == "budget" and price.rule != "budget":  # its heads learn ten times as fast as other scalars
+        aim = {"target": price.target} | aim
+        return budget(**aim, **of), optimizer.replace(halting_scale=10.0)
+    if rule == "ouro" and price.rule != "ouro":
+        return type(price)(**aim, **of), optimizer.replace(halting_scale=1.0)
+    return price.replace(**aim, **of), optimizer
 
 
 def with_curriculum(data: Any, fraction: float | None, steps: int) -> Any:
@@ -173,8 +206,8 @@ def default_config(arguments: argparse.Namespace) -> Any:
         return stored
     if arguments.start is None:
         return RunConfig(model=preset(arguments.preset or "tiny"))
-    if arguments.preset or arguments.layout or arguments.plain or arguments.model:
-        raise Refused("--start brings its own model; leave out --preset, --model, --layout and --plain")
+    if arguments.preset or arguments.layout or arguments.plain or arguments.model or arguments.gates:
+        raise Refused("--start brings its own model; leave out --preset, --model, --layout, --gates and --plain")
     start = open_checkpoint(arguments.start)
     tokenizer = chosen_tokenizer(start.metadata, arguments.tokenizer, f"--start {arguments.start}")
     model, runs = start.config, trainings(start.metadata)

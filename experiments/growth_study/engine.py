@@ -22,6 +22,7 @@ from gt_jax.configs.price import PriceConfig
 from gt_jax.devices.sharding import Rules, put_like
 from gt_jax.models.language_model import LanguageModel, abstract, fixed_passes
 from gt_jax.models.layers.adaptive_depth import PassControl
+from gt_jax.training.budget import BudgetState
 from gt_jax.training.loop import Trainer, fit, variables_of
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.price import PriceState
@@ -88,7 +89,7 @@ class Run(NamedTuple):
     losses: dict[int, Losses]
     seconds: float
     batches: str
-    price: PriceState
+    price: PriceState | BudgetState
 
 
 class Engine:

@@ -169,8 +169,11 @@ class Seed:
         fixed = engine.losses(config, run.variables, self.material.evaluation,
                               fixed_passes(jnp.asarray(counts.k_exec, jnp.int32)))  # fmt: skip
 
+        assert config.adaptive is not None and isinstance(run.price, PriceState)
+        most = config.adaptive.max_passes
+
         def forced(step: int) -> int:
-            return int(phase(study.price, jnp.asarray(step - 1, jnp.int32), study.source_steps).control.forced)
+            return int(phase(study.price, jnp.asarray(step - 1, jnp.int32), study.source_steps, most).control.forced)
 
         samples = {step: one.passes for step, one in run.losses.items()}
         passes = flops.passes_by_step(samples, study.source_steps, forced)

@@ -6,6 +6,7 @@ One small config a layer type; a feature is a field of its layer's config, never
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, Literal
 
 from gt_jax.configs import layout as layouts
@@ -120,7 +121,12 @@ class AdaptiveConfig(Config):
 
     `halting` "token": a token below the threshold is finished. "batch" (origin): all go on until at most `batch_share`
     of the tokens are at or above it. `features` says what the halting head sees of the mixer, its write gate, output
-    gate and head spread: those of the mixer's own input, or (origin) of the mean over streams before any norm.
+    gate and head spread: those of the mixer's own input, or (origin) of the mean over streams before any norm. With
+    `state_width` it also sees the token's state, normed and projected to so many numbers; with `by_pass` its embedding
+    is one of each pass, so that it knows how many there were. `logit_bound` above 0 keeps a gate's logit within it.
+    `context` says whom a token sees in a pass after the first: "all", the finished ones too, or those "alive" in that
+    pass; then a pass costs what the share of living tokens is, up to the next of `lengths`: shares of a row that it is
+    compiled for, each of them once, the longest first.
     """
 
     alpha: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35)
@@ -132,13 +138,28 @@ class AdaptiveConfig(Config):
     halting: Literal["token", "batch"] = "token"
     batch_share: float = 0.02
     features: Literal["mixer_input", "stream_mean"] = "mixer_input"
+    state_width: int = 0
+    by_pass: bool = False
+    logit_bound: float = 0.0
+    context: Literal["all", "alive"] = "all"
+    lengths: tuple[float, ...] = (1.0, 0.56, 0.3, 0.16)  # above 1/2, 1/4, 1/8: the fullest row is fuller than the mean
 
     @property
     def max_passes(self) -> int:
         return len(self.alpha)
 
+    @property
+    def seeing_state(self) -> AdaptiveConfig:
+        """With halting heads that can tell which token needs how much: they see state and pass, and do not saturate."""
+        return self.replace(state_width=16, by_pass=True, logit_bound=5.0)
+
+    @property
+    def seeing_features(self) -> AdaptiveConfig:
+        """With halting heads that see features of the pass alone (origin)."""
+        return self.replace(state_width=0, by_pass=False, logit_bound=0.0)
+
     def problems(self) -> list[str]:
-        wrong = below(self, 1, "hidden", "embedding")
+        wrong = below(self, 1, "hidden", "embedding") + below(self, 0, "state_width")
         if not self.alpha or min(self.alpha) <= 0:
             wrong.append(f"alpha is {self.alpha}; it needs positive strengths, for example 1.0, 0.7, 0.5, 0.35")
         if not 0 < self.threshold < 1:
@@ -147,6 +168,11 @@ class AdaptiveConfig(Config):
             wrong.append(f"p_floor is {self.p_floor}; it must lie in [0, threshold {self.threshold})")
         if not 0 <= self.batch_share < 1:
             wrong.append(f"batch_share is {self.batch_share}; it must lie in [0, 1)")
+        falling = all(0 < low < high for high, low in itertools.pairwise(self.lengths))
+        if self.lengths[:1] != (1.0,) or not falling:
+            wrong.append(f"lengths is {self.lengths}; it must fall from 1.0 and stay above 0, like 1.0, 0.56, 0.3")
+        if self.context == "alive" and self.halting == "batch":
+            wrong.append("context 'alive' needs halting 'token'; under 'batch' no token is finished before all are")
         return wrong
 
 

@@ -11,7 +11,8 @@ from gt_jax.configs.json_config import Config
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Config):
-    """Learning rate, schedule (fractions of the run), decay, clipping; `scalar_scale` multiplies the scalars' rate.
+    """Learning rate, schedule (fractions of the run), decay, clipping; `scalar_scale` multiplies the scalars' rate,
+    `halting_scale` that of the halting heads (of adaptive depth).
 
     wsd: warm-up, a plateau at `learning_rate`, decay over the last `decay` of the run. It is the default, since a run
     that stands on the plateau can be grown, or trained on, without a rise of the rate.
@@ -27,6 +28,7 @@ class OptimizerConfig(Config):
     b1: float = 0.9
     b2: float = 0.95
     scalar_scale: float = 1.0
+    halting_scale: float = 1.0
 
     def problems(self) -> list[str]:
         wrong = []

@@ -7,19 +7,26 @@ from typing import Literal, get_args
 
 from gt_jax.configs.json_config import Config
 
+Rule = Literal["budget", "ouro"]
 TargetOf = Literal["mean_weight", "passes_run"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PriceConfig(Config):
-    """Target depth, bounds of lambda, and the phases as fractions of the run.
+    """What a pass costs, or the depth aimed at; the phases are fractions of the run (gt_jax/training/price.py).
 
-    `target_of` says what the mean over layers of is held at `target`: `mean_weight`, the sum of a token's weights, or
-    `passes_run`, the passes that it runs.
+    `target` is what the mean over layers of `target_of` is held at: `mean_weight`, the sum of a token's weights, or
+    `passes_run`, the passes that it runs. `rule` "ouro" (origin): the price makes depth dear, less a coupon for what
+    passes gain; every `audit_every`-th step forces passes. "budget": the price, in nats a pass, token and layer, goes
+    up and down within `lowest` .. `highest` until depth is at the target, or stays at `value` where there is none
+    (null); every `audit_every`-th step no token is finished. `forced_passes` 0 draws their number for each step anew.
+    `budget(...)` has the fields that suit this rule.
     """
 
-    target: float = 1.30
+    rule: Rule = "ouro"
+    target: float | None = 1.30
     target_of: TargetOf = "mean_weight"
+    value: float = 0.0
     rate: float = 1.0
     lowest: float = 1e-4
     highest: float = 5e-2
@@ -36,10 +43,17 @@ class PriceConfig(Config):
         wrong = []
         if self.target_of not in get_args(TargetOf):
             wrong.append(f"target_of is {self.target_of!r}; it must be one of {', '.join(get_args(TargetOf))}")
-        if self.target < 1:
+        if self.rule not in get_args(Rule):
+            wrong.append(f"rule is {self.rule!r}; it must be one of {', '.join(get_args(Rule))}")
+        if self.target is None and self.rule == "ouro":
+            wrong.append("target is None; rule 'ouro' aims at a depth, for example 1.3")
+        if self.target is not None and self.target < 1:
             wrong.append(f"target is {self.target}; a layer runs at least once, so it must be at least 1")
-        if not 0 < self.lowest <= self.highest:
-            wrong.append(f"0 < lowest {self.lowest} <= highest {self.highest} does not hold")
+        if self.lowest > self.highest or (self.rule == "ouro" and self.lowest <= 0):
+            least = "0 < " if self.rule == "ouro" else ""
+            wrong.append(f"{least}lowest {self.lowest} <= highest {self.highest} does not hold")
+        if self.forced_passes < 0:
+            wrong.append(f"forced_passes is {self.forced_passes}; it must be at least 0, which draws their number")
         if not 0 <= self.forced_until <= self.price_from <= self.clipped_until <= 1:
             wrong.append(
                 f"0 <= forced_until {self.forced_until} <= price_from {self.price_from} <= "
@@ -57,3 +71,23 @@ class PriceConfig(Config):
         left = {name: min(1.0, max(0.0, getattr(self, name) * of - done) / steps)
                 for name in ("forced_until", "price_from", "clipped_until")}
         return self.replace(**left, rate=self.rate * steps / of, settled_after=self.settled_after * of / steps)
+
+def fits_rule(rule: str, target: float | None, cost: float | None) -> list[str]:
+    """What is wrong with a target and a fixed cost of a pass, one line each."""
+    wrong = []
+    if cost is not None and rule != "budget":
+        wrong.append(f"a pass price of {cost} needs price rule 'budget'; the rule is {rule!r}, which has its own price")
+    if cost is not None and target is not None:
+        wrong.append(f"target {target} and a pass price of {cost} are both given; one of them decides the depth")
+    return wrong
+
+
+def budget(target: float | None, **fields: object) -> PriceConfig:
+    """A price of rule "budget": both signs, gates free from the first step on, audits at every tenth.
+
+    >>> budget(2.0, target_of="passes_run").rule
+    'budget'
+    """
+    free = {"forced_until": 0.0, "price_from": 0.0, "clipped_until": 0.0, "audit_every": 10, "forced_passes": 0}
+    bounds = {"lowest": -100.0, "highest": 100.0}
+    return PriceConfig(rule="budget", target=target, **{**free, **bounds, **fields})  # type: ignore[arg-type]

@@ -110,7 +110,7 @@ def _run(
         stored = {kind: tree[name] for kind, tree in variables.items() if name in tree}
         wanted = {layer: depth.position(layer)[1:] for layer in layers if own.start <= layer < own.stop}
         slots = tuple(sorted({slot for _, slot in wanted.values()}))
-        body = _block(config, rules, segment, slots, place, control.p_max)
+        body = _block(config, rules, segment, slots, place, control)
         x, kept = jax.lax.scan(body, x, (stored, forced[own].reshape(segment.repeats, len(segment.pattern))))
         found |= {layer: kept[slots.index(slot)][block] for layer, (block, slot) in wanted.items()}
         first = own.stop
@@ -118,7 +118,7 @@ def _run(
 
 
 def _block(
-    config: ModelConfig, rules: Rules, segment: Segment, slots: tuple[int, ...], place: Place, p_max: Array
+    config: ModelConfig, rules: Rules, segment: Segment, slots: tuple[int, ...], place: Place, control: PassControl
 ) -> Callable[..., Any]:
     """The body of the scan over a segment's blocks: X -> (X, X after each of the `slots`)."""
     layers = [Layer(kind, config, rules, parent=None) for kind in segment.pattern]
@@ -127,7 +127,7 @@ def _block(
         stored, forced = xs
         link, kept = None, []
         for slot, layer in enumerate(layers):
-            given = (x, place, PassControl(forced[slot], p_max), None, link)
+            given = (x, place, control._replace(forced=forced[slot]), None, link)
             apply = jax.checkpoint(layer.apply, prevent_cse=False) if config.remat == "layer" else layer.apply
             x, _, _, _, new_link = apply(slot_variables(stored, slot), *given)  # type: ignore[misc]
             link = new_link or link

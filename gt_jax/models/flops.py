@@ -78,7 +78,7 @@ def _layer(kind: str, c: ModelConfig, length: int) -> float:
     mixers: dict[str, Callable[[ModelConfig, int], float]] = {"D": _delta_rule, "G": _sparse, "S": _sliding}
     total = mixers[kind](c, length) + _mlp(c)
     total += 0.0 if c.hyper is None else 2 * _streams(c.hyper, c.width)
-    total += 0.0 if c.adaptive is None else _halting(c.adaptive)
+    total += 0.0 if c.adaptive is None else _halting(c.adaptive, c.width)
     if c.adaptive is not None and c.adaptive.features == "stream_mean":
         total += 2.0 * c.width * _seen_columns(kind, c)
     return total + (0.0 if c.exit is None else 2.0 * c.width * (c.width // 2))
@@ -150,8 +150,9 @@ def _seen_columns(kind: str, c: ModelConfig) -> int:
     return m.heads * m.key_width + m.value_heads + output
 
 
-def _halting(adaptive: AdaptiveConfig) -> float:
-    return 2.0 * ((FEATURES + adaptive.embedding) * adaptive.hidden + adaptive.hidden)
+def _halting(adaptive: AdaptiveConfig, width: int) -> float:
+    inputs = FEATURES + adaptive.embedding + adaptive.state_width
+    return 2.0 * (width * adaptive.state_width + inputs * adaptive.hidden + adaptive.hidden)
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -148,7 +148,7 @@ class LanguageModel(nn.Module):
         forced = jnp.broadcast_to(jnp.asarray(control.forced, jnp.int32), (depth,))
         numbers = jnp.arange(depth, dtype=jnp.int32)
         mixing = jax.tree.map(jnp.asarray, coefficients(depth, c.stack.mixing, c.stack.step))
-        common = Common(place, control.p_max, x, self.skips if c.stack.skips else None, None)
+        common = Common(place, control, x, self.skips if c.stack.skips else None, None)
         previous = x if c.stack.kind == "midpoint" else None
         stream = Stream(x, stream_mean(x), previous, empty_buffer(x, c.stack.skips), None)
         if c.exit is not None:

@@ -146,8 +146,11 @@ def _depth(free: Sequence[Record], config: RunConfig, caps: Sequence[float]) -> 
     """Layers that run one pass for every token though the price does not ask for it, or all passes at full weight.
 
     "All passes" is of what the price steers: where that is the weight, passes that weigh little may all be run.
+    Price rule "budget" has neither: there every gate has a gradient, and the price goes where it must.
     """
     adaptive, price = config.model.adaptive, config.train.price
+    if price.rule == "budget" or price.target is None:
+        return {}
     runs, weights = _values(free, "passes_run"), _values(free, "mean_weight")
     if adaptive is None or runs is None or weights is None:
         return {}

@@ -64,7 +64,8 @@ def summary(run: Run) -> dict[str, str]:
         "lowest held-out loss": "{} at step {}".format(*map(format_value, min(finite))) if finite else ABSENT,
         **{row: _mean(_free(run, last), name) for name, row in MEASURES.items()},
         "price": format_value(last[-1].get("price")) if last else ABSENT,
-        "the price aims at": f"{MEASURES[price.target_of]}: {price.target:g}",
+        "the price aims at": "nothing, it stands" if price.target is None else
+                             f"{MEASURES[price.target_of]}: {price.target:g}",
         "|dh|/|h| by layer": _by_layer(last, "delta_ratio"),
         "null rate by layer": _by_layer(last, "null_rate"),
         "gradient norm": _mean(last, "gradient_norm"),

@@ -24,6 +24,7 @@ from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.data import BYTES
 from gt_jax.configs.lineage import LINEAGE, carried, earlier, newest, trainings
 from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, differences, read_run_config
 from gt_jax.configs.standing import Standing, plateau_end, standing
 from gt_jax.devices.processes import ProcessGroup
@@ -38,6 +39,7 @@ from gt_jax.monitoring.tensorboard import TensorBoard, writer_module
 from gt_jax.text.batches import Text
 from gt_jax.text.data import Data, open_data
 from gt_jax.text.token_bytes import default_texts, token_table
+from gt_jax.training.budget import BudgetState
 from gt_jax.training.divisibility import refuse_indivisible
 from gt_jax.training.moments import carried_moments
 from gt_jax.training.optimizer import make_optimizer
@@ -303,7 +305,7 @@ def _start(
     if config.train.moments == "carried":
         begun = begun._replace(optimizer=carried_moments(begun.optimizer, begun.params, start, stored))
     if config.model.adaptive is not None:
-        price, words = _price_of(start, stored, metadata, begun.price)
+        price, words = _price_of(start, stored, metadata, begun.price, config.train.price)
         begun, told = begun._replace(price=price), [*told, words]
     return _Begun(begun, {LINEAGE: carried(metadata)}, position, told)
 
@@ -325,15 +327,18 @@ def _continuing(config: RunConfig, position: dict[str, Any] | None, at: Standing
 
 
 def _price_of(
-    start: str, stored: Mapping[str, Any], metadata: Mapping[str, Any], fresh: PriceState
-) -> tuple[PriceState, str]:
+    start: str, stored: Mapping[str, Any], metadata: Mapping[str, Any], fresh: PriceState | BudgetState,
+    price: PriceConfig,
+) -> tuple[PriceState | BudgetState, str]:  # fmt: skip
     """The compute price to begin with, and words about it: that of the training checkpoint `start`, if it holds one;
-    else, of a model made from one, lambda as it was there; else a fresh one."""
+    else, of a model made from one, lambda as it was there; else a fresh one. A price that is given is what it is."""
+    if price.target is None:
+        return fresh, f"a pass costs {price.value:.3g} nats"
     wanted = {"price": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), fresh)}
     if not differences_of_trees(flatten(wanted), stored):
         return checkpoint.load(start, jax.tree.map(with_mesh_devices, wanted))["price"], "the compute price goes on"
     value = newest(metadata, "price")
-    if isinstance(value, float):
+    if isinstance(value, float) and isinstance(fresh, PriceState) and price.lowest <= value <= price.highest:
         return fresh._replace(value=jnp.full_like(fresh.value, value)), f"the compute price goes on at {value:.3g}"
     return fresh, f"the compute price begins anew: {start} holds none"
 

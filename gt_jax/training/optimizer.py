@@ -61,20 +61,34 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     def scalar_rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         return config.scalar_scale * rate(step)
 
-    return in_float32(
-        optax.chain(
-            optax.clip_by_global_norm(config.clip),
-            optax.partition(
-                {
-                    "matrix": optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay),
-                    "scalar": optax.adam(scalar_rate, config.b1, config.b2),
-                    # a of the lambda stack acts on the whole stream: 1/100 of the rate of b (modded-nanogpt PR 159)
-                    "residual_scale": optax.adam(lambda step: 0.01 * scalar_rate(step), config.b1, config.b2),
-                },
-                groups,
-            ),
-        )
+    inner = optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.partition(
+            {
+                "matrix": optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay),
+                "scalar": optax.adam(scalar_rate, config.b1, config.b2),
+                # a of the lambda stack acts on the whole stream: 1/100 of the rate of b (modded-nanogpt PR 159)
+                "residual_scale": optax.adam(lambda step: 0.01 * scalar_rate(step), config.b1, config.b2),
+            },
+            groups,
+        ),
     )
+    return in_float32(with_halting_scaled(inner, config.halting_scale))
+
+
+def with_halting_scaled(inner: optax.GradientTransformation, scale: float) -> optax.GradientTransformation:
+    """`inner`, its updates of halting heads times `scale`; its state as it is."""
+
+    def one(path: tuple, update: Any) -> Any:
+        return (
+            scale * update if "halting" in jax.tree_util.keystr(path, simple=True, separator="/").split("/") else update
+        )
+
+    def update(gradients: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        updates, moved = inner.update(gradients, state, params)
+        return jax.tree_util.tree_map_with_path(one, updates), moved
+
+    return inner if scale == 1 else optax.GradientTransformation(inner.init, update)
 
 
 def at_step(state: Any, step: Array) -> Any:

@@ -1,6 +1,8 @@
-"""The compute price (OuroSpec): what a pass costs, and the controller that keeps the mean depth at its target.
+"""The compute price: what a pass costs, and when; `budget.py` has what moves the price of rule "budget".
 
-price loss = lambda * sum_l relu( 0.85 ponder_l + 0.15 (passes_run_l - 1)/(K - 1) - coupon ),
+Rule "budget":  price loss = price * sum_l sum_{k>1} c(w_lk),  c the `smooth_count`; without a target the price stands.
+
+Rule "ouro" (OuroSpec):  price loss = lambda * sum_l relu( 0.85 ponder_l + 0.15 (passes_run_l - 1)/(K - 1) - coupon ),
 ponder_l = relu(mean_weight_l - 1)/(K - 1),  coupon = 2.0 relu(CE after pass 1 - CE), without gradient.
 
 - "CE after pass 1" is read where the last layer has run one pass: the loss the model would have had without the rest.
@@ -22,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.price import PriceConfig
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.training.budget import BudgetState, initial_budget
 from gt_jax.typing import Scalar
 
 
@@ -32,8 +35,10 @@ class PriceState(NamedTuple):
     high_steps: Int[Array, ""]
 
 
-def initial_price(config: PriceConfig) -> PriceState:
-    """Lambda at its lower bound."""
+def initial_price(config: PriceConfig) -> PriceState | BudgetState:
+    """Where the price starts: lambda at its lower bound, or at what a pass is said to cost."""
+    if config.rule == "budget":
+        return initial_budget(config)
     return PriceState(jnp.asarray(config.lowest, jnp.float32), jnp.zeros((), jnp.int32))
 
 
@@ -45,21 +50,32 @@ class Phase(NamedTuple):
     moves: Array
 
 
-def phase(config: PriceConfig, step: Int[Array, ""], steps: int) -> Phase:
-    """Two forced passes first, then free ones with p capped, then the price; every 20th step audits: forced passes."""
+def phase(config: PriceConfig, step: Int[Array, ""], steps: int, passes: int) -> Phase:
+    """Forced passes first, then free ones with p capped, then the price; every `audit_every`-th step is an audit.
+
+    An audit of rule "ouro" forces passes and charges nothing. One of rule "budget" runs every pass with its own weight,
+    however small, and is charged; the price moves by none. `passes` is K, of which forced ones are drawn.
+    """
     done = step.astype(jnp.float32) / steps
     warming = done < config.forced_until
     audit = jnp.logical_not(warming) & (step % config.audit_every == config.audit_every - 1)
-    forced = jnp.where(warming | audit, config.forced_passes, 0).astype(jnp.int32)
+    drawn = jax.random.randint(jax.random.fold_in(jax.random.key(passes), step), (), 1, passes + 1)
+    count = config.forced_passes if config.forced_passes else drawn
+    ouro = config.rule == "ouro"
+    forced = jnp.where(warming | (audit & ouro), count, 0).astype(jnp.int32)
     p_max = jnp.where(done < config.clipped_until, config.p_max, 1.0).astype(jnp.float32)
-    charged = (done >= config.price_from) & jnp.logical_not(audit)
-    return Phase(PassControl(forced, p_max), charged, charged)
+    begun = done >= config.price_from
+    moves = begun & jnp.logical_not(audit)
+    uncut = jnp.where(audit & (not ouro), 1.0, 0.0)
+    return Phase(PassControl(forced, p_max, uncut), moves if ouro else begun, moves)
 
 
 def price_loss(
     config: PriceConfig, value: Scalar, statistics: PassStatistics, cross_entropy: Scalar, first_pass: Scalar
 ) -> Scalar:
-    """lambda * sum over layers of relu(0.85 ponder + 0.15 share run - coupon); differentiable through survival."""
+    """lambda times what the passes cost, by the config's rule; differentiable through the weights of the passes."""
+    if config.rule == "budget":
+        return value * jnp.sum(statistics.cost)
     passes = statistics.survival.shape[-1]
     scale = max(passes - 1, 1)
     ponder = jax.nn.relu(jnp.sum(statistics.survival, axis=-1) - 1.0) / scale
@@ -69,10 +85,11 @@ def price_loss(
 
 
 def move_price(config: PriceConfig, state: PriceState, steered: Scalar, moves: Array, steps: int) -> PriceState:
-    """One dual step; `steered` is the mean over layers of what `target_of` names.
+    """One dual step of rule "ouro"; `steered` is the mean over layers of what `target_of` names.
 
     Once high for `settled_after` of the run: only outside [-2 %, +5 %] of the target, half speed.
     """
+    assert config.target is not None
     settled = state.high_steps >= max(1, round(config.settled_after * steps))
     excess = steered - config.target
     outside = (excess < -0.02 * config.target) | (excess > 0.05 * config.target)

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array
 
 from gt_jax.configs.price import PriceConfig
+from gt_jax.training.budget import BudgetState
 from gt_jax.training.price import PriceState, initial_price
 from gt_jax.typing import Tree
 
@@ -20,7 +21,7 @@ class TrainState(NamedTuple):
     params: Tree
     statistics: Tree
     optimizer: optax.OptState
-    price: PriceState
+    price: PriceState | BudgetState
     step: Array
 
 

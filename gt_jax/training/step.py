@@ -23,9 +23,10 @@ from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.primitives import widen
 from gt_jax.models.memory_chunks import chunk_length, mean_over_chunks, over_chunks
 from gt_jax.training.accumulation import accumulate_gradients
+from gt_jax.training.budget import BudgetState, move_budget, with_gates_moved
 from gt_jax.training.loss import unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State, at_step
-from gt_jax.training.price import Phase, move_price, phase, price_loss
+from gt_jax.training.price import Phase, PriceState, move_price, phase, price_loss
 from gt_jax.training.running_means import floats, moved_once
 from gt_jax.training.state import TrainState
 from gt_jax.training.thaw import keep_frozen
@@ -165,30 +166,32 @@ def make_step(
     batch runs in so many parts.
     """
     loss = make_loss(model, price, rules, seed)
+    passes = 1 if model.adaptive is None else model.adaptive.max_passes
     gradient = jax.value_and_grad(loss, has_aux=True)
     if accumulate > 1:
         gradient = accumulate_gradients(loss, accumulate, rules, functools.partial(target_counts, model))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        now = phase(price, state.step, steps)
+        now = phase(price, state.step, steps, passes)
         placed = shard_batch(batch, rules)
         (total, extra), grads = gradient(state.params, state.statistics, placed, state.price.value, now, state.step)
-        statistics = extra["statistics"]
+        statistics, report = extra["statistics"], extra["report"]
+        depth = {name: jnp.sum(getattr(report["passes"], of), axis=-1) for name, of in DEPTH.items()}
+        steered = jnp.mean(depth[price.target_of])
+        moved = _moved_price(price, state.price, report["passes"], grads, steered, now.moves, steps)
         if thaw is not None:
             grads = keep_frozen(thaw, model.depth, state.step, grads, jax.tree.map(jnp.zeros_like, grads))
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(grads, at_step(state.optimizer, state.step), state.params)
             params = optax.apply_updates(state.params, updates)
+        if price.rule == "budget":
+            params = with_gates_moved(params, price, steered, now.moves)
         if thaw is not None:
             params = keep_frozen(thaw, model.depth, state.step, params, state.params)
             statistics = keep_frozen(thaw, model.depth, state.step, statistics, state.statistics)
             if isinstance(moments, Float32State):
                 copies = keep_frozen(thaw, model.depth, state.step, moments.copies, state.optimizer.copies)
                 moments = moments._replace(copies=copies)
-        report = extra["report"]
-        depth = {name: jnp.sum(getattr(report["passes"], of), axis=-1) for name, of in DEPTH.items()}
-        steered = jnp.mean(depth[price.target_of])
-        moved = move_price(price, state.price, steered, now.moves, steps)
         norm = optax.tree.norm(jax.tree.map(widen, grads))
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         metrics = {
@@ -197,7 +200,7 @@ def make_step(
             "price_loss": report["price_loss"],
             "indexer_loss": jnp.sum(report["passes"].auxiliary_loss),
             **_component_metrics(model, report),
-            **({} if model.adaptive is None else {f"{price.target_of}_excess": steered - price.target}),
+            **_excess(model, price, steered),
             "gradient_norm": norm,
             "bad": 1.0 - finite.astype(jnp.float32),
             "price": state.price.value,
@@ -210,6 +213,23 @@ def make_step(
         return applied._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _moved_price(
+    price: PriceConfig, state: PriceState | BudgetState, passes: PassStatistics, gradients: Tree, steered: Scalar,
+    moves: Array, steps: int,
+) -> PriceState | BudgetState:  # fmt: skip
+    """The price after a step, by its rule."""
+    if isinstance(state, BudgetState):
+        return move_budget(price, state, passes, gradients, steered, moves)
+    return move_price(price, state, steered, moves, steps)
+
+
+def _excess(model: ModelConfig, price: PriceConfig, steered: Scalar) -> dict[str, Array]:
+    """How far depth is above the price's target, where there is one."""
+    if model.adaptive is None or price.target is None:
+        return {}
+    return {f"{price.target_of}_excess": steered - price.target}
 
 
 def _component_metrics(model: ModelConfig, report: Mapping[str, Any]) -> dict[str, Array]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.sparse_attention.common.selection import (
     Variance,
     accumulator,
+    all_visible,
     budget,
     indexer_scores,
     row_variance,
@@ -91,7 +92,10 @@ def sparse_attention(
         spread = visible_variance(frozen_scores, visible)
     head_variance = jnp.repeat(spread, group, axis=1) * jax.lax.stop_gradient(importance**2)[None, :, None]
     count = budget(head_variance, indexer.variance_ema, visible_count, k_base=k_base, k_min=k_min, k_max=k_max)
-    chosen = select(scores, visible, visible & (rank <= sinks), count)
+    if k.shape[1] <= k_min:  # no budget is below what there is
+        chosen = all_visible(visible, heads)
+    else:
+        chosen = select(scores, visible, visible & (rank <= sinks), count)
     logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=accumulator(q)) * q.shape[-1] ** -0.5
     attention = jnp.where(chosen, jax.nn.softmax(jnp.where(chosen, logits, -1e30), axis=-1), 0.0)
     o = jnp.einsum("bhts,bshv->bthv", attention.astype(v.dtype), v, preferred_element_type=accumulator(v))

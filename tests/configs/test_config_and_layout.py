@@ -92,6 +92,15 @@ def test_a_config_stored_before_a_field_was_there_says_what_was_computed_then():
             } == {"3b", "3b_table", "tiny_3b"}  # fmt: skip
 
 
+def test_a_pass_on_living_tokens_needs_tokens_that_finish_and_lengths_that_fall():
+    stored = presets.tiny().to_json()
+    del stored["adaptive"]["context"], stored["adaptive"]["lengths"]
+    assert ModelConfig.from_json(stored).adaptive.context == "all"
+    for lengths in ((), (0.5,), (1.0, 0.3, 0.4), (1.0, 0.0)):
+        with pytest.raises(Refused, match=r"it must fall from 1\.0(.|\n)*context 'alive' needs halting 'token'"):
+            model.AdaptiveConfig(context="alive", halting="batch", lengths=lengths)
+
+
 @pytest.mark.parametrize("base", [1, 4, 40])
 def test_the_factor_of_the_budget_is_no_bound(base):
     config = presets.tiny().gsa.replace(k_base=base, k_min=4, k_max=12)

@@ -73,7 +73,7 @@ def program(name, of):
     shapes = abstract(config)
     batch = {key: jax.ShapeDtypeStruct((2, 12), jnp.int32) for key in ("tokens", "targets", "segment_ids")}
     loss = make_loss(config, price, Rules())
-    run = lambda *given: of(loss)(*given, jnp.asarray(0.01), phase(price, step, 100), step)  # noqa: E731
+    run = lambda *given: of(loss)(*given, jnp.asarray(0.01), phase(price, step, 100, 4), step)  # noqa: E731
     return list(equations(jax.make_jaxpr(run)(shapes["params"], shapes.get("statistics", {}), batch).jaxpr))
 
 

@@ -182,7 +182,7 @@ def test_a_mesh_gives_the_same_loss_and_gradients():
     loss = make_loss(config, price, Rules())
 
     def step(params, statistics):
-        now = phase(price, jnp.asarray(50), 100)
+        now = phase(price, jnp.asarray(50), 100, 4)
         return jax.value_and_grad(loss, has_aux=True)(
             params, statistics, batch, jnp.asarray(0.01), now, jnp.asarray(50)
         )

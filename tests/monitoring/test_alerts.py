@@ -236,7 +236,7 @@ def test_records_without_some_values_are_read(data):
 def test_the_course_is_the_schedule_of_the_training_step(steps, price):
     course = alerts.Course(RUN.replace(train=TrainConfig(steps=steps, price=price)))
     for step in range(1, steps + 1):
-        control = phase(price, jnp.asarray(step - 1), steps).control
+        control = phase(price, jnp.asarray(step - 1), steps, 4).control
         assert course.forced(step) == (int(control.forced) > 0)
         assert course.cap(step) == pytest.approx(float(control.p_max))
 

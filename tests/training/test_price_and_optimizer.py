@@ -15,7 +15,7 @@ from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
 from gt_jax.configs.model import ExitConfig
 from gt_jax.configs.optimizer import OptimizerConfig
-from gt_jax.configs.price import PriceConfig
+from gt_jax.configs.price import PriceConfig, budget
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.models.language_model import abstract
@@ -37,7 +37,7 @@ def statistics(survival, alive=None):
 
 
 def test_a_short_run_has_every_phase():
-    phases = [phase(PRICE, jnp.asarray(step), STEPS) for step in range(STEPS)]
+    phases = [phase(PRICE, jnp.asarray(step), STEPS, 4) for step in range(STEPS)]
     forced = np.array([int(p.control.forced) for p in phases])
     charged = np.array([bool(p.charged) for p in phases])
     p_max = np.array([float(p.control.p_max) for p in phases])
@@ -180,3 +180,47 @@ def test_bfloat16_weights_move_as_their_float32_copies_do():
 def test_float32_weights_have_no_copies():
     params = {"w": jnp.ones(3)}
     assert not isinstance(in_float32(optax.adamw(1e-3)).init(params), Float32State)
+
+
+def price_of(*words, base=None):
+    made = train.run_config(train.parser().parse_args(["run", *words]), base or RunConfig(model=small_model()))
+    return made.train.price, made.train.optimizer.halting_scale
+
+
+def test_the_rule_of_the_price_brings_its_own_fields():
+    assert price_of("--price-rule", "budget", "--target", "2") == (budget(2.0), 10.0)
+    assert price_of("--price-rule", "budget")[0].target == PriceConfig().target
+    assert price_of("--price-rule", "budget", "--pass-price", "0.002") == (budget(None, value=0.002), 10.0)
+    before = RunConfig(model=small_model())
+    before = before.replace(train=before.train.replace(price=budget(2.0, rate=3.0)))
+    assert price_of("--target", "1.5", base=before)[0] == budget(1.5, rate=3.0), "a run's own rule stays"
+    assert price_of("--price-rule", "ouro", base=before) == (PriceConfig(), 1.0)
+    assert PriceConfig.from_json(budget(None, value=0.1).to_json()) == budget(None, value=0.1)
+    with pytest.raises(Refused, match="needs price rule 'budget'"):
+        price_of("--pass-price", "0.1")
+    with pytest.raises(Refused, match="both given"):
+        price_of("--price-rule", "budget", "--pass-price", "0.1", "--target", "2")
+    with pytest.raises(Refused, match="aims at a depth"):
+        PriceConfig(target=None)
+
+
+def test_forced_passes_may_be_drawn_for_each_step():
+    drawn = PriceConfig(forced_passes=0)
+    counts = [int(phase(drawn, jnp.asarray(step), STEPS, 4).control.forced) for step in range(80)]
+    assert set(counts) == {1, 2, 3, 4}
+
+
+def test_an_audit_of_the_budget_finishes_no_token_and_is_charged():
+    now = [phase(budget(2.0), jnp.asarray(step), STEPS, 4) for step in (8, 9)]
+    assert [float(one.control.uncut) for one in now] == [0.0, 1.0] and not any(int(one.control.forced) for one in now)
+    assert all(bool(one.charged) for one in now) and [bool(one.moves) for one in now] == [True, False]
+
+
+def test_halting_heads_have_a_rate_of_their_own():
+    params = {"layer0": {"halting": {"output": {"b": jnp.ones(1)}}, "gain": jnp.ones(1)}}
+    optimizer = make_optimizer(OptimizerConfig(halting_scale=10.0, clip=100.0), steps=10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    found = flatten(updates)
+    assert float(found["layer0/halting/output/b"][0]) == pytest.approx(10 * float(found["layer0/gain"][0]))
+    plain = make_optimizer(OptimizerConfig(), steps=10)
+    assert jax.tree.structure(plain.init(params)) == jax.tree.structure(optimizer.init(params)), "runs resume"

@@ -10,6 +10,8 @@ s_1 = 1; for k = 1 … K:  X <- X + w_k alpha_k Delta(X);  s_{k+1} = s_k p_k;  w
 - A dead pass costs nothing: `lax.scan` over passes with a `lax.cond` on "anyone alive", forward and backward.
 - With a cache (decoding) every pass runs, because a later token may read what this one wrote; also where someone looks
   inside (collection `intermediates` mutable), because what is shown has a place for every pass.
+- All that is of `context` "all". With "alive" a finished token is absent from later passes, and a pass runs on rows of
+  living tokens alone, in decoding too: `layers.compacted_passes`.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import AdaptiveConfig
 from gt_jax.devices.sharding import Rules, on_mesh
+from gt_jax.models.layers.compacted_passes import pass_lengths, run_on_living
 from gt_jax.models.layers.hyper_connections import from_streams
-from gt_jax.models.layers.mixer import MixerOutput, masked_mean
+from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
 from gt_jax.models.layers.moe import MLPOutput
 from gt_jax.models.layers.primitives import INIT, add_scaled, float32_einsum, widen
 from gt_jax.models.layers.sow import INTERMEDIATES, PASSES, asked_for, sow
@@ -36,16 +39,23 @@ RATIO_CLIP = 10.0
 
 
 class PassControl(NamedTuple):
-    """How many passes: `forced` [] or [l] int32, 0 for the halting heads' choice; `p_max` [] caps the continue gate."""
+    """How many passes: `forced` [] or [l] int32, 0 for the halting heads' choice; `p_max` [] caps the continue gate.
+
+    Where `uncut` [] is above 0, no token is finished: every pass runs and counts with s_k, however small. So a gate far
+    below the threshold still has a gradient, which training needs now and then.
+    """
 
     forced: Array
     p_max: Array
+    uncut: Array | float = 0.0
 
 
 class PassStatistics(NamedTuple):
     """Per pass [p], float32, means over tokens: what `measure` and the training metrics read.
 
-    `survival` is the mean weight w_k, `alive` the share of tokens with s_k >= threshold, `computed` 1 where the pass
+    `survival` is the mean weight w_k, `alive` the share of tokens with s_k >= threshold, `cost` the mean of
+    `smooth_count` for passes after the first and `cost_slope` its slope in a number added to the logits of all gates of
+    the layer, `computed` 1 where the pass
     was computed for the batch, else 0, `s_after` the mean s after the pass (finished tokens keep theirs), `p_mean`,
     `p_std` and `p_floored` (share at the floor) are of the continue gate over alive tokens, `delta_ratio` is |dh|/|h|
     and `update_ratio` that times |gain| alpha_k w_k, the size of what the pass adds, over alive tokens ("batch": over
@@ -57,6 +67,8 @@ class PassStatistics(NamedTuple):
 
     survival: Array
     alive: Array
+    cost: Array
+    cost_slope: Array
     computed: Array
     s_after: Array
     p_mean: Array
@@ -118,26 +130,52 @@ class LayerOutput(NamedTuple):
 class _Carry(NamedTuple):
     x: Array
     s: Array
+    slope: Array  # of s in a number added to the logits of all gates
     previous: Array
     first: Array
 
 
+def bounded_logit(logit: PerToken, config: AdaptiveConfig) -> PerToken:
+    """A gate's logit within +-`logit_bound`, its gradient as if it were not bound; bound 0 leaves it as it is.
+
+    Farther out the gate's slope p (1 - p) is so small that nothing it learns later can bring it back.
+    """
+    bound = config.logit_bound
+    return logit + jax.lax.stop_gradient(jnp.clip(logit, -bound, bound) - logit) if bound else logit
+
+
 class HaltingHead(nn.Module):
-    """p = sigmoid(MLP([features, embedding])), the probability to continue; float32; gradient to its own weights."""
+    """p = sigmoid(MLP([features, embedding])), the probability to continue; float32; gradient to its own weights.
+
+    With `state_width` the features have W h / rms(h) behind them, h the state [b, t, d] after the pass; with `by_pass`
+    the embedding is that of pass `k` [].
+    """
 
     config: AdaptiveConfig
     rules: Rules
 
     @nn.compact
-    def __call__(self, features: Float[Array, "b t f"]) -> PerToken:
-        c = self.config
-        embedding = self.param("embedding", INIT, (c.embedding,), jnp.float32, on_mesh(self.rules.spec(None)))
+    def __call__(
+        self, features: Float[Array, "b t f"], state: Activations | None = None, k: Array | None = None
+    ) -> PerToken:
+        c, spec = self.config, self.rules.spec
+        if c.by_pass:
+            assert k is not None
+            table = self.param("embedding", INIT, (c.max_passes, c.embedding), jnp.float32, on_mesh(spec(None, None)))
+            embedding = jnp.sum(jax.nn.one_hot(k, c.max_passes)[:, None] * table, axis=0)
+        else:
+            embedding = self.param("embedding", INIT, (c.embedding,), jnp.float32, on_mesh(spec(None)))
         tiled = jnp.broadcast_to(embedding[None, None], (*features.shape[:2], c.embedding))
-        tiled = tiled + jnp.zeros_like(features[..., :1])  # takes the rows' sharding
-        hidden = Affine((FEATURES + c.embedding, c.hidden), 0.0, self.rules, name="hidden")
+        seen = [features, tiled + jnp.zeros_like(features[..., :1])]  # takes the rows' sharding
+        if c.state_width:
+            assert state is not None
+            h = widen(jax.lax.stop_gradient(state))
+            h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + 1e-6)
+            seen.append(Affine((h.shape[-1], c.state_width), 0.0, self.rules, name="state")(h))
+        hidden = Affine((FEATURES + c.embedding + c.state_width, c.hidden), 0.0, self.rules, name="hidden")
         output = Affine((c.hidden, 1), c.initial_bias, self.rules, name="output")
-        inner = jax.nn.gelu(hidden(jnp.concatenate([features, tiled], axis=-1)))
-        return jax.nn.sigmoid(output(inner)[..., 0])
+        inner = jax.nn.gelu(hidden(jnp.concatenate(seen, axis=-1)))
+        return jax.nn.sigmoid(bounded_logit(output(inner)[..., 0], c))
 
 
 class Affine(nn.Module):
@@ -183,22 +221,45 @@ def halting_features(x: Activations, delta: Activations, previous: Activations, 
 
 def continue_probability(p: PerToken, k: Array, control: PassControl, floor: float) -> PerToken:
     """The gate in use: clipped to [floor, p_max]; with forced passes 1 before the last of them and 0 after it."""
-    free = jnp.clip(p, floor, control.p_max)
+    raised = p + jax.lax.stop_gradient(jnp.maximum(floor - p, 0.0))  # a gate at the floor can still rise
+    free = jnp.minimum(raised, control.p_max)
     return jnp.where(control.forced > 0, jnp.where(k + 1 < control.forced, 1.0, 0.0), free)
 
 
-def _goes_on(s: PerToken, config: AdaptiveConfig, real: PerToken) -> Array:
+def smooth_count(s: PerToken, config: AdaptiveConfig) -> PerToken:
+    """What a pass of strength s counts in the price: (1 + h) s / (h + s), h = 2 threshold; 0 at 0, 1 at 1.
+
+    A token runs a pass whole or not at all, whatever its weight: the count rises where the threshold is, and has a
+    slope everywhere, so that the price has a gradient for every gate.
+    """
+    h = 2 * config.threshold
+    return (1 + h) * s / (h + s)
+
+
+def smooth_slope(s: PerToken, config: AdaptiveConfig) -> PerToken:
+    """Its slope, (1 + h) h / (h + s)^2."""
+    h = 2 * config.threshold
+    return (1 + h) * h / jnp.square(h + s)
+
+
+def _goes_on(s: PerToken, config: AdaptiveConfig, control: PassControl, real: PerToken) -> Array:
     """Whether another pass runs: "token" while anyone is alive, "batch" while more than `batch_share` are."""
     alive = (s >= config.threshold).astype(jnp.float32) * real
     share = masked_mean(alive, real)
-    return share > (config.batch_share if config.halting == "batch" else 0.0)
+    going = share > (config.batch_share if config.halting == "batch" else 0.0)
+    return going | (jnp.asarray(control.uncut) > 0)
 
 
-def _weight(s: PerToken, config: AdaptiveConfig, goes_on: Array) -> PerToken:
+def _weight(s: PerToken, config: AdaptiveConfig, control: PassControl, goes_on: Array) -> PerToken:
     """w_k: what is left of s_k where this pass counts."""
     if config.halting == "batch":
         return jnp.where(goes_on, s, 0.0)
-    return jnp.where(s >= config.threshold, s, 0.0)
+    return jnp.where(_counted(s, config, control), s, 0.0)
+
+
+def _counted(s: PerToken, config: AdaptiveConfig, control: PassControl) -> Array:
+    """Which tokens this pass moves."""
+    return (s >= config.threshold) | (jnp.asarray(control.uncut) > 0)
 
 
 def run_passes(
@@ -208,28 +269,38 @@ def run_passes(
     control: PassControl,
     cache: Tree,
     *,
-    real: PerToken,
-    delta: Callable[[Any, State, Tree], tuple[State, LayerOutput]],
+    place: Place,
+    delta: Callable[[Any, State, Place, Tree], tuple[State, LayerOutput]],
     gain: Array,
     remat: bool,
     experts: int,
+    rules: Rules,
 ) -> tuple[State, Activations, PassStatistics, Tree]:
     """Run `layer` up to K times per token: (X, mean stream after pass 1, statistics and caches with a pass axis).
 
-    `layer` is a bound Linen module with a submodule `halting`; `delta(layer, x, cache)` is its update, whatever it is.
-    `real` is 1 for tokens of a document; padding keeps no pass alive and is in no statistic.
+    `layer` is a bound Linen module with a submodule `halting`; `delta(layer, x, place, cache)` is its update, whatever
+    it is. Padding keeps no pass alive and is in no statistic.
     """
-    every_pass = cache is not None or layer.is_mutable_collection(INTERMEDIATES)
+    shown = layer.is_mutable_collection(INTERMEDIATES)
+    every_pass = cache is not None or shown
+    lengths = (x.shape[1],) if shown else pass_lengths(x.shape[1], config.lengths)
 
-    def run(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
-        x, s, previous, first = carry
-        weight = _weight(s, config, _goes_on(s, config, real))
-        step, seen = delta(layer, x, cache)
+    def run(
+        layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree, place: Place = place
+    ) -> tuple[_Carry, PassStatistics, Tree]:
+        x, s, slope, previous, first = carry
+        real = real_tokens(place.segment_ids)
+        weight = _weight(s, config, control, _goes_on(s, config, control, real))
+        step, seen = delta(layer, x, place, cache)
         h, dh = stream_mean(x), stream_mean(step)
-        p_free = layer.halting(halting_features(h, dh, previous, seen.mixer))
+        strength = (gain * alpha * weight).reshape(*weight.shape, *[1] * (x.ndim - 2))
+        moved = add_scaled(x, step, strength)
+        p_free = layer.halting(halting_features(h, dh, previous, seen.mixer), stream_mean(moved), k)
         p = continue_probability(p_free, k, control, config.p_floor)
-        counted = s >= config.threshold
-        alive = counted.astype(jnp.float32) * real
+        alive = (s >= config.threshold).astype(jnp.float32) * real
+        cost = jnp.where(k > 0, masked_mean(smooth_count(weight, config), real), 0.0)
+        rises = jnp.where(weight > 0, slope * smooth_slope(weight, config), 0.0)  # 0 in the first pass, as `slope` is
+        cost_slope = jax.lax.stop_gradient(masked_mean(rises, real))
         p_mean = masked_mean(p, alive)
         p_std = jnp.sqrt(masked_mean(jnp.square(p - p_mean), alive))
         floored = masked_mean((p <= config.p_floor).astype(jnp.float32), alive)
@@ -237,33 +308,57 @@ def run_passes(
         ratio = masked_mean(ratios, alive)
         moving = real if config.halting == "batch" else alive  # there a pass that runs moves every token
         added = jax.lax.stop_gradient(jnp.abs(gain) * alpha * masked_mean(weight * ratios, moving))
-        s = s * p if config.halting == "batch" else jnp.where(counted, s * p, s)
+        going = jnp.ones_like(s, bool) if config.halting == "batch" else _counted(s, config, control)
+        free = jnp.where(control.forced > 0, 0.0, p * (1 - p))
+        slope = jax.lax.stop_gradient(jnp.where(going, slope * p + s * free, slope))
+        s = jnp.where(going, s * p, s)
         statistics = PassStatistics(
-            masked_mean(weight, real), masked_mean(alive, real), jnp.ones((), jnp.float32), masked_mean(s, real),
-            p_mean, p_std, floored, ratio, added, *seen.statistics,
+            masked_mean(weight, real), masked_mean(alive, real), cost, cost_slope, jnp.ones((), jnp.float32),
+            masked_mean(s, real), p_mean, p_std, floored, ratio, added, *seen.statistics,
         )  # fmt: skip
-        strength = (gain * alpha * weight).reshape(*weight.shape, *[1] * (x.ndim - 2))
-        moved = add_scaled(x, step, strength)
         first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(moved)), first)
-        return _Carry(moved, s, jax.lax.stop_gradient(dh), first), statistics, seen.mixer.cache
+        return _Carry(moved, s, slope, jax.lax.stop_gradient(dh), first), statistics, seen.mixer.cache
 
     def skip(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
         nothing = no_statistics(experts)
-        return carry, nothing._replace(s_after=masked_mean(carry.s, real)), cache
+        return carry, nothing._replace(s_after=masked_mean(carry.s, real_tokens(place.segment_ids))), cache
+
+    def of_living(
+        layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree
+    ) -> tuple[_Carry, PassStatistics, Tree]:
+        def own(layer: Any, rows: Tree, place: Place, cache: Tree) -> tuple[Tree, PassStatistics, Tree]:
+            moved, statistics, new_cache = run(layer, _Carry(rows[0], rows[1], rows[2], rows[3], rows[3]), k, alpha, cache, place)
+            return moved[:-1], statistics, new_cache
+
+        real = real_tokens(place.segment_ids)
+        living = _counted(carry.s, config, control) & (real > 0)
+        rows, seen, cache, computed = run_on_living(
+            layer, own, carry[:-1], place, living, cache, rules=rules, lengths=lengths, nothing=no_statistics(experts)
+        )
+        if shown:
+            sow(layer, "state", carry.x)  # of finished tokens too
+        first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(rows[0])), carry.first)
+        new = _Carry(rows[0], rows[1], rows[2], rows[3], first)
+        alive = (carry.s >= config.threshold).astype(jnp.float32)
+        return new, of_everyone(seen, living, alive, real, new.s, computed), cache
 
     def one_pass(layer: Any, carry: _Carry, xs: tuple[Array, Array, Tree]) -> tuple[_Carry, Any]:
+        real = real_tokens(place.segment_ids)
         if asked_for(layer, PASSES):
-            runs = (carry.s >= config.threshold) & (real > 0) & _goes_on(carry.s, config, real)
+            runs = (carry.s >= config.threshold) & (real > 0) & _goes_on(carry.s, config, control, real)
             sow(layer, "runs", runs, PASSES)
-        if every_pass:
+        if config.context == "alive":
+            carry, statistics, new_cache = of_living(layer, carry, *xs)
+        elif every_pass:
             carry, statistics, new_cache = run(layer, carry, *xs)
         else:
-            going = _goes_on(carry.s, config, real)
+            going = _goes_on(carry.s, config, control, real)
             carry, statistics, new_cache = nn.cond(going, run, skip, layer, carry, *xs)
         return carry, (statistics, new_cache)
 
     h = stream_mean(x)
-    start = _Carry(x, jnp.ones_like(h[..., 0], jnp.float32), jnp.zeros_like(h), jnp.zeros_like(h))
+    ones = jnp.ones_like(h[..., 0], jnp.float32)
+    start = _Carry(x, ones, jnp.zeros_like(ones), jnp.zeros_like(h), jnp.zeros_like(h))
     passes = config.max_passes
     scanned = nn.scan(
         nn.remat(one_pass, prevent_cse=False) if remat else one_pass,
@@ -275,6 +370,18 @@ def run_passes(
     xs = (jnp.arange(passes, dtype=jnp.int32), jnp.asarray(config.alpha, jnp.float32), cache)
     last, (statistics, caches) = scanned(layer, start, xs)
     return last.x, last.first, statistics, caches
+
+
+def of_everyone(
+    seen: PassStatistics, living: Array, alive: PerToken, real: PerToken, s: PerToken, computed: Array
+) -> PassStatistics:
+    """Statistics of a pass that was shown its living tokens alone, as those of all real tokens; `s` [b, t] after it.
+
+    In an audit tokens below the threshold live too, and are not among the `alive`.
+    """
+    share = masked_mean(living.astype(jnp.float32), real)
+    means = {name: share * getattr(seen, name) for name in ("survival", "cost", "cost_slope")}
+    return seen._replace(**means, alive=masked_mean(alive, real), computed=computed, s_after=masked_mean(s, real))
 
 
 def no_statistics(experts: int) -> PassStatistics:

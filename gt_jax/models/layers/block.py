@@ -19,7 +19,8 @@ from jaxtyping import Array
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
-from gt_jax.models.layers.early_exit import alive, alive_share, bucket_lengths, exit_step
+from gt_jax.models.layers.compaction import bucket_lengths
+from gt_jax.models.layers.early_exit import alive, alive_share, exit_step
 from gt_jax.models.layers.mixer import Place, real_tokens
 from gt_jax.models.layers.residual import Layer, Update, moved_variance
 from gt_jax.models.layers.reversible import Delta
@@ -46,12 +47,12 @@ class Stream(NamedTuple):
 class Common(NamedTuple):
     """What every layer of the stack is given.
 
-    Place, cap of the continue gate, embedded X; weights of the skips [s] and `ExitWeights` of the unit that lets tokens
-    leave, None without them.
+    Place, control of the passes but for the counts forced, embedded X; weights of the skips [s] and `ExitWeights` of
+    the unit that lets tokens leave, None without them.
     """
 
     place: Place
-    p_max: Array
+    control: PassControl
     x0: State
     skip_weights: Any
     exit_weights: Any
@@ -149,7 +150,7 @@ class Block(nn.Module):
         place = common.place
         if place.key is not None:  # each layer draws for itself
             place = place._replace(key=jax.random.fold_in(place.key, number))
-        x, first, seen, new_cache, new_link = layer(x, place, PassControl(forced, common.p_max), cache, link)
+        x, first, seen, new_cache, new_link = layer(x, place, common.control._replace(forced=forced), cache, link)
         kept = record(x, stream.skips, number, skips)
         return stream._replace(x=x, first=first, skips=kept), seen, new_cache, new_link
 

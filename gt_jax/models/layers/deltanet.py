@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import DeltaNetConfig
 from gt_jax.devices.sharding import Rules, on_mesh, per_device, reshard
-from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics
+from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics, last_real, without_padding
 from gt_jax.models.layers.primitives import (
     INIT,
     Einsum,
@@ -185,9 +185,14 @@ class GatedDeltaNet(nn.Module):
         v = jax.nn.silu(self.value_conv(v_in, *before, start["value_window"]))
         beta = self.config.beta_max * jax.nn.sigmoid(self.beta(x))
         g = log_decay(self.decay(x), self.a_log, self.dt_bias, self.config.decay_floor)
-        continues = start["segments"][:, -1] == segment_ids[:, 0]
+        of_state = segment_ids
+        if cache is not None:  # the state goes through padding as it is
+            of_state = without_padding(segment_ids, start["segments"][:, -1], self.rules)
+            real = (segment_ids > 0)[..., None]
+            g, beta = jnp.where(real, g, 0.0), jnp.where(real, beta, 0.0)
+        continues = start["segments"][:, -1] == of_state[:, 0]
         state = jnp.where(continues[:, None, None, None], start["state"], 0.0)
-        o, state = self._recurrence(q, k, v, g, beta, state, segment_ids)
+        o, state = self._recurrence(q, k, v, g, beta, state, of_state)
         gate_logits = self.gate("btd,dhv->bthv", x, heads)
         read = gated(self.output_norm(o), gate_logits, self.config.activation_on)
         y = self.output("bthv,hvd->btd", read, ("batch", None, None))
@@ -229,19 +234,10 @@ class GatedDeltaNet(nn.Module):
 
     def _advance(self, start: Tree, q_in: Array, k_in: Array, v_in: Array, segment_ids: Tokens, state: Array) -> Tree:
         """The cache after these tokens: the last inputs of the convolutions, their segments, the state."""
-        window = self.config.conv_width - 1
-
-        def last(old: Array, new: Array, size: int) -> Array:
-            joined = jnp.concatenate([old, new.astype(old.dtype)], axis=1)
-            return joined[:, joined.shape[1] - size :]
-
-        return {
-            "query_window": last(start["query_window"], q_in, window),
-            "key_window": last(start["key_window"], k_in, window),
-            "value_window": last(start["value_window"], v_in, window),
-            "segments": last(start["segments"], segment_ids, window),
-            "state": state,
-        }
+        inputs, heads = {"query_window": q_in, "key_window": k_in, "value_window": v_in}, ("heads", None)
+        last = {name: last_real(start[name], new, segment_ids, self.rules, heads) for name, new in inputs.items()}
+        segments = last_real(start["segments"], segment_ids, segment_ids, self.rules, ())
+        return {**last, "segments": segments, "state": state}
 
     def _place(self, cache: Tree) -> Tree:
         """The cache laid out like the activations: rows with the batch, heads with the heads."""

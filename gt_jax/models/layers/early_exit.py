@@ -13,7 +13,6 @@ R = 1 - sum_{l<N} p_l;  output = sum_{l<N} p_l x_l + R x_N, weights that sum to 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -22,11 +21,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from gt_jax.configs.model import ExitConfig
-from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, per_device, reshard
+from gt_jax.devices.sharding import Rules, on_mesh, reshard
+from gt_jax.models.layers.compaction import Living, Stream, beside, outline, partition, run_compacted, zeros_of
 from gt_jax.models.layers.mixer import masked_mean
 from gt_jax.models.layers.primitives import float32_einsum, widen
 from gt_jax.typing import PerToken, Scalar, Tokens, Tree
@@ -34,10 +33,6 @@ from gt_jax.typing import PerToken, Scalar, Tokens, Tree
 _PRESETS = {"accuracy": (0.99, 0.001), "balanced": (0.95, 0.01), "speed": (0.80, 0.1)}
 EXIT_PRESETS: Mapping[str, ExitConfig] = MappingProxyType({name: ExitConfig(*pair) for name, pair in _PRESETS.items()})
 
-Stream = Float[Array, "b t *n d"]
-Living = Bool[Array, "b t"]
-LayerFn = Callable[[Any, Array, Array, Array], tuple[Tree, Tree]]
-"""(layer, x, segment_ids, positions) -> (update, extras): see `run_compacted`."""
 CachedFn = Callable[[Any, Array, Array, Array, Tree], tuple[Tree, Tree, Tree]]
 """(layer, x, segment_ids, positions, cache) -> (update, extras, cache): see `run_cached`."""
 
@@ -126,7 +121,7 @@ def start(x: Stream, segment_ids: Tokens) -> ExitState:
     real, wide = segment_ids > 0, widen(x)
     halted = jnp.where(real, 0.0, 1.0).astype(wide.dtype)
     zero = 0 * halted  # and not zeros_like, which drops the rows' sharding
-    return ExitState(x, _beside(halted, wide) * wide, halted, zero, zero)
+    return ExitState(x, beside(halted, wide) * wide, halted, zero, zero)
 
 
 def alive(state: ExitState) -> Living:
@@ -145,7 +140,7 @@ def observe(state: ExitState, p: PerToken, threshold: float, last: Array | bool)
     weight = jnp.where(living, jnp.where(stops, rest, p), 0.0)
     return ExitState(
         x=state.x,
-        output=state.output + _beside(weight, state.output) * widen(state.x),
+        output=state.output + beside(weight, state.output) * widen(state.x),
         halted=jnp.where(stops, 1.0, jnp.where(living, total, state.halted)),
         remainder=jnp.where(stops, rest, state.remainder),
         layers=state.layers + living.astype(state.layers.dtype),
@@ -167,143 +162,12 @@ def alive_share(state: ExitState, real: PerToken) -> Scalar:
     return masked_mean(alive(state).astype(jnp.float32), real)
 
 
-class Packing(NamedTuple):
-    """A permutation of each row with its living tokens first, in order.
-
-    `order` [b, t] is the token at each place, `place` [b, t] the place of each token, `fill` [b] the living tokens.
-    """
-
-    order: Any
-    place: Any
-    fill: Any
-
-
-def compact(living: Living, rules: Rules) -> Packing:
-    """The stable permutation that brings each row's living tokens to its front."""
-
-    def local(living: Array) -> Packing:
-        order = jnp.argsort(~living, axis=1, stable=True).astype(jnp.int32)
-        place = jnp.argsort(order, axis=1).astype(jnp.int32)
-        return Packing(order, place, jnp.sum(living, axis=1, dtype=jnp.int32))
-
-    rows = rules.spec("batch", None)
-    return per_device(local, (rows,), Packing(rows, rows, rules.spec("batch")))(reshard(living, rows))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def move_tokens(x: Array, source: Array, target: Array, rules: Rules) -> Array:
-    """y[b, i] = x[b, source[b, i]], 0 where `source` points outside: x [b, t, …], source [b, s] -> [b, s, …].
-
-    `target` [b, t] is the way back, x[b, j] went to y[b, target[b, j]] (outside: nowhere), so that the gradient is a
-    gather too: no scatter, which accelerators serialise, and no sum over devices that hold the same rows.
-    """
-    spec, rows = rules.spec("batch", *(None,) * (x.ndim - 1)), rules.spec("batch", None)
-
-    def local(x: Array, source: Array) -> Array:
-        return jax.vmap(lambda row, index: row.at[index].get(mode="fill", fill_value=0))(x, source)
-
-    return per_device(local, (spec, rows), spec)(reshard(x, spec), source)
-
-
-def _move_forward(x: Array, source: Array, target: Array, rules: Rules) -> tuple[Array, tuple[Array, Array]]:
-    return move_tokens(x, source, target, rules), (source, target)
-
-
-def _move_backward(rules: Rules, ways: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
-    source, target = ways
-    return move_tokens(gradient, target, source, rules), None, None
-
-
-move_tokens.defvjp(_move_forward, _move_backward)
-
-
-def bucket_lengths(tokens: int, halvings: int = 3) -> tuple[int, ...]:
-    """0, t/8, t/4, t/2, t (rounded up, ascending): the lengths a layer is compiled for."""
-    return tuple(sorted({0, *(-(-tokens // 2**i) for i in range(halvings + 1))}))
-
-
-def run_compacted(
-    layer: Any,
-    run: LayerFn,
-    x: Stream,
-    segment_ids: Tokens,
-    positions: Tokens,
-    living: Living,
-    *,
-    rules: Rules,
-    buckets: Sequence[int] | None = None,
-) -> tuple[Tree, Tree]:
-    """`run` on the living tokens alone: (update at the original places, 0 for the others; extras).
-
-    run(layer, x, segment_ids, positions) -> (update, extras) gets rows [b, length] of living tokens at their original
-    `positions`, then padding of segment id 0. `update` is an array [b, length, …] or a tree of them; `extras` a tree
-    of arrays whose shapes do not depend on the length (losses, statistics), 0 where the layer is skipped. `layer` is
-    a bound Linen module; `run` reaches parameters only through it.
-
-    `buckets` are the lengths to choose from, ascending, the last one t; the smallest that holds the fullest row of the
-    whole batch is run. None: only t, which is compiled once and skips nothing. Raises ValueError for other buckets.
-    """
-    tokens = x.shape[1]
-    lengths = (tokens,) if buckets is None else tuple(buckets)
-    if not lengths or lengths[-1] != tokens or list(lengths) != sorted(set(lengths)) or lengths[0] < 0:
-        raise ValueError(f"buckets are {lengths}; they must ascend from 0 or more and end with the {tokens} tokens")
-    if layer.is_initializing():  # every token is alive, and the lifted switch needs the parameters to exist
-        return run(layer, x, segment_ids, positions)
-    packing = compact(living & (segment_ids > 0), rules)
-    operands = (x, segment_ids, positions, packing)
-    branches: list[Callable[..., Any]] = [_run_bucket(length, run, rules) for length in lengths]
-    if lengths[0] == 0:
-        nothing = _outline(layer, branches[-1], *operands)
-        branches[0] = lambda layer, *operands: jax.tree.map(_zeros, nothing)
-    if len(branches) == 1:
-        return branches[0](layer, *operands)
-    index = jnp.sum(jnp.max(packing.fill) > jnp.asarray(lengths[:-1], jnp.int32), dtype=jnp.int32)
-    return nn.switch(index, branches, layer, *operands)
-
-
-def _run_bucket(length: int, run: LayerFn, rules: Rules) -> Callable[..., tuple[Tree, Tree]]:
-    """`run` on the first `length` places of the packed rows."""
-
-    def bucket(layer: Any, x: Array, segment_ids: Array, positions: Array, packing: Packing) -> tuple[Tree, Tree]:
-        order, place, fill = packing.order[:, :length], packing.place, packing.fill
-        taken = jnp.arange(length, dtype=jnp.int32)[None] < fill[:, None]
-        x, segment_ids, positions = (move_tokens(a, order, place, rules) for a in (x, segment_ids, positions))
-        update, extras = run(layer, x, jnp.where(taken, segment_ids, 0), positions)
-        # Padding goes nowhere on the way back, neither its update nor a gradient to it.
-        back = jnp.where(place < fill[:, None], place, length)
-        forth = jnp.where(taken, order, place.shape[1])
-        return jax.tree.map(lambda leaf: move_tokens(leaf, back, forth, rules), update), extras
-
-    return bucket
-
-
-def _outline(layer: Any, function: Callable[..., Tree], *operands: Any) -> Tree:
-    """The shapes that function(layer, *operands) returns, computing nothing and touching no variable of `layer`."""
-    pure = nn.apply(function, layer, mutable=True)
-    return jax.eval_shape(lambda variables, *args: pure(variables, *args)[0], layer.variables, *operands)
-
-
-def _zeros(shape: jax.ShapeDtypeStruct) -> Array:
-    return reshard(jnp.zeros(shape.shape, shape.dtype), _spec(shape))
-
-
-def _spec(x: Any) -> P:
-    """The partition of an array, a tracer or a shape on the current mesh."""
-    sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding
-    return P() if sharding is None or not has_mesh() else sharding.spec
-
-
-def _beside(per_row: Array, x: Array) -> Array:
-    """`per_row` [b] or [b, t] with trailing axes of 1, to stand beside x."""
-    return per_row.reshape(*per_row.shape, *(1,) * (x.ndim - per_row.ndim))
-
-
 def keep_where(living: Bool[Array, " b"], new: Tree, old: Tree) -> Tree:
     """`new` for living rows, `old` for halted ones, leaf by leaf [b, …], laid out as `new`."""
 
     def choose(new: Array, old: Array) -> Array:
-        spec = _spec(new)
-        mask = reshard(jnp.broadcast_to(_beside(living, new), new.shape), spec)
+        spec = partition(new)
+        mask = reshard(jnp.broadcast_to(beside(living, new), new.shape), spec)
         return jnp.where(mask, new, reshard(old, spec))
 
     return jax.tree.map(choose, new, old)
@@ -323,8 +187,8 @@ def run_cached(
     if layer.is_initializing():
         return run(layer, x, segment_ids, positions, cache)
     # Mixers lay their cache out at first use; a cond and a scan need it so from the start.
-    laid_out = _outline(layer, run, x, segment_ids, positions, cache)[2]
-    cache = jax.tree.map(lambda leaf, shape: reshard(leaf, _spec(shape)), cache, laid_out)
+    laid_out = outline(layer, run, x, segment_ids, positions, cache)[2]
+    cache = jax.tree.map(lambda leaf, shape: reshard(leaf, partition(shape)), cache, laid_out)
     operands = (x, segment_ids, positions, living, cache)
     if x.shape[1] == 1:
         return _one_token(run, layer, *operands)
@@ -342,11 +206,11 @@ def _one_token(run: CachedFn, layer: Any, *operands: Any) -> tuple[Tree, Tree, T
 
     def compute(layer: Any, x: Array, segment_ids: Array, positions: Array, living: Array, cache: Tree) -> Any:
         update, extras, new = run(layer, x, jnp.where(living, segment_ids, 0), positions, cache)
-        update = jax.tree.map(lambda leaf: jnp.where(_beside(living, leaf), leaf, 0), update)
+        update = jax.tree.map(lambda leaf: jnp.where(beside(living, leaf), leaf, 0), update)
         return update, extras, keep_where(living[:, 0], new, cache)
 
-    nothing = _outline(layer, compute, *operands)[:2]
-    skip = lambda layer, *same: (*jax.tree.map(_zeros, nothing), same[-1])  # noqa: E731
+    nothing = outline(layer, compute, *operands)[:2]
+    skip = lambda layer, *same: (*jax.tree.map(zeros_of, nothing), same[-1])  # noqa: E731
     return nn.cond(jnp.any(operands[3]), compute, skip, layer, *operands)
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from gt_jax.configs.model import DeltaNetConfig
 from gt_jax.devices.sharding import Rules, on_mesh, per_device, reshard
 from gt_jax.models.layers.deltanet import HeadGate, l2_normalise
-from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics
+from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics, last_real, without_padding
 from gt_jax.models.layers.primitives import Einsum, WeightSpec, widen
 from gt_jax.typing import Activations, PerToken, Tokens, Tree
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
@@ -159,9 +159,18 @@ class GroundThinkDeltaNet(nn.Module):
             "segment": place.segment_ids,
         }
         pairs = _pairs(start, now, value)
+        if cache is not None:  # the state goes through padding as it is; padding follows nothing and writes nothing
+            of_state = without_padding(place.segment_ids, start["segment"], self.rules)
+            continues = (start["segment"] == of_state[:, 0])[:, None, None, None]
+            pairs = pairs._replace(segment_ids=of_state, state=jnp.where(continues, start["state"], 0.0))
         o, state = read_pairs(pairs.key, pairs, self.rules, self.config.chunk_size, self.config.implementation)
         y = self.output("bthv,hvd->btd", o, ("batch", None, None))
-        new_cache = None if cache is None else {name: array[:, -1] for name, array in now.items()} | {"state": state}
+        new_cache = None
+        if cache is not None:
+            axes = {"key": ("heads", None), "log_keep": ("heads",), "beta": ("heads",), "segment": ()}
+            last = {name: last_real(start[name][:, None], array, place.segment_ids, self.rules, axes[name])[:, 0]
+                    for name, array in now.items()}  # fmt: skip
+            new_cache = {**last, "state": state}
         zero = jnp.zeros((), jnp.float32)
         seen = _open_gate(now["beta"], projected)
         return MixerOutput(y, *seen, zero, zero, zero, new_cache, Link(self.key.w, pairs))

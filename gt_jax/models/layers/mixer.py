@@ -3,6 +3,8 @@
 `mixer(x, place, cache)`: `Place` says where the tokens stand; `MixerOutput` is the value, the statistics that adaptive
 depth reads, the losses and the new cache. `mixer.gates(h)` are the same statistics of any other [b, t, d], by the
 mixer's own projections; S layers run one pass and have none.
+
+With a cache, padding at the end of a row writes nothing: the cache goes on from the row's last real token.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gt_jax.devices.sharding import Rules, reshard
+from gt_jax.devices.sharding import Rules, per_device, reshard
 from gt_jax.models.layers.primitives import widen
 from gt_jax.typing import Activations, PerToken, Scalar, Tokens, Tree
 
@@ -69,6 +71,35 @@ def real_tokens(segment_ids: Tokens) -> PerToken:
 def masked_mean(x: PerToken, mask: PerToken) -> Scalar:
     """Mean of x over the tokens with mask 1; 0 where there is none."""
     return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def without_padding(segment_ids: Tokens, before: Int[Array, " b"], rules: Rules) -> Tokens:
+    """Segment ids with padding counted to the segment before it (`before`, that of the cache, where there is none)."""
+
+    def local(ids: Array, before: Array) -> Array:
+        places = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+        latest = jax.lax.cummax(jnp.where(ids > 0, places, -1), axis=1)
+        return jnp.where(latest < 0, before[:, None], jnp.take_along_axis(ids, jnp.maximum(latest, 0), axis=1))
+
+    rows = rules.spec("batch", None)
+    return per_device(local, (rows, rules.spec("batch")), rows)(segment_ids, before)
+
+
+def last_real(old: Array, new: Array, segment_ids: Tokens, rules: Rules, axes: tuple[str | None, ...]) -> Array:
+    """The last w entries of `old` [b, w, *axes] and then those of `new` [b, t, *axes] that are no padding."""
+    window = old.shape[1]
+
+    def local(old: Array, new: Array, ids: Array) -> Array:
+        joined = jnp.concatenate([old, new.astype(old.dtype)], axis=1)
+        if ids.shape[1] == 1:  # decoding: one step on, or none
+            here = (ids > 0).reshape(-1, *(1,) * (old.ndim - 1))
+            return jnp.where(here, joined[:, 1:], joined[:, :-1])
+        real = jnp.concatenate([jnp.ones(old.shape[:2], bool), ids > 0], axis=1)
+        order = jnp.argsort(real, axis=1, stable=True)[:, -window:]  # padding first, the rest as it comes
+        return jax.vmap(lambda row, index: row[index])(joined, order)
+
+    spec = rules.spec("batch", None, *axes)
+    return per_device(local, (spec, spec, rules.spec("batch", None)), spec)(old, new, segment_ids)
 
 
 def gate_statistics(

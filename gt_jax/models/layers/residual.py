@@ -154,13 +154,13 @@ class Layer(nn.Module):
             return moved, stream_mean(moved), one.statistics, one.cache, one.link
         if self.is_initializing():  # one call makes every parameter; tracing the passes would triple its time
             self.delta(x, place)
-            self.halting(jnp.zeros((*x.shape[:2], FEATURES), jnp.float32))
+            self.halting(jnp.zeros((*x.shape[:2], FEATURES), jnp.float32), stream_mean(x), jnp.zeros((), jnp.int32))
             return x, stream_mean(x), _unseen(adaptive.max_passes, self.config), cache, None
         moved, first, statistics, caches = run_passes(
             self, x, adaptive, control, cache,
-            real=real_tokens(place.segment_ids), delta=lambda layer, x, cache: layer.delta(x, place, cache),
+            place=place, delta=lambda layer, x, place, cache: layer.delta(x, place, cache),
             gain=self.gain, remat=self.config.remat == "pass",
-            experts=_experts(self.config),
+            experts=_experts(self.config), rules=self.rules,
         )  # fmt: skip
         self._observe(statistics.score_variance[0])
         return moved, first, statistics, caches, None
@@ -216,4 +216,4 @@ def _single(ratio: Array, added: Array, seen: LayerOutput) -> PassStatistics:
     one, zero = jnp.ones((1,), jnp.float32), jnp.zeros((1,), jnp.float32)
     rest = [value[None] for value in seen.statistics]
     ratios = (jax.lax.stop_gradient(each)[None] for each in (ratio, added))
-    return PassStatistics(one, one, one, zero, zero, zero, zero, *ratios, *rest)
+    return PassStatistics(one, one, zero, zero, one, zero, zero, zero, zero, *ratios, *rest)

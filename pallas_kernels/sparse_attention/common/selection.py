@@ -104,13 +104,26 @@ def select(
 ) -> Bool[Array, "b h t s"]:
     """The `count` best visible keys of each query: sinks first, then by score, ties to the smaller index.
 
-    Heads h read the scores of indexer head h // (h/n). The selection has no gradient.
+    Heads h read the scores of indexer head h // (h/n). The selection has no gradient. Where every query may have all
+    that it sees, as in short documents, nothing is compared.
     """
     b, n, t, s = scores.shape
-    keys = ordered(scores, visible, sink)
-    index = jnp.arange(s, dtype=jnp.int32)[None, None, None, None]
-    threshold, end = thresholds(lambda holds: entries(holds(keys[:, :, None], index)), count.reshape(b, n, -1, t), s)
-    return chosen(keys, threshold.reshape(count.shape), end.reshape(count.shape))
+    scores = jax.lax.stop_gradient(scores)
+
+    def best() -> Array:
+        keys = ordered(scores, visible, sink)
+        index = jnp.arange(s, dtype=jnp.int32)[None, None, None, None]
+        counts = count.reshape(b, n, -1, t)
+        threshold, end = thresholds(lambda holds: entries(holds(keys[:, :, None], index)), counts, s)
+        return chosen(keys, threshold.reshape(count.shape), end.reshape(count.shape))
+
+    everything = jnp.all(count >= entries(visible)[:, None])
+    return jax.lax.cond(everything, lambda: all_visible(visible, count.shape[1]), best)
+
+
+def all_visible(visible: Bool[Array, "b t s"], heads: int) -> Bool[Array, "b h t s"]:
+    """`select` where the budget of every query is at least what it sees."""
+    return jnp.repeat(visible[:, None], heads, axis=1)
 
 
 def ordered(

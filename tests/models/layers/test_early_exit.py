@@ -13,18 +13,8 @@ import pytest
 
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.devices.sharding import Rules, make_mesh, on_mesh, reshard
-from gt_jax.models.layers.early_exit import (
-    ExitHead,
-    alive_share,
-    bucket_lengths,
-    compact,
-    exit_step,
-    keep_where,
-    move_tokens,
-    ponder,
-    run_compacted,
-    start,
-)
+from gt_jax.models.layers.compaction import bucket_lengths, compact, move_tokens, run_compacted
+from gt_jax.models.layers.early_exit import ExitHead, alive_share, exit_step, keep_where, ponder, start
 from tests.support import assert_rounded_alike, drawn, segments
 
 RULES, WIDTH, LAYERS, THRESHOLD = Rules(), 8, 5, 0.9

@@ -17,6 +17,7 @@ from gt_jax.models.layers.gsa import GatedSparseAttention
 from gt_jax.models.layers.mixer import place_rows
 from gt_jax.models.layers.primitives import WeightSpec
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
+from pallas_kernels.sparse_attention.common import selection
 from pallas_kernels.sparse_attention.common.selection import (
     budget,
     indexer_scores,
@@ -49,6 +50,23 @@ def test_selection_equals_a_stable_sort(scores, count, sinks):
     order = sorted(np.flatnonzero(visible), key=lambda s: (not sink[s], 0.0 if sink[s] else -scores[s], s))
     for head in range(2):
         assert set(np.flatnonzero(np.asarray(got)[0, head, 0])) == set(order[:count])
+
+
+def test_where_every_budget_holds_all_keys_nothing_is_compared_and_nothing_changes(monkeypatch):
+    """A row no longer than `k_min`: the values of a budget large by its variance, and no threshold is sought."""
+    ks = jax.random.split(jax.random.key(0), 6)
+    q, k, v, iq, ik = (jax.random.normal(key, (2, TOKENS, 4, 8)) for key in ks[:5])
+    indexer = Indexer(iq, ik, jax.random.uniform(ks[5], (2, TOKENS, 4)), *jnp.zeros((2, 4)), jnp.zeros(()))
+    at, ids = place_rows(segments(7, 5).repeat(2, 0)).positions, segments(7, 5).repeat(2, 0)
+
+    def attend(k_min):
+        run = functools.partial(sparse_attention, k_base=1000, k_min=k_min, k_max=TOKENS, implementation="reference")
+        return jax.jit(lambda *a: run(*a, indexer, Positions(at, ids, at, ids)))(q, k, v)
+
+    wanted = attend(TOKENS - 1)
+    monkeypatch.setattr(selection, "thresholds", None)
+    jax.tree.map(np.testing.assert_array_equal, attend(TOKENS), wanted)
+    np.testing.assert_array_equal(wanted[1].selected, [[*range(1, 8), *range(1, 6)]] * 2)
 
 
 def test_budget_follows_the_variance_and_never_leaves_its_bounds():

@@ -72,6 +72,7 @@ class PriceConfig(Config):
                 for name in ("forced_until", "price_from", "clipped_until")}
         return self.replace(**left, rate=self.rate * steps / of, settled_after=self.settled_after * of / steps)
 
+
 def fits_rule(rule: str, target: float | None, cost: float | None) -> list[str]:
     """What is wrong with a target and a fixed cost of a pass, one line each."""
     wrong = []

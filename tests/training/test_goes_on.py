@@ -86,7 +86,8 @@ def test_the_price_of_a_model_made_from_another_goes_on_where_that_stood():
     """As of an adaptive child: it has no training of its own, its lineage knows the price."""
     fresh = initial_price(PriceConfig())
     trained = {"kind": "train", "run": {}, "price": 0.02}
-    price, words = loop._price_of("there", {}, {"kind": "grown", "grown_from": {}, LINEAGE: [trained]}, fresh)
+    price, words = loop._price_of("there", {}, {"kind": "grown", "grown_from": {}, LINEAGE: [trained]}, fresh,
+                                  PriceConfig())  # fmt: skip
     assert float(price.value) == pytest.approx(0.02) and "0.02" in words
-    price, words = loop._price_of("there", {}, {"kind": "converted"}, fresh)
+    price, words = loop._price_of("there", {}, {"kind": "converted"}, fresh, PriceConfig())
     assert price is fresh and "anew" in words

@@ -22,12 +22,14 @@ from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
 from gt_jax.errors import Refused, refuse_all, run_command
 
 if TYPE_CHECKING:
+    from gt_jax.configs.data import Weight
     from gt_jax.devices.processes import ProcessGroup
 
 
 def calibrate(
     source: Path, grown: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None,
-    tfds_dir: str | None = None, tokenizer: str | None = None, batches: int = 8,
+    tfds_dir: str | None = None, json_lines: Sequence[str] = (), tasks: Sequence[str] = (), mix: Sequence[Weight] = (),
+    tokenizer: str | None = None, batches: int = 8,
     progress: Callable[[str], None] | None = None, group: ProcessGroup | None = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Fit on `batches` training batches, write `target`, and return the object it keeps under `calibrated`.
@@ -43,7 +45,8 @@ def calibrate(
     from gt_jax.evaluation.loading import data_config, names_text, text_note
     from gt_jax.evaluation.model_files import load
     from gt_jax.growth.calibration import calibrate_gains
-    from gt_jax.text.batches import Text, open_text
+    from gt_jax.text.batches import Text
+    from gt_jax.text.data import Data, open_data
     from gt_jax.text.tokenizers import chosen_tokenizer
     from gt_jax.training.step import evaluate, make_evaluation
 
@@ -53,12 +56,13 @@ def calibrate(
     of_source, of_grown = places = [Path(place) for place in group.gather(named_places)[0]]
     plan, source_metadata, metadata = group.agree(lambda: _belonging(source, grown, target, batches, places))
     group.on_first(lambda: _refuse_other_values(metadata, grown, of_source))
-    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "tokenizer": tokenizer}
+    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "json_lines": tuple(json_lines),
+                             "tasks": tuple(tasks), "mix": tuple(mix), "tokenizer": tokenizer}
 
-    def prepare() -> Text:
+    def prepare() -> Text | Data:
         data = data_config(source_metadata, named, source)
         chosen_tokenizer(metadata, data.tokenizer, grown)
-        reading = open_text(data)
+        reading = open_data(data)
         _refuse_mesh(reading.config.batch_size, *places)
         return reading
 

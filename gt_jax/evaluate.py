@@ -3,15 +3,20 @@
     python -m gt_jax.evaluate runs/a
     python -m gt_jax.evaluate runs/a grown --all
     python -m gt_jax.evaluate runs/a --text story.txt --passes counts.json --json
+    python -m gt_jax.evaluate runs/a --task pointer_jumps --picture answers.png
 
 - Nats a token, bits per byte (for any tokenizer, see evaluation.scoring) and perplexity, each with its 95 % interval
   (evaluation.confidence_intervals), over documents, or over places where several are of one document.
 - The rows lie evenly over the whole held-out part (evaluation.held_out_rows), so that few rows are of many documents.
 - Several checkpoints are run on the same rows; the others are compared with the first in pairs, unit by unit, so that a
   difference far smaller than the intervals of the two can be certain.
-- The text is the held-out part of the one that the first checkpoint was trained on, or of the one that is named.
+- The text is the held-out part of the one that the first checkpoint was trained on, or of the one that is named. So
+  are tasks and JSON lines: then intervals are over instances or documents, and of a mix over the units of all parts.
 - Several processes share the work: the same command with --coordinator HOST:PORT --processes N --process I in each.
 - An adaptive model takes as many passes as it likes; --passes fixes them.
+- Where answers have a difficulty, as those of tasks have: right answers and passes by difficulty, their correlation,
+  and for an adaptive model that chooses its passes what fewer of them cost, in all layers and in each layer by itself
+  (evaluation.answer_table). --picture draws them.
 """
 
 from __future__ import annotations
@@ -28,7 +33,9 @@ from typing import Any
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
 from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.evaluation.loading import HELD_OUT_BATCHES, add_text_arguments, text_config
+from gt_jax.monitoring.answer_lines import answer_lines, gain_line
 from gt_jax.monitoring.metrics import table
+from gt_jax.monitoring.picture_file import refuse_picture
 
 
 def report_lines(result: Mapping[str, Any]) -> list[str]:
@@ -52,7 +59,11 @@ def report_lines(result: Mapping[str, Any]) -> list[str]:
         by_token, by_byte = (_shown(one[name], 4, "+") for name in ("nats_per_token", "bits_per_byte"))
         lines.append(f"{one['checkpoint']} against {one['against']}: {by_token} nats a token, {by_byte} bits per byte: "
                      f"{one['verdict']}")  # fmt: skip
-    return lines
+    for one in result["models"]:
+        for part, answers in one["answers"].items():
+            lines += ["", f"{part}, {one['checkpoint']}:", *answer_lines(answers)]
+    return lines + [f"{part}, {one['checkpoint']} against {one['against']}: {gain_line(gain)}"
+                    for one in result["differences"] for part, gain in one["answers"].items()]  # fmt: skip
 
 
 def _no_limits(result: Mapping[str, Any]) -> bool:
@@ -104,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(batches=None)
     p.add_argument("--all", action="store_true", help=f"the whole held-out part (default: {HELD_OUT_BATCHES} batches)")
     p.add_argument("--passes", metavar="N|N,N,…|FILE", help="fixed passes of adaptive models, or a file of measure")
+    p.add_argument("--picture", type=Path, metavar="FILE.png", help="draw right answers and passes by difficulty")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     add_device_flags(p)
     return p
@@ -120,14 +132,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     batches = None if arguments.all else HELD_OUT_BATCHES if arguments.batches is None else arguments.batches
     with process_group(arguments) as group:
+        group.agree(lambda: refuse_picture(arguments.picture))
         passes, mesh = group.agree(lambda: (read_passes(arguments.passes, arguments.checkpoint), mesh_of(arguments)))
         result = evaluate_checkpoints(
             arguments.checkpoint, text_config(arguments), batches, passes, mesh=mesh, group=group,
+            by_difficulty=arguments.picture is not None,
             say=lambda line: print(line, file=sys.stderr, flush=True) if group.first else None,
         )  # fmt: skip
-        if group.first:
-            print(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)))
+        group.on_first(lambda: _show(result, arguments))
     return 0
+
+
+def _show(result: Mapping[str, Any], arguments: argparse.Namespace) -> None:
+    if arguments.picture is not None:
+        from gt_jax.monitoring.answer_plots import panel_of, plot_by_difficulty
+
+        plot_by_difficulty([panel_of(answers, f"{part}, {one['checkpoint']}") for one in result["models"]
+                            for part, answers in one["answers"].items()], arguments.picture)  # fmt: skip
+    print(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)))
 
 
 if __name__ == "__main__":

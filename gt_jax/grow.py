@@ -180,8 +180,9 @@ class _Source:
     def refuse_text(self, files: Sequence[Path], tokenizer: str | None) -> None:
         """Refuse, before anything is written, text that cannot be verified on."""
         from gt_jax.evaluation.loading import data_config
-        from gt_jax.text.batches import open_text
-        open_text(data_config(self.metadata, {"text": tuple(map(str, files)), "tokenizer": tokenizer}, self.path))
+        from gt_jax.text.data import open_data
+        from gt_jax.text.flags import file_fields
+        open_data(data_config(self.metadata, {**file_fields([*map(str, files)]), "tokenizer": tokenizer}, self.path))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -403,8 +404,10 @@ def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition
     if args.verify_text:
         from gt_jax.evaluation.verification import verify
         from gt_jax.evaluation.verification_table import report_lines
-        files = [str(path) for path in args.verify_text]
-        shown["verify"] = verify(source, args.target, text=files, tokenizer=args.tokenizer)
+        from gt_jax.text.flags import file_fields
+        files = file_fields([str(path) for path in args.verify_text])
+        shown["verify"] = verify(source, args.target, text=files["text"], json_lines=files["json_lines"],
+                                 tokenizer=args.tokenizer)
         lines += ["", *report_lines(shown["verify"])]
     return shown, lines
 

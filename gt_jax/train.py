@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line; a flag that is not given leaves the default, or with --resume the run's own value."""
     from gt_jax.configs.model import Remat
     from gt_jax.configs.price import TargetOf
+    from gt_jax.text.flags import add_source_flags
 
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.train", description="Train a language model that decides its depth."
@@ -42,9 +43,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--start", help="checkpoint to start from, for example a grown one; brings its own config")
     model.add_argument("--remat", choices=get_args(Remat), help="what the backward pass computes again")
     data = p.add_argument_group("data")
-    data.add_argument("--text", nargs="+", help="text files (default: the Python library's sources)")
-    data.add_argument("--tfds", help="prepared TFDS dataset, for example tiny_shakespeare")
-    data.add_argument("--tfds-dir", help="where TFDS datasets lie")
+    add_source_flags(data, "text files, or JSON lines in *.jsonl (default: the Python library's sources)")
+    data.add_argument("--curriculum", type=float, metavar="F", help="the hardest difficulty of the tasks rises over "
+                      "this fraction of the run (0: all difficulties from the start)")  # fmt: skip
     data.add_argument("--tokenizer", help="bytes, a tokenizer.json, a SentencePiece .model or their folder (default: "
                       "what --start was trained with, else bytes)")  # fmt: skip
     data.add_argument("--sequence-length", type=int)
@@ -77,10 +78,12 @@ def parser() -> argparse.ArgumentParser:
 
 def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     """`base` (a RunConfig) with the flags that were given."""
+    from gt_jax.text.flags import source_fields
+
     given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
 
     def pick(*names: str) -> dict[str, Any]:
-        return {name: tuple(given[name]) if name == "text" else given[name] for name in names if name in given}
+        return {name: given[name] for name in names if name in given}
 
     model, train = base.model, base.train
     if arguments.model is not None:
@@ -95,9 +98,21 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
     thaw = thaw_config(arguments, train.thaw, start.get("start", base.start))
     train = train.replace(**own, optimizer=optimizer, price=price, thaw=thaw)
-    other = {"text": (), "tfds": None, "tfds_dir": None} if given.keys() & {"text", "tfds"} else {}
-    own = other | pick("text", "tfds", "tfds_dir", "tokenizer", "sequence_length", "batch_size", "held_out", "seed")
-    return base.replace(model=model, train=train, data=base.data.replace(**own), **start)
+    sources = source_fields(arguments)
+    shape = pick("tokenizer", "sequence_length", "batch_size", "held_out", "seed")
+    data = with_curriculum(base.data.replace(**sources, **shape), arguments.curriculum, train.steps)
+    return base.replace(model=model, train=train, data=data, **start)
+
+
+def with_curriculum(data: Any, fraction: float | None, steps: int) -> Any:
+    """`data` (a DataConfig) with the rows that --curriculum means in a run of so many steps, as it is without it."""
+    if fraction is None:
+        return data
+    if not 0 <= fraction <= 1:
+        raise Refused(f"--curriculum is {fraction}; it is a fraction of the run, from 0 to 1, for example 0.3")
+    if not data.tasks:
+        raise Refused("--curriculum lets the difficulty of tasks rise; name one with --task")
+    return data.replace(curriculum_rows=round(fraction * steps * data.batch_size))
 
 
 def thaw_config(arguments: argparse.Namespace, stored: Any, start: str | None) -> Any:

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
-from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.errors import refuse_all, run_command
 from gt_jax.evaluation.loading import add_text_arguments, text_config
+from gt_jax.monitoring.picture_file import refuse_picture
 
 if TYPE_CHECKING:
     from gt_jax.devices.processes import ProcessGroup
@@ -51,18 +51,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _refuse_picture(path: Path | None) -> None:
-    """What keeps the picture from being written, before any work is done."""
-    if path is None:
-        return
-    if path.exists():
-        raise Refused(f"--picture {path} exists; name a new file")
-    if path.suffix.lower() != ".png":
-        raise Refused(f"--picture {path}: pictures are PNG; name it {path.with_suffix('.png').name}")
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-        raise Refused(f"--picture {path}: {path.parent} is not a folder that can be written to")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare and print; 0 whatever the verdict."""
     arguments = parser().parse_args(argv)
@@ -81,7 +69,7 @@ def _verify(arguments: argparse.Namespace, group: ProcessGroup) -> None:
     from gt_jax.devices.sharding import mesh_for_rows
     from gt_jax.evaluation.verification import verify
 
-    group.agree(lambda: _refuse_picture(arguments.picture))
+    group.agree(lambda: refuse_picture(arguments.picture))
     named = text_config(arguments) or {}
     with jax.set_mesh(group.agree(lambda: mesh_of(arguments)) or mesh_for_rows(1)):
         result = verify(

@@ -21,14 +21,16 @@ ROOMS = {  # from the ground up: every room stands on rooms above it in this tab
     "typing": (),
     "configs": BASE,
     "devices": BASE,
-    "text": (*BASE, "configs"),
+    "tasks": (*BASE, "configs"),
+    "text": (*BASE, "configs", "tasks"),
     "models": (*BASE, "configs", "devices", "text"),
     "checkpoints": (*BASE, "configs", "devices"),
     "growth": (*BASE, "configs", "devices", "models", "checkpoints"),
     "interop": (*BASE, "configs", "text", "models", "checkpoints"),
     "monitoring": (*BASE, "configs", "growth"),
     "training": (*BASE, "configs", "devices", "text", "models", "checkpoints", "monitoring"),
-    "evaluation": (*BASE, "configs", "devices", "text", "models", "checkpoints", "growth", "monitoring", "training"),
+    "evaluation": (*BASE, "configs", "devices", "tasks", "text", "models", "checkpoints", "growth", "monitoring",
+                   "training"),
 }
 # The commands, the list of them and the public face import from any room; from no command.
 TOP = (*COMMANDS, "__init__", "__main__")

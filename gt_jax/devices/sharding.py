@@ -132,12 +132,21 @@ def put_like(tree: Any, shapes: Any) -> Any:
     return jax.tree.map(lambda leaf, shape: jax.device_put(np.array(leaf), shape.sharding), tree, shapes)
 
 
+MODEL_INPUTS = ("tokens", "targets", "segment_ids")
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model reads of a batch: held-out batches of tasks say more, such as the difficulty of an answer."""
+    return {name: batch[name] for name in MODEL_INPUTS}
+
+
 def global_batch(batch: Mapping[str, np.ndarray | Array], rules: Rules) -> dict[str, Any]:
-    """A batch that every process has whole, as arrays over the devices of all; a single process keeps it as it is."""
+    """What a model reads of a batch that every process has whole, over the devices of all; as it is in one process."""
+    read = model_inputs(batch)
     if jax.process_count() == 1 or not has_mesh():
-        return dict(batch)
+        return read
     rows = jax.sharding.NamedSharding(jax.sharding.get_mesh(), rules.spec("batch", None))
-    return {name: jax.make_array_from_callback(array.shape, rows, array.__getitem__) for name, array in batch.items()}
+    return {name: jax.make_array_from_callback(array.shape, rows, array.__getitem__) for name, array in read.items()}
 
 
 def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

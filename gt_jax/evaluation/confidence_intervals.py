@@ -87,20 +87,26 @@ def ratio_interval(
     rest, count = size - denominators, len(numerators)
     if not np.isfinite(total):
         return Interval(total / size, None, None)
-    if count < fewest or _freedom(denominators) < 1 or not (rest > 0).all():
+    if count < fewest or freedom_of(denominators) < 1 or not (rest > 0).all():
         return Interval(total / size, None, None)
-    without = (total - numerators) / rest
-    error = np.sqrt((count - 1) / count * np.sum(np.square(without - np.mean(without))))
+    error = ratio_error(numerators, denominators)
     # Imported here: a third of a second that only who asks for an interval should pay.
     from scipy.special import stdtrit
 
     residuals = (numerators - total / size * denominators) / np.sqrt(rest / size)  # as large as those of a known ratio
-    freedom = max(1.0, _freedom(_variances(residuals, denominators)))
+    freedom = max(1.0, freedom_of(_variances(residuals, denominators)))
     reach = float(stdtrit(freedom, 0.5 + confidence / 2) * error)
     return Interval(total / size, total / size - reach, total / size + reach)
 
 
-def _freedom(weights: Float[np.ndarray, " units"]) -> float:
+def ratio_error(numerators: Float[np.ndarray, " units"], denominators: Float[np.ndarray, " units"]) -> float:
+    """The standard error of the ratio of the sums, by the jackknife; no unit may be all there is."""
+    count = len(numerators)
+    without = (np.sum(numerators) - numerators) / (np.sum(denominators) - denominators)
+    return float(np.sqrt((count - 1) / count * np.sum(np.square(without - np.mean(without)))))
+
+
+def freedom_of(weights: Float[np.ndarray, " units"]) -> float:
     """The degrees of freedom of a sum of squares with these weights."""
     return float(np.sum(weights)) ** 2 / float(np.sum(np.square(weights))) - 1
 

@@ -33,7 +33,8 @@ from gt_jax.growth.slices_on_host import grow_slice
 from gt_jax.growth.transform import child_abstract, match
 from gt_jax.models.language_model import abstract
 from gt_jax.monitoring.metrics import json_values
-from gt_jax.text.batches import Text, open_text
+from gt_jax.text.batches import Text
+from gt_jax.text.data import Data, open_data
 
 BATCHES = 4
 SMALL = 4096  # values of a block that is made again: gains, norms, biases
@@ -77,7 +78,7 @@ def check_growth(
     return json_values({**found, "text": text.summary(), "predictions": compared})
 
 
-def _predictions(before: Checkpoint, after: Checkpoint, text: Text, say: Say) -> dict[str, Any]:
+def _predictions(before: Checkpoint, after: Checkpoint, text: Text | Data, say: Say) -> dict[str, Any]:
     rows = held_out_rows(text, BATCHES)
     with jax.set_mesh(mesh_for_rows(1)):
         # Growing has compared the source with its checksums, and `check` the child.
@@ -115,11 +116,11 @@ def _with_limits(interval: Mapping[str, Any], scale: float, digits: str) -> str:
     return f"{value}" if low is None or high is None else f"{value} ({low} to {high})"
 
 
-def _own_text(source: Checkpoint) -> Text:
+def _own_text(source: Checkpoint) -> Text | Data:
     """The text that the source was trained on; raises `Refused` where none is known, or it cannot be read."""
     if not trainings(source.metadata):
         raise Refused(f"nothing says what {source.path} was trained on; python -m gt_jax.verify takes a --text")
-    return open_text(data_config(source.metadata, None, source.path))
+    return open_data(data_config(source.metadata, None, source.path))
 
 
 def _refuse_no_room(*models: Checkpoint) -> None:

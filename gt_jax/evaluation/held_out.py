@@ -1,7 +1,8 @@
 """How well checkpoints predict held-out text: nats a token, bits per byte, perplexity, with intervals and differences.
 
 All see the same rows, spread over the whole held-out part; intervals are over its documents, or its places where
-several are of one document (`evaluation.held_out_rows`).
+several are of one document (`evaluation.held_out_rows`). Where answers have a difficulty, as those of tasks have, they
+are counted by it too (`evaluation.answer_table`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import Rules, mesh_for_rows
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.evaluation.answer_table import AnswerTable, answer_table
 from gt_jax.evaluation.confidence_intervals import Interval, ratio_interval, sums_by_unit
 from gt_jax.evaluation.held_out_rows import held_out_rows
 from gt_jax.evaluation.loading import HELD_OUT_BATCHES, data_config, names_text, text_note
@@ -28,9 +30,11 @@ from gt_jax.evaluation.scoring import byte_lengths, score, targets_of
 from gt_jax.models.language_model import fixed_passes, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.monitoring.metrics import json_values
-from gt_jax.text.batches import Text, open_text
+from gt_jax.text.batches import Batch, Text
+from gt_jax.text.data import Data, open_data
 from gt_jax.text.tokenizers import Tokenizer, open_tokenizer
 from gt_jax.training.divisibility import indivisible_fields
+from gt_jax.typing import Tree
 
 CONFIDENCE = 0.95
 
@@ -52,7 +56,7 @@ class Covered(NamedTuple):
 def evaluate_checkpoints(
     sources: Sequence[Path], named: dict[str, Any] | None = None, batches: int | None = HELD_OUT_BATCHES,
     passes: Passes = None, *, say: Say = lambda line: None, mesh: jax.sharding.Mesh | None = None,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | None = None, by_difficulty: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate checkpoints on the same held-out rows; returns JSON values, figures that are not finite as strings.
 
@@ -63,32 +67,37 @@ def evaluate_checkpoints(
         passes: of every adaptive model, one number or one a layer; None leaves them to its halting heads.
         mesh: where they run; None takes as many devices as divide a batch.
         group: the processes, each of which calls it; then there is a mesh of the devices of all.
+        by_difficulty: refuse data without a task; those of its answers are reported anyway.
 
     Raises `Refused` that lists all that keeps them from being evaluated, before anything is computed. A model whose
     losses are not finite gets no limits and no verdict.
     """
     group = group or ProcessGroup()
     opened, tokenizer, text = group.agree(lambda: _open(sources, named, batches, passes, mesh))
+    asked = group.agree(lambda: answers_asked(text, batches, by_difficulty))
     first = opened[0]
     held_out = held_out_rows(text, batches)
     rows = held_out.batches
     covered = _covered(held_out.kind, held_out.scored_units(), targets_of(rows), tokenizer)
-    sums = []
+    sums, tables = [], []
     with jax.set_mesh(mesh or mesh_for_rows(text.config.batch_size)):
         for one in opened:
             say(f"{one.path}: {len(rows)} batches")
             control = _control(one.config, passes)
-            nats = score(one.config, one.load(), rows, control, Rules())
+            variables = one.load()
+            nats = score(one.config, variables, rows, control, Rules())
             sums.append(sums_by_unit(nats, covered.units))
+            tables.append(_tables(one, variables, asked, passes, say))
     found: dict[str, Any] = json_values({
         "text": text.summary(),
         "rows": int(sum((batch["targets"] >= 0).any(axis=1).sum() for batch in rows)),
         "tokens": int(covered.tokens.sum()), "bytes": int(covered.bytes.sum()), "ends": covered.ends,
         "confidence": CONFIDENCE, "units": {"kind": covered.kind, "count": len(covered.tokens)},
         "notes": _notes(opened, text, named),
-        "models": [_figures(one, nats, covered, passes) for one, nats in zip(opened, sums, strict=True)],
-        "differences": [_difference(first, one, nats - sums[0], covered)
-                        for one, nats in zip(opened[1:], sums[1:], strict=True)],
+        "models": [{**_figures(one, nats, covered, passes), "answers": {name: of.to_json() for name, of in own.items()}}
+                   for one, nats, own in zip(opened, sums, tables, strict=True)],
+        "differences": [{**_difference(first, one, nats - sums[0], covered), "answers": _gains(own, tables[0])}
+                        for one, nats, own in zip(opened[1:], sums[1:], tables[1:], strict=True)],
     })  # fmt: skip
     return found
 
@@ -96,7 +105,7 @@ def evaluate_checkpoints(
 def _open(
     sources: Sequence[Path], named: dict[str, Any] | None, batches: int | None, passes: Passes,
     mesh: jax.sharding.Mesh | None,
-) -> tuple[list[Checkpoint], Tokenizer, Text]:  # fmt: skip
+) -> tuple[list[Checkpoint], Tokenizer, Text | Data]:  # fmt: skip
     """All that can be refused before anything is computed."""
     if batches is not None and batches < 1:
         raise Refused(f"--batches is {batches}; at least one is needed, and --all takes all there are")
@@ -116,7 +125,7 @@ def _open(
     if passes is not None and all(one.config.adaptive is None for one in opened):
         wrong.append("--passes fixes the passes of adaptive models; here every layer runs once, leave it out")
     refuse_all(wrong, "this cannot be evaluated:")
-    return opened, tokenizer, open_text(data)
+    return opened, tokenizer, open_data(data)
 
 
 def _misfits(one: Checkpoint, data: DataConfig, passes: Passes, tokens: int) -> list[str]:
@@ -143,6 +152,38 @@ def _control(config: ModelConfig, passes: Passes) -> PassControl:
     return fixed_passes(passes[0] if len(passes) == 1 else passes)
 
 
+def answers_asked(data: Text | Data, batches: int | None, needed: bool = False) -> dict[str, list[Batch]]:
+    """The held-out batches of each part of the data in which an answer of known difficulty is asked.
+
+    Raises `Refused` where that is none and one is `needed`.
+    """
+    found = {name: rows for name, rows in data.held_out_by_part(batches).items()
+             if any("difficulty" in batch and (batch["difficulty"] > 0).any() for batch in rows)}  # fmt: skip
+    if needed and not found:
+        raise Refused("no answer of known difficulty is in this data; name a task, for example --task pointer_jumps")
+    return found
+
+
+def _tables(
+    one: Checkpoint, variables: Tree, asked: Mapping[str, Sequence[Batch]], passes: Passes, say: Say
+) -> dict[str, AnswerTable]:
+    """The answers of a model to each part; with other passes beside them where it chooses its own."""
+    control = None if passes is None or one.config.adaptive is None else _control(one.config, passes)
+
+    def table(name: str) -> AnswerTable:
+        return answer_table(one.config, variables, asked[name], control, rules=Rules(),
+                            say=lambda line: say(f"{one.path}, {name}, {line}"))  # fmt: skip
+
+    return {name: table(name) for name in asked}
+
+
+def _gains(tables: Mapping[str, AnswerTable], first: Mapping[str, AnswerTable]) -> dict[str, Any]:
+    """What share of the answers more is right than by the first model."""
+    gains = {name: one.gain_over(first[name]) for name, one in tables.items()}
+    return {name: {"accuracy_all": gain.all.to_json(), "accuracy_hardest": gain.hardest.to_json()}
+            for name, gain in gains.items()}  # fmt: skip
+
+
 def _covered(kind: str, units: Any, targets: Any, tokenizer: Tokenizer) -> Covered:
     stands_for = byte_lengths(tokenizer)[targets].astype(np.float64)
     tokens = sums_by_unit(np.ones(len(targets)), units)
@@ -150,7 +191,7 @@ def _covered(kind: str, units: Any, targets: Any, tokenizer: Tokenizer) -> Cover
     return Covered(kind, units, tokens, sums_by_unit(stands_for, units), ends)
 
 
-def _notes(opened: Sequence[Checkpoint], text: Text, named: Mapping[str, Any] | None) -> list[str]:
+def _notes(opened: Sequence[Checkpoint], text: Text | Data, named: Mapping[str, Any] | None) -> list[str]:
     """Where the text may not be held out for every model."""
     found = [text_note(one.metadata, text, one.path, names_text(named) or one is not opened[0]) for one in opened]
     return [note for note in found if note is not None]

@@ -1,9 +1,9 @@
 """The held-out rows that a figure is taken from, and which of their tokens are independent of which.
 
-- The rows are those of `Text.held_out`: fewer than there are lie evenly over the whole held-out part.
+- The rows are those of `held_out`: of a text fewer than there are lie evenly over the whole held-out part.
 - What is independent is a stretch that was held out as one: a document, or a place of a document of which several
   places are held out. Tokens within one are alike, and so are its rows. Stretches of the same bytes are one: a copy
-  says nothing new.
+  says nothing new. Of a task it is an instance, of a JSON-lines file a document.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from gt_jax.text.batches import Batch, Text, spread_batches
+from gt_jax.text.data import Data
 from gt_jax.text.split import content_keys
 
 
 class HeldOutRows(NamedTuple):
-    """Batches, and for each the unit of every token; `kind` is what a unit is, "document" or "place"."""
+    """Batches, and for each the unit of every token; `kind` is what a unit is: "document", "place", "instance", or
+    "unit" of data that has several kinds.
+    """
 
     batches: list[Batch]
     units: list[Int32[np.ndarray, "b t"]]
@@ -29,11 +32,24 @@ class HeldOutRows(NamedTuple):
         return np.concatenate([of[batch["targets"] >= 0] for batch, of in zip(self.batches, self.units, strict=True)])
 
 
-def held_out_rows(text: Text, batches: int | None = None) -> HeldOutRows:
-    """At most `batches` batches of a text's held-out part, None for all of it; the last one is padded.
+def held_out_rows(data: Text | Data, batches: int | None = None) -> HeldOutRows:
+    """`data.held_out(batches)` with the units of its tokens; raises `Refused` for fewer batches than one."""
+    if isinstance(data, Text):
+        return _text_rows(data, batches)
+    found, first = [], 0
+    for name, count in data.held_out_counts(batches).items():
+        part = data.parts[name]
+        one = (_text_rows(part, count) if isinstance(part, Text)
+               else HeldOutRows(part.held_out(count), part.held_out_units(count), part.unit_kind))  # fmt: skip
+        found.append(one._replace(units=[units + first for units in one.units]))
+        first += 1 + max((int(units.max()) for units in one.units), default=-1)
+    kinds = {one.kind for one in found}
+    return HeldOutRows([batch for one in found for batch in one.batches], [of for one in found for of in one.units],
+                       kinds.pop() if len(kinds) == 1 else "unit")
 
-    Raises `Refused` for fewer batches than one.
-    """
+
+def _text_rows(text: Text, batches: int | None) -> HeldOutRows:
+    """At most `batches` batches of a text's held-out part, None for all of it; the last one is padded."""
     spans = text.held_out_spans
     numbers, kind = _units(text)
     lengths = np.diff(spans).ravel()

@@ -14,25 +14,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float64, Int
 
 from gt_jax.configs.model import ModelConfig
-from gt_jax.devices.sharding import Rules, global_batch, reshard
+from gt_jax.devices.sharding import Rules, global_batch
 from gt_jax.evaluation.confidence_intervals import Interval, ratio_interval
 from gt_jax.evaluation.held_out_rows import HeldOutRows
 from gt_jax.evaluation.intermediates import hidden_rows
+from gt_jax.evaluation.pieces import in_pieces
 from gt_jax.models.language_model import LanguageModel, free_passes
 from gt_jax.training.step import Batch, shard_batch
 from gt_jax.typing import Activations, PerToken, Tree
 
 GOOD, USABLE, COSINE = 0.03, 0.10, 0.995
-LOGITS = 1 << 26  # of a piece of the rows on one device, of each model: 256 MiB in float32
 
 Say = Callable[[str], None]
 
@@ -94,29 +93,13 @@ def agreement_in_pieces(
     source: Predictor, fixed: Activations | None, target: Predictor, targets: Int[Array, "b t"], rules: Rules,
 ) -> Agreement:  # fmt: skip
     """`agreement` of both models' logits, those of one piece of the rows at a time; `fixed` are the source's states."""
-    rows, length = targets.shape
-    config = source.network.config
-    columns = config.vocab // (1 if config.embedding.tied else rules.shards("vocab"))
-    piece = max(1, min(length, LOGITS // max(rows // rules.shards("batch") * columns, 1)))
-    count = -(-length // piece)
 
-    def cut(x: Array, filling: int = 0) -> Array:
-        padding = [(0, 0), (0, count * piece - length)] + [(0, 0)] * (x.ndim - 2)
-        filled = jnp.pad(x, padding, constant_values=filling)
-        return jnp.moveaxis(filled.reshape(rows, count, piece, *x.shape[2:]), 1, 0)
-
-    def one(_: None, x: tuple[Array, Any, Array, Array]) -> tuple[None, Agreement]:
-        before, forced, after, wanted = x
+    def one(before: Array, forced: Any, after: Array, wanted: Array) -> Agreement:
         logits = None if forced is None else source.logits(forced)
-        return None, agreement(source.logits(before), logits, target.logits(after), wanted)
+        return agreement(source.logits(before), logits, target.logits(after), wanted)
 
-    pieces = (cut(source.hidden), None if fixed is None else cut(fixed), cut(target.hidden), cut(targets, -1))
-    _, found = jax.lax.scan(one, None, pieces)
-
-    def whole(x: Array) -> Array:  # every process reads all of it
-        return reshard(jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :length], P(None, None))
-
-    return jax.tree.map(whole, found)
+    arrays, fillings = (source.hidden, fixed, target.hidden, targets), (0, 0, 0, -1)
+    return cast(Agreement, in_pieces(one, arrays, fillings, source.network.config, rules))
 
 
 def sums_by_unit(found: Agreement, units: Int[np.ndarray, "b t"], count: int) -> Float64[np.ndarray, "fields units"]:

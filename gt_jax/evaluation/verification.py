@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gt_jax.configs.data import Weight
 from gt_jax.configs.lineage import newest, trainings
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
@@ -20,7 +21,8 @@ from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
 from gt_jax.evaluation.pairs import incomparable, plan_between
 from gt_jax.growth.plan import Plan
 from gt_jax.monitoring.metrics import json_values
-from gt_jax.text.batches import Text, open_text
+from gt_jax.text.batches import Text
+from gt_jax.text.data import Data, open_data
 from gt_jax.training.divisibility import indivisible_fields
 from gt_jax.training.loop import fit, make_trainer, variables_of
 from gt_jax.training.step import evaluate
@@ -31,8 +33,9 @@ Say = Callable[[str], None]
 
 def verify(
     source: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None, tfds_dir: str | None = None,
-    tokenizer: str | None = None, batches: int = 8, jacobian_rows: int | None = None, jacobian_iterations: int = 20,
-    curve: int = 0, say: Say = lambda line: None, group: ProcessGroup | None = None,
+    json_lines: Sequence[str] = (), tasks: Sequence[str] = (), mix: Sequence[Weight] = (),
+    tokenizer: str | None = None, batches: int = 8, jacobian_rows: int | None = None,
+    jacobian_iterations: int = 20, curve: int = 0, say: Say = lambda line: None, group: ProcessGroup | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare two checkpoints on held-out text (default: the source's own); numbers that are not finite as strings.
 
@@ -42,16 +45,17 @@ def verify(
     """
     group = group or ProcessGroup()
     rows = Rules().shards("batch") if jacobian_rows is None else jacobian_rows
-    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "tokenizer": tokenizer}
+    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "json_lines": tuple(json_lines),
+                             "tasks": tuple(tasks), "mix": tuple(mix), "tokenizer": tokenizer}
 
-    def prepare() -> tuple[Checkpoint, Checkpoint, Text, Plan | None, str | None]:
+    def prepare() -> tuple[Checkpoint, Checkpoint, Text | Data, Plan | None, str | None]:
         if batches < 1:
             raise Refused(f"--batches is {batches}; at least one is needed")
         if curve < 0:
             raise Refused(f"--curve is {curve}; name a number of steps, 0 trains none")
         shallow, deep = open_checkpoint(source), open_checkpoint(target)
         refuse_all(incomparable(shallow, deep, tokenizer), f"{source} and {target} cannot be compared:")
-        reading = open_text(data_config(shallow.metadata, named, source))
+        reading = open_data(data_config(shallow.metadata, named, source))
         _refuse_rows(reading, shallow, deep, rows, jacobian_iterations)
         return shallow, deep, reading, *plan_between(shallow, deep)
 
@@ -73,7 +77,7 @@ def verify(
     return json_values(whole)
 
 
-def _refuse_rows(reading: Text, source: Checkpoint, target: Checkpoint, rows: int, iterations: int) -> None:
+def _refuse_rows(reading: Text | Data, source: Checkpoint, target: Checkpoint, rows: int, iterations: int) -> None:
     size, cuts, wrong = reading.config.batch_size, Rules().shards("batch"), []
     if not 0 <= rows <= size:
         wrong.append(f"--jacobian-rows is {rows}; a batch has {size} rows, and 0 leaves the Jacobians out")
@@ -86,7 +90,7 @@ def _refuse_rows(reading: Text, source: Checkpoint, target: Checkpoint, rows: in
     refuse_all(wrong, "this cannot be verified:")
 
 
-def position_of(reading: Text, source: Checkpoint, target: Checkpoint) -> dict[str, Any] | None:
+def position_of(reading: Text | Data, source: Checkpoint, target: Checkpoint) -> dict[str, Any] | None:
     """Where a curve of the target begins in the text: after what the target has read of it, else the source."""
     runs = [*trainings(target.metadata), *trainings(source.metadata)]
     return reading.position_after(run.get("data") for run in runs)
@@ -99,7 +103,7 @@ def _rate(source: Checkpoint) -> OptimizerConfig:
 
 
 def train_curve(
-    config: ModelConfig, variables: Tree, text: Text, position: dict[str, Any] | None, steps: int,
+    config: ModelConfig, variables: Tree, text: Text | Data, position: dict[str, Any] | None, steps: int,
     held_out: Sequence[Any], optimizer: OptimizerConfig, say: Say = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Training losses of `steps` steps with a fresh optimizer on the batches after `position`, and the loss after them.

@@ -33,7 +33,7 @@ from gt_jax.models.layers.mtp import MultiTokenPrediction
 from gt_jax.models.layers.primitives import Einsum, RMSNorm, WeightSpec
 from gt_jax.models.layers.reversible import reversible_stack
 from gt_jax.models.layers.reversible import start as start_pair
-from gt_jax.models.layers.sow import INTERMEDIATES
+from gt_jax.models.layers.sow import INTERMEDIATES, PASSES
 from gt_jax.models.layers.stack import coefficients, empty_buffer
 from gt_jax.typing import Activations, Scalar, State, Tokens, Tree
 from pallas_kernels.platform import target_device
@@ -83,7 +83,7 @@ class LanguageModel(nn.Module):
         for index, segment in enumerate(c.depth.segments):
             scanned = nn.scan(
                 block,
-                variable_axes={"params": 0, "statistics": 0, INTERMEDIATES: 0},
+                variable_axes={"params": 0, "statistics": 0, INTERMEDIATES: 0, PASSES: 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
                 length=segment.repeats,

@@ -30,6 +30,10 @@ class Addition(Task):
     def longest(self) -> int:
         return 3 * (self.digits + 1) + 2
 
+    @property
+    def alphabet(self) -> bytes:
+        return DIGITS + bytes([_POINT, _PLUS, _EQUALS])
+
     def problems(self) -> list[str]:
         wrong = super().problems()
         if self.digits < self.hardest:

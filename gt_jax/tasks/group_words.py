@@ -33,6 +33,10 @@ class GroupWords(Task):
     def longest(self) -> int:
         return self.hardest
 
+    @property
+    def alphabet(self) -> bytes:
+        return _SIGNS[: len(products(self.group))]
+
     def problems(self) -> list[str]:
         known = get_args(Group)
         return super().problems() + (
@@ -47,7 +51,7 @@ class GroupWords(Task):
         return Instance.of(signs[word], signs[so_far], np.where(depth >= self.easiest, depth, 0))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def products(group: Group) -> Int64[np.ndarray, "n n"]:
     """The group's table: [a, b] is first a, then b."""
     size = {"Z2": 2, "S3": 3, "A5": 5}[group]

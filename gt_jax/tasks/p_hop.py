@@ -2,7 +2,8 @@
 
     prev(i) = the largest j < i with x_j = x_i;   hop(i) = prev(i) + 1;   the answer at i is x at hop(hop(… i)), p times
 
-The first sign of an instance is p; every later token is asked whose p hops exist.
+The first sign of an instance is p; every later token is asked whose p hops exist. No letter follows itself: from such a
+pair a hop would lead back to where it came from, and p of them would be none.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ class PHop(Task):
     def longest(self) -> int:
         return self.length + 1
 
+    @property
+    def alphabet(self) -> bytes:
+        return LETTERS[: self.symbols] + _HOPS[self.easiest : self.hardest + 1]
+
     def problems(self) -> list[str]:
         wrong = super().problems() + self.at_most("symbols", len(LETTERS), "a letter each")
         wrong += self.at_most("hardest", len(_HOPS) - 1, "a digit each")
-        if self.symbols < 2:
-            wrong.append(f"symbols is {self.symbols}; it must be at least 2")
+        if self.symbols < 3:
+            wrong.append(f"symbols is {self.symbols}; it must be at least 3, two would only alternate")
         if self.length < (self.hardest + 1) * self.symbols:
             wrong.append(f"length is {self.length}; {self.hardest} hops among {self.symbols} letters need at least "
                          f"{(self.hardest + 1) * self.symbols}")
@@ -43,7 +48,8 @@ class PHop(Task):
 
     def draw(self, draws: Draws, hardest: int) -> Instance:
         hops = int(draws.between(self.easiest, hardest, 1)[0])
-        x = draws.below(self.symbols, self.length)
+        steps = draws.between(1, self.symbols - 1, self.length)  # from each letter to another one
+        x = np.cumsum(steps) % self.symbols
         hop = np.full(self.length + 1, -1)  # the last place is "nowhere", which leads nowhere
         last: dict[int, int] = {}
         for i, sign in enumerate(x.tolist()):

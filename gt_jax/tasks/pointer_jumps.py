@@ -30,6 +30,10 @@ class PointerJumps(Task):
     def longest(self) -> int:
         return 2 * self.symbols + 2 * self.queries
 
+    @property
+    def alphabet(self) -> bytes:
+        return LETTERS[: self.symbols] + _COUNTS[self.easiest : self.hardest + 1]
+
     def problems(self) -> list[str]:
         wrong = super().problems() + self.at_most("symbols", len(LETTERS), "a letter each")
         wrong += self.at_most("hardest", len(_COUNTS) - 1, "a sign each")

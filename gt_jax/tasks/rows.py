@@ -1,40 +1,61 @@
 """Instances packed into rows: row i is a function of (task, seed, i), with a split between trained on and held out.
 
-- An instance is held out when the hash of its tokens says so, wherever it is drawn: training draws again until one is
-  not, the held-out part until one is. So no seed, no row and no schedule ever trains on a held-out instance.
+- An instance is held out when the hash of its symbols says so, wherever it is drawn: training draws again until one is
+  not, the held-out part until one is. So no seed, no row, no option and no schedule ever trains on a held-out instance.
 - A curriculum raises the hardest difficulty linearly over the first `curriculum` rows.
+- An instance is never cut: the rest of a row is padding.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import sys
 
 import numpy as np
 from jaxtyping import Int32
 
+from gt_jax.errors import Refused
 from gt_jax.tasks.draws import Draws
+from gt_jax.tasks.registry import notation
 from gt_jax.tasks.task import Instance, Task
 
-TRAINING, HELD_OUT = 0, 1  # streams of draws
+TRAINING, HELD_OUT, TUNING = range(3)  # parts, and streams of draws
 _HASHES = 2**64
+_TRIES = 10_000
 
-Row = dict[str, Int32[np.ndarray, "t"]]
+Row = dict[str, Int32[np.ndarray, " t"]]
+Ids = Int32[np.ndarray, " 256"]
 
 
-def is_held_out(instance: Instance, share: float) -> bool:
-    """Whether the tokens' hash falls into the held-out `share`."""
+def part_of(instance: Instance, held_out: float, tuning: float = 0.0) -> int:
+    """The part that the symbols' hash falls into: the held-out share, the tuning share behind it, or the rest."""
     digest = hashlib.blake2b(instance.tokens.astype("<i4").tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * _HASHES
+    place = int.from_bytes(digest, "little")
+    if place < held_out * _HASHES:
+        return HELD_OUT
+    return TUNING if place < (held_out + tuning) * _HASHES else TRAINING
 
 
 class TaskRows:
-    """Random access to rows {tokens, targets, segment_ids, difficulty}, int32 [row]; endless."""
+    """Random access to rows {tokens, targets, segment_ids, difficulty}, int32 [row]; endless.
 
-    def __init__(self, task: Task, row: int, seed: int, share: float, part: int = TRAINING,
-                 curriculum: int = 0) -> None:
-        self._task, self._row, self._seed, self._share = task, row, seed, share
+    `ids` are the tokens of the 256 symbols. Raises `Refused` for rows that hold no instance, and where a part has
+    hardly any, since there are too few different ones.
+    """
+
+    def __init__(
+        self, task: Task, row: int, seed: int, held_out: float, tuning: float = 0.0, part: int = TRAINING,
+        curriculum: int = 0, ids: Ids | None = None,
+    ) -> None:  # fmt: skip
+        if row < task.longest:
+            raise Refused(f"rows of {row} tokens are too short for task {notation(task)}, whose instances have up to "
+                          f"{task.longest}; give a longer sequence, or a smaller task")  # fmt: skip
+        self._task, self._row, self._seed, self._shares = task, row, seed, (held_out, tuning)
         self._part, self._curriculum = part, curriculum
+        self._ids = np.arange(256, dtype=np.int32) if ids is None else ids
+        self._longest = functools.cache(lambda hardest: dataclasses.replace(task, hardest=hardest).longest)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -44,11 +65,12 @@ class TaskRows:
                "segment_ids": np.zeros(self._row, np.int32), "difficulty": np.zeros(self._row, np.int32)}
         draws, hardest = Draws(self._seed, self._part, int(index)), self.hardest(int(index))
         filled = segment = 0
-        while filled + self._task.longest <= self._row:
+        while filled + self._longest(hardest) <= self._row:
             instance = self._instance(draws, hardest)
             here, segment = slice(filled, filled + instance.tokens.size), segment + 1
-            for name, values in instance._asdict().items():
-                row[name][here] = values
+            row["tokens"][here] = self._ids[instance.tokens]
+            row["targets"][here] = np.where(instance.targets >= 0, self._ids[instance.targets], -1)
+            row["difficulty"][here] = instance.difficulty
             row["segment_ids"][here] = segment
             filled = here.stop
         return row
@@ -61,7 +83,10 @@ class TaskRows:
         return task.easiest + (task.hardest - task.easiest) * index // self._curriculum
 
     def _instance(self, draws: Draws, hardest: int) -> Instance:
-        while True:
+        for _ in range(_TRIES):
             instance = self._task.draw(draws, hardest)
-            if is_held_out(instance, self._share) == (self._part == HELD_OUT):
+            if part_of(instance, *self._shares) == self._part:
                 return instance
+        part = ("is trained on", "is held out", "is for tuning")[self._part]
+        raise Refused(f"task {notation(self._task)} with difficulties up to {hardest} has too few different instances: "
+                      f"none of {_TRIES:,} {part}; make it larger")  # fmt: skip

@@ -23,9 +23,9 @@ DIGITS = b"0123456789"
 class Instance(NamedTuple):
     """One instance, int32 [n] each: tokens, the answer (-1 where nothing is asked), its difficulty (0 likewise)."""
 
-    tokens: Int32[np.ndarray, "n"]
-    targets: Int32[np.ndarray, "n"]
-    difficulty: Int32[np.ndarray, "n"]
+    tokens: Int32[np.ndarray, " n"]
+    targets: Int32[np.ndarray, " n"]
+    difficulty: Int32[np.ndarray, " n"]
 
     @classmethod
     def of(cls, tokens: Any, targets: Any, difficulty: Any) -> Instance:
@@ -45,6 +45,11 @@ class Task(Config):
     @property
     def longest(self) -> int:
         """Tokens of the longest instance."""
+        raise NotImplementedError
+
+    @property
+    def alphabet(self) -> bytes:
+        """Every symbol that can stand in an instance, as a question or as an answer."""
         raise NotImplementedError
 
     def draw(self, draws: Draws, hardest: int) -> Instance:

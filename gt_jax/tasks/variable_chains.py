@@ -2,11 +2,14 @@
 
     A7 C2 BA DC EB      A = 7, C = 2, B = A, D = C, E = B: behind BA, DC and EB the value is asked, 7, 2, 7
 
-- A definition is the variable and what it is, a digit or a variable. The difficulty is the number of look-ups: 1 for
-  BA, 2 for EB. The values of the chains differ, and the chains grow in turns drawn at random, so that which value is the
-  answer cannot be told without following the chain.
+- A definition is the variable and what it is, a digit or a variable. The difficulty is the number of look-ups: behind
+  BA 1, that of A, behind EB 2. The values of the chains differ, and the chains grow in turns drawn at random, so that
+  which value is the answer cannot be told without following the chain.
 - `order` "forward": a definition stands behind those it needs, and its value is asked right there. "shuffled":
-  definitions stand anywhere, and the variables are asked behind them all: a token has all look-ups before it.
+  definitions stand anywhere, and the variables are asked behind them all, by ?A, which takes 1 look-up, or ?E, which
+  takes 3: a token has all look-ups before it.
+- "forward" needs no depth of a model that can swap two keys of its state: reading BA, a D layer with beta up to 2 moves
+  what it holds for A to B, and answers a chain of any length in one pass.
 """
 
 from __future__ import annotations
@@ -25,17 +28,29 @@ _ASKED = ord("?")
 
 @dataclasses.dataclass(frozen=True)
 class VariableChains(Task):
-    """`chains` chains, each with `hardest` definitions behind the digit; those from `easiest` on are asked."""
+    """`chains` chains of up to `hardest` look-ups, of variables among the first `letters` letters.
+
+    Variables whose look-ups are `easiest` or more are asked.
+    """
 
     name: ClassVar[str] = "variable_chains"
     hardest: int = 6
     chains: int = 6
     order: Order = "forward"
+    letters: int = len(LETTERS)
 
     @property
     def longest(self) -> int:
-        definitions = 2 * self.chains * (self.hardest + 1)
+        definitions = 2 * self.chains * self._definitions(self.hardest)
         return definitions if self.order == "forward" else definitions + 2 * self.chains * self.hardest
+
+    def _definitions(self, hardest: int) -> int:
+        """Those of a chain: forward, the digit's own is not asked."""
+        return hardest + 1 if self.order == "forward" else hardest
+
+    @property
+    def alphabet(self) -> bytes:
+        return LETTERS + DIGITS + (b"" if self.order == "forward" else bytes([_ASKED]))
 
     def problems(self) -> list[str]:
         wrong = super().problems() + self.at_most("chains", len(DIGITS), "a digit each")
@@ -43,14 +58,16 @@ class VariableChains(Task):
             wrong.append(f"chains is {self.chains}; of one chain the value is known, it must be at least 2")
         if self.order not in get_args(Order):
             wrong.append(f"order is {self.order!r}; it must be one of {', '.join(get_args(Order))}")
-        if self.chains * (self.hardest + 1) > len(LETTERS):
-            wrong.append(f"chains {self.chains} x (hardest {self.hardest} + 1) variables are more than the "
-                         f"{len(LETTERS)} letters")
+        wrong += self.at_most("letters", len(LETTERS), "a letter each")
+        if self.chains * self._definitions(self.hardest) > self.letters:
+            each = f"(hardest {self.hardest} + 1)" if self.order == "forward" else f"hardest {self.hardest}"
+            wrong.append(f"chains {self.chains} x {each} variables are more than the {self.letters} letters")
         return wrong
 
     def draw(self, draws: Draws, hardest: int) -> Instance:
-        length = hardest + 1
-        letters, digits = (np.frombuffer(signs, np.uint8).astype(np.int64) for signs in (LETTERS, DIGITS))
+        length = self._definitions(hardest)
+        signs = LETTERS[: self.letters], DIGITS
+        letters, digits = (np.frombuffer(each, np.uint8).astype(np.int64) for each in signs)
         names = letters[draws.permutation(len(letters))[: self.chains * length]].reshape(self.chains, length)
         values = digits[draws.permutation(len(digits))[: self.chains]]
         means = np.concatenate([values[:, None], names[:, :-1]], axis=1)
@@ -61,6 +78,7 @@ class VariableChains(Task):
         names, means, depth, worth = (
             _placed(a, flat) for a in (names, means, np.tile(np.arange(length), (self.chains, 1)),
                                        np.repeat(values, length)))  # fmt: skip
+        depth = depth + (self.order == "shuffled")
         depth = np.where(depth >= self.easiest, depth, 0)
         tokens = np.stack([names, means], axis=1).ravel()
         second = np.array([0, 1])

@@ -17,13 +17,13 @@ import hashlib
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt
 
-from gt_jax.configs.data import BYTES, WITHOUT_SPLIT, DataConfig
+from gt_jax.configs.data import BYTES, TEXT, WITHOUT_SPLIT, DataConfig
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.text import sources
 from gt_jax.text.split import Spans, content_keys, split_documents
@@ -121,17 +121,26 @@ class PackedRows:
         return np.argsort(np.random.Philox(key=key).random_raw(length), kind="stable").astype(np.int64)
 
 
+@runtime_checkable
+class RandomRows(Protocol):
+    """Rows by their number, as many as `len` says."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+
 class TrainStream:
     """An endless iterator of batches: {tokens, targets, segment_ids}, each int32 [batch_size, sequence_length].
 
     `state()` is small and goes through JSON; after `restore(state)` come the batches that followed it, bit for bit.
     """
 
-    def __init__(self, rows: PackedRows, config: DataConfig, content_hash: str) -> None:
+    def __init__(self, rows: RandomRows, config: DataConfig, identity: Mapping[str, Any]) -> None:
         # Imported here: half a second that a command which reads no training text should not pay.
         import grain
 
-        self._identity = _identity(config, content_hash)
+        self._identity = identity
         batches = grain.MapDataset.source(rows).batch(config.batch_size)
         # A row takes tens of microseconds: threads would only take the cores from the training step.
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
@@ -177,13 +186,21 @@ class Text:
 
     def train(self, state: Mapping[str, Any] | None = None) -> TrainStream:
         """The training batches from the beginning, or from where `state` was taken."""
-        config = self.config
-        window = max(_WINDOW_ROWS, 0 if config.split == "fill" else _WINDOW_BATCHES * config.batch_size)
-        rows = PackedRows(self.tokens, self.training_spans, config.sequence_length, config.seed, True, window)
-        stream = TrainStream(rows, config, self.content_hash())
+        stream = TrainStream(self.training_rows(), self.config, identity(self.config, self.content_hash()))
         if state is not None:
             stream.restore(state)
         return stream
+
+    def training_rows(self) -> PackedRows:
+        """The rows of the training part, endless."""
+        config = self.config
+        window = max(_WINDOW_ROWS, 0 if config.split == "fill" else _WINDOW_BATCHES * config.batch_size)
+        return PackedRows(self.tokens, self.training_spans, config.sequence_length, config.seed, True, window)
+
+    @property
+    def parts(self) -> dict[str, Text]:
+        """Itself: what `gt_jax.text.data.Data` has several of."""
+        return {TEXT: self}
 
     def held_out(self, batches: int | None = None) -> list[Batch]:
         """The held-out batches, at most `batches` of them: the same whatever the seed, the last one padded.
@@ -191,6 +208,10 @@ class Text:
         Fewer rows than there are lie evenly over the whole part: the first ones would be those of a few documents.
         """
         return self._batches("held-out", self.held_out_spans, batches)
+
+    def held_out_by_part(self, batches: int | None = None) -> dict[str, list[Batch]]:
+        """The same under the name of the only part."""
+        return {TEXT: self.held_out(batches)}
 
     def tuning(self, batches: int | None = None) -> list[Batch]:
         """The batches of the tuning part, likewise: what is chosen by them is not chosen by the held-out part."""
@@ -213,22 +234,8 @@ class Text:
         return hashlib.sha256(self.tokens.astype(narrow, copy=False).tobytes()).hexdigest()
 
     def position_after(self, positions: Iterable[Any]) -> dict[str, Any] | None:
-        """The first of the `positions`, as `TrainStream.state` gave them, that is one in this text, this split and rows
-        of this length in this order; None without any. Rows count: at another batch size the next whole batch follows.
-        Raises `Refused` where that one does not say how far it is.
-        """
-        own = {**_identity(self.config, self.content_hash()), "batch_size": None}
-        for place in positions:
-            known = {**WITHOUT_SPLIT, **place} if isinstance(place, Mapping) else {}
-            if {**{key: known.get(key) for key in own}, "batch_size": None} != own:
-                continue
-            read, size = known.get("batches"), known.get("batch_size")
-            if not (isinstance(read, int) and isinstance(size, int) and min(read, size) >= 0):
-                raise Refused(f"the saved position in this text is not one: batches is {read!r}, batch_size {size!r}; "
-                              "both must be numbers. Its checkpoint's metadata are damaged")  # fmt: skip
-            rows = read * size
-            return {**own, "batch_size": self.config.batch_size, "batches": math.ceil(rows / self.config.batch_size)}
-        return None
+        """`position_after` of what a position in this text is a position in."""
+        return position_after(identity(self.config, self.content_hash()), positions)
 
     def files(self) -> list[dict[str, str]]:
         """{"path", "sha256"} of every text file; empty where the text is no file."""
@@ -275,11 +282,29 @@ def open_text(config: DataConfig) -> Text:
     return Text(config, source, tokens, tokenizer, len(documents), characters, *split)
 
 
-def _identity(config: DataConfig, content_hash: str) -> dict[str, Any]:
-    """What a position in the training text is a position in."""
+def identity(config: DataConfig, content_hash: str) -> dict[str, Any]:
+    """What a position in the training data is a position in."""
     return {"content": content_hash, "seed": config.seed, "held_out": config.held_out,
             "sequence_length": config.sequence_length, "batch_size": config.batch_size, "split": config.split,
             "tuning": config.tuning}
+
+
+def position_after(own: Mapping[str, Any], positions: Iterable[Any]) -> dict[str, Any] | None:
+    """The first of the `positions`, as `TrainStream.state` gave them, that is one in the data of identity `own`: this
+    text, this split and rows of this length in this order; None without any. Rows count: at another batch size the next
+    whole batch follows. Raises `Refused` where that one does not say how far it is.
+    """
+    alike = {**own, "batch_size": None}
+    for place in positions:
+        known = {**WITHOUT_SPLIT, **place} if isinstance(place, Mapping) else {}
+        if {**{key: known.get(key) for key in own}, "batch_size": None} != alike:
+            continue
+        read, size = known.get("batches"), known.get("batch_size")
+        if not (isinstance(read, int) and isinstance(size, int) and min(read, size) >= 0):
+            raise Refused(f"the saved position in this text is not one: batches is {read!r}, batch_size {size!r}; "
+                          "both must be numbers. Its checkpoint's metadata are damaged")  # fmt: skip
+        return {**own, "batches": math.ceil(read * size / own["batch_size"])}
+    return None
 
 
 def held_out_batches(config: DataConfig, batches: int | None = None) -> list[Batch]:
@@ -295,14 +320,14 @@ def spread_batches(
     rows = PackedRows(tokens, spans, config.sequence_length, _HELD_OUT_SEED, endless=False)
     count = len(rows) if batches is None else min(batches * size, len(rows))
     chosen = (np.arange(count) * len(rows) // count).tolist()
-    return [_batch([rows[row] for row in chosen[first:first + size]], size) for first in range(0, count, size)]
+    return stacked([rows[row] for row in chosen], size)
 
 
-def _batch(rows: list[Row], size: int) -> Batch:
-    """Rows stacked to [size, t]; missing rows are padding."""
-    missing = {"tokens": 0, "targets": -1, "segment_ids": 0}
-    return {key: np.stack([row[key] for row in rows] + [np.full_like(rows[0][key], value)] * (size - len(rows)))
-            for key, value in missing.items()}
+def stacked(rows: Sequence[Row], size: int) -> list[Batch]:
+    """Rows of the same keys stacked to batches of [size, t]; rows that the last one lacks are padding."""
+    empty = {key: np.full_like(value, -1 if key == "targets" else 0) for key, value in rows[0].items()} if rows else {}
+    return [{key: np.stack([row[key] for row in (*here, *[empty] * (size - len(here)))]) for key in empty}
+            for here in (rows[first:first + size] for first in range(0, len(rows), size))]
 
 
 def _bytes(count: int) -> str:

@@ -75,13 +75,7 @@ def _sampled(ends: Ends, keys: UInt64[np.ndarray, " documents"], config: DataCon
     unique, first, unit = np.unique(keys, return_index=True, return_inverse=True)
     by_length = np.lexsort((unique, lengths[first]))
     short = by_length[~long[first][by_length]]
-    part, left = np.full(len(unique), TRAINING), short
-    for number, share in ((HELD_OUT, config.held_out), (TUNING, config.tuning)):
-        count = round(share * len(short))
-        groups = np.split(left, np.arange(1, count) * len(left) // count) if count else []
-        chosen = [group[np.argmin(unique[group])] for group in groups]
-        part[chosen] = number
-        left = left[~np.isin(left, chosen)]
+    part = _drawn(unique, short, config)
     held, tuning = (np.where(long, np.floor(share * lengths), 0).astype(np.int64)
                     for share in (config.held_out, config.tuning))  # fmt: skip
     cuts = np.stack([ends - held - tuning, ends - held, ends], axis=1).ravel()
@@ -89,6 +83,31 @@ def _sampled(ends: Ends, keys: UInt64[np.ndarray, " documents"], config: DataCon
     parts = np.concatenate([part[unit][:, None], of_long], axis=1).ravel()
     there = np.diff(cuts, prepend=0) > 0
     return cuts[there], parts[there]
+
+
+def _drawn(
+    keys: UInt64[np.ndarray, " unique"], by_length: Int64[np.ndarray, " short"], config: DataConfig, least: int = 0
+) -> Int64[np.ndarray, " unique"]:
+    """The part of each document, drawn of those `by_length`, at least `least` for each part that is asked for."""
+    part, left = np.full(len(keys), TRAINING), by_length
+    for number, share in ((HELD_OUT, config.held_out), (TUNING, config.tuning)):
+        count = min(max(round(share * len(by_length)), least if share else 0), len(left))
+        groups = np.split(left, np.arange(1, count) * len(left) // count) if count else []
+        chosen = [group[np.argmin(keys[group])] for group in groups]
+        part[chosen] = number
+        left = left[~np.isin(left, chosen)]
+    return part
+
+
+def split_whole(
+    lengths: Int64[np.ndarray, " documents"], keys: UInt64[np.ndarray, " documents"], config: DataConfig
+) -> Int64[np.ndarray, " documents"]:
+    """The part of each document, drawn by length like those of a text, but none is cut and one at least is held out.
+
+    Documents of the same key are in the same part.
+    """
+    unique, first, unit = np.unique(keys, return_index=True, return_inverse=True)
+    return _drawn(unique, np.lexsort((unique, lengths[first])), config, least=1)[unit]
 
 
 def _filled(ends: Ends, config: DataConfig) -> Stretches:

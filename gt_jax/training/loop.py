@@ -31,12 +31,13 @@ from gt_jax.models.language_model import abstract, initialise
 from gt_jax.monitoring.alerts import Watch
 from gt_jax.monitoring.metrics import Recorder
 from gt_jax.monitoring.tensorboard import TensorBoard, writer_module
-from gt_jax.text.batches import Text, open_text
+from gt_jax.text.batches import Text
+from gt_jax.text.data import Data, open_data
 from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.training.divisibility import refuse_indivisible
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import TrainState, new_state
-from gt_jax.training.step import Batch, evaluate, make_evaluation, make_step
+from gt_jax.training.step import Batch, held_out_losses, make_evaluation, make_step
 from gt_jax.training.stopping import Termination
 from gt_jax.typing import Tree
 
@@ -165,13 +166,14 @@ def _train_run(
         writer_module()  # refuses where there is none, before the directory is a run
     rows = config.data.batch_size // config.train.accumulate
     refuse_indivisible(config.model, rows, current_sizes(), "the model does not fit this mesh:", rules)
-    text = group.agree(lambda: open_text(config.data))
+    text = group.agree(lambda: open_data(config.data))
     needed = text.tokenizer.vocab_size
     if needed > config.model.vocab:
         raise Refused(f"model.vocab is {config.model.vocab}; tokenizer {config.data.tokenizer} has ids up to "
                       f"{needed - 1}, so it must be at least {needed}")  # fmt: skip
     trainer = make_trainer(config.model, config.train, rules)
-    held_out = [global_batch(batch, rules) for batch in text.held_out(config.train.evaluation_batches)]
+    held_out = {name: [global_batch(batch, rules) for batch in batches]
+                for name, batches in text.held_out_by_part(config.train.evaluation_batches).items()}
     notes: list[str] = []
     steps = RunCheckpoints(run, config.train.keep, notes.append)
     state, lineage, position = _start(config, trainer, steps, rules, text)
@@ -203,8 +205,7 @@ def _train_run(
 
         def after(step: int, state: TrainState, last: bool) -> None:
             if _due(step, train.evaluate_every, train.steps):
-                loss = evaluate(trainer.evaluation, variables_of(state), held_out)
-                record(step, {"held_out_loss": loss})
+                record(step, held_out_losses(trainer.evaluation, variables_of(state), held_out))
             group.agree(heard)
             if last or _due(step, train.checkpoint_every, train.steps):
                 here = _metadata(config, text, stream.state(), state)
@@ -239,7 +240,7 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _metadata(config: RunConfig, text: Text, position: dict[str, Any], state: TrainState) -> dict[str, Any]:
+def _metadata(config: RunConfig, text: Text | Data, position: dict[str, Any], state: TrainState) -> dict[str, Any]:
     return {
         "kind": "train",
         "config": config.model.to_json(),
@@ -261,7 +262,7 @@ def _continuing(config: RunConfig, position: dict[str, Any] | None, resume: bool
 
 
 def _start(
-    config: RunConfig, trainer: Trainer, steps: RunCheckpoints, rules: Rules, text: Text
+    config: RunConfig, trainer: Trainer, steps: RunCheckpoints, rules: Rules, text: Text | Data
 ) -> tuple[TrainState, dict[str, Any], dict[str, Any] | None]:
     """The state to go on from, the lineage that its checkpoints keep, and the position in the text.
 
@@ -287,7 +288,7 @@ def _start(
     return trainer.new_state(checkpoint.load(start, shapes)), {LINEAGE: carried(metadata)}, position
 
 
-def with_token_bytes(variables: Tree, config: RunConfig, text: Text) -> Tree:
+def with_token_bytes(variables: Tree, config: RunConfig, text: Text | Data) -> Tree:
     """The variables of a fresh model, its Kronecker embedding told the bytes of the tokenizer's tokens."""
     embedding = config.model.embedding
     if embedding.kind == "table" or config.data.tokenizer == BYTES:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.thaw import ThawConfig
-from gt_jax.devices.sharding import Rules, reshard
+from gt_jax.devices.sharding import Rules, model_inputs, reshard
 from gt_jax.models.language_model import LanguageModel, ModelOutput, apply_network, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
 from gt_jax.models.layers.memory_stream import Memory
@@ -39,10 +39,11 @@ Batch = Mapping[str, Any]
 
 
 def shard_batch(batch: Batch, rules: Rules) -> dict[str, Array]:
-    """The batch on the mesh, rows with the batch axes; raises AssertionError for arrays that are not alike [b, t]."""
-    chex.assert_rank(list(batch.values()), 2)
-    chex.assert_equal_shape(list(batch.values()))
-    return {name: reshard(jnp.asarray(array), rules.spec("batch", None)) for name, array in batch.items()}
+    """What a model reads of the batch, on the mesh; raises AssertionError for arrays that are not alike [b, t]."""
+    read = model_inputs(batch)
+    chex.assert_rank(list(read.values()), 2)
+    chex.assert_equal_shape(list(read.values()))
+    return {name: reshard(jnp.asarray(array), rules.spec("batch", None)) for name, array in read.items()}
 
 
 class Sums(NamedTuple):
@@ -254,6 +255,20 @@ def make_evaluation(
 
 def evaluate(evaluation: Callable[..., Any], variables: Tree, batches: Sequence[Batch], control: Any = None) -> float:
     """Mean cross-entropy in nats a token over the batches."""
-    sums = [evaluation(variables, batch, control)[:2] for batch in batches]
+    return _nats_a_token([evaluation(variables, batch, control)[:2] for batch in batches])
+
+
+def held_out_losses(
+    evaluation: Callable[..., Any], variables: Tree, parts: Mapping[str, Sequence[Batch]]
+) -> dict[str, float]:
+    """`held_out_loss`, nats a token over the batches of all parts, and of several `held_out_loss_PART` of each."""
+    sums = {name: [evaluation(variables, batch, None)[:2] for batch in batches] for name, batches in parts.items()}
+    found = {"held_out_loss": _nats_a_token([pair for of_part in sums.values() for pair in of_part])}
+    if len(sums) == 1:
+        return found
+    return found | {f"held_out_loss_{name}": _nats_a_token(of_part) for name, of_part in sums.items()}
+
+
+def _nats_a_token(sums: Sequence[Any]) -> float:
     total, count = (sum(float(pair[i]) for pair in sums) for i in range(2))
     return total / max(count, 1.0)

@@ -26,6 +26,7 @@ from gt_jax.evaluation.scoring import byte_lengths, score, targets_of
 from gt_jax.models.language_model import LanguageModel, fixed_passes, free_passes
 from gt_jax.models.memory_chunks import forward_rows
 from gt_jax.text.batches import open_text
+from gt_jax.text.data import open_data
 from gt_jax.text.tokenizers import ByteTokenizer
 from tests.support import perturbed, small_model
 
@@ -175,6 +176,42 @@ def test_a_report_for_a_reader(folder, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "bits per byte" in out and "intervals: 95 %, over " in out and "documents\n" in out
     assert "b against a: " in out and any(line.split()[:3] == ["a", "7", "free"] for line in out.splitlines())
+
+
+TASK = "pointer_jumps:symbols=6,hardest=3,queries=6"
+
+
+def test_answers_of_a_task_by_difficulty(folder, capsys, monkeypatch):
+    """Those of the dense logits, of a plain model with chunks of memory too, compared in pairs; the picture of both."""
+    monkeypatch.chdir(folder)
+    words = ["a", "plain", "--task", TASK, "--batches", "2", "--picture", "answers.png"]
+    assert evaluate.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    data = open_data(DataConfig(tasks=(TASK,), sequence_length=ROW, batch_size=2, held_out=0.4))
+    right, difficulty = {}, np.concatenate([of["difficulty"][of["difficulty"] > 0] for of in data.held_out(2)])
+    for one, config in zip(found["models"], (ADAPTIVE, PLAIN), strict=True):
+        said = [np.asarray(logits_of(config)(perturbed(config), of["tokens"], of["segment_ids"], free_passes()))
+                for of in data.held_out(2)]  # fmt: skip
+        hits = [(logits.argmax(-1) == of["targets"])[of["difficulty"] > 0]
+                for logits, of in zip(said, data.held_out(2), strict=True)]  # fmt: skip
+        right[config] = np.concatenate(hits)
+        answers = one["answers"]["pointer_jumps"]
+        assert (answers["answers"], answers["instances"]) == (24, 4) and answers["hardest"] == [3]
+        assert answers["accuracy"] == pytest.approx(
+            {str(d): right[config][difficulty == d].mean() for d in np.unique(difficulty)})  # fmt: skip
+        nats = dense(config, perturbed(config), data.held_out(2), free_passes()).mean()
+        assert answers["nats"] == one["nats_per_token"]["value"] == pytest.approx(nats, abs=1e-4)
+        assert len(answers["cuts"]) == (config.adaptive is not None) and len(answers["forced"]) in (0, 4)
+    (one,) = found["differences"]
+    gain = one["answers"]["pointer_jumps"]["accuracy_all"]["value"]
+    assert gain == pytest.approx(right[PLAIN].mean() - right[ADAPTIVE].mean())
+    lines = "\n".join(evaluate.report_lines(found))
+    assert "pointer_jumps, a:" in lines and "pointer_jumps, plain against a: " in lines and "k_exec" in lines
+    assert (folder / "answers.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(Refused, match=r"--picture answers.png exists"):
+        evaluate.main(words)
+    with pytest.raises(Refused, match="no answer of known difficulty"):
+        evaluate.main(["a", "--picture", "other.png"])
 
 
 def test_a_model_that_diverged_is_shown_as_that(folder, capsys, monkeypatch):

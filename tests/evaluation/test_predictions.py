@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gt_jax.devices.sharding import Rules, mesh_for_rows
-from gt_jax.evaluation import predictions
+from gt_jax.evaluation import pieces, predictions
 from gt_jax.evaluation.comparison import routing
 from gt_jax.evaluation.confidence_intervals import Interval
 from gt_jax.evaluation.predictions import agreement, make_predictions, relative_entropy
@@ -78,7 +78,7 @@ def test_no_logits_of_a_whole_batch_are_held():
     batch = {name: jax.ShapeDtypeStruct((2, 256), jnp.int32) for name in ("tokens", "targets", "segment_ids")}
     make_predictions.cache_clear()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(predictions, "LOGITS", 2 * 16 * 32768)
+        patched.setattr(pieces, "LOGITS", 2 * 16 * 32768)
         used = make_predictions(source, target, Rules()).lower(shapes, shapes, batch).compile().memory_analysis()
     make_predictions.cache_clear()
     assert used.temp_size_in_bytes < 4 * 2 * 256 * 32768

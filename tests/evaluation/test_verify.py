@@ -20,7 +20,7 @@ from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig
 from gt_jax.devices.sharding import Rules, mesh_for_rows, put_like
 from gt_jax.errors import Refused
-from gt_jax.evaluation import predictions, verification
+from gt_jax.evaluation import pieces, verification
 from gt_jax.evaluation.comparison import compare_models, make_comparison, passes_stood_for
 from gt_jax.evaluation.held_out_rows import HeldOutRows
 from gt_jax.evaluation.intermediates import hidden_rows
@@ -220,7 +220,7 @@ def softmax(slots):
 def test_pieces_of_the_rows_give_what_whole_rows_do(grown, monkeypatch):
     """And `compare_predictions` says of two models what `verify` says; its intervals are those of the units."""
     variables, child, result = grown
-    monkeypatch.setattr(predictions, "LOGITS", 3 * ROWS * SOURCE.vocab)  # three tokens of each row at a time
+    monkeypatch.setattr(pieces, "LOGITS", 3 * ROWS * SOURCE.vocab)  # three tokens of each row at a time
     make_predictions.cache_clear()
     found = compare_predictions((SOURCE, variables), (CHILD, child), HELD_OUT)
     make_predictions.cache_clear()

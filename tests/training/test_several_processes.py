@@ -33,6 +33,7 @@ from tests.training import process_group_job
 WORDS = ("--text", "story.txt", "--layout", "D", "--plain", "--steps", "4", "--batch-size", "4",
          "--sequence-length", "32", "--checkpoint-every", "2", "--evaluate-every", "4")  # fmt: skip
 MESH = ("--fsdp", "2", "--tensor", "2")
+TASK = "pointer_jumps:symbols=6,hardest=4,queries=8"
 VERIFY = ("one/2", "one/4", "--json", "--batches", "1", "--jacobian-rows", "4", "--jacobian-iterations", "4")
 
 
@@ -141,7 +142,8 @@ def test_two_processes_as_they_are_typed_end_alike(folder: Path, capsys: pytest.
     train.main(["one", *WORDS, *MESH])
     capsys.readouterr()
     for words, main in ((("gt_jax.verify", *VERIFY), verify.main),
-                        (("gt_jax.evaluate", "one/2", "one/4", "--json", "--all"), evaluate.main)):  # fmt: skip
+                        (("gt_jax.evaluate", "one/2", "one/4", "--json", "--all"), evaluate.main),
+                        (("gt_jax.evaluate", "one", "--task", TASK, "--json"), evaluate.main)):  # fmt: skip
         (code, out, said), other = ended(two(folder, "-m", *words))
         assert code == other[0] == 0 and other[1] == "", (said, other[2])
         assert main(words[1:]) == 0

@@ -31,7 +31,7 @@ from gt_jax.models.layers.hyper_connections import from_streams
 from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
 from gt_jax.models.layers.moe import MLPOutput
 from gt_jax.models.layers.primitives import INIT, add_scaled, float32_einsum, widen
-from gt_jax.models.layers.sow import INTERMEDIATES, sow
+from gt_jax.models.layers.sow import INTERMEDIATES, PASSES, asked_for, sow
 from gt_jax.typing import Activations, PerToken, State, Tree
 
 FEATURES = 5
@@ -280,12 +280,16 @@ def run_passes(
         return new, of_everyone(seen, living, real, new.s, computed), cache
 
     def one_pass(layer: Any, carry: _Carry, xs: tuple[Array, Array, Tree]) -> tuple[_Carry, Any]:
+        real = real_tokens(place.segment_ids)
+        if asked_for(layer, PASSES):
+            runs = (carry.s >= config.threshold) & (real > 0) & _goes_on(carry.s, config, real)
+            sow(layer, "runs", runs, PASSES)
         if config.context == "alive":
             carry, statistics, new_cache = of_living(layer, carry, *xs)
         elif every_pass:
             carry, statistics, new_cache = run(layer, carry, *xs)
         else:
-            going = _goes_on(carry.s, config, real_tokens(place.segment_ids))
+            going = _goes_on(carry.s, config, real)
             carry, statistics, new_cache = nn.cond(going, run, skip, layer, carry, *xs)
         return carry, (statistics, new_cache)
 
@@ -295,7 +299,7 @@ def run_passes(
     scanned = nn.scan(
         nn.remat(one_pass, prevent_cse=False) if remat else one_pass,
         variable_broadcast=("params", "statistics"),
-        variable_axes={INTERMEDIATES: 0},
+        variable_axes={INTERMEDIATES: 0, PASSES: 0},
         split_rngs={"params": False},
         length=passes,
     )

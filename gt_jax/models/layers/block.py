@@ -20,11 +20,11 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
 from gt_jax.models.layers.compaction import bucket_lengths
-from gt_jax.models.layers.early_exit import alive_share, exit_step
+from gt_jax.models.layers.early_exit import alive, alive_share, exit_step
 from gt_jax.models.layers.mixer import Place, real_tokens
 from gt_jax.models.layers.residual import Layer, Update, moved_variance
 from gt_jax.models.layers.reversible import Delta
-from gt_jax.models.layers.sow import INTERMEDIATES
+from gt_jax.models.layers.sow import INTERMEDIATES, PASSES, asked_for, sow
 from gt_jax.models.layers.stack import Coefficients, SkipBuffer, advance, enter, record
 from gt_jax.typing import Activations, State, Tree
 from pallas_kernels.gated_delta_rule.xla import SAVED_NAMES
@@ -98,7 +98,8 @@ class Block(nn.Module):
         a layer hands something on beside the stream.
         """
         c, slots = self.config, range(len(self.pattern))
-        alone = self.is_initializing() or self.is_mutable_collection(INTERMEDIATES) or caches is not None
+        looked_into = asked_for(self, INTERMEDIATES) or asked_for(self, PASSES)
+        alone = self.is_initializing() or looked_into or caches is not None
         if alone or c.exit is not None or not compiled_once(c):
             return [range(slot, slot + 1) for slot in slots]
         starts = [slot for slot in slots if slot == 0 or self.pattern[slot - 1 : slot + 1] != "DD"]
@@ -165,6 +166,8 @@ class Block(nn.Module):
             one = layer.update(x, Place(segment_ids, positions, start, place.key), cache)
             return one.value, one.statistics, one.cache
 
+        if asked_for(layer, PASSES):
+            sow(layer, "runs", alive(stream.exit) & (real > 0), PASSES)
         training = self.is_mutable_collection("statistics")
         share = alive_share(stream.exit, real)[None]
         state, seen, new_cache = exit_step(

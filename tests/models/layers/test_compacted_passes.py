@@ -146,11 +146,12 @@ def test_no_token_sees_a_later_one_or_another_row(kind):
 def test_what_is_shown_inside_lies_at_its_tokens():
     """`state` of each pass in the collection `intermediates`, whoever lives."""
     x, layer, given = inputs(), Layer("D", CONFIG, Rules()), variables("D")
-    apply = jax.jit(lambda v, x: layer.apply(v, x, place_rows(IDS), FREE, mutable=["intermediates"]))
+    apply = jax.jit(lambda v, x: layer.apply(v, x, place_rows(IDS), FREE, mutable=["intermediates", "passes"]))
     (out, *_), shown = apply(given, x)
     states = shown["intermediates"]["state"]
     np.testing.assert_array_equal(states[0], x)
     _, counts, _ = by_hand("D", x, IDS)
+    np.testing.assert_array_equal(np.asarray(shown["passes"]["runs"]).sum(0), counts)
     for k in range(1, 4):
         np.testing.assert_allclose(states[k][counts <= k], out[counts <= k], atol=1e-5)
         assert np.abs(states[k] - states[k - 1])[counts >= k].max(axis=-1).min() > 1e-4

@@ -2,10 +2,12 @@
 
 - The source is the preset `tiny`: 8 layers that may run up to four times a token, trained on the Python library's own
   sources as bytes (`--text` for other text).
-- It is grown to 20 layers in three ways: by the published recipe, with its strengths on the output tensors, and as
-  `python -m gt_jax.grow` does by default (plan `dealt`, coefficient `expected`, carry `gain`). Beside them stand two
-  baselines: its own eight layers run once each, and twenty layers of random weights. Every model then trains on for
-  the same number of steps, same batches, fresh optimizer.
+- At the end of the plateau of its learning rate it is grown to 20 layers in three ways: by the published recipe, with
+  its strengths on the output tensors, and as `python -m gt_jax.grow` does by default (plan `dealt`, coefficient
+  `expected`, carry `gain`). Beside them stand three baselines: the source itself, its own eight layers run once each,
+  and twenty layers of random weights.
+- Every model then trains on: the same batches, the same fall of the rate, and but for the random one with the second
+  moments of the source's optimizer.
 - Interrupted, it goes on where it stopped; run again, it gives the same losses.
 """
 
@@ -27,6 +29,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig, TrainConfig
+from gt_jax.configs.standing import plateau_end
 from gt_jax.devices.sharding import mesh_for_rows, put_like
 from gt_jax.errors import Refused, run_command
 from gt_jax.evaluation.measurement import pass_counts
@@ -36,12 +39,13 @@ from gt_jax.growth import repetition
 from gt_jax.growth.plan import Plan, identity_plan, make_plan
 from gt_jax.growth.provenance import grown_plan
 from gt_jax.growth.stream import grow_checkpoint
-from gt_jax.growth.transform import grow, target_config
+from gt_jax.growth.transform import target_config
 from gt_jax.models.language_model import abstract, initialise
 from gt_jax.monitoring.metrics import Recorder, read_metrics, seconds_of, table
 from gt_jax.monitoring.plots import plot_depth, plot_growth
 from gt_jax.text.batches import Text, open_text
 from gt_jax.training.loop import Trainer, fit, make_trainer, train_run, variables_of
+from gt_jax.training.moments import carried_moments
 from gt_jax.training.step import evaluate
 from gt_jax.typing import Tree
 
@@ -53,11 +57,12 @@ ROWS = 4
 
 
 class Contender(NamedTuple):
-    """A model that trains on: what it is called, what it is, where it starts."""
+    """A model that trains on: what it is called, what it is, where it starts, and the checkpoint of that, if any."""
 
     name: str
     config: ModelConfig
     variables: Tree
+    start: Path | None = None
 
 
 class Outcome(NamedTuple):
@@ -80,10 +85,9 @@ def source_config(text: Sequence[str], steps: int) -> RunConfig:
     return RunConfig(model=tiny(), train=train, data=data)
 
 
-def further(steps: int) -> TrainConfig:
-    """Training after the growth: the same for every contender, a short re-warm, a lower peak."""
-    optimizer = OptimizerConfig(learning_rate=1e-3, warmup=0.1)
-    return TrainConfig(steps=steps, optimizer=optimizer)
+def further(source: TrainConfig, steps: int) -> TrainConfig:
+    """Training after the growth, the same for every contender: the rate falls as it does in the source's own decay."""
+    return TrainConfig(steps=steps, optimizer=source.optimizer.replace(warmup=0.0, decay=1.0))
 
 
 def say(line: str) -> None:
@@ -107,33 +111,27 @@ def plans(measured: repetition.Repetition, config: ModelConfig) -> dict[str, tup
     }
 
 
-def contenders(
-    source: Path, output: Path, config: ModelConfig, variables: Tree, measured: repetition.Repetition
-) -> list[Contender]:
-    """All that trains on. The last growth is written to OUTPUT/grown by the real thing, leaf by leaf on disk."""
+def contenders(source: Path, output: Path, config: ModelConfig, measured: repetition.Repetition) -> list[Contender]:
+    """All that trains on. Every growth is the real thing, leaf by leaf on disk; the last one to OUTPUT/grown."""
     found = []
     for name, (plan, carry) in plans(measured, config).items():
-        child = target_config(config, plan)
-        if name == LAST:
-            _, grown, _ = load(_grow_once(source, output / "grown", plan, carry))
-        else:
-            grown = grow(variables, plan, carry=carry, noise_std=1e-4 if "grown" in name else 0.0)
-        found.append(Contender(name, child, grown))
+        place = output / ("grown" if name == LAST else name.replace(",", "").replace(" ", "_"))
+        _grow_once(source, place, plan, carry, 1e-4 if "grown" in name else 0.0)
+        found.append(Contender(name, target_config(config, plan), load(place)[1], place))
     deep = found[0].config
     return [*found, Contender("twenty random layers", deep, initialise(deep, RANDOM_SEED))]
 
 
-def _grow_once(source: Path, target: Path, plan: Plan, carry: str) -> Path:
+def _grow_once(source: Path, target: Path, plan: Plan, carry: str, noise: float) -> None:
     """Grow to `target`, or find there what an earlier run of the demo grew by the same plan."""
     if target.exists():
         _, metadata = checkpoint.describe(target)
         if grown_plan(metadata) != plan:
             raise Refused(f"{target} was grown by another plan; give another --output, or remove it")
-        return target
+        return
     grow_checkpoint(
-        source, target, plan=plan, carry=carry, noise_std=1e-4, seed=0, resume=True, progress=lambda line: None
+        source, target, plan=plan, carry=carry, noise_std=noise, seed=0, resume=True, progress=lambda line: None
     )
-    return target
 
 
 class Stage(NamedTuple):
@@ -144,10 +142,13 @@ class Stage(NamedTuple):
 
 
 def train_on(one: Contender, stage: Stage, text: Text, position: dict[str, Any], train: TrainConfig) -> Outcome:
-    """Evaluate, train `train.steps` more with a fresh optimizer on the batches after `position`, evaluate again."""
+    """Evaluate, train `train.steps` more on the batches after `position`, evaluate again."""
     held_out, trainer = text.held_out(EVALUATION_BATCHES), stage.trainer
     curve: list[tuple[float, float]] = []
     state = trainer.new_state(put_like(one.variables, stage.shapes))  # a copy: the step donates its state
+    if one.start is not None:
+        moments = carried_moments(state.optimizer, state.params, one.start, checkpoint.describe(one.start)[0])
+        state = state._replace(optimizer=moments)
     before = evaluate(trainer.evaluation, variables_of(state), held_out)
     start = time.monotonic()
     with Recorder(total_steps=train.steps, every=50) as recorder:
@@ -170,7 +171,7 @@ def report(source: dict[str, Any], outcomes: Sequence[Outcome], steps: int) -> s
     headers = ["model", "layers", "passes a token", "parameters", "loss at growth", "gap", after, "seconds"]
     rows = [[
         "source, adaptive", source["layers"], f"{source['passes_run']:.1f}", f"{source['parameters']:,}",
-        f"{source['loss']:.4f}", "", "", f"{source['seconds']:.0f}",
+        f"{source['loss']:.4f}", "", f"{source['after']:.4f}", f"{source['seconds']:.0f}",
     ]]  # fmt: skip
     for one in outcomes:
         gap = f"{100 * (one.before / source['loss'] - 1):+.1f} %"
@@ -181,7 +182,7 @@ def report(source: dict[str, Any], outcomes: Sequence[Outcome], steps: int) -> s
     return table(rows, headers)
 
 
-def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
+def run(output: Path, text: Sequence[str], steps: int, more: int | None) -> str:
     """The demo; returns the table. Writes OUTPUT/source, grown, growth.png, depth.png, report.json and the counts."""
     began = time.monotonic()
     config = source_config(text, steps)
@@ -189,14 +190,17 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
     say(f"1. training the adaptive source, {config.model.layout}: eight layers, up to four passes each")
     state = train_run(place, config, resume=(place / "config.json").exists())
     trained = read_metrics(place / "metrics.jsonl")
-    model, variables = config.model, variables_of(state)
+    model, top = config.model, plateau_end(config.train)
+    grows = place / str(top or steps)
 
-    say("2. measuring how deep every layer wants to be")
+    say(f"2. measuring how deep every layer wants to be, at step {grows.name}, where its rate begins to fall")
     trainer = make_trainer(model, config.train)
     reading = open_text(config.data)
+    assert isinstance(reading, Text)
     held_out = reading.held_out(EVALUATION_BATCHES)
-    price = float(state.price.value)
-    found = pass_counts(trainer.evaluation, variables, held_out, model, source=str(place), lambda_p=price)
+    _, variables, metadata = load(grows)
+    price = metadata["price"]
+    found = pass_counts(trainer.evaluation, variables, held_out, model, source=str(grows), lambda_p=price)
     counts = output / "layer_repetition_factor.json"
     write_atomically(counts, json.dumps(found, indent=1) + "\n")
     measured = repetition.read(counts)
@@ -206,11 +210,11 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
         f"{passes:.1f} passes, at a weight of {weight:.1f} in all")
 
     say(f"3. growing to {TARGET_LAYERS} layers, and training on")
-    _, metadata = checkpoint.describe(place)
-    train = further(more)
+    more = more or max(1, steps - int(grows.name))
+    train = further(config.train, more)
     stages: dict[str, Stage] = {}
     outcomes = []
-    for one in contenders(place, output, model, variables, measured):
+    for one in contenders(grows, output, model, measured):
         if one.config.layout not in stages:
             stages[one.config.layout] = Stage(make_trainer(one.config, train), abstract(one.config))
         outcomes.append(train_on(one, stages[one.config.layout], reading, metadata["data"], train))
@@ -218,9 +222,10 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
     source = {
         "layers": len(model.depth), "passes_run": passes, "mean_weight": weight,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
-        "loss": found["_meta"]["loss"], "seconds": seconds_of(trained),
+        "loss": found["_meta"]["loss"], "after": evaluate(trainer.evaluation, variables_of(state), held_out),
+        "seconds": seconds_of(trained),
     }  # fmt: skip
-    _pictures(output, trained, layers, model, outcomes, steps)
+    _pictures(output, trained, layers, model, outcomes, int(grows.name))
     summary = {"source": source, "outcomes": [one._asdict() for one in outcomes], "seconds": time.monotonic() - began}
     write_atomically(output / "report.json", json.dumps(summary, indent=1) + "\n")
     say(f"pictures: {output / 'growth.png'}, {output / 'depth.png'}; {time.monotonic() - began:.0f} seconds in all")
@@ -229,16 +234,16 @@ def run(output: Path, text: Sequence[str], steps: int, more: int) -> str:
 
 def _pictures(
     output: Path, trained: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]], model: ModelConfig,
-    outcomes: Sequence[Outcome], steps: int,
+    outcomes: Sequence[Outcome], grown_at: int,
 ) -> None:  # fmt: skip
     level = outcomes[-2].before  # of the eight layers: the picture is about what happens around it
     curves: dict[str, Sequence[tuple[float, float]]] = {
         "source, adaptive": [(line["step"], line["loss"]) for line in trained if "loss" in line]
     }
     for one in outcomes:
-        curves[one.name] = [(steps + step, loss) for step, loss in one.curve]
+        curves[one.name] = [(grown_at + step, loss) for step, loss in one.curve]
     plot_growth(
-        curves, output / "growth.png", growth_at=steps, smooth=15, ylim=(0.6 * level, 2 * level),
+        curves, output / "growth.png", growth_at=grown_at, smooth=15, ylim=(0.6 * level, 2 * level),
         title="A shallow adaptive model, grown to 20 layers",
         xlabel="step", ylabel="training loss (nats a byte)",
     )  # fmt: skip
@@ -257,14 +262,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, default=Path("demo"), help="folder for the run, the counts and the pictures")
     p.add_argument("--text", nargs="+", default=(), help="text files instead of the Python library's sources")
     p.add_argument("--steps", type=int, default=360, help="of the source")
-    p.add_argument("--more", type=int, default=40, help="steps each model trains on")
+    p.add_argument("--more", type=int, help="steps each model trains on (as many as the source has left)")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and print its table."""
     arguments = parser().parse_args(argv)
-    if arguments.steps < 1 or arguments.more < 1:
+    if arguments.steps < 1 or (arguments.more is not None and arguments.more < 1):
         raise Refused(f"--steps {arguments.steps} and --more {arguments.more} must be at least 1")
     with jax.set_mesh(mesh_for_rows(ROWS)):
         print(run(arguments.output, arguments.text, arguments.steps, arguments.more))

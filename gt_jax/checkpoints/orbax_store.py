@@ -29,6 +29,7 @@ from gt_jax.checkpoints.tree_paths import flatten, nest
 
 _BROKEN = (ValueError, KeyError, TypeError, OSError)  # what Orbax and TensorStore raise on a broken file
 _MOMENT = 0.2  # seconds
+_QUIET, _TRIES = 4, 100
 
 T = TypeVar("T")
 
@@ -123,7 +124,23 @@ def write(target: Path, unfinished: Path, work: Callable[[], None], database: bo
             return error
         return OSError(number, f"{os.strerror(number)} while writing {target}; nothing is left there")
 
-    _with_orbax(work, failed, database)
+    try:
+        _with_orbax(work, failed, database)
+    except Exception:
+        _remove_for_good(unfinished)
+        raise
+
+
+def _remove_for_good(unfinished: Path) -> None:
+    """Remove what other writes of a call that failed may still make anew, until none has done so for a moment."""
+    quiet, tries = 0, 0
+    while quiet < _QUIET and tries < _TRIES:
+        with contextlib.suppress(OSError):  # one of them writes into what is being removed
+            if any(unfinished.parent.glob(f"{unfinished.name}*")):
+                remove(unfinished)
+                quiet = 0
+        quiet, tries = quiet + 1, tries + 1
+        time.sleep(_MOMENT / _QUIET)
 
 
 def metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

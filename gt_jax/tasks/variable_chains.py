@@ -3,8 +3,8 @@
     A7 C2 BA DC EB      A = 7, C = 2, B = A, D = C, E = B: behind BA, DC and EB the value is asked, 7, 2, 7
 
 - A definition is the variable and what it is, a digit or a variable. The difficulty is the number of look-ups: behind
-  BA 1, that of A, behind EB 2. The values of the chains differ, and the chains grow in turns drawn at random, so that
-  which value is the answer cannot be told without following the chain.
+  BA 1, that of A, behind EB 2. The values of the chains differ, and the chains take turns in an order drawn at random,
+  so that which value is the answer cannot be told without following the chain.
 - `order` "forward": a definition stands behind those it needs, and its value is asked right there. "backward": it
   stands before those it needs. "shuffled": definitions stand anywhere. In these two the variables are asked behind them
   all, by ?A, which takes 1 look-up, or ?E, which takes 3: a token has all look-ups before it.
@@ -19,6 +19,7 @@ import dataclasses
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
+from jaxtyping import Int64
 
 from gt_jax.tasks.draws import Draws
 from gt_jax.tasks.task import DIGITS, LETTERS, Instance, Task
@@ -72,9 +73,7 @@ class VariableChains(Task):
         names = letters[draws.permutation(len(letters))[: self.chains * length]].reshape(self.chains, length)
         values = digits[draws.permutation(len(digits))[: self.chains]]
         means = np.concatenate([values[:, None], names[:, :-1]], axis=1)
-        # each chain's places in a random order of all: its definitions take them from the first to the last
-        turn = draws.permutation(self.chains * length) % self.chains
-        place = np.argsort(turn, kind="stable").reshape(self.chains, length)
+        place = _turns(draws, self.chains, length)
         if self.order == "backward":
             place = self.chains * length - 1 - place
         flat = draws.permutation(self.chains * length) if self.order == "shuffled" else place.ravel()
@@ -95,6 +94,22 @@ class VariableChains(Task):
             np.concatenate([tokens, questions]), np.concatenate([nothing, np.outer(worth[asked], second).ravel()]),
             np.concatenate([nothing, np.outer(depth[asked], second).ravel()]),
         )
+
+
+def _turns(draws: Draws, chains: int, length: int) -> Int64[np.ndarray, "chains length"]:
+    """Where each chain's definitions stand, the first to the last: rounds in which every chain has one turn.
+
+    Of three chains or more none has two turns in a row: what a neighbour is worth shows without a look-up. Of two, that
+    would give each the same turn in every round, which says still more.
+    """
+    place, last = np.empty((chains, length), np.int64), -1
+    for round_ in range(length):
+        order = draws.permutation(chains)
+        if chains > 2 and order[0] == last:
+            order[[0, 1]] = order[[1, 0]]
+        place[order, round_] = round_ * chains + np.arange(chains)
+        last = int(order[-1])
+    return place
 
 
 def _placed(values: np.ndarray, places: np.ndarray) -> np.ndarray:

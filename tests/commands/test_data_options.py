@@ -19,7 +19,7 @@ from gt_jax.training.loop import train_run
 from gt_jax.training.step import shard_batch
 
 CHAINS = "variable_chains:hardest=2,chains=3"
-WHOLE = "variable_chains:easiest=1,hardest=2,chains=3,order=forward"
+WHOLE = "variable_chains:easiest=1,hardest=2,chains=3,order=forward,letters=52"
 MODEL = {"layout": "D", "width": 16, "mlp_width": 16,
          "deltanet": {"heads": 1, "value_heads": 1, "key_width": 8, "value_width": 8, "chunk_size": 16}}  # fmt: skip
 

@@ -22,6 +22,7 @@ from gt_jax.training import loop
 def test_the_demo_in_a_few_steps_interrupted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "tiny", lambda: presets.tiny().replace(layout="D*4", width=48))
     monkeypatch.setattr(demo, "EVALUATION_BATCHES", 2)
+    monkeypatch.setattr(demo, "TARGET_LAYERS", 8)
     monkeypatch.setattr(demo, "mesh_for_rows", lambda rows: mesh_for_rows(1))
     trainers = functools.cache(loop.make_trainer)
     for module in (demo, loop):
@@ -51,10 +52,10 @@ def test_the_demo_in_a_few_steps_interrupted(tmp_path, capsys, monkeypatch):
         assert (place / name).read_bytes().startswith(b"\x89PNG")
     report = json.loads((place / "report.json").read_text())
     outcomes, source = report["outcomes"], report["source"]
-    assert [one["layers"] for one in outcomes] == [20, 20, 20, 4, 20]
+    assert [one["layers"] for one in outcomes] == [8, 8, 8, 4, 8]
     assert outcomes[2]["before"] == pytest.approx(source["loss"], rel=0.05)
     assert outcomes[4]["before"] > 1.2 * source["loss"]
-    assert checkpoint.describe(place / "grown")[1]["grown_from"]["plan"]["layout"] == "D*20"
+    assert checkpoint.describe(place / "grown")[1]["grown_from"]["plan"]["layout"] == "D*8"
 
     assert [checkpoint.content_hash(place / name) for name in ("source", "grown")] == before
     for first, again in zip(seen, outcomes, strict=False):

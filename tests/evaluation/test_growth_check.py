@@ -109,7 +109,9 @@ def test_the_command_says_what_it_costs_before_it_writes_and_looks_at_the_child_
     arguments = [str(folder / "source"), "--plan", "identity", "--noise-std", "0", "--json"]
     assert grow([*arguments[:1], str(tmp_path / "a"), *arguments[1:]]) == 0
     out, err = capsys.readouterr()
-    assert err.splitlines()[0].startswith("cost: 2 -> 2 layers, none dead; ")
+    told = err.splitlines()
+    assert told[0].startswith("the source stood at step 3 of 400, in the warm-up")
+    assert told[1].startswith("cost: 2 -> 2 layers, none dead; ")
     shown = json.loads(out)
     assert abs(shown["check"]["predictions"]["gap"]) < 1e-6 and shown["cost"]["ratio"] == 1.0
     assert grow([*arguments[:1], str(tmp_path / "b"), *arguments[1:], "--no-check"]) == 0

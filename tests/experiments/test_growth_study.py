@@ -196,7 +196,7 @@ def test_watched_batches_hash_what_was_handed_out(text):
 
 def test_the_paced_optimizer_is_the_one_of_training():
     steps, peak = 30, 2e-3
-    config = OptimizerConfig(learning_rate=peak, warmup=0.1, final=0.1)
+    config = OptimizerConfig(learning_rate=peak, schedule="cosine", warmup=0.1, final=0.1)
     rate = learning_rate(config, steps)
     got = [peak * float(pace(jnp.float32(step), jnp.float32(steps))) for step in range(steps)]
     np.testing.assert_allclose(got, [float(rate(step)) for step in range(steps)], rtol=1e-5)

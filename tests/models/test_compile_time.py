@@ -41,10 +41,10 @@ ALIKE = {
 }
 
 
-RARE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("midpoint", "adaptive")]
+RARE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("lambda", "midpoint", "adaptive")]
 
 
-@pytest.mark.parametrize("name", ["residual", "lambda", *RARE])
+@pytest.mark.parametrize("name", ["residual", *RARE])
 def test_neighbours_of_a_kind_are_one_program_that_computes_the_same(monkeypatch, name):
     """Values, statistics and gradients of three D layers scanned, and one after the other."""
     config = ALIKE[name]

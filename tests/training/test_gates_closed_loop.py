@@ -19,7 +19,7 @@ from gt_jax.configs.model import AdaptiveConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig, budget
 from gt_jax.configs.run import TrainConfig
-from gt_jax.devices.sharding import Rules
+from gt_jax.devices.sharding import Rules, make_mesh
 from gt_jax.models.language_model import free_passes, initialise
 from gt_jax.models.layers.adaptive_depth import FEATURES, HaltingHead, LayerOutput, run_passes
 from gt_jax.models.layers.mixer import MixerOutput, Place
@@ -161,14 +161,21 @@ def test_a_model_trains_under_a_budget(context):
     """The whole step: gates that see the state, audits on rows of living tokens too, the price in the state."""
     config = small_model("D").replace(adaptive=GATES.replace(context=context, lengths=(1.0, 0.3)))
     price = budget(1.5, target_of="passes_run", audit_every=3)
-    trainer = make_trainer(config, TrainConfig(steps=6, price=price, optimizer=OptimizerConfig(halting_scale=10.0)))
+    with jax.set_mesh(make_mesh(data=2, devices=jax.devices()[:2])):
+        seen, state = trained(config, TrainConfig(steps=6, price=price, optimizer=OptimizerConfig(halting_scale=10.0)))
+    assert not any(one["bad"] for one in seen) and seen[-1]["loss"] < seen[0]["loss"]
+    assert seen[1]["price"] != 0 and seen[3]["price"] == seen[2]["price"], "an audit moves no price"
+    assert isinstance(state.price, BudgetState) and float(state.price.weight) > 0
+
+
+def trained(config, train):
+    """(some metrics of each step, the state after the last) on one batch."""
+    trainer = make_trainer(config, train)
     state = trainer.new_state(initialise(config, 0))
     tokens = np.random.default_rng(0).integers(1, config.vocab, (2, 33)).astype(np.int32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((2, 32), np.int32)}
     seen = []
-    for _ in range(6):
+    for _ in range(train.steps):
         state, metrics = trainer.step(state, batch)
         seen.append({name: np.asarray(metrics[name]) for name in ("loss", "price", "passes_run", "bad")})
-    assert not any(one["bad"] for one in seen) and seen[-1]["loss"] < seen[0]["loss"]
-    assert seen[1]["price"] != 0 and seen[3]["price"] == seen[2]["price"], "an audit moves no price"
-    assert isinstance(state.price, BudgetState) and float(state.price.weight) > 0
+    return seen, state

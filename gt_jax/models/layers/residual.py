@@ -154,7 +154,9 @@ class Layer(nn.Module):
             return moved, stream_mean(moved), one.statistics, one.cache, one.link
         if self.is_initializing():  # one call makes every parameter; tracing the passes would triple its time
             self.delta(x, place)
-            self.halting(jnp.zeros((*x.shape[:2], FEATURES), jnp.float32), stream_mean(x), jnp.zeros((), jnp.int32))
+            h = stream_mean(x)
+            features = jnp.zeros((*h.shape[:2], FEATURES), jnp.float32) + jnp.zeros_like(h[..., :1], jnp.float32)
+            self.halting(features, h, jnp.zeros((), jnp.int32))
             return x, stream_mean(x), _unseen(adaptive.max_passes, self.config), cache, None
         moved, first, statistics, caches = run_passes(
             self, x, adaptive, control, cache,

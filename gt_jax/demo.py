@@ -196,7 +196,6 @@ def run(output: Path, text: Sequence[str], steps: int, more: int | None) -> str:
     say(f"2. measuring how deep every layer wants to be, at step {grows.name}, where its rate begins to fall")
     trainer = make_trainer(model, config.train)
     reading = open_text(config.data)
-    assert isinstance(reading, Text)
     held_out = reading.held_out(EVALUATION_BATCHES)
     _, variables, metadata = load(grows)
     price = metadata["price"]

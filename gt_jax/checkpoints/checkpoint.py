@@ -339,6 +339,6 @@ def _read_compared(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def on_primary(work: Callable[[], None]) -> None:
+def on_primary(work: Callable[[], object]) -> None:
     """Run `work` on one process only; the others wait for it, and hear of its error."""
     ProcessGroup().on_first(work)

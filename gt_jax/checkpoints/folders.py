@@ -171,10 +171,13 @@ def step_folders(root: Path) -> dict[int, Path]:
     return {int(entry.name): entry for entry in root.iterdir() if entry.name.isdecimal() and entry.is_dir()}
 
 
-def remove(unfinished: Path) -> None:
-    """Delete what a save left under its temporary names."""
-    for folder in (unfinished, unfinished.with_name(unfinished.name + TEMPORARY)):
+def remove(unfinished: Path) -> bool:
+    """Delete what a save left under its temporary names; returns whether there was anything."""
+    names = (unfinished, unfinished.with_name(unfinished.name + TEMPORARY))
+    found = [folder for folder in names if folder.exists()]
+    for folder in found:
         shutil.rmtree(folder, ignore_errors=True)
+    return bool(found)
 
 
 def set_aside(source: Path, target: Path) -> None:

@@ -117,7 +117,6 @@ def write(target: Path, unfinished: Path, work: Callable[[], None], database: bo
     """
 
     def failed(error: Exception) -> Exception:
-        remove(unfinished)
         code = re.search(r"os_error_code='?(\d+)", str(error))
         number = int(code[1]) if code else getattr(error, "errno", None)
         if number is None:
@@ -133,13 +132,11 @@ def write(target: Path, unfinished: Path, work: Callable[[], None], database: bo
 
 def _remove_for_good(unfinished: Path) -> None:
     """Remove what other writes of a call that failed may still make anew, until none has done so for a moment."""
-    quiet, tries = 0, 0
-    while quiet < _QUIET and tries < _TRIES:
-        with contextlib.suppress(OSError):  # one of them writes into what is being removed
-            if any(unfinished.parent.glob(f"{unfinished.name}*")):
-                remove(unfinished)
-                quiet = 0
-        quiet, tries = quiet + 1, tries + 1
+    quiet = 0
+    for _ in range(_TRIES):
+        quiet = 0 if remove(unfinished) else quiet + 1
+        if quiet == _QUIET:
+            return
         time.sleep(_MOMENT / _QUIET)
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,7 +36,7 @@ class Instance(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Task(Config):
+class Task(Config, abc.ABC):
     """Difficulties from `easiest` to `hardest`; a task has more fields, and says how long an instance is at most."""
 
     name: ClassVar[str]
@@ -43,18 +44,18 @@ class Task(Config):
     hardest: int = 8
 
     @property
+    @abc.abstractmethod
     def longest(self) -> int:
         """Tokens of the longest instance."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def alphabet(self) -> bytes:
         """Every symbol that can stand in an instance, as a question or as an answer."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def draw(self, draws: Draws, hardest: int) -> Instance:
         """One instance, of difficulties up to `hardest`, which a curriculum may set below the task's own."""
-        raise NotImplementedError
 
     def problems(self) -> list[str]:
         wrong = []

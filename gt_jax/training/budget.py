@@ -1,7 +1,7 @@
 """The price of rule "budget": what one more pass must be worth, so that the mean depth is at its target.
 
-w* = sum_l dL/db_l / sum_l dC/db_l over the last bias b_l of each layer's halting head is what a pass is worth to the
-loss L at the margin, in nats: at price w* the common push on the gates is zero. C is the sum over layers and passes
+w* = - sum_l dL/db_l / sum_l dC/db_l over the last bias b_l of each layer's halting head is what a pass is worth to
+the loss L at the margin, in nats: at price w* the common push on the gates is zero. C is the sum over layers and passes
 after the first of `smooth_count`, L the loss without the price.
 
     price = mean(w*) + rms(w*) (4 e + i),    i <- i + 0.08 e,    e = depth - target

@@ -80,9 +80,8 @@ def with_halting_scaled(inner: optax.GradientTransformation, scale: float) -> op
     """`inner`, its updates of halting heads times `scale`; its state as it is."""
 
     def one(path: tuple, update: Any) -> Any:
-        return (
-            scale * update if "halting" in jax.tree_util.keystr(path, simple=True, separator="/").split("/") else update
-        )
+        parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return scale * update if "halting" in parts else update
 
     def update(gradients: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
         updates, moved = inner.update(gradients, state, params)

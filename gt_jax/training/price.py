@@ -59,8 +59,9 @@ def phase(config: PriceConfig, step: Int[Array, ""], steps: int, passes: int) ->
     done = step.astype(jnp.float32) / steps
     warming = done < config.forced_until
     audit = jnp.logical_not(warming) & (step % config.audit_every == config.audit_every - 1)
-    drawn = jax.random.randint(jax.random.fold_in(jax.random.key(passes), step), (), 1, passes + 1)
-    count = config.forced_passes if config.forced_passes else drawn
+    count: int | Array = config.forced_passes
+    if not count:  # a function of the step alone
+        count = jax.random.randint(jax.random.fold_in(jax.random.key(passes), step), (), 1, passes + 1)
     ouro = config.rule == "ouro"
     forced = jnp.where(warming | (audit & ouro), count, 0).astype(jnp.int32)
     p_max = jnp.where(done < config.clipped_until, config.p_max, 1.0).astype(jnp.float32)

@@ -55,9 +55,9 @@ class PassStatistics(NamedTuple):
 
     `survival` is the mean weight w_k, `alive` the share of tokens with s_k >= threshold, `cost` the mean of
     `smooth_count` for passes after the first and `cost_slope` its slope in a number added to the logits of all gates of
-    the layer, `computed` 1 where the pass
-    was computed for the batch, else 0, `s_after` the mean s after the pass (finished tokens keep theirs), `p_mean`,
-    `p_std` and `p_floored` (share at the floor) are of the continue gate over alive tokens, `delta_ratio` is |dh|/|h|
+    the layer, `computed` 1 where the pass was computed for the batch, else 0, `s_after` the mean s after the pass
+    (finished tokens keep theirs), `p_mean`, `p_std` and `p_floored` (share at the floor) are of the continue gate over
+    alive tokens, `delta_ratio` is |dh|/|h|
     and `update_ratio` that times |gain| alpha_k w_k, the size of what the pass adds, over alive tokens ("batch": over
     all, a pass moves them all); the rest comes from mixer and MLP;
     `experts` [p, e] is the share of the real picks that went to each expert, e = 0 for a dense MLP.
@@ -347,7 +347,7 @@ def run_passes(
     def one_pass(layer: Any, carry: _Carry, xs: tuple[Array, Array, Tree]) -> tuple[_Carry, Any]:
         real = real_tokens(place.segment_ids)
         if asked_for(layer, PASSES):
-            runs = (carry.s >= config.threshold) & (real > 0) & _goes_on(carry.s, config, control, real)
+            runs = _counted(carry.s, config, control) & (real > 0) & _goes_on(carry.s, config, control, real)
             sow(layer, "runs", runs, PASSES)
         if config.context == "alive":
             carry, statistics, new_cache = of_living(layer, carry, *xs)

@@ -19,7 +19,9 @@ class PriceConfig(Config):
     `passes_run`, the passes that it runs. `rule` "ouro" (origin): the price makes depth dear, less a coupon for what
     passes gain; every `audit_every`-th step forces passes. "budget": the price, in nats a pass, token and layer, goes
     up and down within `lowest` .. `highest` until depth is at the target, or stays at `value` where there is none
-    (null); every `audit_every`-th step no token is finished. `forced_passes` 0 draws their number for each step anew.
+    (null); every `audit_every`-th step no token is finished. `forced_passes` 0 draws their number for each step anew;
+    over the first `forced_ramp` of the run their number rises evenly from 1 to `forced_passes`, as a curriculum's
+    difficulty does.
     `budget(...)` has the fields that suit this rule.
     """
 
@@ -36,6 +38,7 @@ class PriceConfig(Config):
     clipped_until: float = 0.40
     p_max: float = 0.95
     forced_passes: int = 2
+    forced_ramp: float = 0.0
     audit_every: int = 20
     settled_after: float = 0.005
 
@@ -54,6 +57,10 @@ class PriceConfig(Config):
             wrong.append(f"{least}lowest {self.lowest} <= highest {self.highest} does not hold")
         if self.forced_passes < 0:
             wrong.append(f"forced_passes is {self.forced_passes}; it must be at least 0, which draws their number")
+        if not 0 <= self.forced_ramp <= self.forced_until:
+            wrong.append(f"0 <= forced_ramp {self.forced_ramp} <= forced_until {self.forced_until} does not hold")
+        if self.forced_ramp and not self.forced_passes:
+            wrong.append("forced_passes is 0, which draws their number; forced_ramp needs the number it rises to")
         if not 0 <= self.forced_until <= self.price_from <= self.clipped_until <= 1:
             wrong.append(
                 f"0 <= forced_until {self.forced_until} <= price_from {self.price_from} <= "
@@ -66,10 +73,12 @@ class PriceConfig(Config):
     def after(self, done: int, of: int, steps: int) -> PriceConfig:
         """The price of `steps` steps that follow step `done` of a run of `of` steps: what is over does not come again.
 
-        Phases last as many steps as were left of them, and lambda moves as much in a step.
+        Phases last as many steps as were left of them, and lambda moves as much in a step. A ramp that had begun is
+        over: all passes are forced from there on.
         """
         left = {name: min(1.0, max(0.0, getattr(self, name) * of - done) / steps)
                 for name in ("forced_until", "price_from", "clipped_until")}
+        left["forced_ramp"] = 0.0 if done else min(1.0, self.forced_ramp * of / steps)
         return self.replace(**left, rate=self.rate * steps / of, settled_after=self.settled_after * of / steps)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from gt_jax.tasks.draws import Draws
 from gt_jax.tasks.task import LETTERS, Instance, Task
 
+_END = ord(".")
 _COUNTS = b"0123456789:;<=>?"  # 0 to 15; no letter
 
 
@@ -28,7 +29,7 @@ class PointerJumps(Task):
 
     @property
     def longest(self) -> int:
-        return 2 * self.symbols + 2 * self.queries
+        return 3 * self.symbols + 2 * self.queries
 
     @property
     def alphabet(self) -> bytes:
@@ -50,12 +51,13 @@ class PointerJumps(Task):
         starts = draws.below(self.symbols, self.queries)
         letters = np.frombuffer(LETTERS, np.uint8)
         table = np.stack([cycle[order], cycle[(order + 1) % self.symbols]], axis=1)
+        table = np.concatenate([letters[table], np.full((self.symbols, 1), _END)], axis=1)
         asked = np.stack([np.frombuffer(_COUNTS, np.uint8)[jumps], letters[cycle[starts]]], axis=1)
         answers = letters[cycle[(starts + jumps) % self.symbols]]
         nothing = np.zeros(table.size, np.int64)
         second = np.array([0, 1])
         return Instance.of(
-            np.concatenate([letters[table].ravel(), asked.ravel()]),
+            np.concatenate([table.ravel(), asked.ravel()]),
             np.concatenate([nothing, np.outer(answers, second).ravel()]),
             np.concatenate([nothing, np.outer(jumps, second).ravel()]),
         )

@@ -60,7 +60,10 @@ def phase(config: PriceConfig, step: Int[Array, ""], steps: int, passes: int) ->
     warming = done < config.forced_until
     audit = jnp.logical_not(warming) & (step % config.audit_every == config.audit_every - 1)
     count: int | Array = config.forced_passes
-    if not count:  # a function of the step alone
+    if config.forced_ramp:
+        # 32-bit floats: a step at a stage's border may fall to either side, a step early or late
+        count = 1 + jnp.minimum((count - 1) * done / config.forced_ramp, count - 1).astype(jnp.int32)
+    if not config.forced_passes:  # a function of the step alone
         count = jax.random.randint(jax.random.fold_in(jax.random.key(passes), step), (), 1, passes + 1)
     ouro = config.rule == "ouro"
     forced = jnp.where(warming | (audit & ouro), count, 0).astype(jnp.int32)

@@ -18,8 +18,8 @@ from experiments.growth_study.flops import measuring_flops
 from experiments.growth_study.inference import Interval, Times, interval
 from experiments.growth_study.operators import DEALT, OPERATORS
 from experiments.growth_study.run import CONTROLS, LONGER, SCRATCH_TOKENS
-from experiments.growth_study.store import check_same
 from experiments.growth_study.study import StudyConfig
+from experiments.units import check_same
 from gt_jax.errors import Refused
 
 NAME = "growth_operators"
@@ -126,7 +126,7 @@ def check_output(output: Path, study: StudyConfig, content: str) -> None:
     """Refuse an --output that holds another study's results, before any work is done."""
     file = output / f"{NAME}.json"
     if file.exists():
-        check_same(file, {"config": named(study).to_json(), "content": content}, named(study))
+        check_same(file, named(study), content)
     if output.exists() and not output.is_dir():
         raise Refused(f"--output {output} is a file; name a folder")
 

@@ -1,0 +1,73 @@
+"""The stored file of a study: {"command", "config", "machine", "seconds", "rows": [...], "summary": {...}, "content"}.
+
+Rows are sorted, so that the same units give the same bytes but for the seconds, whatever order they were made in.
+`content` is a hash of what the study read; another study's file is refused by it and by the config.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.units import check_same
+from gt_jax.configs.json_config import Config, read_object
+from gt_jax.errors import Refused
+from gt_jax.files import write_atomically
+
+KEYS = ("command", "config", "machine", "seconds", "rows", "summary", "content")
+ORDER = ("task", "model", "seed")
+
+
+def command_line(module: str, words: Sequence[str], files: Iterable[str] = ()) -> str:
+    """What was typed, `files` by their names alone: a stored file says nothing of the machine's folders."""
+    names = {file: Path(file).name for file in files}
+    return shlex.join(["python", "-m", module, *(names.get(word, word) for word in words)])
+
+
+def stored(
+    *, command: str, config: Config, machine: Mapping[str, Any], seconds: float, rows: Iterable[Mapping[str, Any]],
+    summary: Mapping[str, Any], content: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The file's object, as it will be read: rows sorted by task, model, seed, then all else."""
+
+    def order(row: Mapping[str, Any]) -> tuple[str, ...]:
+        # numbers by their size: of equal length, as text
+        keys = (row.get(key, "") for key in ORDER)
+        return (*(f"{key:012d}" if isinstance(key, int) else str(key) for key in keys), json.dumps(row, sort_keys=True))
+
+    found = {"command": command, "config": config.to_json(), "machine": dict(machine), "seconds": round(seconds, 1),
+             "rows": sorted(rows, key=order), "summary": dict(summary), "content": content}  # fmt: skip
+    return dict(json.loads(_text(found)))
+
+
+def write(file: Path, found: Mapping[str, Any]) -> None:
+    """Write what `stored` gave, whole; the folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, _text(found))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A stored file; raises `Refused` where it cannot be read or is no such file."""
+    found = read_object(file, "--output")
+    if missing := [key for key in KEYS if key not in found]:
+        raise Refused(f"{file} is no stored result of a study: it has no {', '.join(missing)}")
+    return found
+
+
+def check_output(output: Path, name: str, study: Config, content: str) -> None:
+    """Refuse an --output that holds another study's `name`.json, before any work is done."""
+    if output.exists() and not output.is_dir():
+        raise Refused(f"--output {output} is a file; name a folder")
+    if (file := output / f"{name}.json").exists():
+        check_same(file, study, content)
+
+
+def _text(found: Mapping[str, Any]) -> str:
+    """A line a row, so that two files are compared line by line; a number that is not finite is an error."""
+    rows = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in found["rows"])
+    rest = {key: found[key] for key in KEYS if key != "rows"}
+    head = json.dumps(rest, indent=1, allow_nan=False)
+    return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'

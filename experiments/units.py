@@ -1,0 +1,83 @@
+"""Studies in units: a work directory of finished ones, so that a killed study goes on, and workers that make them.
+
+- WORK/study.json holds the config and a hash of the text; another config is refused with the fields that differ.
+- A unit is one JSON object, written whole under its name: the same command finds it and makes only what is missing.
+- Workers are processes of their own, each held to one core, so that two neither share threads nor wait for each other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gt_jax.checkpoints.folders import prepare_parent
+from gt_jax.configs.json_config import Config, read_object
+from gt_jax.configs.run import differences
+from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import write_atomically
+
+Unit = Mapping[str, Any]
+
+
+class Units:
+    """The finished units of one study under `root`. `content` is a hash of what it reads.
+
+    Files of the fields `places` may lie elsewhere than in the run before, as long as `content` is the same. Raises
+    `Refused` for a directory of another study, or of something else.
+    """
+
+    def __init__(self, root: Path, study: Config, content: str, places: Sequence[str] = ("text",)) -> None:
+        self.root = root
+        file = root / "study.json"
+        if file.exists():
+            check_same(file, study, content, places)
+            return
+        if root.exists() and (not root.is_dir() or any(path.name != "study.json.tmp" for path in root.iterdir())):
+            raise Refused(f"--work {root} exists and is not this study's; give an empty or a new directory")
+        prepare_parent(file)
+        write_atomically(file, json.dumps({"config": study.to_json(), "content": content}, indent=1) + "\n")
+
+    def path(self, name: str, suffix: str = ".json") -> Path:
+        """Where a unit is kept; `seed0/dense at 0.003` lies in a folder of its seed."""
+        *folders, last = map(slug, name.split("/"))
+        return self.root.joinpath(*folders, last + suffix)
+
+    def found(self, name: str) -> dict[str, Any] | None:
+        """A finished unit, or None."""
+        file = self.path(name)
+        return read_object(file, "finished unit") if file.exists() else None
+
+    def keep(self, name: str, made: Unit) -> dict[str, Any]:
+        """Write a unit, whole; returns it as it will be found."""
+        file = self.path(name)
+        prepare_parent(file)
+        write_atomically(file, json.dumps(dict(made)) + "\n")
+        return read_object(file, "finished unit")
+
+    def unit(self, name: str, make: Callable[[], Unit]) -> tuple[dict[str, Any], bool]:
+        """The finished unit and whether it was found; else it is made, and written before it is returned."""
+        there = self.found(name)
+        return (self.keep(name, make()), False) if there is None else (there, True)
+
+
+def slug(name: str) -> str:
+    """A name as a file name."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def check_same(file: Path, study: Config, content: str, places: Sequence[str] = ("text",)) -> None:
+    """Raise `Refused` with the differing fields where `file` holds another study's "config" or "content"."""
+    there = read_object(file, "the study in")
+    same = there.get("content") == content
+    try:
+        wrong = differences(type(study).from_json(there.get("config", {})), study)
+    except Refused as error:
+        wrong = [f"its config does not read: {error}"]
+    if not wrong and not same:
+        wrong = [f"the text's content: {there.get('content')!r} and {content!r}"]
+    if same:
+        wrong = [line for line in wrong if not line.startswith(tuple(f"{name}:" for name in places))]
+    refuse_all(wrong, f"{file} is of another study (there and here); give another directory, or the same words:")

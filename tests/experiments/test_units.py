@@ -1,0 +1,123 @@
+"""Units of a study: found again, refused to another, made by workers that may die; the stored file's form."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from experiments import contract, workers
+from experiments.units import Units
+from experiments.workers import Workers
+from gt_jax.configs.json_config import Config
+from gt_jax.errors import Failed, Refused
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study(Config):
+    text: tuple[str, ...] = ("a/stories.txt",)
+    seeds: tuple[int, ...] = (0, 1)
+    width: int = 8
+
+
+def unit(folder: Path, argument: tuple[str, int]) -> dict[str, object]:
+    """What a worker makes: its process and its cores; some die at their first try, some fail."""
+    fate, number = argument
+    tried = folder / f"{fate}{number}"
+    if fate == "dies" and not tried.exists():
+        tried.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fate == "fails":
+        raise ValueError(f"number {number} is odd")
+    return {"number": number, "process": os.getpid(), "cores": len(os.sched_getaffinity(0))}
+
+
+def test_a_unit_is_made_once_and_found_by_the_same_study_alone(tmp_path):
+    made = []
+
+    def make() -> dict[str, object]:
+        made.append(1)
+        return {"loss": (1, 2)}
+
+    units = Units(tmp_path / "work", Study(), "hash")
+    assert units.found("seed0/Dense at 0.003") is None
+    assert units.unit("seed0/Dense at 0.003", make) == ({"loss": [1, 2]}, False)
+    moved = Units(tmp_path / "work", Study(text=("b/stories.txt",)), "hash")  # the same text, elsewhere
+    assert moved.unit("seed0/Dense at 0.003", make) == ({"loss": [1, 2]}, True) and made == [1]
+    assert (tmp_path / "work" / "seed0" / "dense-at-0.003.json").exists()
+    with pytest.raises(Refused, match=r"(?s)seeds: \(0, 1\) and \(2,\).*width: 8 and 16"):
+        Units(tmp_path / "work", Study(seeds=(2,), width=16), "hash")
+    with pytest.raises(Refused, match="the text's content: 'hash' and 'other'"):
+        Units(tmp_path / "work", Study(), "other")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    with pytest.raises(Refused, match="exists and is not this study's"):
+        Units(tmp_path / "mine", Study(), "hash")
+
+
+def test_workers_make_what_is_missing_on_a_core_each_also_after_one_was_killed(tmp_path):
+    units, said = Units(tmp_path / "work", Study(), "hash"), []
+    units.keep("unit 0", {"number": 0, "process": 0})
+    make = functools.partial(unit, tmp_path)
+    with Workers(units, make, jobs=2, say=said.append) as pool:
+        found = pool.all({f"unit {n}": ("dies" if n == 2 else "lives", n) for n in range(4)})
+        assert [one["number"] for one in found.values()] == [0, 1, 2, 3] and found["unit 0"]["process"] == 0
+        assert os.getpid() not in {one["process"] for one in found.values()}
+        assert {one["cores"] for one in found.values() if one["process"]} == {1}
+        assert sum("unit 2: its worker ended with -9; the unit is made again" in line for line in said) == 1
+        with pytest.raises(Failed, match=r"unit 5: ValueError: number 5 is odd"):
+            pool.all({"unit 5": ("fails", 5)})
+    assert Units(tmp_path / "work", Study(), "hash").found("unit 2") == found["unit 2"]
+
+
+def test_one_job_is_this_process(tmp_path):
+    with Workers(Units(tmp_path / "work", Study(), "hash"), functools.partial(unit, tmp_path)) as pool:
+        assert pool.all({"unit": ("lives", 1)})["unit"]["process"] == os.getpid()
+
+
+def test_a_unit_that_kills_every_worker_ends_the_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "TRIES", 1)
+    with (
+        Workers(Units(tmp_path / "work", Study(), "hash"), functools.partial(unit, tmp_path), jobs=2) as pool,
+        pytest.raises(Failed, match="unit: 1 workers died of it, the last with -9"),
+    ):
+        pool.all({"unit": ("dies", 1)})
+
+
+def test_the_stored_file_is_the_same_for_the_same_units(tmp_path):
+    rows = [{"task": "text", "model": model, "seed": seed, "loss": seed / 3} for model in "ba" for seed in (10, 2)]
+    how = {"command": "python -m experiments.any", "config": Study(), "machine": {"cores": 2}, "summary": {"best": 1.5},
+           "content": "hash"}  # fmt: skip
+    files = [tmp_path / "new" / "one.json", tmp_path / "new" / "other.json"]
+    for file, these in zip(files, (rows, rows[::-1]), strict=True):
+        contract.write(file, contract.stored(rows=these, seconds=1.23, **how))
+    assert files[0].read_bytes() == files[1].read_bytes()
+    found = contract.read(files[0])
+    assert set(found) == {"command", "config", "machine", "seconds", "rows", "summary", "content"}
+    assert [(row["model"], row["seed"]) for row in found["rows"]] == [("a", 2), ("a", 10), ("b", 2), ("b", 10)]
+    assert Study.from_json(found["config"]) == Study() and found == contract.stored(rows=rows, seconds=1.2, **how)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        contract.stored(rows=[{"loss": float("nan")}], seconds=0.0, **how)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "any.json").write_text(json.dumps({"config": Study().to_json(), "content": "hash"}))
+    with pytest.raises(Refused, match="it has no command, machine, seconds, rows, summary"):
+        contract.read(tmp_path / "any.json")
+    contract.check_output(tmp_path, "any", Study(text=("elsewhere/stories.txt",)), "hash")
+    contract.check_output(tmp_path / "new", "any", Study(), "hash")
+    with pytest.raises(Refused, match="width: 8 and 9"):
+        contract.check_output(tmp_path, "any", Study(width=9), "hash")
+    with pytest.raises(Refused, match="is a file; name a folder"):
+        contract.check_output(tmp_path / "any.json", "any", Study(), "hash")
+
+
+def test_a_command_says_nothing_of_folders():
+    words = ["--text", "/home/me/my stories.txt", "--jobs", "2"]
+    assert contract.command_line("experiments.any", words, words[1:2]) == (
+        "python -m experiments.any --text 'my stories.txt' --jobs 2")  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the study of depth on tasks trains: tasks, models, steps, by scale."""
+"""What the study of depth on tasks trains: a task, its models and their training, at one size."""
 
 from __future__ import annotations
 
@@ -6,35 +6,49 @@ import dataclasses
 
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.json_config import Config, below
-from gt_jax.configs.model import AdaptiveConfig, DeltaNetConfig, GSAConfig, ModelConfig
+from gt_jax.configs.model import AdaptiveConfig, DeltaNetConfig, EmbeddingConfig, GSAConfig, ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.presets import tiny
 from gt_jax.configs.price import budget
 from gt_jax.configs.run import TrainConfig
 from gt_jax.tasks.registry import read_task
 
-SHALLOW, ADAPTIVE, MEAN, MOST = "plain, shallow", "adaptive", "plain, mean depth", "plain, most depth"
+TUNING = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting(Config):
-    """One task at one size. `opened` is the share of the run in which all passes are forced, before gates decide."""
+    """One task at one size: rows of one instance each.
+
+    The hardest difficulty rises over the first `curriculum` of the steps, and with it the passes that are forced, from
+    1 to `passes`; all are forced until `opened` of the steps, and the gates decide from then on, at `pass_price` nats a
+    pass. Look-ups are learned only from embeddings of unit size: at 0.125 a model of two passes does not find the
+    second look-up in the time in which it solves four with these.
+    """
 
     task: str
     layout: str = "D"
     width: int = 64
-    heads: int = 1
     passes: int = 4
-    steps: int = 2000
+    steps: int = 1400
     rows: int = 32
-    rate: float = 3e-3
-    curriculum: float = 0.6
-    opened: float = 0.7
+    curriculum: float = 0.65
+    opened: float = 0.75
     pass_price: float = 0.003
-    held_out_batches: int = 8
+    held_out_batches: int = 12
 
     def problems(self) -> list[str]:
-        return below(self, 1, "steps", "rows", "passes", "held_out_batches")
+        wrong = below(self, 1, "rows", "held_out_batches") + below(self, 2, "passes", "steps")
+        if "*" in self.layout or "," in self.layout:
+            wrong.append(f"layout is {self.layout}; it must be one pattern, which plain models repeat")
+        if self.width < 8 or self.width % 8:
+            wrong.append(f"width is {self.width}; it must be a multiple of 8")
+        return wrong
+
+    @property
+    def name(self) -> str:
+        """The task's name alone."""
+        return self.task.partition(":")[0]
 
     @property
     def length(self) -> int:
@@ -45,29 +59,29 @@ class Setting(Config):
         """The task's instances; a curriculum over the first part of the run."""
         rows = round(self.curriculum * self.steps) * self.rows
         return DataConfig(tasks=(self.task,), sequence_length=self.length, batch_size=self.rows, seed=seed,
-                          curriculum_rows=rows)  # fmt: skip
+                          tuning=TUNING, curriculum_rows=rows)  # fmt: skip
 
     def adaptive(self) -> ModelConfig:
         """The model whose layers may run up to `passes` times, each at full strength."""
-        gates = AdaptiveConfig(alpha=(1.0,) * self.passes, initial_bias=2.0).seeing_state
-        each = self.width // self.heads
+        each = self.width // 4
         return tiny().replace(
-            layout=self.layout, width=self.width, mlp_width=2 * self.width, init_std=0.125, remat="none", adaptive=gates,
-            deltanet=DeltaNetConfig(heads=self.heads, value_heads=self.heads, key_width=each, value_width=each,
+            layout=self.layout, width=self.width, mlp_width=2 * self.width, init_std=self.width**-0.5, remat="none",
+            embedding=EmbeddingConfig(normed=True),
+            adaptive=AdaptiveConfig(alpha=(1.0,) * self.passes, initial_bias=2.0).seeing_state,
+            deltanet=DeltaNetConfig(heads=1, value_heads=1, key_width=self.width, value_width=self.width,
                                     chunk_size=32),
-            gsa=GSAConfig(heads=4, head_width=self.width // 4, indexer_heads=2, indexer_width=8,
+            gsa=GSAConfig(heads=4, head_width=each, indexer_heads=2, indexer_width=8,
                           k_base=self.length, k_min=self.length, k_max=self.length),
         )  # fmt: skip
 
     def plain(self, times: int) -> ModelConfig:
         """The model without adaptive depth, its layout so many times."""
         plain = self.adaptive().plain
-        return plain.replace(layout=f"{self.layout}*{times}")
+        return plain.replace(layout=self.layout if times == 1 else f"{self.layout}*{times}")
 
-    def train(self, seed: int) -> TrainConfig:
+    def train(self, seed: int, rate: float) -> TrainConfig:
         """The same for every model; the price is only for the adaptive one."""
-        phases = {"forced_until": self.opened, "price_from": self.opened, "clipped_until": self.opened,
-                  "forced_ramp": self.curriculum}
-        price = budget(None, value=self.pass_price, forced_passes=self.passes, **phases)
-        optimizer = OptimizerConfig(learning_rate=self.rate, weight_decay=0.01, halting_scale=10.0)
+        price = budget(None, value=self.pass_price, forced_passes=self.passes, forced_until=self.opened,
+                       forced_ramp=self.curriculum, price_from=self.opened, clipped_until=self.opened)  # fmt: skip
+        optimizer = OptimizerConfig(learning_rate=rate, weight_decay=0.01, halting_scale=10.0)
         return TrainConfig(steps=self.steps, seed=seed, optimizer=optimizer, price=price)

@@ -1,0 +1,100 @@
+"""The study's page and picture, made from its stored file alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.depth_study.findings import BOUNDS, FIGURES, text_of
+from experiments.depth_study.study import ADAPTIVE, MODELS
+from gt_jax.files import write_atomically
+from gt_jax.monitoring.answer_plots import Curve, Panel, plot_by_difficulty
+
+NAME = "depth_tasks"
+
+
+def write(output: Path, stored: Mapping[str, Any]) -> str:
+    """OUTPUT/depth_tasks.md and .png of a stored file; returns the Markdown text."""
+    text = markdown(stored)
+    write_atomically(output / f"{NAME}.md", text)
+    plot_by_difficulty([panel(task, found) for task, found in stored["summary"].items()], output / f"{NAME}.png")
+    return text
+
+
+def panel(task: str, found: Mapping[str, Any]) -> Panel:
+    """Right answers and passes by difficulty, means over seeds with their intervals."""
+    models = found["models"]
+    accuracy = {name: curve(models[name]["accuracy"]) for name in (ADAPTIVE, *(m for m in MODELS if m != ADAPTIVE))}
+    for count, figures in models[ADAPTIVE]["accuracy_forced"].items():
+        accuracy[f"adaptive, {count} pass{'es' * (count != '1')} forced"] = curve(figures)
+    rho = found["figures"]["spearman"]["mean"]
+    return Panel(f"{task}: passes follow difficulty with {rho:.2f}", accuracy,
+                 {ADAPTIVE: curve(models[ADAPTIVE]["passes"])})  # fmt: skip
+
+
+def curve(figures: Mapping[str, Any]) -> Curve:
+    """A curve over difficulties."""
+    return {int(key): (one["mean"], one["low"], one["high"]) for key, one in figures.items()}
+
+
+def markdown(stored: Mapping[str, Any]) -> str:
+    """The page: what was asked of each task, and what was found."""
+    seeds = stored["config"]["seeds"]
+    lines = [
+        "# Is depth used?", "", f"`{stored['command']}`", "",
+        f"{len(seeds)} seed{'s' * (len(seeds) != 1)}, {stored['seconds'] / 60:.0f} minutes on "
+        f"{stored['machine']['cores']} cores. Figures are means over seeds, in brackets the 95 % interval by Student's "
+        "t. Every model trained at the better of the rates, by its loss on the tuning part; figures are of held-out "
+        f"instances. ![by difficulty]({NAME}.png)", "",
+    ]  # fmt: skip
+    for setting in stored["config"]["settings"]:
+        found = stored["summary"][setting["task"].partition(":")[0]]
+        lines += [f"## {setting['task']}", "", *_claims(found["figures"]), "", *_models(found["models"]), "",
+                  *_forced(found["models"][ADAPTIVE]), "", *_cuts(found["models"][ADAPTIVE]), ""]  # fmt: skip
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(one) + " |" for one in (head, ["---"] * len(head), *rows)]
+
+
+def _claims(figures: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, words in FIGURES.items():
+        bound = BOUNDS.get(name)
+        pattern = "{:.2f}" if name == "spearman" else "{:+.1f}"
+        met = "-" if bound is None else "yes" if figures[name]["mean"] >= bound else "no"
+        rows.append([words, text_of(figures[name], pattern), "-" if bound is None else f"{bound:g}", met])
+    return table(["figure", "found", "asked: at least", "met"], rows)
+
+
+def _models(models: Mapping[str, Any]) -> list[str]:
+    difficulties = list(models[ADAPTIVE]["accuracy"])
+    rows = [[name, one["layers"], f"{one['rate']:g}",
+             *(f"{100 * one['accuracy'][d]['mean']:.0f}" for d in difficulties),
+             text_of(_percent(one["accuracy_hardest"]), "{:.1f}"), f"{one['microseconds_a_token']['mean']:.1f}"]
+            for name, one in models.items()]  # fmt: skip
+    rows.append(["passes of the adaptive one", "", "", *(f"{models[ADAPTIVE]['passes'][d]['mean']:.2f}"
+                                                         for d in difficulties), "", ""])
+    return table(["right answers, %", "layers", "rate", *(f"d = {d}" for d in difficulties), "hardest third",
+                  "µs a token"], rows)  # fmt: skip
+
+
+def _percent(figure: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value if key == "seeds" or value is None else 100 * value for key, value in figure.items()}
+
+
+def _forced(adaptive: Mapping[str, Any]) -> list[str]:
+    difficulties = list(adaptive["accuracy"])
+    rows = [[count, *(f"{100 * figures[d]['mean']:.0f}" for d in difficulties)]
+            for count, figures in adaptive["accuracy_forced"].items()]  # fmt: skip
+    return table(["passes forced: right answers, %", *(f"d = {d}" for d in difficulties)], rows)
+
+
+def _cuts(adaptive: Mapping[str, Any]) -> list[str]:
+    rows = [[str(one["layer"]), one["type"], ", ".join(map(str, one["k_exec"])),
+             f"{one['passes_run']['mean']:.2f}", text_of(one["cost"], "{:.1f}")]
+            for one in adaptive["cuts"]]  # fmt: skip
+    return table(["layer", "type", "k_exec by seed", "passes run", "what one pass there costs, points"], rows)

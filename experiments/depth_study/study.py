@@ -1,0 +1,75 @@
+"""The study of depth on tasks as one frozen config: settings by scale, seeds, rates, and the models compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from experiments.depth_study.setting import Setting
+from gt_jax.configs.json_config import Config
+from gt_jax.configs.model import ModelConfig
+from gt_jax.errors import Refused
+
+SHALLOW, ADAPTIVE, MEAN, MOST = "plain, shallow", "adaptive", "plain, mean depth", "plain, most depth"
+MODELS = (SHALLOW, ADAPTIVE, MEAN, MOST)
+
+CHAINS = Setting(task="variable_chains:hardest=4,chains=4,letters=20,order=backward", steps=1400)
+JUMPS = Setting(task="pointer_jumps:hardest=4,symbols=8,queries=4", steps=1200)
+WIDER = {"layout": "DDDG", "width": 256, "rows": 256, "held_out_batches": 8}
+SCALES: dict[str, tuple[Setting, ...]] = {
+    "minutes": tuple(one.replace(steps=60, width=16, rows=8, held_out_batches=2) for one in (CHAINS, JUMPS)),
+    "small": (CHAINS, JUMPS),
+    "accelerator": (
+        Setting(task="variable_chains:hardest=12,chains=4,order=backward", steps=20000, **WIDER),  # type: ignore[arg-type]
+        Setting(task="pointer_jumps:hardest=12,symbols=24,queries=8", steps=20000, **WIDER),  # type: ignore[arg-type]
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study(Config):
+    """Every model of every setting is trained at each of `rates` with the first seed; the best goes on with the others.
+
+    The best has the least loss on the tuning part, which nothing trains on; figures are of the held-out part.
+    """
+
+    settings: tuple[Setting, ...] = SCALES["small"]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rates: tuple[float, ...] = (2e-3, 4e-3)
+
+    def problems(self) -> list[str]:
+        wrong = []
+        if not self.settings:
+            wrong.append("settings is empty; a study needs at least one task")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
+        if not self.rates or min(self.rates) <= 0:
+            wrong.append(f"rates are {list(self.rates)}; one or more positive learning rates are needed")
+        return wrong
+
+
+class Wanted(NamedTuple):
+    """One unit: `model` of `setting` trained with `seed` at `rate`; a plain one has the layout `times` times."""
+
+    setting: Setting
+    model: str
+    times: int
+    seed: int
+    rate: float
+
+    @property
+    def name(self) -> str:
+        """Where the unit is kept."""
+        return f"{self.setting.name}/seed{self.seed}/{self.model} at {self.rate:g}"
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model."""
+        return self.setting.adaptive() if self.model == ADAPTIVE else self.setting.plain(self.times)
+
+
+def scaled(scale: str, seeds: tuple[int, ...]) -> Study:
+    """The study of a scale; raises `Refused` for one that is not known."""
+    if scale not in SCALES:
+        raise Refused(f"--scale {scale} is not known; the scales are {', '.join(SCALES)}")
+    return Study(settings=SCALES[scale], seeds=seeds)

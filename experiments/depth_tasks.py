@@ -1,0 +1,118 @@
+"""Is depth used? Tasks of known difficulty: do passes follow it, do they matter, and is the same depth without them as
+good?
+
+    python -m experiments.depth_tasks [--scale small] [--seeds 0,1,2] [--jobs 2] [--work runs/depth_tasks]
+    python -m experiments.depth_tasks --render               # page and picture anew from OUTPUT/depth_tasks.json
+
+- By task: the plain shallow model, the adaptive one, plain ones as deep as its mean and its most passes, each at its
+  own rate, the same instances and steps for all (depth_study/setting.py).
+- Asked of each: right answers by difficulty; of the adaptive one also passes, their correlation with the difficulty,
+  what 1, 2, … passes forced and what a single pass in each layer cost.
+- Interrupted, the same command goes on: every trained model is a file in --work. Another configuration is refused.
+- Writes depth_tasks.json, .md and .png to --output; those of the same study are rewritten, others refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experiments.depth_study.study import Study
+    from experiments.workers import Workers
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0].replace("\n", " "))
+    p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; accelerator (default small)")
+    p.add_argument("--seeds", default="0,1,2", help="one of every model each")
+    p.add_argument("--jobs", type=int, default=1, help="models trained at once, each on a core of its own")
+    p.add_argument("--work", type=Path, default=Path("runs/depth_tasks"), help="folder of the finished units")
+    p.add_argument("--output", type=Path, default=Path("experiments/results"))
+    p.add_argument("--render", action="store_true", help="train nothing: page and picture anew from --output")
+    return p
+
+
+def configured(arguments: argparse.Namespace) -> Study:
+    """The study that the words name; raises `Refused` for words that make none."""
+    from experiments.depth_study.study import scaled
+    from gt_jax.errors import Refused
+
+    if arguments.jobs < 1:
+        raise Refused(f"--jobs {arguments.jobs}: at least one model is trained at a time")
+    try:
+        seeds = tuple(int(word) for word in arguments.seeds.split(","))
+    except ValueError as error:
+        raise Refused(f"--seeds {arguments.seeds!r} is no list of whole numbers such as 0,1,2") from error
+    return scaled(arguments.scale, seeds)
+
+
+def all_rows(study: Study, workers: Workers) -> list[dict[str, Any]]:
+    """The rows of every model at its best rate, at every seed; rates and mean depth are those of the first seed."""
+    from experiments.depth_study.study import ADAPTIVE, MEAN, MOST, SHALLOW, Wanted
+
+    first, *others = study.seeds
+    chosen: list[Wanted] = []
+
+    def tried(models: Sequence[tuple[Any, str, int]]) -> dict[str, dict[str, Any]]:
+        wanted = {(setting, model): [Wanted(setting, model, times, first, rate) for rate in study.rates]
+                  for setting, model, times in models}  # fmt: skip
+        made = workers.all({one.name: one for each in wanted.values() for one in each})
+        best = [min(each, key=lambda one: made[one.name]["tuning_nats"]) for each in wanted.values()]
+        chosen.extend(best)
+        return {one.setting.task: made[one.name] for one in best if one.model == ADAPTIVE}
+
+    adaptive = tried([(setting, *one) for setting in study.settings
+                      for one in ((ADAPTIVE, 1), (MOST, setting.passes), (SHALLOW, 1))])  # fmt: skip
+    tried([(setting, MEAN, mean_depth(adaptive[setting.task])) for setting in study.settings])
+    wanted = [one._replace(seed=seed) for one in chosen for seed in (first, *others)]
+    return list(workers.all({one.name: one for one in wanted}).values())
+
+
+def mean_depth(row: dict[str, Any]) -> int:
+    """How often a plain model has the layout that is as deep as the mean passes of a token that is asked, rounded."""
+    passes = list(row["passes"].values())
+    return max(1, round(sum(passes) / len(passes)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the study, or only render it, and print its page."""
+    from experiments import contract
+    from experiments.depth_study import report
+    from experiments.depth_study.engine import make
+    from experiments.depth_study.findings import summary
+    from experiments.machine import machine
+    from experiments.units import Units
+    from experiments.workers import Workers
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(words)
+    output = arguments.output
+    if arguments.render:
+        stored = contract.read(output / f"{report.NAME}.json")
+        print(report.write(output, {**stored, "summary": summary(stored["rows"])}))
+        return 0
+    study = configured(arguments)
+    contract.check_output(output, report.NAME, study, "")
+    began = time.monotonic()
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    with Workers(Units(arguments.work, study, ""), make, arguments.jobs, say) as workers:
+        rows = all_rows(study, workers)
+    rows = [{key: value for key, value in row.items() if key != "line"} for row in rows]
+    stored = contract.stored(command=contract.command_line("experiments.depth_tasks", words), config=study,
+                             machine=machine(), seconds=time.monotonic() - began, rows=rows, summary=summary(rows),
+                             content="")  # fmt: skip
+    contract.write(output / f"{report.NAME}.json", stored)
+    print(report.write(output, stored))
+    return 0
+
+
+if __name__ == "__main__":
+    from gt_jax.errors import run_command
+
+    run_command(main)

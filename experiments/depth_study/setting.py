@@ -32,9 +32,9 @@ class Setting(Config):
     passes: int = 4
     steps: int = 1400
     rows: int = 32
-    curriculum: float = 0.65
-    opened: float = 0.75
-    pass_price: float = 0.003
+    curriculum: float = 0.6
+    opened: float = 0.7
+    pass_price: float = 0.02
     held_out_batches: int = 12
 
     def problems(self) -> list[str]:

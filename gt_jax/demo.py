@@ -1,14 +1,14 @@
-"""`make demo`: the whole idea on real text in a few minutes: train shallow and adaptive, measure, grow, train on.
+"""`make demo`: the whole idea in a few minutes: a layer that decides how often it runs, measured, grown, trained on.
 
-- The source is the preset `tiny`: 8 layers that may run up to four times a token, trained on the Python library's own
-  sources as bytes (`--text` for other text).
-- At the end of the plateau of its learning rate it is grown to 20 layers in three ways: by the published recipe, with
-  its strengths on the output tensors, and as `python -m gt_jax.grow` does by default (plan `dealt`, coefficient
-  `expected`, carry `gain`). Beside them stand three baselines: the source itself, its own eight layers run once each,
-  and twenty layers of random weights.
+- The task is pointer jumps: a permutation is written down, then followed; the d-th jump takes d look-ups, one behind
+  another. One layer, run once, has one. The source is the preset `one_layer`, which may run up to four times a token.
+- Beside it trains the same layer without passes. Both see the same instances, none of which is evaluated on.
+- At the end of the plateau of its learning rate the source is grown to four layers: each copy at the full strength of
+  its pass, or, as `python -m gt_jax.grow` does by default, at the mean over tokens. Beside them stand two baselines:
+  the layer once, and four random layers.
 - Every model then trains on: the same batches, the same fall of the rate, and but for the random one with the second
   moments of the source's optimizer.
-- Interrupted, it goes on where it stopped; run again, it gives the same losses.
+- Interrupted, it goes on where it stopped; run again, it gives the same figures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +27,13 @@ from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
-from gt_jax.configs.presets import tiny
+from gt_jax.configs.presets import one_layer
+from gt_jax.configs.price import budget
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.configs.standing import plateau_end
 from gt_jax.devices.sharding import mesh_for_rows, put_like
 from gt_jax.errors import Refused, run_command
+from gt_jax.evaluation.answer_table import answer_table
 from gt_jax.evaluation.measurement import pass_counts
 from gt_jax.evaluation.model_files import load
 from gt_jax.files import write_atomically
@@ -41,19 +43,26 @@ from gt_jax.growth.provenance import grown_plan
 from gt_jax.growth.stream import grow_checkpoint
 from gt_jax.growth.transform import target_config
 from gt_jax.models.language_model import abstract, initialise
+from gt_jax.monitoring.answer_plots import panel_of, plot_by_difficulty
 from gt_jax.monitoring.metrics import Recorder, read_metrics, seconds_of, table
-from gt_jax.monitoring.plots import plot_depth, plot_growth
-from gt_jax.text.batches import Text, open_text
+from gt_jax.monitoring.plots import plot_growth
+from gt_jax.tasks.registry import read_task
+from gt_jax.text.batches import Text
+from gt_jax.text.data import Data, open_data
 from gt_jax.training.loop import Trainer, fit, make_trainer, train_run, variables_of
 from gt_jax.training.moments import carried_moments
-from gt_jax.training.step import evaluate
 from gt_jax.typing import Tree
 
-TARGET_LAYERS = 20
+TASK = "pointer_jumps:hardest=4,symbols=8,queries=4"
+STEPS = 1200
+RAMP, FORCED, DECAY = 0.6, 0.7, 0.1
 EVALUATION_BATCHES = 12
 RANDOM_SEED = 1
-LAST = "grown, dealt, gain + expected"
-ROWS = 4
+ONCE, ADAPTIVE = "one layer, once", "one layer, adaptive"
+LAST = "grown, full strength"
+ROWS = 32
+
+Answers = dict[str, Any]
 
 
 class Contender(NamedTuple):
@@ -66,23 +75,27 @@ class Contender(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of one: held-out losses before and after training on, its curve, the seconds that took."""
+    """What became of one: answers before and after training on (`answer_table`), its curve, the seconds that took."""
 
     name: str
     layers: int
-    parameters: int
-    before: float
-    after: float
+    passes: float
+    before: Answers
+    after: Answers
     curve: list[tuple[float, float]]
     seconds: float
 
 
-def source_config(text: Sequence[str], steps: int) -> RunConfig:
-    """The adaptive source's run."""
-    optimizer = OptimizerConfig(learning_rate=3e-3)
-    train = TrainConfig(steps=steps, evaluate_every=0, checkpoint_every=100, optimizer=optimizer)
-    data = DataConfig(text=tuple(text), sequence_length=128, batch_size=ROWS)
-    return RunConfig(model=tiny(), train=train, data=data)
+def source_config(model: ModelConfig, steps: int) -> RunConfig:
+    """The run of the adaptive source, or of the same layer without passes."""
+    price = budget(None, value=0.02, forced_passes=4, forced_ramp=RAMP, forced_until=FORCED, price_from=FORCED,
+                   clipped_until=FORCED)  # fmt: skip
+    optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.01, decay=DECAY, halting_scale=10.0)
+    train = TrainConfig(steps=steps, evaluate_every=0, checkpoint_every=max(1, steps // 4), optimizer=optimizer,
+                        price=price)  # fmt: skip
+    data = DataConfig(tasks=(TASK,), sequence_length=read_task(TASK).longest, batch_size=ROWS,
+                      curriculum_rows=round(RAMP * steps) * ROWS)  # fmt: skip
+    return RunConfig(model=model, train=train, data=data)
 
 
 def further(source: TrainConfig, steps: int) -> TrainConfig:
@@ -96,19 +109,11 @@ def say(line: str) -> None:
 
 
 def plans(measured: repetition.Repetition, config: ModelConfig) -> dict[str, tuple[Plan, str]]:
-    """The three growths to `TARGET_LAYERS` and the eight layers run once: name -> (plan, carry)."""
-
-    def to_target(kind: str, coefficient: str) -> Plan:
-        return make_plan(
-            kind, measured, config.depth, round="balance", target_layers=TARGET_LAYERS, coefficient=coefficient
-        )
-
-    return {
-        "grown, readme": (to_target("block", "schedule"), "weights"),
-        "grown, output": (to_target("block", "schedule"), "output"),
-        LAST: (to_target("dealt", "expected"), "gain"),
-        "eight layers, once each": (identity_plan(config.depth), "gain"),
-    }
+    """The two growths and the layer run once: name -> (plan, carry)."""
+    mean, full = (make_plan("layer", measured, config.depth, coefficient=coefficient)
+                  for coefficient in ("expected", "schedule"))  # fmt: skip
+    return {"grown, mean strength": (mean, "gain"), LAST: (full, "gain"),
+            "its layer, once": (identity_plan(config.depth), "gain")}  # fmt: skip
 
 
 def contenders(source: Path, output: Path, config: ModelConfig, measured: repetition.Repetition) -> list[Contender]:
@@ -118,8 +123,8 @@ def contenders(source: Path, output: Path, config: ModelConfig, measured: repeti
         place = output / ("grown" if name == LAST else name.replace(",", "").replace(" ", "_"))
         _grow_once(source, place, plan, carry, 1e-4 if "grown" in name else 0.0)
         found.append(Contender(name, target_config(config, plan), load(place)[1], place))
-    deep = found[0].config
-    return [*found, Contender("twenty random layers", deep, initialise(deep, RANDOM_SEED))]
+    deep = found[1].config
+    return [*found, Contender(f"{len(deep.depth)} random layers", deep, initialise(deep, RANDOM_SEED))]
 
 
 def _grow_once(source: Path, target: Path, plan: Plan, carry: str, noise: float) -> None:
@@ -141,15 +146,21 @@ class Stage(NamedTuple):
     shapes: Tree
 
 
-def train_on(one: Contender, stage: Stage, text: Text, position: dict[str, Any], train: TrainConfig) -> Outcome:
-    """Evaluate, train `train.steps` more on the batches after `position`, evaluate again."""
-    held_out, trainer = text.held_out(EVALUATION_BATCHES), stage.trainer
+def asked(config: ModelConfig, variables: Tree, data: Data | Text, forced: Sequence[int] = ()) -> Answers:
+    """Right answers, loss and passes on held-out instances."""
+    held_out = data.held_out(EVALUATION_BATCHES)
+    return answer_table(config, variables, held_out, forced=forced, cuts=False).to_json()
+
+
+def train_on(one: Contender, stage: Stage, data: Data | Text, position: dict[str, Any], train: TrainConfig) -> Outcome:
+    """Ask, train `train.steps` more on the batches after `position`, ask again."""
+    trainer = stage.trainer
     curve: list[tuple[float, float]] = []
     state = trainer.new_state(put_like(one.variables, stage.shapes))  # a copy: the step donates its state
     if one.start is not None:
         moments = carried_moments(state.optimizer, state.params, one.start, checkpoint.describe(one.start)[0])
         state = state._replace(optimizer=moments)
-    before = evaluate(trainer.evaluation, variables_of(state), held_out)
+    before = asked(one.config, variables_of(state), data)
     start = time.monotonic()
     with Recorder(total_steps=train.steps, every=50) as recorder:
         recorder.message(f"training on: {one.name}")
@@ -158,120 +169,127 @@ def train_on(one: Contender, stage: Stage, text: Text, position: dict[str, Any],
             curve.append((step, float(metrics["loss"])))
             recorder.log(step, loss=metrics["loss"])
 
-        state = fit(trainer, state, text.train(position), train.steps, record=record)
+        state = fit(trainer, state, data.train(position), train.steps, record=record)
     seconds = time.monotonic() - start
-    after = evaluate(trainer.evaluation, variables_of(state), held_out)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(one.variables["params"]))
-    return Outcome(one.name, len(one.config.depth), parameters, before, after, curve, seconds)
+    layers = len(one.config.depth)
+    return Outcome(one.name, layers, layers, before, asked(one.config, variables_of(state), data), curve, seconds)
 
 
-def report(source: dict[str, Any], outcomes: Sequence[Outcome], steps: int) -> str:
-    """The table: every model's held-out loss at the moment of growth, and after training on."""
-    after = f"after {steps} steps"
-    headers = ["model", "layers", "passes a token", "parameters", "loss at growth", "gap", after, "seconds"]
-    rows = [[
-        "source, adaptive", source["layers"], f"{source['passes_run']:.1f}", f"{source['parameters']:,}",
-        f"{source['loss']:.4f}", "", f"{source['after']:.4f}", f"{source['seconds']:.0f}",
-    ]]  # fmt: skip
-    for one in outcomes:
-        gap = f"{100 * (one.before / source['loss'] - 1):+.1f} %"
-        rows.append([
-            one.name, one.layers, f"{one.layers:.1f}", f"{one.parameters:,}", f"{one.before:.4f}", gap,
-            f"{one.after:.4f}", f"{one.seconds:.0f}",
-        ])  # fmt: skip
+def report(outcomes: Sequence[Outcome], more: int) -> str:
+    """The table: right answers and loss of every model at the moment of growth, and after training on."""
+    difficulties = list(outcomes[0].before["accuracy"])
+    after = f"after {more}"
+    headers = ["model", "layers", "passes", *(f"{d} look-up{'s' * (d != '1')}" for d in difficulties), "loss",
+               f"{difficulties[-1]}, {after}", f"loss, {after}"]  # fmt: skip
+
+    def percent(share: float) -> str:
+        return f"{100 * share:.0f} %"
+
+    rows = [[one.name, one.layers, f"{one.passes:.1f}", *map(percent, one.before["accuracy"].values()),
+             f"{one.before['nats']:.4f}", percent(one.after["accuracy"][difficulties[-1]]),
+             f"{one.after['nats']:.4f}"] for one in outcomes]  # fmt: skip
     return table(rows, headers)
 
 
-def run(output: Path, text: Sequence[str], steps: int, more: int | None) -> str:
+def story(free: Mapping[str, Any]) -> None:
+    """What the source does at the moment of growth: passes by difficulty, and what forced ones get right."""
+    line = ", ".join(f"{one:.2f} for {d}" for d, one in free["passes"].items())
+    rho = free["spearman"]
+    say(f"   passes a token: {line} look-ups" + ("" if rho is None else f" (Spearman's correlation {rho:.2f})"))
+    for count, right in free["accuracy_forced"].items():
+        said = " ".join(f"{100 * share:.0f}" for share in right.values())
+        say(f"   {count} pass{'es' * (count != '1')} forced: right at {said} %")
+
+
+class Trained(NamedTuple):
+    """A finished run, and the checkpoint at the end of its plateau."""
+
+    place: Path
+    at: Path
+    state: Any
+    metrics: list[dict[str, Any]]
+
+
+def trained(place: Path, config: RunConfig) -> Trained:
+    """Train, or go on with what an earlier run of the demo began."""
+    state = train_run(place, config, resume=(place / "config.json").exists())
+    return Trained(place, place / str(plateau_end(config.train) or config.train.steps), state,
+                   read_metrics(place / "metrics.jsonl"))  # fmt: skip
+
+
+def run(output: Path, steps: int) -> str:
     """The demo; returns the table. Writes OUTPUT/source, grown, growth.png, depth.png, report.json and the counts."""
     began = time.monotonic()
-    config = source_config(text, steps)
-    place = output / "source"
-    say(f"1. training the adaptive source, {config.model.layout}: eight layers, up to four passes each")
-    state = train_run(place, config, resume=(place / "config.json").exists())
-    trained = read_metrics(place / "metrics.jsonl")
-    model, top = config.model, plateau_end(config.train)
-    grows = place / str(top or steps)
+    model = one_layer()
+    config, plain = source_config(model, steps), source_config(model.plain, steps)
+    say(f"1. training one {model.layout} layer that runs once, on {TASK}")
+    shallow = trained(output / "plain", plain)
+    say("2. training the same layer with up to four passes a token")
+    source = trained(output / "source", config)
 
-    say(f"2. measuring how deep every layer wants to be, at step {grows.name}, where its rate begins to fall")
-    trainer = make_trainer(model, config.train)
-    reading = open_text(config.data)
-    held_out = reading.held_out(EVALUATION_BATCHES)
-    _, variables, metadata = load(grows)
-    price = metadata["price"]
-    found = pass_counts(trainer.evaluation, variables, held_out, model, source=str(grows), lambda_p=price)
+    say(f"3. measuring how deep it wants to be, at step {source.at.name}, where its rate begins to fall")
+    data, trainer = open_data(config.data), make_trainer(model, config.train)
+    _, variables, metadata = load(source.at)
+    passes = range(1, 1 + len(model.adaptive.alpha)) if model.adaptive else ()
+    free = asked(model, variables, data, tuple(passes))
+    story(free)
+    found = pass_counts(trainer.evaluation, variables, data.held_out(EVALUATION_BATCHES), model,
+                        source=str(source.at), lambda_p=metadata["price"])  # fmt: skip
     counts = output / "layer_repetition_factor.json"
     write_atomically(counts, json.dumps(found, indent=1) + "\n")
-    measured = repetition.read(counts)
-    layers = [found[f"layer{layer}"] for layer in range(len(model.depth))]
-    weight, passes = (sum(layer[name] for layer in layers) for name in ("mean_weight", "passes_run"))
-    say(f"   k_exec {' '.join(str(layer['k_exec']) for layer in layers)}; over {len(layers)} layers a token runs "
-        f"{passes:.1f} passes, at a weight of {weight:.1f} in all")
 
-    say(f"3. growing to {TARGET_LAYERS} layers, and training on")
-    more = more or max(1, steps - int(grows.name))
-    train = further(config.train, more)
+    say("4. growing, and training on")
+    more = steps - int(source.at.name)
+    train = further(config.train, max(1, more))
     stages: dict[str, Stage] = {}
     outcomes = []
-    for one in contenders(grows, output, model, measured):
+    for one in contenders(source.at, output, model, repetition.read(counts)):
         if one.config.layout not in stages:
             stages[one.config.layout] = Stage(make_trainer(one.config, train), abstract(one.config))
-        outcomes.append(train_on(one, stages[one.config.layout], reading, metadata["data"], train))
-
-    source = {
-        "layers": len(model.depth), "passes_run": passes, "mean_weight": weight,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
-        "loss": found["_meta"]["loss"], "after": evaluate(trainer.evaluation, variables_of(state), held_out),
-        "seconds": seconds_of(trained),
-    }  # fmt: skip
-    _pictures(output, trained, layers, model, outcomes, int(grows.name))
-    summary = {"source": source, "outcomes": [one._asdict() for one in outcomes], "seconds": time.monotonic() - began}
+        outcomes.append(train_on(one, stages[one.config.layout], data, metadata["data"], train))
+    run_on = [_run_on(ONCE, shallow, model.plain, data), _run_on(ADAPTIVE, source, model, data, free)]
+    outcomes = [*run_on, *outcomes]
+    _pictures(output, free, outcomes, int(source.at.name))
+    summary = {"task": TASK, "outcomes": [one._asdict() for one in outcomes], "seconds": time.monotonic() - began}
     write_atomically(output / "report.json", json.dumps(summary, indent=1) + "\n")
     say(f"pictures: {output / 'growth.png'}, {output / 'depth.png'}; {time.monotonic() - began:.0f} seconds in all")
-    return report(source, outcomes, more)
+    return report(outcomes, more)
 
 
-def _pictures(
-    output: Path, trained: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]], model: ModelConfig,
-    outcomes: Sequence[Outcome], grown_at: int,
-) -> None:  # fmt: skip
-    level = outcomes[-2].before  # of the eight layers: the picture is about what happens around it
-    curves: dict[str, Sequence[tuple[float, float]]] = {
-        "source, adaptive": [(line["step"], line["loss"]) for line in trained if "loss" in line]
-    }
-    for one in outcomes:
-        curves[one.name] = [(grown_at + step, loss) for step, loss in one.curve]
+def _run_on(name: str, done: Trained, config: ModelConfig, data: Data | Text, free: Answers | None = None) -> Outcome:
+    """A run as an outcome: what it was at the end of its plateau, and at its end."""
+    before = free or asked(config, load(done.at)[1], data)
+    curve = [(line["step"], line["loss"]) for line in done.metrics if "loss" in line]
+    return Outcome(name, len(config.depth), sum(before["passes"].values()) / len(before["passes"]), before,
+                   asked(config, variables_of(done.state), data), curve, seconds_of(done.metrics))  # fmt: skip
+
+
+def _pictures(output: Path, free: Answers, outcomes: Sequence[Outcome], grown_at: int) -> None:
+    curves = {one.name: one.curve if one.name in (ONCE, ADAPTIVE) else
+              [(grown_at + step, loss) for step, loss in one.curve] for one in outcomes}  # fmt: skip
     plot_growth(
-        curves, output / "growth.png", growth_at=grown_at, smooth=15, ylim=(0.6 * level, 2 * level),
-        title="A shallow adaptive model, grown to 20 layers",
-        xlabel="step", ylabel="training loss (nats a byte)",
+        curves, output / "growth.png", growth_at=grown_at, smooth=15, ylim=(0.0, 2.6),
+        title="A layer that runs up to four times, grown to four layers",
+        xlabel="step", ylabel="training loss (nats an answer)",
     )  # fmt: skip
-    names = [f"{kind}{layer}" for layer, kind in enumerate(model.depth.types)]
-    passes = {
-        "passes run, mean over tokens": [layer["passes_run"] for layer in layers],
-        "mean weight": [layer["mean_weight"] for layer in layers],
-        "k_exec": [float(layer["k_exec"]) for layer in layers],
-    }
-    plot_depth(names, passes, output / "depth.png", title="Passes each layer uses")
+    plot_by_difficulty([panel_of(free, "right answers by the look-ups they take")], output / "depth.png")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m gt_jax.demo", description=(__doc__ or "").partition("\n")[0])
     p.add_argument("--output", type=Path, default=Path("demo"), help="folder for the run, the counts and the pictures")
-    p.add_argument("--text", nargs="+", default=(), help="text files instead of the Python library's sources")
-    p.add_argument("--steps", type=int, default=360, help="of the source")
-    p.add_argument("--more", type=int, help="steps each model trains on (as many as the source has left)")
+    p.add_argument("--steps", type=int, default=STEPS, help=f"of each training ({STEPS})")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and print its table."""
     arguments = parser().parse_args(argv)
-    if arguments.steps < 1 or (arguments.more is not None and arguments.more < 1):
-        raise Refused(f"--steps {arguments.steps} and --more {arguments.more} must be at least 1")
+    if arguments.steps < 20:
+        raise Refused(f"--steps {arguments.steps} must be at least 20")
     with jax.set_mesh(mesh_for_rows(ROWS)):
-        print(run(arguments.output, arguments.text, arguments.steps, arguments.more))
+        print(run(arguments.output, arguments.steps))
     return 0
 
 

@@ -73,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
                        "both signs that brings the depth to the target and holds it (budget)")
     train.add_argument("--pass-price", type=float, metavar="NATS",
                        help="instead of a target: what one more pass of a token in a layer costs (--price-rule budget)")
+    train.add_argument("--forced-passes", type=int, metavar="N", help="passes that every token runs at first, before "
+                       "its gates decide; under --curriculum their number rises from 1, as the difficulty does")
+    train.add_argument("--forced-until", type=float, metavar="F", help="until this fraction of the run")
     train.add_argument("--thaw", metavar=f"{UNDER_SERVED}|LAYERS",
                        help="at first only these layers train, counted from 0, for example 3,7,11; under-served: the "
                        "copies of the layers to which the growth gave less than they asked for")
@@ -105,6 +108,7 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     model = with_gates(model.plain if "plain" in given else model, arguments.gates)
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
     price, optimizer = with_price(train.price, optimizer, arguments)
+    price = with_forced_passes(price, arguments.forced_passes, arguments.forced_until, arguments.curriculum)
     own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep", "accumulate", "moments")
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
     thaw = thaw_config(arguments, train.thaw, start.get("start", base.start))
@@ -139,6 +143,24 @@ def with_price(price: Any, optimizer: Any, arguments: argparse.Namespace) -> tup
     if rule == "ouro" and price.rule != "ouro":
         return type(price)(**aim, **of), optimizer.replace(halting_scale=1.0)
     return price.replace(**aim, **of), optimizer
+
+
+def with_forced_passes(price: Any, passes: int | None, until: float | None, curriculum: float | None) -> Any:
+    """`price` (a PriceConfig) with --forced-passes and --forced-until; gates and price are free from there on."""
+    fields: dict[str, Any] = {} if passes is None else {"forced_passes": passes}
+    if until is not None:
+        fields |= {"forced_until": until, "price_from": max(until, price.price_from if price.rule == "ouro" else 0.0)}
+        fields["clipped_until"] = max(fields["price_from"], price.clipped_until if price.rule == "ouro" else 0.0)
+    if passes is None:
+        return price.replace(**fields)
+    end = fields.get("forced_until", price.forced_until)
+    if not end:
+        raise Refused(f"--forced-passes {passes}: the gates of rule {price.rule!r} are free from the first step on; "
+                      "say until when passes are forced, for example --forced-until 0.7")
+    if curriculum is not None and passes and curriculum > end:
+        raise Refused(f"--curriculum {curriculum}: the difficulty rises for longer than passes are forced, which is "
+                      f"until {end}; give --forced-until {curriculum} or more")
+    return price.replace(**fields, forced_ramp=curriculum or 0.0 if passes else 0.0)
 
 
 def with_curriculum(data: Any, fraction: float | None, steps: int) -> Any:

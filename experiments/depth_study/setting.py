@@ -6,9 +6,9 @@ import dataclasses
 
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.json_config import Config, below
-from gt_jax.configs.model import AdaptiveConfig, DeltaNetConfig, EmbeddingConfig, GSAConfig, ModelConfig
+from gt_jax.configs.model import GSAConfig, ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
-from gt_jax.configs.presets import tiny
+from gt_jax.configs.presets import one_layer
 from gt_jax.configs.price import budget
 from gt_jax.configs.run import TrainConfig
 from gt_jax.tasks.registry import read_task
@@ -64,15 +64,16 @@ class Setting(Config):
     def adaptive(self) -> ModelConfig:
         """The model whose layers may run up to `passes` times, each at full strength."""
         each = self.width // 4
-        return tiny().replace(
-            layout=self.layout, width=self.width, mlp_width=2 * self.width, init_std=self.width**-0.5, remat="none",
-            embedding=EmbeddingConfig(normed=True),
-            adaptive=AdaptiveConfig(alpha=(1.0,) * self.passes, initial_bias=2.0).seeing_state,
-            deltanet=DeltaNetConfig(heads=1, value_heads=1, key_width=self.width, value_width=self.width,
-                                    chunk_size=32),
-            gsa=GSAConfig(heads=4, head_width=each, indexer_heads=2, indexer_width=8,
-                          k_base=self.length, k_min=self.length, k_max=self.length),
-        )  # fmt: skip
+        base = one_layer()
+        assert base.adaptive is not None and base.deltanet is not None
+        attention = GSAConfig(heads=4, head_width=each, indexer_heads=2, indexer_width=8, k_base=self.length,
+                              k_min=self.length, k_max=self.length)  # fmt: skip
+        return base.replace(
+            layout=self.layout, width=self.width, mlp_width=2 * self.width, init_std=self.width**-0.5,
+            adaptive=base.adaptive.replace(alpha=(1.0,) * self.passes),
+            deltanet=base.deltanet.replace(key_width=self.width, value_width=self.width),
+            gsa=attention if "G" in self.layout else None,
+        )
 
     def plain(self, times: int) -> ModelConfig:
         """The model without adaptive depth, its layout so many times."""

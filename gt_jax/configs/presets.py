@@ -37,6 +37,25 @@ def tiny() -> ModelConfig:
     )
 
 
+def one_layer() -> ModelConfig:
+    """One D layer of width 64 that may run four times at full strength: it learns tasks of up to four look-ups.
+
+    Embeddings have unit size, since from smaller ones a layer hardly learns to look up what it has looked up
+    (docs/depth.md); its gates see the state and start open.
+    """
+    return ModelConfig(
+        layout="D",
+        width=64,
+        init_std=0.125,
+        vocab=264,
+        mlp_width=128,
+        deltanet=DeltaNetConfig(heads=1, value_heads=1, key_width=64, value_width=64, chunk_size=32),
+        embedding=EmbeddingConfig(normed=True),
+        adaptive=AdaptiveConfig(alpha=(1.0, 1.0, 1.0, 1.0), initial_bias=2.0).seeing_state,
+        remat="none",
+    )
+
+
 def small() -> ModelConfig:
     """A first model for one accelerator: 8 layers of width 768, about 113 million parameters, vocabulary 32768."""
     return ModelConfig(
@@ -113,7 +132,7 @@ def groundthink(layout: str, vocab: int, width: int, heads: int, key_width: int 
 
 
 PRESETS: Mapping[str, Callable[[], ModelConfig]] = {
-    "tiny": tiny, "small": small, "3b": origin_3b, "3b_table": origin_3b_table, "8b": origin_8b,
+    "tiny": tiny, "one_layer": one_layer, "small": small, "3b": origin_3b, "3b_table": origin_3b_table, "8b": origin_8b,
     "tiny_3b": tiny_3b, "tiny_8b": tiny_8b,
     "groundthink_d": lambda: groundthink("D", 50257, 128, 2),
     "groundthink_dd": lambda: groundthink("DD", 50257, 256, 4),

@@ -42,6 +42,7 @@ from gt_jax.growth.plan_file import plan_for, plan_json
 from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, reference
 from gt_jax.growth.rounding import ROUNDS
 from gt_jax.growth.rules import CARRIES, check_noise
+from gt_jax.growth.spread import spread_line
 
 if TYPE_CHECKING:
     import jax
@@ -133,7 +134,8 @@ def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], fi
     cost = None if source is None else source.cost(plan, counts)
     at = None if source is None else source.stood
     told = [*(f"warning: {line}" for line in warnings), *([] if at is None else [f"the source stood {at.line()}"]),
-            *([] if cost is None else [cost.line()])]
+            *([] if cost is None else [cost.line()]),
+            *([] if (between := spread_line(counts, plan)) is None else [between])]
     for line in told if first else ():
         print(line, file=sys.stderr, flush=True)
     settings = {"carry": options["carry"], "recipe": args.recipe, "noise_std": args.noise_std, "seed": args.seed,

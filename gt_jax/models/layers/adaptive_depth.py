@@ -60,7 +60,9 @@ class PassStatistics(NamedTuple):
     (finished tokens keep theirs), `p_mean`, `p_std` and `p_floored` (share at the floor) are of the continue gate over
     alive tokens, `delta_ratio` is |dh|/|h|
     and `update_ratio` that times |gain| alpha_k w_k, the size of what the pass adds, over alive tokens ("batch": over
-    all, a pass moves them all); the rest comes from mixer and MLP;
+    all, a pass moves them all); `weight_moments` [p, 4] are the means of w^2, (w d)^2, w d^2 and d^2, d the size of
+    what the pass would add at weight 1 (0 for tokens that it is not shown, under `context` "alive"); the rest comes
+    from mixer and MLP;
     `experts` [p, e] is the share of the real picks that went to each expert, e = 0 for a dense MLP.
 
     A layer's `mean_weight`, `passes_run` and `passes_computed` are the sums of the first three over passes.
@@ -77,6 +79,7 @@ class PassStatistics(NamedTuple):
     p_floored: Array
     delta_ratio: Array
     update_ratio: Array
+    weight_moments: Array
     auxiliary_loss: Array
     entropy: Array
     score_variance: Array
@@ -269,6 +272,12 @@ def _counted(s: PerToken, config: AdaptiveConfig, control: PassControl) -> Array
     return (s >= config.threshold) | (jnp.asarray(control.uncut) > 0)
 
 
+def weight_moments(weight: PerToken, size: PerToken, real: PerToken) -> Array:
+    """Means over real tokens of w^2, (w d)^2, w d^2, d^2: float32 [4]."""
+    square = jnp.square(size)
+    return jnp.stack([masked_mean(x, real) for x in (weight**2, weight**2 * square, weight * square, square)])
+
+
 def run_pass(
     layer: Any, carry: Carry, k: Array, alpha: Array | float, cache: Tree, *, place: Place, config: AdaptiveConfig,
     control: PassControl, delta: DeltaFn, gain: Array,
@@ -294,13 +303,14 @@ def run_pass(
     ratio = masked_mean(ratios, alive)
     moving = real if config.halting == "batch" else alive  # there a pass that runs moves every token
     added = jax.lax.stop_gradient(jnp.abs(gain) * alpha * masked_mean(weight * ratios, moving))
+    moments = weight_moments(*jax.lax.stop_gradient((weight, jnp.abs(gain) * alpha * ratios)), real)
     going = jnp.ones_like(s, bool) if config.halting == "batch" else _counted(s, config, control)
     free = jnp.where(control.forced > 0, 0.0, p * (1 - p))
     slope = jax.lax.stop_gradient(jnp.where(going, slope * p + s * free, slope))
     s = jnp.where(going, s * p, s)
     statistics = PassStatistics(
         masked_mean(weight, real), masked_mean(alive, real), cost, cost_slope, jnp.ones((), jnp.float32),
-        masked_mean(s, real), p_mean, p_std, floored, ratio, added, *seen.statistics,
+        masked_mean(s, real), p_mean, p_std, floored, ratio, added, moments, *seen.statistics,
     )  # fmt: skip
     first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(moved)), first)
     return Carry(moved, s, slope, jax.lax.stop_gradient(dh), first), statistics, seen.mixer.cache
@@ -394,11 +404,12 @@ def of_everyone(
     In an audit tokens below the threshold live too, and are not among the `alive`.
     """
     share = masked_mean(living.astype(jnp.float32), real)
-    means = {name: share * getattr(seen, name) for name in ("survival", "cost", "cost_slope")}
+    means = {name: share * getattr(seen, name) for name in ("survival", "cost", "cost_slope", "weight_moments")}
     return seen._replace(**means, alive=masked_mean(alive, real), computed=computed, s_after=masked_mean(s, real))
 
 
 def no_statistics(experts: int) -> PassStatistics:
     """The statistics of a pass that did not run: zeros."""
     zeros = {name: jnp.zeros((), jnp.float32) for name in PassStatistics._fields}
-    return PassStatistics(**{**zeros, "experts": jnp.zeros((experts,), jnp.float32)})
+    wide = {"experts": jnp.zeros((experts,), jnp.float32), "weight_moments": jnp.zeros((4,), jnp.float32)}
+    return PassStatistics(**{**zeros, **wide})

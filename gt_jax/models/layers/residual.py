@@ -231,8 +231,9 @@ def _unseen(passes: int, config: ModelConfig) -> PassStatistics:
 
 
 def _single(ratio: Array, added: Array, seen: LayerOutput) -> PassStatistics:
-    """The statistics of a layer that runs once: one pass, everyone alive."""
+    """The statistics of a layer that runs once: one pass, everyone alive; no moments of weights that are all 1."""
     one, zero = jnp.ones((1,), jnp.float32), jnp.zeros((1,), jnp.float32)
+    none = jnp.zeros((1, 4), jnp.float32)
     rest = [value[None] for value in seen.statistics]
-    ratios = (jax.lax.stop_gradient(each)[None] for each in (ratio, added))
-    return PassStatistics(one, one, zero, zero, one, zero, zero, zero, zero, *ratios, *rest)
+    ratio, added = (jax.lax.stop_gradient(each)[None] for each in (ratio, added))
+    return PassStatistics(one, one, zero, zero, one, zero, zero, zero, zero, ratio, added, none, *rest)

@@ -33,7 +33,7 @@ from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.files import write_atomically
 from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
-from gt_jax.growth.kept_gates import keeping_gates, wrong_order
+from gt_jax.growth.kept_gates import flags_without_gates, keeping_gates, wrong_order
 from gt_jax.growth.layer_map import EXAMPLE, read_map
 from gt_jax.growth.memory_size import memory_size
 from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, fitted, identity_plan, make_plan
@@ -221,7 +221,7 @@ def _check(args: argparse.Namespace) -> None:
             wrong.append(f"--verify-text {path} is {'empty' if path.is_file() else 'not a file'}")
     if args.tokenizer is not None and not args.verify_text:
         wrong.append("--tokenizer reads --verify-text; there is none")
-    wrong += _wrong_plan(args) + _wrong_gates(args) + _wrong_files(args)
+    wrong += _wrong_plan(args) + (flags_without_gates(vars(args)) if args.keep_gates else []) + _wrong_files(args)
     refuse_all(wrong, "these arguments do not go together:")
     check_noise(args.noise_std, args.seed)
     memory_size(args.memory)
@@ -241,19 +241,6 @@ def _wrong_plan(args: argparse.Namespace) -> list[str]:
     named = f"--plan-file {args.plan_file}" if kind == "file" else f"--plan {kind}"
     return wrong + [f"--{'from' if flag == 'passes_from' else flag.replace('_', '-')} has no meaning for {named}"
                     for flag in without if getattr(args, flag) is not None]
-
-
-def _wrong_gates(args: argparse.Namespace) -> list[str]:
-    """The flags that --keep-gates has no use for."""
-    if not args.keep_gates:
-        return []
-    wrong = [f"--{name} has no meaning with --keep-gates: a token's own weight takes the mean's place"
-             for name in ("coefficient", "correct", "recipe") if getattr(args, name) is not None]
-    if args.carry not in (None, "gain"):
-        wrong.append(f"--carry {args.carry} has no meaning with --keep-gates, whose strengths are gains")
-    if args.plan == "identity":
-        wrong.append("--plan identity runs every layer once, there is nothing to gate; take --plan layer")
-    return wrong
 
 
 def _kind(args: argparse.Namespace) -> str:

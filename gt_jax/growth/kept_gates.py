@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gt_jax.configs.model import GatedCopiesConfig, ModelConfig
 from gt_jax.growth.plan_entries import GATES, Entry, Plan
@@ -59,6 +60,17 @@ def wrong_order(plan: Plan, most: int) -> list[str]:
             wrong.append(f"--keep-gates: source layer {layer} uses {demand.k_exec} passes, the plan holds "
                          f"{done[layer]} of them")
     return [*wrong, "--plan layer holds every pass in order"] if wrong else []
+
+
+def flags_without_gates(given: Mapping[str, Any]) -> list[str]:
+    """Those of the command's options, by name, that --keep-gates has no use for."""
+    wrong = [f"--{name} has no meaning with --keep-gates: a token's own weight takes the mean's place"
+             for name in ("coefficient", "correct", "recipe") if given[name] is not None]
+    if given["carry"] not in (None, "gain"):
+        wrong.append(f"--carry {given['carry']} has no meaning with --keep-gates, whose strengths are gains")
+    if given["plan"] == "identity":
+        wrong.append("--plan identity runs every layer once, there is nothing to gate; take --plan layer")
+    return wrong
 
 
 def gates_of(source: ModelConfig, plan: Plan) -> GatedCopiesConfig | None:

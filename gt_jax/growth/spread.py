@@ -27,7 +27,7 @@ def spread_line(counts: Repetition | None, plan: Plan) -> str | None:
         return f"{said}; the gates keep it"
     if whole < SMALL:
         return f"{said}; mean strengths lose next to nothing"
-    size, layer, index = max(
+    _, layer, index = max(
         (share * size, layer, index) for layer, one in enumerate(counts.layers)
         for index, (share, size) in enumerate(zip(one.spread or (), one.update_square or (), strict=True)))
     return (f"{said}, most of it in pass {index + 1} of layer {layer}; mean strengths cannot give it, --keep-gates "

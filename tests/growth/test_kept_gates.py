@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 
@@ -14,6 +15,8 @@ from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.opened import open_checkpoint
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import AdaptiveConfig, GatedCopiesConfig, ModelConfig
+from gt_jax.configs.price import budget
+from gt_jax.configs.run import TrainConfig
 from gt_jax.errors import Refused
 from gt_jax.grow import main
 from gt_jax.growth.calibration import mismatches
@@ -22,8 +25,10 @@ from gt_jax.growth.plan import identity_plan, make_plan
 from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.repetition import from_json, reference
 from gt_jax.growth.transform import grow, match, target_config
-from gt_jax.models.language_model import LanguageModel, apply_network, empty_cache
+from gt_jax.models.language_model import LanguageModel, abstract, apply_network, empty_cache
 from gt_jax.models.layers.gated_copies import NOWHERE, slots
+from gt_jax.training import step
+from gt_jax.training.loop import make_trainer
 from tests.growth import stream_case
 from tests.support import assert_rounded_alike, perturbed, small_model, tokens
 
@@ -61,8 +66,8 @@ def test_the_child_is_the_adaptive_source_and_its_gates_learn(source):
         output = apply_network(LanguageModel(child), {**tree, "params": params}, TOKENS)
         return jnp.mean(jnp.square(output.logits)), output
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (_, output), gradient = step(tree["params"])
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, output), gradient = run(tree["params"])
     wanted = forward(SOURCE)(source, TOKENS)
     assert_rounded_alike({"logits": output.logits}, {"logits": wanted.logits}, **ALIKE)
     alive = np.asarray(wanted.statistics.alive)
@@ -70,7 +75,7 @@ def test_the_child_is_the_adaptive_source_and_its_gates_learn(source):
     for name in ("survival", "alive", "s_after", "delta_ratio", "weight_moments"):
         np.testing.assert_allclose(np.ravel(getattr(output.statistics, name)),
                                    np.ravel(getattr(wanted.statistics, name)), atol=1e-5, err_msg=name)
-    (_, other), _ = step(jax.tree_util.tree_map_with_path(
+    (_, other), _ = run(jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf + 0.5 if "halting" in jax.tree_util.keystr(path) else leaf, tree["params"]))
     assert np.abs(other.logits - wanted.logits).max() > 1e-3, "the gates matter"
     for segment in ("segment0", "segment1"):
@@ -203,3 +208,19 @@ def test_the_command_plans_by_layer_and_refuses_what_has_no_meaning(capsys):
         assert said in str(caught.value), said
     with pytest.raises(Refused, match="would be in order"):
         main(["--dry-run", "--keep-gates", "--plan", "dealt"])
+
+
+def test_no_budget_moves_the_gates_of_a_child(monkeypatch):
+    """A child goes on with its source's price; its layers all run, so there is no depth to hold."""
+
+    def moved(*_):
+        raise AssertionError("moved")
+
+    monkeypatch.setattr(step, "with_gates_moved", moved)
+    price = budget(2.0, target_of="passes_run")
+    batch = {name: jnp.zeros((1, 16), jnp.int32) for name in ("tokens", "targets", "segment_ids")}
+    for config, held in ((target_config(SOURCE, planned(SOURCE)), False), (SOURCE, True)):
+        trainer = make_trainer(config, TrainConfig(steps=4, price=price))
+        state = jax.eval_shape(trainer.new_state, abstract(config))
+        with pytest.raises(AssertionError, match="moved") if held else contextlib.nullcontext():
+            jax.eval_shape(trainer.step, state, batch)

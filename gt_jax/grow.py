@@ -7,6 +7,8 @@
 - Defaults: --plan dealt --from k_exec --round up --coefficient expected --correct none --carry gain, the recipe that
   the table of ways of growing in docs/studies.md supports. --recipe readme is the growth README's rule: block,
   schedule, none, weights.
+- --keep-gates: the copies keep halting gates, so that each token has its own weight in each of them; --plan layer by
+  default.
 - --plan-file FILE.json takes a plan that --plan-out, or a dry run with --json, wrote; it may be edited by hand.
 - Several processes share the work: the same command with --coordinator HOST:PORT --processes N --process I in each.
 - One line says what the growth costs before anything is written. At the end the child is read back, and a few held-out
@@ -31,6 +33,7 @@ from gt_jax.errors import Refused, refuse_all, run_command
 from gt_jax.files import write_atomically
 from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
+from gt_jax.growth.kept_gates import flags_without_gates, keeping_gates, wrong_order
 from gt_jax.growth.layer_map import EXAMPLE, read_map
 from gt_jax.growth.memory_size import memory_size
 from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, fitted, identity_plan, make_plan
@@ -39,6 +42,7 @@ from gt_jax.growth.plan_file import plan_for, plan_json
 from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, reference
 from gt_jax.growth.rounding import ROUNDS
 from gt_jax.growth.rules import CARRIES, check_noise
+from gt_jax.growth.spread import spread_line
 
 if TYPE_CHECKING:
     import jax
@@ -76,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
                       help="schedule: alpha of the pass; expected: alpha times the pass's mean survival (expected)")
     made.add_argument("--correct", choices=CORRECTIONS, help="correction of the coefficients (none)")
     made.add_argument("--carry", choices=CARRIES, help="how a coefficient enters the child (gain)")
+    made.add_argument("--keep-gates", action="store_true",
+                      help="copies keep their halting gates: each token's own weight, not the mean (--plan layer)")
     made.add_argument("--recipe", choices=sorted(RECIPES), help="readme: block, schedule, none, weights")
     made.add_argument("--noise-std", type=float, default=1e-4, metavar="SIGMA", help="noise for diversity (1e-4)")
     made.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
@@ -128,7 +134,8 @@ def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], fi
     cost = None if source is None else source.cost(plan, counts)
     at = None if source is None else source.stood
     told = [*(f"warning: {line}" for line in warnings), *([] if at is None else [f"the source stood {at.line()}"]),
-            *([] if cost is None else [cost.line()])]
+            *([] if cost is None else [cost.line()]),
+            *([] if (between := spread_line(counts, plan)) is None else [between])]
     for line in told if first else ():
         print(line, file=sys.stderr, flush=True)
     settings = {"carry": options["carry"], "recipe": args.recipe, "noise_std": args.noise_std, "seed": args.seed,
@@ -214,7 +221,7 @@ def _check(args: argparse.Namespace) -> None:
             wrong.append(f"--verify-text {path} is {'empty' if path.is_file() else 'not a file'}")
     if args.tokenizer is not None and not args.verify_text:
         wrong.append("--tokenizer reads --verify-text; there is none")
-    wrong += _wrong_plan(args) + _wrong_files(args)
+    wrong += _wrong_plan(args) + (flags_without_gates(vars(args)) if args.keep_gates else []) + _wrong_files(args)
     refuse_all(wrong, "these arguments do not go together:")
     check_noise(args.noise_std, args.seed)
     memory_size(args.memory)
@@ -240,6 +247,8 @@ def _kind(args: argparse.Namespace) -> str:
     """The kind of plan, `file` for one that is read from a file."""
     if args.plan_file is not None:
         return "file"
+    if args.keep_gates and args.plan is None and args.map is None:
+        return "layer"
     if args.plan is None:
         return "map" if args.map is not None else DEFAULT_PLAN if args.recipe is None else "block"
     return str(args.plan)
@@ -293,6 +302,10 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
                          passes_from=args.passes_from or "k_exec", layers=layers, target_layout=wanted)
     if wanted is not None and kind in ("file", "identity"):
         plan = fitted(plan, wanted)
+    if args.keep_gates:
+        plan = keeping_gates(plan, (_alpha(source) or ()) if source else (counts or reference()).alpha)
+    if source is None and plan.keeps_gates:  # with one `target_config` says all that is in the way
+        refuse_all(wrong_order(plan, len(plan.options["alpha"])), "the gates cannot be kept:")
     gains, streams = (None, False) if source is None else (source.gains, source.config.hyper is not None)
     return plan, counts, (*warnings, *plan_table.warnings(plan, options["carry"], gains, streams))
 

@@ -177,6 +177,39 @@ class AdaptiveConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
+class GatedCopiesConfig(Config):
+    """Layers that run once, each at a token's own weight: passes of an adaptive model that became layers of their own.
+
+    `copies` has [source layer, copy] of every layer, copies from 1: the layer is that pass of that layer, and its
+    weight follows from the gates of the copies before it. `gate` is what halting heads and threshold are like.
+    """
+
+    copies: tuple[tuple[int, ...], ...]
+    gate: AdaptiveConfig = AdaptiveConfig()
+
+    def problems(self) -> list[str]:
+        wrong, done = [], dict[int, int]()
+        for layer, pair in enumerate(self.copies):
+            if len(pair) != 2 or min(pair) < 0:
+                wrong.append(f"copies[{layer}] is {list(pair)}; it must be [source layer, copy]")
+                continue
+            source, copy = pair
+            if copy != done.get(source, 0) + 1:
+                wrong.append(f"copies[{layer}] is copy {copy} of source layer {source}; copy {done.get(source, 0) + 1} "
+                             "of it must come first")
+            if copy > self.gate.max_passes:
+                wrong.append(f"copies[{layer}] is copy {copy} of source layer {source}; gate.alpha has "
+                             f"{self.gate.max_passes} passes")
+            done[source] = copy
+        if self.gate.halting != "token":
+            wrong.append(f"gate.halting is {self.gate.halting!r}; it must be 'token': a layer that runs once cannot "
+                         "wait for its batch")
+        if self.gate.context != "all":
+            wrong.append(f"gate.context is {self.gate.context!r}; it must be 'all': every token runs every layer")
+        return wrong
+
+
+@dataclasses.dataclass(frozen=True)
 class SlidingConfig(Config):
     """`S`, causal attention over the last `window` tokens plus a read of the preceding D layer's state.
 
@@ -341,6 +374,7 @@ class ExitConfig(Config):
 class ModelConfig(Config):
     """A whole language model. `adaptive=None` is the plain feed-forward form of the same weights.
 
+    With `gated_copies` every layer runs once, at a weight of each token's own.
     With `moe` the SwiGLU of width `mlp_width` is the shared expert. A config of a layer type may be None where the
     layout does without it; None elsewhere turns the component off. `remat` says what the backward pass computes again:
     nothing, each adaptive pass, each layer, each block, or each block but for what the kernels keep.
@@ -363,6 +397,7 @@ class ModelConfig(Config):
     embedding: EmbeddingConfig = EmbeddingConfig()
     stack: StackConfig = StackConfig()
     adaptive: AdaptiveConfig | None = None
+    gated_copies: GatedCopiesConfig | None = None
     exit: ExitConfig | None = None
     mtp: MTPConfig | None = None
     memory: MemoryConfig | None = None
@@ -396,6 +431,12 @@ class ModelConfig(Config):
                     "sliding": "S" in types}
         wrong += [f"adaptive depth and {name} exclude each other" for name, on in one_pass.items()
                   if on and self.adaptive is not None]
+        if self.gated_copies is not None:
+            beside = {"adaptive depth": self.adaptive is not None, "exit": self.exit is not None,
+                      f"stack {self.stack.kind!r}": self.stack.kind != "residual", "S layers": "S" in types}
+            wrong += [f"gated_copies and {name} exclude each other" for name, on in beside.items() if on]
+            if (given := len(self.gated_copies.copies)) != len(types):
+                wrong.append(f"gated_copies.copies has {given} entries; the layout has {len(types)} layers")
         if self.exit is not None and self.stack.kind != "residual":
             wrong.append(f"exit needs stack 'residual'; it is {self.stack.kind!r}")
         if self.stack.kind == "midpoint" and "S" in types:
@@ -422,7 +463,12 @@ class ModelConfig(Config):
 
         Where passes were computed again in the backward pass, layers are: each of them is one pass.
         """
-        return self.replace(adaptive=None, remat="layer" if self.remat == "pass" else self.remat)
+        return self.replace(adaptive=None, gated_copies=None, remat="layer" if self.remat == "pass" else self.remat)
+
+    @property
+    def halting(self) -> AdaptiveConfig | None:
+        """What the layers' halting heads are like; None where they have none."""
+        return self.adaptive if self.gated_copies is None else self.gated_copies.gate
 
     @property
     def twice_differentiable(self) -> ModelConfig:

@@ -8,6 +8,8 @@
   coefficient alpha_k alone is equal to.
 - Router figures are of the probabilities over all slots, null experts included: entropy over log of the slots,
   KL(source || target), the share of picks that are null.
+- The spread of a source's pass is the share of what it adds that differs between tokens (`spread`): what a target layer
+  of constant strength cannot give.
 - Of a target that is itself adaptive, the figures by layer are of its first passes.
 """
 
@@ -37,6 +39,7 @@ from gt_jax.evaluation.predictions import (
     sums_by_unit,
 )
 from gt_jax.evaluation.singular_values import PROBABILITY, Step, layer_singular_values
+from gt_jax.evaluation.spread import WeightSpread, weight_spread
 from gt_jax.growth.layer_states import gains_of
 from gt_jax.growth.plan import Plan
 from gt_jax.models.language_model import LanguageModel, fixed_passes, free_passes
@@ -65,8 +68,10 @@ class Totals(NamedTuple):
     real: Array
     source_ratio: Float[Array, "l p"]
     source_weight: Float[Array, "l p"]
+    source_moments: Float[Array, "l p 4"]
     source_fixed_ratio: Float[Array, "l p"] | None
     target_ratio: Float[Array, " l"]
+    target_weight: Float[Array, " l"]
     source_routing: Routing | None
     target_routing: Routing | None
     router_kl: Float[Array, " l"] | None
@@ -121,8 +126,8 @@ def make_comparison(
             fixed_ratio = forced.update_ratio * count
         grown, moved, after = run(deep, target_variables, ids, True)
         sides = (Predictor(shallow, source_variables, free), fixed, Predictor(deep, target_variables, grown))
-        totals = Totals(count, ran.update_ratio * count, ran.survival * count, fixed_ratio,
-                        moved.delta_ratio[:, 0] * count,
+        totals = Totals(count, ran.update_ratio * count, ran.survival * count, ran.weight_moments * count, fixed_ratio,
+                        moved.update_ratio[:, 0] * count, moved.survival[:, 0] * count,
                         *_routings(source, target, before, after, stood, real))  # fmt: skip
         return agreement_in_pieces(*sides, batch["targets"], rules), totals, before, after
 
@@ -181,10 +186,13 @@ def compare_models(
         (source, source_variables, shown[0]), (target, target_variables, shown[1]), plan, sums, rows.batches[0], rules,
         (jacobian_rows, jacobian_iterations, seed), say,
     )  # fmt: skip
+    between = weight_spread(*(np.asarray(one) / max(float(sums.real), 1.0)
+                              for one in (sums.source_weight, sums.source_moments)))  # fmt: skip
     return {
         **summary(figures, rows.kind),
+        "spread": None if plan is None else {"whole": between.whole, "kept": target.gated_copies is not None},
         "jacobian": spectra,
-        "layers": _layers(source, source_variables, target, target_variables, plan, sums, stretches),
+        "layers": _layers(source, target, plan, sums, stretches, between),
         "notes": _notes(target, jacobian_rows),
     }
 
@@ -225,13 +233,14 @@ def _stretches(
         return None, ({}, {})
     values: list[dict[Pass, float]] = []
     distances, factor = [0.0], 1.0
-    weights = np.asarray(sums.source_weight) / max(float(sums.real), 1.0)
-    for (config, variables, inside), passes, weight in zip((source, target), wanted, (weights, None), strict=True):
+    real = max(float(sums.real), 1.0)
+    weights = np.asarray(sums.source_weight) / real, np.asarray(sums.target_weight)[:, None] / real
+    for (config, variables, inside), passes, weight in zip((source, target), wanted, weights, strict=True):
         if inside is None or not passes:
             values.append({})
             continue
         strength = strengths(config, variables)
-        steps = [Step(layer, index, strength[layer][index] * (1.0 if weight is None else float(weight[layer, index])))
+        steps = [Step(layer, index, strength[layer][index] * float(weight[layer, index]))
                  for layer, index in passes]  # fmt: skip
         segment_ids = jnp.asarray(batch["segment_ids"][:rows, : inside.states.shape[3]])
         found = layer_singular_values(config, variables, inside, segment_ids, steps, rules=rules, iterations=iterations,
@@ -260,14 +269,14 @@ def own_steps(config: ModelConfig) -> list[float]:
 
 
 def _layers(
-    source: ModelConfig, source_variables: Tree, target: ModelConfig, target_variables: Tree, plan: Plan | None,
-    sums: Totals, stretches: tuple[dict[Pass, float], dict[Pass, float]],
+    source: ModelConfig, target: ModelConfig, plan: Plan | None, sums: Totals,
+    stretches: tuple[dict[Pass, float], dict[Pass, float]], between: WeightSpread,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One object a target layer; None for what there is not, or what k_exec did not run."""
     real = max(float(sums.real), 1.0)
     stood = {} if plan is None else passes_stood_for(plan, source)
     place_of = {target: place for place, target in enumerate(stood)}
-    after, step = strengths(target, target_variables), own_steps(source)
+    after, step = own_steps(target), own_steps(source)
 
     def mean(values: Any, place: int | None) -> float | None:
         return None if values is None or place is None else float(values[place]) / real
@@ -283,9 +292,10 @@ def _layers(
             "target": layer, "type": kind,
             "source": None if entry is None else entry.source, "copy": None if entry is None else entry.copy,
             "coefficient": None if entry is None else entry.coefficient,
-            "delta_ratio": after[layer][0] * float(sums.target_ratio[layer]) / real,
+            "delta_ratio": after[layer] * float(sums.target_ratio[layer]) / real,
             "source_delta_ratio": of_pass(sums.source_ratio, at),
             "source_fixed_delta_ratio": of_pass(sums.source_fixed_ratio, at),
+            "spread": None if at is None else float(between.spread[at]),
             "jacobian": stretches[1].get((layer, 0)), "source_jacobian": None if at is None else stretches[0].get(at),
             "router_entropy": mean(own and own.entropy, layer),
             "source_router_entropy": mean(beside and beside.entropy, place),

@@ -16,6 +16,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused
 from gt_jax.evaluation.loading import load_for_text
+from gt_jax.evaluation.spread import weight_spread
 from gt_jax.growth.repetition import Repetition, from_json
 from gt_jax.models.layers.adaptive_depth import mean_over_tokens
 from gt_jax.training.step import Batch, make_evaluation
@@ -40,7 +41,8 @@ def halting_entropy(alive: np.ndarray) -> float:
 def repetition(statistics: Any, types: str, meta: dict[str, Any]) -> dict[str, Any]:
     """The JSON object of GROWTH 1 from mean pass statistics with axes [l, p]."""
     s = {name: np.asarray(value, np.float64) for name, value in statistics._asdict().items()}
-    layers: dict[str, Any] = {"_meta": meta}
+    between = weight_spread(s["survival"], s["weight_moments"])
+    layers: dict[str, Any] = {"_meta": {**meta, "spread": between.whole}}
     for layer, kind in enumerate(types):
         weight = float(s["survival"][layer].sum())
         passes = s["survival"].shape[1]
@@ -59,6 +61,9 @@ def repetition(statistics: Any, types: str, meta: dict[str, Any]) -> dict[str, A
             "ponder": max(weight - 1.0, 0.0) / max(passes - 1, 1),
             "survival": s["survival"][layer].tolist(),
             "alive": s["alive"][layer].tolist(),
+            "weight_std": between.std[layer].tolist(),
+            "spread": between.spread[layer].tolist(),
+            "update_square": between.update_square[layer].tolist(),
             "delta_ratio": s["delta_ratio"][layer].tolist(),
         }
     return layers
@@ -70,10 +75,11 @@ def pass_counts(
     """Run `evaluation` (`training.step.make_evaluation`) over the batches and return the repetition object.
 
     Means over tokens weigh a batch by its real tokens: the last one may be nearly all padding. `passes_computed` is a
-    mean over batches. Raises `Refused` for a plain model, which has no passes to measure.
+    mean over batches. Of gated copies each layer has one pass, with the source layer and copy that it stands for.
+    Raises `Refused` for a plain model, which has no passes to measure.
     """
-
-    if config.adaptive is None:
+    copies = config.gated_copies
+    if config.halting is None:
         raise Refused("measure needs an adaptive model; this one runs every layer once")
     found, real, loss, count = [], [], 0.0, 0.0
     for batch in batches:
@@ -87,12 +93,15 @@ def pass_counts(
         **meta,
         "tokens": int(count),
         "loss": loss / max(count, 1.0),
-        "alpha": list(config.adaptive.alpha),
-        "threshold": config.adaptive.threshold,
+        "alpha": list(config.halting.alpha if copies is None else (1.0,)),
+        "threshold": config.halting.threshold,
         "layout": config.layout,
         "entropy": "G: of the attention over log of the visible keys; D: of the number of passes over log K",
     }
-    return repetition(mean, config.depth.types, meta)
+    counts = repetition(mean, config.depth.types, meta)
+    for layer, (source, copy) in enumerate(() if copies is None else copies.copies):
+        counts[f"layer{layer}"] |= {"source": source, "copy": copy}
+    return counts
 
 
 def measure(
@@ -101,7 +110,7 @@ def measure(
     """How many passes every layer of an adaptive model runs on these batches.
 
     A batch is {"tokens", "targets", "segment_ids"}, each int32 [b, t], or the tokens alone: then a row is one document
-    and each token's target the next. Raises `Refused` for a plain model.
+    and each token's target the next. Raises `Refused` for a model whose layers run once, gated copies among them.
 
     >>> import gt_jax, jax.numpy as jnp
     >>> config = gt_jax.preset("tiny").replace(layout="DG")
@@ -110,6 +119,9 @@ def measure(
     >>> len(counts.k_exec), all(1 <= k <= 4 for k in counts.k_exec)
     (2, True)
     """
+    if config.gated_copies is not None:
+        raise Refused("counts are what a growth is planned by, and copies that keep their gates do not grow again; "
+                      "`pass_counts` gives their figures")
     evaluation = make_evaluation(config, rules or Rules())
     return from_json(pass_counts(evaluation, variables, [_whole_batch(batch) for batch in batches], config))
 

@@ -163,8 +163,9 @@ def layer_config(config: ModelConfig) -> ModelConfig:
     """What of a model a single layer's update depends on, in float32: equal for a source and what is grown from it."""
     layout = "".join(sorted(set(config.depth.types)))
     return config.twice_differentiable.replace(
-        layout=layout, adaptive=None, exit=None, mtp=None, memory=None, embedding=EmbeddingConfig(), vocab=257,
-        stack=config.stack.replace(skips=()), param_dtype="float32", compute_dtype="float32", remat="none",
+        layout=layout, adaptive=None, gated_copies=None, exit=None, mtp=None, memory=None,
+        embedding=EmbeddingConfig(), vocab=257, stack=config.stack.replace(skips=()), param_dtype="float32",
+        compute_dtype="float32", remat="none",
     )  # fmt: skip
 
 

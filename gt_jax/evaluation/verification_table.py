@@ -27,6 +27,10 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         f"in brackets: {100 * result['confidence']:g} % intervals over {result['units']['count']} "
         f"{result['units']['kind']}{'s' * (result['units']['count'] != 1)}",
     ]
+    if result["spread"] is not None:
+        lines.append(f"spread: {100 * float(result['spread']['whole']):.2g} % of what the source's passes add differs "
+                     "between tokens; " + ("the grown model's gates keep it" if result["spread"]["kept"] else
+                                           "layers of mean strength cannot give it"))  # fmt: skip
     if (how := result["jacobian"]) is not None:
         most = float(how["at_most_times"])
         lines.append(f"singular values: {how['rows']} row{'s' * (how['rows'] != 1)} of {how['tokens']} tokens, "
@@ -47,8 +51,8 @@ def _limits(interval: dict[str, Any], scale: float, form: str) -> str:
     return f" [{scale * float(interval['low']):{form}} to {scale * float(interval['high']):{form}}]"
 
 
-FIGURES = (("delta_ratio", "|dh|/|h|"), ("jacobian", "singular v."), ("router_entropy", "entropy"), ("router_kl", "KL"),
-           ("null_rate", "nulls"))  # fmt: skip
+FIGURES = (("delta_ratio", "|dh|/|h|"), ("spread", "spread"), ("jacobian", "singular v."),
+           ("router_entropy", "entropy"), ("router_kl", "KL"), ("null_rate", "nulls"))  # fmt: skip
 
 
 def _layer_table(result: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.growth import transform
+from gt_jax.growth.kept_gates import keeping_gates
 from gt_jax.growth.plan import Plan, make_plan
 from gt_jax.growth.repetition import Repetition
 from gt_jax.typing import Tree
@@ -21,13 +22,15 @@ class Grown(NamedTuple):
 
 def grow(
     config: ModelConfig, variables: Tree, counts: Repetition | Plan, *, plan: str = "dealt", carry: str = "gain",
-    noise_std: float = 0.0, seed: int = 0,
+    noise_std: float = 0.0, seed: int = 0, keep_gates: bool = False,
 ) -> Grown:  # fmt: skip
     """Grow a model by the pass counts that `gt_jax.measure` gave, or by a plan of one's own.
 
         target layer i = copy of source layer l_i with its gain times  alpha_j * survival_j,  j the pass it stands for
 
     `plan` is one of `growth.plan.PLANS` (with counts), `carry` one of "gain", "output" and "weights" (what is scaled).
+    With `keep_gates` the copies keep their halting gates: alpha_j times each token's own s_j, not its mean. That needs
+    a plan with every pass in order, such as "layer".
     Runs under `jax.jit` too. Raises `Refused` for counts or a plan of another layout. Source: GROWTH 2 and 3.
 
     >>> import gt_jax, jax.numpy as jnp
@@ -41,5 +44,7 @@ def grow(
     if isinstance(counts, Repetition):
         counts.refuse_another_layout(config.depth)
     own = counts if isinstance(counts, Plan) else make_plan(plan, counts, config.depth)
+    if keep_gates:
+        own = keeping_gates(own, () if config.adaptive is None else config.adaptive.alpha)
     tree = transform.grow(variables, own, config, carry=carry, noise_std=noise_std, seed=seed)
     return Grown(transform.target_config(config, own), tree, own)

@@ -132,6 +132,8 @@ def mismatches(source: ModelConfig, target: ModelConfig, plan: Plan) -> list[str
     """Why the target is not what the plan makes of the source."""
     if target.adaptive is not None:
         return ["the grown model is adaptive; calibration is for one whose layers run once"]
+    if target.gated_copies is not None:
+        return ["the grown model keeps its gates: its strengths are each token's own, there is no mean to fit"]
     try:
         grown = target_config(source, plan)
     except Refused as error:

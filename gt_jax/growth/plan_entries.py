@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from gt_jax.configs.layout import Layout, parse
 from gt_jax.errors import Refused, refuse_all
 
+GATES = "gates"  # in place of a way to strengths: each token's own weight, in the model itself
 DEAD = 0.02  # a layer that adds less than this part of its update is dead: it costs a layer and does next to nothing
 
 
@@ -65,6 +66,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         refuse_all(_problems(self), f"the {self.kind} plan does not fit:")
+
+    @property
+    def keeps_gates(self) -> bool:
+        """Whether the child's layers keep halting gates; then coefficients are the strength without the weight."""
+        return self.options.get("coefficient") == GATES
 
     @property
     def k_exec(self) -> tuple[int, ...]:

@@ -30,7 +30,8 @@ def plan_lines(plan: Plan) -> list[str]:
     return [
         f"{plan.kind} plan: {plan.source_layout} ({len(plan.source_layout)} layers) -> "
         f"{plan.target_layout} ({len(plan.target_layout)} layers)",
-        *([options] if options else []), "",
+        *([options] if options else []),
+        *(["copies keep their gates: a coefficient is times each token's own weight"] if plan.keeps_gates else []), "",
         *table(["target", "type", "source", "copy", "coefficient", ""], layers), "",
         *table(["source", "type", "asked", "got", "mass asked", "mass got", "kept", ""], asked),
         f"asked for {_copies(sum(demand.passes for demand in plan.demands))} copies by "

@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gt_jax.configs.layout import Layout, parse
 from gt_jax.errors import Refused, refuse_all
@@ -41,7 +41,8 @@ class LayerRepetition:
     """One layer's use of depth; figures not measured are None.
 
     `survival[j]` is the mean weight of pass j + 1, `mean_weight` the sum over passes. `passes_run` is how many passes a
-    token runs, a mean over tokens.
+    token runs, a mean over tokens. `spread[j]` is the share of what pass j + 1 adds that differs between tokens, of a
+    mean square `update_square[j]` (gt_jax.evaluation.spread).
     """
 
     k_exec: int
@@ -53,6 +54,8 @@ class LayerRepetition:
     ponder: float | None = None
     note: str | None = None
     passes_run: float | None = None
+    spread: tuple[float, ...] | None = None
+    update_square: tuple[float, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The layer's object in the file, without the figures that were not measured."""
@@ -234,6 +237,7 @@ def _layer(key: str, data: Any, passes: int, wrong: list[str], warnings: list[st
     figures = {name: _figure(f"{key}.{name}", data.get(name), name == "p_mu", wrong)
                for name in ("p_mu", "s_fin", "entropy", "ponder")}
     mean_weight, passes_run = _mean_weight(key, data, wrong), _passes_run(key, data, wrong)
+    spread, update_square = _between_tokens(key, data, wrong)
     note = data.get("note")
     if note is not None and not isinstance(note, str):
         wrong.append(f"{key}.note is {note!r}; a text is needed")
@@ -245,7 +249,8 @@ def _layer(key: str, data: Any, passes: int, wrong: list[str], warnings: list[st
     else:
         survival = _survival(f"{key}.survival", data["survival"], length, wrong)
     mean_weight = math.fsum(survival) if mean_weight is None else mean_weight
-    return LayerRepetition(k_exec, survival, mean_weight, note=note, passes_run=passes_run, **figures)
+    return LayerRepetition(k_exec, survival, mean_weight, note=note, passes_run=passes_run, spread=spread,
+                           update_square=update_square, **figures)
 
 
 def _mean_weight(key: str, data: Mapping[str, Any], wrong: list[str]) -> float | None:
@@ -272,6 +277,24 @@ def _passes_run(key: str, data: Mapping[str, Any], wrong: list[str]) -> float | 
     summed = math.fsum(alive)
     _in_range(f"{key}.passes_run, the sum of alive,", summed, wrong)
     return summed
+
+
+def _between_tokens(
+    key: str, data: Mapping[str, Any], wrong: list[str]
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """`spread` and `update_square`, one number a pass each; None for both where a file has neither."""
+    spread, size = data.get("spread"), data.get("update_square")
+    if spread is None and size is None:
+        return None, None
+    if _sizes(spread) and _sizes(size) and len(spread) == len(size):
+        return tuple(map(float, spread)), tuple(map(float, size))
+    wrong.append(f"{key}.spread is {spread!r}, {key}.update_square {size!r}; two lists of numbers, 0 or more, are "
+                 "needed, one number a pass in each")
+    return None, None
+
+
+def _sizes(values: Any) -> TypeGuard[list[float]]:
+    return isinstance(values, list) and all(_number(value) and value >= 0 for value in values)
 
 
 def _in_range(key: str, passes: float | None, wrong: list[str]) -> None:

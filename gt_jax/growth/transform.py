@@ -26,6 +26,7 @@ from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth import noise, noise_on_devices, rules
+from gt_jax.growth.kept_gates import cannot_keep_gates, gates_of
 from gt_jax.growth.plan import Plan
 
 Abstract = Mapping[str, ShapeDtypeStruct]
@@ -82,8 +83,9 @@ def abstract(tree: Mapping[str, Any]) -> dict[str, ShapeDtypeStruct]:
 def target_config(source_config: ModelConfig, plan: Plan, dtype: str | None = None) -> ModelConfig:
     """The child's config: the source's plain form with the plan's layout, and `dtype` as param_dtype where given.
 
-    Raises `Refused` when the plan was made for another layout, and for stacks that growth is not defined for: a copy of
-    a layer continues its recurrence only where layers add their update to one residual stream.
+    A plan that keeps gates gives copies that keep theirs (`gt_jax.growth.kept_gates`). Raises `Refused` when the plan
+    was made for another layout, and for stacks that growth is not defined for: a copy of a layer continues its
+    recurrence only where layers add their update to one residual stream, and have the gains for it.
     """
     wrong = []
     if source_config.depth != plan.source_layout:
@@ -93,8 +95,13 @@ def target_config(source_config: ModelConfig, plan: Plan, dtype: str | None = No
         wrong.append(f"the source's stack is {source_config.stack.kind!r}; only 'residual' can be grown")
     if source_config.exit is not None:
         wrong.append("the source's tokens leave the stack early (exit); a deeper stack would be another model")
+    if source_config.gated_copies is not None:
+        wrong.append("the source is grown already, and its copies keep their gates: what its layers add differs from "
+                     "token to token, and a copy of one cannot say where in the chain it would stand")
+    if plan.keeps_gates:
+        wrong += cannot_keep_gates(source_config, plan)
     refuse_all(wrong, "the source cannot be grown:")
-    config = source_config.plain.replace(layout=str(plan.target_layout))
+    config = source_config.plain.replace(layout=str(plan.target_layout), gated_copies=gates_of(source_config, plan))
     return config if dtype is None else config.replace(param_dtype=dtype)
 
 
@@ -110,8 +117,10 @@ def child_abstract(source_config: ModelConfig, plan: Plan, dtype: str | None = N
 
 
 def target_abstract(source: Abstract, plan: Plan) -> dict[str, ShapeDtypeStruct]:
-    """The child's tensors as they follow from the source's and the plan: halting dropped, leading axis replaced."""
-    kept = {path: old for path, old in source.items() if rules.rule(path) != rules.DROPPED}
+    """The child's tensors as they follow from the source's and the plan: leading axis replaced, and unless the plan
+    keeps gates, halting dropped.
+    """
+    kept = {path: old for path, old in source.items() if _rule(path, plan) != rules.DROPPED}
     stacked = {path: parts for path in kept if (parts := rules.stacked_path(path))}
     flat = {path: old for path, old in kept.items() if path not in stacked}
     for target, entry in enumerate(plan.entries):
@@ -139,6 +148,8 @@ def match(source: Abstract, target: Abstract, plan: Plan, carry: str) -> Match:
               for path, leaf in source.items() if math.prod(leaf.shape[1 if rules.stacked_path(path) else 0 :])
               > noise.POSITIONS]
     wrong += _misplaced(source, plan)
+    if plan.keeps_gates and carry != "gain":
+        wrong.append(f"carry {carry!r} is not exact, and a plan that keeps gates is for exactness; take 'gain'")
     leaves = []
     for path in sorted(target):
         leaf = _leaf(path, source, target[path], plan, wrong)
@@ -151,6 +162,12 @@ def match(source: Abstract, target: Abstract, plan: Plan, carry: str) -> Match:
         wrong += _without_carrier(leaves, plan, carry)
     refuse_all(wrong, f"the source does not grow from {plan.source_layout} to {plan.target_layout}:")
     return Match(tuple(leaves), dropped)
+
+
+def _rule(path: str, plan: Plan) -> str | None:
+    """`rules.rule`; halting heads go along where the plan keeps them."""
+    found = rules.rule(path)
+    return rules.COPIED if found == rules.DROPPED and plan.keeps_gates else found
 
 
 def _misplaced(source: Abstract, plan: Plan) -> list[str]:
@@ -171,7 +188,7 @@ def _misplaced(source: Abstract, plan: Plan) -> list[str]:
 
 def _leaf(path: str, source: Abstract, new: ShapeDtypeStruct, plan: Plan, wrong: list[str]) -> Leaf | None:
     """The leaf of one target tensor, or None with the reasons added to `wrong`."""
-    rule, where = rules.rule(path), rules.stacked_path(path)
+    rule, where = _rule(path, plan), rules.stacked_path(path)
     if rule is None or rule == rules.DROPPED:
         wrong.append(f"target tensor {path} " + ("matches no rule" if rule is None else
                                                  "belongs to adaptive depth, which a grown model does not have"))

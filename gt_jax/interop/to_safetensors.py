@@ -99,6 +99,7 @@ def _refuse_other_models(where: Path, config: ModelConfig) -> None:
     types = config.depth.types
     absent = {
         "S layers": "S" in types, "a dense MLP (moe is null)": config.moe is None, "exit": config.exit is not None,
+        "copies that keep their gates (gated_copies)": config.gated_copies is not None,
         "the lambda stack": config.stack.kind == "lambda",
         "deltanet.variant 'groundthink'": "D" in types and config.deltanet is not None
         and config.deltanet.variant != "gated",

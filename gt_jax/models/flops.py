@@ -78,8 +78,8 @@ def _layer(kind: str, c: ModelConfig, length: int) -> float:
     mixers: dict[str, Callable[[ModelConfig, int], float]] = {"D": _delta_rule, "G": _sparse, "S": _sliding}
     total = mixers[kind](c, length) + _mlp(c)
     total += 0.0 if c.hyper is None else 2 * _streams(c.hyper, c.width)
-    total += 0.0 if c.adaptive is None else _halting(c.adaptive, c.width)
-    if c.adaptive is not None and c.adaptive.features == "stream_mean":
+    total += 0.0 if c.halting is None else _halting(c.halting, c.width)
+    if c.halting is not None and c.halting.features == "stream_mean":
         total += 2.0 * c.width * _seen_columns(kind, c)
     return total + (0.0 if c.exit is None else 2.0 * c.width * (c.width // 2))
 

@@ -26,6 +26,7 @@ from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, str
 from gt_jax.models.layers.block import Block, Common, Stream, layer_delta, observed, remat_policy, remats_blocks
 from gt_jax.models.layers.early_exit import ExitHead, even_bias
 from gt_jax.models.layers.embedding import Embedding
+from gt_jax.models.layers.gated_copies import empty_registers
 from gt_jax.models.layers.hyper_connections import to_streams
 from gt_jax.models.layers.memory_stream import Memory, MemoryStream, carry_memory
 from gt_jax.models.layers.mixer import Place, place_rows, real_tokens
@@ -151,6 +152,8 @@ class LanguageModel(nn.Module):
         common = Common(place, control, x, self.skips if c.stack.skips else None, None)
         previous = x if c.stack.kind == "midpoint" else None
         stream = Stream(x, stream_mean(x), previous, empty_buffer(x, c.stack.skips), None)
+        if c.gated_copies is not None:
+            stream = stream._replace(gates=empty_registers(x, c.gated_copies))
         if c.exit is not None:
             common = common._replace(exit_weights=self.exit.weights())
             stream = stream._replace(exit=early_exit.start(x, place.segment_ids))

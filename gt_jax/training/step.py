@@ -167,6 +167,7 @@ def make_step(
     """
     loss = make_loss(model, price, rules, seed)
     passes = 1 if model.adaptive is None else model.adaptive.max_passes
+    by_budget = price.rule == "budget" and model.adaptive is not None
     gradient = jax.value_and_grad(loss, has_aux=True)
     if accumulate > 1:
         gradient = accumulate_gradients(loss, accumulate, rules, functools.partial(target_counts, model))
@@ -178,13 +179,15 @@ def make_step(
         statistics, report = extra["statistics"], extra["report"]
         depth = {name: jnp.sum(getattr(report["passes"], of), axis=-1) for name, of in DEPTH.items()}
         steered = jnp.mean(depth[price.target_of])
-        moved = _moved_price(price, state.price, report["passes"], grads, steered, now.moves, steps)
+        moved = state.price  # a budget is read off gates that it moves: not those of copies, whose layers all run
+        if by_budget or price.rule != "budget":
+            moved = _moved_price(price, state.price, report["passes"], grads, steered, now.moves, steps)
         if thaw is not None:
             grads = keep_frozen(thaw, model.depth, state.step, grads, jax.tree.map(jnp.zeros_like, grads))
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(grads, at_step(state.optimizer, state.step), state.params)
             params = optax.apply_updates(state.params, updates)
-        if price.rule == "budget":
+        if by_budget:
             params = with_gates_moved(params, price, steered, now.moves)
         if thaw is not None:
             params = keep_frozen(thaw, model.depth, state.step, params, state.params)

@@ -16,8 +16,9 @@ s_1 = 1; for k = 1 … K:  X <- X + w_k alpha_k Delta(X);  s_{k+1} = s_k p_k;  w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -59,7 +60,9 @@ class PassStatistics(NamedTuple):
     (finished tokens keep theirs), `p_mean`, `p_std` and `p_floored` (share at the floor) are of the continue gate over
     alive tokens, `delta_ratio` is |dh|/|h|
     and `update_ratio` that times |gain| alpha_k w_k, the size of what the pass adds, over alive tokens ("batch": over
-    all, a pass moves them all); the rest comes from mixer and MLP;
+    all, a pass moves them all); `weight_moments` [p, 4] are the means of w^2, (w d)^2, w d^2 and d^2, d the size of
+    what the pass would add at weight 1 (0 for tokens that it is not shown, under `context` "alive"); the rest comes
+    from mixer and MLP;
     `experts` [p, e] is the share of the real picks that went to each expert, e = 0 for a dense MLP.
 
     A layer's `mean_weight`, `passes_run` and `passes_computed` are the sums of the first three over passes.
@@ -76,6 +79,7 @@ class PassStatistics(NamedTuple):
     p_floored: Array
     delta_ratio: Array
     update_ratio: Array
+    weight_moments: Array
     auxiliary_loss: Array
     entropy: Array
     score_variance: Array
@@ -127,12 +131,18 @@ class LayerOutput(NamedTuple):
         )  # fmt: skip
 
 
-class _Carry(NamedTuple):
+class Carry(NamedTuple):
+    """What goes from pass to pass of a layer: X, what is left of each token, the update before, X after the first."""
+
     x: Array
     s: Array
     slope: Array  # of s in a number added to the logits of all gates
     previous: Array
     first: Array
+
+
+DeltaFn: TypeAlias = Callable[[Any, State, Place, Tree], tuple[State, LayerOutput]]
+"""delta(layer, X, place, cache): the layer's update."""
 
 
 def bounded_logit(logit: PerToken, config: AdaptiveConfig) -> PerToken:
@@ -262,6 +272,50 @@ def _counted(s: PerToken, config: AdaptiveConfig, control: PassControl) -> Array
     return (s >= config.threshold) | (jnp.asarray(control.uncut) > 0)
 
 
+def weight_moments(weight: PerToken, size: PerToken, real: PerToken) -> Array:
+    """Means over real tokens of w^2, (w d)^2, w d^2, d^2: float32 [4]."""
+    square = jnp.square(size)
+    return jnp.stack([masked_mean(x, real) for x in (weight**2, weight**2 * square, weight * square, square)])
+
+
+def run_pass(
+    layer: Any, carry: Carry, k: Array, alpha: Array | float, cache: Tree, *, place: Place, config: AdaptiveConfig,
+    control: PassControl, delta: DeltaFn, gain: Array,
+) -> tuple[Carry, PassStatistics, Tree]:  # fmt: skip
+    """Pass `k` (from 0) of a layer for all tokens, each at its weight w_k: (carry, statistics, cache)."""
+    x, s, slope, previous, first = carry
+    real = real_tokens(place.segment_ids)
+    weight = _weight(s, config, control, _goes_on(s, config, control, real))
+    step, seen = delta(layer, x, place, cache)
+    h, dh = stream_mean(x), stream_mean(step)
+    strength = (gain * alpha * weight).reshape(*weight.shape, *[1] * (x.ndim - 2))
+    moved = add_scaled(x, step, strength)
+    p_free = layer.halting(halting_features(h, dh, previous, seen.mixer), stream_mean(moved), k)
+    p = continue_probability(p_free, k, control, config.p_floor)
+    alive = (s >= config.threshold).astype(jnp.float32) * real
+    cost = jnp.where(k > 0, masked_mean(smooth_count(weight, config), real), 0.0)
+    rises = jnp.where(weight > 0, slope * smooth_slope(weight, config), 0.0)  # 0 in the first pass, as `slope` is
+    cost_slope = jax.lax.stop_gradient(masked_mean(rises, real))
+    p_mean = masked_mean(p, alive)
+    p_std = jnp.sqrt(masked_mean(jnp.square(p - p_mean), alive))
+    floored = masked_mean((p <= config.p_floor).astype(jnp.float32), alive)
+    ratios = delta_ratio(dh, h)
+    ratio = masked_mean(ratios, alive)
+    moving = real if config.halting == "batch" else alive  # there a pass that runs moves every token
+    added = jax.lax.stop_gradient(jnp.abs(gain) * alpha * masked_mean(weight * ratios, moving))
+    moments = weight_moments(*jax.lax.stop_gradient((weight, jnp.abs(gain) * alpha * ratios)), real)
+    going = jnp.ones_like(s, bool) if config.halting == "batch" else _counted(s, config, control)
+    free = jnp.where(control.forced > 0, 0.0, p * (1 - p))
+    slope = jax.lax.stop_gradient(jnp.where(going, slope * p + s * free, slope))
+    s = jnp.where(going, s * p, s)
+    statistics = PassStatistics(
+        masked_mean(weight, real), masked_mean(alive, real), cost, cost_slope, jnp.ones((), jnp.float32),
+        masked_mean(s, real), p_mean, p_std, floored, ratio, added, moments, *seen.statistics,
+    )  # fmt: skip
+    first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(moved)), first)
+    return Carry(moved, s, slope, jax.lax.stop_gradient(dh), first), statistics, seen.mixer.cache
+
+
 def run_passes(
     layer: Any,
     x: State,
@@ -270,7 +324,7 @@ def run_passes(
     cache: Tree,
     *,
     place: Place,
-    delta: Callable[[Any, State, Place, Tree], tuple[State, LayerOutput]],
+    delta: DeltaFn,
     gain: Array,
     remat: bool,
     experts: int,
@@ -285,51 +339,19 @@ def run_passes(
     every_pass = cache is not None or shown
     lengths = (x.shape[1],) if shown else pass_lengths(x.shape[1], config.lengths)
 
-    def run(
-        layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree, place: Place = place
-    ) -> tuple[_Carry, PassStatistics, Tree]:
-        x, s, slope, previous, first = carry
-        real = real_tokens(place.segment_ids)
-        weight = _weight(s, config, control, _goes_on(s, config, control, real))
-        step, seen = delta(layer, x, place, cache)
-        h, dh = stream_mean(x), stream_mean(step)
-        strength = (gain * alpha * weight).reshape(*weight.shape, *[1] * (x.ndim - 2))
-        moved = add_scaled(x, step, strength)
-        p_free = layer.halting(halting_features(h, dh, previous, seen.mixer), stream_mean(moved), k)
-        p = continue_probability(p_free, k, control, config.p_floor)
-        alive = (s >= config.threshold).astype(jnp.float32) * real
-        cost = jnp.where(k > 0, masked_mean(smooth_count(weight, config), real), 0.0)
-        rises = jnp.where(weight > 0, slope * smooth_slope(weight, config), 0.0)  # 0 in the first pass, as `slope` is
-        cost_slope = jax.lax.stop_gradient(masked_mean(rises, real))
-        p_mean = masked_mean(p, alive)
-        p_std = jnp.sqrt(masked_mean(jnp.square(p - p_mean), alive))
-        floored = masked_mean((p <= config.p_floor).astype(jnp.float32), alive)
-        ratios = delta_ratio(dh, h)
-        ratio = masked_mean(ratios, alive)
-        moving = real if config.halting == "batch" else alive  # there a pass that runs moves every token
-        added = jax.lax.stop_gradient(jnp.abs(gain) * alpha * masked_mean(weight * ratios, moving))
-        going = jnp.ones_like(s, bool) if config.halting == "batch" else _counted(s, config, control)
-        free = jnp.where(control.forced > 0, 0.0, p * (1 - p))
-        slope = jax.lax.stop_gradient(jnp.where(going, slope * p + s * free, slope))
-        s = jnp.where(going, s * p, s)
-        statistics = PassStatistics(
-            masked_mean(weight, real), masked_mean(alive, real), cost, cost_slope, jnp.ones((), jnp.float32),
-            masked_mean(s, real), p_mean, p_std, floored, ratio, added, *seen.statistics,
-        )  # fmt: skip
-        first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(moved)), first)
-        return _Carry(moved, s, slope, jax.lax.stop_gradient(dh), first), statistics, seen.mixer.cache
+    run = functools.partial(run_pass, place=place, config=config, control=control, delta=delta, gain=gain)
 
-    def skip(layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree) -> tuple[_Carry, PassStatistics, Tree]:
+    def skip(layer: Any, carry: Carry, k: Array, alpha: Array, cache: Tree) -> tuple[Carry, PassStatistics, Tree]:
         nothing = no_statistics(experts)
         return carry, nothing._replace(s_after=masked_mean(carry.s, real_tokens(place.segment_ids))), cache
 
     def of_living(
-        layer: Any, carry: _Carry, k: Array, alpha: Array, cache: Tree
-    ) -> tuple[_Carry, PassStatistics, Tree]:
+        layer: Any, carry: Carry, k: Array, alpha: Array, cache: Tree
+    ) -> tuple[Carry, PassStatistics, Tree]:
         def own(layer: Any, rows: Tree, place: Place, cache: Tree) -> tuple[Tree, PassStatistics, Tree]:
             x, s, slope, previous = rows
-            start = _Carry(x, s, slope, previous, previous)
-            moved, statistics, new_cache = run(layer, start, k, alpha, cache, place)
+            start = Carry(x, s, slope, previous, previous)
+            moved, statistics, new_cache = run(layer, start, k, alpha, cache, place=place)
             return moved[:-1], statistics, new_cache
 
         real = real_tokens(place.segment_ids)
@@ -340,11 +362,11 @@ def run_passes(
         if shown:
             sow(layer, "state", carry.x)  # of finished tokens too
         first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(rows[0])), carry.first)
-        new = _Carry(rows[0], rows[1], rows[2], rows[3], first)
+        new = Carry(rows[0], rows[1], rows[2], rows[3], first)
         alive = (carry.s >= config.threshold).astype(jnp.float32)
         return new, of_everyone(seen, living, alive, real, new.s, computed), cache
 
-    def one_pass(layer: Any, carry: _Carry, xs: tuple[Array, Array, Tree]) -> tuple[_Carry, Any]:
+    def one_pass(layer: Any, carry: Carry, xs: tuple[Array, Array, Tree]) -> tuple[Carry, Any]:
         real = real_tokens(place.segment_ids)
         if asked_for(layer, PASSES):
             runs = _counted(carry.s, config, control) & (real > 0) & _goes_on(carry.s, config, control, real)
@@ -360,7 +382,7 @@ def run_passes(
 
     h = stream_mean(x)
     ones = jnp.ones_like(h[..., 0], jnp.float32)
-    start = _Carry(x, ones, jnp.zeros_like(ones), jnp.zeros_like(h), jnp.zeros_like(h))
+    start = Carry(x, ones, jnp.zeros_like(ones), jnp.zeros_like(h), jnp.zeros_like(h))
     passes = config.max_passes
     scanned = nn.scan(
         nn.remat(one_pass, prevent_cse=False) if remat else one_pass,
@@ -382,11 +404,12 @@ def of_everyone(
     In an audit tokens below the threshold live too, and are not among the `alive`.
     """
     share = masked_mean(living.astype(jnp.float32), real)
-    means = {name: share * getattr(seen, name) for name in ("survival", "cost", "cost_slope")}
+    means = {name: share * getattr(seen, name) for name in ("survival", "cost", "cost_slope", "weight_moments")}
     return seen._replace(**means, alive=masked_mean(alive, real), computed=computed, s_after=masked_mean(s, real))
 
 
 def no_statistics(experts: int) -> PassStatistics:
     """The statistics of a pass that did not run: zeros."""
     zeros = {name: jnp.zeros((), jnp.float32) for name in PassStatistics._fields}
-    return PassStatistics(**{**zeros, "experts": jnp.zeros((experts,), jnp.float32)})
+    wide = {"experts": jnp.zeros((experts,), jnp.float32), "weight_moments": jnp.zeros((4,), jnp.float32)}
+    return PassStatistics(**{**zeros, **wide})

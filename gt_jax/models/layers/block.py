@@ -21,6 +21,7 @@ from gt_jax.devices.sharding import Rules
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
 from gt_jax.models.layers.compaction import bucket_lengths
 from gt_jax.models.layers.early_exit import alive, alive_share, exit_step
+from gt_jax.models.layers.gated_copies import Registers, places_of, read_register, write_register
 from gt_jax.models.layers.mixer import Place, real_tokens
 from gt_jax.models.layers.residual import Layer, Update, moved_variance
 from gt_jax.models.layers.reversible import Delta
@@ -34,7 +35,8 @@ from pallas_kernels.platform import target_device
 class Stream(NamedTuple):
     """What goes from layer to layer: X, the mean stream after a first pass, and what the kind of stack needs.
 
-    `previous` is p_{l-1} of the midpoint stack, `exit` the `ExitState`; None elsewhere.
+    `previous` is p_{l-1} of the midpoint stack, `exit` the `ExitState`; None elsewhere. `gates` are the registers of
+    gated copies, none elsewhere.
     """
 
     x: State
@@ -42,6 +44,7 @@ class Stream(NamedTuple):
     previous: Any
     skips: SkipBuffer
     exit: Any
+    gates: Registers = ()
 
 
 class Common(NamedTuple):
@@ -150,6 +153,11 @@ class Block(nn.Module):
         place = common.place
         if place.key is not None:  # each layer draws for itself
             place = place._replace(key=jax.random.fold_in(place.key, number))
+        if (copies := self.config.gated_copies) is not None:
+            reads, writes, k = places_of(copies, number)
+            x, seen, new_cache, gate = layer.gated(x, place, read_register(stream.gates, reads, x), k, cache)
+            gates = write_register(stream.gates, writes, gate)
+            return stream._replace(x=x, first=stream_mean(x), gates=gates), seen, new_cache, None
         x, first, seen, new_cache, new_link = layer(x, place, common.control._replace(forced=forced), cache, link)
         kept = record(x, stream.skips, number, skips)
         return stream._replace(x=x, first=first, skips=kept), seen, new_cache, new_link

@@ -28,6 +28,7 @@ from gt_jax.models.layers.adaptive_depth import (
     stream_mean,
 )
 from gt_jax.models.layers.deltanet import GatedDeltaNet
+from gt_jax.models.layers.gated_copies import Gate, run_copy
 from gt_jax.models.layers.groundthink import GroundThinkDeltaNet
 from gt_jax.models.layers.gsa import GatedSparseAttention
 from gt_jax.models.layers.hyper_connections import HyperConnection, read, write
@@ -35,7 +36,7 @@ from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tok
 from gt_jax.models.layers.moe import MixtureOfExperts, MLPOutput
 from gt_jax.models.layers.primitives import RMSNorm, SwiGLU, WeightSpec, add_scaled, scaled, widen
 from gt_jax.models.layers.sliding import SlidingAttention
-from gt_jax.models.layers.sow import sow
+from gt_jax.models.layers.sow import PASSES, asked_for, sow
 from gt_jax.models.layers.stack import mix
 from gt_jax.typing import Activations, State, Tree
 
@@ -92,8 +93,8 @@ class Layer(nn.Module):
             start = nn.initializers.constant(c.stack.initial_residual)
             self.residual_scale = self.param("residual_scale", start, (), jnp.float32, on_mesh(rules.spec()))
             self.x0_scale = self.param("x0_scale", nn.initializers.zeros, (), jnp.float32, on_mesh(rules.spec()))
-        if c.adaptive is not None:
-            self.halting = HaltingHead(c.adaptive, rules)
+        if c.halting is not None:
+            self.halting = HaltingHead(c.halting, rules)
 
     def delta(self, x: State, place: Place, cache: Tree = None, link: Tree = None) -> tuple[State, LayerOutput]:
         """Delta(X) = MLPblock(MixerBlock(X)) - X, the update before gain and strength."""
@@ -123,7 +124,8 @@ class Layer(nn.Module):
 
     def _seen(self, x: State, mixed: MixerOutput) -> MixerOutput:
         """`mixed` with the gates that the halting head is to see, of the raw mean over streams where it asks for it."""
-        if self.config.adaptive is None or self.config.adaptive.features == "mixer_input":
+        halting = self.config.halting
+        if halting is None or halting.features == "mixer_input":
             return mixed
         write, output, spread = self.mixer.gates(stream_mean(x))
         return mixed._replace(write_gate=write, output_gate=output, head_spread=spread)
@@ -166,6 +168,21 @@ class Layer(nn.Module):
         )  # fmt: skip
         self._observe(statistics.score_variance[0])
         return moved, first, statistics, caches, None
+
+    def gated(
+        self, x: State, place: Place, gate: Gate, k: Array, cache: Tree = None
+    ) -> tuple[State, PassStatistics, Tree, Gate]:
+        """The one pass of a copy that keeps its gate, after `gate` and as pass `k` of its source layer."""
+        copies = self.config.gated_copies
+        assert copies is not None
+        if asked_for(self, PASSES):
+            sow(self, "runs", (gate.s >= copies.gate.threshold) & (real_tokens(place.segment_ids) > 0), PASSES)
+        moved, statistics, new_cache, after = run_copy(
+            self, x, gate, k, copies, cache, place=place, gain=self.gain,
+            delta=lambda layer, x, place, cache: layer.delta(x, place, cache),
+        )  # fmt: skip
+        self._observe(statistics.score_variance)
+        return moved, jax.tree.map(lambda a: a[None], statistics), new_cache, after
 
     def mixed(self, x: State, x0: State) -> State:
         """a X + b X0, what the lambda stack does before the layer."""
@@ -214,8 +231,9 @@ def _unseen(passes: int, config: ModelConfig) -> PassStatistics:
 
 
 def _single(ratio: Array, added: Array, seen: LayerOutput) -> PassStatistics:
-    """The statistics of a layer that runs once: one pass, everyone alive."""
+    """The statistics of a layer that runs once: one pass, everyone alive; no moments of weights that are all 1."""
     one, zero = jnp.ones((1,), jnp.float32), jnp.zeros((1,), jnp.float32)
+    none = jnp.zeros((1, 4), jnp.float32)
     rest = [value[None] for value in seen.statistics]
-    ratios = (jax.lax.stop_gradient(each)[None] for each in (ratio, added))
-    return PassStatistics(one, one, zero, zero, one, zero, zero, zero, zero, *ratios, *rest)
+    ratio, added = (jax.lax.stop_gradient(each)[None] for each in (ratio, added))
+    return PassStatistics(one, one, zero, zero, one, zero, zero, zero, zero, ratio, added, none, *rest)

@@ -5,7 +5,8 @@
         final = workers.all({f"seed{seed}/dense": (seed, best) for seed in range(3)})
 
 - `make(argument)` gives the unit. With more than one job it is a function of a module, or a `functools.partial` of one
-  and of values that pickle: every worker imports it anew. It keeps what it compiles, so does the worker.
+  and of values that pickle: every worker imports it anew. What it keeps, such as compiled programs, its worker keeps;
+  `alike` of a name says which units share it, and a worker goes on with those, so that two compile nothing twice.
 - A worker holds itself to one core before it asks JAX for devices. XLA then starts one thread of its own pool: two
   workers on two cores run as fast as one beside nothing. XLA's flags leave the pool as wide as the machine.
 - A unit whose worker was killed is made again, `TRIES` times in all. An exception in a worker ends the study: `Failed`
@@ -16,6 +17,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import time
@@ -30,6 +32,7 @@ from gt_jax.errors import Failed
 
 TRIES = 3
 Make = Callable[[Any], Unit]
+Alike = Callable[[str], Any]
 
 
 class _Worker(NamedTuple):
@@ -45,6 +48,7 @@ class Workers:
         self._idle: list[tuple[int, _Worker]] = []
         self._busy: dict[str, tuple[int, _Worker]] = {}
         self._free = list(range(jobs))
+        self._last: dict[int, Any] = {}  # what the worker of a core made last, by its `alike`
 
     def __enter__(self) -> Workers:
         return self
@@ -57,7 +61,7 @@ class Workers:
             worker.pipe.close()
         self._idle, self._busy, self._free = [], {}, list(range(self._jobs))
 
-    def all(self, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def all(self, wanted: Mapping[str, Any], alike: Alike = lambda name: None) -> dict[str, dict[str, Any]]:
         """Every unit by name, in the order asked for; made where it is not found. `wanted`: the argument of each."""
         began, done = time.monotonic(), {}
         for name in wanted:
@@ -78,17 +82,18 @@ class Workers:
             for name, argument in missing.items():
                 finished(name, self._make(argument))
         else:
-            self._share_out(missing, finished)
+            self._share_out(missing, finished, alike)
         return {name: done[name] for name in wanted}
 
-    def _share_out(self, missing: Mapping[str, Any], finished: Callable[[str, Unit], None]) -> None:
+    def _share_out(self, missing: Mapping[str, Any], finished: Callable[[str, Unit], None], alike: Alike) -> None:
         queue, tries = list(missing), dict.fromkeys(missing, 0)
         while queue or self._busy:
             while queue and (self._idle or self._free):
                 core, worker = self._idle.pop() if self._idle else self._new(self._free.pop(0))
-                name = queue.pop(0)
+                name = self._next(queue, core, alike)
+                queue.remove(name)
                 tries[name] += 1
-                self._busy[name] = core, worker
+                self._busy[name], self._last[core] = (core, worker), alike(name)
                 with contextlib.suppress(BrokenPipeError):  # it was killed while idle: its end of the pipe says so
                     worker.pipe.send(missing[name])
             ready = wait([worker.pipe for _, worker in self._busy.values()])
@@ -112,6 +117,13 @@ class Workers:
                     raise Failed(f"{name}: {message}")
                 self._idle.append(self._busy.pop(name))
                 finished(name, made)
+
+    def _next(self, queue: list[str], core: int, alike: Alike) -> str:
+        """Like what this worker made last, else like nothing that another one is at, else the first."""
+        others = [alike(name) for name in self._busy]
+        mine = (name for name in queue if core in self._last and alike(name) == self._last[core])
+        new = (name for name in queue if alike(name) not in others)
+        return next(itertools.chain(mine, new, queue))
 
     def _new(self, core: int) -> tuple[int, _Worker]:
         spawn = multiprocessing.get_context("spawn")  # a fork of a process that runs JAX may hang

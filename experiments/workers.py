@@ -48,7 +48,7 @@ class Workers:
         self._idle: list[tuple[int, _Worker]] = []
         self._busy: dict[str, tuple[int, _Worker]] = {}
         self._free = list(range(jobs))
-        self._last: dict[int, Any] = {}  # what the worker of a core made last, by its `alike`
+        self._made: dict[int, list[Any]] = {}  # by core: the kinds of units its worker made, the last one last
 
     def __enter__(self) -> Workers:
         return self
@@ -59,7 +59,7 @@ class Workers:
             worker.process.terminate()
             worker.process.join()
             worker.pipe.close()
-        self._idle, self._busy, self._free = [], {}, list(range(self._jobs))
+        self._idle, self._busy, self._made, self._free = [], {}, {}, list(range(self._jobs))
 
     def all(self, wanted: Mapping[str, Any], alike: Alike = lambda name: None) -> dict[str, dict[str, Any]]:
         """Every unit by name, in the order asked for; made where it is not found. `wanted`: the argument of each."""
@@ -93,7 +93,9 @@ class Workers:
                 name = self._next(queue, core, alike)
                 queue.remove(name)
                 tries[name] += 1
-                self._busy[name], self._last[core] = (core, worker), alike(name)
+                self._busy[name] = core, worker
+                made = self._made.setdefault(core, [])
+                self._made[core] = [*(kind for kind in made if kind != alike(name)), alike(name)]
                 with contextlib.suppress(BrokenPipeError):  # it was killed while idle: its end of the pipe says so
                     worker.pipe.send(missing[name])
             ready = wait([worker.pipe for _, worker in self._busy.values()])
@@ -105,7 +107,7 @@ class Workers:
                 except (EOFError, ConnectionResetError):
                     worker.process.join()
                     worker.pipe.close()
-                    del self._busy[name]
+                    del self._busy[name], self._made[core]
                     self._free.append(core)
                     self._say(f"{name}: its worker ended with {worker.process.exitcode}; the unit is made again")
                     if tries[name] == TRIES:
@@ -119,11 +121,12 @@ class Workers:
                 finished(name, made)
 
     def _next(self, queue: list[str], core: int, alike: Alike) -> str:
-        """Like what this worker made last, else like nothing that another one is at, else the first."""
-        others = [alike(name) for name in self._busy]
-        mine = (name for name in queue if core in self._last and alike(name) == self._last[core])
+        """Like what this worker made, the last first; else like nothing that another one made; else the first."""
+        mine = self._made.get(core, [])
+        others = {kind for other, kinds in self._made.items() if other != core for kind in kinds}
+        again = (name for kind in reversed(mine) for name in queue if alike(name) == kind)
         new = (name for name in queue if alike(name) not in others)
-        return next(itertools.chain(mine, new, queue))
+        return next(itertools.chain(again, new, queue))
 
     def _new(self, core: int) -> tuple[int, _Worker]:
         spawn = multiprocessing.get_context("spawn")  # a fork of a process that runs JAX may hang

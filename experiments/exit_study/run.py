@@ -48,7 +48,7 @@ def everything(
 
         def trainings(wanted: list[tuple[str, int, Model, float]]) -> list[dict[str, Any]]:
             named = {training(*one): ("train", *one) for one in wanted}
-            return list(workers.all(named, alike=lambda name: (named[name][1], named[name][3].name)).values())
+            return list(workers.all(named, alike=lambda name: named[name][3].name).values())
 
         tried = trainings([(source, first, model, rate) for source in study.sources for model in study.models
                            for rate in study.rates])  # fmt: skip
@@ -72,5 +72,5 @@ def everything(
             for seed in study.seeds:
                 rates = {name: rate for name, rate in best[source].items() if (source, seed, name) in kept}
                 named[f"{source}/seed{seed}/measured"] = ("measure", source, seed, rates)
-        measured = workers.all(named, alike=lambda name: named[name][1])
+        measured = workers.all(named)
     return list(measured.values()), tuning

@@ -19,7 +19,7 @@ from gt_jax.errors import Refused
 from gt_jax.tasks.registry import read_task
 
 TUNING = 0.05  # share of text and of a task's instances
-TASK = "variable_chains:order=backward,hardest=4,chains=3"
+TASK = "variable_chains:order=backward,hardest=4,chains=2,letters=8"
 
 
 class Model(NamedTuple):
@@ -53,6 +53,7 @@ class ExitStudy(Config):
     Dense models have `layers` layers and those of `cuts`. A model with exits is trained for each of `ponders` at
     `threshold` and measured at each of `thresholds`; for each (ponder, threshold) of `own` one more is trained and
     measured at that threshold alone. `rates` are tried by every model at the first seed, best on the tuning part.
+    `steps` are of text, `task_steps` of a task, whose hardest difficulty rises over the share `curriculum` of them.
     `equal` is the share by which a loss may be above the dense model's and count as equal, when pairs are chosen.
     """
 
@@ -72,6 +73,7 @@ class ExitStudy(Config):
     rows: int = 8
     sequence_length: int = 96
     steps: int = 200
+    task_steps: int = 300
     curriculum: float = 0.4
     evaluation_batches: int = 24
     tuning_batches: int = 16
@@ -81,7 +83,7 @@ class ExitStudy(Config):
 
     def problems(self) -> list[str]:
         wrong = below(self, 1, "rows", "evaluation_batches", "tuning_batches", "rounds", "heads")
-        wrong += below(self, 2, "layers", "steps", "sequence_length")
+        wrong += below(self, 2, "layers", "steps", "task_steps", "sequence_length")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
         if self.width % (2 * self.heads):
@@ -133,6 +135,10 @@ class ExitStudy(Config):
         longest = read_task(self.words(source)).longest
         return longest * max(1, self.sequence_length // longest)
 
+    def training_steps(self, source: str) -> int:
+        """Steps of a training."""
+        return self.steps if source == TEXT else self.task_steps
+
     def words(self, source: str) -> str:
         """The task of a source, with its options."""
         return next(words for words in self.tasks if words.partition(":")[0] == source)
@@ -142,7 +148,7 @@ class ExitStudy(Config):
         rows = DataConfig(sequence_length=self.length(source), batch_size=self.rows, seed=seed, tuning=TUNING)
         if source == TEXT:
             return rows.replace(text=self.text)
-        eased = round(self.curriculum * self.steps * self.rows)
+        eased = round(self.curriculum * self.task_steps * self.rows)
         return rows.replace(tasks=(self.words(source),), curriculum_rows=eased)
 
     def named(self) -> ExitStudy:
@@ -152,12 +158,13 @@ class ExitStudy(Config):
 
 SCALES: Mapping[str, Mapping[str, object]] = {
     "minutes": {"seeds": (0, 1), "width": 32, "heads": 2, "layers": 3, "cuts": (1,), "ponders": (0.01, 0.1),
-                "thresholds": (0.7, 0.95), "own": ((0.1, 0.7),), "rates": (4e-3,), "rows": 4, "sequence_length": 48,
-                "steps": 30, "evaluation_batches": 8, "tuning_batches": 4, "rounds": 5},
+                "thresholds": (0.7, 0.95), "own": ((0.1, 0.7),), "rates": (4e-3,), "rows": 4, "sequence_length": 64,
+                "steps": 30, "task_steps": 30, "evaluation_batches": 8, "tuning_batches": 4, "rounds": 5},
     "small": {},
     "accelerator": {"width": 256, "layers": 12, "cuts": (1, 2, 3, 4, 6, 8), "rates": (1e-3, 2e-3, 4e-3), "rows": 64,
-                    "sequence_length": 384, "steps": 3000, "own": ((0.01, 0.5), (0.01, 0.8), (0.03, 0.7)),
-                    "evaluation_batches": 32, "tuning_batches": 16, "rounds": 25, "compute_dtype": "bfloat16"},
+                    "sequence_length": 384, "steps": 3000, "task_steps": 3000,
+                    "own": ((0.01, 0.5), (0.01, 0.8), (0.03, 0.7)), "evaluation_batches": 32, "tuning_batches": 16,
+                    "rounds": 25, "compute_dtype": "bfloat16"},
 }  # fmt: skip
 
 

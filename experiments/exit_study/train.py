@@ -72,7 +72,7 @@ def content(study: ExitStudy) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=64)
 def program(config: ModelConfig) -> Trainer:
     """Step and new state of a model, compiled once in this process, whatever its learning rate."""
     optimizer = paced(make_optimizer(OptimizerConfig(learning_rate=1.0, schedule="wsd", warmup=0.0, final=1.0), 1))
@@ -86,9 +86,9 @@ def evaluation(config: ModelConfig) -> Any:
     return make_evaluation(config, Rules())
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=64)
 def fresh(config: ModelConfig) -> Any:
-    """Fresh variables of a key, compiled once."""
+    """Fresh variables of a key, compiled once for all models of one shape."""
     network = LanguageModel(config)
     return jax.jit(lambda key: dict(network.init(key, jnp.zeros((1, 2), jnp.int32))))
 
@@ -106,16 +106,17 @@ def losses(config: ModelConfig, variables: Tree, batches: Sequence[Batch]) -> Lo
 def trained(study: ExitStudy, work: Path, source: str, seed: int, model: Model, rate: float) -> dict[str, Any]:
     """Train and keep the weights in the file `work`; a loss that is not finite is a result too."""
     config, data = study.config(model, model.threshold), material(study, source, seed)
-    one = program(config)
-    state = one.new_state(fresh(config)(jax.random.key(seed)))
-    optimizer = state.optimizer._replace(steps=jnp.float32(study.steps), peak=jnp.float32(rate))
+    one, steps = program(config), study.training_steps(source)
+    shape = study.config(model if model.ponder is None else model._replace(ponder=0.0), model.threshold)
+    state = one.new_state(fresh(shape)(jax.random.key(seed)))
+    optimizer = state.optimizer._replace(steps=jnp.float32(steps), peak=jnp.float32(rate))
     record: dict[str, Any] = {"source": source, "seed": seed, **model._asdict(), "name": model.name, "rate": rate,
                               "diverged": None}  # fmt: skip
     curve: list[float] = []
     began = time.monotonic()
     try:
         state = fit(one, state._replace(optimizer=optimizer), (model_inputs(batch) for batch in data.data.train()),
-                    study.steps, record=lambda step, metrics: curve.append(float(metrics["loss"])))  # fmt: skip
+                    steps, record=lambda step, metrics: curve.append(float(metrics["loss"])))  # fmt: skip
     except Diverged as error:
         return record | {"diverged": str(error), "tuning_loss": NO_LOSS, "seconds": time.monotonic() - began,
                          "line": f"diverged: {error}"}  # fmt: skip

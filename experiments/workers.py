@@ -5,7 +5,8 @@
         final = workers.all({f"seed{seed}/dense": (seed, best) for seed in range(3)})
 
 - `make(argument)` gives the unit. With more than one job it is a function of a module, or a `functools.partial` of one
-  and of values that pickle: every worker imports it anew. It keeps what it compiles, so does the worker.
+  and of values that pickle: every worker imports it anew. What it keeps, such as compiled programs, its worker keeps;
+  `alike` of a name says which units share it, and a worker goes on with those, so that two compile nothing twice.
 - A worker holds itself to one core before it asks JAX for devices. XLA then starts one thread of its own pool: two
   workers on two cores run as fast as one beside nothing. XLA's flags leave the pool as wide as the machine.
 - A unit whose worker was killed is made again, `TRIES` times in all. An exception in a worker ends the study: `Failed`
@@ -16,6 +17,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import time
@@ -30,6 +32,7 @@ from gt_jax.errors import Failed
 
 TRIES = 3
 Make = Callable[[Any], Unit]
+Alike = Callable[[str], Any]
 
 
 class _Worker(NamedTuple):
@@ -45,6 +48,7 @@ class Workers:
         self._idle: list[tuple[int, _Worker]] = []
         self._busy: dict[str, tuple[int, _Worker]] = {}
         self._free = list(range(jobs))
+        self._made: dict[int, list[Any]] = {}  # by core: the kinds of units its worker made, the last one last
 
     def __enter__(self) -> Workers:
         return self
@@ -55,9 +59,9 @@ class Workers:
             worker.process.terminate()
             worker.process.join()
             worker.pipe.close()
-        self._idle, self._busy, self._free = [], {}, list(range(self._jobs))
+        self._idle, self._busy, self._made, self._free = [], {}, {}, list(range(self._jobs))
 
-    def all(self, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def all(self, wanted: Mapping[str, Any], alike: Alike = lambda name: None) -> dict[str, dict[str, Any]]:
         """Every unit by name, in the order asked for; made where it is not found. `wanted`: the argument of each."""
         began, done = time.monotonic(), {}
         for name in wanted:
@@ -78,17 +82,20 @@ class Workers:
             for name, argument in missing.items():
                 finished(name, self._make(argument))
         else:
-            self._share_out(missing, finished)
+            self._share_out(missing, finished, alike)
         return {name: done[name] for name in wanted}
 
-    def _share_out(self, missing: Mapping[str, Any], finished: Callable[[str, Unit], None]) -> None:
+    def _share_out(self, missing: Mapping[str, Any], finished: Callable[[str, Unit], None], alike: Alike) -> None:
         queue, tries = list(missing), dict.fromkeys(missing, 0)
         while queue or self._busy:
             while queue and (self._idle or self._free):
                 core, worker = self._idle.pop() if self._idle else self._new(self._free.pop(0))
-                name = queue.pop(0)
+                name = self._next(queue, core, alike)
+                queue.remove(name)
                 tries[name] += 1
                 self._busy[name] = core, worker
+                made = self._made.setdefault(core, [])
+                self._made[core] = [*(kind for kind in made if kind != alike(name)), alike(name)]
                 with contextlib.suppress(BrokenPipeError):  # it was killed while idle: its end of the pipe says so
                     worker.pipe.send(missing[name])
             ready = wait([worker.pipe for _, worker in self._busy.values()])
@@ -100,7 +107,7 @@ class Workers:
                 except (EOFError, ConnectionResetError):
                     worker.process.join()
                     worker.pipe.close()
-                    del self._busy[name]
+                    del self._busy[name], self._made[core]
                     self._free.append(core)
                     self._say(f"{name}: its worker ended with {worker.process.exitcode}; the unit is made again")
                     if tries[name] == TRIES:
@@ -112,6 +119,14 @@ class Workers:
                     raise Failed(f"{name}: {message}")
                 self._idle.append(self._busy.pop(name))
                 finished(name, made)
+
+    def _next(self, queue: list[str], core: int, alike: Alike) -> str:
+        """Like what this worker made, the last first; else like nothing that another one made; else the first."""
+        mine = self._made.get(core, [])
+        others = {kind for other, kinds in self._made.items() if other != core for kind in kinds}
+        again = (name for kind in reversed(mine) for name in queue if alike(name) == kind)
+        new = (name for name in queue if alike(name) not in others)
+        return next(itertools.chain(again, new, queue))
 
     def _new(self, core: int) -> tuple[int, _Worker]:
         spawn = multiprocessing.get_context("spawn")  # a fork of a process that runs JAX may hang

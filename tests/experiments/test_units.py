@@ -75,6 +75,15 @@ def test_workers_make_what_is_missing_on_a_core_each_also_after_one_was_killed(t
     assert Units(tmp_path / "work", Study(), "hash").found("unit 2") == found["unit 2"]
 
 
+def test_a_worker_goes_on_with_what_is_like_what_it_made(tmp_path):
+    """Whatever the order asked for, and however the two share out the time, both kinds are not made by both."""
+    units = Units(tmp_path / "work", Study(), "hash")
+    with Workers(units, functools.partial(unit, tmp_path), jobs=2) as pool:
+        found = pool.all({f"{kind} {n}": ("lives", n) for kind in "ab" for n in range(3)}, alike=lambda name: name[0])
+        makers = [{found[f"{kind} {n}"]["process"] for n in range(3)} for kind in "ab"]
+    assert min(map(len, makers)) == 1
+
+
 def test_one_job_is_this_process(tmp_path):
     with Workers(Units(tmp_path / "work", Study(), "hash"), functools.partial(unit, tmp_path)) as pool:
         assert pool.all({"unit": ("lives", 1)})["unit"]["process"] == os.getpid()

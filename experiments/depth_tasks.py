@@ -45,11 +45,17 @@ def configured(arguments: argparse.Namespace) -> Study:
 
     if arguments.jobs < 1:
         raise Refused(f"--jobs {arguments.jobs}: at least one model is trained at a time")
+    return scaled(arguments.scale, read_seeds(arguments.seeds))
+
+
+def read_seeds(words: str) -> tuple[int, ...]:
+    """The seeds of `0,1,2`; raises `Refused` for what is no such list."""
+    from gt_jax.errors import Refused
+
     try:
-        seeds = tuple(int(word) for word in arguments.seeds.split(","))
+        return tuple(int(word) for word in words.split(","))
     except ValueError as error:
-        raise Refused(f"--seeds {arguments.seeds!r} is no list of whole numbers such as 0,1,2") from error
-    return scaled(arguments.scale, seeds)
+        raise Refused(f"--seeds {words!r} is no list of whole numbers such as 0,1,2") from error
 
 
 def all_rows(study: Study, workers: Workers) -> list[dict[str, Any]]:
@@ -80,6 +86,11 @@ def mean_depth(row: dict[str, Any]) -> int:
     return max(1, round(sum(passes) / len(passes)))
 
 
+def without_line(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it is stored: without what was said while it was made."""
+    return {key: value for key, value in row.items() if key != "line"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, or only render it, and print its page."""
     from experiments import contract
@@ -103,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     with Workers(Units(arguments.work, study, ""), make, arguments.jobs, say) as workers:
         rows = all_rows(study, workers)
-    rows = [{key: value for key, value in row.items() if key != "line"} for row in rows]
+    rows = list(map(without_line, rows))
     stored = contract.stored(command=contract.command_line("experiments.depth_tasks", words), config=study,
                              machine=machine(), seconds=time.monotonic() - began, rows=rows, summary=summary(rows),
                              content="")  # fmt: skip

@@ -1,8 +1,7 @@
-"""Trains one model of the study and asks it everything: one call makes one unit."""
+"""Trains one model on a task and asks it everything: one call makes one unit."""
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.depth_study.study import ADAPTIVE, Wanted
+from experiments.depth_study.study import Wanted
+from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.evaluation.answer_table import answer_table
 from gt_jax.models.language_model import free_passes, initialise
@@ -27,38 +28,37 @@ ROUNDS = 7
 
 def make(wanted: Wanted) -> dict[str, Any]:
     """Train it; what it is, its answer table, `tuning_nats`, `curve` [[step, loss]], seconds, microseconds a token."""
-    setting = wanted.setting
-    data = open_data(setting.data(wanted.seed))
-    trainer = _trainer(wanted.config, setting, wanted.seed, wanted.rate)
-    state = trainer.new_state(initialise(wanted.config, wanted.seed))
+    setting, seed = wanted.setting, wanted.seed
+    row = answered(wanted.config, setting.train(seed, wanted.rate), setting.data(seed), setting.held_out_batches)
+    return {"task": setting.name, "model": wanted.model, "seed": seed, "rate": wanted.rate, **row}
+
+
+def answered(config: ModelConfig, train: TrainConfig, source: DataConfig, batches: int) -> dict[str, Any]:
+    """Train a model on tasks, and ask it: all of its answers, those with passes forced and with layers cut."""
+    data = open_data(source)
+    trainer = make_trainer(config, train)
+    state = trainer.new_state(initialise(config, train.seed))
     curve: list[list[float]] = []
     began = time.monotonic()
 
     def record(step: int, metrics: dict[str, Any]) -> None:
-        if step % max(1, setting.steps // CURVE) == 0:
+        if step % max(1, train.steps // CURVE) == 0:
             curve.append([step, round(float(metrics["loss"]), 5)])
 
-    state = fit(trainer, state, data.train(None), setting.steps, record=record)
+    state = fit(trainer, state, data.train(None), train.steps, record=record)
     jax.block_until_ready(state.step)
     seconds = time.monotonic() - began
-    variables = variables_of(state)
-    adaptive = wanted.model == ADAPTIVE
-    held_out = data.held_out(setting.held_out_batches)
-    table = answer_table(wanted.config, variables, held_out, forced=None if adaptive else (), cuts=adaptive).to_json()
-    tuning = answer_table(wanted.config, variables, data.tuning(setting.held_out_batches), forced=(), cuts=False)
-    row = {
-        "task": setting.name, "model": wanted.model, "layers": wanted.config.layout, "seed": wanted.seed,
-        "rate": wanted.rate, "steps": setting.steps, "seconds": round(seconds, 1), **table,
-        "tuning_nats": tuning.nats.value, "curve": curve,
-        "microseconds_a_token": round(microseconds_a_token(wanted.config, variables, held_out[0]), 3),
-    }  # fmt: skip
+    variables, adaptive = variables_of(state), config.adaptive is not None
+    held_out = data.held_out(batches)
+    table = answer_table(config, variables, held_out, forced=None if adaptive else (), cuts=adaptive).to_json()
+    tuning = answer_table(config, variables, data.tuning(batches), forced=(), cuts=False)
     said = " ".join(f"{100 * value:.0f}" for value in table["accuracy"].values())
-    return {**row, "line": f"{said} % right in {seconds:.0f} s"}
-
-
-@functools.lru_cache(maxsize=4)
-def _trainer(config: ModelConfig, setting: Any, seed: int, rate: float) -> Any:
-    return make_trainer(config, setting.train(seed, rate))
+    return {
+        "layers": config.layout, "steps": train.steps, "seconds": round(seconds, 1), **table,
+        "tuning_nats": tuning.nats.value, "curve": curve,
+        "microseconds_a_token": round(microseconds_a_token(config, variables, held_out[0]), 3),
+        "line": f"{said} % right in {seconds:.0f} s",
+    }  # fmt: skip
 
 
 def microseconds_a_token(config: ModelConfig, variables: Tree, batch: Batch) -> float:

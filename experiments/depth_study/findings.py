@@ -56,11 +56,11 @@ def _of_task(rows: Sequence[Row]) -> dict[str, Any]:
 def _of_model(rows: Sequence[Row]) -> dict[str, Any]:
     found: dict[str, Any] = {"layers": rows[0]["layers"], "rate": rows[0]["rate"], "seeds": len(rows)}
     for key in ("accuracy", "passes"):
-        found[key] = _by_difficulty([row[key] for row in rows])
+        found[key] = by_difficulty([row[key] for row in rows])
     for key in ("accuracy_all", "accuracy_hardest", "nats", "microseconds_a_token", "seconds"):
         found[key] = mean([row[key] for row in rows])
     counts = rows[0]["accuracy_forced"]
-    found["accuracy_forced"] = {k: _by_difficulty([row["accuracy_forced"][k] for row in rows]) for k in counts}
+    found["accuracy_forced"] = {k: by_difficulty([row["accuracy_forced"][k] for row in rows]) for k in counts}
     found["cuts"] = [{"layer": one["layer"], "type": one["type"],
                       "passes_run": mean([row["cuts"][i]["passes_run"] for row in rows]),
                       "k_exec": [row["cuts"][i]["k_exec"] for row in rows],
@@ -69,7 +69,8 @@ def _of_model(rows: Sequence[Row]) -> dict[str, Any]:
     return found
 
 
-def _by_difficulty(figures: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def by_difficulty(figures: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Means over seeds of figures by difficulty."""
     return {key: mean([one[key] for one in figures]) for key in figures[0]}
 
 

@@ -210,6 +210,31 @@ def test_forced_passes_may_be_drawn_for_each_step():
     assert set(counts) == {1, 2, 3, 4}
 
 
+def test_forced_passes_rise_with_the_curriculum_and_hold_until_the_gates_are_free():
+    ramp = budget(None, forced_passes=4, forced_ramp=0.6, forced_until=0.7, price_from=0.7, clipped_until=0.7)
+    counts = [int(phase(ramp, jnp.asarray(step), STEPS, 4).control.forced) for step in range(STEPS)]
+    assert [counts.index(count) for count in (1, 2, 3, 4, 0)] == [0, 60, 120, 180, 210] and counts[-1] == 0
+    assert ramp.after(0, STEPS, 2 * STEPS).forced_ramp == pytest.approx(0.3)
+    assert ramp.after(10, STEPS, STEPS).forced_ramp == 0.0, "a ramp that had begun does not begin again"
+    with pytest.raises(Refused, match=r"forced_ramp 0\.8 <= forced_until 0\.7(.|\n)*forced_passes is 0"):
+        ramp.replace(forced_ramp=0.8, forced_passes=0)
+
+
+def test_the_options_of_forced_passes():
+    words = ("--price-rule", "budget", "--forced-passes", "4")
+    jumps = ("--task", "pointer_jumps:hardest=2,symbols=4", "--curriculum", "0.6")
+    made = price_of(*words, "--forced-until", "0.7", "--pass-price", "0.02", *jumps)[0]
+    assert made == budget(None, value=0.02, forced_passes=4, forced_ramp=0.6, forced_until=0.7, price_from=0.7,
+                          clipped_until=0.7)  # fmt: skip
+    assert price_of(*words, "--forced-until", "0.5")[0].forced_ramp == 0.0, "no curriculum, no ramp"
+    ouro = price_of("--forced-passes", "3", "--forced-until", "0.38")[0]
+    assert ouro == PriceConfig(forced_passes=3, forced_until=0.38, price_from=0.38)
+    with pytest.raises(Refused, match="free from the first step on"):
+        price_of(*words)
+    with pytest.raises(Refused, match="difficulty rises for longer"):
+        price_of(*words, "--forced-until", "0.5", *jumps)
+
+
 def test_an_audit_of_the_budget_finishes_no_token_and_is_charged():
     now = [phase(budget(2.0), jnp.asarray(step), STEPS, 4) for step in (8, 9)]
     assert [float(one.control.uncut) for one in now] == [0.0, 1.0] and not any(int(one.control.forced) for one in now)

@@ -21,7 +21,6 @@ Number = float | int | np.number
 COLOURS = ("#333333", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _TYPE_COLOURS = {"D": "#0072B2", "G": "#E69F00"}
 _LIGHT = "G"  # types whose bars are light enough for dark letters
-_MARKERS = "Dosv^"
 _GREY = "#777777"
 _LABEL_GAP = 0.055  # of the height of the axes: one line of text
 
@@ -64,46 +63,6 @@ def plot_growth(curves: Mapping[str, Sequence[tuple[Number, Number]]], path: str
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     _label_ends(axes, ends)
-    save_png(figure, path)
-
-
-def plot_depth(layers: Sequence[str], passes: Mapping[str, Sequence[Number]], path: str | os.PathLike[str],
-               title: str = "") -> None:
-    """Passes per layer, or what they weigh: the first entry of `passes` as bars coloured by type, the rest as markers.
-
-    `layers` are labels such as `D0`, whose first letter is the type. Raises ValueError where lengths differ.
-    """
-    wrong = [f"{name} has {len(values)} values" for name, values in passes.items() if len(values) != len(layers)]
-    if wrong or not passes or not layers:
-        raise ValueError(f"{len(layers)} layers, but {'; '.join(wrong) or 'no passes'}")
-    from matplotlib.patches import Patch
-
-    figure, axes = new_figure(max(6.5, 1.5 + 0.55 * len(layers)), 4.0, title)
-    (bars, heights), *markers = passes.items()
-    types = list(dict.fromkeys(label[:1] for label in layers))
-    colours = {kind: _TYPE_COLOURS.get(kind, COLOURS[3 + n % 4]) for n, kind in enumerate(types)}
-    places = list(range(len(layers)))
-    axes.bar(places, [float(h) for h in heights], color=[colours[label[:1]] for label in layers], width=0.72, zorder=2)
-    handles: list[Any] = [Patch(color=colours[kind], label=f"{bars}, {kind} layers") for kind in types]
-    for number, (name, values) in enumerate(markers):
-        shift = 0.3 * (number - (len(markers) - 1) / 2) if len(markers) <= 3 else 0  # side by side, not hidden
-        handles += axes.plot([place + shift for place in places], [float(v) for v in values], linestyle="none",
-                             marker=_MARKERS[number % 5], markersize=7.5, markerfacecolor="white",
-                             markeredgecolor="#222222", markeredgewidth=1.6, label=name, zorder=3)
-    top = max(float(value) for values in passes.values() for value in values)
-    axes.set_ylim(0, 1.12 * max(top, 1e-9))
-    for place, height, label in zip(places, heights, layers, strict=True):
-        # At the foot of the bar, where no marker is; above it where the bar is too low to hold a line of text.
-        low = height < 0.12 * top
-        axes.text(place, height + 0.02 * top if low else 0.03 * top, f"{height:.2f}", ha="center", va="bottom",
-                  fontsize=8.5, color="#222222" if low or label[:1] in _LIGHT else "white", zorder=4)
-    _whole_numbers(axes.yaxis)
-    axes.set_xticks(places, layers)
-    axes.tick_params(axis="x", length=0)
-    axes.set_xlim(-0.6, len(layers) - 0.4)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("passes, or their weight")
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False, fontsize=9)
     save_png(figure, path)
 
 

@@ -237,9 +237,7 @@ CURVES = {"source": [(step, 5 / (step + 1)) for step in range(20)], "grown": [(2
 
 def draw(folder: Path) -> list[bytes]:
     plots.plot_growth(CURVES, folder / "growth.png", growth_at=20, title="Growth", smooth=5, ylim=(0, 4))
-    passes = {"mean_weight": [1.5, 2.0, np.float32(0.1), 4], "k_exec": [2, 2, 1, 4], "granted": np.arange(4).tolist()}
-    plots.plot_depth(["D0", "D1", "X2", "G3"], passes, folder / "depth.png", "Depth")
-    return [(folder / name).read_bytes() for name in ("growth.png", "depth.png")]
+    return [(folder / "growth.png").read_bytes()]
 
 
 def test_pictures_are_the_same_bytes_each_time_in_each_process_without_pyplot(tmp_path):
@@ -260,10 +258,6 @@ def test_pictures_are_the_same_bytes_each_time_in_each_process_without_pyplot(tm
 def test_pictures_refuse_what_they_cannot_show(tmp_path):
     with pytest.raises(ValueError, match="curves are empty, nan"):
         plots.plot_growth({"empty": [], "nan": [(0, np.nan)]}, tmp_path / "x.png", growth_at=0)
-    with pytest.raises(ValueError, match="2 layers, but k has 1 values"):
-        plots.plot_depth(["D0", "D1"], {"k": [1]}, tmp_path / "x.png")
-    with pytest.raises(ValueError, match="no passes"):
-        plots.plot_depth([], {}, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
 
 

@@ -48,7 +48,7 @@ def text(tmp_path):
     return str(file)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # what a kill leaves is tests/experiments/test_units.py's
 def test_the_whole_study_killed_and_gone_on_with(tmp_path, text, monkeypatch):
     shapes, signature = [], inspect.signature(calibration.calibrate_gains)
 

@@ -100,9 +100,7 @@ def test_the_weight_of_a_token_waits_for_the_next_copy_whatever_stands_between(s
 
 @pytest.mark.parametrize("order", ["001122", "012012", "0120211", "0", "01"])
 def test_no_register_is_written_while_its_chain_waits(order):
-    seen: dict[str, int] = {}
-    copies = tuple((int(layer), seen.setdefault(layer, 0) + order[: at + 1].count(layer))
-                   for at, layer in enumerate(order))
+    copies = tuple((int(layer), order[: at + 1].count(layer)) for at, layer in enumerate(order))
     reads, writes, passes = slots(GatedCopiesConfig(copies))
     held: dict[int, tuple[int, int]] = {}
     for (layer, copy), read, write, k in zip(copies, reads, writes, passes, strict=True):
@@ -210,7 +208,7 @@ def test_the_command_plans_by_layer_and_refuses_what_has_no_meaning(capsys):
         main(["--dry-run", "--keep-gates", "--plan", "dealt"])
 
 
-def test_no_budget_moves_the_gates_of_a_child(monkeypatch):
+def test_a_budget_moves_no_gates_of_a_child_whether_it_keeps_them_or_not(monkeypatch):
     """A child goes on with its source's price; its layers all run, so there is no depth to hold."""
 
     def moved(*_):
@@ -219,7 +217,7 @@ def test_no_budget_moves_the_gates_of_a_child(monkeypatch):
     monkeypatch.setattr(step, "with_gates_moved", moved)
     price = budget(2.0, target_of="passes_run")
     batch = {name: jnp.zeros((1, 16), jnp.int32) for name in ("tokens", "targets", "segment_ids")}
-    for config, held in ((target_config(SOURCE, planned(SOURCE)), False), (SOURCE, True)):
+    for config, held in ((target_config(SOURCE, planned(SOURCE)), False), (SOURCE.plain, False), (SOURCE, True)):
         trainer = make_trainer(config, TrainConfig(steps=4, price=price))
         state = jax.eval_shape(trainer.new_state, abstract(config))
         with pytest.raises(AssertionError, match="moved") if held else contextlib.nullcontext():

@@ -67,13 +67,9 @@ def slots(config: GatedCopiesConfig) -> Slots:
         reads = held.pop(source, NOWHERE)
         writes = NOWHERE
         if copy < last[source]:
-            writes = held[source] = _lowest_free(held.values())
+            writes = held[source] = next(at for at in range(len(held) + 1) if at not in held.values())
         found.append((reads, writes, copy - 1))
     return Slots(*np.asarray(found, np.int32).T)
-
-
-def _lowest_free(taken: Any) -> int:
-    return next(index for index in range(len(taken) + 1) if index not in set(taken))
 
 
 def empty_registers(x: State, config: GatedCopiesConfig) -> Registers:

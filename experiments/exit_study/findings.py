@@ -26,6 +26,13 @@ def beyond(figure: Interval, level: float) -> str:
     return "yes" if figure.low >= level else "no" if figure.high < level else "cannot be said"
 
 
+def at_most(figure: Interval, level: float) -> str:
+    """Whether a figure is at most `level`, likewise."""
+    if figure.low is None or figure.high is None:
+        return "cannot be said"
+    return "yes" if figure.high <= level else "no" if figure.low > level else "cannot be said"
+
+
 def compared(ratio: Interval, faster: str, slower: str) -> str:
     """A ratio of times in words, by its interval about 1."""
     if ratio.low is not None and ratio.low > 1:
@@ -66,13 +73,15 @@ def chosen(study: ExitStudy, found: Found, mode: str) -> list[str]:
     pairs = f"of {picks['of']} pairs of threshold and ponder weight"
     which = (f"{picks['as_good']} {pairs} are {bound}. The fastest of them" if picks["fastest"] else
              f"none {pairs} is {bound}. The nearest")  # fmt: skip
-    words = compared(against, "faster", "slower")
-    wanted = f" {WANTED:g} times as fast at equal loss: {beyond(speed, WANTED)}." if picks["fastest"] else ""
+    words, loss = compared(against, "is faster", "is slower"), read(one["loss_minus_dense"])
+    level = study.equal * read(found["models"][dense]["loss"]).mean
+    wanted = (f" {WANTED:g} times as fast: {beyond(speed, WANTED)}; a held-out loss at most {100 * study.equal:g} % "
+              f"above: {at_most(loss, level)}.")  # fmt: skip
     lines = [
-        f"{which}, *{name}*, runs {read(one['layers_used']).mean:.2f} of {study.layers} layers, {seeds(speed)} times "
-        f"as fast as *{dense}*, with {loss_words(read(one['loss_minus_dense']))}.{wanted}",
+        f"{which}, *{name}*, runs {read(one['layers_used']).mean:.2f} of {study.layers} layers, as fast as "
+        f"*{dense}* times {seeds(speed)}, with {loss_words(loss)}.{wanted}",
         f"against a dense model of its mean depth, trained as long (between the two trained depths beside it), "
-        f"*{name}* is {words} ({seeds(against)} times as fast), with {loss_words(read(one['loss_minus_cut']))}.",
+        f"*{name}* {words} (times {seeds(against)}), with {loss_words(read(one['loss_minus_cut']))}.",
     ]
     best = picks["curve"]
     one = found["models"][best][f"equal_{mode}"]
@@ -85,7 +94,7 @@ def along(one: Found) -> str:
     """How an exit model compares with the dense models at its loss."""
     ratio = f"{bound_text(one)}, {one['seeds']} seed{'s' * (one['seeds'] != 1)}"
     words = {1: "the exit model is faster", -1: "a dense model is faster", 0: "neither can be called faster"}
-    return f"{words[one['sign']]}; the dense one takes {ratio} times its time."
+    return f"{words[one['sign']]}; the dense one takes its time times {ratio}."
 
 
 def bound_text(one: Found, pattern: str = "{:.2f}") -> str:

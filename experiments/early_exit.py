@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from experiments.workers import hold_to_one_core
 
     study = configured(arguments)
-    if arguments.jobs == 1:
+    if arguments.jobs == 1 and study.scale != "accelerator":
         hold_to_one_core(0)  # as a worker does, so that times mean the same
     words = command_line(MODULE, sys.argv[1:] if argv is None else argv, arguments.text)
     work = arguments.work or Path(f"runs/{NAME}_{study.scale}")

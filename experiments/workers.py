@@ -94,31 +94,37 @@ class Workers:
                 queue.remove(name)
                 tries[name] += 1
                 self._busy[name] = core, worker
-                made = self._made.setdefault(core, [])
-                self._made[core] = [*(kind for kind in made if kind != alike(name)), alike(name)]
+                kinds = self._made.setdefault(core, [])
+                self._made[core] = [*(kind for kind in kinds if kind != alike(name)), alike(name)]
                 with contextlib.suppress(BrokenPipeError):  # it was killed while idle: its end of the pipe says so
                     worker.pipe.send(missing[name])
             ready = wait([worker.pipe for _, worker in self._busy.values()])
-            for name, (core, worker) in list(self._busy.items()):
-                if worker.pipe not in ready:
-                    continue
-                try:
-                    made, message = worker.pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    worker.process.join()
-                    worker.pipe.close()
-                    del self._busy[name], self._made[core]
-                    self._free.append(core)
-                    self._say(f"{name}: its worker ended with {worker.process.exitcode}; the unit is made again")
-                    if tries[name] == TRIES:
-                        raise Failed(f"{name}: {TRIES} workers died of it, the last with "
-                                     f"{worker.process.exitcode}") from None  # fmt: skip
+            for name in [name for name, (_, worker) in self._busy.items() if worker.pipe in ready]:
+                made = self._answer(name, tries[name])
+                if made is None:
                     queue.insert(0, name)
-                    continue
-                if message is not None:
-                    raise Failed(f"{name}: {message}")
-                self._idle.append(self._busy.pop(name))
-                finished(name, made)
+                else:
+                    finished(name, made)
+
+    def _answer(self, name: str, tries: int) -> Unit | None:
+        """What the worker of a unit made; None where it was killed. Raises `Failed` with an error in it."""
+        core, worker = self._busy.pop(name)
+        try:
+            made, message = worker.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            worker.process.join()
+            worker.pipe.close()
+            del self._made[core]
+            self._free.append(core)
+            self._say(f"{name}: its worker ended with {worker.process.exitcode}; the unit is made again")
+            if tries == TRIES:
+                raise Failed(f"{name}: {tries} workers died of it, the last with {worker.process.exitcode}") from None
+            return None
+        self._idle.append((core, worker))
+        if message is not None:
+            raise Failed(f"{name}: {message}")
+        unit: Unit = made
+        return unit
 
     def _next(self, queue: list[str], core: int, alike: Alike) -> str:
         """Like what this worker made, the last first; else like nothing that another one made; else the first."""

@@ -53,7 +53,7 @@ class Losses(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def material(study: ExitStudy, source: str, seed: int) -> Material:
-    """Open the data of a source; raises `Refused` for too little of it, or a held-out part that is trained on too."""
+    """Open a source's data; raises `Refused` for too little of it, or files whose held-out part is trained on too."""
     data = open_data(study.data(source, seed))
     found = {"tuning": data.tuning(study.tuning_batches), "held-out": data.held_out(study.evaluation_batches)}
     wanted = {"tuning": study.tuning_batches, "held-out": study.evaluation_batches}
@@ -61,7 +61,7 @@ def material(study: ExitStudy, source: str, seed: int) -> Material:
     wrong = [f"{len(found[part])} {part} batches of {tokens} tokens, the study needs {count}; give more with --text"
              for part, count in wanted.items() if len(found[part]) < count]  # fmt: skip
     refuse_all(wrong, f"{data.summary()}:")
-    if isinstance(data, Text):
+    if isinstance(data, Text) and study.text:  # Python's library repeats itself, which the report says
         separation(data)
     return Material(data, found["tuning"], found["held-out"])
 

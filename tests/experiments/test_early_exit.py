@@ -140,7 +140,7 @@ def test_every_scale_is_a_study_and_other_words_are_refused(tmp_path):
     for scale in SCALES:
         study = at_scale(scale, [], ["pointer_jumps:symbols=6,queries=4,hardest=3"])
         assert study.scale == scale and ExitStudy.from_json(study.to_json()) == study
-        assert study.sources == ["text", "pointer_jumps"] and study.length("pointer_jumps") % 20 == 0
+        assert study.sources == ["text", "pointer_jumps"] and study.length("pointer_jumps") % 34 == 0
         assert study.data("pointer_jumps", 0).text == () and study.data("text", 0).tasks == ()
         assert all(study.config(model, at) for model in study.models for at in study.measured_at(model))
 

@@ -25,7 +25,8 @@ NAME = "depth_gates"
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    p.add_argument("--scale", choices=("minutes", "small"), default="small", help="minutes: a try (default small)")
+    p.add_argument("--scale", choices=("minutes", "small", "whole"), default="small",
+                   help="minutes: a try; small: what decides most; whole: all variants (default small)")
     p.add_argument("--seeds", default="0,1", help="one of every variant each")
     p.add_argument("--jobs", type=int, default=1, help="models trained at once, each on a core of its own")
     p.add_argument("--work", type=Path, default=Path("runs/depth_gates"), help="folder of the finished units")
@@ -37,10 +38,12 @@ def parser() -> argparse.ArgumentParser:
 def configured(arguments: argparse.Namespace) -> GatesStudy:
     """The study that the words name; raises `Refused` for words that make none."""
     from experiments.depth_study.study import SCALES
-    from experiments.depth_study.variants import GatesStudy
+    from experiments.depth_study.variants import VARIANTS, GatesStudy
     from experiments.depth_tasks import read_seeds
 
-    return GatesStudy(setting=SCALES[arguments.scale][1], seeds=read_seeds(arguments.seeds))
+    study = GatesStudy(setting=SCALES["minutes" if arguments.scale == "minutes" else "small"][1],
+                       seeds=read_seeds(arguments.seeds))  # fmt: skip
+    return study.replace(variants=tuple(VARIANTS)) if arguments.scale == "whole" else study
 
 
 def make(wanted: Wanted) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
-    output = arguments.output
+    output, folders = arguments.output, (str(arguments.work), str(arguments.output))
     if arguments.render:
         stored = contract.read(output / f"{NAME}.json")
     else:
@@ -118,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Workers(Units(arguments.work, study, ""), make, arguments.jobs,
                      lambda line: print(line, file=sys.stderr, flush=True)) as workers:  # fmt: skip
             rows = list(map(without_line, workers.all({one.name: one for one in wanted}).values()))
-        stored = contract.stored(command=contract.command_line("experiments.depth_gates", words), config=study,
+        stored = contract.stored(command=contract.command_line("experiments.depth_gates", words, folders), config=study,
                                  machine=machine(), seconds=time.monotonic() - began, rows=rows,
                                  summary=summary(rows), content="")  # fmt: skip
         contract.write(output / f"{NAME}.json", stored)

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
-    output = arguments.output
+    output, folders = arguments.output, (str(arguments.work), str(arguments.output))
     if arguments.render:
         stored = contract.read(output / f"{report.NAME}.json")
         print(report.write(output, {**stored, "summary": summary(stored["rows"])}))
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Workers(Units(arguments.work, study, ""), make, arguments.jobs, say) as workers:
         rows = all_rows(study, workers)
     rows = list(map(without_line, rows))
-    stored = contract.stored(command=contract.command_line("experiments.depth_tasks", words), config=study,
+    stored = contract.stored(command=contract.command_line("experiments.depth_tasks", words, folders), config=study,
                              machine=machine(), seconds=time.monotonic() - began, rows=rows, summary=summary(rows),
                              content="")  # fmt: skip
     contract.write(output / f"{report.NAME}.json", stored)

@@ -56,7 +56,7 @@ from gt_jax.typing import Tree
 
 TASK = "pointer_jumps:hardest=4,symbols=8,queries=4"
 STEPS = 1200
-RAMP, FORCED, DECAY = 0.6, 0.7, 0.1
+RATE, RAMP, FORCED, DECAY = 2e-3, 0.6, 0.7, 0.15
 EVALUATION_BATCHES = 12
 RANDOM_SEED, NOISE = 1, 1e-4
 ONCE, ADAPTIVE = "one layer, once", "one layer, adaptive"
@@ -91,7 +91,7 @@ def source_config(model: ModelConfig, steps: int) -> RunConfig:
     """The run of the adaptive source, or of the same layer without passes."""
     price = budget(None, value=0.02, forced_passes=4, forced_ramp=RAMP, forced_until=FORCED, price_from=FORCED,
                    clipped_until=FORCED)  # fmt: skip
-    optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.01, decay=DECAY, halting_scale=10.0)
+    optimizer = OptimizerConfig(learning_rate=RATE, weight_decay=0.01, decay=DECAY, halting_scale=10.0)
     train = TrainConfig(steps=steps, evaluate_every=0, checkpoint_every=max(1, steps // 4), optimizer=optimizer,
                         price=price)  # fmt: skip
     data = DataConfig(tasks=(TASK,), sequence_length=read_task(TASK).longest, batch_size=ROWS,

@@ -27,7 +27,7 @@ ROOMS = {  # from the ground up: every room stands on rooms above it in this tab
     "checkpoints": (*BASE, "configs", "devices"),
     "growth": (*BASE, "configs", "devices", "models", "checkpoints"),
     "interop": (*BASE, "configs", "text", "models", "checkpoints"),
-    "monitoring": (*BASE, "configs", "growth"),
+    "monitoring": (*BASE, "configs", "tasks", "growth"),
     "training": (*BASE, "configs", "devices", "text", "models", "checkpoints", "monitoring"),
     "evaluation": (*BASE, "configs", "devices", "tasks", "text", "models", "checkpoints", "growth", "monitoring",
                    "training"),

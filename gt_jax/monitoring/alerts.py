@@ -4,6 +4,7 @@
   same, since the second is the first in a loop.
 - What can be sick in one layer is looked at layer by layer (`layer_alerts`): a mean over layers hides a dead one.
 - A sickness of one place (a layer, an expert) is told once, and may be told again after `CALM` records without it.
+- Where a curriculum makes its questions harder the loss rises, as it should: what it was before is forgotten there.
 - Steps with forced passes say nothing of the halting heads: what depth and gates are judged by leaves them out.
 - Healthy runs of the presets `tiny` and `tiny_3b` stay a factor of about two or more away from the thresholds.
 """
@@ -20,6 +21,7 @@ import numpy as np
 from gt_jax.configs.run import RunConfig
 from gt_jax.monitoring import layer_alerts
 from gt_jax.monitoring.layer_alerts import PATIENCE, Found, Record
+from gt_jax.tasks.rows import rises
 
 READ = ("loss", "gradient_norm", "price", *layer_alerts.READ)
 WINDOW = 50  # records that a spike is measured against: enough for a median, short enough to follow a falling loss
@@ -29,6 +31,7 @@ ROUTERS_FROM = 0.1  # of the run: fresh routers begin with few null picks, the m
 GRADIENT_SPIKE = 30.0  # times the median, before clipping; healthy runs reach 5, one batch of 512 tokens reached 17
 LOSS_SPIKE = 8.0  # robust standard deviations above the median; batches of 512 tokens reach 3
 LOSS_NOISE = 0.03  # of the median: the least standard deviation assumed, for runs whose batches are large and alike
+LEAST_NOISE = 0.01  # nats: likewise, where a task is solved and the loss is next to nothing
 DIVERGED = 0.25  # of the lowest median: the end of the forced passes moves the loss by up to 10 %
 
 
@@ -76,6 +79,8 @@ class Watch:
         self._best: tuple[float, float] | None = None  # the lowest median of the loss, and the noise it was in
         self._open: dict[tuple[str, str], tuple[Alert, int]] = {}  # and for how many records it has not been seen
         self._closed: list[Alert] = []
+        data = config.data
+        self._rises = rises(data.tasks, data.curriculum_rows, data.batch_size)
 
     def __call__(self, record: Record) -> list[str]:
         """The alerts that begin or end with this record; a record without a training loss says nothing."""
@@ -85,9 +90,13 @@ class Watch:
         record = {name: np.asarray(record[name], np.float64) for name in READ if name in record} | {"step": step}
         if config.train.thaw is not None and step == config.train.thaw.steps + 1:
             self._seen.clear()  # from here on the norm is of all tensors
-        if self._best is None and config.start is None and math.isfinite(record["loss"]):
+        if harder := step in self._rises:
+            self._seen.clear()
+            self._best = None
+        if self._best is None and (config.start is None or harder) and math.isfinite(record["loss"]):
             self._best = float(record["loss"]), LOSS_NOISE * float(record["loss"])  # random weights: log(vocab)
-        found = {**_gradient(record, self._seen), **_loss(record, self._seen), **layer_alerts.not_finite(record)}
+        found = {**_gradient(record, self._seen, config.train.optimizer.clip), **_loss(record, self._seen),
+                 **layer_alerts.not_finite(record)}  # fmt: skip
         self._seen.append(record)
         recent = list(self._seen)[-PATIENCE:]
         found |= self._divergence(recent)
@@ -157,10 +166,10 @@ def _median_and_noise(values: Sequence[float]) -> tuple[float, float]:
     """The median, and the standard deviation that the median distance from it stands for in a normal distribution."""
     median = float(np.median(values))
     spread = 1.4826 * float(np.median(np.abs(np.asarray(values) - median)))
-    return median, max(spread, LOSS_NOISE * abs(median))
+    return median, max(spread, LOSS_NOISE * abs(median), LEAST_NOISE)
 
 
-def _gradient(record: Record, before: Sequence[Record]) -> Found:
+def _gradient(record: Record, before: Sequence[Record], clip: float) -> Found:
     if "gradient_norm" not in record:
         return {}
     norm, earlier = float(record["gradient_norm"]), _finite(before, "gradient_norm")
@@ -168,7 +177,7 @@ def _gradient(record: Record, before: Sequence[Record]) -> Found:
     if not math.isfinite(norm):
         return {key: f"the gradient norm is {norm}; lower --learning-rate, or look at the batch"}
     usual = float(np.median(earlier)) if len(earlier) >= PATIENCE else math.inf
-    if norm <= GRADIENT_SPIKE * usual:
+    if norm <= max(GRADIENT_SPIKE * usual, clip):
         return {}
     times = norm / max(usual, 1e-30)
     return {key: f"the gradient norm is {norm:.3g}, {times:.0f} times the median of the {len(earlier)} records before; "

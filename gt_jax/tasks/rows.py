@@ -12,13 +12,14 @@ import dataclasses
 import functools
 import hashlib
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int32
 
 from gt_jax.errors import Refused
 from gt_jax.tasks.draws import Draws
-from gt_jax.tasks.registry import notation
+from gt_jax.tasks.registry import notation, read_task
 from gt_jax.tasks.task import Instance, Task
 
 TRAINING, HELD_OUT, TUNING = range(3)  # parts, and streams of draws
@@ -36,6 +37,15 @@ def part_of(instance: Instance, held_out: float, tuning: float = 0.0) -> int:
     if place < held_out * _HASHES:
         return HELD_OUT
     return TUNING if place < (held_out + tuning) * _HASHES else TRAINING
+
+
+def rises(tasks: Sequence[str], curriculum_rows: int, batch_size: int) -> frozenset[int]:
+    """The steps, from 1, whose batch is the first to hold a row of the next difficulty of one of the tasks."""
+    found = set()
+    for task in map(read_task, tasks):
+        harder = task.hardest - task.easiest
+        found |= {-(-k * curriculum_rows // harder) // batch_size + 1 for k in range(1, harder + 1) if curriculum_rows}
+    return frozenset(found)
 
 
 class TaskRows:

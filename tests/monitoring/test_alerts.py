@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ExitConfig, MoEConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.configs.thaw import ThawConfig
 from gt_jax.monitoring import alerts, layer_alerts
 from gt_jax.monitoring.metrics import Recorder, read_metrics
+from gt_jax.tasks.rows import rises
 from gt_jax.training.price import phase
 from tests.support import small_model
 
@@ -206,6 +208,18 @@ def test_the_end_of_a_thaw_is_no_spike():
     thawing = PLAIN.replace(train=TrainConfig(steps=STEPS, thaw=ThawConfig(layers=(0,), steps=200)))
     records = changed(healthy(PLAIN), 1, 200, gradient_norm=lambda old: old / 100)
     assert alerts.alerts(records, thawing) == [] and alerts.alerts(records, PLAIN) != []
+
+
+def test_harder_questions_are_no_divergence_and_a_solved_task_no_noise():
+    data = DataConfig(tasks=("pointer_jumps:hardest=3,symbols=8,queries=4",), batch_size=4, curriculum_rows=4 * 200)
+    run = PLAIN.replace(data=data)
+    assert rises(data.tasks, data.curriculum_rows, data.batch_size) == {101, 201}
+    solved = changed(healthy(PLAIN), 1, STEPS, loss=lambda loss: 1e-5 * loss, gradient_norm=lambda norm: 1e-4 * norm)
+    harder = changed(changed(solved, 101, 130, loss=2.0, gradient_norm=3.0), 201, 240, loss=2.0, gradient_norm=3.0)
+    assert alerts.alerts(harder, run) == []
+    assert {one.sickness for one in alerts.alerts(harder, PLAIN)} >= {"the loss spikes", "the loss diverges"}
+    lost = changed(harder, 300, STEPS, loss=2.0)
+    assert [one.first for one in alerts.alerts(lost, run)][:1] == [300], "what was learned and is lost is told"
 
 
 def test_a_loss_that_begins_by_rising_diverges():

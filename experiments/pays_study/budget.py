@@ -15,15 +15,12 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.growth_study.flops import forward_flops, training_flops
 from experiments.pays_study.setting import Setting
 from gt_jax.configs.model import ModelConfig
 from gt_jax.models.flops import model_flops
-from gt_jax.training.price import phase
 
 Passes = Sequence[float] | np.ndarray
 
@@ -66,17 +63,15 @@ def whole(setting: Setting) -> float:
 
 
 def planned_passes(setting: Setting, steps: int) -> np.ndarray:
-    """Passes a layer of each step of a source of `steps` steps: those forced, and where they are free as planned."""
-    adaptive = setting.source.adaptive
-    assert adaptive is not None
+    """Passes a layer of each step of a source of `steps` steps: those forced, and where they are free as planned.
+
+    As `gt_jax.training.price.phase` has them, which in 32-bit floats may change their number a step early or late.
+    """
     train = setting.source_train(steps, setting.rates[0])
-
-    def forced(step: jax.Array) -> jax.Array:
-        return phase(train.price, step, train.steps, adaptive.max_passes).control.forced
-
-    padded = jnp.arange(1 << steps.bit_length(), dtype=jnp.int32)  # few shapes: each is compiled
-    counts = np.asarray(jax.vmap(forced)(padded), np.float64)[:steps]
-    return np.where(counts > 0, counts, setting.free_passes)
+    price, done = train.price, np.arange(steps) / train.steps
+    most = price.forced_passes
+    rising = 1 + np.minimum((most - 1) * done / price.forced_ramp, most - 1).astype(int) if price.forced_ramp else most
+    return np.where(done < price.forced_until, rising, setting.free_passes)
 
 
 def planned_cost(setting: Setting, steps: int) -> float:

@@ -38,10 +38,10 @@ def markdown(stored: Mapping[str, Any]) -> str:
         "# Does growth pay?", "", f"`{stored['command']}`", "",
         f"{len(seeds)} seed{'s' * (len(seeds) != 1)}, {stored['seconds'] / 60:.0f} minutes on "
         f"{stored['machine']['cores']} cores ({stored['machine']['device']}). Figures are means over seeds, in "
-        "brackets the 95 % interval by Student's t; differences are seed by seed. Every model trained at the better of its "
-        "rates, by the loss on the tuning part at the first seed; children go on at their source's. Figures are of the "
-        f"held-out part. FLOPs and tokens are all that led to a model, its source's among them. {count} differences "
-        f"are judged: without any, {0.05 * count:.1f} would lie outside their interval by chance. "
+        "brackets the 95 % interval by Student's t; differences are seed by seed. Every model trained at the better of "
+        "its rates, by the loss on the tuning part at the first seed; children go on at their source's. Figures are of "
+        "the held-out part. FLOPs and tokens are all that led to a model, its source's among them. "
+        f"{count} differences are judged: without any, {0.05 * count:.1f} would lie outside their interval by chance. "
         f"![curves]({NAME}.png)", "",
     ]  # fmt: skip
     lines += [*_overview(found), ""]

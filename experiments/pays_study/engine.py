@@ -38,6 +38,7 @@ from gt_jax.text.data import open_data
 from gt_jax.training.loop import Diverged, Trainer, fit, make_trainer, variables_of
 from gt_jax.training.moments import carried_moments
 from gt_jax.training.state import TrainState
+from gt_jax.training.step import Batch
 from gt_jax.typing import Tree
 
 NOISE = 1e-4  # of copies, that they be no twins
@@ -55,7 +56,8 @@ def make(work: Path, text: tuple[str, ...], wanted: Wanted) -> dict[str, Any]:
     seconds = time.monotonic() - began
     same = {"task": wanted.setting.name, "model": wanted.model, "kind": wanted.kind, "seed": wanted.seed,
             "point": wanted.point, "rate": wanted.rate, "harder": list(wanted.setting.harder)}  # fmt: skip
-    return {**same, **row, "seconds": round(seconds, 1), "line": f"{said} in {seconds:.0f} s"}
+    answers = {name: last[name] for name in ("accuracy", "passes", "spearman") if name in last}
+    return {**same, **answers, **row, "seconds": round(seconds, 1), "line": f"{said} in {seconds:.0f} s"}
 
 
 class _Place(NamedTuple):
@@ -76,16 +78,23 @@ class _Place(NamedTuple):
     def data(self, steps: int, deep: bool = True) -> DataConfig:
         return self.setting.data(self.wanted.seed, steps, self.text, deep)
 
-    def held_out(self) -> list[Any]:
+    def held_out(self) -> Sequence[Batch]:
         """What all of a setting are judged by: of the deep model's data."""
-        return open_data(self.data(1)).held_out(self.setting.held_out_batches)
+        return _part(self.setting.data(0, 1, self.text, deep=True), self.setting.held_out_batches, False)
 
-    def tuning(self, deep: bool = True) -> list[Any]:
-        return open_data(self.data(1, deep)).tuning(self.setting.held_out_batches)
+    def tuning(self, deep: bool = True) -> Sequence[Batch]:
+        return _part(self.setting.data(0, 1, self.text, deep), self.setting.held_out_batches, True)
 
     def source(self) -> dict[str, Any]:
         """The record of the source that this one is made from."""
         return dict(checkpoint.describe(self.source_place)[1]["record"])
+
+
+@functools.lru_cache(maxsize=4)
+def _part(data: DataConfig, count: int, tuning: bool) -> Sequence[Batch]:
+    """Batches that nothing trains on: drawing an instance of such a part takes many tries."""
+    opened = open_data(data)
+    return opened.tuning(count) if tuning else opened.held_out(count)
 
 
 class _Trained(NamedTuple):
@@ -175,6 +184,7 @@ def _source(at: _Place) -> dict[str, Any]:
     variables, tuning = variables_of(trained.state), at.tuning(deep=False)
     row["tuning_nats"] = figures(config, variables, tuning)["nats"]
     row["measured"] = pass_counts(trainer.evaluation, variables, tuning, config)
+    row["k_exec"] = list(repetition.from_json(row["measured"]).k_exec)
     row["passes_computed"] = trained.passes
     if at.source_place.exists():  # of a unit that was killed before it was kept
         shutil.rmtree(at.source_place)

@@ -111,17 +111,18 @@ def tokens_to(mine: Mapping[int, Row], scratch: Mapping[int, Row]) -> Times:
 
 
 def _of_control(rows: Sequence[Row], name: str) -> dict[str, Any]:
-    """A control against the child that was grown from the same source: at growth, and after as many steps."""
+    """`step0`: by how much a control is above the child of the same source at growth; `tenth`: after as many steps,
+    the child above it."""
     controls = {row["seed"]: row for row in rows if row["kind"] == CONTROL and row["recipe"] == name}
     grown = select(rows, GROWN, next(iter(controls.values()))["point"])
     controls = {seed: controls[seed] for seed in sorted(controls)}
     after = {seed: row for seed, row in grown.items() if "tenth" in row and "tenth" in controls[seed]}
     found = {"step0": _above(controls, grown, "step0")}
-    return found | ({"tenth": _above(after, controls, "tenth", -1)} if after else {})
+    return found | ({"tenth": _above(after, controls, "tenth")} if after else {})
 
 
-def _above(mine: Mapping[int, Row], other: Mapping[int, Row], when: str, sign: int = 1) -> dict[str, Any]:
-    return mean([sign * (row[when]["nats"] - other[seed][when]["nats"]) for seed, row in mine.items()])
+def _above(mine: Mapping[int, Row], other: Mapping[int, Row], when: str) -> dict[str, Any]:
+    return mean([row[when]["nats"] - other[seed][when]["nats"] for seed, row in mine.items()])
 
 
 def _of_model(rows: Sequence[Row]) -> dict[str, Any]:

@@ -41,8 +41,8 @@ class Setting(Config):
     points: tuple[float, ...] = (0.25, 0.5, 0.75)
     rates: tuple[float, ...] = (2e-3, 4e-3)
     decay: float = 0.2
-    evaluations: int = 8
-    held_out_batches: int = 12
+    evaluations: int = 6
+    held_out_batches: int = 8
 
     def problems(self) -> list[str]:
         wrong = below(self, 10, "budget") + below(self, 1, "evaluations", "held_out_batches")

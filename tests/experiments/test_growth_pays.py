@@ -128,7 +128,7 @@ def test_units_have_names_of_their_own_and_the_config_reads_back():
     with pytest.raises(Refused, match=r"(?s)points.*below 1.*deeper is"):
         DEEPER.replace(points=(0.5, 1.0), deeper="addition")
     assert {setting.name for tasks, texts in SCALES.values() for setting in (*tasks, *texts)} == {
-        "pointer_jumps", "variable_chains", "deeper jumps", "text"}  # fmt: skip
+        "pointer_jumps", "variable_chains", "deeper_jumps", "text"}  # fmt: skip
 
 
 def row(kind, seed, nats, point=1.0, flops=8e12, right=None, curve=(), **more):

@@ -70,11 +70,11 @@ def _models(one: Mapping[str, Any]) -> list[str]:
         rows.append([name, model["layers"], f"{model['rate']:g}", f"{model['steps']['mean']:.0f}",
                      f"{model['tokens']['mean'] / 1e3:.0f}", f"{model['tokens_a_parameter']['mean']:.1f}",
                      f"{model['flops']['mean'] / 1e12:.3f}", f"{model['model_flops']['mean'] / 1e12:.3f}",
-                     *nats, *right])  # fmt: skip
+                     f"{model['seconds']['mean']:.0f}", *nats, *right])  # fmt: skip
     times = ("at step 0", "after a tenth", "at the end")
     heads = [f"loss {when}" for when in times] + ([f"right {when}, %" for when in times] if task else [])
     return table(["model", "layers", "rate", "steps", "thousand tokens", "tokens a parameter", "FLOPs, 1e12",
-                  "model FLOPs, 1e12", *heads], rows)  # fmt: skip
+                  "model FLOPs, 1e12", "own seconds", *heads], rows)  # fmt: skip
 
 
 def _nats(model: Mapping[str, Any], when: str) -> str:

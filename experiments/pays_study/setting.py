@@ -224,7 +224,7 @@ class TextSetting(Setting):
     width: int = 64
     rows: int = 8
     tokens: int = 128
-    depth: float = 1.5
+    depth: float = 1.3
     planned: float = 2.0
 
     @property

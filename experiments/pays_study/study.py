@@ -16,13 +16,13 @@ from gt_jax.errors import Refused
 
 SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "control", "from scratch"
 
-JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=600)
-CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF, budget=800)
+JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=500)
+CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF, budget=750)
 DEEPER = TaskSetting(
     name="deeper_jumps", of=JUMPS_OF.replace(task="pointer_jumps:hardest=4,symbols=10,queries=4"),
-    deeper="pointer_jumps:hardest=8,symbols=10,queries=4", times=8, budget=450, points=(0.5,),
+    deeper="pointer_jumps:hardest=8,symbols=10,queries=4", times=8, budget=380, points=(0.5,),
 )  # fmt: skip
-TEXT = TextSetting(name="text", budget=300)
+TEXT = TextSetting(name="text", budget=200)
 _WIDE_CHAINS, _WIDE_JUMPS = DEPTH_SCALES["accelerator"]
 _LESS = {"budget": 24, "evaluations": 2, "held_out_batches": 2, "rates": (4e-3,)}
 _NARROW = {"width": 16, "rows": 8}

@@ -69,9 +69,10 @@ def planned_passes(setting: Setting, steps: int) -> np.ndarray:
     """
     train = setting.source_train(steps, setting.rates[0])
     price, done = train.price, np.arange(steps) / train.steps
-    most = price.forced_passes
-    rising = 1 + np.minimum((most - 1) * done / price.forced_ramp, most - 1).astype(int) if price.forced_ramp else most
-    return np.where(done < price.forced_until, rising, setting.free_passes)
+    most, forced = price.forced_passes, np.full(steps, float(price.forced_passes))
+    if price.forced_ramp:
+        forced = 1 + np.floor(np.minimum((most - 1) * done / price.forced_ramp, most - 1))
+    return np.where(done < price.forced_until, forced, setting.free_passes)
 
 
 def planned_cost(setting: Setting, steps: int) -> float:

@@ -66,7 +66,7 @@ def _models(one: Mapping[str, Any]) -> list[str]:
     rows = []
     for name, model in one["models"].items():
         right = [_right(model, when) for when in ("step0", "tenth", "final")] if task else []
-        nats = [_nats(model, when) for when in ("step0", "tenth", "final")]
+        nats = [_nats(model, when, task) for when in ("step0", "tenth", "final")]
         rows.append([name, model["layers"], f"{model['rate']:g}", f"{model['steps']['mean']:.0f}",
                      f"{model['tokens']['mean'] / 1e3:.0f}", f"{model['tokens_a_parameter']['mean']:.1f}",
                      f"{model['flops']['mean'] / 1e12:.3f}", f"{model['model_flops']['mean'] / 1e12:.3f}",
@@ -77,8 +77,8 @@ def _models(one: Mapping[str, Any]) -> list[str]:
                   "model FLOPs, 1e12", "own seconds", *heads], rows)  # fmt: skip
 
 
-def _nats(model: Mapping[str, Any], when: str) -> str:
-    return text_of(model[when]["nats"], "{:.4f}") if when in model else ""
+def _nats(model: Mapping[str, Any], when: str, task: bool) -> str:
+    return text_of(model[when]["nats"], "{:.2g}" if task else "{:.4f}") if when in model else ""
 
 
 def _right(model: Mapping[str, Any], when: str) -> str:
@@ -104,6 +104,12 @@ def _by_difficulty(one: Mapping[str, Any]) -> list[str]:
 
 def sentences(one: Mapping[str, Any]) -> Iterator[str]:
     """What the figures decide, point by point, control by control."""
+    pattern = "{:+.2g}" if one["task"] else "{:+.4f}"  # of answers that are all right, losses are small numbers
+
+    def difference(mine: str, other: str, found: Mapping[str, Any]) -> str:
+        every = "; below at every seed" if found.get("every_seed") else ""
+        return verdict(mine, other, Interval(*(found[name] for name in Interval._fields)), pattern) + every
+
     for point, claims in one["grown"].items():
         mine = f"grown at {point}"
         if one["task"]:
@@ -112,22 +118,13 @@ def sentences(one: Mapping[str, Any]) -> Iterator[str]:
             yield f"{mine}, at step 0: {text_of(claims['step0_percent'], '{:+.2f}')} % of its source's loss"
         yield f"made by: {', '.join(sorted(set(claims['recipe'])))}"
         if "mean" in claims["tenth"]:
-            yield _difference(f"{mine}, after a tenth more,", "the source trained on", claims["tenth"])
-        yield _difference(mine, "the source trained on, at equal FLOPs", claims["on"])
-        yield _difference(mine, "the model from scratch, at equal FLOPs", claims["scratch"])
+            yield difference(f"{mine}, after a tenth more,", "the source trained on", claims["tenth"])
+        yield difference(mine, "the source trained on, at equal FLOPs", claims["on"])
+        yield difference(mine, "the model from scratch, at equal FLOPs", claims["scratch"])
         times = Times(tuple(claims["tokens"]["shares"]), tuple(claims["tokens"]["ends"]))
         yield (f"{mine}: to the loss of the model from scratch, in tokens of that model, by seed: "
                f"{times.text('{:.2f}')}; {times.reached} of {len(times.times)} reached it")  # fmt: skip
     for name, found in one["controls"].items():
-        yield f"{name}: at step 0 {text_of(found['step0'], '{:+.4f}')} beside the grown model of its point"
+        yield f"{name}: at step 0 {text_of(found['step0'], pattern)} beside the grown model of its point"
         if "tenth" in found:
-            yield verdict("the grown model, after a tenth more,", name, _interval(found["tenth"]))
-
-
-def _difference(mine: str, other: str, found: Mapping[str, Any]) -> str:
-    every = "; below at every seed" if found["every_seed"] else ""
-    return verdict(mine, other, _interval(found)) + every
-
-
-def _interval(found: Mapping[str, Any]) -> Interval:
-    return Interval(*(found[name] for name in Interval._fields))
+            yield difference("the grown model, after a tenth more,", name, found["tenth"])

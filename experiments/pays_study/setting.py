@@ -11,6 +11,7 @@ The source's curriculum, forced passes and the freeing of its gates all happen w
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 from experiments.depth_study.setting import TUNING
@@ -29,7 +30,7 @@ from gt_jax.tasks.registry import read_task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting(Config):
+class Setting(Config, abc.ABC):
     """`budget` are the steps of the deep model that cost B; `points` the shares of B after which sources are grown.
 
     Sources and the model from scratch are tried at `rates`; curves have about `evaluations` points; `decay` is the
@@ -61,56 +62,56 @@ class Setting(Config):
         return self.points[len(self.points) // 2]
 
     @property
+    @abc.abstractmethod
     def length(self) -> int:
         """Tokens of a row."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def batch(self) -> int:
         """Rows of a batch."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def source(self) -> ModelConfig:
         """The adaptive model."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def deep(self) -> ModelConfig:
         """The plain model that it grows to, also from scratch."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def free_passes(self) -> float:
         """The passes a layer that a step of the source is planned to compute where its gates are free."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def recipes(self) -> tuple[Recipe, ...]:
         """Ways of growing, of which the one that is best on the tuning part is trained on."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def controls(self) -> tuple[Recipe, ...]:
         """Other ways, from the source of the `middle`."""
-        raise NotImplementedError
 
     @property
     def harder(self) -> tuple[str, ...]:
         """The difficulties that children are asked and no source was trained on."""
         return ()
 
+    @abc.abstractmethod
     def data(self, seed: int, steps: int, text: tuple[str, ...], deep: bool = False) -> DataConfig:
         """What a source of `steps` steps reads, or the deep model; a curriculum is over within them."""
-        raise NotImplementedError
 
     def further_data(self, seed: int, steps: int, text: tuple[str, ...]) -> tuple[DataConfig, int]:
         """What follows for whatever is made of a source of `steps` steps, and after how many batches."""
         return self.data(seed, steps, text), steps
 
+    @abc.abstractmethod
     def price(self, part: float) -> PriceConfig:
         """The price of a source whose own part is the first `part` of its schedule."""
-        raise NotImplementedError
 
     def optimizer(self, rate: float) -> OptimizerConfig:
         """The same for every model."""
@@ -198,7 +199,7 @@ class TaskSetting(Setting):
     def data(self, seed: int, steps: int, text: tuple[str, ...], deep: bool = False) -> DataConfig:
         # rows of one length for all, so that a step of the source costs what it costs wherever it is taken
         of = self._harder if deep else self.of
-        return of.replace(steps=steps).data(seed).replace(sequence_length=self.length)
+        return of.replace(steps=max(2, steps)).data(seed).replace(sequence_length=self.length)
 
     def further_data(self, seed: int, steps: int, text: tuple[str, ...]) -> tuple[DataConfig, int]:
         if not self.deeper:

@@ -106,7 +106,7 @@ class _Trained(NamedTuple):
     diverged: str | None
 
 
-@functools.lru_cache(maxsize=6)
+@functools.lru_cache(maxsize=16)
 def _trainer(config: ModelConfig, train: TrainConfig) -> Trainer:
     return make_trainer(config, train)
 

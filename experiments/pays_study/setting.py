@@ -43,7 +43,7 @@ class Setting(Config, abc.ABC):
     rates: tuple[float, ...] = (2e-3, 4e-3)
     decay: float = 0.2
     evaluations: int = 6
-    held_out_batches: int = 8
+    held_out_batches: int = 6
 
     def problems(self) -> list[str]:
         wrong = below(self, 10, "budget") + below(self, 1, "evaluations", "held_out_batches")

@@ -17,7 +17,7 @@ from gt_jax.errors import Refused
 SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "control", "from scratch"
 
 JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=500)
-CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF, budget=750)
+CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF, budget=700)
 DEEPER = TaskSetting(
     name="deeper_jumps", of=JUMPS_OF.replace(task="pointer_jumps:hardest=4,symbols=10,queries=4"),
     deeper="pointer_jumps:hardest=8,symbols=10,queries=4", times=8, budget=380, points=(0.5,),
@@ -126,14 +126,13 @@ def tries(setting: Setting, seed: int) -> dict[str, list[Wanted]]:
 def first_round(setting: Setting, seeds: tuple[int, ...], rates: dict[str, float]) -> list[Wanted]:
     """Models that stand on no other: from scratch, and the sources of all points."""
     found = [Wanted(setting, SCRATCH, seed, rates[SCRATCH]) for seed in seeds]
-    return found + [Wanted(setting, SOURCE, seed, rates[SOURCE], point) for seed in seeds for point in setting.points]
+    return found + [Wanted(setting, SOURCE, seed, rates[SOURCE], point) for point in setting.points for seed in seeds]
 
 
 def second_round(setting: Setting, seeds: tuple[int, ...], rates: dict[str, float]) -> list[Wanted]:
     """What is made of the sources."""
-    rate, found = rates[SOURCE], []
-    for seed in seeds:
-        for point in setting.points:
-            found += [Wanted(setting, kind, seed, rate, point) for kind in (GROWN, ON)]
-        found += [Wanted(setting, CONTROL, seed, rate, setting.middle, one.name) for one in setting.controls]
-    return found
+    rate = rates[SOURCE]  # seeds of one model follow each other: a worker has compiled it then
+    found = [Wanted(setting, kind, seed, rate, point) for point in setting.points for kind in (GROWN, ON)
+             for seed in seeds]  # fmt: skip
+    return found + [Wanted(setting, CONTROL, seed, rate, setting.middle, one.name) for one in setting.controls
+                    for seed in seeds]  # fmt: skip

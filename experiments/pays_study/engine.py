@@ -22,7 +22,7 @@ from experiments.pays_study import budget
 from experiments.pays_study.ask import figures
 from experiments.pays_study.budget import Spent
 from experiments.pays_study.recipes import Recipe, plan_of
-from experiments.pays_study.setting import Setting
+from experiments.pays_study.setting import Setting, TaskSetting
 from experiments.pays_study.study import CONTROL, GROWN, ON, SCRATCH, SOURCE, Wanted
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
@@ -42,6 +42,7 @@ from gt_jax.training.step import Batch
 from gt_jax.typing import Tree
 
 NOISE = 1e-4  # of copies, that they be no twins
+NO_LOSS = 1e9
 TENTH = 0.1
 """After so many more steps than the source had, what was made of it is held against the source trained on."""
 
@@ -84,6 +85,12 @@ class _Place(NamedTuple):
 
     def tuning(self, deep: bool = True) -> Sequence[Batch]:
         return _part(self.setting.data(0, 1, self.text, deep), self.setting.held_out_batches, True)
+
+    @property
+    def diverged(self) -> dict[str, Any]:
+        """What stands for a model whose loss was no number: it sorts last."""
+        answers = {"accuracy_all": 0.0, "accuracy": {}} if isinstance(self.setting, TaskSetting) else {}
+        return {"nats": NO_LOSS, **answers}
 
     def source(self) -> dict[str, Any]:
         """The record of the source that this one is made from."""
@@ -156,17 +163,13 @@ def point_of(step: int, spent: Spent, found: dict[str, Any]) -> dict[str, Any]:
     return point | ({"accuracy_all": found["accuracy_all"]} if "accuracy_all" in found else {})
 
 
-def _row(config: ModelConfig, variables: Tree, steps: int, trained: _Trained, **more: Any) -> dict[str, Any]:
+def _row(at: _Place, config: ModelConfig, steps: int, trained: _Trained, **more: Any) -> dict[str, Any]:
     """What every unit says."""
-    size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    final = trained.asked[max(trained.asked)] if trained.asked and trained.diverged is None else dict(DIVERGED)
+    size = sum(leaf.size for leaf in jax.tree.leaves(trained.state.params))
+    final = trained.asked[steps] if trained.diverged is None else at.diverged
     return {"layers": config.layout, "steps": steps, "parameters": size, **trained.spent._asdict(),
             "tokens_a_parameter": trained.spent.tokens / size, "curve": trained.curve,
             "final": final, "diverged": trained.diverged, **more}  # fmt: skip
-
-
-DIVERGED = {"nats": 1e9, "accuracy_all": 0.0, "accuracy": {}}
-"""What stands for a model whose loss was no number: it sorts last."""
 
 
 def _source(at: _Place) -> dict[str, Any]:
@@ -178,9 +181,9 @@ def _source(at: _Place) -> dict[str, Any]:
     stream = open_data(data).train(None)
     variables = initialise(config, wanted.seed)
     trained = _train(at, config, trainer, trainer.new_state(variables), stream, steps, Spent())
-    row = _row(config, variables_of(trained.state), steps, trained)
+    row = _row(at, config, steps, trained)
     if trained.diverged is not None:
-        return row | {"tuning_nats": DIVERGED["nats"]}
+        return row | {"tuning_nats": NO_LOSS}
     variables, tuning = variables_of(trained.state), at.tuning(deep=False)
     row["tuning_nats"] = figures(config, variables, tuning)["nats"]
     row["measured"] = pass_counts(trainer.evaluation, variables, tuning, config)
@@ -201,9 +204,8 @@ def _scratch(at: _Place) -> dict[str, Any]:
     state = trainer.new_state(initialise(config, wanted.seed))
     batches = open_data(at.data(setting.budget)).train(None)
     trained = _train(at, config, trainer, state, batches, setting.budget, Spent())
-    variables = variables_of(trained.state)
-    tuning = DIVERGED["nats"] if trained.diverged else figures(config, variables, at.tuning())["nats"]
-    return _row(config, variables, setting.budget, trained, tuning_nats=tuning)
+    tuning = NO_LOSS if trained.diverged else figures(config, variables_of(trained.state), at.tuning())["nats"]
+    return _row(at, config, setting.budget, trained, tuning_nats=tuning)
 
 
 def _further(at: _Place, config: ModelConfig, start: Path, variables: Tree, spent: Spent, steps: int, decay: float,
@@ -216,8 +218,8 @@ def _further(at: _Place, config: ModelConfig, start: Path, variables: Tree, spen
     stored = checkpoint.describe(start)[0]
     state = state._replace(optimizer=carried_moments(state.optimizer, state.params, start, stored))
     if config.adaptive is not None:
-        shapes = jax.eval_shape(lambda: state.price)
-        state = state._replace(price=checkpoint.load(start, {"price": shapes})["price"])
+        there = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state.price)
+        state = state._replace(price=checkpoint.load(start, {"price": there})["price"])
     data, read = setting.further_data(at.wanted.seed, source["steps"], at.text)
     stream = open_data(data).train(None)
     stream.restore({**stream.state(), "batches": read})
@@ -225,7 +227,7 @@ def _further(at: _Place, config: ModelConfig, start: Path, variables: Tree, spen
     first = figures(config, variables_of(state), at.held_out())
     trained = _train(at, config, trainer, state, stream, steps, spent, (tenth,))
     trained.curve.insert(0, point_of(0, spent, first))
-    row = _row(config, variables_of(trained.state), steps, trained, step0=first, **more)
+    row = _row(at, config, steps, trained, step0=first, **more)
     if tenth in trained.asked:
         row["tenth"] = {"steps": tenth, **trained.asked[tenth]}
     return row

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.growth_study.operators import with_random_layers
@@ -28,7 +29,6 @@ from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
-from gt_jax.devices.sharding import put_like
 from gt_jax.evaluation.measurement import pass_counts
 from gt_jax.growth import repetition
 from gt_jax.growth.stream import grow_checkpoint
@@ -214,7 +214,7 @@ def _further(at: _Place, config: ModelConfig, start: Path, variables: Tree, spen
     setting, source = at.setting, at.source()
     train = setting.further(source["steps"], at.wanted.rate, steps, decay)
     trainer = _trainer(config, train)
-    state = trainer.new_state(put_like(variables, abstract(config)))
+    state = trainer.new_state(jax.tree.map(jnp.array, variables))  # copies: the step donates its state
     stored = checkpoint.describe(start)[0]
     state = state._replace(optimizer=carried_moments(state.optimizer, state.params, start, stored))
     if config.adaptive is not None:

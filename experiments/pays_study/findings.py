@@ -30,8 +30,8 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def comparisons(found: Mapping[str, Any]) -> int:
-    """How many differences are judged in a summary."""
-    return sum(4 * len(one["grown"]) + len(one["controls"]) for one in found.values())
+    """How many differences are judged in a summary: three of each point, one of each control."""
+    return sum(3 * len(one["grown"]) + len(one["controls"]) for one in found.values())
 
 
 def select(rows: Iterable[Row], kind: str, point: float | None = None) -> dict[int, Row]:

@@ -24,7 +24,7 @@ DEEPER = TaskSetting(
 )  # fmt: skip
 TEXT = TextSetting(name="text", budget=200)
 _WIDE_CHAINS, _WIDE_JUMPS = DEPTH_SCALES["accelerator"]
-_LESS = {"budget": 24, "evaluations": 2, "held_out_batches": 2, "rates": (4e-3,)}
+_LESS = {"budget": 24, "points": (0.5,), "evaluations": 2, "held_out_batches": 2, "rates": (4e-3,)}
 _NARROW = {"width": 16, "rows": 8}
 SCALES: dict[str, tuple[tuple[TaskSetting, ...], tuple[TextSetting, ...]]] = {
     "minutes": (

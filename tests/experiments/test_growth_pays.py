@@ -158,7 +158,7 @@ def rows_of(right, step0, finals, on_final=0.30, scratch=0.40):
             row(ON, seed, on_final + shift, 0.5, right=right and 0.95, step0=(0.5 + shift, right and 0.9),
                 tenth=(0.45 + shift, right and 0.9), curve=((500, 0.5), (1000, 0.3))),
             row(GROWN, seed, finals[seed], 0.5, right=right and 0.97, step0=(step0 + shift, right and right),
-                tenth=(0.44 + shift, right and 0.92), recipe="copies", curve=((500, 0.5), (800, scratch), (900, 0.2))),
+                tenth=(0.44 + shift, right and 0.92), recipe="copies", curve=((500, 0.5), (800, 0.4), (900, 0.2))),
             row(CONTROL, seed, 0.6, 0.5, right=right and 0.5, step0=(2.0, right and 0.3), recipe="random",
                 tenth=(1.0, right and 0.4)),
             row(SCRATCH, seed, scratch + shift, right=right and 0.8, curve=((500, 0.9), (1000, 0.4))),

@@ -32,7 +32,7 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, over: str) -> None:
     points = sorted({row["point"] for row in rows if row["kind"] == GROWN})
     right = is_task(rows)
     unit = {"flops": 1e12, "tokens": 1e3}[over]
-    shown = [(SCRATCH, select(rows, SCRATCH), {})]
+    shown: list[tuple[str, dict[int, Row], dict[str, Any]]] = [(SCRATCH, select(rows, SCRATCH), {})]
     shown += [(f"{SOURCE} to {point:g}", select(rows, SOURCE, point), {"linestyle": ":"}) for point in points]
     shown += [(f"{ON} from {points[-1]:g}", select(rows, ON, points[-1]), {})]
     shown += [(f"grown at {point:g}", select(rows, GROWN, point), {"linewidth": 2.2}) for point in points]

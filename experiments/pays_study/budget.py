@@ -23,6 +23,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.models.flops import model_flops
 
 Passes = Sequence[float] | np.ndarray
+BySteps = Passes | Sequence[Sequence[float]]
 
 
 class StepCost:
@@ -36,12 +37,12 @@ class StepCost:
         model = model_flops(config, length)
         self._model = 3.0 * each * model.outside, 3.0 * each * np.array(model.layers)
 
-    def computed(self, passes: Passes) -> float:
+    def computed(self, passes: BySteps) -> float:
         """Of passes that were computed, summed over steps."""
         run = np.atleast_2d(np.asarray(passes, np.float64))
         return float(len(run) * self._outside + (run @ self._pass).sum())
 
-    def model(self, passes: Passes) -> float:
+    def model(self, passes: BySteps) -> float:
         """Of passes that tokens ran, summed over steps."""
         run = np.atleast_2d(np.asarray(passes, np.float64))
         return float(len(run) * self._model[0] + (run @ self._model[1]).sum())

@@ -24,6 +24,7 @@ from experiments.pays_study.study import (
     SCALES,
     SCRATCH,
     SOURCE,
+    TEXT,
     Study,
     Wanted,
     first_round,
@@ -111,6 +112,17 @@ def test_children_of_one_layer_have_it_as_often_as_the_deep_model_whatever_was_m
         assert plan_of(README, counts, source, deep).entries == full.entries
     assert runs("DDDDGGD") == "D*4,G*2,D" and DEEPER.harder == ("5", "6", "7", "8") and JUMPS.harder == ()
     assert JUMPS.source == DEEPER.replace(deeper="", of=JUMPS.of).source  # the same model, for other questions
+
+
+def test_text_grows_to_the_deep_model_by_each_recipe():
+    layer = {"k_exec": 3, "mean_weight": 1.3, "survival": [1.0, 0.3, 0.1, 0.0]}
+    counts = repetition.from_json({"_meta": {"alpha": [1.0, 0.7, 0.5, 0.35]}, **{f"layer{n}": layer for n in range(4)}})
+    for one in (*TEXT.recipes, *TEXT.controls):
+        plan = plan_of(one, counts, TEXT.source.depth, TEXT.deep.depth)
+        assert str(plan.target_layout) == ("DDDG" if one.kind == "once" else "DDDG*3")
+    assert TEXT.deep.layout == "DDDG*3"
+    assert plan.entries[4].coefficient == 0.7  # of a random copy, as of the readme's second
+    assert TEXT.price(0.5).forced_until == 0 and set(budget.planned_passes(TEXT, 9)) == {TEXT.planned}
 
 
 def test_units_have_names_of_their_own_and_the_config_reads_back():

@@ -160,7 +160,7 @@ def numbers(match):
 
 @pytest.mark.parametrize(("page", "start", "end", "report"), [
     ("docs/studies.md", "## Is depth used?", "## Which way of growing", "depth_tasks"),
-    ("docs/studies.md", "## Which way of growing", "## Is a token", "growth_operators"),
+    ("docs/studies.md", "## Which way of growing", "## Does leaving", "growth_operators"),
     ("docs/depth.md", "Not shown:", "## What makes depth used", "growth_operators"),
     ("docs/growing.md", "### The identity of growth", "## The commands", "growth_operators"),
     ("docs/growing.md", "### calibrate", "### Lineage", "growth_operators"),

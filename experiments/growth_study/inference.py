@@ -88,9 +88,9 @@ class Times(NamedTuple):
         return f"> {pattern.format(min(self.ends))}" if self.median is None else pattern.format(self.median)
 
 
-def verdict(mine: str, other: str, difference: Interval) -> str:
+def verdict(mine: str, other: str, difference: Interval, pattern: str = "{:+.4f}") -> str:
     """mine against other by their paired difference (negative: mine is lower), with its interval and its seeds."""
-    figure = f"({difference.text('{:+.4f}')}, {difference.seeds} seed{'s' * (difference.seeds != 1)})"
+    figure = f"({difference.text(pattern)}, {difference.seeds} seed{'s' * (difference.seeds != 1)})"
     if difference.sign == 0:
         return f"{mine} and {other} cannot be told apart {figure}"
     return f"{mine} ends {'below' if difference.sign < 0 else 'above'} {other} {figure}"

@@ -1,0 +1,120 @@
+"""Does growth pay? A source grown and trained on, against going on with the source and against starting deep.
+
+    python -m experiments.growth_pays [--scale small] [--text FILE …] [--seeds 0,1,2] [--jobs 2] [--work DIR]
+    python -m experiments.growth_pays --render               # page and picture anew from OUTPUT/growth_pays.json
+
+- By setting, all at equal total FLOPs, the source's and the growth's included (pays_study/budget.py): the source
+  trained on, grown after a quarter, half and three quarters of the budget, and the deep model from scratch
+  (pays_study/setting.py). Two tasks; one whose children meet harder questions than their source did; text.
+- Asked of each: held-out loss, and right answers by difficulty, at growth beside the source's, on the way, at the end;
+  after a tenth more training against the source trained on.
+- Interrupted, the same command goes on: every trained model is a file in --work. Another configuration is refused.
+- Writes growth_pays.json, .md and .png to --output; those of the same study are rewritten, others refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experiments.pays_study.study import Study
+    from experiments.workers import Workers
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0].replace("\n", " "))
+    p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; accelerator (default small)")
+    p.add_argument("--text", nargs="+", default=(), help="text files instead of the Python library's sources")
+    p.add_argument("--only", default="", help="names of settings, separated by commas; all where none is given")
+    p.add_argument("--seeds", default="0,1,2", help="one of every model each")
+    p.add_argument("--jobs", type=int, default=1, help="models trained at once, each on a core of its own")
+    p.add_argument("--work", type=Path, default=Path("runs/growth_pays"), help="folder of the finished units")
+    p.add_argument("--output", type=Path, default=Path("experiments/results"))
+    p.add_argument("--render", action="store_true", help="train nothing: page and picture anew from --output")
+    return p
+
+
+def configured(arguments: argparse.Namespace) -> Study:
+    """The study that the words name; raises `Refused` for words that make none."""
+    from experiments.pays_study.study import scaled
+    from gt_jax.errors import Refused
+
+    if arguments.jobs < 1:
+        raise Refused(f"--jobs {arguments.jobs}: at least one model is trained at a time")
+    try:
+        seeds = tuple(int(word) for word in arguments.seeds.split(","))
+    except ValueError as error:
+        raise Refused(f"--seeds {arguments.seeds!r} is no list of whole numbers such as 0,1,2") from error
+    only = tuple(filter(None, arguments.only.split(",")))
+    return scaled(arguments.scale, seeds, tuple(arguments.text), only)
+
+
+def content_hash(study: Study) -> str:
+    """Of the text that is read; "" where none is."""
+    from gt_jax.text.data import open_data
+
+    return "".join(open_data(one.data(0, 1, study.text)).content_hash() for one in study.texts[:1])
+
+
+def all_rows(study: Study, workers: Workers) -> list[dict[str, Any]]:
+    """The rows of every model at its best rate, at every seed; rates are those of the first seed."""
+    from experiments.pays_study.engine import chosen
+    from experiments.pays_study.study import first_round, second_round, tries
+
+    def made(units: Sequence[Any]) -> dict[str, dict[str, Any]]:
+        return workers.all({one.name: one for one in units})
+
+    tried = {setting.name: tries(setting, study.seeds[0]) for setting in study.settings}
+    found = made([one for of_setting in tried.values() for units in of_setting.values() for one in units])
+    rates = {name: {kind: chosen([found[one.name] for one in units])["rate"] for kind, units in of_setting.items()}
+             for name, of_setting in tried.items()}  # fmt: skip
+    first = made([one for setting in study.settings for one in first_round(setting, study.seeds, rates[setting.name])])
+    then = made([one for setting in study.settings for one in second_round(setting, study.seeds, rates[setting.name])])
+    return [*first.values(), *then.values()]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the study, or only render it, and print its page."""
+    from experiments import contract
+    from experiments.machine import machine
+    from experiments.pays_study import report
+    from experiments.pays_study.engine import make
+    from experiments.pays_study.findings import summary
+    from experiments.units import Units
+    from experiments.workers import Workers
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(words)
+    output = arguments.output
+    if arguments.render:
+        stored = contract.read(output / f"{report.NAME}.json")
+        print(report.write(output, {**stored, "summary": summary(stored["rows"])}))
+        return 0
+    study = configured(arguments)
+    content = content_hash(study)
+    contract.check_output(output, report.NAME, study, content)
+    began = time.monotonic()
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    with Workers(Units(arguments.work, study, content), functools.partial(make, arguments.work, study.text),
+                 arguments.jobs, say) as workers:  # fmt: skip
+        rows = all_rows(study, workers)
+    rows = [{key: value for key, value in row.items() if key not in ("line", "measured")} for row in rows]
+    stored = contract.stored(command=contract.command_line("experiments.growth_pays", words, arguments.text),
+                             config=study, machine=machine(), seconds=time.monotonic() - began, rows=rows,
+                             summary=summary(rows), content=content)  # fmt: skip
+    contract.write(output / f"{report.NAME}.json", stored)
+    print(report.write(output, stored))
+    return 0
+
+
+if __name__ == "__main__":
+    from gt_jax.errors import run_command
+
+    run_command(main)

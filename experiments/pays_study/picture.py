@@ -1,0 +1,64 @@
+"""Curves of the study: one column a setting, over all FLOPs above, over all tokens below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.pays_study.findings import is_task, select
+from experiments.pays_study.study import GROWN, ON, SCRATCH, SOURCE
+from gt_jax.monitoring.plots import COLOURS, new_figure, save_png
+
+Row = Mapping[str, Any]
+Curve = tuple[np.ndarray, np.ndarray]
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Two rows of panels, PNG; the same figures give the same bytes. Bands: from the least to the largest seed."""
+    names = sorted({row["task"] for row in rows})
+    figure, _ = new_figure(6.4 * len(names), 9.6, "", (1.0, 1.0), columns=len(names))
+    for place, name in enumerate(names):
+        here = [row for row in rows if row["task"] == name]
+        for line, over in enumerate(("flops", "tokens")):
+            _panel(figure.axes[line * len(names) + place], here, name, over)
+    figure.tight_layout()
+    save_png(figure, path)
+
+
+def _panel(axes: Any, rows: Sequence[Row], name: str, over: str) -> None:
+    points = sorted({row["point"] for row in rows if row["kind"] == GROWN})
+    right = is_task(rows)
+    unit = {"flops": 1e12, "tokens": 1e3}[over]
+    shown: list[tuple[str, dict[int, Row], dict[str, Any]]] = [(SCRATCH, select(rows, SCRATCH), {})]
+    shown += [(f"{SOURCE} to {point:g}", select(rows, SOURCE, point), {"linestyle": ":"}) for point in points]
+    shown += [(f"{ON} from {points[-1]:g}", select(rows, ON, points[-1]), {})]
+    shown += [(f"grown at {point:g}", select(rows, GROWN, point), {"linewidth": 2.2}) for point in points]
+    colours = dict(zip([SCRATCH, ON, *map(str, points)], COLOURS, strict=False))
+    for label, of, look in shown:
+        kind = next(iter(of.values()))["kind"]
+        key = kind if kind in (SCRATCH, ON) else str(next(iter(of.values()))["point"])
+        curves = [curve(row, over, right) for row in of.values() if row["diverged"] is None]
+        if not curves:
+            continue
+        count = min(len(x) for x, _ in curves)
+        x = np.mean([one[0][:count] for one in curves], axis=0) / unit
+        y = np.array([one[1][:count] for one in curves])
+        axes.plot(x, y.mean(axis=0), color=colours[key], label=label, marker="o", markersize=2.5,
+                  **{"linewidth": 1.5, **look})  # fmt: skip
+        axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=colours[key], alpha=0.12, linewidth=0)
+    if not right:
+        axes.set_yscale("log")
+    axes.set_title(f"{name}, over all {'FLOPs' if over == 'flops' else 'tokens'}", loc="left", fontweight="bold")
+    axes.set_xlabel("FLOPs, 1e12" if over == "flops" else "thousand tokens")
+    axes.set_ylabel("right answers, %" if right else "held-out loss, nats a token")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def curve(row: Row, over: str, right: bool) -> Curve:
+    """(FLOPs or tokens, right answers in percent or loss) of a row, all that led to it counted."""
+    x = np.array([one[over] for one in row["curve"]], np.float64)
+    y = [100 * one["accuracy_all"] if right else one["nats"] for one in row["curve"]]
+    return x, np.array(y, np.float64)

@@ -1,0 +1,130 @@
+"""The study's page, made from its stored file alone. Every sentence about better or worse is computed from figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.depth_study.report import table
+from experiments.growth_study.inference import Interval, Times, verdict
+from experiments.pays_study.findings import comparisons, text_of
+from experiments.pays_study.picture import draw
+from experiments.pays_study.study import CONTROL, GROWN
+from gt_jax.files import write_atomically
+
+NAME = "growth_pays"
+_CLAIMS = {
+    "as good at growth": "at growth within 1 point of the source's right answers, or 0.3 % of its loss",
+    "better after a tenth": "after a tenth more steps below the source trained on",
+    "below both at equal FLOPs": "at equal FLOPs below the source trained on and the model from scratch",
+    "half of scratch's tokens": "at the loss of the model from scratch with half of its tokens or fewer",
+}
+
+
+def write(output: Path, stored: Mapping[str, Any]) -> str:
+    """OUTPUT/growth_pays.md and .png of a stored file; returns the Markdown text."""
+    text = markdown(stored)
+    write_atomically(output / f"{NAME}.md", text)
+    draw(stored["rows"], output / f"{NAME}.png")
+    return text
+
+
+def markdown(stored: Mapping[str, Any]) -> str:
+    """The page."""
+    seeds, found = stored["config"]["seeds"], stored["summary"]
+    count = comparisons(found)
+    lines = [
+        "# Does growth pay?", "", f"`{stored['command']}`", "",
+        f"{len(seeds)} seed{'s' * (len(seeds) != 1)}, {stored['seconds'] / 60:.0f} minutes on "
+        f"{stored['machine']['cores']} cores ({stored['machine']['device']}). Figures are means over seeds, in "
+        "brackets the 95 % interval by Student's t; differences are seed by seed. Every model trained at the better of "
+        "its rates, by the loss on the tuning part at the first seed; children go on at their source's. Figures are of "
+        "the held-out part. FLOPs and tokens are all that led to a model, its source's among them. "
+        f"{count} differences are judged: without any, {0.05 * count:.1f} would lie outside their interval by chance. "
+        f"![curves]({NAME}.png)", "",
+    ]  # fmt: skip
+    lines += [*_overview(found), ""]
+    for name, one in found.items():
+        lines += [f"## {name}", "", *_models(one), ""]
+        if one["task"]:
+            lines += [*_by_difficulty(one), ""]
+        lines += [*(f"- {line}" for line in sentences(one)), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _overview(found: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for claim, words in _CLAIMS.items():
+        points = [", ".join(one["claims"][claim]) or "at no point" for one in found.values()]
+        rows.append([words, *points])
+    return table(["at every seed, for the grown model of these points of the budget", *found], rows)
+
+
+def _models(one: Mapping[str, Any]) -> list[str]:
+    task = one["task"]
+    rows = []
+    for name, model in one["models"].items():
+        right = [_right(model, when) for when in ("step0", "tenth", "final")] if task else []
+        nats = [_nats(model, when, task) for when in ("step0", "tenth", "final")]
+        rows.append([name, model["layers"], f"{model['rate']:g}", f"{model['steps']['mean']:.0f}",
+                     f"{model['tokens']['mean'] / 1e3:.0f}", f"{model['tokens_a_parameter']['mean']:.1f}",
+                     f"{model['flops']['mean'] / 1e12:.3f}", f"{model['model_flops']['mean'] / 1e12:.3f}",
+                     f"{model['seconds']['mean']:.0f}", *nats, *right])  # fmt: skip
+    times = ("at step 0", "after a tenth", "at the end")
+    heads = [f"loss {when}" for when in times] + ([f"right {when}, %" for when in times] if task else [])
+    return table(["model", "layers", "rate", "steps", "thousand tokens", "tokens a parameter", "FLOPs, 1e12",
+                  "model FLOPs, 1e12", "own seconds", *heads], rows)  # fmt: skip
+
+
+def _nats(model: Mapping[str, Any], when: str, task: bool) -> str:
+    return text_of(model[when]["nats"], "{:.2g}" if task else "{:.4f}") if when in model else ""
+
+
+def _right(model: Mapping[str, Any], when: str) -> str:
+    return f"{100 * model[when]['accuracy_all']['mean']:.1f}" if when in model else ""
+
+
+def _by_difficulty(one: Mapping[str, Any]) -> list[str]:
+    """Right answers of sources and children at growth, and of all at the end."""
+    rows: list[list[str]] = []
+    difficulties: list[str] = []
+    for name, model in one["models"].items():
+        for when, words in (("step0", "at step 0"), ("final", "at the end")):
+            if when not in model or (when == "step0" and model["kind"] not in (GROWN, CONTROL)):
+                continue
+            accuracy = model[when]["accuracy"]
+            difficulties = difficulties or list(accuracy)
+            rows.append([f"{name}, {words}", *(f"{100 * accuracy[d]['mean']:.0f}" if d in accuracy else ""
+                                               for d in difficulties)])  # fmt: skip
+    new = one["deeper"]
+    marked = [f"d = {d}{' (new)' * (d in new)}" for d in difficulties]
+    return table(["right answers, %", *marked], rows)
+
+
+def sentences(one: Mapping[str, Any]) -> Iterator[str]:
+    """What the figures decide, point by point, control by control."""
+    pattern = "{:+.2g}" if one["task"] else "{:+.4f}"  # of answers that are all right, losses are small numbers
+
+    def difference(mine: str, other: str, found: Mapping[str, Any]) -> str:
+        every = "; below at every seed" if found.get("every_seed") else ""
+        return verdict(mine, other, Interval(*(found[name] for name in Interval._fields)), pattern) + every
+
+    for point, claims in one["grown"].items():
+        mine = f"grown at {point}"
+        if one["task"]:
+            yield f"{mine}, at step 0: {text_of(claims['step0_points'], '{:+.2f}')} points beside its source"
+        else:
+            yield f"{mine}, at step 0: {text_of(claims['step0_percent'], '{:+.2f}')} % of its source's loss"
+        yield f"made by: {', '.join(sorted(set(claims['recipe'])))}"
+        if "mean" in claims["tenth"]:
+            yield difference(f"{mine}, after a tenth more,", "the source trained on", claims["tenth"])
+        yield difference(mine, "the source trained on, at equal FLOPs", claims["on"])
+        yield difference(mine, "the model from scratch, at equal FLOPs", claims["scratch"])
+        times = Times(tuple(claims["tokens"]["shares"]), tuple(claims["tokens"]["ends"]))
+        yield (f"{mine}: to the loss of the model from scratch, in tokens of that model, by seed: "
+               f"{times.text('{:.2f}')}; {times.reached} of {len(times.times)} reached it")  # fmt: skip
+    for name, found in one["controls"].items():
+        yield f"{name}: at step 0 {text_of(found['step0'], pattern)} beside the grown model of its point"
+        if "tenth" in found:
+            yield difference("the grown model, after a tenth more,", name, found["tenth"])

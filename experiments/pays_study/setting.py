@@ -1,0 +1,287 @@
+"""What the study of growth compares, at one size: a source, the deep model that it becomes, and their training.
+
+All contenders of a setting cost the same, the budget B, and lower their rate once, over the last `decay` of B:
+
+    source trained on   source to the last of the points, then adaptive to B
+    grown at f          source for f B, grown from the plateau of its rate, then plain to B
+    from scratch        the deep model for all of B
+
+The source's curriculum, forced passes and the freeing of its gates all happen within its own part.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+from experiments.depth_study.setting import TUNING
+from experiments.depth_study.setting import Setting as DepthSetting
+from experiments.pays_study.recipes import DEALT, EXPECTED, FULL, LAYER, NEW, ONCE, README, Recipe
+from gt_jax.configs.data import DataConfig
+from gt_jax.configs.json_config import Config, below
+from gt_jax.configs.layout import parse
+from gt_jax.configs.model import AdaptiveConfig, DeltaNetConfig, GSAConfig, ModelConfig
+from gt_jax.configs.optimizer import OptimizerConfig
+from gt_jax.configs.presets import tiny
+from gt_jax.configs.price import PriceConfig, budget
+from gt_jax.configs.run import TrainConfig
+from gt_jax.configs.standing import gone_on
+from gt_jax.tasks.registry import read_task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting(Config, abc.ABC):
+    """`budget` are the steps of the deep model that cost B; `points` the shares of B after which sources are grown.
+
+    Sources and the model from scratch are tried at `rates`; curves have about `evaluations` points; `decay` is the
+    share of B over which the rate falls.
+    """
+
+    name: str
+    budget: int
+    points: tuple[float, ...] = (0.25, 0.5, 0.75)
+    rates: tuple[float, ...] = (2e-3, 4e-3)
+    decay: float = 0.2
+    evaluations: int = 6
+    held_out_batches: int = 6
+
+    def problems(self) -> list[str]:
+        wrong = below(self, 10, "budget") + below(self, 1, "evaluations", "held_out_batches")
+        rising = list(self.points) == sorted(set(self.points))
+        if not self.points or not rising or min(self.points) <= 0 or max(self.points) >= 1:
+            wrong.append(f"points are {list(self.points)}; rising shares of the budget are needed, above 0 and below 1")
+        if not self.rates or min(self.rates) <= 0:
+            wrong.append(f"rates are {list(self.rates)}; one or more positive learning rates are needed")
+        if not 0 < self.decay < 1:
+            wrong.append(f"decay is {self.decay}; it must lie between 0 and 1")
+        return wrong
+
+    @property
+    def middle(self) -> float:
+        """The point at which rates are tried and controls grown."""
+        return self.points[len(self.points) // 2]
+
+    @property
+    @abc.abstractmethod
+    def length(self) -> int:
+        """Tokens of a row."""
+
+    @property
+    @abc.abstractmethod
+    def batch(self) -> int:
+        """Rows of a batch."""
+
+    @property
+    @abc.abstractmethod
+    def source(self) -> ModelConfig:
+        """The adaptive model."""
+
+    @property
+    @abc.abstractmethod
+    def deep(self) -> ModelConfig:
+        """The plain model that it grows to, also from scratch."""
+
+    @property
+    @abc.abstractmethod
+    def free_passes(self) -> float:
+        """The passes a layer that a step of the source is planned to compute where its gates are free."""
+
+    @property
+    @abc.abstractmethod
+    def recipes(self) -> tuple[Recipe, ...]:
+        """Ways of growing, of which the one that is best on the tuning part is trained on."""
+
+    @property
+    @abc.abstractmethod
+    def controls(self) -> tuple[Recipe, ...]:
+        """Other ways, from the source of the `middle`."""
+
+    @property
+    def harder(self) -> tuple[str, ...]:
+        """The difficulties that children are asked and no source was trained on."""
+        return ()
+
+    @abc.abstractmethod
+    def data(self, seed: int, steps: int, text: tuple[str, ...], deep: bool = False) -> DataConfig:
+        """What a source of `steps` steps reads, or the deep model; a curriculum is over within them."""
+
+    def further_data(self, seed: int, steps: int, text: tuple[str, ...]) -> tuple[DataConfig, int]:
+        """What follows for whatever is made of a source of `steps` steps, and after how many batches."""
+        return self.data(seed, steps, text), steps
+
+    @abc.abstractmethod
+    def price(self, part: float) -> PriceConfig:
+        """The price of a source whose own part is the first `part` of its schedule."""
+
+    def optimizer(self, rate: float) -> OptimizerConfig:
+        """The same for every model."""
+        return OptimizerConfig(learning_rate=rate, decay=self.decay, weight_decay=0.01, halting_scale=10.0)
+
+    def source_train(self, steps: int, rate: float) -> TrainConfig:
+        """The training whose plateau lasts for `steps` steps: the source stops there, its rate has not fallen."""
+        optimizer, total = self.optimizer(rate), steps + 1
+        while optimizer.boundaries(total)[1] < steps:
+            total += 1
+        return TrainConfig(steps=total, optimizer=optimizer, price=self.price(steps / total))
+
+    def scratch_train(self, rate: float) -> TrainConfig:
+        """All of the budget."""
+        return TrainConfig(steps=self.budget, optimizer=self.optimizer(rate))
+
+    def fall(self, point: float) -> float:
+        """The share of the steps after `point` of B over which the rate falls, so that it does over `decay` of B."""
+        return min(1.0, self.decay / (1 - point))
+
+    def further(self, source_steps: int, rate: float, steps: int, decay: float) -> TrainConfig:
+        """`steps` steps that follow the source's as those of `train --start` do: at its rate, its price gone on with.
+
+        The rate falls over the last `decay` of them.
+        """
+        train = gone_on(self.source_train(source_steps, rate), source_steps, steps, moments="carried")
+        return train.replace(optimizer=train.optimizer.replace(decay=decay))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskSetting(Setting):
+    """A task, as the study of depth trains it; the deep model has each of its layers `times` times in a row.
+
+    With `deeper` the deep model and everything after growth is of this task, which asks for more than the source does.
+    """
+
+    of: DepthSetting
+    times: int = 4
+    deeper: str = ""
+
+    def problems(self) -> list[str]:
+        wrong = super().problems() + below(self, 2, "times")
+        if self.deeper and read_task(self.deeper).name != read_task(self.of.task).name:
+            wrong.append(f"deeper is {self.deeper}; it must be the source's task {self.of.task}, with harder questions")
+        return wrong
+
+    @property
+    def _harder(self) -> DepthSetting:
+        return self.of.replace(task=self.deeper or self.of.task)
+
+    @property
+    def length(self) -> int:
+        return self._harder.length
+
+    @property
+    def batch(self) -> int:
+        return self.of.rows
+
+    @property
+    def source(self) -> ModelConfig:
+        return self._harder.adaptive()
+
+    @property
+    def deep(self) -> ModelConfig:
+        types = "".join(kind * self.times for kind in self.source.depth.types)
+        return self.source.plain.replace(layout=runs(types))
+
+    @property
+    def free_passes(self) -> float:
+        return float(self.of.passes)
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        return FULL, EXPECTED
+
+    @property
+    def controls(self) -> tuple[Recipe, ...]:
+        return (NEW._replace(kind=LAYER),)
+
+    @property
+    def harder(self) -> tuple[str, ...]:
+        known, asked = read_task(self.of.task).hardest, read_task(self._harder.task).hardest
+        return tuple(map(str, range(known + 1, asked + 1)))
+
+    def data(self, seed: int, steps: int, text: tuple[str, ...], deep: bool = False) -> DataConfig:
+        # rows of one length for all, so that a step of the source costs what it costs wherever it is taken
+        of = self._harder if deep else self.of
+        return of.replace(steps=max(2, steps)).data(seed).replace(sequence_length=self.length)
+
+    def further_data(self, seed: int, steps: int, text: tuple[str, ...]) -> tuple[DataConfig, int]:
+        if not self.deeper:
+            return super().further_data(seed, steps, text)
+        return self.data(seed, steps, text, deep=True).replace(curriculum_rows=0), 0
+
+    def price(self, part: float) -> PriceConfig:
+        of, opened = self.of, self.of.opened * part
+        return budget(None, value=of.pass_price, forced_passes=of.passes, forced_until=opened,
+                      forced_ramp=of.curriculum * part, price_from=opened, clipped_until=opened)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSetting(Setting):
+    """Text, of which a source of `layout` runs `depth` passes a layer in the mean, and grows to `target_layers`.
+
+    Living tokens alone are computed in later passes, so that a step costs about what its passes do: `planned` passes
+    a layer, buckets of rows and audits among them.
+    """
+
+    layout: str = "DDDG"
+    target_layers: int = 12
+    width: int = 64
+    rows: int = 8
+    tokens: int = 128
+    depth: float = 1.3
+    planned: float = 2.0
+
+    @property
+    def length(self) -> int:
+        return self.tokens
+
+    @property
+    def batch(self) -> int:
+        return self.rows
+
+    @property
+    def source(self) -> ModelConfig:
+        head = self.width // 4
+        gates = AdaptiveConfig(initial_bias=0.0, context="alive").seeing_state
+        return tiny().replace(
+            layout=self.layout, width=self.width, mlp_width=2 * self.width, remat="none", adaptive=gates,
+            deltanet=DeltaNetConfig(heads=4, value_heads=4, key_width=head, value_width=head, chunk_size=32),
+            gsa=GSAConfig(heads=4, head_width=head, indexer_heads=2, indexer_width=16, k_base=64, k_min=16, k_max=128),
+        )  # fmt: skip
+
+    @property
+    def deep(self) -> ModelConfig:
+        pattern = parse(self.layout).segments[0].pattern
+        return self.source.plain.replace(layout=f"{pattern}*{self.target_layers // len(pattern)}")
+
+    @property
+    def free_passes(self) -> float:
+        return self.planned
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        return (DEALT,)
+
+    @property
+    def controls(self) -> tuple[Recipe, ...]:
+        return README, ONCE, NEW
+
+    def problems(self) -> list[str]:
+        wrong, segments = super().problems(), parse(self.layout).segments
+        if len(segments) > 1 or self.target_layers % len(segments[0].pattern):
+            wrong.append(f"layout {self.layout} does not repeat to target_layers {self.target_layers}")
+        return wrong + ([f"width is {self.width}; it must be a multiple of 8"] if self.width % 8 else [])
+
+    def data(self, seed: int, steps: int, text: tuple[str, ...], deep: bool = False) -> DataConfig:
+        return DataConfig(text=text, sequence_length=self.tokens, batch_size=self.rows, seed=seed, tuning=TUNING)
+
+    def price(self, part: float) -> PriceConfig:
+        return budget(self.depth, target_of="passes_run")
+
+
+def runs(types: str) -> str:
+    """Types as a layout of runs: DDDDGG is D*4,G*2."""
+    found: list[str] = []
+    for place, kind in enumerate(types):
+        if place and types[place - 1] == kind:
+            continue
+        length = len(types[place:]) - len(types[place:].lstrip(kind))
+        found.append(kind if length == 1 else f"{kind}*{length}")
+    return ",".join(found)

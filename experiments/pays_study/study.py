@@ -1,0 +1,138 @@
+"""The study of growth as one frozen config, and its units: which model of which setting, seed and rate."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.depth_study.study import CHAINS as CHAINS_OF
+from experiments.depth_study.study import JUMPS as JUMPS_OF
+from experiments.depth_study.study import SCALES as DEPTH_SCALES
+from experiments.pays_study.setting import Setting, TaskSetting, TextSetting
+from experiments.units import slug
+from gt_jax.configs.json_config import Config
+from gt_jax.errors import Refused
+
+SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "control", "from scratch"
+
+JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=500)
+CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF, budget=700)
+DEEPER = TaskSetting(
+    name="deeper_jumps", of=JUMPS_OF.replace(task="pointer_jumps:hardest=4,symbols=10,queries=4"),
+    deeper="pointer_jumps:hardest=8,symbols=10,queries=4", times=8, budget=380, points=(0.5,),
+)  # fmt: skip
+TEXT = TextSetting(name="text", budget=200)
+_WIDE_CHAINS, _WIDE_JUMPS = DEPTH_SCALES["accelerator"]
+_LESS = {"budget": 24, "points": (0.5,), "evaluations": 2, "held_out_batches": 2, "rates": (4e-3,)}
+_NARROW = {"width": 16, "rows": 8}
+SCALES: dict[str, tuple[tuple[TaskSetting, ...], tuple[TextSetting, ...]]] = {
+    "minutes": (
+        tuple(one.replace(of=one.of.replace(**_NARROW), **_LESS) for one in (JUMPS, CHAINS, DEEPER)),
+        (TEXT.replace(**_LESS, **_NARROW, tokens=64, target_layers=8),),
+    ),
+    "small": ((JUMPS, CHAINS, DEEPER), (TEXT,)),
+    "accelerator": (
+        (
+            JUMPS.replace(of=_WIDE_JUMPS, budget=16000),
+            CHAINS.replace(of=_WIDE_CHAINS, budget=16000),
+            DEEPER.replace(of=_WIDE_JUMPS.replace(task="pointer_jumps:hardest=12,symbols=26,queries=8"),
+                           deeper="pointer_jumps:hardest=24,symbols=26,queries=8", budget=12000),
+        ),
+        (TEXT.replace(layout="DDDG*2", target_layers=24, width=256, rows=64, tokens=256, budget=8000),),
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Study(Config):
+    """Settings and seeds; `text` are files, none for the Python library's sources.
+
+    Each model is trained at each rate of its setting with the first seed; the best on the tuning part, which nothing
+    trains on, goes on with the others. Figures are of the held-out part.
+    """
+
+    tasks: tuple[TaskSetting, ...] = SCALES["small"][0]
+    texts: tuple[TextSetting, ...] = SCALES["small"][1]
+    text: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def problems(self) -> list[str]:
+        wrong, names = [], [one.name for one in self.settings]
+        if not names or len(set(names)) < len(names):
+            wrong.append(f"settings are named {names}; one or more of different names are needed")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
+        return wrong
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Tasks first."""
+        return (*self.tasks, *self.texts)
+
+
+class Wanted(NamedTuple):
+    """One unit: a model of `setting`; but for the one from scratch it is, or was made from, the source of `point`."""
+
+    setting: Setting
+    kind: str
+    seed: int
+    rate: float
+    point: float = 1.0
+    recipe: str = ""
+
+    @property
+    def model(self) -> str:
+        """What it is called in tables."""
+        if self.kind == SCRATCH:
+            return SCRATCH
+        what = {SOURCE: "source to", GROWN: "grown at", ON: f"{ON} from", CONTROL: f"{self.recipe}, at"}
+        return f"{what[self.kind]} {self.point:g}"
+
+    @property
+    def name(self) -> str:
+        """Where the unit is kept."""
+        return f"{self.setting.name}/seed{self.seed}/{self.model} at {self.rate:g}"
+
+    def place(self, work: Path) -> Path:
+        """Where the checkpoint of the source lies."""
+        return work / "sources" / slug(self.source.name)
+
+    @property
+    def source(self) -> Wanted:
+        """The source that it is, or was made from."""
+        return self._replace(kind=SOURCE, recipe="")
+
+
+def scaled(scale: str, seeds: tuple[int, ...], text: tuple[str, ...], only: tuple[str, ...]) -> Study:
+    """The study of a scale, of all its settings or `only` some; raises `Refused` for words that are not known."""
+    if scale not in SCALES:
+        raise Refused(f"--scale {scale} is not known; the scales are {', '.join(SCALES)}")
+    tasks, texts = SCALES[scale]
+    known = [one.name for one in (*tasks, *texts)]
+    if unknown := [name for name in only if name not in known]:
+        raise Refused(f"--only names {', '.join(unknown)}; the settings are {', '.join(known)}")
+    chosen = only or tuple(known)
+    return Study(tasks=tuple(one for one in tasks if one.name in chosen),
+                 texts=tuple(one for one in texts if one.name in chosen), text=text, seeds=seeds)  # fmt: skip
+
+
+def tries(setting: Setting, seed: int) -> dict[str, list[Wanted]]:
+    """What is trained at every rate with the first seed: the source of the middle, and the model from scratch."""
+    return {SCRATCH: [Wanted(setting, SCRATCH, seed, rate) for rate in setting.rates],
+            SOURCE: [Wanted(setting, SOURCE, seed, rate, setting.middle) for rate in setting.rates]}  # fmt: skip
+
+
+def first_round(setting: Setting, seeds: tuple[int, ...], rates: dict[str, float]) -> list[Wanted]:
+    """Models that stand on no other: from scratch, and the sources of all points."""
+    found = [Wanted(setting, SCRATCH, seed, rates[SCRATCH]) for seed in seeds]
+    return found + [Wanted(setting, SOURCE, seed, rates[SOURCE], point) for point in setting.points for seed in seeds]
+
+
+def second_round(setting: Setting, seeds: tuple[int, ...], rates: dict[str, float]) -> list[Wanted]:
+    """What is made of the sources."""
+    rate = rates[SOURCE]  # seeds of one model follow each other: a worker has compiled it then
+    found = [Wanted(setting, kind, seed, rate, point) for point in setting.points for kind in (GROWN, ON)
+             for seed in seeds]  # fmt: skip
+    return found + [Wanted(setting, CONTROL, seed, rate, setting.middle, one.name) for one in setting.controls
+                    for seed in seeds]  # fmt: skip

@@ -1,0 +1,216 @@
+"""The study of whether growth pays: what contenders may cost, their schedules, and what figures decide. No training."""
+
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import growth_pays
+from experiments.growth_study.flops import training_flops
+from experiments.pays_study import budget, report
+from experiments.pays_study.budget import Spent
+from experiments.pays_study.findings import comparisons, summary
+from experiments.pays_study.recipes import EXPECTED, FULL, README, plan_of
+from experiments.pays_study.setting import runs
+from experiments.pays_study.study import (
+    CONTROL,
+    DEEPER,
+    GROWN,
+    JUMPS,
+    ON,
+    SCALES,
+    SCRATCH,
+    SOURCE,
+    TEXT,
+    Study,
+    Wanted,
+    first_round,
+    scaled,
+    second_round,
+)
+from gt_jax.errors import Refused
+from gt_jax.growth import repetition
+from gt_jax.training.price import phase
+
+SMALL = JUMPS.replace(of=JUMPS.of.replace(width=16, rows=8), budget=60)
+POINTS = (0.25, 0.5, 0.75)
+
+
+def test_a_step_costs_the_passes_that_it_computed():
+    cost, tokens = budget.cost_of(SMALL, SMALL.source), SMALL.batch * SMALL.length
+    by_step = [[1.0], [4.0], [2.5]]
+    wanted = sum(training_flops(SMALL.source, SMALL.length, one) for one in by_step) * tokens
+    assert cost.computed(by_step) == pytest.approx(wanted, rel=1e-12)
+    assert cost.model([[1.0]]) < cost.computed([[1.0]])  # without the second unembedding, and a recurrence by tokens
+    assert budget.whole(SMALL) == pytest.approx(60 * training_flops(SMALL.deep, SMALL.length) * tokens, rel=1e-12)
+
+
+def test_a_source_takes_its_share_of_the_budget_and_its_child_the_rest():
+    for point in POINTS:
+        steps = budget.source_steps(SMALL, point)
+        share = point * budget.whole(SMALL)
+        assert budget.planned_cost(SMALL, steps) <= share < budget.planned_cost(SMALL, steps + 1)
+        made = budget.making(SMALL, [4.0], len(SMALL.recipes))
+        spent = Spent(budget.planned_cost(SMALL, steps) + made)
+        left = budget.whole(SMALL) - spent.flops - budget.child_steps(SMALL, spent) * budget.deep_step(SMALL)
+        assert 0 <= left < budget.deep_step(SMALL)
+    spent = Spent(budget.planned_cost(SMALL, steps))
+    passes = budget.with_audits(SMALL, [3.0])
+    assert passes == pytest.approx([3.1])  # one step of ten computes all four
+    more = budget.further_steps(SMALL, spent, passes) * budget.cost_of(SMALL, SMALL.source).computed(passes)
+    assert 0 <= budget.whole(SMALL) - spent.flops - more < budget.deep_step(SMALL)
+
+
+def test_all_of_a_sources_phases_lie_within_its_own_part():
+    steps = budget.source_steps(SMALL, 0.5)
+    passes = budget.planned_passes(SMALL, steps)
+    assert passes[0] == 1 and set(passes) == {1, 2, 3, 4} and np.all(np.diff(passes) >= 0)
+    assert abs(np.argmax(passes == 4) - SMALL.of.curriculum * steps) <= 1
+    assert SMALL.data(0, steps, ()).curriculum_rows == round(0.65 * steps) * SMALL.batch
+    train = SMALL.source_train(steps, 2e-3)
+    assert train.optimizer.rate(steps - 1, train.steps) == train.optimizer.rate(steps, train.steps) == 2e-3
+    for step in (0, steps // 3, steps // 2, steps - 1):  # the training's own count: forced, then 0 for free ones
+        count = int(phase(train.price, jnp.asarray(step), train.steps, 4).control.forced)
+        assert count == (passes[step] if step < SMALL.of.opened * steps else 0)
+    opened = train.price.forced_until * train.steps
+    assert opened == pytest.approx(SMALL.of.opened * steps) and train.price.clipped_until == train.price.forced_until
+
+
+def test_every_rate_falls_once_over_the_same_part_of_the_budget():
+    fell = {}
+    for point in POINTS:
+        source, steps = budget.source_steps(SMALL, point), round(SMALL.budget * (1 - point))
+        train = SMALL.further(source, 2e-3, steps, SMALL.fall(point))
+        rates = [train.optimizer.rate(step, steps) for step in range(steps)]
+        assert max(rates) == rates[0] == pytest.approx(2e-3)  # no warm-up: it stood there
+        fell[point] = sum(rate < 2e-3 for rate in rates)
+        assert train.moments == "carried" and train.price.forced_until == train.price.forced_ramp == 0
+    assert set(fell.values()) <= {11, 12}  # a fifth of 60 steps, of which the first has the old rate
+    scratch = SMALL.scratch_train(2e-3)
+    assert sum(scratch.optimizer.rate(step, 60) < 2e-3 for step in range(3, 60)) == 11
+    flat = SMALL.further(source, 2e-3, 5, 0.0)
+    assert [flat.optimizer.rate(step, 5) for step in range(5)] == pytest.approx([2e-3] * 5)
+
+
+def measured(**layer):
+    return repetition.from_json({"_meta": {"alpha": [1.0] * 4}, "layer0": {"k_exec": 4, "mean_weight": 2.2, **layer}})
+
+
+def test_children_of_one_layer_have_it_as_often_as_the_deep_model_whatever_was_measured():
+    counts = measured(survival=[1.0, 0.6, 0.4, 0.2])
+    for setting, length in ((JUMPS, 4), (DEEPER, 8)):
+        source, deep = setting.source.depth, setting.deep.depth
+        full = plan_of(FULL, counts, source, deep)
+        assert str(deep) == str(full.target_layout) == f"D*{length}"
+        assert [entry.coefficient for entry in full.entries] == [1.0] * length
+        weak = [entry.coefficient for entry in plan_of(EXPECTED, counts, source, deep).entries]
+        assert weak == [1.0, 0.6, 0.4, 0.2, 0.0, 0.0, 0.0, 0.0][:length]
+        # every alpha is 1: the readme's rule is the same child, so it is no control here
+        assert plan_of(README, counts, source, deep).entries == full.entries
+    assert runs("DDDDGGD") == "D*4,G*2,D" and DEEPER.harder == ("5", "6", "7", "8") and JUMPS.harder == ()
+    assert JUMPS.source == DEEPER.replace(deeper="", of=JUMPS.of).source  # the same model, for other questions
+
+
+def test_text_grows_to_the_deep_model_by_each_recipe():
+    layer = {"k_exec": 3, "mean_weight": 1.3, "survival": [1.0, 0.3, 0.1, 0.0]}
+    counts = repetition.from_json({"_meta": {"alpha": [1.0, 0.7, 0.5, 0.35]}, **{f"layer{n}": layer for n in range(4)}})
+    for one in (*TEXT.recipes, *TEXT.controls):
+        plan = plan_of(one, counts, TEXT.source.depth, TEXT.deep.depth)
+        assert str(plan.target_layout) == ("DDDG" if one.kind == "once" else "DDDG*3")
+    assert TEXT.deep.layout == "DDDG*3"
+    assert plan.entries[4].coefficient == 0.7  # of a random copy, as of the readme's second
+    assert TEXT.price(0.5).forced_until == 0 and set(budget.planned_passes(TEXT, 9)) == {TEXT.planned}
+
+
+def test_units_have_names_of_their_own_and_the_config_reads_back():
+    study = scaled("small", (0, 1), (), ())
+    assert Study.from_json(json.loads(json.dumps(study.to_json()))) == study
+    rates = {SOURCE: 2e-3, SCRATCH: 4e-3}
+    units = [one for setting in study.settings for take in (first_round, second_round)
+             for one in take(setting, study.seeds, rates)]  # fmt: skip
+    assert len({one.name for one in units}) == len(units)
+    assert len({one.source.name for one in units if one.kind == GROWN}) == sum(one.kind == GROWN for one in units)
+    assert [one.name for one in scaled("minutes", (0,), (), ("text",)).settings] == ["text"]
+    for words, said in ((("huge", (0,), (), ()), "the scales are"), (("small", (0,), (), ("sums",)), "settings are")):
+        with pytest.raises(Refused, match=said):
+            scaled(*words)
+    with pytest.raises(Refused, match=r"(?s)points.*below 1.*deeper is"):
+        DEEPER.replace(points=(0.5, 1.0), deeper="addition")
+    assert {setting.name for tasks, texts in SCALES.values() for setting in (*tasks, *texts)} == {
+        "pointer_jumps", "variable_chains", "deeper_jumps", "text"}  # fmt: skip
+
+
+def row(kind, seed, nats, point=1.0, flops=8e12, right=None, curve=(), **more):
+    """A made-up row, as the engine writes it."""
+
+    def said(value, share):
+        found = {"nats": value}
+        return found if share is None else {**found, "accuracy_all": share, "accuracy": {"1": 1.0, "2": 2 * share - 1}}
+
+    wanted = Wanted(JUMPS, kind, seed, 2e-3, point, more.get("recipe", ""))
+    return {"task": "jumps", "model": wanted.model, "kind": kind, "seed": seed, "point": point, "rate": 2e-3,
+            "layers": "D*4", "steps": 100, "tokens": 1000, "flops": flops, "model_flops": flops / 2, "seconds": 9.0,
+            "parameters": 50, "tokens_a_parameter": 20.0, "diverged": None, "harder": ["2"],
+            "curve": [{"step": 0, "flops": 1e12 * (1 + n), "tokens": tokens, "nats": value, "accuracy_all": 0.5}
+                      for n, (tokens, value) in enumerate(curve)],
+            "final": said(nats, right), **{name: said(*value) if isinstance(value, tuple) else value
+                                           for name, value in more.items()}}  # fmt: skip
+
+
+def rows_of(right, step0, finals, on_final=0.30, scratch=0.40):
+    """Three seeds of one point: the child's curve is at scratch's loss after 300 of that one's 1000 tokens."""
+    found = []
+    for seed in range(3):
+        shift = 0.01 * seed
+        found += [
+            row(SOURCE, seed, 0.5 + shift, 0.5, right=right and 0.9, curve=((400, 0.5),)),
+            row(ON, seed, on_final + shift, 0.5, right=right and 0.95, step0=(0.5 + shift, right and 0.9),
+                tenth=(0.45 + shift, right and 0.9), curve=((500, 0.5), (1000, 0.3))),
+            row(GROWN, seed, finals[seed], 0.5, right=right and 0.97, step0=(step0 + shift, right and right),
+                tenth=(0.44 + shift, right and 0.92), recipe="copies", curve=((500, 0.5), (800, 0.4), (900, 0.2))),
+            row(CONTROL, seed, 0.6, 0.5, right=right and 0.5, step0=(2.0, right and 0.3), recipe="random",
+                tenth=(1.0, right and 0.4)),
+            row(SCRATCH, seed, scratch + shift, right=right and 0.8, curve=((500, 0.9), (1000, 0.4))),
+        ]  # fmt: skip
+    return found
+
+
+def test_claims_are_made_where_every_seed_says_so():
+    found = summary(rows_of(0.895, 0.5, (0.28, 0.29, 0.29)))["jumps"]
+    one = found["grown"]["0.5"]
+    assert found["claims"] == {name: ["0.5"] for name in found["claims"]}
+    assert one["step0_points"]["mean"] == pytest.approx(-0.5) and one["on"]["every_seed"]
+    assert one["scratch"]["mean"] == pytest.approx(np.mean([0.28 - 0.40, 0.29 - 0.41, 0.29 - 0.42]))
+    assert one["tokens"]["shares"] == pytest.approx([0.3] * 3) and found["deeper"] == ["2"]
+    assert found["controls"]["random"]["tenth"]["mean"] == pytest.approx(0.45 - 1.0)
+    worse = summary(rows_of(0.88, 0.5, (0.28, 0.29, 0.33)))["jumps"]  # the last seed ends above the source trained on
+    assert worse["claims"]["below both at equal FLOPs"] == worse["claims"]["as good at growth"] == []
+    assert worse["claims"]["better after a tenth"] == ["0.5"] and not worse["grown"]["0.5"]["on"]["every_seed"]
+    late = summary(rows_of(0.9, 0.5, (0.28, 0.29, 0.29), scratch=0.1))["jumps"]
+    assert late["grown"]["0.5"]["tokens"]["shares"] == [None] * 3 and late["claims"]["half of scratch's tokens"] == []
+
+
+def test_text_is_judged_by_its_loss_at_growth():
+    assert summary(rows_of(None, 0.501, (0.28,) * 3))["jumps"]["claims"]["as good at growth"] == ["0.5"]
+    found = summary(rows_of(None, 0.503, (0.28,) * 3))["jumps"]
+    assert found["claims"]["as good at growth"] == [] and not found["task"]
+    assert found["grown"]["0.5"]["step0_percent"]["mean"] == pytest.approx(0.59, abs=0.02)
+
+
+def test_the_page_says_what_the_figures_decide(tmp_path):
+    rows = rows_of(0.895, 0.5, (0.28, 0.29, 0.33))
+    stored = {"command": "…", "config": {"seeds": [0, 1, 2]}, "machine": {"cores": 2, "device": "cpu"},
+              "seconds": 60.0, "rows": rows, "summary": summary(rows), "content": ""}  # fmt: skip
+    (tmp_path / "growth_pays.json").write_text(json.dumps(stored))
+    assert growth_pays.main(["--render", "--output", str(tmp_path)]) == 0
+    text = (tmp_path / "growth_pays.md").read_text()
+    assert "| at equal FLOPs below the source trained on and the model from scratch | at no point |" in text
+    assert "grown at 0.5 and the source trained on, at equal FLOPs cannot be told apart" in text
+    assert "grown at 0.5 ends below the model from scratch, at equal FLOPs" in text and "d = 2 (new)" in text
+    assert f"{comparisons(stored['summary'])} differences are judged" in text
+    assert (tmp_path / "growth_pays.png").stat().st_size > 10_000
+    report.draw(rows, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "growth_pays.png").read_bytes()

@@ -22,8 +22,7 @@ class Setting(Config):
 
     The hardest difficulty rises over the first `curriculum` of the steps, and with it the passes that are forced, from
     1 to `passes`; all are forced until `opened` of the steps, and the gates decide from then on, at `pass_price` nats a
-    pass. Look-ups are learned only from embeddings of unit size: at 0.125 a model of two passes does not find the
-    second look-up in the time in which it solves four with these.
+    pass. Embeddings have unit size.
     """
 
     task: str

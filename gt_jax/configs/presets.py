@@ -40,8 +40,7 @@ def tiny() -> ModelConfig:
 def one_layer() -> ModelConfig:
     """One D layer of width 64 that may run four times at full strength: it learns tasks of up to four look-ups.
 
-    Embeddings have unit size, since from smaller ones a layer hardly learns to look up what it has looked up
-    (docs/depth.md); its gates see the state and start open.
+    Embeddings have unit size, its gates see the state and start open (docs/depth.md).
     """
     return ModelConfig(
         layout="D",

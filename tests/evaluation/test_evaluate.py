@@ -178,7 +178,7 @@ def test_a_report_for_a_reader(folder, capsys, monkeypatch):
     assert "b against a: " in out and any(line.split()[:3] == ["a", "7", "free"] for line in out.splitlines())
 
 
-TASK = "pointer_jumps:symbols=6,hardest=3,queries=6"
+TASK = "pointer_jumps:symbols=4,hardest=3,queries=3"
 
 
 def test_answers_of_a_task_by_difficulty(folder, capsys, monkeypatch):
@@ -196,11 +196,13 @@ def test_answers_of_a_task_by_difficulty(folder, capsys, monkeypatch):
                 for logits, of in zip(said, data.held_out(2), strict=True)]  # fmt: skip
         right[config] = np.concatenate(hits)
         answers = one["answers"]["pointer_jumps"]
-        assert (answers["answers"], answers["instances"]) == (24, 4) and answers["hardest"] == [3]
+        assert (answers["answers"], answers["instances"]) == (36, 4) and answers["hardest"] == [3]
         assert answers["accuracy"] == pytest.approx(
             {str(d): right[config][difficulty == d].mean() for d in np.unique(difficulty)})  # fmt: skip
         nats = dense(config, perturbed(config), data.held_out(2), free_passes()).mean()
-        assert answers["nats"] == one["nats_per_token"]["value"] == pytest.approx(nats, abs=1e-4)
+        # one is summed in float64, the other batch by batch in float32
+        assert answers["nats"] == pytest.approx(one["nats_per_token"]["value"], rel=1e-6)
+        assert answers["nats"] == pytest.approx(nats, abs=1e-4)
         assert len(answers["cuts"]) == (config.adaptive is not None) and len(answers["forced"]) in (0, 4)
     (one,) = found["differences"]
     gain = one["answers"]["pointer_jumps"]["accuracy_all"]["value"]

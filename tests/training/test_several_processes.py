@@ -34,7 +34,7 @@ WORDS = ("--text", "story.txt", "--layout", "D", "--plain", "--steps", "4", "--b
          "--sequence-length", "32", "--checkpoint-every", "2", "--evaluate-every", "4",
          "--schedule", "cosine")  # fmt: skip  # no plateau, whose end would be saved too
 MESH = ("--fsdp", "2", "--tensor", "2")
-TASK = "pointer_jumps:symbols=6,hardest=4,queries=8"
+TASK = "pointer_jumps:symbols=5,hardest=4,queries=2"
 VERIFY = ("one/2", "one/4", "--json", "--batches", "1", "--jacobian-rows", "4", "--jacobian-iterations", "4")
 
 

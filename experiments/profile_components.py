@@ -56,15 +56,17 @@ WRAPPERS = re.compile(r"while|call|cond|conditional|Thunk|Pjit|^\$|tuple|paramet
 def flops(config: ModelConfig, tokens: int) -> dict[str, float]:
     """Forward FLOPs of the matrix products a token, by part; of one pass of each layer."""
     c, d, types = config, config.width, config.depth.types
-    assert c.deltanet is not None and c.gsa is not None
-    keys, values = c.deltanet.heads * c.deltanet.key_width, c.deltanet.value_heads * c.deltanet.value_width
-    chunk, heads = c.deltanet.chunk_size, c.deltanet.value_heads
-    k, v = c.deltanet.key_width, c.deltanet.value_width
-    recurrence = 2 * heads * (2 * chunk * k + chunk * (k + 2 * v) + 3 * k * v)
-    delta_net = 2 * d * (2 * keys + 3 * values + 2 * heads) + recurrence
-    width = c.gsa.heads * c.gsa.head_width
-    index = c.gsa.indexer_heads * c.gsa.indexer_width
-    attention = 2 * d * (6 * width + 2 * index) + 2 * tokens * (2 * width + index)
+    delta_net = attention = 0.0
+    if c.deltanet is not None:
+        keys, values = c.deltanet.heads * c.deltanet.key_width, c.deltanet.value_heads * c.deltanet.value_width
+        chunk, heads = c.deltanet.chunk_size, c.deltanet.value_heads
+        k, v = c.deltanet.key_width, c.deltanet.value_width
+        recurrence = 2 * heads * (2 * chunk * k + chunk * (k + 2 * v) + 3 * k * v)
+        delta_net = 2 * d * (2 * keys + 3 * values + 2 * heads) + recurrence
+    if c.gsa is not None:
+        width = c.gsa.heads * c.gsa.head_width
+        index = c.gsa.indexer_heads * c.gsa.indexer_width
+        attention = 2 * d * (6 * width + 2 * index) + 2 * tokens * (2 * width + index)
     shared, experts = 6 * d * c.mlp_width, 0.0
     if c.moe is not None:
         experts = 6 * d * c.moe.expert_width * c.moe.top_k + 2 * d * c.moe.experts

@@ -58,7 +58,7 @@ def test_the_demo_in_a_few_steps_interrupted(tmp_path, capsys, monkeypatch):
     assert gates["before"]["nats"] == pytest.approx(source["before"]["nats"], abs=1e-5)
     forced = source["before"]["accuracy_forced"]
     assert full["before"]["accuracy"] == forced["4"], "full strength is every pass forced"
-    assert list(plain["before"]["accuracy"]) == ["1", "2", "3", "4"] and len(random["curve"]) == len(mean["curve"]) == 2
+    assert list(plain["before"]["accuracy"]) == ["1", "2", "3", "4"] and len(random["curve"]) == len(mean["curve"]) == 3
     assert checkpoint.describe(place / "grown")[1]["grown_from"]["plan"]["layout"] == "D*4"
 
     assert [checkpoint.content_hash(place / name) for name in ("source", "grown")] == before

@@ -69,7 +69,7 @@ def test_all_of_a_sources_phases_lie_within_its_own_part():
     passes = budget.planned_passes(SMALL, steps)
     assert passes[0] == 1 and set(passes) == {1, 2, 3, 4} and np.all(np.diff(passes) >= 0)
     assert abs(np.argmax(passes == 4) - SMALL.of.curriculum * steps) <= 1
-    assert SMALL.data(0, steps, ()).curriculum_rows == round(0.65 * steps) * SMALL.batch
+    assert SMALL.data(0, steps, ()).curriculum_rows == round(SMALL.of.curriculum * steps) * SMALL.batch
     train = SMALL.source_train(steps, 2e-3)
     assert train.optimizer.rate(steps - 1, train.steps) == train.optimizer.rate(steps, train.steps) == 2e-3
     for step in (0, steps // 3, steps // 2, steps - 1):  # the training's own count: forced, then 0 for free ones

@@ -199,7 +199,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
     """The result for the repository."""
-    from experiments.training_measured.report import markdown_table
+    from experiments.pages import markdown_table
 
     return ["# What checkpoints cost a run", "", said(report) + ".", "", *markdown_table(rows(report), HEAD)]
 

@@ -25,8 +25,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.pages import markdown_table
 from experiments.training_measured import sizes
-from experiments.training_measured.report import add_common, common_problems, keep, markdown_table, note, spread
+from experiments.training_measured.report import add_common, common_problems, keep, note, spread
 from experiments.training_measured.turns import Contestant, Job, Turn
 from gt_jax.errors import Failed, refuse_all, run_command
 

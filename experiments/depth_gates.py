@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.study_command import add_study_flags, read_seeds, run
+from gt_jax.files import write_atomically
+
 if TYPE_CHECKING:
     from experiments.depth_study.variants import GatesStudy, Wanted
+    from experiments.workers import Workers
 
 NAME = "depth_gates"
 
@@ -27,11 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     p.add_argument("--scale", choices=("minutes", "small", "whole"), default="small",
                    help="minutes: a try; small: what decides most; whole: all variants (default small)")
-    p.add_argument("--seeds", default="0,1", help="one of every variant each")
-    p.add_argument("--jobs", type=int, default=1, help="models trained at once, each on a core of its own")
-    p.add_argument("--work", type=Path, default=Path("runs/depth_gates"), help="folder of the finished units")
-    p.add_argument("--output", type=Path, default=Path("experiments/results"))
-    p.add_argument("--render", action="store_true", help="train nothing: the page anew from --output")
+    add_study_flags(p, NAME, "0,1")
     return p
 
 
@@ -39,7 +38,6 @@ def configured(arguments: argparse.Namespace) -> GatesStudy:
     """The study that the words name; raises `Refused` for words that make none."""
     from experiments.depth_study.study import SCALES
     from experiments.depth_study.variants import VARIANTS, GatesStudy
-    from experiments.depth_tasks import read_seeds
 
     study = GatesStudy(setting=SCALES["minutes" if arguments.scale == "minutes" else "small"][1],
                        seeds=read_seeds(arguments.seeds))  # fmt: skip
@@ -57,7 +55,8 @@ def make(wanted: Wanted) -> dict[str, Any]:
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By variant: right answers and passes by difficulty, correlation, and what is right with one pass; means."""
-    from experiments.depth_study.findings import by_difficulty, mean
+    from experiments.depth_study.findings import by_difficulty
+    from experiments.growth_study.inference import mean
 
     found = {}
     for variant in dict.fromkeys(row["model"] for row in rows):
@@ -74,8 +73,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def markdown(stored: Mapping[str, Any]) -> str:
     """The page: a line a variant."""
-    from experiments.depth_study.report import table
     from experiments.depth_study.variants import VARIANTS
+    from experiments.pages import markdown_table
 
     setting, found = stored["config"]["setting"], stored["summary"]
     difficulties = list(next(iter(found.values()))["accuracy"])
@@ -92,43 +91,31 @@ def markdown(stored: Mapping[str, Any]) -> str:
         f"`{setting['task']}`, {setting['steps']} steps, rate {stored['config']['rate']:g}; means over "
         f"{len(stored['config']['seeds'])} seeds, {stored['seconds'] / 60:.0f} minutes on "
         f"{stored['machine']['cores']} cores. One thing is changed at a time; a correlation of 0.00 is of gates that "
-        "give all tokens the same passes.", "", *table(head, rows),
+        "give all tokens the same passes.", "", *markdown_table(rows, head),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
+def all_rows(study: GatesStudy, workers: Workers) -> list[dict[str, Any]]:
+    """The rows of every variant at every seed."""
+    from experiments.depth_study.variants import Wanted
+
+    wanted = [Wanted(study.setting, name, seed, study.rate) for name in study.variants for seed in study.seeds]
+    return list(workers.all({one.name: one for one in wanted}).values())
+
+
+def write(output: Path, stored: Mapping[str, Any]) -> str:
+    """OUTPUT/depth_gates.md of a stored file; returns its text."""
+    text = markdown(stored)
+    write_atomically(output / f"{NAME}.md", text)
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, or only render it, and print its page."""
-    from experiments import contract
-    from experiments.depth_study.variants import Wanted
-    from experiments.depth_tasks import without_line
-    from experiments.machine import machine
-    from experiments.units import Units
-    from experiments.workers import Workers
-    from gt_jax.files import write_atomically
-
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
-    output, folders = arguments.output, (str(arguments.work), str(arguments.output))
-    if arguments.render:
-        stored = contract.read(output / f"{NAME}.json")
-    else:
-        study = configured(arguments)
-        contract.check_output(output, NAME, study, "")
-        began = time.monotonic()
-        wanted = [Wanted(study.setting, variant, seed, study.rate) for variant in study.variants
-                  for seed in study.seeds]  # fmt: skip
-        with Workers(Units(arguments.work, study, ""), make, arguments.jobs,
-                     lambda line: print(line, file=sys.stderr, flush=True)) as workers:  # fmt: skip
-            rows = list(map(without_line, workers.all({one.name: one for one in wanted}).values()))
-        stored = contract.stored(command=contract.command_line("experiments.depth_gates", words, folders), config=study,
-                                 machine=machine(), seconds=time.monotonic() - began, rows=rows,
-                                 summary=summary(rows), content="")  # fmt: skip
-        contract.write(output / f"{NAME}.json", stored)
-    text = markdown({**stored, "summary": summary(stored["rows"])})
-    write_atomically(output / f"{NAME}.md", text)
-    print(text)
-    return 0
+    return run(NAME, arguments, words, lambda: (configured(arguments), ""), make, all_rows, summary, write)
 
 
 if __name__ == "__main__":

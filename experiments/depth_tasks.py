@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from experiments.study_command import add_study_flags, read_seeds, run
 
 if TYPE_CHECKING:
     from experiments.depth_study.study import Study
@@ -30,32 +30,15 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0].replace("\n", " "))
     p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; accelerator (default small)")
-    p.add_argument("--seeds", default="0,1,2", help="one of every model each")
-    p.add_argument("--jobs", type=int, default=1, help="models trained at once, each on a core of its own")
-    p.add_argument("--work", type=Path, default=Path("runs/depth_tasks"), help="folder of the finished units")
-    p.add_argument("--output", type=Path, default=Path("experiments/results"))
-    p.add_argument("--render", action="store_true", help="train nothing: page and picture anew from --output")
+    add_study_flags(p, "depth_tasks", "0,1,2")
     return p
 
 
 def configured(arguments: argparse.Namespace) -> Study:
     """The study that the words name; raises `Refused` for words that make none."""
     from experiments.depth_study.study import scaled
-    from gt_jax.errors import Refused
 
-    if arguments.jobs < 1:
-        raise Refused(f"--jobs {arguments.jobs}: at least one model is trained at a time")
     return scaled(arguments.scale, read_seeds(arguments.seeds))
-
-
-def read_seeds(words: str) -> tuple[int, ...]:
-    """The seeds of `0,1,2`; raises `Refused` for what is no such list."""
-    from gt_jax.errors import Refused
-
-    try:
-        return tuple(int(word) for word in words.split(","))
-    except ValueError as error:
-        raise Refused(f"--seeds {words!r} is no list of whole numbers such as 0,1,2") from error
 
 
 def all_rows(study: Study, workers: Workers) -> list[dict[str, Any]]:
@@ -86,41 +69,16 @@ def mean_depth(row: dict[str, Any]) -> int:
     return max(1, round(sum(passes) / len(passes)))
 
 
-def without_line(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as it is stored: without what was said while it was made."""
-    return {key: value for key, value in row.items() if key != "line"}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, or only render it, and print its page."""
-    from experiments import contract
     from experiments.depth_study import report
     from experiments.depth_study.engine import make
     from experiments.depth_study.findings import summary
-    from experiments.machine import machine
-    from experiments.units import Units
-    from experiments.workers import Workers
 
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
-    output, folders = arguments.output, (str(arguments.work), str(arguments.output))
-    if arguments.render:
-        stored = contract.read(output / f"{report.NAME}.json")
-        print(report.write(output, {**stored, "summary": summary(stored["rows"])}))
-        return 0
-    study = configured(arguments)
-    contract.check_output(output, report.NAME, study, "")
-    began = time.monotonic()
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    with Workers(Units(arguments.work, study, ""), make, arguments.jobs, say) as workers:
-        rows = all_rows(study, workers)
-    rows = list(map(without_line, rows))
-    stored = contract.stored(command=contract.command_line("experiments.depth_tasks", words, folders), config=study,
-                             machine=machine(), seconds=time.monotonic() - began, rows=rows, summary=summary(rows),
-                             content="")  # fmt: skip
-    contract.write(output / f"{report.NAME}.json", stored)
-    print(report.write(output, stored))
-    return 0
+    return run(report.NAME, arguments, words, lambda: (configured(arguments), ""), make, all_rows, summary,
+               report.write)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -45,12 +45,10 @@ def parser() -> argparse.ArgumentParser:
 def configured(arguments: argparse.Namespace) -> ExitStudy:
     """The study that the words name; raises `Refused` for words that make none."""
     from experiments.exit_study.study import TASK, at_scale
+    from experiments.study_command import read_seeds
     from gt_jax.errors import Refused
 
-    try:
-        seeds = None if arguments.seeds is None else [int(word) for word in arguments.seeds.split(",")]
-    except ValueError as error:
-        raise Refused(f"--seeds {arguments.seeds!r} is no list of whole numbers such as 0,1,2") from error
+    seeds = None if arguments.seeds is None else read_seeds(arguments.seeds)
     cores = os.cpu_count() or 1
     if not 1 <= arguments.jobs <= cores:
         raise Refused(f"--jobs {arguments.jobs} must lie between 1 and the {cores} cores of this machine")
@@ -63,10 +61,11 @@ def study_and_report(study: ExitStudy, work: Path, output: Path, jobs: int, comm
     from experiments.exit_study import figures, report, run
     from experiments.exit_study.train import content
     from experiments.machine import machine
+    from experiments.study_command import say
 
     began, hashed = time.monotonic(), content(study)
     contract.check_output(output, NAME, study.named(), hashed)
-    measured, tuning = run.everything(study, work, hashed, jobs, lambda line: print(line, file=sys.stderr, flush=True))
+    measured, tuning = run.everything(study, work, hashed, jobs, say)
     rows = figures.rows_of(measured)
     return report.write(output, contract.stored(
         command=command, config=study.named(), machine=machine(), seconds=time.monotonic() - began, rows=rows,

@@ -45,12 +45,10 @@ def parser() -> argparse.ArgumentParser:
 def configured(arguments: argparse.Namespace) -> StudyConfig:
     """The study that the words name; raises `Refused` for words that make none."""
     from experiments.growth_study.study import StudyConfig
+    from experiments.study_command import read_seeds
     from gt_jax.errors import Refused
 
-    try:
-        seeds = tuple(int(word) for word in arguments.seeds.split(","))
-    except ValueError as error:
-        raise Refused(f"--seeds {arguments.seeds!r} is no list of whole numbers such as 0,1,2") from error
+    seeds = read_seeds(arguments.seeds)
     if not 0.02 <= arguments.scale <= 1000:
         raise Refused(f"--scale {arguments.scale} must lie between 0.02 and 1000")
     study = StudyConfig(text=tuple(arguments.text), seeds=seeds, width=arguments.width)

@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from experiments.study_command import add_study_flags, read_seeds, run
 
 if TYPE_CHECKING:
     from experiments.pays_study.study import Study
@@ -33,27 +33,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; accelerator (default small)")
     p.add_argument("--text", nargs="+", default=(), help="text files instead of the Python library's sources")
     p.add_argument("--only", default="", help="names of settings, separated by commas; all where none is given")
-    p.add_argument("--seeds", default="0,1,2", help="one of every model each")
-    p.add_argument("--jobs", type=int, default=1, help="models trained at once, each on a core of its own")
-    p.add_argument("--work", type=Path, default=Path("runs/growth_pays"), help="folder of the finished units")
-    p.add_argument("--output", type=Path, default=Path("experiments/results"))
-    p.add_argument("--render", action="store_true", help="train nothing: page and picture anew from --output")
+    add_study_flags(p, "growth_pays", "0,1,2")
     return p
 
 
 def configured(arguments: argparse.Namespace) -> Study:
     """The study that the words name; raises `Refused` for words that make none."""
     from experiments.pays_study.study import scaled
-    from gt_jax.errors import Refused
 
-    if arguments.jobs < 1:
-        raise Refused(f"--jobs {arguments.jobs}: at least one model is trained at a time")
-    try:
-        seeds = tuple(int(word) for word in arguments.seeds.split(","))
-    except ValueError as error:
-        raise Refused(f"--seeds {arguments.seeds!r} is no list of whole numbers such as 0,1,2") from error
     only = tuple(filter(None, arguments.only.split(",")))
-    return scaled(arguments.scale, seeds, tuple(arguments.text), only)
+    return scaled(arguments.scale, read_seeds(arguments.seeds), tuple(arguments.text), only)
 
 
 def content_hash(study: Study) -> str:
@@ -82,36 +71,19 @@ def all_rows(study: Study, workers: Workers) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, or only render it, and print its page."""
-    from experiments import contract
-    from experiments.machine import machine
     from experiments.pays_study import report
     from experiments.pays_study.engine import make
     from experiments.pays_study.findings import summary
-    from experiments.units import Units
-    from experiments.workers import Workers
 
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
-    output = arguments.output
-    if arguments.render:
-        stored = contract.read(output / f"{report.NAME}.json")
-        print(report.write(output, {**stored, "summary": summary(stored["rows"])}))
-        return 0
-    study = configured(arguments)
-    content = content_hash(study)
-    contract.check_output(output, report.NAME, study, content)
-    began = time.monotonic()
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    with Workers(Units(arguments.work, study, content), functools.partial(make, arguments.work, study.text),
-                 arguments.jobs, say) as workers:  # fmt: skip
-        rows = all_rows(study, workers)
-    rows = [{key: value for key, value in row.items() if key not in ("line", "measured")} for row in rows]
-    stored = contract.stored(command=contract.command_line("experiments.growth_pays", words, arguments.text),
-                             config=study, machine=machine(), seconds=time.monotonic() - began, rows=rows,
-                             summary=summary(rows), content=content)  # fmt: skip
-    contract.write(output / f"{report.NAME}.json", stored)
-    print(report.write(output, stored))
-    return 0
+
+    def config() -> tuple[Study, str]:
+        study = configured(arguments)
+        return study, content_hash(study)
+
+    return run(report.NAME, arguments, words, config, functools.partial(make, arguments.work, tuple(arguments.text)),
+               all_rows, summary, report.write, arguments.text)  # fmt: skip
 
 
 if __name__ == "__main__":

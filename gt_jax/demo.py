@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +48,8 @@ from gt_jax.monitoring.answer_plots import panel_of, plot_by_difficulty
 from gt_jax.monitoring.metrics import Recorder, read_metrics, seconds_of, table
 from gt_jax.monitoring.plots import plot_growth
 from gt_jax.tasks.registry import read_task
-from gt_jax.text.batches import Text
-from gt_jax.text.data import Data, open_data
+from gt_jax.text.batches import Batch
+from gt_jax.text.data import open_data
 from gt_jax.training.loop import Trainer, fit, make_trainer, train_run, variables_of
 from gt_jax.training.moments import carried_moments
 from gt_jax.typing import Tree
@@ -64,6 +64,7 @@ LAST = "grown, full strength"
 ROWS = 32
 
 Answers = dict[str, Any]
+Held = Sequence[Batch]
 
 
 class Contender(NamedTuple):
@@ -145,21 +146,20 @@ class Stage(NamedTuple):
     shapes: Tree
 
 
-def asked(config: ModelConfig, variables: Tree, data: Data | Text, forced: Sequence[int] = ()) -> Answers:
-    """Right answers, loss and passes on held-out instances."""
-    held_out = data.held_out(EVALUATION_BATCHES)
+def asked(config: ModelConfig, variables: Tree, held_out: Held, forced: Sequence[int] | None = ()) -> Answers:
+    """Right answers, loss and passes on held-out instances; `forced` None tries every number of passes."""
     return answer_table(config, variables, held_out, forced=forced, cuts=False).to_json()
 
 
-def train_on(one: Contender, stage: Stage, data: Data | Text, position: dict[str, Any], train: TrainConfig) -> Outcome:
-    """Ask, train `train.steps` more on the batches after `position`, ask again."""
+def train_on(one: Contender, stage: Stage, batches: Iterator[Batch], held_out: Held, train: TrainConfig) -> Outcome:
+    """Ask, train `train.steps` more on `batches`, ask again."""
     trainer = stage.trainer
     curve: list[tuple[float, float]] = []
     state = trainer.new_state(put_like(one.variables, stage.shapes))  # a copy: the step donates its state
     if one.start is not None:
         moments = carried_moments(state.optimizer, state.params, one.start, checkpoint.describe(one.start)[0])
         state = state._replace(optimizer=moments)
-    before = asked(one.config, variables_of(state), data)
+    before = asked(one.config, variables_of(state), held_out)
     start = time.monotonic()
     with Recorder(total_steps=train.steps, every=50) as recorder:
         recorder.message(f"training on: {one.name}")
@@ -168,10 +168,10 @@ def train_on(one: Contender, stage: Stage, data: Data | Text, position: dict[str
             curve.append((step, float(metrics["loss"])))
             recorder.log(step, loss=metrics["loss"])
 
-        state = fit(trainer, state, data.train(position), train.steps, record=record)
+        state = fit(trainer, state, batches, train.steps, record=record)
     seconds = time.monotonic() - start
-    layers = len(one.config.depth)
-    return Outcome(one.name, layers, layers, before, asked(one.config, variables_of(state), data), curve, seconds)
+    layers, after = len(one.config.depth), asked(one.config, variables_of(state), held_out)
+    return Outcome(one.name, layers, layers, before, after, curve, seconds)
 
 
 def report(outcomes: Sequence[Outcome], more: int) -> str:
@@ -228,10 +228,10 @@ def run(output: Path, steps: int) -> str:
     say(f"3. measuring how deep it wants to be, at step {source.at.name}, where its rate begins to fall")
     data, trainer = open_data(config.data), make_trainer(model, config.train)
     _, variables, metadata = load(source.at)
-    passes = range(1, 1 + len(model.adaptive.alpha)) if model.adaptive else ()
-    free = asked(model, variables, data, tuple(passes))
+    held_out = data.held_out(EVALUATION_BATCHES)
+    free = asked(model, variables, held_out, None)
     story(free)
-    found = pass_counts(trainer.evaluation, variables, data.held_out(EVALUATION_BATCHES), model,
+    found = pass_counts(trainer.evaluation, variables, held_out, model,
                         source=str(source.at), lambda_p=metadata["price"])  # fmt: skip
     counts = output / "layer_repetition_factor.json"
     write_atomically(counts, json.dumps(found, indent=1) + "\n")
@@ -244,8 +244,8 @@ def run(output: Path, steps: int) -> str:
     for one in contenders(source.at, output, model, repetition.read(counts)):
         if one.config not in stages:
             stages[one.config] = Stage(make_trainer(one.config, train), abstract(one.config))
-        outcomes.append(train_on(one, stages[one.config], data, metadata["data"], train))
-    run_on = [_run_on(ONCE, shallow, model.plain, data), _run_on(ADAPTIVE, source, model, data, free)]
+        outcomes.append(train_on(one, stages[one.config], data.train(metadata["data"]), held_out, train))
+    run_on = [_run_on(ONCE, shallow, model.plain, held_out), _run_on(ADAPTIVE, source, model, held_out, free)]
     outcomes = [*run_on, *outcomes]
     _pictures(output, free, outcomes, int(source.at.name))
     summary = {"task": TASK, "outcomes": [one._asdict() for one in outcomes], "seconds": time.monotonic() - began}
@@ -254,12 +254,12 @@ def run(output: Path, steps: int) -> str:
     return report(outcomes, more)
 
 
-def _run_on(name: str, done: Trained, config: ModelConfig, data: Data | Text, free: Answers | None = None) -> Outcome:
+def _run_on(name: str, done: Trained, config: ModelConfig, held_out: Held, free: Answers | None = None) -> Outcome:
     """A run as an outcome: what it was at the end of its plateau, and at its end."""
-    before = free or asked(config, load(done.at)[1], data)
+    before = free or asked(config, load(done.at)[1], held_out)
     curve = [(line["step"], line["loss"]) for line in done.metrics if "loss" in line]
     return Outcome(name, len(config.depth), sum(before["passes"].values()) / len(before["passes"]), before,
-                   asked(config, variables_of(done.state), data), curve, seconds_of(done.metrics))  # fmt: skip
+                   asked(config, variables_of(done.state), held_out), curve, seconds_of(done.metrics))  # fmt: skip
 
 
 def _pictures(output: Path, free: Answers, outcomes: Sequence[Outcome], grown_at: int) -> None:

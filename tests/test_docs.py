@@ -61,9 +61,9 @@ def parsed(rest):
 
 
 def options(file):
-    """The options that a file of experiments/, or of a folder there that it imports from, adds to a parser."""
-    folders = sorted(set(re.findall(r"(?:from|import) experiments\.(\w+)", text_of(file))))
-    files = [file, *(other for folder in folders for other in (ROOT / "experiments" / folder).glob("*.py"))]
+    """The options that a file of experiments/, or of a file or folder there that it imports from, adds to a parser."""
+    names, root = sorted(set(re.findall(r"(?:from|import) experiments\.(\w+)", text_of(file)))), ROOT / "experiments"
+    files = [file, *(other for name in names for other in (*root.glob(f"{name}.py"), *(root / name).glob("*.py")))]
     return {flag for one in files for flag in re.findall(r"add_argument\(\s*\"(--[\w-]+)", text_of(one))}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.depth_study.study import ADAPTIVE, MEAN, MODELS, MOST, SHALLOW
-from experiments.growth_study.inference import Interval, interval
+from experiments.growth_study.inference import mean
 
 Row = Mapping[str, Any]
 FIGURES = {
@@ -18,11 +18,6 @@ FIGURES = {
 }  # fmt: skip
 BOUNDS = {"spearman": 0.7, "one pass forced costs": 30.0, "above the shallow": 30.0, "against mean depth": -2.0}
 """What each was asked to be at least."""
-
-
-def mean(values: Sequence[float]) -> dict[str, Any]:
-    """{"mean", "low", "high", "seeds"}: a mean over seeds and its 95 % limits."""
-    return interval(values)._asdict()
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
@@ -72,8 +67,3 @@ def _of_model(rows: Sequence[Row]) -> dict[str, Any]:
 def by_difficulty(figures: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Means over seeds of figures by difficulty."""
     return {key: mean([one[key] for one in figures]) for key in figures[0]}
-
-
-def text_of(found: Mapping[str, Any], pattern: str) -> str:
-    """`mean (low to high)` of what `mean` gave."""
-    return Interval(**found).text(pattern)

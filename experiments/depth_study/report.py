@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.depth_study.findings import BOUNDS, FIGURES, text_of
+from experiments.depth_study.findings import BOUNDS, FIGURES
 from experiments.depth_study.study import ADAPTIVE, MODELS
+from experiments.growth_study.inference import text_of
+from experiments.pages import markdown_table
 from gt_jax.files import write_atomically
 from gt_jax.monitoring.answer_plots import Curve, Panel, plot_by_difficulty
 
@@ -50,24 +52,19 @@ def markdown(stored: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     for setting in stored["config"]["settings"]:
         found = stored["summary"][setting["task"].partition(":")[0]]
-        lines += [f"## {setting['task']}", "", *_claims(found["figures"]), "", *_models(found["models"]), "",
+        lines += [f"## {setting['task']}", "", *_claims(found), "", *_models(found["models"]), "",
                   *_forced(found["models"][ADAPTIVE]), "", *_cuts(found["models"][ADAPTIVE]), ""]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return ["| " + " | ".join(one) + " |" for one in (head, ["---"] * len(head), *rows)]
-
-
-def _claims(figures: Mapping[str, Any]) -> list[str]:
-    rows = []
+def _claims(found: Mapping[str, Any]) -> list[str]:
+    rows, figures = [], found["figures"]
     for name, words in FIGURES.items():
         bound = BOUNDS.get(name)
         pattern = "{:.2f}" if name == "spearman" else "{:+.1f}"
-        met = "-" if bound is None else "yes" if figures[name]["mean"] >= bound else "no"
+        met = "-" if bound is None else "yes" if found["met"][name] else "no"
         rows.append([words, text_of(figures[name], pattern), "-" if bound is None else f"{bound:g}", met])
-    return table(["figure", "found", "asked: at least", "met"], rows)
+    return markdown_table(rows, ["figure", "found", "asked: at least", "met"])
 
 
 def _models(models: Mapping[str, Any]) -> list[str]:
@@ -78,8 +75,8 @@ def _models(models: Mapping[str, Any]) -> list[str]:
             for name, one in models.items()]  # fmt: skip
     rows.append(["passes of the adaptive one", "", "", *(f"{models[ADAPTIVE]['passes'][d]['mean']:.2f}"
                                                          for d in difficulties), "", ""])
-    return table(["right answers, %", "layers", "rate", *(f"d = {d}" for d in difficulties), "hardest third",
-                  "µs a token"], rows)  # fmt: skip
+    head = ["right answers, %", "layers", "rate", *(f"d = {d}" for d in difficulties), "hardest third", "µs a token"]
+    return markdown_table(rows, head)
 
 
 def _percent(figure: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,11 +87,11 @@ def _forced(adaptive: Mapping[str, Any]) -> list[str]:
     difficulties = list(adaptive["accuracy"])
     rows = [[count, *(f"{100 * figures[d]['mean']:.0f}" for d in difficulties)]
             for count, figures in adaptive["accuracy_forced"].items()]  # fmt: skip
-    return table(["passes forced: right answers, %", *(f"d = {d}" for d in difficulties)], rows)
+    return markdown_table(rows, ["passes forced: right answers, %", *(f"d = {d}" for d in difficulties)])
 
 
 def _cuts(adaptive: Mapping[str, Any]) -> list[str]:
     rows = [[str(one["layer"]), one["type"], ", ".join(map(str, one["k_exec"])),
              f"{one['passes_run']['mean']:.2f}", text_of(one["cost"], "{:.1f}")]
             for one in adaptive["cuts"]]  # fmt: skip
-    return table(["layer", "type", "k_exec by seed", "passes run", "what one pass there costs, points"], rows)
+    return markdown_table(rows, ["layer", "type", "k_exec by seed", "passes run", "what one pass there costs, points"])

@@ -10,7 +10,7 @@ from experiments.depth_study.setting import Setting
 from experiments.depth_study.study import JUMPS
 from gt_jax.configs.json_config import Config
 from gt_jax.configs.model import AdaptiveConfig, EmbeddingConfig, ModelConfig
-from gt_jax.configs.price import PriceConfig, budget
+from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import TrainConfig
 
 RECIPE = "the recipe"
@@ -92,8 +92,6 @@ class Wanted(NamedTuple):
         price = train.price
         if change.rule == "ouro":
             price = PriceConfig(target=2.5, target_of="passes_run")
-        elif change.price.get("forced_until") == 0.0:
-            price = budget(None, value=self.setting.pass_price)
         else:
             price = price.replace(**change.price)
         return train.replace(price=price, optimizer=train.optimizer.replace(**change.optimizer))

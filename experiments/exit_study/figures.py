@@ -189,7 +189,3 @@ def _over(values: Sequence[float]) -> dict[str, Any]:
     """An interval over seeds, as JSON."""
     return interval(values)._asdict()
 
-
-def read(figure: Mapping[str, Any]) -> Interval:
-    """The interval of a figure in the summary."""
-    return Interval(figure["mean"], figure["low"], figure["high"], figure["seeds"])

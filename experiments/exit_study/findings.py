@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.exit_study.figures import MODES, read
+from experiments.exit_study.figures import MODES
 from experiments.exit_study.study import ExitStudy, Model
-from experiments.growth_study.inference import Interval
+from experiments.growth_study.inference import Interval, read
 
 WANTED = 1.3
 WORDS = {"decoding": "decoding at batch 1", "prefill": "batched prefill"}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments import contract
-from experiments.exit_study.figures import MODES, read, summary
+from experiments.exit_study.figures import MODES, summary
 from experiments.exit_study.findings import bound_text, cannot_tell, findings
 from experiments.exit_study.study import ExitStudy, Model
+from experiments.growth_study.inference import read
+from experiments.pages import markdown_table
 from gt_jax.configs.data import TEXT
-from gt_jax.errors import Failed, Refused, refuse_all
+from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import write_atomically
 
 NAME = "early_exit"
@@ -80,7 +82,7 @@ def tables(study: ExitStudy, source: str, found: Mapping[str, Any]) -> list[str]
              f"Loss in {unit}. Speed is the dense model's time over the model's, above 1 is faster; the dense model of "
              f"{study.layers} layers decodes {tokens(study, found, 'decoding')} and reads "
              f"{tokens(study, found, 'prefill')} tokens a second.", ""]  # fmt: skip
-    lines += _table((*HEAD, *answers), [_row(name, models[name], bool(answers)) for name in order])
+    lines += markdown_table([_row(name, models[name], bool(answers)) for name in order], (*HEAD, *answers))
     against = [name for name in order if "loss_minus_cut" in models[name]]
     lines += ["", "Time of the dense models at the exit model's loss, and of the dense model of its mean depth, over "
               "the exit model's: above 1 the exit model is faster.", ""]  # fmt: skip
@@ -89,7 +91,7 @@ def tables(study: ExitStudy, source: str, found: Mapping[str, Any]) -> list[str]
     rows = [[name, *(bound_text(models[name][f"equal_{mode}"]) for mode in MODES),
              *(read(models[name][f"speed_against_cut_{mode}"]).text("{:.2f}") for mode in MODES),
              read(models[name]["loss_minus_cut"]).text("{:+.4f}")] for name in against]  # fmt: skip
-    return [*lines, *_table(head, rows), ""]
+    return [*lines, *markdown_table(rows, head), ""]
 
 
 def tokens(study: ExitStudy, found: Mapping[str, Any], mode: str) -> str:
@@ -111,10 +113,4 @@ def rates(study: ExitStudy, summary: Mapping[str, Any]) -> list[str]:
     """Every model's tuning losses by rate."""
     rows = [[source, name, *(f"{tried[f'{rate:g}']:.4f}" for rate in study.rates)]
             for source in study.sources for name, tried in summary[source]["tuning"].items()]  # fmt: skip
-    return _table(("source", "model", *(f"{rate:g}" for rate in study.rates)), rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    if any(len(row) != len(head) for row in rows):
-        raise Failed(f"a row of the table {', '.join(head)} has another number of cells")
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return markdown_table(rows, ("source", "model", *(f"{rate:g}" for rate in study.rates)))

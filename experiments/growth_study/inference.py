@@ -14,8 +14,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,21 @@ def interval(values: Sequence[float]) -> Interval:
     """The mean of one value a seed, and its t-interval."""
     found = ratio_interval(np.asarray(values, np.float64), np.ones(len(values)), CONFIDENCE, fewest=2)
     return Interval(found.value, found.low, found.high, len(values))
+
+
+def mean(values: Sequence[float]) -> dict[str, Any]:
+    """{"mean", "low", "high", "seeds"}: `interval` as it is stored."""
+    return interval(values)._asdict()
+
+
+def read(found: Mapping[str, Any]) -> Interval:
+    """The interval of a stored figure, whatever else stands beside it."""
+    return Interval(*(found[name] for name in Interval._fields))
+
+
+def text_of(found: Mapping[str, Any], pattern: str) -> str:
+    """`mean (low to high)` of a stored figure."""
+    return read(found).text(pattern)
 
 
 class Times(NamedTuple):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.growth_study.inference import Interval, Times, interval
+from experiments.growth_study.inference import Times, mean
 from experiments.pays_study.study import CONTROL, GROWN, ON, SCRATCH, SOURCE
 
 Row = Mapping[str, Any]
@@ -60,11 +60,6 @@ def _of_setting(rows: Sequence[Row]) -> dict[str, Any]:
 def is_task(rows: Sequence[Row]) -> bool:
     """Whether answers are right or wrong here."""
     return "accuracy_all" in next(iter(select(rows, SCRATCH).values()))["final"]
-
-
-def mean(values: Sequence[float]) -> dict[str, Any]:
-    """{"mean", "low", "high", "seeds"}: a mean over seeds and its 95 % limits."""
-    return interval(values)._asdict()
 
 
 def _below(mine: Mapping[int, Row], other: Mapping[int, Row], of: Callable[[Row], float]) -> dict[str, Any]:
@@ -149,8 +144,3 @@ def _answers(of: Sequence[Row]) -> dict[str, Any]:
 def _asked_harder(rows: Sequence[Row]) -> list[str]:
     """The difficulties that are asked of the children and that no source was trained on."""
     return list(next((row["harder"] for row in rows if row.get("harder")), []))
-
-
-def text_of(found: Mapping[str, Any], pattern: str) -> str:
-    """`mean (low to high)` of what `mean` gave."""
-    return Interval(*(found[name] for name in Interval._fields)).text(pattern)

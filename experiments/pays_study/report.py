@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.depth_study.report import table
-from experiments.growth_study.inference import Interval, Times, verdict
-from experiments.pays_study.findings import comparisons, text_of
+from experiments.growth_study.inference import Times, read, text_of, verdict
+from experiments.pages import markdown_table
+from experiments.pays_study.findings import comparisons
 from experiments.pays_study.picture import draw
 from experiments.pays_study.study import CONTROL, GROWN
 from gt_jax.files import write_atomically
@@ -58,7 +58,7 @@ def _overview(found: Mapping[str, Any]) -> list[str]:
     for claim, words in _CLAIMS.items():
         points = [", ".join(one["claims"][claim]) or "at no point" for one in found.values()]
         rows.append([words, *points])
-    return table(["at every seed, for the grown model of these points of the budget", *found], rows)
+    return markdown_table(rows, ["at every seed, for the grown model of these points of the budget", *found])
 
 
 def _models(one: Mapping[str, Any]) -> list[str]:
@@ -73,8 +73,8 @@ def _models(one: Mapping[str, Any]) -> list[str]:
                      f"{model['seconds']['mean']:.0f}", *nats, *right])  # fmt: skip
     times = ("at step 0", "after a tenth", "at the end")
     heads = [f"loss {when}" for when in times] + ([f"right {when}, %" for when in times] if task else [])
-    return table(["model", "layers", "rate", "steps", "thousand tokens", "tokens a parameter", "FLOPs, 1e12",
-                  "model FLOPs, 1e12", "own seconds", *heads], rows)  # fmt: skip
+    return markdown_table(rows, ["model", "layers", "rate", "steps", "thousand tokens", "tokens a parameter",
+                                 "FLOPs, 1e12", "model FLOPs, 1e12", "own seconds", *heads])  # fmt: skip
 
 
 def _nats(model: Mapping[str, Any], when: str, task: bool) -> str:
@@ -99,7 +99,7 @@ def _by_difficulty(one: Mapping[str, Any]) -> list[str]:
                                                for d in difficulties)])  # fmt: skip
     new = one["deeper"]
     marked = [f"d = {d}{' (new)' * (d in new)}" for d in difficulties]
-    return table(["right answers, %", *marked], rows)
+    return markdown_table(rows, ["right answers, %", *marked])
 
 
 def sentences(one: Mapping[str, Any]) -> Iterator[str]:
@@ -108,7 +108,7 @@ def sentences(one: Mapping[str, Any]) -> Iterator[str]:
 
     def difference(mine: str, other: str, found: Mapping[str, Any]) -> str:
         every = "; below at every seed" if found.get("every_seed") else ""
-        return verdict(mine, other, Interval(*(found[name] for name in Interval._fields)), pattern) + every
+        return verdict(mine, other, read(found), pattern) + every
 
     for point, claims in one["grown"].items():
         mine = f"grown at {point}"

@@ -46,11 +46,6 @@ def note(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def markdown_table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> list[str]:
-    """Lines of a Markdown table."""
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-
-
 def keep(name: Path, report: Mapping[str, Any], markdown: Sequence[str]) -> None:
     """Write NAME.json and NAME.md."""
     name.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

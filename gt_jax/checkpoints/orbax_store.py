@@ -125,7 +125,7 @@ def write(target: Path, unfinished: Path, work: Callable[[], None], database: bo
 
     try:
         _with_orbax(work, failed, database)
-    except Exception:
+    except Exception:  # whatever it is: raised again, once nothing is left of it
         _remove_for_good(unfinished)
         raise
 

@@ -74,16 +74,18 @@ def slots(config: GatedCopiesConfig) -> Slots:
 
 def empty_registers(x: State, config: GatedCopiesConfig) -> Registers:
     """The registers before the first layer."""
+    return (_start(x),) * (int(np.max(slots(config).writes, initial=NOWHERE)) + 1)
+
+
+def _start(x: State) -> Gate:
+    """What a first pass finds: s = 1, and no update before it."""
     h = stream_mean(x)
-    fresh = Gate(jnp.ones_like(h[..., 0], jnp.float32), jnp.zeros_like(h))
-    return (fresh,) * (int(np.max(slots(config).writes, initial=NOWHERE)) + 1)
+    return Gate(jnp.ones_like(h[..., 0], jnp.float32), jnp.zeros_like(h))
 
 
 def read_register(registers: Registers, index: Array, x: State) -> Gate:
     """The register `index`, or a token's start where that is `NOWHERE`."""
-    h = stream_mean(x)
-    start = Gate(jnp.ones_like(h[..., 0], jnp.float32), jnp.zeros_like(h))
-    return functools.reduce(lambda found, one: _if(index == one[0], one[1], found), enumerate(registers), start)
+    return functools.reduce(lambda found, one: _if(index == one[0], one[1], found), enumerate(registers), _start(x))
 
 
 def write_register(registers: Registers, index: Array, gate: Gate) -> Registers:

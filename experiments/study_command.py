@@ -1,0 +1,75 @@
+"""What the command lines of the studies share: their options, seeds as words, and from units to the stored file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import contract
+from experiments.units import Units
+from experiments.workers import Make, Workers
+from gt_jax.configs.json_config import Config
+from gt_jax.errors import Refused
+
+UNSTORED = ("line", "measured")
+"""Of a unit: what was said while it was made, and what other units are made from."""
+Rows = Sequence[Mapping[str, Any]]
+
+
+def add_study_flags(p: argparse.ArgumentParser, name: str, seeds: str) -> None:
+    """--seeds, --jobs, --work, --output and --render on a parser; `seeds` is their default."""
+    p.add_argument("--seeds", default=seeds, help="one of every model each")
+    p.add_argument("--jobs", type=int, default=1, help="models trained at once, each on a core of its own")
+    p.add_argument("--work", type=Path, default=Path(f"runs/{name}"), help="folder of the finished units")
+    p.add_argument("--output", type=Path, default=Path("experiments/results"))
+    p.add_argument("--render", action="store_true", help="train nothing: the page anew from the figures in --output")
+
+
+def read_seeds(words: str) -> tuple[int, ...]:
+    """The seeds of `0,1,2`; raises `Refused` for what is no such list."""
+    try:
+        return tuple(int(word) for word in words.split(","))
+    except ValueError as error:
+        raise Refused(f"--seeds {words!r} is no list of whole numbers such as 0,1,2") from error
+
+
+def say(line: str) -> None:
+    """One line of progress, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def run(
+    name: str, arguments: argparse.Namespace, words: Sequence[str], configured: Callable[[], tuple[Config, str]],
+    make: Make, rows_of: Callable[[Any, Workers], Rows], summary: Callable[[Rows], dict[str, Any]],
+    write: Callable[[Path, Mapping[str, Any]], str], files: Sequence[str] = (),
+) -> int:  # fmt: skip
+    """Run the study `name`, or with --render only its page anew, and print the page.
+
+    `configured` gives the config and a hash of what is read, `rows_of` every unit by the workers that call `make`;
+    `write` makes page and picture of a stored file. `files` stand in the stored command by their names alone.
+    """
+    from experiments.machine import machine  # loads JAX, which --help and refusals do without
+
+    output = arguments.output
+    if arguments.render:
+        stored = contract.read(output / f"{name}.json")
+        print(write(output, {**stored, "summary": summary(stored["rows"])}))
+        return 0
+    if arguments.jobs < 1:
+        raise Refused(f"--jobs {arguments.jobs}: at least one model is trained at a time")
+    study, content = configured()
+    contract.check_output(output, name, study, content)
+    began = time.monotonic()
+    with Workers(Units(arguments.work, study, content), make, arguments.jobs, say) as workers:
+        made = rows_of(study, workers)
+    rows = [{key: value for key, value in row.items() if key not in UNSTORED} for row in made]
+    command = contract.command_line(f"experiments.{name}", words, (*files, str(arguments.work), str(output)))
+    stored = contract.stored(command=command, config=study, machine=machine(), seconds=time.monotonic() - began,
+                             rows=rows, summary=summary(rows), content=content)  # fmt: skip
+    contract.write(output / f"{name}.json", stored)
+    print(write(output, stored))
+    return 0

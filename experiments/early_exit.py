@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,13 +61,15 @@ def study_and_report(study: ExitStudy, work: Path, output: Path, jobs: int, comm
     from experiments.exit_study.train import content
     from experiments.machine import machine
     from experiments.study_command import say
+    from experiments.units import Units
 
-    began, hashed = time.monotonic(), content(study)
+    hashed = content(study)
     contract.check_output(output, NAME, study.named(), hashed)
-    measured, tuning = run.everything(study, work, hashed, jobs, say)
+    units = Units(work, study, hashed)
+    measured, tuning = run.everything(units, study, jobs, say)
     rows = figures.rows_of(measured)
     return report.write(output, contract.stored(
-        command=command, config=study.named(), machine=machine(), seconds=time.monotonic() - began, rows=rows,
+        command=command, config=study.named(), machine=machine(), seconds=units.seconds, rows=rows,
         summary=figures.summary(study, rows, tuning), content=hashed,
     ))  # fmt: skip
 

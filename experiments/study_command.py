@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,13 +62,13 @@ def run(
         raise Refused(f"--jobs {arguments.jobs}: at least one model is trained at a time")
     study, content = configured()
     contract.check_output(output, name, study, content)
-    began = time.monotonic()
-    with Workers(Units(arguments.work, study, content), make, arguments.jobs, say) as workers:
+    units = Units(arguments.work, study, content)
+    with Workers(units, make, arguments.jobs, say) as workers:
         made = rows_of(study, workers)
     rows = [{key: value for key, value in row.items() if key not in UNSTORED} for row in made]
     command = contract.command_line(f"experiments.{name}", words, (*files, str(arguments.work), str(output)))
-    stored = contract.stored(command=command, config=study, machine=machine(), seconds=time.monotonic() - began,
-                             rows=rows, summary=summary(rows), content=content)  # fmt: skip
+    stored = contract.stored(command=command, config=study, machine=machine(), seconds=units.seconds, rows=rows,
+                             summary=summary(rows), content=content)  # fmt: skip
     contract.write(output / f"{name}.json", stored)
     print(write(output, stored))
     return 0

@@ -2,6 +2,7 @@
 
 - WORK/study.json holds the config and a hash of the text; another config is refused with the fields that differ.
 - A unit is one JSON object, written whole under its name: the same command finds it and makes only what is missing.
+- WORK/seconds.json holds the wall time of all calls so far, as it was when the last unit was kept.
 - Workers are processes of their own, each held to one core, so that two neither share threads nor wait for each other.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,26 @@ class Units:
 
     def __init__(self, root: Path, study: Config, content: str, places: Sequence[str] = ("text",)) -> None:
         self.root = root
+        self._began, self._before = time.monotonic(), 0.0
         file = root / "study.json"
         if file.exists():
             check_same(file, study, content, places)
+            if self._spent.exists():
+                self._before = float(read_object(self._spent, "wall time of the study")["seconds"])
             return
         if root.exists() and (not root.is_dir() or any(path.name != "study.json.tmp" for path in root.iterdir())):
             raise Refused(f"--work {root} exists and is not this study's; give an empty or a new directory")
         prepare_parent(file)
         write_atomically(file, json.dumps({"config": study.to_json(), "content": content}, indent=1) + "\n")
+
+    @property
+    def _spent(self) -> Path:
+        return self.root / "seconds.json"
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this call and of those before it, which a killed one lacks since its last unit."""
+        return self._before + time.monotonic() - self._began
 
     def path(self, name: str, suffix: str = ".json") -> Path:
         """Where a unit is kept; `seed0/dense at 0.003` lies in a folder of its seed."""
@@ -55,6 +69,7 @@ class Units:
         file = self.path(name)
         prepare_parent(file)
         write_atomically(file, json.dumps(dict(made)) + "\n")
+        write_atomically(self._spent, json.dumps({"seconds": round(self.seconds, 1)}) + "\n")
         return read_object(file, "finished unit")
 
     def unit(self, name: str, make: Callable[[], Unit]) -> tuple[dict[str, Any], bool]:

@@ -55,7 +55,7 @@ def markdown(study: ExitStudy, found: Mapping[str, Any]) -> str:
         "# Early exit", "",
         "Is a model whose tokens leave the stack early faster, at equal held-out loss, than the dense model trained as "
         "long, and than a dense model cut to the mean depth?", "",
-        f"Made by `{found['command']}`, {found['seconds'] / 60:.0f} minutes in the last call, on "
+        f"Made by `{found['command']}`, {found['seconds'] / 60:.0f} minutes, on "
         f"{', '.join(f'{key} {value}' for key, value in machine.items())}.", "",
         f"Scale {study.scale}: width {study.width}, {study.layers} layers of kind D, {study.rows} rows of up "
         f"to {study.sequence_length} tokens a step, {len(study.seeds)} seeds. Text, {study.steps} steps: {text}. "

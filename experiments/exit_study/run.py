@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from experiments.exit_study.study import ExitStudy, Model
@@ -35,14 +34,13 @@ def training(source: str, seed: int, model: Model, rate: float) -> str:
 
 
 def everything(
-    study: ExitStudy, work: Path, content: str, jobs: int, say: Callable[[str], None]
+    units: Units, study: ExitStudy, jobs: int, say: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All units, made or found: what was measured, one a source and seed, and what was tried to tune the rates.
 
     Tuning is {source: {model: {rate: tuning loss}}}, at the first seed. A model that diverged at a seed is not
     measured at that seed.
     """
-    units = Units(work, study, content)
     first, *others = study.seeds
     with Workers(units, functools.partial(make, units, study), jobs, say) as workers:
 

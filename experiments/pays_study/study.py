@@ -16,13 +16,13 @@ from gt_jax.errors import Refused
 
 SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "control", "from scratch"
 
-JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=500)
-CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF, budget=700)
+JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=1200)
+CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF, budget=1500, points=(0.75,), rates=(2e-3, 3e-3))
 DEEPER = TaskSetting(
     name="deeper_jumps", of=JUMPS_OF.replace(task="pointer_jumps:hardest=4,symbols=10,queries=4"),
-    deeper="pointer_jumps:hardest=8,symbols=10,queries=4", times=8, budget=380, points=(0.5,),
+    deeper="pointer_jumps:hardest=8,symbols=10,queries=4", times=8, budget=900, points=(0.5,),
 )  # fmt: skip
-TEXT = TextSetting(name="text", budget=200)
+TEXT = TextSetting(name="text", budget=800)
 _WIDE_CHAINS, _WIDE_JUMPS = DEPTH_SCALES["accelerator"]
 _LESS = {"budget": 24, "points": (0.5,), "evaluations": 2, "held_out_batches": 2, "rates": (4e-3,)}
 _NARROW = {"width": 16, "rows": 8}
@@ -31,11 +31,11 @@ SCALES: dict[str, tuple[tuple[TaskSetting, ...], tuple[TextSetting, ...]]] = {
         tuple(one.replace(of=one.of.replace(**_NARROW), **_LESS) for one in (JUMPS, CHAINS, DEEPER)),
         (TEXT.replace(**_LESS, **_NARROW, tokens=64, target_layers=8),),
     ),
-    "small": ((JUMPS, CHAINS, DEEPER), (TEXT,)),
+    "small": ((JUMPS, CHAINS), (TEXT,)),
     "accelerator": (
         (
             JUMPS.replace(of=_WIDE_JUMPS, budget=16000),
-            CHAINS.replace(of=_WIDE_CHAINS, budget=16000),
+            CHAINS.replace(of=_WIDE_CHAINS, budget=16000, points=(0.25, 0.5, 0.75)),
             DEEPER.replace(of=_WIDE_JUMPS.replace(task="pointer_jumps:hardest=12,symbols=26,queries=8"),
                            deeper="pointer_jumps:hardest=24,symbols=26,queries=8", budget=12000),
         ),

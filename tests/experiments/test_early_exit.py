@@ -176,7 +176,7 @@ def test_rates_are_tuned_at_the_first_seed_by_each_model_and_all_are_measured(tm
         return {"source": source, "seed": seed, "name": model.name, "rate": rate, "tuning_loss": loss, "diverged": None}
 
     monkeypatch.setattr(run, "make", make)
-    units, tuning = run.everything(STUDY, tmp_path / "work", "hash", 1, lambda line: None)
+    units, tuning = run.everything(Units(tmp_path / "work", STUDY, "hash"), STUDY, 1, lambda line: None)
     assert len(units) == 6 and tuning["text"]["dense, 1 layer"] == {"0.001": 0.0, "0.002": 0.001}
     rates = units[0]["rates"]
     assert rates["dense, 4 layers"] == 1e-3 and rates["exit, ponder 0.1, trained at 0.5"] == 2e-3
@@ -189,7 +189,7 @@ def test_rates_are_tuned_at_the_first_seed_by_each_model_and_all_are_measured(tm
 
     monkeypatch.setattr(run, "make", lost)
     with pytest.raises(Failed, match="dense, 4 layers diverged at every rate that was tried"):
-        run.everything(STUDY, tmp_path / "new", "hash", 1, lambda line: None)
+        run.everything(Units(tmp_path / "new", STUDY, "hash"), STUDY, 1, lambda line: None)
 
 
 def test_weights_are_read_as_they_were_kept(tmp_path):

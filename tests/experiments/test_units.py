@@ -50,6 +50,8 @@ def test_a_unit_is_made_once_and_found_by_the_same_study_alone(tmp_path):
     moved = Units(tmp_path / "work", Study(text=("b/stories.txt",)), "hash")  # the same text, elsewhere
     assert moved.unit("seed0/Dense at 0.003", make) == ({"loss": [1, 2]}, True) and made == [1]
     assert (tmp_path / "work" / "seed0" / "dense-at-0.003.json").exists()
+    (tmp_path / "work" / "seconds.json").write_text('{"seconds": 60.0}')
+    assert 60 <= Units(tmp_path / "work", Study(), "hash").seconds < 70  # of the calls before, too
     with pytest.raises(Refused, match=r"(?s)seeds: \(0, 1\) and \(2,\).*width: 8 and 16"):
         Units(tmp_path / "work", Study(seeds=(2,), width=16), "hash")
     with pytest.raises(Refused, match="the text's content: 'hash' and 'other'"):

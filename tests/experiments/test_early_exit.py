@@ -11,6 +11,7 @@ from experiments import contract, early_exit
 from experiments.exit_study import figures, findings, report, run
 from experiments.exit_study.study import SCALES, ExitStudy, Model, at_scale
 from experiments.exit_study.train import content, keep_weights, read_weights
+from experiments.units import Units
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.errors import Failed, Refused
 from gt_jax.models.language_model import abstract

@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     p.add_argument("--scale", default="small", help="minutes, small or accelerator (small)")
     p.add_argument("--text", nargs="+", default=[], help="text files (the sources of Python's standard library)")
-    p.add_argument("--task", nargs="*", default=None, help="tasks beside the text (variable_chains, backward)")
+    p.add_argument("--task", nargs="*", default=None, help="tasks beside the text (the scale's: at small none)")
     p.add_argument("--seeds", default=None, help="whole numbers such as 0,1,2 (the scale's)")
     p.add_argument("--jobs", type=int, default=1, help="processes, each held to a core (1)")
     p.add_argument("--work", type=Path, default=None, help="folder of the finished units (runs/early_exit_SCALE)")
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 def configured(arguments: argparse.Namespace) -> ExitStudy:
     """The study that the words name; raises `Refused` for words that make none."""
-    from experiments.exit_study.study import TASK, at_scale
+    from experiments.exit_study.study import at_scale
     from experiments.study_command import read_seeds
     from gt_jax.errors import Refused
 
@@ -51,7 +51,7 @@ def configured(arguments: argparse.Namespace) -> ExitStudy:
     cores = os.cpu_count() or 1
     if not 1 <= arguments.jobs <= cores:
         raise Refused(f"--jobs {arguments.jobs} must lie between 1 and the {cores} cores of this machine")
-    return at_scale(arguments.scale, arguments.text, [TASK] if arguments.task is None else arguments.task, seeds)
+    return at_scale(arguments.scale, arguments.text, arguments.task, seeds)
 
 
 def study_and_report(study: ExitStudy, work: Path, output: Path, jobs: int, command: str) -> str:
@@ -94,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = configured(arguments)
     if arguments.jobs == 1 and study.scale != "accelerator":
         hold_to_one_core(0)  # as a worker does, so that times mean the same
-    words = command_line(MODULE, sys.argv[1:] if argv is None else argv, arguments.text)
     work = arguments.work or Path(f"runs/{NAME}_{study.scale}")
+    words = command_line(MODULE, sys.argv[1:] if argv is None else argv,
+                         (*arguments.text, str(work), str(arguments.output)))  # fmt: skip
     print(study_and_report(study, work, arguments.output, arguments.jobs, words))
     return 0
 

@@ -5,7 +5,7 @@
 
 - By setting, all at equal total FLOPs, the source's and the growth's included (pays_study/budget.py): the source
   trained on, grown after a quarter, half and three quarters of the budget, and the deep model from scratch
-  (pays_study/setting.py). Two tasks; one whose children meet harder questions than their source did; text.
+  (pays_study/setting.py). Two tasks and text; on an accelerator also a task whose questions get harder after growth.
 - Asked of each: held-out loss, and right answers by difficulty, at growth beside the source's, on the way, at the end;
   after a tenth more training against the source trained on.
 - Interrupted, the same command goes on: every trained model is a file in --work. Another configuration is refused.

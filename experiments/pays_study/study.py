@@ -22,7 +22,7 @@ DEEPER = TaskSetting(
     name="deeper_jumps", of=JUMPS_OF.replace(task="pointer_jumps:hardest=4,symbols=10,queries=4"),
     deeper="pointer_jumps:hardest=8,symbols=10,queries=4", times=8, budget=900, points=(0.5,),
 )  # fmt: skip
-TEXT = TextSetting(name="text", budget=800)
+TEXT = TextSetting(name="text", budget=800, points=(0.25, 0.5))
 _WIDE_CHAINS, _WIDE_JUMPS = DEPTH_SCALES["accelerator"]
 _LESS = {"budget": 24, "points": (0.5,), "evaluations": 2, "held_out_batches": 2, "rates": (4e-3,)}
 _NARROW = {"width": 16, "rows": 8}
@@ -39,7 +39,8 @@ SCALES: dict[str, tuple[tuple[TaskSetting, ...], tuple[TextSetting, ...]]] = {
             DEEPER.replace(of=_WIDE_JUMPS.replace(task="pointer_jumps:hardest=12,symbols=26,queries=8"),
                            deeper="pointer_jumps:hardest=24,symbols=26,queries=8", budget=12000),
         ),
-        (TEXT.replace(layout="DDDG*2", target_layers=24, width=256, rows=64, tokens=256, budget=8000),),
+        (TEXT.replace(layout="DDDG*2", target_layers=24, width=256, rows=64, tokens=256, budget=8000,
+                      points=(0.25, 0.5, 0.75)),),
     ),
 }  # fmt: skip
 

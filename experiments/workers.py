@@ -20,6 +20,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -150,9 +151,18 @@ def hold_to_one_core(index: int) -> None:
         os.sched_setaffinity(0, {cores[index % len(cores)]})
 
 
+def _end_with_parent() -> None:
+    """End this process where its parent is killed: a unit that nobody waits for would go on for minutes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _work(make: Make, pipe: Connection, core: int) -> None:
-    """A worker: arguments in, (unit, None) or (None, message) out, until the pipe is closed."""
+    """A worker: arguments in, (unit, None) or (None, message) out, until the pipe is closed or its parent ends."""
     hold_to_one_core(core)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             argument = pipe.recv()

@@ -7,6 +7,10 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -98,6 +102,42 @@ def test_a_unit_that_kills_every_worker_ends_the_study(tmp_path, monkeypatch):
         pytest.raises(Failed, match="unit: 1 workers died of it, the last with -9"),
     ):
         pool.all({"unit": ("dies", 1)})
+
+
+def test_a_worker_does_not_outlive_a_study_that_was_killed(tmp_path):
+    told = tmp_path / "worker"
+    words = ["sh", "-c", f"echo $PPID > {told}.tmp; mv {told}.tmp {told}; exec sleep 20"]
+    script = (
+        "import subprocess\n"
+        "from experiments.workers import Workers\n"
+        "class Nothing:\n"
+        "    found = staticmethod(lambda name: None)\n"
+        "if __name__ == '__main__':\n"
+        f"    Workers(Nothing(), subprocess.check_call, jobs=2).all({{'unit': {words}}})\n"
+    )
+    (tmp_path / "study.py").write_text(script)
+    root = str(Path(workers.__file__).parents[1])
+    study = subprocess.Popen([sys.executable, str(tmp_path / "study.py")], env={**os.environ, "PYTHONPATH": root})
+    try:
+        assert soon(told.exists)
+    finally:
+        study.kill()
+        study.wait()
+    assert soon(lambda: not alive(int(told.read_text())))
+
+
+def soon(true: Callable[[], bool]) -> bool:
+    """Whether it is so within some seconds."""
+    return any(true() or time.sleep(0.05) for _ in range(300))
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{process}/stat")  # ended, but nobody asked how, is not alive either
+    return not (state.exists() and ") Z" in state.read_text())
 
 
 def test_the_stored_file_is_the_same_for_the_same_units(tmp_path):

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong arguments or refused.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 
@@ -35,16 +36,21 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     try:
         code = main(argv)
         sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
-    except Refused as error:
-        print(f"refused: {error}", file=sys.stderr)
-        code = 2
     except BrokenPipeError:
         sys.stderr.close()
         code = 1
-    except (Failed, OSError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+    except (Refused, Failed, OSError, KeyboardInterrupt) as error:
+        code = say(error)
     sys.exit(code)
+
+
+def say(error: BaseException) -> int:
+    """Print on stderr what ended the work; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    if isinstance(error, (Refused, Failed, OSError)):
+        print(f"{'refused' if isinstance(error, Refused) else 'failed'}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, Refused) else 1
+    traceback.print_exception(error)
+    return 1

@@ -1,12 +1,35 @@
-"""Files written whole or not at all, and the message for a full disk."""
+"""Files written whole or not at all, the message for a full disk, and addresses that are no files."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from gt_jax.errors import Refused
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib makes one slash of two
+
+
+def refuse_address(path: str | os.PathLike[str]) -> None:
+    """Raise `Refused` for gs://bucket/run and the like, which pathlib takes for a folder gs: of the current one."""
+    found = _ADDRESS.match(os.fspath(path))
+    if found:
+        raise Refused(f"{os.fspath(path)} is an address ({found[1]}:), and only files are read and written; mount the "
+                      "bucket, or copy from and to it")
+
+
+def local_path(text: str) -> Path:
+    """The path that an argument names; raises what argparse makes a refusal of where that is an address."""
+    try:
+        refuse_address(text)
+    except Refused as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -30,7 +30,7 @@ from gt_jax.configs.layout import Layout, parse
 from gt_jax.configs.standing import standing
 from gt_jax.devices.flags import add_process_flags, is_distributed, wrong_process_flags
 from gt_jax.errors import Refused, refuse_all, run_command
-from gt_jax.files import write_atomically
+from gt_jax.files import local_path, write_atomically
 from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
 from gt_jax.growth.kept_gates import flags_without_gates, keeping_gates, wrong_order
@@ -60,15 +60,16 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m gt_jax.grow", description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("source", nargs="?", type=Path, metavar="SRC", help="checkpoint or run directory to grow from")
-    made.add_argument("target", nargs="?", type=Path, metavar="DST", help="checkpoint to write; must not exist")
-    made.add_argument("--repetition", type=Path, metavar="FILE", help="pass counts written by gt_jax.measure")
+    made.add_argument("source", nargs="?", type=local_path, metavar="SRC",
+                      help="checkpoint or run directory to grow from")
+    made.add_argument("target", nargs="?", type=local_path, metavar="DST", help="checkpoint to write; must not exist")
+    made.add_argument("--repetition", type=local_path, metavar="FILE", help="pass counts written by gt_jax.measure")
     made.add_argument("--plan", metavar="KIND",
                       help="block: whole blocks as often as their passes ask; dealt (default): such groups of layers, "
                       "given to the strongest passes in the recurrence's order; layer: each layer as often as it asks, "
                       "in a row; split: the same, dealt into groups of the pattern; map: the list of --map; stack: the "
                       "whole stack; identity: every layer once")
-    made.add_argument("--plan-file", type=Path, metavar="FILE.json", help="a plan that --plan-out wrote")
+    made.add_argument("--plan-file", type=local_path, metavar="FILE.json", help="a plan that --plan-out wrote")
     made.add_argument("--map", metavar="LIST|FILE.csv", help=f"source layers from 1, for example {EXAMPLE}")
     made.add_argument("--from", dest="passes_from", choices=PASSES_FROM,
                       help="what a layer asks for: k_exec, the passes that nearly all tokens need, passes_run, their "
@@ -90,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     add_process_flags(made)
     made.add_argument("--dry-run", action="store_true", help="print the plan, with SRC every tensor; write nothing")
     made.add_argument("--resume", action="store_true", help="finish an interrupted growth of the same plan")
-    made.add_argument("--verify-text", type=Path, action="append", metavar="FILE",
+    made.add_argument("--verify-text", type=local_path, action="append", metavar="FILE",
                       help="compare source and grown model on this text afterwards; may be repeated")
     made.add_argument("--tokenizer", metavar="NAME", help="of --verify-text: bytes, a file or a folder (default: what "
                       "the source was trained with)")
@@ -98,8 +99,8 @@ def parser() -> argparse.ArgumentParser:
                       help="do not read the child back, nor compare it with its source on the source's own text")
     made.add_argument("--no-moments", action="store_true",
                       help="leave out the second moments of the source's optimizer, which training on begins with")
-    made.add_argument("--plan-out", type=Path, metavar="FILE", help="write the plan as JSON")
-    made.add_argument("--picture", type=Path, metavar="FILE.png",
+    made.add_argument("--plan-out", type=local_path, metavar="FILE", help="write the plan as JSON")
+    made.add_argument("--picture", type=local_path, metavar="FILE.png",
                       help="draw the plan: its order, passes asked for and granted, coefficient mass kept")
     made.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return made

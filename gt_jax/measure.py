@@ -11,10 +11,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from gt_jax.errors import Refused, run_command
-from gt_jax.files import write_atomically
+from gt_jax.files import local_path, write_atomically
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.measure", description="Measure how many passes every layer uses."
     )
-    p.add_argument("checkpoint", type=Path, help="checkpoint or run directory of an adaptive model")
-    p.add_argument("-o", "--output", type=Path, help="JSON file to write (default: standard output)")
+    p.add_argument("checkpoint", type=local_path, help="checkpoint or run directory of an adaptive model")
+    p.add_argument("-o", "--output", type=local_path, help="JSON file to write (default: standard output)")
     add_text_arguments(p)
     return p
 

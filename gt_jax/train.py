@@ -10,6 +10,7 @@ python -m gt_jax.train runs/d --start grown --thaw under-served --thaw-steps 200
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any, get_args
 
 from gt_jax.devices.flags import add_mesh_flags, add_process_flags, wrong_process_flags
 from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.files import local_path
 
 UNDER_SERVED = "under-served"
 
@@ -32,18 +34,19 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.train", description="Train a language model that decides its depth."
     )
-    p.add_argument("run", type=Path, help="directory of the run: config, metrics, checkpoints")
+    p.add_argument("run", type=local_path, help="directory of the run: config, metrics, checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
     model = p.add_argument_group("model")
     model.add_argument("--preset", help="tiny (default), small, tiny_3b, 3b, ...; see python -m gt_jax.describe --help")
-    model.add_argument("--model", type=Path, metavar="FILE",
+    model.add_argument("--model", type=local_path, metavar="FILE",
                        help="JSON object of config fields to change, nested as describe --json prints them; null: off")
     model.add_argument("--layout", help="another depth, for example DDDG*3")
     model.add_argument("--gates", choices=("features", "state"), help="what the halting heads see: features of the "
                        "pass, or the token's state and the number of the pass too (default: as the preset has it)")
     model.add_argument("--plain", action="store_true", help="no adaptive depth: every layer runs once")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
-    model.add_argument("--start", help="checkpoint to start from, for example a grown one; brings its own config")
+    model.add_argument("--start", type=local_path,
+                       help="checkpoint to start from, for example a grown one; brings its own config")
     model.add_argument("--moments", choices=get_args(MomentsOf),
                        help="the optimizer's moments that a run with --start begins with: those that it holds, else "
                        "fresh ones")
@@ -279,13 +282,14 @@ def _train(arguments: argparse.Namespace, group: Any) -> int:
 
     from gt_jax.devices.sharding import MESH_AXES, make_mesh
     from gt_jax.training.loop import train_run
+    from gt_jax.training.stopping import Interrupted
 
     arguments.start = group.gather(group.agree(lambda: start_folder(arguments)))[0]
     config = group.agree(lambda: run_config(arguments, default_config(arguments)))
     asked = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_AXES}
     given = {axis: size for axis, size in asked.items() if size is not None}
     mesh = group.agree(lambda: make_mesh(**given))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.suppress(Interrupted):  # asked to stop, and saved: as after SIGTERM
         train_run(
             arguments.run, config, resume=arguments.resume, group=group, tensorboard=arguments.tensorboard
         )

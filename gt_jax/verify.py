@@ -19,12 +19,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
 from gt_jax.errors import refuse_all, run_command
 from gt_jax.evaluation.loading import add_text_arguments, text_config
+from gt_jax.files import local_path
 from gt_jax.monitoring.picture_file import refuse_picture
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("source", type=Path, help="the adaptive checkpoint")
-    p.add_argument("target", type=Path, help="the checkpoint grown from it, or any of the same vocabulary")
+    p.add_argument("source", type=local_path, help="the adaptive checkpoint")
+    p.add_argument("target", type=local_path, help="the checkpoint grown from it, or any of the same vocabulary")
     add_text_arguments(p)
     p.add_argument("--jacobian-rows", type=int, metavar="N",
                    help="rows of text for the singular values of the layers (as few as the mesh can cut, 1 on one "
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--jacobian-iterations", type=int, default=20, metavar="N", help="of Lanczos' iteration (20)")
     p.add_argument("--curve", type=int, default=0, metavar="STEPS",
                    help="train the target so many steps more, in memory, and report the losses")  # fmt: skip
-    p.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the figures by layer")
+    p.add_argument("--picture", type=local_path, metavar="FILE.png", help="draw the figures by layer")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     add_device_flags(p)
     return p

@@ -49,8 +49,9 @@ from gt_jax.checkpoints.lock import is_held, only_writer
 from gt_jax.checkpoints.slices import SliceReader
 from gt_jax.checkpoints.tree_paths import combine_digests, differences, flatten, nest, storable
 from gt_jax.configs.model import ModelConfig
-from gt_jax.devices.processes import ProcessGroup
+from gt_jax.devices.processes import ProcessGroup, end_together
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import refuse_address
 
 MODEL = ("params/", "statistics/")  # what paths of the model begin with
 _SCRATCH = "metadata"  # the name, in an unfinished checkpoint, of what Orbax saves for its metadata alone
@@ -103,6 +104,7 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
             orbax_store.write(target, unfinished, lambda: _publish_alone(response, unfinished, target, model))
         except Exception as error:  # noqa: BLE001 — raised again, where the caller waits
             errors.append(error)
+            end_together(error)  # the others would wait for this one's files
 
     thread = threading.Thread(target=finish, name=f"saving {target.name}")
     thread.start()
@@ -120,6 +122,7 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
 
 def _prepare(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> tuple[Path, Path, dict[str, Any]]:
     """(place, its name until it is whole, leaves by path) of a save."""
+    refuse_address(path)
     target = Path(os.path.abspath(path))
     _refuse_existing(target)
     json.dumps(metadata)  # Orbax would find out too late

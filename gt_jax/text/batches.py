@@ -16,14 +16,13 @@ import functools
 import hashlib
 import itertools
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt
 
-from gt_jax.configs.data import BYTES, TEXT, WITHOUT_SPLIT, DataConfig
+from gt_jax.configs.data import BYTES, ENDLESS, TEXT, WITHOUT_SPLIT, DataConfig
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.text import sources
 from gt_jax.text.split import Spans, content_keys, split_documents
@@ -75,7 +74,7 @@ class PackedRows:
         self._window_order = functools.lru_cache(maxsize=2)(functools.partial(self._permutation, self._window, 1))
 
     def __len__(self) -> int:
-        return sys.maxsize if self._endless else math.ceil(self._total / self._row)
+        return ENDLESS if self._endless else math.ceil(self._total / self._row)
 
     def __getitem__(self, index: int) -> Row:
         packed = {"tokens": np.zeros(self._row, np.int32), "targets": np.full(self._row, -1, np.int32),

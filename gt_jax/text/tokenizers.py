@@ -53,7 +53,7 @@ class ByteTokenizer:
 
     end_of_document = 256
     vocab_size = 257
-    unknown = None
+    unknown: int | None = None
 
     def encode(self, text: bytes) -> Int32[np.ndarray, " n"]:
         """The bytes as ids 0 to 255; no end of document is added."""
@@ -212,7 +212,9 @@ def open_tokenizer(name: str) -> Tokenizer:
 
 @functools.lru_cache(maxsize=4)  # the commands ask several times, and a large file takes seconds
 def _opened(content: bytes, path: str) -> Tokenizer:
-    return (SentencePieceTokenizer if path.endswith(".model") else HuggingFaceTokenizer)(content, path)
+    if path.endswith(".model"):
+        return SentencePieceTokenizer(content, path)
+    return HuggingFaceTokenizer(content, path)
 
 
 def tokenizer_of(metadata: Mapping[str, Any]) -> str | None:

@@ -148,9 +148,13 @@ def _undoing(
     spaces += [step["content"] for step in normalizer if step.get("type") == "Replace"
                and step["pattern"] == {"String": " "}]  # fmt: skip
     spaces += [model["end_of_word_suffix"]] if model.get("end_of_word_suffix") else []
-    found: list[Step] = [lambda text, mark=mark: text.replace(mark, " ") for mark in spaces if mark]  # type: ignore[misc]
+    found = [_replaced({"String": mark}, " ") for mark in spaces if mark]
     prefix = model.get("continuing_subword_prefix")
-    return [*found, lambda text: text.removeprefix(prefix)] if prefix else found
+    return [*found, _unmarked(prefix)] if prefix else found
+
+
+def _unmarked(prefix: str) -> Step:
+    return lambda text: text.removeprefix(prefix)
 
 
 def _replaced(pattern: Mapping[str, str], content: str) -> Step:

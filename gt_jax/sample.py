@@ -87,6 +87,7 @@ def _continue_text(config: Any, variables: Any, tokenizer: Any, arguments: argpa
     import numpy as np
 
     from gt_jax.evaluation.generation import sample
+    from gt_jax.text.tokenizers import continuation
 
     given = PROMPT if arguments.prompt is None else arguments.prompt
     try:
@@ -101,7 +102,7 @@ def _continue_text(config: Any, variables: Any, tokenizer: Any, arguments: argpa
     )[0]  # fmt: skip
     ends = np.flatnonzero(drawn == tokenizer.end_of_document)
     drawn = drawn[: ends[0]] if len(ends) else drawn
-    text = given.encode() + tokenizer.decode(drawn)
+    text = given.encode() + continuation(tokenizer, prompt[0], drawn)
     sys.stdout.write(text.decode("utf-8", "replace") + "\n")
 
 

@@ -337,7 +337,7 @@ def test_another_config_or_text_is_refused_by_what_differs(whole, tmp_path):
     optimizer = config.train.optimizer.replace(learning_rate=1.0)
     data = config.data.replace(text=(str(story),), tokenizer=str(tmp_path / "tokenizer.json"))
     other = config.replace(train=config.train.replace(optimizer=optimizer), data=data)
-    with pytest.raises(Refused, match=r"(?s)another config.*train.optimizer.learning_rate.*data.text.*data.tokenizer"):
+    with pytest.raises(Refused, match=r"(?s)another config.*train.optimizer.learning_rate"):
         train_run(run, other, resume=True, show=False)
     text = whole[1].parent / "story.txt"
     try:

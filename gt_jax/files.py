@@ -12,11 +12,12 @@ from pathlib import Path
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write under a temporary name beside `path`, then rename; a kill leaves the old file, or none, and PATH.tmp.
 
-    The bytes are on the disk before they get the name, and the name is when this returns.
+    The bytes are on the disk before they get the name, and the name is when this returns. Text is UTF-8; what is no
+    character, of a file name in another encoding, is escaped.
     """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
+        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

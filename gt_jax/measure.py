@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gt_jax.errors import Refused, run_command
+from gt_jax.errors import Refused, run_command, say
 from gt_jax.files import write_atomically
 
 
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_parent(arguments.output)
     result = measure_checkpoint(arguments.checkpoint, text_config(arguments), arguments.batches)
     for note in result["_meta"]["notes"]:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
     text = json.dumps(result, indent=1) + "\n"
     if arguments.output is None:
         print(text, end="")

@@ -108,7 +108,7 @@ def _results_alone() -> Iterator[None]:
     printed.flush()
     os.dup2(2, 1)
     try:
-        with open(results, "w", encoding=printed.encoding, closefd=False) as sys.stdout:
+        with open(results, "w", encoding=printed.encoding, errors=printed.errors, closefd=False) as sys.stdout:
             yield
     finally:
         sys.stdout = printed

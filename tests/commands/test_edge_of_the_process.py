@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from gt_jax import report
-from gt_jax.errors import Failed, deliver, run_command, say
+from gt_jax.errors import Failed, Refused, deliver, run_command, say
 from gt_jax.files import write_atomically
+from gt_jax.measure import _refuse_not_finite
 from gt_jax.monitoring.metrics import Recorder, read_metrics
 
 ROOT = str(Path(__file__).parents[2])
@@ -90,6 +92,17 @@ def test_a_run_goes_on_when_its_terminal_has_gone(tmp_path):
             recorder.log(step, loss=1.0)
             recorder.message("a layer is dead")
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("where", ["loss", "alive", "survival"])
+def test_counts_of_a_model_that_gives_nan_are_refused(where):
+    """`k_exec` of NaN would be all passes."""
+    layer = {"k_exec": 4, "alive": [1.0, 0.5], "survival": [1.0, 0.25]}
+    counts = {"_meta": {"loss": 2.0}, "layer0": layer, "layer1": dict(layer)}
+    _refuse_not_finite(Path("runs/a"), counts)
+    broken = {"_meta": {"loss": math.nan}} if where == "loss" else {"layer1": layer | {where: [1.0, math.inf]}}
+    with pytest.raises(Refused, match=r"runs.a: .*not finite"):
+        _refuse_not_finite(Path("runs/a"), counts | broken)
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])

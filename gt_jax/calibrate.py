@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
-from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path
 
 if TYPE_CHECKING:
@@ -209,14 +208,14 @@ def _calibrate(arguments: argparse.Namespace, group: ProcessGroup) -> None:
         result = calibrate(
             arguments.source, arguments.grown, arguments.target, batches=arguments.batches,
             objective=arguments.objective, iterations=arguments.iterations, ridge=arguments.ridge,
-            progress=lambda line: print(line, file=sys.stderr, flush=True) if group.first else None, group=group,
+            progress=lambda line: say(line) if group.first else None, group=group,
             **(text_config(arguments) or {}),
         )  # fmt: skip
     shown = {"target": str(arguments.target), **result}
     lines = [json.dumps(shown, allow_nan=False)] if arguments.json else report_lines(result, arguments.target)
     if group.first:
-        print(f"{time.monotonic() - started:.0f} seconds", file=sys.stderr)
-        print("\n".join(lines))
+        say(f"{time.monotonic() - started:.0f} seconds")
+        deliver("\n".join(lines))
 
 
 if __name__ == "__main__":

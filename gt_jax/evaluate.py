@@ -25,13 +25,12 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
-from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.evaluation.loading import HELD_OUT_BATCHES, add_text_arguments, text_config
 from gt_jax.files import local_path
 from gt_jax.monitoring.answer_lines import answer_lines, gain_line
@@ -139,19 +138,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = evaluate_checkpoints(
             arguments.checkpoint, text_config(arguments), batches, passes, mesh=mesh, group=group,
             by_difficulty=arguments.picture is not None,
-            say=lambda line: print(line, file=sys.stderr, flush=True) if group.first else None,
+            say=lambda line: say(line) if group.first else None,
         )  # fmt: skip
         group.on_first(lambda: _show(result, arguments))
     return 0
 
 
 def _show(result: Mapping[str, Any], arguments: argparse.Namespace) -> None:
-    if arguments.picture is not None:
+    def draw() -> None:
         from gt_jax.monitoring.answer_plots import panel_of, plot_by_difficulty
 
         plot_by_difficulty([panel_of(answers, f"{part}, {one['checkpoint']}") for one in result["models"]
                             for part, answers in one["answers"].items()], arguments.picture)  # fmt: skip
-    print(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)))
+
+    deliver(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)),
+            {} if arguments.picture is None else {f"--picture {arguments.picture}": draw})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from gt_jax.configs.layout import Layout, parse
 from gt_jax.configs.standing import standing
 from gt_jax.devices.flags import add_process_flags, is_distributed, wrong_process_flags
-from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path, write_atomically
 from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
@@ -138,7 +137,7 @@ def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], fi
             *([] if cost is None else [cost.line()]),
             *([] if (between := spread_line(counts, plan)) is None else [between])]
     for line in told if first else ():
-        print(line, file=sys.stderr, flush=True)
+        say(line)
     settings = {"carry": options["carry"], "recipe": args.recipe, "noise_std": args.noise_std, "seed": args.seed,
                 "dtype": args.dtype}
     if args.dry_run:
@@ -151,8 +150,8 @@ def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], fi
     if at is not None:
         shown["stood"] = at.to_json()
     if first:
-        _keep(plan, counts, args.plan_out, args.picture)
-        print(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines))
+        deliver(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines),
+                _files(plan, counts, args.plan_out, args.picture))
     return 0
 
 
@@ -345,13 +344,20 @@ def _target_layout(text: str | None) -> Layout | None:
         raise Refused(f"--target-layout: {error}") from None
 
 
-def _keep(plan: Plan, counts: Repetition | None, plan_out: Path | None, picture: Path | None) -> None:
-    """Write the plan and its picture where they are asked for."""
-    if plan_out is not None:
+def _files(plan: Plan, counts: Repetition | None, plan_out: Path | None,
+           picture: Path | None) -> dict[str, Callable[[], None]]:
+    """By their flags, what writes the plan and its picture where they are asked for."""
+    def write() -> None:
+        assert plan_out is not None
         write_atomically(plan_out, json.dumps(plan_json(plan, counts), indent=1, allow_nan=False) + "\n")
-    if picture is not None:
+
+    def draw() -> None:
         from gt_jax.monitoring.plots import plot_plan
+        assert picture is not None
         plot_plan(plan, picture)
+
+    asked = {f"--plan-out {plan_out}": write} if plan_out is not None else {}
+    return {**asked, f"--picture {picture}": draw} if picture is not None else asked
 
 
 def _dry_run(plan: Plan, counts: Repetition | None, settings: Mapping[str, Any], source: _Source | None,
@@ -377,9 +383,6 @@ def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition
     `source` is the checkpoint that SRC names.
     """
     from gt_jax.growth import stream
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     result = stream.grow_checkpoint(
         source, args.target, plan=plan, carry=settings["carry"], noise_std=settings["noise_std"],

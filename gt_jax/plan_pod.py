@@ -15,11 +15,10 @@ import importlib.util
 import json
 import math
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.errors import Refused, refuse_all, run_command, say
 from gt_jax.files import local_path
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -131,7 +130,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     tried = []
     for sizes, parts in chosen(arguments, job, len(devices)):
         words = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-        print(f"compiling for {topology.name}: {words}, batch in {parts} part(s)", file=sys.stderr, flush=True)
+        say(f"compiling for {topology.name}: {words}, batch in {parts} part(s)")
         mesh = make_mesh(**sizes, devices=devices)
         one = Job(job.model, job.batch, job.sequence, parts)
         row = compile_step(one, mesh, topology.chip.device_memory)

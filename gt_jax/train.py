@@ -13,13 +13,12 @@ import argparse
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from gt_jax.devices.flags import add_mesh_flags, add_process_flags, wrong_process_flags
-from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.errors import Refused, refuse_all, run_command, say
 from gt_jax.files import local_path
 
 UNDER_SERVED = "under-served"
@@ -219,7 +218,7 @@ def under_served_children(start: str | None) -> tuple[int, ...]:
         raise Refused(f"--thaw {UNDER_SERVED}: the plan of {start} gave every layer what it asked for; leave out "
                       "--thaw, or name target layers, for example --thaw 3,7,11")
     for one in found:
-        print(f"thaw: {one}", file=sys.stderr)
+        say(f"thaw: {one}")
     return tuple(sorted(layer for one in found for layer in one.children))
 
 

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
-from gt_jax.errors import refuse_all, run_command
+from gt_jax.errors import deliver, refuse_all, run_command, say
 from gt_jax.evaluation.loading import add_text_arguments, text_config
 from gt_jax.files import local_path
 from gt_jax.monitoring.picture_file import refuse_picture
@@ -75,7 +74,7 @@ def _verify(arguments: argparse.Namespace, group: ProcessGroup) -> None:
         result = verify(
             arguments.source, arguments.target, batches=arguments.batches, jacobian_rows=arguments.jacobian_rows,
             jacobian_iterations=arguments.jacobian_iterations, curve=arguments.curve, **named, group=group,
-            say=lambda line: print(line, file=sys.stderr, flush=True) if group.first else None,
+            say=lambda line: say(line) if group.first else None,
         )  # fmt: skip
     group.on_first(lambda: _show(result, arguments))
 
@@ -83,11 +82,13 @@ def _verify(arguments: argparse.Namespace, group: ProcessGroup) -> None:
 def _show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     from gt_jax.evaluation.verification_table import report_lines
 
-    if arguments.picture is not None:
+    def draw() -> None:
         from gt_jax.monitoring.plots import plot_verification
 
         plot_verification(result, arguments.picture)
-    print(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)))
+
+    deliver(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)),
+            {} if arguments.picture is None else {f"--picture {arguments.picture}": draw})
 
 
 if __name__ == "__main__":

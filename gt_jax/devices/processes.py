@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from gt_jax.devices.flags import is_distributed
 from gt_jax.devices.meeting import Watch, meet
-from gt_jax.errors import Failed, Refused, say
+from gt_jax.errors import Failed, Refused, say_error
 
 _NOTICE = 2.0  # seconds until the watch has seen that a process died
 
@@ -124,7 +124,7 @@ def end_together(error: BaseException) -> None:
     """Where this process is one of several that met by hand: say why, end the others, and this one; else nothing."""
     if not _watch:
         return
-    code = say(error)
+    code = say_error(error)
     _watch[0].fail(str(error) or type(error).__name__, code)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -167,7 +167,7 @@ def _results_alone() -> Iterator[None]:
     printed.flush()
     os.dup2(2, 1)
     try:
-        with open(results, "w", encoding=printed.encoding, closefd=False) as sys.stdout:
+        with open(results, "w", encoding=printed.encoding, errors=printed.errors, closefd=False) as sys.stdout:
             yield
     finally:
         sys.stdout = printed

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gt_jax.errors import refuse_all, run_command
+from gt_jax.errors import refuse_all, run_command, say
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = _import(args)
     else:
         from gt_jax.interop.to_safetensors import to_safetensors
-        report = to_safetensors(args.source[0], args.target, progress=_say)
+        report = to_safetensors(args.source[0], args.target, progress=say)
     for line in report.get("warnings", ()):
-        print(f"warning: {line}", file=sys.stderr)
+        say(f"warning: {line}")
     print(json.dumps(report) if args.json else "\n".join(report_lines(report)))
     return 0
 
@@ -73,7 +72,7 @@ def _import(args: argparse.Namespace) -> dict[str, Any]:
     from gt_jax.text.vocabulary_files import read_tokens
     return to_orbax(args.source, args.target, overrides=read_object(args.config, "--config") if args.config else None,
                     step=args.step, tokens=read_tokens(args.tokens) if args.tokens else None,
-                    tokenizer=args.tokenizer, progress=_say)
+                    tokenizer=args.tokenizer, progress=say)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -88,10 +87,6 @@ def _check(args: argparse.Namespace) -> None:
     if args.step is not None and args.step < 0:
         wrong.append(f"--step is {args.step}; it must be at least 0")
     refuse_all(wrong, "these arguments do not go together:")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -141,8 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.json:
             print(lines)
         return 0
+    from gt_jax.monitoring.metrics import json_values
+
     result = describe(arguments.name)
-    print(json.dumps(result) if arguments.json else "\n".join(report_lines(result)))
+    print(json.dumps(json_values(result), allow_nan=False) if arguments.json else "\n".join(report_lines(result)))
     return 0
 
 

@@ -1,22 +1,48 @@
-"""Files written whole or not at all, and the message for a full disk."""
+"""Files written whole or not at all, JSON read for what it is, a full disk's message, addresses that are no files."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
+import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from gt_jax.errors import Refused
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib makes one slash of two
+
+
+def refuse_address(path: str | os.PathLike[str]) -> None:
+    """Raise `Refused` for gs://bucket/run and the like, which pathlib takes for a folder gs: of the current one."""
+    found = _ADDRESS.match(os.fspath(path))
+    if found:
+        raise Refused(f"{os.fspath(path)} is an address ({found[1]}:), and only files are read and written; mount the "
+                      "bucket, or copy from and to it")
+
+
+def local_path(text: str) -> Path:
+    """The path that an argument names; raises what argparse makes a refusal of where that is an address."""
+    try:
+        refuse_address(text)
+    except Refused as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write under a temporary name beside `path`, then rename; a kill leaves the old file, or none, and PATH.tmp.
 
-    The bytes are on the disk before they get the name, and the name is when this returns.
+    The bytes are on the disk before they get the name, and the name is when this returns. Text is UTF-8; what is no
+    character, of a file name in another encoding, is escaped.
     """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
+        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -42,3 +68,43 @@ def explain_full_disk(place: Path, then: str = "finish with --resume") -> Iterat
             raise
         reason = os.strerror(error.errno)
         raise OSError(error.errno, f"{reason} while writing {place}; make room, then {then}") from error
+
+
+_STARTS = (  # how a file begins, lower-case, that came in place of the one that was meant
+    (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file; fetch that with `git lfs pull`"),
+    (b"/annex/objects/", "a git-annex pointer, not the file; fetch that with `git annex get`"),
+    (b"<!doctype html", "an HTML page saved in its place, perhaps of a login or an error; download it anew"),
+    (b"<html", "an HTML page saved in its place, perhaps of a login or an error; download it anew"),
+    (b"<?xml", "an XML message saved in its place, perhaps an error of the server; download it anew"),
+    (b"\x1f\x8b", "compressed with gzip; unpack it first"),
+    (b"gguf", "a GGUF file, of llama.cpp; the weights it was made from are needed"),
+    (b"\x89hdf", "an HDF5 file"),
+)
+
+
+def other_kind(path: Path) -> str | None:
+    """What a file is, in words, where its first bytes show that it is not the one that was meant; else None."""
+    with open(path, "rb") as stream:
+        start = stream.read(512)
+    if not start:
+        return "empty, that is, truncated to nothing: a copy or a download that did not finish"
+    plain = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((kind for begin, kind in _STARTS if plain.startswith(begin)), None)
+
+
+def read_json(path: Path, finite: bool = True) -> Any:
+    """The JSON value in a file; raises OSError, and ValueError for what is no JSON.
+
+    NaN and infinities are none; without `finite` they are read, by a reader that names the key that has one.
+    """
+    kind = other_kind(path)
+    if kind is not None:
+        raise ValueError(f"it is {kind}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_number if finite else None)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no JSON number; give a finite one, or null where a field takes that")

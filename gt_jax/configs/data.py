@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from gt_jax.configs.json_config import Config, below
 
+ENDLESS = 2**53  # rows of what has no end: whoever counts their batches divides in floating point
 BYTES = "bytes"  # the tokenizer that needs no file
 WITHOUT_SPLIT = {"split": "fill", "tuning": 0.0}  # what JSON means that was stored before it named the split
 TEXT = "text"  # the part of the data that is plain text

@@ -15,8 +15,8 @@ from gt_jax.configs.lineage import fits, trainings
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.text.flags import NOTHING, add_source_flags, source_fields
 
-# what decides what is held out
-SAME_TEXT = ("text", "tfds", "tfds_dir", "tokenizer", "sequence_length", "held_out", "tuning", "split")
+# what decides what is held out, beside the tokenizer, which is the checkpoint's own wherever it lies
+SAME_TEXT = ("text", "tfds", "tfds_dir", "sequence_length", "held_out", "tuning", "split")
 _SPLIT = ("held_out", "sequence_length", "tuning", "split")  # those of them that a position names, beside the content
 HELD_OUT_BATCHES = 8  # of the run's own shape, where a command is not told how many
 

@@ -58,6 +58,8 @@ def to_orbax(sources: Sequence[StrPath], target: StrPath, *, overrides: Mapping[
     started = time.monotonic()
     place = refuse_existing(target)
     source = Source([Path(path) for path in sources])
+    for note in source.notes:
+        say(note)
     config, expected = _check(source, overrides, say)
     forms = _forms(source, origin_infos(expected, config))
     found = source.step or 0

@@ -33,7 +33,7 @@ def prepare(name: str, files: Sequence[str], folder: Path) -> dict[str, Any]:
     place = folder / name / VERSION
     if place.exists():
         raise Refused(f"{place} exists; a dataset is never overwritten, choose another name or --tfds-dir")
-    _, documents = text_files(files)
+    documents = text_files(files)[1]
     unfinished = folder / name / f"{VERSION}.unfinished"
     prepare_parent(place)
     with only_writer(place):

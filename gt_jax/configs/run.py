@@ -13,7 +13,7 @@ from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.thaw import ThawConfig
 from gt_jax.errors import Refused
-from gt_jax.files import read_json
+from gt_jax.files import addresses, read_json
 
 MomentsOf = Literal["fresh", "carried"]
 
@@ -57,7 +57,7 @@ class RunConfig(Config):
     start: str | None = None
 
     def problems(self) -> list[str]:
-        wrong = []
+        wrong = addresses(start=self.start)
         if self.model.vocab < 257 and self.data.tokenizer == BYTES:
             wrong.append(f"model.vocab is {self.model.vocab}; bytes and the end of a document need 257")
         if self.data.batch_size % max(self.train.accumulate, 1):

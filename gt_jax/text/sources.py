@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import refuse_address
 from gt_jax.text.encodings import plain
 
 EMBEDDED_LIMIT = 10_000_000
@@ -101,6 +102,7 @@ def tfds_text(dataset: str, data_dir: str | None) -> tuple[str, list[bytes]]:
     `data_dir` None is TFDS' own default. The files are read through array_record, without TensorFlow; a dataset that
     is not on this machine is refused, never fetched. Raises `Refused` naming what was looked for.
     """
+    refuse_address(data_dir or "")
     # Imported here: most runs read no TFDS dataset, and the import takes a third of a second.
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder

@@ -44,6 +44,8 @@ class TrainConfig(Config):
         wrong = below(self, 1, "steps", "evaluation_batches", "keep", "accumulate", "max_nonfinite_steps")
         if self.thaw is not None and self.thaw.steps > self.steps:
             wrong.append(f"thaw.steps is {self.thaw.steps}; the run has {self.steps} steps, it can be at most that")
+        wrong += [f"{name} is {value}; it must be below 2**{bits}" for name, value, bits in
+                  (("steps", self.steps, 31), ("seed", self.seed, 32)) if value >= 2**bits]
         return wrong + below(self, 0, "seed", "evaluate_every", "checkpoint_every")
 
 

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     sync(path.parent)
 
 
+def refuse_once(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError for a pipe or a device: what is hashed, and read anew on resume, cannot come from there."""
+    if not (stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode)):
+        raise ValueError("it is a pipe or a device, and text is read more than once; save it to a file")
+
+
 def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -119,11 +126,12 @@ def read_json(path: Path, finite: bool = True) -> Any:
 
     NaN and infinities are none; without `finite` they are read, by a reader that names the key that has one.
     """
-    kind = other_kind(path)
+    content = path.read_bytes()  # once: it may be a pipe
+    kind = other_content(content)
     if kind is not None:
         raise ValueError(f"it is {kind}")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_number if finite else None)
+        return json.loads(content.decode("utf-8-sig"), parse_constant=_no_number if finite else None)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
-from gt_jax.files import refuse_address
+from gt_jax.files import read_json, refuse_address
 from gt_jax.text.data import open_data
 from gt_jax.text.tokenizers import open_tokenizer
 from gt_jax.text.vocabulary_files import read_tokens
@@ -76,6 +77,20 @@ def test_tokenizers_that_are_something_else_are_named(tmp_path: Path, content: b
             open_tokenizer(str(tmp_path / name))
     with pytest.raises(Refused, match=kind):
         read_tokens(tmp_path / "tokenizer.json")
+
+
+def test_a_pipe_gives_json_once_and_no_text(tmp_path: Path) -> None:
+    """`--model <(echo …)` is read once, as it must be; a text is hashed too, and read again on resume."""
+    read, write = os.pipe()
+    os.write(write, b'{"width": 16}')
+    os.close(write)
+    assert read_json(Path(f"/dev/fd/{read}")) == {"width": 16}
+    os.close(read)
+    os.mkfifo(tmp_path / "a.txt")  # nobody writes there: to open it would wait for ever
+    os.mkfifo(tmp_path / "a.jsonl")
+    for fields in ({"text": (str(tmp_path / "a.txt"),)}, {"json_lines": (str(tmp_path / "a.jsonl"),)}):
+        with pytest.raises(Refused, match="it is a pipe or a device"):
+            open_data(DataConfig(**fields))
 
 
 def test_paths_are_no_addresses() -> None:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
-from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
+from gt_jax.files import local_path
 
 if TYPE_CHECKING:
     from gt_jax.configs.data import Weight
@@ -169,9 +169,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("source", type=Path, metavar="SRC", help="the adaptive checkpoint")
-    p.add_argument("grown", type=Path, metavar="GROWN", help="the checkpoint grown from it")
-    p.add_argument("target", type=Path, metavar="DST", help="checkpoint to write; must not exist")
+    p.add_argument("source", type=local_path, metavar="SRC", help="the adaptive checkpoint")
+    p.add_argument("grown", type=local_path, metavar="GROWN", help="the checkpoint grown from it")
+    p.add_argument("target", type=local_path, metavar="DST", help="checkpoint to write; must not exist")
     add_text_arguments(p, "the gains are fitted on their training part, the losses are of their held-out part",
                        "training batches to fit on, and held-out batches for the losses")
     p.add_argument("--objective", choices=OBJECTIVES, default=OBJECTIVE,
@@ -208,14 +208,14 @@ def _calibrate(arguments: argparse.Namespace, group: ProcessGroup) -> None:
         result = calibrate(
             arguments.source, arguments.grown, arguments.target, batches=arguments.batches,
             objective=arguments.objective, iterations=arguments.iterations, ridge=arguments.ridge,
-            progress=lambda line: print(line, file=sys.stderr, flush=True) if group.first else None, group=group,
+            progress=lambda line: say(line) if group.first else None, group=group,
             **(text_config(arguments) or {}),
         )  # fmt: skip
     shown = {"target": str(arguments.target), **result}
     lines = [json.dumps(shown, allow_nan=False)] if arguments.json else report_lines(result, arguments.target)
     if group.first:
-        print(f"{time.monotonic() - started:.0f} seconds", file=sys.stderr)
-        print("\n".join(lines))
+        say(f"{time.monotonic() - started:.0f} seconds")
+        deliver("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -14,26 +14,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from gt_jax.errors import refuse_all, run_command
+from gt_jax.errors import refuse_all, run_command, say
+from gt_jax.files import local_name, local_path
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m gt_jax.convert", description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("source", nargs="+", type=Path, metavar="SRC", help="files or a folder; a checkpoint to go back")
-    made.add_argument("target", type=Path, metavar="DST", help="checkpoint or file to write; must not exist")
+    made.add_argument("source", nargs="+", type=local_path, metavar="SRC",
+                      help="files or a folder; a checkpoint to go back")
+    made.add_argument("target", type=local_path, metavar="DST", help="checkpoint or file to write; must not exist")
     made.add_argument("--to", choices=("orbax", "safetensors"), default="orbax", help="what DST becomes (orbax)")
-    made.add_argument("--config", type=Path, metavar="FILE", help="config fields that the tensors do not tell")
+    made.add_argument("--config", type=local_path, metavar="FILE", help="config fields that the tensors do not tell")
     made.add_argument("--step", type=int, metavar="N", help="the step to note (what SRC says, else 0)")
-    made.add_argument("--tokens", type=Path, metavar="FILE",
+    made.add_argument("--tokens", type=local_path, metavar="FILE",
                       help="the tokens' texts for a Kronecker embedding: a JSON list, or a tokenizer.json")
-    made.add_argument("--tokenizer", metavar="NAME",
+    made.add_argument("--tokenizer", type=local_name, metavar="NAME",
                       help="noted for the commands that read text: bytes, a tokenizer.json, a .model, or their folder")
     made.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return made
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = _import(args)
     else:
         from gt_jax.interop.to_safetensors import to_safetensors
-        report = to_safetensors(args.source[0], args.target, progress=_say)
+        report = to_safetensors(args.source[0], args.target, progress=say)
     for line in report.get("warnings", ()):
-        print(f"warning: {line}", file=sys.stderr)
+        say(f"warning: {line}")
     print(json.dumps(report) if args.json else "\n".join(report_lines(report)))
     return 0
 
@@ -73,7 +73,7 @@ def _import(args: argparse.Namespace) -> dict[str, Any]:
     from gt_jax.text.vocabulary_files import read_tokens
     return to_orbax(args.source, args.target, overrides=read_object(args.config, "--config") if args.config else None,
                     step=args.step, tokens=read_tokens(args.tokens) if args.tokens else None,
-                    tokenizer=args.tokenizer, progress=_say)
+                    tokenizer=args.tokenizer, progress=say)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -88,10 +88,6 @@ def _check(args: argparse.Namespace) -> None:
     if args.step is not None and args.step < 0:
         wrong.append(f"--step is {args.step}; it must be at least 0")
     refuse_all(wrong, "these arguments do not go together:")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

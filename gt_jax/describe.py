@@ -16,6 +16,7 @@ from typing import Any
 from gt_jax.configs import presets
 from gt_jax.configs.lineage import chain, tree_lines
 from gt_jax.errors import Failed, Refused, run_command
+from gt_jax.files import local_name
 
 
 def tensor_rows(leaves: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -122,7 +123,8 @@ def report_lines(result: dict[str, Any]) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m gt_jax.describe", description="Describe a preset or a checkpoint.")
-    p.add_argument("name", help=f"preset ({', '.join(sorted(presets.PRESETS))}), checkpoint or run directory")
+    p.add_argument("name", type=local_name,
+                   help=f"preset ({', '.join(sorted(presets.PRESETS))}), checkpoint or run directory")
     p.add_argument("--check", action="store_true", help="compare every byte of a checkpoint or run with its checksum")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return p
@@ -141,8 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.json:
             print(lines)
         return 0
+    from gt_jax.monitoring.metrics import json_values
+
     result = describe(arguments.name)
-    print(json.dumps(result) if arguments.json else "\n".join(report_lines(result)))
+    print(json.dumps(json_values(result), allow_nan=False) if arguments.json else "\n".join(report_lines(result)))
     return 0
 
 

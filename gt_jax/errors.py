@@ -1,12 +1,19 @@
 """The one exception for what the user can mend, and the shell every command runs in.
 
 Exit codes: 0 done, 1 failed, 2 wrong arguments or refused.
+
+A terminal may have another encoding than UTF-8, and a pipe may be closed: what it cannot show is escaped, and what is
+said along the way (`say`) ends nothing when nobody listens.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 
 
 class Refused(ValueError):
@@ -26,25 +33,90 @@ def refuse_all(problems: Sequence[str], heading: str) -> None:
         raise Refused(f"{heading}\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+def say(line: str) -> None:
+    """A line on standard error; nothing where that is closed, or a terminal that has gone: work goes on."""
+    if sys.stderr is not None:  # closed before the start: `print` would take standard output, where results go
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
+
+
+def deliver(text: str, files: Mapping[str, Callable[[], object]] | None = None) -> None:
+    """Print a command's result, then write its `files`, by the name that an error has: each whatever befalls another.
+
+    Raises the error of standard output, or `Failed` that lists the files that could not be written and why.
+    """
+    failed, closed = [], None
+    try:
+        print(text, flush=True)
+    except OSError as error:  # a closed pipe or a full disk: the files are not lost for that
+        closed = error
+    for name, write in (files or {}).items():
+        try:
+            write()
+        except Exception as error:  # noqa: BLE001 - of a library that draws, any; all are raised below
+            failed.append(f"{name} could not be written ({first_line(error)})")
+    if failed:
+        where = "the result itself is on standard output" if closed is None else f"nor standard output ({closed})"
+        raise Failed("; ".join([*failed, where])) from closed
+    if closed is not None:
+        raise closed
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its words that is not blank."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
     """Run a command's `main(argv)` and leave the process with its exit code.
 
-    `Refused` becomes a message on stderr and exit code 2; `Failed`, a full disk or another error of the operating
-    system one line and exit code 1. Other exceptions keep their traceback (they are bugs) and exit 1.
+    `Refused` becomes a message on stderr and exit code 2; `Failed`, a full disk, too little memory or another
+    error of the operating system one line and exit code 1. Other exceptions keep their traceback (they are bugs) and
+    exit 1.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # ascii, a Windows code page, or names of files that are no UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main(argv)
-        sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
-    except Refused as error:
-        print(f"refused: {error}", file=sys.stderr)
-        code = 2
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
     except BrokenPipeError:
-        sys.stderr.close()
+        _leave_closed_pipes()
         code = 1
-    except (Failed, OSError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+    except (Refused, Failed, OSError, KeyboardInterrupt) as error:
+        code = say_error(error)
+    except Exception as error:
+        if not _lacks_memory(error):
+            raise
+        code = say_error(error)
     sys.exit(code)
+
+
+def say_error(error: BaseException) -> int:
+    """Tell on standard error what ended the work; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        say("interrupted")
+        return 130
+    if isinstance(error, (Refused, Failed, OSError)):
+        say(f"{'refused' if isinstance(error, Refused) else 'failed'}: {error}")
+        return 2 if isinstance(error, Refused) else 1
+    if _lacks_memory(error):
+        say(f"failed: not enough memory ({first_line(error)}); take fewer or shorter rows, or --accumulate in training")
+        return 1
+    say("".join(traceback.format_exception(error)).rstrip())
+    return 1
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether it is Python's or NumPy's error of that kind, or XLA's, which is known by its words alone."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in f"{error}"[:200]
+
+
+def _leave_closed_pipes() -> None:
+    """What standard output still holds goes nowhere: else the interpreter fails on it once more when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: there is no standard output
+        os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

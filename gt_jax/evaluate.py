@@ -25,14 +25,14 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
-from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.evaluation.loading import HELD_OUT_BATCHES, add_text_arguments, text_config
+from gt_jax.files import local_name, local_path
 from gt_jax.monitoring.answer_lines import answer_lines, gain_line
 from gt_jax.monitoring.metrics import table
 from gt_jax.monitoring.picture_file import refuse_picture
@@ -110,12 +110,14 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("checkpoint", type=Path, nargs="+", help="checkpoints or run directories, compared with the first")
+    p.add_argument("checkpoint", type=local_path, nargs="+",
+                   help="checkpoints or run directories, compared with the first")  # fmt: skip
     add_text_arguments(p)
     p.set_defaults(batches=None)
     p.add_argument("--all", action="store_true", help=f"the whole held-out part (default: {HELD_OUT_BATCHES} batches)")
-    p.add_argument("--passes", metavar="N|N,N,…|FILE", help="fixed passes of adaptive models, or a file of measure")
-    p.add_argument("--picture", type=Path, metavar="FILE.png", help="draw right answers and passes by difficulty")
+    p.add_argument("--passes", type=local_name, metavar="N|N,N,…|FILE",
+                   help="fixed passes of adaptive models, or a file of measure")
+    p.add_argument("--picture", type=local_path, metavar="FILE.png", help="draw right answers and passes by difficulty")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     add_device_flags(p)
     return p
@@ -137,19 +139,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = evaluate_checkpoints(
             arguments.checkpoint, text_config(arguments), batches, passes, mesh=mesh, group=group,
             by_difficulty=arguments.picture is not None,
-            say=lambda line: print(line, file=sys.stderr, flush=True) if group.first else None,
+            say=lambda line: say(line) if group.first else None,
         )  # fmt: skip
         group.on_first(lambda: _show(result, arguments))
     return 0
 
 
 def _show(result: Mapping[str, Any], arguments: argparse.Namespace) -> None:
-    if arguments.picture is not None:
+    def draw() -> None:
         from gt_jax.monitoring.answer_plots import panel_of, plot_by_difficulty
 
         plot_by_difficulty([panel_of(answers, f"{part}, {one['checkpoint']}") for one in result["models"]
                             for part, answers in one["answers"].items()], arguments.picture)  # fmt: skip
-    print(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)))
+
+    deliver(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)),
+            {} if arguments.picture is None else {f"--picture {arguments.picture}": draw})
 
 
 if __name__ == "__main__":

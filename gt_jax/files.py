@@ -1,26 +1,76 @@
-"""Files written whole or not at all, and the message for a full disk."""
+"""Files written whole or not at all, JSON read for what it is, a full disk's message, addresses that are no files."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
+import json
 import os
-from collections.abc import Iterator
+import re
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from gt_jax.errors import Refused
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib makes one slash of two
+
+
+def refuse_address(path: str | os.PathLike[str]) -> None:
+    """Raise `Refused` for gs://bucket/run and the like, which pathlib takes for a folder gs: of the current one."""
+    found = _ADDRESS.match(os.fspath(path))
+    if found:
+        raise Refused(f"{os.fspath(path)} is an address ({found[1]}:), and only files are read and written; mount the "
+                      "bucket, or copy from and to it")
+
+
+def local_name(text: str) -> str:
+    """The words of an argument that may name a file; raises what argparse makes a refusal of for an address."""
+    try:
+        refuse_address(text)
+    except Refused as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def local_path(text: str) -> Path:
+    """The path that an argument names, as `local_name`."""
+    return Path(local_name(text))
+
+
+def addresses(**fields: str | Sequence[str] | None) -> list[str]:
+    """One line for each field of a config that names an address where a file or a folder is meant."""
+    found = []
+    for name, value in fields.items():
+        for path in (value,) if isinstance(value, str) else value or ():
+            try:
+                refuse_address(path)
+            except Refused as error:
+                found.append(f"{name}: {error}")
+    return found
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write under a temporary name beside `path`, then rename; a kill leaves the old file, or none, and PATH.tmp.
 
-    The bytes are on the disk before they get the name, and the name is when this returns.
+    The bytes are on the disk before they get the name, and the name is when this returns. Text is UTF-8; what is no
+    character, of a file name in another encoding, is escaped.
     """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
+        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def refuse_once(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError for a pipe or a device: what is hashed, and read anew on resume, cannot come from there."""
+    if not (stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode)):
+        raise ValueError("it is a pipe or a device, and text is read more than once; save it to a file")
 
 
 def sync(path: Path) -> None:
@@ -42,3 +92,49 @@ def explain_full_disk(place: Path, then: str = "finish with --resume") -> Iterat
             raise
         reason = os.strerror(error.errno)
         raise OSError(error.errno, f"{reason} while writing {place}; make room, then {then}") from error
+
+
+_START = 512
+_STARTS = (  # how a file begins, lower-case, that came in place of the one that was meant
+    (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file; fetch that with `git lfs pull`"),
+    (b"/annex/objects/", "a git-annex pointer, not the file; fetch that with `git annex get`"),
+    (b"<!doctype html", "an HTML page saved in its place, perhaps of a login or an error; download it anew"),
+    (b"<html", "an HTML page saved in its place, perhaps of a login or an error; download it anew"),
+    (b"<?xml", "an XML message saved in its place, perhaps an error of the server; download it anew"),
+    (b"\x1f\x8b", "compressed with gzip; unpack it first"),
+    (b"gguf", "a GGUF file, of llama.cpp; the weights it was made from are needed"),
+    (b"\x89hdf", "an HDF5 file"),
+)
+
+
+def other_kind(path: Path) -> str | None:
+    """What a file is, in words, where its first bytes show that it is not the one that was meant; else None."""
+    with open(path, "rb") as stream:
+        return other_content(stream.read(_START))
+
+
+def other_content(content: bytes) -> str | None:
+    """`other_kind` of what was read already."""
+    if not content:
+        return "empty, that is, truncated to nothing: a copy or a download that did not finish"
+    plain = content[:_START].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((kind for begin, kind in _STARTS if plain.startswith(begin)), None)
+
+
+def read_json(path: Path, finite: bool = True) -> Any:
+    """The JSON value in a file; raises OSError, and ValueError for what is no JSON.
+
+    NaN and infinities are none; without `finite` they are read, by a reader that names the key that has one.
+    """
+    content = path.read_bytes()  # once: it may be a pipe
+    kind = other_content(content)
+    if kind is not None:
+        raise ValueError(f"it is {kind}")
+    try:
+        return json.loads(content.decode("utf-8-sig"), parse_constant=_no_number if finite else None)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no JSON number; give a finite one, or null where a field takes that")

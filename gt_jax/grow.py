@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 from gt_jax.configs.layout import Layout, parse
 from gt_jax.configs.standing import standing
 from gt_jax.devices.flags import add_process_flags, is_distributed, wrong_process_flags
-from gt_jax.errors import Refused, refuse_all, run_command
-from gt_jax.files import write_atomically
+from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
+from gt_jax.files import local_name, local_path, write_atomically
 from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
 from gt_jax.growth.kept_gates import flags_without_gates, keeping_gates, wrong_order
@@ -60,16 +59,18 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m gt_jax.grow", description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("source", nargs="?", type=Path, metavar="SRC", help="checkpoint or run directory to grow from")
-    made.add_argument("target", nargs="?", type=Path, metavar="DST", help="checkpoint to write; must not exist")
-    made.add_argument("--repetition", type=Path, metavar="FILE", help="pass counts written by gt_jax.measure")
+    made.add_argument("source", nargs="?", type=local_path, metavar="SRC",
+                      help="checkpoint or run directory to grow from")
+    made.add_argument("target", nargs="?", type=local_path, metavar="DST", help="checkpoint to write; must not exist")
+    made.add_argument("--repetition", type=local_path, metavar="FILE", help="pass counts written by gt_jax.measure")
     made.add_argument("--plan", metavar="KIND",
                       help="block: whole blocks as often as their passes ask; dealt (default): such groups of layers, "
                       "given to the strongest passes in the recurrence's order; layer: each layer as often as it asks, "
                       "in a row; split: the same, dealt into groups of the pattern; map: the list of --map; stack: the "
                       "whole stack; identity: every layer once")
-    made.add_argument("--plan-file", type=Path, metavar="FILE.json", help="a plan that --plan-out wrote")
-    made.add_argument("--map", metavar="LIST|FILE.csv", help=f"source layers from 1, for example {EXAMPLE}")
+    made.add_argument("--plan-file", type=local_path, metavar="FILE.json", help="a plan that --plan-out wrote")
+    made.add_argument("--map", type=local_name, metavar="LIST|FILE.csv",
+                      help=f"source layers from 1, for example {EXAMPLE}")
     made.add_argument("--from", dest="passes_from", choices=PASSES_FROM,
                       help="what a layer asks for: k_exec, the passes that nearly all tokens need, passes_run, their "
                       "mean over tokens, or mean_weight, what they weigh together (k_exec)")
@@ -90,16 +91,16 @@ def parser() -> argparse.ArgumentParser:
     add_process_flags(made)
     made.add_argument("--dry-run", action="store_true", help="print the plan, with SRC every tensor; write nothing")
     made.add_argument("--resume", action="store_true", help="finish an interrupted growth of the same plan")
-    made.add_argument("--verify-text", type=Path, action="append", metavar="FILE",
+    made.add_argument("--verify-text", type=local_path, action="append", metavar="FILE",
                       help="compare source and grown model on this text afterwards; may be repeated")
-    made.add_argument("--tokenizer", metavar="NAME", help="of --verify-text: bytes, a file or a folder (default: what "
-                      "the source was trained with)")
+    made.add_argument("--tokenizer", type=local_name, metavar="NAME", help="of --verify-text: bytes, a file or "
+                      "a folder (default: what the source was trained with)")
     made.add_argument("--no-check", action="store_true",
                       help="do not read the child back, nor compare it with its source on the source's own text")
     made.add_argument("--no-moments", action="store_true",
                       help="leave out the second moments of the source's optimizer, which training on begins with")
-    made.add_argument("--plan-out", type=Path, metavar="FILE", help="write the plan as JSON")
-    made.add_argument("--picture", type=Path, metavar="FILE.png",
+    made.add_argument("--plan-out", type=local_path, metavar="FILE", help="write the plan as JSON")
+    made.add_argument("--picture", type=local_path, metavar="FILE.png",
                       help="draw the plan: its order, passes asked for and granted, coefficient mass kept")
     made.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return made
@@ -137,7 +138,7 @@ def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], fi
             *([] if cost is None else [cost.line()]),
             *([] if (between := spread_line(counts, plan)) is None else [between])]
     for line in told if first else ():
-        print(line, file=sys.stderr, flush=True)
+        say(line)
     settings = {"carry": options["carry"], "recipe": args.recipe, "noise_std": args.noise_std, "seed": args.seed,
                 "dtype": args.dtype}
     if args.dry_run:
@@ -150,8 +151,8 @@ def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], fi
     if at is not None:
         shown["stood"] = at.to_json()
     if first:
-        _keep(plan, counts, args.plan_out, args.picture)
-        print(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines))
+        deliver(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines),
+                _files(plan, counts, args.plan_out, args.picture))
     return 0
 
 
@@ -344,13 +345,20 @@ def _target_layout(text: str | None) -> Layout | None:
         raise Refused(f"--target-layout: {error}") from None
 
 
-def _keep(plan: Plan, counts: Repetition | None, plan_out: Path | None, picture: Path | None) -> None:
-    """Write the plan and its picture where they are asked for."""
-    if plan_out is not None:
+def _files(plan: Plan, counts: Repetition | None, plan_out: Path | None,
+           picture: Path | None) -> dict[str, Callable[[], None]]:
+    """By their flags, what writes the plan and its picture where they are asked for."""
+    def write() -> None:
+        assert plan_out is not None
         write_atomically(plan_out, json.dumps(plan_json(plan, counts), indent=1, allow_nan=False) + "\n")
-    if picture is not None:
+
+    def draw() -> None:
         from gt_jax.monitoring.plots import plot_plan
+        assert picture is not None
         plot_plan(plan, picture)
+
+    asked = {f"--plan-out {plan_out}": write} if plan_out is not None else {}
+    return {**asked, f"--picture {picture}": draw} if picture is not None else asked
 
 
 def _dry_run(plan: Plan, counts: Repetition | None, settings: Mapping[str, Any], source: _Source | None,
@@ -376,9 +384,6 @@ def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition
     `source` is the checkpoint that SRC names.
     """
     from gt_jax.growth import stream
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     result = stream.grow_checkpoint(
         source, args.target, plan=plan, carry=settings["carry"], noise_std=settings["noise_std"],

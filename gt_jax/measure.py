@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from gt_jax.errors import Refused, run_command
-from gt_jax.files import write_atomically
+from gt_jax.errors import Failed, Refused, deliver, run_command, say
+from gt_jax.files import local_path, write_atomically
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,10 +25,19 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.measure", description="Measure how many passes every layer uses."
     )
-    p.add_argument("checkpoint", type=Path, help="checkpoint or run directory of an adaptive model")
-    p.add_argument("-o", "--output", type=Path, help="JSON file to write (default: standard output)")
+    p.add_argument("checkpoint", type=local_path, help="checkpoint or run directory of an adaptive model")
+    p.add_argument("-o", "--output", type=local_path, help="JSON file to write (default: standard output)")
     add_text_arguments(p)
     return p
+
+
+def _refuse_not_finite(checkpoint: Path, result: Mapping[str, Any]) -> None:
+    """Raise `Refused` for a model that gives NaN: of NaN, `k_exec` would be all passes, which looks like a count."""
+    layers = [one for name, one in result.items() if name != "_meta"]
+    numbers = [result["_meta"]["loss"], *(number for one in layers for number in (*one["alive"], *one["survival"]))]
+    if not all(map(math.isfinite, numbers)):
+        raise Refused(f"{checkpoint}: loss or passes are not finite (NaN or infinite), so there is nothing to count; "
+                      "its training diverged, or its weights are damaged")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     from gt_jax.evaluation.loading import text_config
     from gt_jax.evaluation.measurement import measure_checkpoint
+    from gt_jax.monitoring.metrics import json_values
 
     if arguments.output is not None:
         from gt_jax.checkpoints.checkpoint import prepare_parent
@@ -43,13 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise Refused(f"{arguments.output} exists; choose another -o")
         prepare_parent(arguments.output)
     result = measure_checkpoint(arguments.checkpoint, text_config(arguments), arguments.batches)
+    _refuse_not_finite(arguments.checkpoint, result)
     for note in result["_meta"]["notes"]:
-        print(f"note: {note}", file=sys.stderr)
-    text = json.dumps(result, indent=1) + "\n"
+        say(f"note: {note}")
+    text = json.dumps(json_values(result), indent=1, allow_nan=False) + "\n"
     if arguments.output is None:
         print(text, end="")
         return 0
-    write_atomically(arguments.output, text)
+    try:
+        write_atomically(arguments.output, text)
+    except OSError as error:  # minutes of work are not lost for that
+        deliver(text.rstrip())
+        raise Failed(f"-o {arguments.output} could not be written ({error}); the counts are on standard output, in its "
+                     "place") from error
     counts = [result[f"layer{i}"]["k_exec"] for i in range(len(result) - 1)]
     figures = ((name, sum(result[f"layer{i}"][name] for i in range(len(counts))) / len(counts))
                for name in ("mean_weight", "passes_run", "passes_computed"))  # fmt: skip

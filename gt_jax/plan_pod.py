@@ -15,12 +15,11 @@ import importlib.util
 import json
 import math
 import re
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
-from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.errors import Refused, refuse_all, run_command, say
+from gt_jax.files import local_path
 
 GIB, MIB = 1 << 30, 1 << 20
 TOKENS = 1 << 19  # of a batch, where no --batch is given
@@ -32,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = argparse.ArgumentParser(prog="python -m gt_jax.plan_pod", description="Compile the training step for a pod.")
     p.add_argument("--preset", default="8b", help="the model; see python -m gt_jax.describe --help")
-    p.add_argument("--model", type=Path, metavar="FILE", help="JSON of config fields that differ from the preset")
+    p.add_argument("--model", type=local_path, metavar="FILE", help="JSON of config fields that differ from the preset")
     p.add_argument("--remat", choices=get_args(Remat), help="what the backward pass computes again")
     p.add_argument("--topology", required=True, help="v5e, v5p, v6e or tpu7x and its shape, for example v5p:4x4x4")
     p.add_argument("--mesh", help="sizes of the axes, for example data=1,fsdp=16,tensor=4; the others are 1")
@@ -131,7 +130,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     tried = []
     for sizes, parts in chosen(arguments, job, len(devices)):
         words = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-        print(f"compiling for {topology.name}: {words}, batch in {parts} part(s)", file=sys.stderr, flush=True)
+        say(f"compiling for {topology.name}: {words}, batch in {parts} part(s)")
         mesh = make_mesh(**sizes, devices=devices)
         one = Job(job.model, job.batch, job.sequence, parts)
         row = compile_step(one, mesh, topology.chip.device_memory)

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gt_jax.errors import Refused, refuse_all, run_command
-from gt_jax.files import write_atomically
+from gt_jax.errors import Failed, Refused, first_line, refuse_all, run_command, say
+from gt_jax.files import local_path, write_atomically
 from gt_jax.monitoring.alerts import texts
 from gt_jax.monitoring.run_page import Run, page, picture, read_run
 
@@ -27,7 +26,8 @@ from gt_jax.monitoring.run_page import Run, page, picture, read_run
 def write_report(sources: Sequence[Path], output: Path, png: Path | None = None, overwrite: bool = False) -> list[Run]:
     """Write the page, and the picture by itself to `png`; returns the runs.
 
-    Raises `Refused` that lists all that keeps it from being written, before anything is.
+    Raises `Refused` that lists all that keeps it from being written, before anything is, and `Failed` where the curves
+    could not be drawn; the page is written then.
     """
     wrong = [f"{source} is named twice" for n, source in enumerate(sources) if source in sources[:n]]
     wrong += _unwritable("-o", output, overwrite) + ([] if png is None else _unwritable("--png", png, overwrite))
@@ -37,13 +37,23 @@ def write_report(sources: Sequence[Path], output: Path, png: Path | None = None,
         wrong.append(f"--png {png}: pictures are PNG; name it {png.with_suffix('.png').name}")
     refuse_all(wrong, "the report cannot be written:")
     runs = [read_run(source) for source in sources]
-    image = picture(runs)
-    if png is not None and image is None:
+    image, problem = _curves(runs)
+    if png is not None and image is None and problem is None:
         raise Refused(f"--png {png}: no run has metrics to draw yet; leave it out, or come back later")
-    write_atomically(output, page(runs, image))
+    write_atomically(output, page(runs, image, problem))
+    if problem is not None:
+        raise Failed(f"{output} is written, without curves: they could not be drawn ({problem})")
     if png is not None and image is not None:
         write_atomically(png, image)
     return runs
+
+
+def _curves(runs: Sequence[Run]) -> tuple[bytes | None, str | None]:
+    """The picture, and why there is none if it could not be drawn: the table and the alerts are not lost for that."""
+    try:
+        return picture(runs), None
+    except Exception as error:  # noqa: BLE001 - of a library that draws, any; it is said on the page and raised later
+        return None, first_line(error)
 
 
 def _unwritable(flag: str, path: Path, overwrite: bool) -> list[str]:
@@ -61,9 +71,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("run", type=Path, nargs="+", help="run directories, of gt_jax.train")
-    p.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html", help="the page to write")
-    p.add_argument("--png", type=Path, metavar="FILE.png", help="write the picture by itself too")
+    p.add_argument("run", type=local_path, nargs="+", help="run directories, of gt_jax.train")
+    p.add_argument("-o", "--output", type=local_path, required=True, metavar="FILE.html", help="the page to write")
+    p.add_argument("--png", type=local_path, metavar="FILE.png", help="write the picture by itself too")
     p.add_argument("--overwrite", action="store_true", help="replace files that are there")
     return p
 
@@ -74,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = write_report(arguments.run, arguments.output, arguments.png, arguments.overwrite)
     for run in runs:
         for text in texts(run.found):
-            print(f"{run.name}: {text}", file=sys.stderr)
+            say(f"{run.name}: {text}")
     count = sum(len(run.found) for run in runs)
     print(f"{len(runs)} run{'s' * (len(runs) != 1)}, {count} alert{'s' * (count != 1)}: {arguments.output}")
     return 0

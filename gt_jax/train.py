@@ -10,14 +10,16 @@ python -m gt_jax.train runs/d --start grown --thaw under-served --thaw-steps 200
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from gt_jax.devices.flags import add_mesh_flags, add_process_flags, wrong_process_flags
-from gt_jax.errors import Refused, refuse_all, run_command
+from gt_jax.errors import Refused, refuse_all, run_command, say
+from gt_jax.files import local_name, local_path
 
 UNDER_SERVED = "under-served"
 
@@ -32,18 +34,19 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.train", description="Train a language model that decides its depth."
     )
-    p.add_argument("run", type=Path, help="directory of the run: config, metrics, checkpoints")
+    p.add_argument("run", type=local_path, help="directory of the run: config, metrics, checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
     model = p.add_argument_group("model")
     model.add_argument("--preset", help="tiny (default), small, tiny_3b, 3b, ...; see python -m gt_jax.describe --help")
-    model.add_argument("--model", type=Path, metavar="FILE",
+    model.add_argument("--model", type=local_path, metavar="FILE",
                        help="JSON object of config fields to change, nested as describe --json prints them; null: off")
     model.add_argument("--layout", help="another depth, for example DDDG*3")
     model.add_argument("--gates", choices=("features", "state"), help="what the halting heads see: features of the "
                        "pass, or the token's state and the number of the pass too (default: as the preset has it)")
     model.add_argument("--plain", action="store_true", help="no adaptive depth: every layer runs once")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
-    model.add_argument("--start", help="checkpoint to start from, for example a grown one; brings its own config")
+    model.add_argument("--start", type=local_path,
+                       help="checkpoint to start from, for example a grown one; brings its own config")
     model.add_argument("--moments", choices=get_args(MomentsOf),
                        help="the optimizer's moments that a run with --start begins with: those that it holds, else "
                        "fresh ones")
@@ -52,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
     add_source_flags(data, "text files, or JSON lines in *.jsonl (default: the Python library's sources)")
     data.add_argument("--curriculum", type=float, metavar="F", help="the hardest difficulty of the tasks rises over "
                       "this fraction of the run (0: all difficulties from the start)")  # fmt: skip
-    data.add_argument("--tokenizer", help="bytes, a tokenizer.json, a SentencePiece .model or their folder (default: "
-                      "what --start was trained with, else bytes)")  # fmt: skip
+    data.add_argument("--tokenizer", type=local_name, help="bytes, a tokenizer.json, a SentencePiece .model or their "
+                      "folder (default: what --start was trained with, else bytes)")  # fmt: skip
     data.add_argument("--sequence-length", type=int)
     data.add_argument("--batch-size", type=int, help="rows a step")
     data.add_argument("--held-out", type=float, help="share of the text that is only evaluated on")
@@ -113,10 +116,20 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
     thaw = thaw_config(arguments, train.thaw, start.get("start", base.start))
     train = train.replace(**own, optimizer=optimizer, price=price, thaw=thaw)
-    sources = source_fields(arguments)
-    shape = pick("tokenizer", "sequence_length", "batch_size", "held_out", "seed")
+    sources = {name: _from_anywhere(name, value) for name, value in source_fields(arguments).items()}
+    shape = pick("sequence_length", "batch_size", "held_out", "seed")
+    shape |= {"tokenizer": _from_anywhere("tokenizer", given["tokenizer"])} if "tokenizer" in given else {}
     data = with_curriculum(base.data.replace(**sources, **shape), arguments.curriculum, train.steps)
     return base.replace(model=model, train=train, data=data, **start)
+
+
+def _from_anywhere(name: str, value: Any) -> Any:
+    """A field of the data that names files, with their whole paths: they are read again from other folders."""
+    from gt_jax.configs.data import BYTES
+
+    if name in ("text", "json_lines"):
+        return tuple(map(os.path.abspath, value))
+    return os.path.abspath(value) if name in ("tfds_dir", "tokenizer") and value and value != BYTES else value
 
 
 def with_gates(model: Any, sees: str | None) -> Any:
@@ -205,7 +218,7 @@ def under_served_children(start: str | None) -> tuple[int, ...]:
         raise Refused(f"--thaw {UNDER_SERVED}: the plan of {start} gave every layer what it asked for; leave out "
                       "--thaw, or name target layers, for example --thaw 3,7,11")
     for one in found:
-        print(f"thaw: {one}", file=sys.stderr)
+        say(f"thaw: {one}")
     return tuple(sorted(layer for one in found for layer in one.children))
 
 
@@ -225,25 +238,61 @@ def default_config(arguments: argparse.Namespace) -> Any:
         stored = read_run_config(arguments.run)
         if arguments.preset and preset(arguments.preset) != stored.model:
             raise Refused(f"{arguments.run} does not train preset {arguments.preset}; leave --preset out to resume it")
-        return stored
+        return resumed(stored, arguments)
     if arguments.start is None:
         return RunConfig(model=preset(arguments.preset or "tiny"))
     if arguments.preset or arguments.layout or arguments.plain or arguments.model or arguments.gates:
         raise Refused("--start brings its own model; leave out --preset, --model, --layout, --gates and --plain")
-    start = open_checkpoint(arguments.start)
+    place, start = str(arguments.start), open_checkpoint(arguments.start)
     tokenizer = chosen_tokenizer(start.metadata, arguments.tokenizer, f"--start {arguments.start}")
     model, runs = start.config, trainings(start.metadata)
     moments: MomentsOf = "fresh" if lacking_moments(abstract(model)["params"], start.tensors) else "carried"
     moments = arguments.moments or moments
     if not runs:
         train = TrainConfig(moments=moments)
-        return RunConfig(model=model, train=train, data=DataConfig(tokenizer=tokenizer), start=arguments.start)
+        return RunConfig(model=model, train=train, data=DataConfig(tokenizer=tokenizer), start=place)
     before, at = RunConfig.from_json(runs[0]["run"]), standing(start.metadata)
     train = TrainConfig(optimizer=before.train.optimizer, price=before.train.price, moments=moments)
     if at is not None:
         steps = TrainConfig.steps if arguments.steps is None else arguments.steps
         train = gone_on(before.train, at.step, steps, arguments.learning_rate, moments)
-    return RunConfig(model=model, data=before.data.replace(tokenizer=tokenizer), train=train, start=arguments.start)
+    return RunConfig(model=model, data=before.data.replace(tokenizer=tokenizer), train=train, start=place)
+
+
+def resumed(stored: Any, arguments: argparse.Namespace) -> Any:
+    """`stored` (a RunConfig) with text and tokenizer where its newest step has them: its own copy of the tokenizer
+    where the file is another or not there, the text where it lay when that step was trained.
+
+    Raises `Refused` where other text is named for a run without a step: nothing would know that it is the same.
+    """
+    from gt_jax.checkpoints.folders import Damaged
+    from gt_jax.checkpoints.opened import open_checkpoint
+    from gt_jax.configs.data import DataConfig
+    from gt_jax.configs.lineage import TOKENIZER_FILE
+    from gt_jax.configs.tokenizer_file import read_tokenizer_file
+    from gt_jax.text.flags import source_fields
+
+    named = {**source_fields(arguments), **({"tokenizer": arguments.tokenizer} if arguments.tokenizer else {})}
+    moved = [name for name in ("text", "json_lines", "tfds_dir", "tokenizer") if name in named
+             and _from_anywhere(name, named[name]) != _from_anywhere(name, getattr(stored.data, name))]  # fmt: skip
+    try:
+        metadata = open_checkpoint(arguments.run).metadata
+    except Damaged:
+        return stored  # an older step may be whole: the training finds it
+    except Refused:
+        if moved:
+            raise Refused(f"{arguments.run} has no step yet that would know whether data.{', data.'.join(moved)} hold "
+                          "what they did; name them as it was started, or start another run") from None  # fmt: skip
+        return stored
+    data = DataConfig.from_json(metadata["run"]["data"]) if isinstance(metadata.get("run"), dict) else stored.data
+    if (file := metadata.get(TOKENIZER_FILE)) is not None:
+        try:
+            own = read_tokenizer_file(data.tokenizer).sha256 == file["sha256"]
+        except Refused:
+            own = False
+        data = data.replace(tokenizer=data.tokenizer if own else file["path"])
+    return stored.replace(data=stored.data.replace(text=data.text, json_lines=data.json_lines, tfds_dir=data.tfds_dir,
+                                                   tokenizer=data.tokenizer))  # fmt: skip
 
 
 def start_folder(arguments: argparse.Namespace) -> str | None:
@@ -279,13 +328,14 @@ def _train(arguments: argparse.Namespace, group: Any) -> int:
 
     from gt_jax.devices.sharding import MESH_AXES, make_mesh
     from gt_jax.training.loop import train_run
+    from gt_jax.training.stopping import Interrupted
 
     arguments.start = group.gather(group.agree(lambda: start_folder(arguments)))[0]
     config = group.agree(lambda: run_config(arguments, default_config(arguments)))
     asked = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_AXES}
     given = {axis: size for axis, size in asked.items() if size is not None}
     mesh = group.agree(lambda: make_mesh(**given))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.suppress(Interrupted):  # asked to stop, and saved: as after SIGTERM
         train_run(
             arguments.run, config, resume=arguments.resume, group=group, tensorboard=arguments.tensorboard
         )

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
-from gt_jax.errors import refuse_all, run_command
+from gt_jax.errors import deliver, refuse_all, run_command, say
 from gt_jax.evaluation.loading import add_text_arguments, text_config
+from gt_jax.files import local_path
 from gt_jax.monitoring.picture_file import refuse_picture
 
 if TYPE_CHECKING:
@@ -36,8 +35,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("source", type=Path, help="the adaptive checkpoint")
-    p.add_argument("target", type=Path, help="the checkpoint grown from it, or any of the same vocabulary")
+    p.add_argument("source", type=local_path, help="the adaptive checkpoint")
+    p.add_argument("target", type=local_path, help="the checkpoint grown from it, or any of the same vocabulary")
     add_text_arguments(p)
     p.add_argument("--jacobian-rows", type=int, metavar="N",
                    help="rows of text for the singular values of the layers (as few as the mesh can cut, 1 on one "
@@ -45,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--jacobian-iterations", type=int, default=20, metavar="N", help="of Lanczos' iteration (20)")
     p.add_argument("--curve", type=int, default=0, metavar="STEPS",
                    help="train the target so many steps more, in memory, and report the losses")  # fmt: skip
-    p.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the figures by layer")
+    p.add_argument("--picture", type=local_path, metavar="FILE.png", help="draw the figures by layer")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     add_device_flags(p)
     return p
@@ -75,7 +74,7 @@ def _verify(arguments: argparse.Namespace, group: ProcessGroup) -> None:
         result = verify(
             arguments.source, arguments.target, batches=arguments.batches, jacobian_rows=arguments.jacobian_rows,
             jacobian_iterations=arguments.jacobian_iterations, curve=arguments.curve, **named, group=group,
-            say=lambda line: print(line, file=sys.stderr, flush=True) if group.first else None,
+            say=lambda line: say(line) if group.first else None,
         )  # fmt: skip
     group.on_first(lambda: _show(result, arguments))
 
@@ -83,11 +82,13 @@ def _verify(arguments: argparse.Namespace, group: ProcessGroup) -> None:
 def _show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     from gt_jax.evaluation.verification_table import report_lines
 
-    if arguments.picture is not None:
+    def draw() -> None:
         from gt_jax.monitoring.plots import plot_verification
 
         plot_verification(result, arguments.picture)
-    print(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)))
+
+    deliver(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)),
+            {} if arguments.picture is None else {f"--picture {arguments.picture}": draw})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ COMMANDS = frozenset((
 BASE = ("errors", "files", "typing")
 ROOMS = {  # from the ground up: every room stands on rooms above it in this table
     "errors": (),
-    "files": (),
+    "files": ("errors",),
     "typing": (),
     "configs": BASE,
     "devices": BASE,

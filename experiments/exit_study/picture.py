@@ -9,10 +9,12 @@ from typing import Any
 from experiments.exit_study.figures import MODES
 from experiments.exit_study.findings import WORDS
 from experiments.exit_study.study import ExitStudy
+from gt_jax.monitoring.canvas import own_settings
 
 COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
 
 
+@own_settings()
 def draw(study: ExitStudy, found: Mapping[str, Any], path: Path) -> None:
     """PNG; the same figures give the same bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

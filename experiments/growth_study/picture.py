@@ -13,6 +13,7 @@ from experiments.growth_study.operators import BLOCK, CALIBRATED, DEALT, ONCE, O
 from experiments.growth_study.results import Units, of
 from experiments.growth_study.run import CONTROLS, SCRATCH_TOKENS
 from experiments.growth_study.study import StudyConfig
+from gt_jax.monitoring.canvas import own_settings
 
 _GREY = "#b5b5b5"
 _CONTROLS = ("#333333", "#999999", "#44AA77", "#7A5195", "#56B4E9")
@@ -33,6 +34,7 @@ def drawn(found: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     return [name for name in names if not any(found[name]["diverged"])]
 
 
+@own_settings()
 def draw(study: StudyConfig, units: Units, found: Mapping[str, Any], path: Path) -> None:
     """Three panels, PNG; the same figures give the same bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -49,8 +49,10 @@ from gt_jax.checkpoints.lock import is_held, only_writer
 from gt_jax.checkpoints.slices import SliceReader
 from gt_jax.checkpoints.tree_paths import combine_digests, differences, flatten, nest, storable
 from gt_jax.configs.model import ModelConfig
-from gt_jax.devices.processes import ProcessGroup
+from gt_jax.configs.tokenizer_file import TokenizerFile, as_stored, carried_tokenizer, to_store
+from gt_jax.devices.processes import ProcessGroup, end_together
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import refuse_address
 
 MODEL = ("params/", "statistics/")  # what paths of the model begin with
 _SCRATCH = "metadata"  # the name, in an unfinished checkpoint, of what Orbax saves for its metadata alone
@@ -71,11 +73,11 @@ def save(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> None:
     Raises `Refused` when the path exists, is being written, or its place is not writable, OSError when the disk is
     full; then nothing is left at `path`. On several processes every process calls it.
     """
-    target, unfinished, leaves = _prepare(path, tree, metadata)
+    target, unfinished, leaves, metadata, tokenizer = _prepare(path, tree, metadata)
 
     def work() -> None:
         orbax_store.save(unfinished, leaves, metadata)
-        on_primary(functools.partial(_publish, unfinished, target, _model_shapes(leaves)))
+        on_primary(functools.partial(_publish, unfinished, target, _model_shapes(leaves), tokenizer))
 
     with only_writer(target):
         on_primary(functools.partial(_make_room, unfinished, target))
@@ -89,7 +91,7 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
     with what another process had to raise; a checkpoint is there, whole, from the moment the writing ends. On several
     processes every process calls both. It is for the steps of a run: the caller holds the run's lock.
     """
-    target, unfinished, leaves = _prepare(path, tree, metadata)
+    target, unfinished, leaves, metadata, tokenizer = _prepare(path, tree, metadata)
     on_primary(lambda: _refuse_held(target))
     on_primary(functools.partial(_make_room, unfinished, target))
     if jax.default_backend() == "cpu":  # there "from the devices" copies nothing, and the caller may donate its arrays
@@ -100,9 +102,11 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
 
     def finish() -> None:
         try:
-            orbax_store.write(target, unfinished, lambda: _publish_alone(response, unfinished, target, model))
+            orbax_store.write(
+                target, unfinished, lambda: _publish_alone(response, unfinished, target, model, tokenizer))
         except Exception as error:  # noqa: BLE001 — raised again, where the caller waits
             errors.append(error)
+            end_together(error)  # the others would wait for this one's files
 
     thread = threading.Thread(target=finish, name=f"saving {target.name}")
     thread.start()
@@ -118,14 +122,18 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
     return wait
 
 
-def _prepare(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> tuple[Path, Path, dict[str, Any]]:
-    """(place, its name until it is whole, leaves by path) of a save."""
+def _prepare(
+    path: StrPath, tree: Any, metadata: Mapping[str, Any]
+) -> tuple[Path, Path, dict[str, Any], dict[str, Any], TokenizerFile | None]:
+    """(place, its name until it is whole, leaves by path, metadata, tokenizer to carry) of a save."""
+    refuse_address(path)
     target = Path(os.path.abspath(path))
     _refuse_existing(target)
     json.dumps(metadata)  # Orbax would find out too late
     leaves = storable(tree)
     prepare_parent(target)
-    return target, target.with_name(target.name + UNFINISHED), leaves
+    tokenizer = carried_tokenizer(metadata)
+    return target, target.with_name(target.name + UNFINISHED), leaves, to_store(metadata, tokenizer), tokenizer
 
 
 def _refuse_existing(target: Path) -> None:
@@ -144,11 +152,13 @@ def _make_room(unfinished: Path, target: Path) -> None:
     clear_save(unfinished)
 
 
-def _publish_alone(response: Any, unfinished: Path, target: Path, model: Mapping[str, Any]) -> None:
+def _publish_alone(
+    response: Any, unfinished: Path, target: Path, model: Mapping[str, Any], tokenizer: TokenizerFile | None
+) -> None:
     """When all processes have written, one publishes; in a thread, where processes cannot wait for each other."""
     response.result()
     if jax.process_index() == 0:
-        _publish(unfinished, target, model)
+        _publish(unfinished, target, model, tokenizer)
 
 
 def _model_shapes(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -156,8 +166,12 @@ def _model_shapes(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
             if name.startswith(MODEL)}
 
 
-def _publish(unfinished: Path, target: Path, model: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """Note what every file and every tensor of the model holds, then `publish`."""
+def _publish(
+    unfinished: Path, target: Path, model: Mapping[str, jax.ShapeDtypeStruct], tokenizer: TokenizerFile | None
+) -> None:
+    """Put the tokenizer beside, note what every file and every tensor of the model holds, then `publish`."""
+    if tokenizer is not None:
+        (unfinished / tokenizer.name).write_bytes(tokenizer.content)
     reader = SliceReader(unfinished, model)
     with ThreadPoolExecutor(THREADS) as pool:
         note_checksums(unfinished, dict(zip(model, pool.map(reader.checksum, model), strict=True)))
@@ -176,10 +190,14 @@ def write_metadata(folder: Path, names: Collection[str], metadata: Mapping[str, 
     """
     scratch = folder / _SCRATCH
     on_primary(functools.partial(remove, scratch))
+    tokenizer = carried_tokenizer(metadata)
+    metadata = to_store(metadata, tokenizer)
     numbers = {name: np.zeros((), np.float32) for name in names}
     orbax_store.write(folder, scratch, lambda: orbax_store.save(scratch, numbers, metadata), database=False)
     if jax.process_index() != 0:
         return
+    if tokenizer is not None:
+        (folder / tokenizer.name).write_bytes(tokenizer.content)
     for file in sorted(scratch.rglob("*")):
         if file.is_file() and file.relative_to(scratch).parts[0] != "state":
             sync(file)
@@ -253,7 +271,7 @@ def described(where: Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, A
     """`describe` of a checkpoint of which it does not matter whether it is whole."""
     found, metadata = orbax_store.metadata(where)
     leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in found.items()}
-    return dict(sorted(leaves.items())), metadata
+    return dict(sorted(leaves.items())), as_stored(metadata, where)
 
 
 def load_model(path: StrPath, abstract: Any = None) -> Model:

@@ -6,6 +6,7 @@ Nothing here reads values, so that a look at a folder costs a few small files.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import Refused
-from gt_jax.files import sync
+from gt_jax.files import refuse_address, sync
 
 UNFINISHED = ".unfinished"  # a save that is under way, or was killed
 JOURNALS = "journal.*.jsonl"  # what a growth has finished so far, in the unfinished folder
@@ -39,6 +40,7 @@ def resolve(path: StrPath, warn: Callable[[str], None] | None = None) -> Path:
     `warn` hears of newer steps that are damaged. Raises `Refused` (`Damaged` when a checkpoint was begun) with what
     was found instead of a checkpoint.
     """
+    refuse_address(path)
     place = Path(os.path.abspath(path))
     if not place.exists():
         unfinished = place.with_name(place.name + UNFINISHED)
@@ -116,11 +118,19 @@ def refuse_temporary_name(target: Path) -> None:
         raise Refused(f"{target} ends in {ending}, which is how what is not finished is named; choose another name")
 
 
+def refuse_inside(target: Path) -> None:
+    """Raise `Refused` for a target inside a checkpoint, which goes as a whole when it is too old."""
+    for folder in Path(os.path.abspath(target)).parents:
+        if (folder / "_CHECKPOINT_METADATA").exists():
+            raise Refused(f"{target} would lie in the checkpoint {folder}, and go when that does; name another place")
+
+
 def prepare_parent(target: Path) -> None:
     """Make the folder `target` will lie in; raises `Refused` when that is not possible or it is not writable.
 
     And for a `target` that is named as what is not finished.
     """
+    refuse_address(target)
     refuse_temporary_name(target)
     new = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
@@ -180,7 +190,9 @@ def remove(unfinished: Path) -> bool:
     return bool(found)
 
 
-def set_aside(source: Path, target: Path) -> None:
-    """Rename a damaged checkpoint, in place of one that was set aside before."""
-    shutil.rmtree(target, ignore_errors=True)
+def set_aside(source: Path) -> Path:
+    """Rename a damaged checkpoint to SOURCE.damaged, or .damaged2 and so on where that is taken; returns the name."""
+    names = (source.with_name(f"{source.name}.damaged{number}") for number in itertools.chain([""], itertools.count(2)))
+    target = next(name for name in names if not os.path.lexists(name))
     os.rename(source, target)
+    return target

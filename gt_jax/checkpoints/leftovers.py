@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gt_jax.checkpoints.folders import CHECKSUMS, FILES, JOURNALS, TEMPORARY, UNFINISHED
 from gt_jax.checkpoints.lock import is_held
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, refuse_all
 
 SAVE, GROWTH, ARRAYS, EMPTY = "save", "growth", "arrays", "nothing"
 _ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt", "orbax.checkpoint", "state")
@@ -65,3 +65,19 @@ def clear_steps(run: Path) -> None:
         step = _STEP.fullmatch(entry.name)
         if step and kind_of(entry) in (SAVE, EMPTY) and not is_held(entry.with_name(step[1])):
             shutil.rmtree(entry)
+
+
+def refuse_taken_names(run: Path, done: int, last: int) -> None:
+    """Raise `Refused` where somebody else's files have the names of steps that a run has yet to save, all listed.
+
+    Better before training than at a save in the middle of it.
+    """
+    wrong = []
+    for entry in sorted(run.iterdir()):
+        step = _STEP.fullmatch(entry.name)
+        number = step[1] if step else entry.name
+        if not number.isdecimal() or not done < int(number) <= last:
+            continue
+        if kind_of(entry) not in (SAVE, EMPTY) if step else not entry.is_dir() or entry.is_symlink():
+            wrong.append(f"{entry} is no save of this run, which needs the name at step {number}; move it away")
+    refuse_all(wrong, f"{run} cannot be trained on:")

@@ -3,8 +3,9 @@
 - The file is `.NAME.gt_jax-lock` and says that it is a lock of ours; one of that name that says something else is
   refused and left as it is. The last that holds it unlinks it. A killed process lets go of it; the file may stay.
 - All processes of a job hold it, shared (flock), so it is taken as long as one of them lives. Process 0 takes it alone
-  first and writes the job's name. To hold it alone and then shared is not one step: another job may come between. So a
-  job has the lock when the file still has its name once it is held shared; from then on nobody can write another.
+  first and writes the job's name, and who it is for whoever is refused. To hold it alone and then shared is not one
+  step: another job may come between. So a job has the lock when the file still has its name once it is held shared;
+  from then on nobody can write another.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
 import stat
 import uuid
 from collections.abc import Iterator
@@ -23,7 +25,8 @@ from gt_jax.errors import Refused
 
 _MARK = b"gt_jax lock of job "
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_BYTES = len(_MARK) + len(uuid.uuid4().hex)  # a lock of ours has so many, or none where a kill came first
+_BYTES = len(_MARK) + len(uuid.uuid4().hex)  # a lock of ours has so many, or none where a kill came first …
+_HOLDER = 512  # … and at most so many that say who holds it
 
 
 def lock_file(target: Path) -> Path:
@@ -72,10 +75,11 @@ def _take(path: Path, target: Path) -> int:
         file = _open(path)
         try:
             _flock(file, fcntl.LOCK_EX, path, target)
+            os.ftruncate(file, 0)  # the name of a holder that is dead
             if not _is(file, path):  # whoever held it has unlinked it since it was opened
                 os.close(file)
                 continue
-            os.pwrite(file, content, 0)
+            os.pwrite(file, content + f", {_this_process()}\n".encode()[:_HOLDER], 0)
             _flock(file, fcntl.LOCK_SH, path, target)
             if _content(file) != content:
                 raise _busy(path, target)
@@ -129,7 +133,7 @@ def _open(path: Path) -> int:
         raise
     try:
         size = os.fstat(file).st_size
-        ours = size == 0 or (size == _BYTES and _content(file).startswith(_MARK))
+        ours = size == 0 or (_BYTES <= size <= _BYTES + _HOLDER and _content(file).startswith(_MARK))
         if not (stat.S_ISREG(os.fstat(file).st_mode) and ours):
             raise _foreign(path)
     except BaseException:
@@ -154,6 +158,20 @@ def _content(file: int) -> bytes:
     return os.pread(file, _BYTES, 0)
 
 
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _holder(path: Path) -> str:
+    """Who holds the lock, as far as its file says."""
+    try:
+        with open(path, "rb") as file:
+            said = file.read(_BYTES + _HOLDER)[_BYTES:].decode(errors="replace").strip(", \n")
+    except OSError:  # it has let go meanwhile
+        said = ""
+    return "".join(char for char in said if char.isprintable()) or "it has not said who it is"
+
+
 def _is(file: int, path: Path) -> bool:
     """Whether the open file is still the one of that name."""
     try:
@@ -163,7 +181,8 @@ def _is(file: int, path: Path) -> bool:
 
 
 def _busy(path: Path, target: Path) -> Refused:
-    return Refused(f"another process is writing {target} at this moment ({path} is locked)")
+    return Refused(f"another process is writing {target} at this moment ({_holder(path)}; {path} is locked); wait for "
+                   "its end, or stop it")
 
 
 def _foreign(path: Path) -> Refused:

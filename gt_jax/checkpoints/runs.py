@@ -104,11 +104,12 @@ class RunCheckpoints:
                 problems[step] = str(error)
                 continue
             for damaged, problem in problems.items():
-                aside = folders[damaged].with_name(f"{damaged}.damaged")
-                self._warn(f"{problem}; set aside as {aside}, step {step} is used")
-                on_primary(functools.partial(set_aside, folders[damaged], aside))
+                on_primary(functools.partial(self._set_aside, folders[damaged], problem, step))
             return found
         raise Damaged("\n".join([f"no step of the run {self.root} can be read:", *problems.values()]))
+
+    def _set_aside(self, folder: Path, problem: str, used: int) -> None:
+        self._warn(f"{problem}; set aside as {set_aside(folder)}, step {used} is used")
 
     @staticmethod
     def _together(group: ProcessGroup, work: Callable[[], T]) -> T:
@@ -128,6 +129,8 @@ class RunCheckpoints:
             if step in self.always:
                 continue
             old = self.root / f"{step}{UNFINISHED}"
+            if os.path.lexists(old):  # somebody's: what a save left there is cleared before the next one begins
+                continue
             os.rename(self.root / str(step), old)  # a kill while deleting must not leave half a step
             shutil.rmtree(old)
 

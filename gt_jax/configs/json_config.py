@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import read_json
 
 C = TypeVar("C", bound="Config")
 
@@ -22,7 +23,10 @@ class Config:
         return []
 
     def __post_init__(self) -> None:
-        refuse_all(self.problems(), f"{type(self).__name__} is not valid:")
+        # first: every comparison with NaN is false, so that `problems` would find nothing wrong with it
+        wrong = [f"{field.name} is {value}; it must be finite" for field in dataclasses.fields(self)  # type: ignore[arg-type]
+                 if not _finite(value := getattr(self, field.name))]
+        refuse_all(wrong or self.problems(), f"{type(self).__name__} is not valid:")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back to an equal config."""
@@ -58,7 +62,7 @@ class Config:
 def read_object(path: Path, flag: str) -> dict[str, Any]:
     """The JSON object in a file that `flag` names; raises `Refused` for anything else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise Refused(f"{flag} {path} cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):
@@ -75,6 +79,12 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         result[name] = merged(old, value) if both else value  # type: ignore[arg-type]
     return result
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _plain(value: Any) -> Any:

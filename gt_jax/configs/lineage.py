@@ -13,13 +13,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 LINEAGE = "lineage"
+TOKENIZER_FILE = "tokenizer_file"  # what a checkpoint carries (gt_jax/configs/tokenizer_file.py)
 Record = dict[str, Any]
 
 _OWN = {  # what each kind of step writes, in the order in which they can follow each other in old metadata
     "converted": ("converted_from",), "grown": ("grown_from",), "calibrated": ("calibrated",),
     "train": ("run", "data", "files", "text", "price"),
 }  # fmt: skip
-_SHARED = ("step", "tokenizer")
+_SHARED = ("step", "tokenizer", TOKENIZER_FILE)
 
 
 def chain(metadata: Mapping[str, Any]) -> list[Record]:
@@ -118,7 +119,9 @@ def _training(record: Mapping[str, Any]) -> list[str]:
     files: Iterable[Any] = record.get("files") or ()
     lines += [f"file {file['path']}" + _hash("sha256", file["sha256"]) for file in files]
     at = f", {position['batches']} batches read" if isinstance(position, Mapping) and "batches" in position else ""
-    lines.append(f"tokenizer {data.get('tokenizer', 'bytes')}, rows of {data.get('sequence_length')}, held out "
+    carried_file = record.get(TOKENIZER_FILE)
+    own = _hash("sha256", carried_file.get("sha256")) if isinstance(carried_file, Mapping) else ""
+    lines.append(f"tokenizer {data.get('tokenizer', 'bytes')}{own}, rows of {data.get('sequence_length')}, held out "
                  f"{data.get('held_out')}{at}")  # fmt: skip
     if optimizer:
         price = f", price {record['price']:.4g}" if isinstance(record.get("price"), float) else ""

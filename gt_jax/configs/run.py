@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +13,7 @@ from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.thaw import ThawConfig
 from gt_jax.errors import Refused
+from gt_jax.files import addresses, read_json
 
 MomentsOf = Literal["fresh", "carried"]
 
@@ -44,6 +44,8 @@ class TrainConfig(Config):
         wrong = below(self, 1, "steps", "evaluation_batches", "keep", "accumulate", "max_nonfinite_steps")
         if self.thaw is not None and self.thaw.steps > self.steps:
             wrong.append(f"thaw.steps is {self.thaw.steps}; the run has {self.steps} steps, it can be at most that")
+        wrong += [f"{name} is {value}; it must be below 2**{bits}" for name, value, bits in
+                  (("steps", self.steps, 31), ("seed", self.seed, 32)) if value >= 2**bits]
         return wrong + below(self, 0, "seed", "evaluate_every", "checkpoint_every")
 
 
@@ -57,7 +59,7 @@ class RunConfig(Config):
     start: str | None = None
 
     def problems(self) -> list[str]:
-        wrong = []
+        wrong = addresses(start=self.start)
         if self.model.vocab < 257 and self.data.tokenizer == BYTES:
             wrong.append(f"model.vocab is {self.model.vocab}; bytes and the end of a document need 257")
         if self.data.batch_size % max(self.train.accumulate, 1):
@@ -74,10 +76,18 @@ class RunConfig(Config):
         return wrong
 
 
+_PLACES = ("text", "json_lines", "tfds_dir", "tokenizer")
+
+
 def differences(a: Config, b: Config) -> list[str]:
-    """The fields in which two configs differ, `data.seed: 0 and 1`, nested ones by their path."""
+    """The fields in which two configs differ, `data.seed: 0 and 1`, nested ones by their path.
+
+    Where text and tokenizer lie is no difference: a position in the text knows what they hold by its hash.
+    """
     lines = []
     for field in dataclasses.fields(a):  # type: ignore[arg-type]
+        if isinstance(a, DataConfig) and field.name in _PLACES:
+            continue
         left, right = getattr(a, field.name), getattr(b, field.name)
         if isinstance(left, Config) and isinstance(right, Config):
             lines += [f"{field.name}.{line}" for line in differences(left, right)]
@@ -90,9 +100,11 @@ def read_run_config(run: Path) -> RunConfig:
     """The config of a run directory; raises `Refused` where there is none or it does not parse."""
     file = run / "config.json"
     try:
-        data = json.loads(file.read_text())
+        data = read_json(file)
     except FileNotFoundError as error:
         raise Refused(f"{run} is no run directory (it has no config.json); start one without --resume") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError, IsADirectoryError) as error:
+    except (ValueError, NotADirectoryError, IsADirectoryError) as error:
         raise Refused(f"{file} cannot be read as a run's config: {error}") from error
+    if not isinstance(data, dict):
+        raise Refused(f"{file} cannot be read as a run's config: it is no JSON object")
     return RunConfig.from_json(data)

@@ -106,3 +106,34 @@ def gone_on(
         price=before.price.after(step, before.steps, steps),
         moments=moments,
     )
+
+
+def longer(train: TrainConfig, steps: int) -> TrainConfig:
+    """The training with more `steps`: what its fractions said of the beginning stays at the steps where it was.
+
+    That is the warm-up, and the phases and the speed of the price. The decay is the same share of the new number of
+    steps, so it comes later.
+    """
+    warm = train.optimizer.boundaries(train.steps)[0]
+    optimizer = train.optimizer.replace(warmup=warm / steps)
+    return train.replace(steps=steps, optimizer=optimizer, price=train.price.after(0, train.steps, steps))
+
+
+def going_on(before: TrainConfig, train: TrainConfig, step: int, run: Path) -> list[str]:
+    """What to say of a run that is resumed after `step` steps, its config then and now: nothing, where it just goes on.
+
+    Of one that is done, how it goes on; of one with more steps what they do to its learning rate.
+    """
+    if train.steps == before.steps:
+        return [f"all {step} steps are done; --resume --steps {2 * step} goes on"] if step >= train.steps else []
+    old, new = stood(before, step), stood(train, step)
+    falls = ("the cosine of the learning rate ends there" if train.optimizer.schedule == "cosine" else
+             f"the learning rate falls after step {new.top}" + (f", not {old.top}" if new.top != old.top else ""))
+    told = [f"{train.steps} steps instead of {before.steps}: {falls}; warm-up and the phases of the price "
+            "stay where they were"]
+    if new.learning_rate > 1.01 * old.learning_rate:
+        plateau = run / str(old.top)
+        better = f"; a new run with --start {plateau} goes on from the end of the plateau instead"
+        told.append(f"the rate rises again, from {old.learning_rate:.3g} to {new.learning_rate:.3g}: what the decay "
+                    f"had won is lost first{better if plateau.is_dir() else ''}")
+    return told

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from gt_jax.devices.meeting import split_address
+from gt_jax.errors import Refused
+
 
 def add_process_flags(group: argparse._ActionsContainer) -> None:
     """--coordinator, --processes and --process by hand, or --distributed."""
     group.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
     group.add_argument("--processes", type=int, metavar="N", help="how many there are; all see the same disk")
     group.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
+    group.add_argument("--process-timeout", type=float, default=60.0, metavar="SECONDS", help="how long processes wait "
+                       "for one that does not come, does not answer or has failed (60)")  # fmt: skip
     group.add_argument("--distributed", action="store_true",
                        help="several processes, as the cluster's own environment says (jax.distributed)")  # fmt: skip
 
@@ -33,9 +38,18 @@ def wrong_process_flags(args: argparse.Namespace) -> list[str]:
         return ["--distributed asks the cluster; --coordinator, --processes and --process say it by hand"]
     if any(value is not None for value in given) and any(value is None for value in given):
         return ["--coordinator, --processes and --process belong together"]
+    wrong = []
     if args.processes is not None and not 0 <= args.process < args.processes:
-        return [f"--process {args.process}: with --processes {args.processes} it is one of 0 to {args.processes - 1}"]
-    return []
+        wrong.append(f"--process {args.process}: with --processes {args.processes} it is one of 0 to "
+                     f"{args.processes - 1}")  # fmt: skip
+    if args.coordinator is not None:
+        try:
+            split_address(args.coordinator)
+        except Refused as error:
+            wrong.append(str(error))
+    if not 0 < args.process_timeout <= 86400:
+        wrong.append(f"--process-timeout is {args.process_timeout:g}; it is a number of seconds, up to a day")
+    return wrong
 
 
 def add_device_flags(p: argparse.ArgumentParser) -> None:

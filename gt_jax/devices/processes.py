@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -19,7 +21,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gt_jax.devices.flags import is_distributed
-from gt_jax.errors import Failed, Refused
+from gt_jax.devices.meeting import Watch, meet
+from gt_jax.errors import Failed, Refused, say_error
+
+_NOTICE = 2.0  # seconds until the watch has seen that a process died
 
 T = TypeVar("T")
 
@@ -80,21 +85,75 @@ class ProcessGroup:
         return sorted(own)
 
 
+_watch: list[Watch] = []  # that of this process, while it is one of several
+
+
 @contextlib.contextmanager
 def process_group(args: argparse.Namespace) -> Iterator[ProcessGroup]:
-    """Be one process of `jax.distributed`, as the flags say, while the context lasts; alone if they say nothing."""
+    """Be one process of `jax.distributed`, as the flags say, while the context lasts; alone if they say nothing.
+
+    Of processes that met by hand, what ends one ends all within `--process-timeout`, and an exception ends this process
+    here: JAX's own farewell would wait for the others. With --distributed they are JAX's alone, by the same timeout.
+    """
     if not is_distributed(args):
         yield ProcessGroup()
         return
-    by_hand = {"coordinator_address": args.coordinator, "num_processes": args.processes, "process_id": args.process}
     with _results_alone():
-        jax.distributed.initialize(**({} if args.distributed else by_hand))
+        if args.distributed:
+            _connect(args.process_timeout, {})
+            try:
+                yield _greeted()
+            finally:
+                jax.distributed.shutdown()
+            return
+        peers = meet(args.coordinator, args.processes, args.process, args.process_timeout)
+        _watch.append(Watch(peers, args.process, args.process_timeout))
         try:
-            group = ProcessGroup()
-            group.gather(None)
-            yield group
-        finally:
+            _connect(args.process_timeout, {"coordinator_address": args.coordinator, "num_processes": args.processes,
+                                            "process_id": args.process})  # fmt: skip
+            yield _greeted()
             jax.distributed.shutdown()
+        except BaseException as error:  # noqa: BLE001 - said here, where this process ends
+            if not isinstance(error, (Refused, Failed, OSError, KeyboardInterrupt)):
+                time.sleep(_NOTICE)  # a collective fails where a process has died: the watch knows which, and says it
+            end_together(error)
+        _watch.pop().leave()
+
+
+def end_together(error: BaseException) -> None:
+    """Where this process is one of several that met by hand: say why, end the others, and this one; else nothing."""
+    if not _watch:
+        return
+    code = say_error(error)
+    _watch[0].fail(str(error) or type(error).__name__, code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _greeted() -> ProcessGroup:
+    group = ProcessGroup()
+    group.gather(None)
+    return group
+
+
+def _connect(timeout: float, by_hand: dict[str, Any]) -> None:
+    """`jax.distributed.initialize`; raises `Refused` where JAX knows of no cluster, `Failed` where it does not connect.
+
+    Processes that met by hand watch each other, so that JAX, which would say it in C++, need not.
+    """
+    seconds = max(1, math.ceil(timeout))
+    try:
+        jax.distributed.initialize(
+            **by_hand, initialization_timeout=seconds, shutdown_timeout_seconds=seconds,
+            heartbeat_timeout_seconds=max(100, 3 * seconds) if by_hand else seconds,
+        )
+    except ValueError as error:
+        raise Refused(f"--distributed: JAX finds no cluster here ({error}); name the processes with --coordinator, "
+                      "--processes and --process") from error
+    except RuntimeError as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Failed(f"the processes did not connect within {seconds} s: {line}") from error
 
 
 @contextlib.contextmanager
@@ -108,7 +167,7 @@ def _results_alone() -> Iterator[None]:
     printed.flush()
     os.dup2(2, 1)
     try:
-        with open(results, "w", encoding=printed.encoding, closefd=False) as sys.stdout:
+        with open(results, "w", encoding=printed.encoding, errors=printed.errors, closefd=False) as sys.stdout:
             yield
     finally:
         sys.stdout = printed

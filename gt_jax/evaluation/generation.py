@@ -7,29 +7,45 @@ it was trained: states start empty, the memory is handed on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
-from gt_jax.errors import refuse_all
+from gt_jax.errors import Refused, refuse_all
 from gt_jax.models.language_model import LanguageModel, apply_network, empty_cache
 from gt_jax.models.layers.memory_stream import no_memory
 from gt_jax.typing import Tree
 
+NOT_FINITE = ("logits are not finite (NaN or infinite), so the model says nothing: its training diverged, or its "
+              "weights are damaged")
+_COLDEST = float(np.finfo(np.float32).tiny)
 
-def sample_token(key: Array, logits: Float[Array, "b v"], temperature: float, top_k: int | None) -> Int[Array, " b"]:
-    """A token from softmax(logits / temperature) over the `top_k` most likely; the most likely at temperature 0."""
-    if top_k is not None:
-        floor = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < floor, -jnp.inf, logits)
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, logits / temperature, axis=-1).astype(jnp.int32)
+
+def sample_token(
+    key: Key[Array, "*b"], logits: Float[Array, "b v"], temperature: float, top_k: int | None, top_p: float = 1.0
+) -> Int[Array, " b"]:
+    """A token a row from softmax(logits / temperature), of the `top_k` most likely, of these the fewest that have
+    together at least `top_p`; at least one.
+
+    `key` is one, or one a row. Temperature 0 takes the most likely, infinity any of those that are left alike.
+    """
+    count = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
+    best, ids = jax.lax.top_k(logits.astype(jnp.float32), count)
+    if temperature < _COLDEST or top_p == 0:  # a float32 would round such a temperature to 0
+        return ids[:, 0].astype(jnp.int32)
+    scaled = (best - best[:, :1]) / temperature  # the difference first: 0 / inf is 0, and no large number overflows
+    if top_p < 1:  # from the most likely down, those before which there is less than top_p
+        share = jax.nn.softmax(scaled)
+        scaled = jnp.where(jnp.cumsum(share, axis=-1) - share < top_p, scaled, -jnp.inf).at[:, 0].set(0.0)
+    keys = key if key.ndim else jax.random.split(key, len(logits))
+    place = jax.vmap(jax.random.categorical)(keys, scaled)
+    return jnp.take_along_axis(ids, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
 def sample(
@@ -40,13 +56,17 @@ def sample(
     *,
     temperature: float = 0.8,
     top_k: int | None = 40,
-    seed: int = 0,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] = 0,
     tokens: int | None = None,
     rules: Rules | None = None,
 ) -> Int[np.ndarray, "b n"]:
     """`length` tokens after each row of `prompt`; only the first `tokens` ids of the vocabulary are drawn.
 
-    Raises `Refused` for an empty prompt, a length below 1, a negative temperature or a top_k outside 1 … tokens.
+    A `top_k` above `tokens` means all. `seed` is of the first row, the next one's is one more, or a seed a row: a row
+    is drawn alike whatever the others are. Raises `Refused` for an empty prompt, ids outside the vocabulary, a length
+    below 1, a temperature below 0, a top_k below 1, a top_p outside 0 … 1, a seed of more than 32 bits, and for logits
+    that are not finite.
 
     >>> import gt_jax, numpy as np
     >>> config = gt_jax.preset("tiny").replace(layout="DG")
@@ -55,35 +75,53 @@ def sample(
     (1, 3)
     """
     tokens = config.vocab if tokens is None else tokens
-    wrong = [] if prompt.shape[1] else ["the prompt is empty; give at least one token"]
-    wrong += [] if length >= 1 else [f"length is {length}; it must be at least 1"]
-    wrong += [] if temperature >= 0 else [f"temperature is {temperature}; it must be 0 or more"]
-    if top_k is not None and not 1 <= top_k <= tokens:
-        wrong.append(f"top_k is {top_k}; it must lie in 1 … {tokens}")
-    refuse_all(wrong, "cannot sample:")
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed + row for row in range(len(prompt))]
+    wrong = [] if prompt.size else ["the prompt is empty; give at least one token"]
+    if prompt.size and not (prompt.min() >= 0 and prompt.max() < config.vocab):
+        wrong.append(f"the prompt has ids in {prompt.min()} … {prompt.max()}; the model's are 0 … {config.vocab - 1}")
+    wrong += [] if len(seeds) == len(prompt) else [f"there are {len(seeds)} seeds; the prompt has {len(prompt)} rows"]
+    wrong += [f"seed is {one}; it must lie in 0 … {2**32 - 1}" for one in seeds if not 0 <= one < 2**32]  # 2**32 is 0
+    wrong += [] if 1 <= tokens <= config.vocab else [f"tokens is {tokens}; it must lie in 1 … {config.vocab}"]
+    refuse_all(wrong + wrong_settings(length, temperature, top_k, top_p), "cannot sample:")
     model = LanguageModel(config, rules or Rules())
 
-    def run(variables: Tree, prompt: Array, key: Array) -> Array:
+    def run(variables: Tree, prompt: Array, keys: Array) -> tuple[Array, Array]:
         chunk = prompt.shape[1] + length if config.memory is None else config.memory.chunk
         state, filled = _prefill(model, variables, prompt, chunk, length)
-        keys, done, drawn = jax.random.split(key, length), 0, []
+        by_row = jax.vmap(lambda key: jax.random.split(key, length), out_axes=1)(keys)
+        done, drawn = 0, []
 
-        def step(state: _State, key: Array) -> tuple[_State, Array]:
-            token = sample_token(key, state.logits[:, :tokens], temperature, top_k)
+        def step(state: _State, keys: Array) -> tuple[_State, tuple[Array, Array]]:
+            logits = state.logits[:, :tokens]
+            token = sample_token(keys, logits, temperature, top_k, top_p)
             output = apply_network(model, variables, token[:, None], cache=state.cache, memory=state.entered)
-            return _State(output.cache, output.logits[:, -1], state.entered, output.memory), token
+            after = _State(output.cache, output.logits[:, -1], state.entered, output.memory)
+            return after, (token, jnp.isfinite(logits).all())
 
         while done < length:
             if filled == chunk:  # the next token opens a chunk: states start empty, the memory goes on
                 empty = empty_cache(config, prompt.shape[0], min(chunk, length - done))
                 state, filled = state._replace(cache=empty, entered=state.left), 0
             steps = min(chunk - filled, length - done)
-            state, piece = jax.lax.scan(step, state, keys[done : done + steps])
+            state, piece = jax.lax.scan(step, state, by_row[done : done + steps])
             filled, done = filled + steps, done + steps
             drawn.append(piece)
-        return jnp.moveaxis(jnp.concatenate(drawn), 0, 1)
+        found, finite = (jnp.concatenate(parts) for parts in zip(*drawn, strict=True))
+        return jnp.moveaxis(found, 0, 1), finite
 
-    return np.asarray(jax.jit(run)(variables, jnp.asarray(prompt, jnp.int32), jax.random.key(seed)))
+    keys = jnp.stack([jax.random.key(one) for one in seeds])
+    found, finite = map(np.asarray, jax.jit(run)(variables, jnp.asarray(prompt, jnp.int32), keys))
+    if not finite.all():
+        raise Refused(NOT_FINITE)
+    return found
+
+
+def wrong_settings(length: int, temperature: float, top_k: int | None, top_p: float) -> list[str]:
+    """What is wrong with the settings of `sample`, one line each."""
+    wrong = [] if length >= 1 else [f"length is {length}; it must be at least 1"]
+    wrong += [] if temperature >= 0 else [f"temperature is {temperature}; it must be 0 or more"]
+    wrong += [] if top_k is None or top_k >= 1 else [f"top_k is {top_k}; it must be at least 1, or None for all"]
+    return wrong + ([] if 0 <= top_p <= 1 else [f"top_p is {top_p}; it must lie in 0 … 1"])
 
 
 class _State(NamedTuple):

@@ -29,9 +29,11 @@ from gt_jax.typing import Tree
 
 
 def byte_lengths(tokenizer: Tokenizer) -> Int64[np.ndarray, " vocab"]:
-    """How many bytes each token stands for; 0 for the end of a document."""
+    """How many bytes each token stands for; 0 for the end of a document, and for what stands for unknown text."""
     lengths = np.fromiter(map(len, tokenizer.texts()), np.int64, tokenizer.vocab_size)
     lengths[tokenizer.end_of_document] = 0
+    if tokenizer.unknown is not None:
+        lengths[tokenizer.unknown] = 0
     return lengths
 
 

@@ -21,6 +21,8 @@ from jaxtyping import Array, Int, Int32
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, global_batch
+from gt_jax.errors import Refused
+from gt_jax.evaluation.generation import NOT_FINITE
 from gt_jax.models.language_model import LanguageModel, free_passes
 from gt_jax.models.memory_chunks import forward_rows
 from gt_jax.text.data import Answers
@@ -43,19 +45,25 @@ class Instance(NamedTuple):
 def held_out_instances(
     config: ModelConfig, variables: Tree, part: Answers, count: int, tokens: int
 ) -> list[Instance]:
-    """The first `count` held-out instances of a part; answers are drawn from the first `tokens` ids."""
+    """The first `count` held-out instances of a part; answers are the likeliest of the first `tokens` ids.
+
+    Raises `Refused` where logits are not finite: the likeliest of NaN is nothing that the model said.
+    """
     rules = Rules()
     network = LanguageModel(config, rules)
 
     @jax.jit
-    def most_likely(variables: Tree, batch: Batch) -> Int[Array, "b t"]:
+    def most_likely(variables: Tree, batch: Batch) -> tuple[Int[Array, "b t"], Array]:
         placed = shard_batch(batch, rules)
         logits, _ = forward_rows(network, variables, placed["tokens"], placed["segment_ids"], free_passes())
-        return jnp.argmax(logits[..., :tokens], axis=-1).astype(jnp.int32)
+        said = jnp.argmax(logits[..., :tokens], axis=-1).astype(jnp.int32)
+        return said, jnp.isfinite(logits).all()
 
     found: list[Instance] = []
     for batch in part.held_out(-(-count // part.config.batch_size)):
-        said = np.asarray(most_likely(variables, global_batch(batch, rules)))
+        said, finite = map(np.asarray, most_likely(variables, global_batch(batch, rules)))
+        if not finite:
+            raise Refused(NOT_FINITE)
         for row, segments in enumerate(batch["segment_ids"]):
             for segment in range(1, int(segments.max()) + 1):
                 here = segments == segment

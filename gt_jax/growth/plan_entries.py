@@ -6,7 +6,6 @@ Plans are data. They are printed, stored in the grown checkpoint and read back f
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from gt_jax.configs.layout import Layout, parse
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import read_json
 
 GATES = "gates"  # in place of a way to strengths: each token's own weight, in the model itself
 DEAD = 0.02  # a layer that adds less than this part of its update is dead: it costs a layer and does next to nothing
@@ -154,14 +154,12 @@ def read_object(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise Refused(f"plan file {path} is a directory; name a JSON file that --plan-out wrote")
     try:
-        text = path.read_text(encoding="utf-8")
+        data = read_json(path, finite=False)
     except FileNotFoundError:
         raise Refused(f"plan file {path} does not exist; --plan-out writes one") from None
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"plan file {path} cannot be read: {error}") from None
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise Refused(f"plan file {path} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise Refused(f"plan file {path} is not an object with the keys layout, source_layout, layers, ...")

@@ -16,6 +16,7 @@ from typing import Any
 from gt_jax.checkpoints.checksums import Pieces
 from gt_jax.checkpoints.folders import JOURNALS, UNFINISHED, damage, sync
 from gt_jax.checkpoints.leftovers import ARRAYS, EMPTY, GROWTH, clear
+from gt_jax.configs.tokenizer_file import to_store
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth.journal import gather_journals, read_journals
 
@@ -104,7 +105,7 @@ class UnfinishedGrowth:
 def identity_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """All that the target's values depend on, but for the source's: where that lies may change, its content may not."""
     grown_from = {name: value for name, value in metadata["grown_from"].items() if name not in _OUTSIDE}
-    own = {name: value for name, value in metadata.items() if name != "grown_from"}
+    own = {name: value for name, value in to_store(metadata, None).items() if name != "grown_from"}
     return json.loads(json.dumps({**own, **grown_from}))
 
 

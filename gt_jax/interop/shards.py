@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import other_kind, read_json
 from gt_jax.interop.safetensors import SafetensorsFile
-from gt_jax.interop.tensor_files import Info, TensorFile, same_bytes
-from gt_jax.interop.tensor_names import canonical
+from gt_jax.interop.tensor_files import Info, TensorFile, Unreadable, same_bytes
+from gt_jax.interop.tensor_names import canonical, unwrapped
 from gt_jax.interop.torch_files import TorchFile
 
 _INDEX = ".index.json"
@@ -61,6 +62,7 @@ class Source:
                     places = self.places.setdefault(known, [])
                     places.insert(0 if name == known else len(places), TensorLocation(file, name))
         refuse_all(problems, f"{', '.join(map(str, paths))} is not whole:")
+        self.notes = [note for file in self.files for note in (*file.notes, *_wrappers(file))]
         self.step = next((file.step for file in self.files if file.step is not None), None)
         self.config = next((file.config for file in self.files if file.config is not None), None)
         self.lineage = next((file.lineage for file in self.files if file.lineage is not None), None)
@@ -83,6 +85,14 @@ class Source:
         return [f"{first} and {other} name one tensor, but {problem}"
                 for first, *others in self.places.values() for other in others
                 if (problem := _difference(first, other))]
+
+
+def _wrappers(file: TensorFile) -> list[str]:
+    """A line of the prefixes that stood before a file's names, and are taken off."""
+    pairs = [(name, plain) for name in file.tensors if name != (plain := unwrapped(name))]
+    found = Counter(repr(name.removesuffix(plain)) if name.endswith(plain) else "parts within" for name, plain in pairs)
+    words = ", ".join(f"{prefix} of {count} names" for prefix, count in sorted(found.items()))
+    return [f"{file.path.name}: the prefix of a wrapped model is taken off, {words}"] if words else []
 
 
 def _difference(a: TensorLocation, b: TensorLocation) -> str | None:
@@ -157,7 +167,7 @@ def _files(path: Path) -> tuple[list[Path], Path | None]:
 def _weight_map(index: Path) -> dict[str, Path]:
     """The file of every tensor that an index lists."""
     try:
-        names = json.loads(index.read_text())["weight_map"]
+        names = read_json(index)["weight_map"]
         if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
             raise TypeError("weight_map must be an object from tensor to file")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -185,6 +195,8 @@ def _shards(file: Path) -> list[Path]:
 
 def _reader(path: Path) -> TensorFile:
     """The reader of a file by its first bytes, or by its name where they say nothing."""
+    if (kind := other_kind(path)) is not None:
+        raise Unreadable(f"{path} holds no tensors; it is {kind}")
     with open(path, "rb") as stream:
         start = stream.read(4)
     if start[:2] == b"PK" or path.suffix in _TORCH:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,7 +34,7 @@ class Unreadable(Refused):
 class TensorFile(abc.ABC):
     """A file of named tensors. `step`, `config` (a JSON object) and `lineage` (a list) are what it says of it.
 
-    `has_checksums`: whether `read` compares what it reads with them.
+    `has_checksums`: whether `read` compares what it reads with them. `notes` are lines for a reader on what was found.
     """
 
     path: Path
@@ -43,6 +43,7 @@ class TensorFile(abc.ABC):
     config: Any
     lineage: list[dict[str, Any]] | None
     has_checksums = False
+    notes: Sequence[str] = ()
 
     @abc.abstractmethod
     def read(self, name: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 - The origin names a tensor by layer, `layers.5.attn_block.sublayer.q_proj.weight`; ours is one stacked leaf a slot of
   the pattern, `params/segment0/layer1/mixer/query/w`, whose block 1 that is under DDDG*2.
 - Several names may stand for one tensor there (`canonical`); rotary frequencies are no weights and are ignored.
+- The names of a wrapped model (compiled, data parallel, sharded, inside another module) carry the wrapper's prefix.
 - Ours alone: `gain`, and the bytes of the tokens. There alone: the buffer `alpha`, our `config.adaptive.alpha`.
 """
 
@@ -105,6 +106,8 @@ _LAYER_NAME = re.compile(
     r"(?:layers\.(?P<layer>\d+)|stack\.blocks\.(?P<block>\d+)|stack\.bootstrap_layer"
     r"|stack\.mid_layers\.(?P<middle>\d+)\.block)(?:\.wrapper\.layer)?\.(?P<rest>.+)"
 )
+_WRAPPED = re.compile(r"^(?:module\.|model\.|_orig_mod\.|_fsdp_wrapped_module\.)+|"
+                      r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _MTP_ALIAS = re.compile(r"mtp_block\.(attn|mlp)\.")
 _IGNORED = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
 _LAYER_PATH = re.compile(r"(?:params|statistics)/segment(\d+)/layer(\d+)/(.+)")
@@ -141,8 +144,14 @@ _BY_PATH = {kind: {path: (name, form) for name, path, form in table} for kind, t
 _TOP_BY_PATH = {f"params/{path}": (name, form) for name, path, form in TOP}
 
 
+def unwrapped(name: str) -> str:
+    """A tensor's name without what `torch.compile`, data parallelism and other modules around the model put into it."""
+    return _WRAPPED.sub("", name)
+
+
 def canonical(name: str) -> str | None:
     """The one name by which a tensor goes here, whatever alias it came under; None for what is ignored."""
+    name = unwrapped(name)
     if _IGNORED.fullmatch(name):
         return None
     match = _LAYER_NAME.fullmatch(name)

@@ -30,6 +30,7 @@ from gt_jax.checkpoints.tree_paths import differences
 from gt_jax.configs.lineage import exported
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.presets import preset
+from gt_jax.configs.tokenizer_file import carried_tokenizer, packed
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.interop.expected_tensors import Expected, expect, origin_infos
 from gt_jax.interop.inferred_config import DEFAULTS
@@ -66,7 +67,8 @@ def to_safetensors(source: StrPath, target: StrPath, *, progress: Progress | Non
         _refuse_foreign(unfinished, place)
         checksums = _check_files(where, say)
         try:
-            with Writer(unfinished, tensors, config.to_json(), step, exported(metadata, str(where))) as writer:
+            lineage = packed(exported(metadata, str(where)), carried_tokenizer(metadata))
+            with Writer(unfinished, tensors, config.to_json(), step, lineage) as writer:
                 _write(where, expected, config, tensors, writer, say)
             rename(unfinished, place)
         finally:

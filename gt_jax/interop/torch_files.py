@@ -41,7 +41,10 @@ class TorchFile(TensorFile):
         self._read = 0
         found = self._load()
         self._state: Mapping[str, Any] | None = _state_dict(path, found)
-        self.step = next((found[key] for key in _STEPS if type(found.get(key)) is int), None)
+        key = next((key for key in _STEPS if found.get(key) is not None and key not in self._state), None)
+        self.step = None if key is None else _whole(found[key])
+        if key is not None and self.step is None:
+            self.notes = (f"{path.name}: {key!r} is {_shown(found[key])}, no whole number from 0 on; --step says one",)
         self.tensors = {name: self._info(tensor) for name, tensor in self._state.items()}
 
     def read(self, name: str) -> np.ndarray:
@@ -81,6 +84,19 @@ class TorchFile(TensorFile):
         return Info(tuple(tensor.shape), _DTYPES[_dtype_name(tensor)])
 
 
+def _whole(value: Any) -> int | None:
+    """A step, however it was stored: an int, a whole float, or a tensor or number of NumPy that holds one of them."""
+    if getattr(value, "shape", ()) not in ((), (1,)) or isinstance(value, bool):
+        return None
+    number = value.item() if hasattr(value, "item") else value
+    whole = isinstance(number, (int, float)) and not isinstance(number, bool) and number == number // 1 and number >= 0
+    return int(number) if whole else None
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if getattr(value, "shape", ()) else repr(value)[:60]
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -95,13 +111,18 @@ def _torch(path: Path) -> Any:
 
 def _state_dict(path: Path, found: Mapping[str, Any]) -> Mapping[str, Any]:
     """The tensors by name; raises `Refused` that lists everything that is not a plain tensor."""
-    state = found.get(STATE, found)
-    if not isinstance(state, Mapping) or not any(hasattr(value, "numpy") for value in state.values()):
+    state = next((found[key] for key in (STATE, "state_dict", "model") if _holds_tensors(found.get(key))),
+                 found.get(STATE, found))
+    if not _holds_tensors(state):
         keys = ", ".join(map(repr, list(found)[:8])) or "nothing"
         raise Refused(f"{path} holds no state dict: there is neither {STATE!r} nor a tensor at its top ({keys})")
     refuse_all([f"{name!r} is {problem}" for name, value in state.items() if (problem := _problem(name, value))],
                f"{path} holds more than plain tensors in its state dict:")
     return state
+
+
+def _holds_tensors(state: Any) -> bool:
+    return isinstance(state, Mapping) and any(hasattr(value, "numpy") for value in state.values())
 
 
 def _problem(name: Any, value: Any) -> str | None:

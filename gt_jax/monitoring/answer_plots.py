@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gt_jax.monitoring.canvas import own_settings, plain_text
 from gt_jax.monitoring.plots import COLOURS, new_figure, save_png
 
 Curve = Mapping[int, tuple[float, float | None, float | None]]
@@ -42,6 +43,7 @@ def _curve(values: Mapping[str, Any], limits: Mapping[str, Any]) -> Curve:
     return found
 
 
+@own_settings()
 def plot_by_difficulty(panels: Sequence[Panel], path: str | os.PathLike[str] | io.BytesIO) -> None:
     """Over difficulty: right answers in percent, and mean passes a layer, one row a panel; bars are the limits.
 
@@ -71,7 +73,7 @@ def _draw_panel(panel: Panel, left: Any, right: Any) -> None:
             _draw(axes, curves[name], scale, 0.05 * (place - (len(shown) - 1) / 2), name, looks[name])
         axes.set_xticks(sorted({difficulty for curve in curves.values() for difficulty in curve}))
         axes.set_xlabel("difficulty")
-    left.set_title(panel.title, loc="left", fontsize=12, fontweight="bold", pad=10)
+    left.set_title(plain_text(panel.title), loc="left", fontsize=12, fontweight="bold", pad=10)
     left.set_ylim(-3, 103)
     left.set_ylabel("right answers, %")
     right.set_ylabel("passes a layer")
@@ -82,7 +84,8 @@ def _draw_panel(panel: Panel, left: Any, right: Any) -> None:
 def _draw(axes: Any, curve: Curve, scale: float, shift: float, name: str, look: Mapping[str, Any]) -> None:
     points = [(difficulty + shift, *curve[difficulty]) for difficulty in sorted(curve)]
     points = [point for point in points if math.isfinite(point[1])]
-    axes.plot([x for x, *_ in points], [scale * y for _, y, *_ in points], marker="o", markersize=4, label=name, **look)
+    axes.plot([x for x, *_ in points], [scale * y for _, y, *_ in points], marker="o", markersize=4,
+              label=plain_text(name), **look)
     for x, _, low, high in points:
         if low is not None and high is not None:
             axes.plot([x, x], [scale * float(low), scale * float(high)], color=look["color"], linewidth=0.9, alpha=0.55,

@@ -5,12 +5,14 @@
   uninterrupted one.
 - JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", and
   `read_metrics` gives the numbers back.
+- A terminal that has gone, or a pipe that was closed, ends no run: nothing more is shown there.
 - A listener (TensorBoard) and a watch (alerts) hear of the same records.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import json
 import math
@@ -20,7 +22,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO, runtime_checkable
@@ -77,7 +79,7 @@ class Recorder:
         self._file: TextIO | None = None
         stream = sys.stderr if stream is None else stream
         self._stream = stream if show else None
-        self._on_terminal = show and stream.isatty()
+        self._on_terminal = show and stream is not None and stream.isatty()
         self._bar: Any = None
         self._watch, self._also, self._utilisation = watch, also, utilisation
 
@@ -97,9 +99,10 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        with self._gone():
+            if self._bar is not None:
+                self._bar.close()
+        self._bar = None
         file, self._file = self._file, None
         try:
             if file is not None:
@@ -123,7 +126,8 @@ class Recorder:
         if self._file is not None:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
-        self._show(step, values, line)
+        with self._gone():
+            self._show(step, values, line)
         self._step = step
         record = _numbers(line)
         if self._also is not None:
@@ -133,10 +137,19 @@ class Recorder:
 
     def message(self, text: str) -> None:
         """A line for the reader, above the bar; it does not go into the JSON lines."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        elif self._stream is not None:
-            print(text, file=self._stream, flush=True)
+        with self._gone():
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            elif self._stream is not None:
+                print(text, file=self._stream, flush=True)
+
+    @contextlib.contextmanager
+    def _gone(self) -> Iterator[None]:
+        """What is shown here is lost where nobody can see it any more; the run and its metrics are not."""
+        try:
+            yield
+        except OSError:
+            self._stream = self._bar = None
 
     def _steps_per_second(self) -> float | None:
         """Over the last lines alone, so that the compilation of the first step is soon forgotten."""

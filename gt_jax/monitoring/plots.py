@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gt_jax.growth.plan_entries import Plan
+from gt_jax.monitoring.canvas import own_settings, plain_text
 
 Number = float | int | np.number
 # Okabe and Ito's palette, told apart by colour-blind readers; the first curve, the source, is dark grey.
@@ -25,6 +26,7 @@ _GREY = "#777777"
 _LABEL_GAP = 0.055  # of the height of the axes: one line of text
 
 
+@own_settings()
 def plot_growth(curves: Mapping[str, Sequence[tuple[Number, Number]]], path: str | os.PathLike[str], *,
                 growth_at: Number, title: str = "", xlabel: str = "step", ylabel: str = "loss", smooth: int = 0,
                 growth_label: str = "growth", ylim: tuple[Number, Number] | None = None) -> None:
@@ -39,7 +41,7 @@ def plot_growth(curves: Mapping[str, Sequence[tuple[Number, Number]]], path: str
         raise ValueError(f"no curve has a finite point; curves are {', '.join(curves) or 'none'}")
     figure, axes = new_figure(9.0, 5.0, title)
     axes.axvline(growth_at, color=_GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
-    axes.annotate(growth_label, (growth_at, 1), xycoords=("data", "axes fraction"), xytext=(5, -4),
+    axes.annotate(plain_text(growth_label), (growth_at, 1), xycoords=("data", "axes fraction"), xytext=(5, -4),
                   textcoords="offset points", va="top", color=_GREY, fontsize=9)
     last = max(x for points in drawn.values() for x, _ in points)
     ends, early = [], 0
@@ -52,11 +54,12 @@ def plot_growth(curves: Mapping[str, Sequence[tuple[Number, Number]]], path: str
         axes.plot(x, line, color=colour, linewidth=1.9, zorder=3, marker="o" if len(points) == 1 else None,
                   linestyle="-" if number < len(COLOURS) else "--")
         if x[-1] <= growth_at < last:  # it ends where the others begin: the label goes above its second half
-            axes.annotate(f"{name}  {line[-1]:.3f}", (x[-1], max(y[len(y) // 2:])), xytext=(-8, 6 + 14 * early),
-                          textcoords="offset points", ha="right", color=colour, fontsize=9.5, zorder=4)
+            axes.annotate(f"{plain_text(name)}  {line[-1]:.3f}", (x[-1], max(y[len(y) // 2:])),
+                          xytext=(-8, 6 + 14 * early), textcoords="offset points", ha="right", color=colour,
+                          fontsize=9.5, zorder=4)
             early += 1
         else:
-            ends.append((f"{name}  {line[-1]:.3f}", colour, x[-1], line[-1]))
+            ends.append((f"{plain_text(name)}  {line[-1]:.3f}", colour, x[-1], line[-1]))
     if ylim is not None:
         axes.set_ylim(*ylim)
     axes.margins(x=0.01)
@@ -66,6 +69,7 @@ def plot_growth(curves: Mapping[str, Sequence[tuple[Number, Number]]], path: str
     save_png(figure, path)
 
 
+@own_settings()
 def plot_plan(plan: Plan, path: str | os.PathLike[str], title: str = "") -> None:
     """A growth plan in three panels: its order, the copies asked for and granted, and the coefficient mass kept.
 
@@ -116,6 +120,7 @@ _PANELS = (("|dh|/|h|", "delta_ratio"), ("largest singular value", "jacobian"), 
            ("router KL (nats)", "router_kl"), ("null picks", "null_rate"))
 
 
+@own_settings()
 def plot_verification(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """What `gt_jax.verify` found, one panel a figure: bars by target layer, marks for the source's passes.
 
@@ -228,7 +233,7 @@ def new_figure(width: float, height: float, title: str, rows: Sequence[float] = 
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
-    figure.axes[0].set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10)
+    figure.axes[0].set_title(plain_text(title), loc="left", fontsize=12, fontweight="bold", pad=10)
     return figure, figure.axes[0]
 
 

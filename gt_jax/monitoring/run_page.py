@@ -143,18 +143,19 @@ img { width: 100%; }
 """
 
 
-def page(runs: Sequence[Run], image: bytes | None) -> str:
-    """The whole HTML document."""
+def page(runs: Sequence[Run], image: bytes | None, problem: str | None = None) -> str:
+    """The whole HTML document; `problem` is why the curves could not be drawn."""
     names, columns = [run.name for run in runs], [summary(run) for run in runs]
     rows = [[row, *(column[row] for column in columns)] for row in columns[0]]
     rows = [row for row in rows if any(cell != ABSENT for cell in row[1:])]
+    missing = f"The curves could not be drawn: {problem}" if problem else "There are no metrics to draw yet."
     title = f"gt_jax report: {', '.join(names)}"
     return "\n".join([
         "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
         f"<title>{html.escape(title)}</title>", f"<style>{STYLE}</style>", "</head>", "<body>",
         f"<h1>{html.escape(title)}</h1>", _table(["", *names], rows),
         *([] if image is None else [_image(image, names)]),
-        *([] if image is not None else ["<p>There are no metrics to draw yet.</p>"]),
+        *([] if image is not None else [f"<p>{html.escape(missing)}</p>"]),
         "<h2>Alerts</h2>", *(_alerts(run) for run in runs), *_differences(runs), "</body>", "</html>", "",
     ])  # fmt: skip
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gt_jax.monitoring.canvas import own_settings, plain_text
 from gt_jax.monitoring.plots import COLOURS, average, new_figure, save_png
 
 Record = Mapping[str, Any]
@@ -56,6 +57,7 @@ _CURVES = (
 )
 
 
+@own_settings()
 def plot_runs(runs: Mapping[str, Sequence[Record]], path: str | os.PathLike[str] | io.BytesIO, *, title: str = "",
               smooth: int = 0) -> None:
     """The metrics of runs over their steps, a panel a figure, those that no run has left out.
@@ -125,7 +127,7 @@ def _legend_of_runs(axes: Any, names: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=_colour(number), linewidth=1.9) for number in range(len(names))]
-    axes.legend(handles, names, frameon=False, fontsize=9)
+    axes.legend(handles, [plain_text(name) for name in names], frameon=False, fontsize=9)
 
 
 def _colour(number: int) -> str:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int32
 
+from gt_jax.configs.data import ENDLESS
 from gt_jax.errors import Refused
 from gt_jax.tasks.draws import Draws
 from gt_jax.tasks.registry import notation, read_task
@@ -68,7 +68,7 @@ class TaskRows:
         self._longest = functools.cache(lambda hardest: dataclasses.replace(task, hardest=hardest).longest)
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return ENDLESS
 
     def __getitem__(self, index: int) -> Row:
         row = {"tokens": np.zeros(self._row, np.int32), "targets": np.full(self._row, -1, np.int32),

@@ -16,16 +16,16 @@ import functools
 import hashlib
 import itertools
 import math
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt
 
-from gt_jax.configs.data import BYTES, TEXT, WITHOUT_SPLIT, DataConfig
+from gt_jax.configs.data import BYTES, ENDLESS, TEXT, WITHOUT_SPLIT, DataConfig
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.text import sources
+from gt_jax.text.round_trip import lost
 from gt_jax.text.split import Spans, content_keys, split_documents
 from gt_jax.text.tokenizers import Tokenizer, encode_all, open_tokenizer
 
@@ -75,7 +75,7 @@ class PackedRows:
         self._window_order = functools.lru_cache(maxsize=2)(functools.partial(self._permutation, self._window, 1))
 
     def __len__(self) -> int:
-        return sys.maxsize if self._endless else math.ceil(self._total / self._row)
+        return ENDLESS if self._endless else math.ceil(self._total / self._row)
 
     def __getitem__(self, index: int) -> Row:
         packed = {"tokens": np.zeros(self._row, np.int32), "targets": np.full(self._row, -1, np.int32),
@@ -136,11 +136,15 @@ class TrainStream:
     `state()` is small and goes through JSON; after `restore(state)` come the batches that followed it, bit for bit.
     """
 
-    def __init__(self, rows: RandomRows, config: DataConfig, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, rows: RandomRows, config: DataConfig, identity: Mapping[str, Any],
+        files: Callable[[], Sequence[Mapping[str, str]]] = tuple,
+    ) -> None:  # fmt: skip
+        """`files` are {"path", "sha256"} of what was read: a position keeps them, to say which file was changed."""
         # Imported here: half a second that a command which reads no training text should not pay.
         import grain
 
-        self._identity = identity
+        self._identity, self._files = identity, functools.cache(files)
         batches = grain.MapDataset.source(rows).batch(config.batch_size)
         # A row takes tens of microseconds: threads would only take the cores from the training step.
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
@@ -153,13 +157,17 @@ class TrainStream:
 
     def state(self) -> dict[str, Any]:
         """The position, and what it is a position in."""
-        return {"batches": int(self._iterator.get_state()["next_index"]), **self._identity}
+        files = [dict(file) for file in self._files()]
+        return {"batches": int(self._iterator.get_state()["next_index"]), **self._identity,
+                **({"files": files} if files else {})}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on after the batch that `state` was taken at; raises `Refused` if it is of another text or shape."""
         saved = {**WITHOUT_SPLIT, **state}
         wrong = [f"{key} is {value!r} here and {saved.get(key)!r} in the saved position"
                  for key, value in self._identity.items() if saved.get(key) != value]
+        if saved.get("content") != self._identity["content"]:
+            wrong += _changed(saved.get("files") or (), self._files())
         batches = state.get("batches")
         if not isinstance(batches, int) or isinstance(batches, bool) or batches < 0:
             wrong.append(f"batches is {batches!r}; it must be the number of batches already read")
@@ -167,11 +175,20 @@ class TrainStream:
         self._iterator.set_state({"next_index": batches})
 
 
+def _changed(before: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str]]) -> list[str]:
+    """Which files of a text are not among those that were read before: by what they hold, wherever they lie."""
+    known, here = ({file["sha256"] for file in files} for files in (before, now))
+    changed = [f"file {file['path']} is not one that was read before (SHA-256 {file['sha256'][:12]})"
+               for file in now if before and file["sha256"] not in known]
+    return changed + [f"file {file['path']} was read before, SHA-256 {file['sha256'][:12]}, and is not here as it was"
+                      for file in before if file["sha256"] not in here]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
     """A text as tokens, with its training, held-out and tuning parts as spans; `open_text` makes it.
 
-    `characters` is the length of the text in bytes.
+    `characters` is the length of the text in bytes; `told` is what the summary adds about how it was read.
     """
 
     config: DataConfig
@@ -183,10 +200,12 @@ class Text:
     training_spans: Spans
     held_out_spans: Spans
     tuning_spans: Spans
+    told: str = ""
 
     def train(self, state: Mapping[str, Any] | None = None) -> TrainStream:
         """The training batches from the beginning, or from where `state` was taken."""
-        stream = TrainStream(self.training_rows(), self.config, identity(self.config, self.content_hash()))
+        stream = TrainStream(
+            self.training_rows(), self.config, identity(self.config, self.content_hash()), self.files)
         if state is not None:
             stream.restore(state)
         return stream
@@ -252,16 +271,17 @@ class Text:
         share += f", {100 * tuning / len(self.tokens):.1f} % for tuning" if tuning else ""
         words = f"{self.source}: {self.documents} document{'s' * (self.documents != 1)}, {_bytes(self.characters)}, "
         if self.config.tokenizer == BYTES:
-            return f"{words}{_bytes(held)} {share}"
-        return f"{words}{len(self.tokens):,} tokens of {self.config.tokenizer}, {held:,} {share}"
+            return f"{words}{_bytes(held)} {share}{self.told}"
+        return f"{words}{len(self.tokens):,} tokens of {self.config.tokenizer}, {held:,} {share}{self.told}"
 
 
 def open_text(config: DataConfig) -> Text:
     """Read, tokenize and split the text that `config` names; raises `Refused` for one that cannot be used."""
+    told = ""
     if config.tfds is not None:
         source, documents = sources.tfds_text(config.tfds, config.tfds_dir)
     elif config.text:
-        source, documents = sources.text_files(config.text)
+        source, documents, told = sources.text_files(config.text)
     else:
         source, documents = sources.standard_library()
     tokenizer = open_tokenizer(config.tokenizer)
@@ -279,7 +299,8 @@ def open_text(config: DataConfig) -> Text:
     for document, end in zip(encoded, ends.tolist(), strict=True):
         tokens[end - 1 - len(document):end - 1] = document
     split = split_documents(ends, content_keys(documents), config)
-    return Text(config, source, tokens, tokenizer, len(documents), characters, *split)
+    told += lost(tokenizer, documents, encoded)
+    return Text(config, source, tokens, tokenizer, len(documents), characters, *split, told)
 
 
 def identity(config: DataConfig, content_hash: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Data:
     def train(self, state: Mapping[str, Any] | None = None) -> TrainStream:
         """The training batches from the beginning, or from where `state` was taken."""
         rows = MixedRows([part.training_rows() for part in self.parts.values()], self.config.shares, self.config.seed)
-        stream = TrainStream(rows, self.config, self._identity)
+        stream = TrainStream(rows, self.config, self._identity, self.files)
         if state is not None:
             stream.restore(state)
         return stream

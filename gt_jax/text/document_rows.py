@@ -9,12 +9,12 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from gt_jax.configs.data import ENDLESS
 from gt_jax.tasks.draws import Draws
 from gt_jax.text.batches import Row
 from gt_jax.text.json_lines import Document
@@ -37,7 +37,7 @@ class DocumentRows:
         self._epoch = functools.lru_cache(maxsize=2)(self._new_epoch)
 
     def __len__(self) -> int:
-        return sys.maxsize if self._endless else len(self._rows)
+        return ENDLESS if self._endless else len(self._rows)
 
     def __getitem__(self, index: int) -> Row:
         row = {"tokens": np.zeros(self._row, np.int32), "targets": np.full(self._row, -1, np.int32),

@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import refuse_once
+from gt_jax.text.encodings import plain
 from gt_jax.text.tokenizers import Tokenizer
 
 _SHOWN = 20  # of what is wrong with a file
@@ -48,7 +50,8 @@ def read_documents(path: str, tokenizer: Tokenizer, row: int) -> list[Document]:
     Raises `Refused` that lists what is wrong by file and line number, at most 20 of it.
     """
     try:
-        lines = Path(path).read_bytes().splitlines()
+        refuse_once(path)
+        lines = plain(Path(path).read_bytes())[0].splitlines()
     except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte
         raise Refused(f"file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     documents, wrong = [], []
@@ -108,10 +111,24 @@ def _text(fields: dict[str, Any], tokenizer: Tokenizer) -> Document:
 
 def _answer(fields: dict[str, Any], tokenizer: Tokenizer) -> Document:
     prompt, answer = (_encoded(fields, name, tokenizer) for name in ("prompt", "answer"))
+    answer = _after(prompt, answer, (fields["prompt"] + fields["answer"]).encode(), tokenizer)
     tokens = np.concatenate([prompt, answer, [tokenizer.end_of_document]]).astype(np.int32)
     targets = np.append(tokens[1:], np.int32(-1))
     targets[: prompt.size - 1] = -1
     return Document(tokens, targets, _difficulty(fields, targets), True, prompt.tobytes())
+
+
+def _after(
+    prompt: Int32[np.ndarray, " _"], answer: Int32[np.ndarray, " _"], words: bytes, tokenizer: Tokenizer
+) -> Int32[np.ndarray, " _"]:
+    """The tokens of an answer that follow its prompt's: without the space that some put in front of each text."""
+    if tokenizer.decode(np.append(prompt, answer)) == words:
+        return answer
+    try:
+        whole = tokenizer.encode(words)
+    except ValueError:  # both have tokens, but not what they are without a space between them
+        return answer
+    return whole[prompt.size :] if np.array_equal(whole[: prompt.size], prompt) and whole.size > prompt.size else answer
 
 
 def _ids(fields: dict[str, Any], tokenizer: Tokenizer) -> Document:

@@ -10,12 +10,12 @@ in their order, none left out: where in each part a row of the mix is follows fr
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int64
 
+from gt_jax.configs.data import ENDLESS
 from gt_jax.errors import Refused
 from gt_jax.tasks.draws import Draws
 from gt_jax.text.batches import RandomRows, Row
@@ -50,7 +50,7 @@ class MixedRows:
         self._block = functools.lru_cache(maxsize=2)(self._new_block)
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return ENDLESS
 
     def __getitem__(self, index: int) -> Row:
         part, number = self.place(int(index))

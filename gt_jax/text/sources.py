@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import refuse_address, refuse_once
+from gt_jax.text.encodings import plain
 
 EMBEDDED_LIMIT = 10_000_000
 # Tests repeat themselves, the others are not the library itself; `config-*` and `_sysconfigdata*` describe one machine.
 _NOT_LIBRARY = re.compile(r"site-packages|dist-packages|tests?|idlelib|lib2to3|__pycache__|config-.*|_sysconfigdata.*")
+END = b"<|endoftext|>"
 _DOCUMENT_END = re.compile(rb"^<\|endoftext\|>[ \t]*(?:\r?\n|\Z)", re.MULTILINE)
 
 
@@ -53,25 +56,33 @@ def _sources(root: str) -> list[str]:
     return found
 
 
-def text_files(paths: Sequence[str]) -> tuple[str, list[bytes]]:
-    """The name and the documents of text files: one a file, or several where lines `<|endoftext|>` divide it.
+def text_files(paths: Sequence[str]) -> tuple[str, list[bytes], str]:
+    """The name and the documents of text files, and words about how they were read, to stand after a summary.
 
-    Any bytes will do, UTF-8 or not. Raises `Refused` that lists every file that is missing, unreadable or empty.
+    A document is a file, or several are where lines `<|endoftext|>` divide it. Files are UTF-8, gzip, or UTF-16 with
+    its mark; other bytes will do, but not those of a file that is known to be no text (gt_jax/text/encodings.py).
+    Raises `Refused` that lists every file that is missing, unreadable, empty or no text.
     """
     documents: list[bytes] = []
-    problems = []
+    problems, told = [], []
     for path in paths:
         try:
-            found = [part for part in _DOCUMENT_END.split(Path(path).read_bytes()) if part]
-        except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte
+            refuse_once(path)
+            content, read_as = plain(Path(path).read_bytes())
+            found = [part for part in _DOCUMENT_END.split(content) if part]
+        except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte, or what is no text
             problems.append(f"text file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}")
             continue
         if not found:
             problems.append(f"text file {path!r} is empty (0 bytes of text)")
+        told += [f"{path} read as {', '.join(read_as)}"] * bool(read_as)
+        if inside := sum(document.count(END) for document in found):
+            told.append(f"{END.decode()} {inside} times within lines of {path}, where it is text: on a line by "
+                        "itself it ends a document")  # fmt: skip
         documents += found
     refuse_all(problems, "the text cannot be used:")
     name = f"text file {paths[0]!r}" if len(paths) == 1 else f"{len(paths)} text files ({paths[0]!r} and others)"
-    return name, documents
+    return name, documents, "".join(f"; {line}" for line in told)
 
 
 def file_hashes(paths: Sequence[str]) -> list[dict[str, str]]:
@@ -79,6 +90,7 @@ def file_hashes(paths: Sequence[str]) -> list[dict[str, str]]:
     found = []
     for path in paths:
         try:
+            refuse_once(path)
             with open(path, "rb") as stream:
                 found.append({"path": path, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()})
         except (OSError, ValueError) as error:
@@ -92,6 +104,7 @@ def tfds_text(dataset: str, data_dir: str | None) -> tuple[str, list[bytes]]:
     `data_dir` None is TFDS' own default. The files are read through array_record, without TensorFlow; a dataset that
     is not on this machine is refused, never fetched. Raises `Refused` naming what was looked for.
     """
+    refuse_address(data_dir or "")
     # Imported here: most runs read no TFDS dataset, and the import takes a third of a second.
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder

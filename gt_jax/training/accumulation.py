@@ -1,10 +1,11 @@
 """Gradient accumulation: a batch in parts, one after the other, with the gradient of the whole.
 
-    loss = mean over parts of (n sum of the part's token losses / tokens of the batch + its other losses)
+    loss = sum over parts of (sum of the part's token losses / targets of the batch
+                              + its other losses * real tokens of the part / real tokens of the batch)
 
-Means over tokens are those of the whole batch, however its targets fall into parts. What a layer charges for itself
-(router, indexer, price) is the mean of what it charges each part. Gradients are summed in float32. Running statistics
-move once, by the mean over the tokens of all parts (`running_means`).
+Means over tokens are those of the whole batch, however its targets and its padding fall into parts; so is what is
+reported. What a layer charges for itself (router, indexer, price) is what it charges each part, by tokens. Gradients
+are summed in float32. Running statistics move once, by the mean over the tokens of all parts (`running_means`).
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from gt_jax.typing import Scalar, Tree
 
 def accumulate_gradients(
     loss: Callable[..., tuple[Scalar, dict[str, Any]]], parts: int, rules: Rules,
-    counts: Callable[[Mapping[str, Array]], Any],
+    counts: Callable[[Mapping[str, Array]], Any], together: Callable[[Any, Array], Any],
 ) -> Callable[..., tuple[tuple[Scalar, dict[str, Any]], Tree]]:
     """gradient(params, statistics, batch, *rest) -> ((loss, {"report", "statistics"}), gradients by params).
 
     `loss` takes the same arguments and `counts`: the tokens that its means divide by, None for its own; beside report
-    and statistics it says how many real `tokens` it saw. `counts(batch)` counts those of a batch. Every part has whole
-    rows of every device.
+    and statistics it says how many real `tokens` it saw. `counts(batch)` counts those of a batch, and `together`
+    makes one report of those of the parts and their tokens. Every part has whole rows of every device.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -46,8 +47,8 @@ def accumulate_gradients(
         pieces = {name: _rows(array, parts, rules) for name, array in batch.items()}
         numbers = jnp.arange(parts, dtype=jnp.int32)
         sums, (totals, reports, seen) = jax.lax.scan(one, start, (pieces, numbers))
-        total, report = jax.tree.map(lambda a: jnp.mean(a, axis=0), (totals, reports))
-        extra = {"report": report, "statistics": moved_once(statistics, *seen)}
+        total = jnp.mean(totals, axis=0)
+        extra = {"report": together(reports, seen[1]), "statistics": moved_once(statistics, *seen)}
         return (total, extra), jax.tree.map(lambda s: s / parts, sums)
 
     return run

@@ -7,7 +7,6 @@ data position; resuming drops the metric lines after it, so a killed run ends wi
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gt_jax.checkpoints import checkpoint
-from gt_jax.checkpoints.folders import refuse_temporary_name
-from gt_jax.checkpoints.lock import lock_file, only_writer
+from gt_jax.checkpoints.leftovers import refuse_taken_names
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.checkpoints.tree_paths import differences as differences_of_trees
 from gt_jax.checkpoints.tree_paths import flatten
@@ -25,12 +23,12 @@ from gt_jax.configs.data import BYTES
 from gt_jax.configs.lineage import LINEAGE, carried, earlier, newest, trainings
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.price import PriceConfig
-from gt_jax.configs.run import RunConfig, TrainConfig, differences, read_run_config
-from gt_jax.configs.standing import Standing, plateau_end, standing
+from gt_jax.configs.run import RunConfig, TrainConfig, read_run_config
+from gt_jax.configs.standing import Standing, going_on, plateau_end, standing
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import Rules, current_sizes, global_batch, with_mesh_devices
-from gt_jax.errors import Failed, Refused, refuse_all
-from gt_jax.files import explain_full_disk, write_atomically
+from gt_jax.errors import Failed, Refused
+from gt_jax.files import explain_full_disk
 from gt_jax.models.flops import utilisation
 from gt_jax.models.language_model import abstract, initialise
 from gt_jax.monitoring.alerts import Watch
@@ -44,9 +42,10 @@ from gt_jax.training.divisibility import refuse_indivisible
 from gt_jax.training.moments import carried_moments
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.price import PriceState
+from gt_jax.training.run_directory import config_to_train, lock, locked, mark, plateau_ends
 from gt_jax.training.state import TrainState, new_state
 from gt_jax.training.step import Batch, held_out_losses, make_evaluation, make_step
-from gt_jax.training.stopping import Termination
+from gt_jax.training.stopping import Interrupted, Termination
 from gt_jax.typing import Tree
 
 
@@ -155,8 +154,8 @@ def train_run(
 
     Every process of the `group` calls it, on a mesh of the devices of all; the first one writes and shows. With
     `tensorboard` the metrics go to RUN/tensorboard too. Raises `Refused` when `run` is already a run (without
-    `resume`), is none (with it), was of another config, or is being trained by another job, OSError when the disk is
-    full: the last checkpoint stays.
+    `resume`), is none (with it), was of another config but for fewer steps, or is being trained by another job, OSError
+    when the disk is full: the last checkpoint stays. Ctrl-C is heard as SIGTERM is, and then raises `Interrupted`.
     """
     with contextlib.ExitStack() as stack:
         return _train_run(stack, run, config, resume, show, rules or Rules(), group or ProcessGroup(), tensorboard)
@@ -167,9 +166,13 @@ def _train_run(
     group: ProcessGroup, tensorboard: bool,
 ) -> TrainState:  # fmt: skip
     """`train_run`, with the run's lock on the `stack` from before the first look at what may change."""
-    group.agree(lambda: _check(run, config, resume))
+    group.agree(lambda: config_to_train(run, config, resume))
+    before = config.train
     if resume:
-        _lock(stack, run)
+        lock(stack, run)
+        before = group.agree(lambda: read_run_config(run)).train
+        asked = config
+        config = group.agree(lambda: config_to_train(run, asked, resume))
     if tensorboard:
         writer_module()  # refuses where there is none, before the directory is a run
     rows = config.data.batch_size // config.train.accumulate
@@ -184,15 +187,22 @@ def _train_run(
                 for name, batches in text.held_out_by_part(config.train.evaluation_batches).items()}
     notes: list[str] = []
     top = plateau_end(config.train) if config.train.checkpoint_every else None
-    steps = RunCheckpoints(run, config.train.keep, notes.append, () if top is None else (top,))
+    tops = (set() if top is None else {top}) | (group.agree(lambda: plateau_ends(run)) if resume else set())
+    steps = RunCheckpoints(run, config.train.keep, notes.append, tops)
     state, lineage, position, told = _start(config, trainer, steps, rules, text)
     stream = group.agree(lambda: text.train(position))
+    done, last = int(state.step), config.train.steps
     if not resume:  # all that can be refused has been: from here on the directory is a run
-        group.on_first(lambda: checkpoint.prepare_parent(_locked(run)))
-        _lock(stack, run)
-        group.agree(lambda: _check(run, config, resume))  # another job may have begun it meanwhile
-        group.on_first(lambda: _mark(run, config))
-    length, resumed = config.data.sequence_length, int(state.step) if resume else None
+        group.on_first(lambda: checkpoint.prepare_parent(locked(run)))
+        lock(stack, run)
+        group.agree(lambda: config_to_train(run, config, resume))  # another job may have begun it meanwhile
+        group.on_first(lambda: mark(run, config))
+    else:
+        group.agree(lambda: refuse_taken_names(run, done, last))
+        told = going_on(before, config.train, done, run)
+        if config.train != before:
+            group.on_first(lambda: mark(run, config))
+    length, resumed = config.data.sequence_length, done if resume else None
     recorder = Recorder(
         run / "metrics.jsonl" if group.first else None, total_steps=config.train.steps,
         tokens_per_step=config.data.batch_size * length, show=show and group.first, resume_step=resumed,
@@ -200,7 +210,7 @@ def _train_run(
         also=TensorBoard(run / "tensorboard", resumed) if tensorboard and group.first else None,
     )  # fmt: skip
     with explain_full_disk(run), recorder:
-        for note in [*notes, *(() if resume else told), text.summary()]:
+        for note in [*notes, *told, text.summary()]:
             recorder.message(note)
         train = config.train
         places: dict[int, Any] = {}
@@ -243,10 +253,13 @@ def _train_run(
 
         with Termination() as termination:
             try:
-                return fit(trainer, state, batches(), train.steps, record=record, due=due, after=after,
-                           stop=termination.asked, patience=patience)  # fmt: skip
+                state = fit(trainer, state, batches(), train.steps, record=record, due=due, after=after,
+                            stop=termination.asked, patience=patience)  # fmt: skip
             finally:
                 steps.wait()
+        if termination.interrupted:
+            raise Interrupted
+        return state
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -354,34 +367,3 @@ def with_token_bytes(variables: Tree, config: RunConfig, text: Text | Data) -> T
     old = variables["statistics"]["embedding"]
     new = {name: jax.device_put(table, old[name].sharding) for name, table in tables.items()}
     return {**variables, "statistics": {**variables["statistics"], "embedding": {**old, **new}}}
-
-
-def _check(run: Path, config: RunConfig, resume: bool) -> None:
-    """Refuse a directory that is taken, or to resume with another config."""
-    left = ("config.json.tmp", lock_file(_locked(run)).name)  # by a kill, before the directory was a run
-    if resume:
-        wrong = differences(read_run_config(run), config)
-        refuse_all(wrong, f"{run} was started with another config (there and here):")
-    elif run.exists() and (not run.is_dir() or any(path.name not in left for path in run.iterdir())):
-        raise Refused(f"{run} exists; resume it with --resume, or give another directory")
-    else:
-        refuse_temporary_name(run)
-
-
-def _locked(run: Path) -> Path:
-    """What is locked of a run: a name inside it, for the folder above may not be writable."""
-    return run / "run"
-
-
-def _lock(stack: contextlib.ExitStack, run: Path) -> None:
-    """Be the only job that writes this run."""
-    with explain_full_disk(run):
-        stack.enter_context(only_writer(_locked(run)))
-
-
-def _mark(run: Path, config: RunConfig) -> None:
-    """Write RUN/config.json, the mark of a run directory, whole or not at all (a kill may leave config.json.tmp)."""
-    file = run / "config.json"
-    with explain_full_disk(run, "start it again"):
-        checkpoint.prepare_parent(file)
-        write_atomically(file, json.dumps(config.to_json(), indent=1) + "\n")

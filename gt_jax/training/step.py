@@ -10,14 +10,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.thaw import ThawConfig
 from gt_jax.devices.sharding import Rules, model_inputs, reshard
 from gt_jax.models.language_model import LanguageModel, ModelOutput, apply_network, free_passes
-from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, mean_over_tokens, token_shares
 from gt_jax.models.layers.memory_stream import Memory
 from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.primitives import widen
@@ -34,6 +34,8 @@ from gt_jax.typing import Activations, Scalar, Tree
 
 DEPTH = {"mean_weight": "survival", "passes_run": "alive", "passes_computed": "computed"}
 """The metrics of depth, by layer, and the statistic whose sum over passes each is."""
+
+Counts = tuple[Scalar, Scalar, Scalar]
 
 Batch = Mapping[str, Any]
 """`tokens`, `targets` (-1 where nothing is predicted) and `segment_ids`, int32 [b, t]."""
@@ -107,14 +109,14 @@ def make_loss(
 ) -> Callable[..., tuple[Scalar, dict[str, Any]]]:
     """loss(params, statistics, batch, lambda, phase, step) -> (loss, everything worth reporting).
 
-    For a part of a batch: `counts`, what its means divide by (`target_counts`), and the number of the `part`.
+    For a part of a batch: `counts`, what its means divide by (`token_counts`), and the number of the `part`.
     """
     network = LanguageModel(model, rules)
     draws = model.sliding is not None
 
     def loss(
         params: Tree, statistics: Tree, batch: Batch, value: Scalar, now: Phase, step: Array,
-        counts: tuple[Scalar, Scalar] | None = None, part: Array | None = None,
+        counts: Counts | None = None, part: Array | None = None,
     ) -> tuple[Scalar, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.key(seed), step) if draws else None
         key = key if key is None or part is None else jax.random.fold_in(key, part)
@@ -127,25 +129,33 @@ def make_loss(
             return (start, memory), (sums, floats(moved), jnp.sum(real_tokens(piece[0]["segment_ids"])))
 
         _, (sums, moved, seen) = over_chunks(chunk, model, rules, statistics, batch)
-        tokens, later = (None, None) if counts is None else counts
+        tokens, later, real = (None, None, None) if counts is None else counts
+        share = jnp.ones(()) if real is None else jnp.sum(seen) / jnp.maximum(real, 1.0)  # 1 where parts are alike
         ce, first, ahead = _mean(sums[0], tokens), _mean(sums[1], tokens), _mean(sums[2], later)
-        passes = jax.tree.map(lambda a: jnp.mean(a, axis=0), sums.passes)
+        passes = mean_over_tokens(sums.passes, seen, model.adaptive)
         charge = jnp.zeros((), jnp.float32)
         if model.adaptive is not None:
-            charge = jnp.where(now.charged, price_loss(price, value, passes, ce, first), 0.0)
+            charge = jnp.where(now.charged, share * price_loss(price, value, passes, ce, first), 0.0)
         report = {"cross_entropy": ce, "price_loss": charge, "mtp_loss": ahead, "passes": passes}
-        total = ce + jnp.mean(sums.auxiliary) + (0.0 if model.mtp is None else model.mtp.weight) * ahead
+        own = share * jnp.sum(token_shares(seen) * sums.auxiliary)  # what layers charge for themselves
+        total = ce + own + (0.0 if model.mtp is None else model.mtp.weight) * ahead
         extra = {"report": report, "statistics": moved_once(statistics, moved, seen), "tokens": jnp.sum(seen)}
         return total + charge, extra
 
     return loss
 
 
-def target_counts(model: ModelConfig, batch: Batch) -> tuple[Scalar, Scalar]:
-    """How many next tokens, and how many tokens after the next, a batch predicts, chunk by chunk."""
+def token_counts(model: ModelConfig, batch: Batch) -> Counts:
+    """How many next tokens, and how many tokens after the next, a batch predicts, chunk by chunk; its real tokens."""
     after = after_next_targets(batch["targets"], chunk_length(model, batch["targets"].shape[1]))
     next_token, later = (jnp.sum(targets >= 0, dtype=jnp.float32) for targets in (batch["targets"], after))
-    return next_token, later
+    return next_token, later, jnp.sum(real_tokens(batch["segment_ids"]))
+
+
+def of_parts(model: ModelConfig, reports: Mapping[str, Any], tokens: Float[Array, " parts"]) -> dict[str, Any]:
+    """The report of a batch from those of its parts, each with its `tokens`: losses are counted so already."""
+    losses = {name: jnp.mean(values, axis=0) for name, values in reports.items() if name != "passes"}
+    return {**losses, "passes": mean_over_tokens(reports["passes"], tokens, model.adaptive)}
 
 
 def _mean(pair: tuple[Array, Array], count: Scalar | None) -> Scalar:
@@ -170,7 +180,8 @@ def make_step(
     by_budget = price.rule == "budget" and model.adaptive is not None
     gradient = jax.value_and_grad(loss, has_aux=True)
     if accumulate > 1:
-        gradient = accumulate_gradients(loss, accumulate, rules, functools.partial(target_counts, model))
+        count, together = (functools.partial(work, model) for work in (token_counts, of_parts))
+        gradient = accumulate_gradients(loss, accumulate, rules, count, together)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         now = phase(price, state.step, steps, passes)

@@ -11,14 +11,14 @@ import pytest
 
 from gt_jax.checkpoints import checkpoint, leftovers
 from gt_jax.checkpoints.arrays import ArrayFiles
-from gt_jax.checkpoints.folders import publish
+from gt_jax.checkpoints.folders import publish, set_aside
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs import presets
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.files import write_atomically
-from gt_jax.training import loop
+from gt_jax.training.run_directory import config_to_train
 
 TREE = {"params": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}}
 METADATA: dict[str, Any] = {"config": {}, "kind": "train"}
@@ -151,6 +151,36 @@ def test_a_run_clears_its_own_steps_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.unfinished" / "chapter1.txt").read_text() == "months of work"
 
 
+def test_what_has_the_name_of_a_step_that_goes_keeps_it_and_ends_nothing(tmp_path: Path) -> None:
+    """8.unfinished of the user is in the way of forgetting step 8: the step stays too, and the run goes on."""
+    run = RunCheckpoints(tmp_path, keep=1)
+    run.save(8, TREE, METADATA)
+    somebody(tmp_path / "8.unfinished")
+    run.save(9, TREE, METADATA)
+    assert run.steps() == [8, 9] and (tmp_path / "8.unfinished" / "chapter1.txt").exists()
+
+
+def test_names_that_are_taken_are_refused_before_training(tmp_path: Path) -> None:
+    somebody(tmp_path / "7.unfinished")
+    growth(tmp_path / "6.unfinished")
+    (tmp_path / "5.unfinished").mkdir()  # of a killed save
+    (tmp_path / "8").write_text("notes of the eighth")
+    (tmp_path / "9").mkdir()  # is set aside
+    with pytest.raises(Refused) as refused:
+        leftovers.refuse_taken_names(tmp_path, 4, 20)
+    assert [line.split()[1].rsplit("/", 1)[1] for line in str(refused.value).splitlines()[1:]] == [
+        "6.unfinished", "7.unfinished", "8"]
+    leftovers.refuse_taken_names(tmp_path, 8, 20)  # steps that are done need no name
+    leftovers.refuse_taken_names(tmp_path, 4, 5)
+
+
+def test_a_damaged_step_is_set_aside_beside_the_earlier_one(tmp_path: Path) -> None:
+    for name in ("8", "8.damaged", "8.damaged2"):
+        somebody(tmp_path / name)
+    assert set_aside(tmp_path / "8") == tmp_path / "8.damaged3"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["8.damaged", "8.damaged2", "8.damaged3"]
+
+
 def test_a_run_leaves_a_step_that_another_job_writes(tmp_path: Path) -> None:
     """`calibrate` to RUN/9, or a growth that has just begun there, looks like what a killed save left."""
     with only_writer(tmp_path / "9"):
@@ -169,7 +199,7 @@ def test_nothing_is_named_as_what_is_not_finished(tmp_path: Path, ending: str) -
     with pytest.raises(Refused, match=f"ends in {ending}, .*choose another name"):
         checkpoint.save(tmp_path / f"model{ending}", TREE, METADATA)
     with pytest.raises(Refused, match=f"ends in {ending}"):
-        loop._check(tmp_path / f"run{ending}", RunConfig(model=presets.tiny()), resume=False)
+        config_to_train(tmp_path / f"run{ending}", RunConfig(model=presets.tiny()), resume=False)
     assert not any(tmp_path.iterdir())
 
 

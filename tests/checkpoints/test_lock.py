@@ -40,10 +40,12 @@ def test_what_is_no_lock_of_ours_is_refused_and_left(tmp_path: Path, kind: str) 
 
 
 def test_what_a_killed_process_left_is_taken_over(tmp_path: Path) -> None:
-    for content in ("", "gt_jax lock of job " + 32 * "0"):
+    job = "gt_jax lock of job " + 32 * "0"
+    for content in ("", job, f"{job}, process 4000000 on a-host-with-quite-a-long-name.example.org\n"):
         lock_file(tmp_path / "target").write_text(content)
         with only_writer(tmp_path / "target"):
-            assert lock_file(tmp_path / "target").read_text().startswith("gt_jax lock of job ")
+            said = lock_file(tmp_path / "target").read_text()
+            assert said.startswith("gt_jax lock of job ") and said.endswith(f", {lock._this_process()}\n")
         assert not any(tmp_path.iterdir())
 
 
@@ -51,7 +53,8 @@ def test_a_second_job_is_refused_and_takes_nothing_away(tmp_path: Path) -> None:
     with only_writer(tmp_path / "target"):
         content = lock_file(tmp_path / "target").read_text()
         for _ in range(2):
-            with pytest.raises(Refused, match="another process is writing"), only_writer(tmp_path / "target"):
+            with (pytest.raises(Refused, match=f"another process is writing .*process {os.getpid()} on "),
+                  only_writer(tmp_path / "target")):
                 pass
         assert lock_file(tmp_path / "target").read_text() == content
     with only_writer(tmp_path / "target"):

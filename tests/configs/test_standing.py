@@ -1,5 +1,7 @@
 """Going on from where a training stood: no rise of the rate, no phase of the price twice, the user's word wins."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from gt_jax.configs.lineage import LINEAGE, carried
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import TrainConfig
-from gt_jax.configs.standing import REWARM, gone_on, plateau_end, standing, stood
+from gt_jax.configs.standing import REWARM, going_on, gone_on, longer, plateau_end, standing, stood
 from gt_jax.errors import Refused
 
 TRAIN = TrainConfig(steps=400, optimizer=OptimizerConfig(learning_rate=3e-3))  # warm-up to 20, plateau to 320
@@ -84,3 +86,25 @@ def test_metadata_say_where_the_newest_training_stood(tmp_path):
     (tmp_path / "320").mkdir()
     assert f"{tmp_path / '320'} stands at the end of the plateau" in stood(TRAIN, 400).warnings(tmp_path / "400")[0]
     assert "10 % of its peak" in stood(TRAIN, 400).line()
+
+
+def test_more_steps_leave_the_beginning_where_it_was() -> None:
+    """Warm-up, forced passes and the price's phases at the same steps, lambda at the same speed; the decay is later."""
+    before = TrainConfig(steps=400, price=PriceConfig(forced_ramp=0.1))
+    after = longer(before, 1000)
+    assert after.optimizer.boundaries(1000) == (20, 800, 200) and before.optimizer.boundaries(400) == (20, 320, 80)
+    for name in ("forced_until", "forced_ramp", "price_from", "clipped_until", "settled_after"):
+        assert getattr(after.price, name) * 1000 == pytest.approx(getattr(before.price, name) * 400)
+    assert after.price.rate / 1000 == pytest.approx(before.price.rate / 400)
+    rates = [one.optimizer.rate(step, one.steps) for one in (before, after) for step in (0, 10, 100, 320)]
+    assert rates[:4] == pytest.approx(rates[4:])
+
+
+def test_what_more_steps_mean_is_said(tmp_path: Path) -> None:
+    before = TrainConfig(steps=100)
+    assert going_on(before, before, 40, tmp_path) == []
+    assert len(going_on(before, longer(before, 200), 40, tmp_path)) == 1  # from the plateau nothing rises
+    falls, rises = going_on(before, longer(before, 200), 100, tmp_path)
+    assert "falls after step 160, not 80" in falls and "rises again, from 0.0003 to 0.003" in rises
+    cosine = before.replace(optimizer=before.optimizer.replace(schedule="cosine"))
+    assert "the cosine of the learning rate ends there" in going_on(cosine, longer(cosine, 200), 100, tmp_path)[0]

@@ -73,3 +73,29 @@ def test_what_is_of_alive_tokens_is_weighed_by_them():
     assert float(batch.update_ratio[0, 0]) == pytest.approx((10 * 0.4 + 30 * 0.2) / 40)
     nobody = mean_over_tokens(given, jnp.zeros(2), CONFIG.adaptive)
     assert float(nobody.survival[0, 0]) == pytest.approx(0.3)
+
+
+def test_what_a_piece_did_not_see_weighs_nothing():
+    """Of two pieces of 10 and 30 tokens the second did not run the pass, or sent nearly all picks to null experts."""
+    shape = {name: jnp.zeros((2, 1, 1)) for name in PassStatistics._fields}
+    given = PassStatistics(**{**shape, "experts": jnp.array([[0.5, 0.5], [1.0, 0.0]]).reshape(2, 1, 1, 2)})._replace(
+        alive=jnp.ones((2, 1, 1)), computed=jnp.array([1.0, 0.0]).reshape(2, 1, 1),
+        entropy=jnp.array([0.6, 0.0]).reshape(2, 1, 1), router_loss=jnp.array([0.4, 0.0]).reshape(2, 1, 1))  # fmt: skip
+    tokens = jnp.array([10.0, 30.0])
+    found = mean_over_tokens(given, tokens, CONFIG.adaptive)
+    assert float(found.entropy[0, 0]) == pytest.approx(0.6)
+    assert float(found.router_loss[0, 0]) == pytest.approx(0.1)  # a charge that was not made is 0
+    both = given._replace(computed=jnp.ones((2, 1, 1)), null_rate=jnp.array([0.1, 0.9]).reshape(2, 1, 1))
+    shares = mean_over_tokens(both, tokens, CONFIG.adaptive).experts[0, 0]
+    np.testing.assert_allclose(shares, [(9 * 0.5 + 3) / 12, 9 * 0.5 / 12], rtol=1e-6)
+
+
+def test_the_deviation_of_gates_is_of_all_tokens_together():
+    gates = np.random.default_rng(0).uniform(size=12).astype(np.float32)
+    pieces = gates[:3], gates[3:]
+    shape = {name: jnp.zeros((2, 1, 1)) for name in PassStatistics._fields} | {"experts": jnp.zeros((2, 1, 1, 0))}
+    given = PassStatistics(**shape)._replace(
+        alive=jnp.ones((2, 1, 1)), p_mean=jnp.array([one.mean() for one in pieces]).reshape(2, 1, 1),
+        p_std=jnp.array([one.std() for one in pieces]).reshape(2, 1, 1))  # fmt: skip
+    found = mean_over_tokens(given, jnp.array([3.0, 9.0]), CONFIG.adaptive)
+    assert float(found.p_std[0, 0]) == pytest.approx(gates.std(), rel=1e-5)

@@ -211,13 +211,15 @@ def test_a_model_keeps_its_tokenizer_when_it_is_grown_trained_on_and_sampled(fil
     source, grown, another = (tmp_path / name for name in ("source", "grown", "another"))
     assert grow([str(source), str(grown), "--plan", "identity"]) == 0
     metadata = checkpoint.describe(grown)[1]
-    assert tokenizer_of(metadata) == data_config(metadata, None).tokenizer == own
+    carried = grown / "tokenizer.json"
+    assert tokenizer_of(metadata) == data_config(metadata, None).tokenizer == str(carried)
+    assert carried.read_bytes() == (files / "hf" / "tokenizer.json").read_bytes()
     assert tokenizer_of({"config": {}}) is None
 
     def started(*words):
         return train.default_config(train.parser().parse_args(["new", "--start", str(grown), *words]))
 
-    assert started().data.tokenizer == own
+    assert started().data.tokenizer == str(carried)
     for wrong in (lambda: started("--tokenizer", other),
                   lambda: sample([str(grown), "--tokenizer", "bytes", "--prompt", "a"])):  # fmt: skip
         with pytest.raises(Refused, match=r"was trained with another tokenizer: .*; leave --tokenizer out"):

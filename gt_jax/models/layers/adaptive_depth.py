@@ -94,25 +94,37 @@ def mean_over_tokens(
 ) -> PassStatistics:  # fmt: skip
     """Statistics [l, p] of a text from those of its pieces [pieces, l, p]: what is a mean over tokens stays one.
 
-        whole = sum_i n_i x_i / sum_i n_i,    n_i the `tokens` of piece i, for the gates those alive among them
+        whole = sum_i n_i x_i / sum_i n_i,    n_i the `tokens` of piece i that x_i is a mean over
 
+    Those are the real ones; for the gates those alive; for what mixer and MLP show, those that the pass was computed
+    for; for `experts` the picks of these that are real. `p_std` is of all tokens together, not a mean of deviations.
     `computed` is a mean over pieces: each is a batch by itself, for which a pass runs or does not.
     """
     if (count := statistics.alive.shape[0]) == 1:
         return jax.tree.map(lambda a: a[0], statistics)
     moves_all = adaptive is not None and adaptive.halting == "batch"
-    of_alive = {"p_mean", "p_std", "p_floored", "delta_ratio", *(() if moves_all else ("update_ratio",))}
+    alone = adaptive is not None and adaptive.context == "alive"
     everyone = jnp.broadcast_to(tokens[:, None, None], statistics.alive.shape)
+    alive = everyone * statistics.alive
+    shown = alive if alone else jnp.where(statistics.computed > 0, everyone, 0.0)
+    of = {name: alive for name in ("p_mean", "p_floored", "delta_ratio", *(() if moves_all else ("update_ratio",)))}
+    of |= {name: shown for name in ("entropy", "score_variance", "router_entropy", "null_rate")}
+    of |= {"experts": shown * (1 - statistics.null_rate)}
 
-    def mean(name: str, values: Array) -> Array:
-        if name == "computed":
-            return jnp.mean(values, axis=0)
-        weights = everyone * statistics.alive if name in of_alive else everyone
-        total = jnp.sum(weights, axis=0, keepdims=True)
-        shares = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 1 / count)
+    def mean(values: Array, weights: Array) -> Array:
+        shares = token_shares(weights)
         return jnp.sum(shares.reshape(*shares.shape, *[1] * (values.ndim - 3)) * values, axis=0)
 
-    return PassStatistics(**{name: mean(name, values) for name, values in statistics._asdict().items()})
+    found = {name: mean(values, of.get(name, everyone)) for name, values in statistics._asdict().items()}
+    spread = jnp.square(statistics.p_std) + jnp.square(statistics.p_mean - found["p_mean"][None])
+    found |= {"p_std": jnp.sqrt(mean(spread, alive)), "computed": jnp.sum(statistics.computed, axis=0) / count}
+    return PassStatistics(**found)
+
+
+def token_shares(tokens: Float[Array, "pieces ..."]) -> Float[Array, "pieces ..."]:
+    """What each piece weighs in a mean over tokens: n_i / sum_i n_i, equal shares where there is no token."""
+    total = jnp.sum(tokens, axis=0, keepdims=True)
+    return jnp.where(total > 0, tokens / jnp.where(total > 0, total, 1.0), 1 / tokens.shape[0])
 
 
 class LayerOutput(NamedTuple):

@@ -1,0 +1,71 @@
+"""A run's directory: which config may be trained in it, who may write it, and the mark that makes it one.
+
+A run that is resumed has its own config, but for its number of steps, which may grow (`configs.standing.longer`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.folders import Damaged, refuse_inside, refuse_temporary_name
+from gt_jax.checkpoints.lock import lock_file, only_writer
+from gt_jax.checkpoints.runs import RunCheckpoints
+from gt_jax.configs.run import RunConfig, differences, read_run_config
+from gt_jax.configs.standing import longer, plateau_end
+from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import explain_full_disk, refuse_address, write_atomically
+
+
+def config_to_train(run: Path, config: RunConfig, resume: bool) -> RunConfig:
+    """The config that `run` is trained by; raises `Refused` for a directory that is taken, or for another config."""
+    refuse_address(run)
+    left = ("config.json.tmp", lock_file(locked(run)).name)  # by a kill, before the directory was a run
+    if resume:
+        stored = read_run_config(run)
+        if config.train.steps > stored.train.steps:
+            more = longer(stored.train, config.train.steps)
+            if config.train == stored.train.replace(steps=config.train.steps):
+                config = config.replace(train=more)
+            stored = stored.replace(train=more)
+        wrong = differences(stored, config)
+        refuse_all(wrong, f"{run} was started with another config (there and here; more --steps than there are is the "
+                   f"one change that a run takes, and --start {run} begins another run from it):")
+        return config
+    if run.exists() and (not run.is_dir() or any(path.name not in left for path in run.iterdir())):
+        raise Refused(f"{run} exists; resume it with --resume, or give another directory")
+    refuse_temporary_name(run)
+    refuse_inside(run)
+    return config
+
+
+def locked(run: Path) -> Path:
+    """What is locked of a run: a name inside it, for the folder above may not be writable."""
+    return run / "run"
+
+
+def lock(stack: contextlib.ExitStack, run: Path) -> None:
+    """Be the only job that writes this run."""
+    with explain_full_disk(run):
+        stack.enter_context(only_writer(locked(run)))
+
+
+def mark(run: Path, config: RunConfig) -> None:
+    """Write RUN/config.json, the mark of a run directory, whole or not at all (a kill may leave config.json.tmp)."""
+    file = run / "config.json"
+    with explain_full_disk(run, "start it again"):
+        checkpoint.prepare_parent(file)
+        write_atomically(file, json.dumps(config.to_json(), indent=1) + "\n")
+
+
+def plateau_ends(run: Path) -> set[int]:
+    """The saved steps that ended the plateau of the run as it was when they were saved: with fewer steps, perhaps."""
+    found = set()
+    for step in RunCheckpoints(run).steps():
+        with contextlib.suppress(Damaged):  # whoever reads it says so
+            stored = checkpoint.describe(run / str(step))[1].get("run")
+            if stored is not None and plateau_end(RunConfig.from_json(stored).train) == step:
+                found.add(step)
+    return found

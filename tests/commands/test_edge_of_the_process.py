@@ -1,0 +1,156 @@
+"""Where a command meets its surroundings: encodings, closed pipes, streams that are not there; results come first."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gt_jax import report
+from gt_jax.errors import Failed, Refused, deliver, run_command, say
+from gt_jax.files import write_atomically
+from gt_jax.measure import _refuse_not_finite
+from gt_jax.monitoring.metrics import Recorder, read_metrics
+
+ROOT = str(Path(__file__).parents[2])
+
+
+class Gone(io.StringIO):
+    """A terminal that has gone, or a pipe whose reader has left."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
+    for encoding, wanted in (("ascii", b"Zo\\xeb caf\\udce9 \\u2192\n"), ("cp1252", b"Zo\xeb caf\\udce9 \\u2192\n"),
+                             ("utf-8", "Zo\u00eb caf\\udce9 \u2192\n".encode())):  # fmt: skip
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, newline="\n"))
+        with pytest.raises(SystemExit) as ended:
+            run_command(lambda argv: print("Zo\u00eb caf\udce9 \u2192") or 0, [])
+        assert (raw.getvalue(), ended.value.code) == (wanted, 0), encoding
+
+
+def test_a_file_with_a_name_that_is_no_text(tmp_path):
+    write_atomically(tmp_path / "a", "caf\udce9")
+    assert (tmp_path / "a").read_bytes() == b"caf\\udce9"
+
+
+@pytest.mark.parametrize("stream", [None, Gone(), sys.__stdin__])
+def test_what_is_said_along_the_way_ends_nothing(monkeypatch, capsys, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    say("half done")
+    assert capsys.readouterr().out == ""  # without standard error `print` would write among the results
+
+
+def test_results_come_first_and_no_failure_keeps_another_from_being_written(monkeypatch, capsys):
+    written = []
+
+    def fails() -> None:
+        raise ValueError("\n$x_{$\n^\nParseException")
+
+    files = {"--picture a.png": fails, "--plan-out b.json": lambda: written.append("b")}
+    with pytest.raises(Failed, match=r"--picture a.png could not be written \(ValueError: \$x_\{\$\)"):
+        deliver("the result", files)
+    assert capsys.readouterr().out == "the result\n" and written == ["b"]
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        deliver("the result", {"--plan-out b.json": lambda: written.append("c")})
+    assert written == ["b", "c"]
+    with pytest.raises(Failed, match="nor standard output"):
+        deliver("the result", files)
+
+
+def test_the_report_is_written_without_a_picture_that_fails(tmp_path, monkeypatch):
+    from gt_jax.configs.presets import preset
+    from gt_jax.configs.run import RunConfig
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(RunConfig(model=preset("tiny")).to_json()))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("gt_jax.monitoring.run_page.plot_runs", fails)
+    with pytest.raises(Failed, match=r"is written, without curves: .*no font"):
+        report.main([str(tmp_path / "run"), "-o", str(tmp_path / "page.html")])
+    text = (tmp_path / "page.html").read_text()
+    assert "could not be drawn: RuntimeError: no font" in text and "2.5" in text
+
+
+def test_a_run_goes_on_when_its_terminal_has_gone(tmp_path):
+    with Recorder(tmp_path / "metrics.jsonl", total_steps=3, every=1, stream=Gone()) as recorder:
+        for step in (1, 2, 3):
+            recorder.log(step, loss=1.0)
+            recorder.message("a layer is dead")
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("where", ["loss", "alive", "survival"])
+def test_counts_of_a_model_that_gives_nan_are_refused(where):
+    """`k_exec` of NaN would be all passes."""
+    layer = {"k_exec": 4, "alive": [1.0, 0.5], "survival": [1.0, 0.25]}
+    counts = {"_meta": {"loss": 2.0}, "layer0": layer, "layer1": dict(layer)}
+    _refuse_not_finite(Path("runs/a"), counts)
+    broken = {"_meta": {"loss": math.nan}} if where == "loss" else {"layer1": layer | {where: [1.0, math.inf]}}
+    with pytest.raises(Refused, match=r"runs.a: .*not finite"):
+        _refuse_not_finite(Path("runs/a"), counts | broken)
+
+
+def test_counts_that_cannot_be_written_go_to_standard_output(tmp_path, monkeypatch, capsys):
+    means = {"mean_weight": 1.5, "passes_run": 2.0, "passes_computed": 2.0}
+    layer = {"k_exec": 2, "alive": [1.0], "survival": [1.0], **means}
+    counts = {"_meta": {"loss": 2.0, "notes": []}, "layer0": layer}
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gt_jax.evaluation.measurement.measure_checkpoint", lambda *_: counts)
+    measure = importlib.import_module("gt_jax.measure")  # the name is also that of a function
+    monkeypatch.setattr(measure, "write_atomically", full)
+    with pytest.raises(Failed, match=r"-o .*No space left on device.*standard output"):
+        measure.main(["run", "-o", str(tmp_path / "counts.json")])
+    assert json.loads(capsys.readouterr().out) == counts
+
+
+def test_too_little_memory_is_said_in_a_line(capsys):
+    class XlaRuntimeError(RuntimeError):
+        pass
+
+    for error in (MemoryError(), XlaRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBacktrace")):
+        def main(argv: object, error: Exception = error) -> int:
+            raise error
+
+        with pytest.raises(SystemExit) as ended:
+            run_command(main)
+        said = capsys.readouterr().err
+        assert ended.value.code == 1 and said.startswith("failed: not enough memory") and said.count("\n") == 1
+
+    def mistaken(argv: object) -> int:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_command(mistaken)
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_closed_pipe_leaves_no_trace_of_python(closed, tmp_path):
+    """`describe tiny | head -0`: the output is larger than a buffer, so it fails while it is printed and at the end."""
+    read, write = os.pipe()
+    os.close(read)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, closed: write}
+    done = subprocess.run([sys.executable, "-m", "gt_jax.grow", "--dry-run", "--json", "--plan-out", "plan.json"],
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, **streams)  # fmt: skip
+    os.close(write)
+    assert done.returncode == (1 if closed != "stderr" else 0)
+    assert not done.stderr or (b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr), done.stderr
+    assert (tmp_path / "plan.json").exists(), "what was asked for is written though nobody reads standard output"

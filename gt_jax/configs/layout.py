@@ -12,7 +12,7 @@ from itertools import groupby
 
 from gt_jax.errors import Refused
 
-LAYER_TYPES = "DGS"
+LAYER_TYPES = "DGSA"
 _SEGMENT = re.compile(r"([A-Za-z]+)(?:\*(-?\d+))?")
 
 

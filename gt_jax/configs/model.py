@@ -334,6 +334,10 @@ class ModelConfig(Config):
                   for pair in self.stack.skips if pair[1] >= len(types)]
         return wrong
 
+    def has_post_norm(self, kind: str) -> bool:
+        """Whether layers of this type norm what mixer and MLP give, and not what they take."""
+        return kind == "A" and self.attention is not None and self.attention.post_norm
+
     @property
     def depth(self) -> layouts.Layout:
         """The parsed layout."""
@@ -360,4 +364,6 @@ class ModelConfig(Config):
             changes["gsa"] = self.gsa.replace(implementation="reference")
         if self.deltanet is not None and self.deltanet.implementation != "xla":
             changes["deltanet"] = self.deltanet.replace(implementation="xla")
+        if self.attention is not None and self.attention.implementation != "reference":
+            changes["attention"] = self.attention.replace(implementation="reference")
         return self.replace(**changes) if changes else self

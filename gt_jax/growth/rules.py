@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (rf"{_LAYER}/(mixer|mlp)_hyper/(pre|post|res)/(w|b|alpha)", SCALED),
     (rf"{_LAYER}/(mixer/output|mlp/((shared|experts)/)?down)/(w|b)", OUTPUT),
     (rf"{_LAYER}/mlp/((shared|experts)/)?(gate|up)/(w|b)", SCALED),
-    (rf"{_LAYER}/mlp/router/(w|b|null_logit)", SCALED),
+    (rf"{_LAYER}/mlp/(router/(w|b|null_logit)|shared_gate/w)", SCALED),
     (rf"{_LAYER}/mixer/(query|key|value)(_conv)?/(w|b)", SCALED),
     (rf"{_LAYER}/mixer/(gate|value_gate|output_gate|beta|decay)/(w|b)", SCALED),
     (rf"{_LAYER}/mixer/(a_log|dt_bias|skip|head_importance)", SCALED),

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.configs.attention import AttentionConfig
-from gt_jax.devices.sharding import Rules, on_mesh, per_device, reshard
-from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics, write_at
+from gt_jax.devices.sharding import Rules, on_mesh, per_device
+from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics, key_places, write_at
 from gt_jax.models.layers.primitives import Einsum, RMSNorm, WeightSpec, rope, widen
 from gt_jax.typing import Activations, PerToken, Tree
-from pallas_kernels.causal_attention.api import Positions, causal_attention
+from pallas_kernels.causal_attention.api import causal_attention
+from pallas_kernels.positions import Positions
 
 
 def empty_cache(config: AttentionConfig, batch: int, length: int, dtype: str) -> Tree:
@@ -88,10 +89,10 @@ class FullAttention(nn.Module):
         new_cache, key_positions, key_segments = None, place.positions, place.segment_ids
         if cache is not None:
             new_cache = write_at(cache, {"key": k, "value": v, "segments": place.segment_ids}, place, self.rules)
-            k, v, key_segments = new_cache["key"], new_cache["value"], new_cache["segments"]
-            every = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-            key_positions = reshard(jnp.broadcast_to(every, k.shape[:2]), self.rules.spec("batch", None))
-        o = self._attend(q, k, v, Positions(place.positions, place.segment_ids, key_positions, key_segments))
+            k, v = new_cache["key"], new_cache["value"]
+            key_positions, key_segments = key_places(new_cache, self.rules)
+        where = Positions(place.positions, place.segment_ids, key_positions, key_segments)
+        o = self._attend(q, k, v, where, same_tokens=cache is None)
         gate_logits = self.output_gate("btd,dhk->bthk", x, heads) if c.gate else None
         if gate_logits is not None:
             o = o * jax.nn.sigmoid(widen(gate_logits)).astype(o.dtype)
@@ -115,13 +116,15 @@ class FullAttention(nn.Module):
         turned = rope(x[..., : c.rope_width], place.positions, c.rope_base, c.rope)
         return jnp.concatenate([turned, x[..., c.rope_width :]], axis=-1)
 
-    def _attend(self, q: Array, k: Array, v: Array, positions: Positions) -> Array:
+    def _attend(self, q: Array, k: Array, v: Array, positions: Positions, same_tokens: bool) -> Array:
         """The operation on each device's own rows and heads."""
+        c = self.config
         tokens, rows = self.rules.spec("batch", None, "heads", None), self.rules.spec("batch", None)
 
         def local(q: Array, k: Array, v: Array, *place: Array) -> Array:
-            where = Positions(*place)
-            return causal_attention(q, k, v, where, self.config.window, implementation=self.config.implementation)
+            return causal_attention(
+                q, k, v, Positions(*place), c.window, same_tokens=same_tokens, implementation=c.implementation
+            )
 
         return per_device(local, (tokens, tokens, tokens, *([rows] * 4)), tokens)(q, k, v, *positions)
 

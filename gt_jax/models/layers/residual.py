@@ -80,9 +80,12 @@ class Layer(nn.Module):
     def setup(self) -> None:
         c, rules = self.config, self.rules
         weights = WeightSpec(c.param_dtype, c.compute_dtype, c.init_std)
-        self.mixer_norm = RMSNorm(c.width, rules, c.norm_epsilon)
+        norm = c.width, rules, c.norm_epsilon
+        if c.has_post_norm(self.kind):  # names of their own: they carry a grown layer's strength
+            self.mixer_post_norm, self.mlp_post_norm = RMSNorm(*norm), RMSNorm(*norm)
+        else:
+            self.mixer_norm, self.mlp_norm = RMSNorm(*norm), RMSNorm(*norm)
         self.mixer = make_mixer(self.kind, c, rules, weights)
-        self.mlp_norm = RMSNorm(c.width, rules, c.norm_epsilon)
         self.mlp: Any
         if c.moe is None:
             self.mlp = SwiGLU(c.width, c.mlp_width, rules, weights)
@@ -111,7 +114,7 @@ class Layer(nn.Module):
         def attend(u: Activations) -> tuple[Activations, MixerOutput]:
             arguments = (link,) if self.kind == "S" else ()
             mixed = self.mixer(u if post else self.mixer_norm(u), place, cache, *arguments)
-            y = self.mixer_norm(mixed.y) if post else mixed.y
+            y = self.mixer_post_norm(mixed.y) if post else mixed.y
             return y.astype(u.dtype), mixed
 
         def think(u: Activations) -> tuple[Activations, MLPOutput]:
@@ -120,7 +123,7 @@ class Layer(nn.Module):
                 thought = _dense(self.mlp(inner))
             else:
                 thought = self.mlp(inner, real_tokens(place.segment_ids))
-            y = self.mlp_norm(thought.y) if post else thought.y
+            y = self.mlp_post_norm(thought.y) if post else thought.y
             return y.astype(u.dtype), thought
 
         if self.config.hyper is None:  # summing the two keeps the update exact where X is large

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,7 @@ def pad(tree: Tree, tile: int) -> Tree:
     return padded._replace(segment=jnp.pad(segment, [(0, 0), (0, -segment.shape[1] % tile)], constant_values=-1))
 
 
+@runtime_checkable
 class Placed(Protocol):
     """Tokens with their places: index in the row and segment id, [b,t]; a token of segment -1 is not there."""
 

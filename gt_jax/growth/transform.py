@@ -232,7 +232,7 @@ def _unfit(name: str, old: ShapeDtypeStruct, path: str, new: ShapeDtypeStruct, r
         wrong.append(f"source tensor {name} of shape {tuple(old.shape)} gives shape {want}, "
                      f"target tensor {path} has {tuple(new.shape)}")
     floating = [bool(jnp.issubdtype(side.dtype, jnp.floating)) for side in (old, new)]
-    computed = rule in (rules.SCALED, rules.OUTPUT, rules.GAIN)
+    computed = rule in (rules.SCALED, rules.OUTPUT, rules.LAST_NORM, rules.GAIN)
     if floating[0] != floating[1] or (computed and not floating[0]):
         wrong.append(f"source tensor {name} is {old.dtype}, target tensor {path} is {new.dtype}; "
                      + ("both must be floating" if computed else "one is floating, the other is not"))

@@ -17,7 +17,7 @@ from pallas_kernels.positions import Positions
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "reference": reference.causal_attention,
     "xla": xla.causal_attention,
-    "cudnn": functools.partial(reference.causal_attention, library="cudnn"),  # a GPU's, in half precision
+    "cudnn": reference.by_cudnn,
     "pallas_tpu": pallas_tpu.causal_attention,
     "pallas_tpu_interpreted": functools.partial(pallas_tpu.causal_attention, interpret=True),  # as plain JAX, slowly
 }

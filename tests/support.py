@@ -34,7 +34,7 @@ ATTENTION = AttentionConfig(heads=4, kv_heads=2, head_width=8, gate=True, qk_nor
 def small_model(layout: str = "DG*2", adaptive: bool = True, **changes: object) -> ModelConfig:
     """A model that compiles in seconds."""
     config = ModelConfig(
-        layout=layout, width=WIDTH, vocab=264, mlp_width=48, deltanet=DELTANET, gsa=GSA, attention=ATTENTION,
+        layout=layout, width=WIDTH, vocab=264, mlp_width=48, deltanet=DELTANET, gsa=GSA,
         adaptive=AdaptiveConfig() if adaptive else None,
     )  # fmt: skip
     return config.replace(**changes)

@@ -48,9 +48,9 @@ def causal_attention(
     past = -t % tile
     attend = _kernel(t + past, heads, tile, interpret)
     scaled = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
-    rows = [jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, past), (0, 0)]) for x in (scaled, k, v)]
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, past), (0, 0)]) for x in (scaled, k, v))
     segments = jnp.pad(positions.query_segment, [(0, 0), (0, past)], constant_values=-1)
-    o = jax.vmap(lambda q, k, v, ids: attend(q, k, v, segment_ids=splash.SegmentIds(ids, ids)))(*rows, segments)
+    o = jax.vmap(lambda q, k, v, ids: attend(q, k, v, segment_ids=splash.SegmentIds(ids, ids)))(q, k, v, segments)
     return o.swapaxes(1, 2)[:, :t].astype(q.dtype)
 
 

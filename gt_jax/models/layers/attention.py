@@ -70,12 +70,8 @@ class FullAttention(nn.Module):
         self.query, self.key, self.value = Einsum(*queries), Einsum(*keys), Einsum(*keys)
         if c.gate:
             self.output_gate = Einsum(*queries)
-        if c.qk_norm == "head":
-            self.query_norm = RMSNorm(c.head_width, rules, self.epsilon)
-            self.key_norm = RMSNorm(c.head_width, rules, self.epsilon)
-        if c.qk_norm == "all":
-            self.query_norm = AllHeadsNorm(c.heads, c.head_width, rules, self.epsilon)
-            self.key_norm = AllHeadsNorm(c.kv_heads, c.head_width, rules, self.epsilon)
+        if c.qk_norm != "none":
+            self.query_norm, self.key_norm = self._norm(c.heads), self._norm(c.kv_heads)
         self.output = Einsum((c.heads, c.head_width, d), ("heads", None, "embed"), rules, self.weights)
 
     def __call__(self, x: Activations, place: Place, cache: Tree | None = None) -> MixerOutput:
@@ -105,6 +101,12 @@ class FullAttention(nn.Module):
         h, heads = jax.lax.stop_gradient(h), ("batch", None, "heads", None)
         logits = self.output_gate("btd,dhk->bthk", h, heads) if self.config.gate else None
         return _statistics(self.query("btd,dhk->bthk", h, heads), logits)
+
+    def _norm(self, heads: int) -> nn.Module:
+        c = self.config
+        if c.qk_norm == "head":
+            return RMSNorm(c.head_width, self.rules, self.epsilon)
+        return AllHeadsNorm(heads, c.head_width, self.rules, self.epsilon)
 
     def _turned(self, x: Float[Array, "b t h k"], place: Place) -> Float[Array, "b t h k"]:
         """The first `rope_width` channels of each head turned, the others as they are."""

@@ -35,7 +35,7 @@ def small_model(layout: str = "DG*2", adaptive: bool = True, **changes: object) 
     """A model that compiles in seconds."""
     config = ModelConfig(
         layout=layout, width=WIDTH, vocab=264, mlp_width=48, deltanet=DELTANET, gsa=GSA,
-        adaptive=AdaptiveConfig() if adaptive else None,
+        attention=ATTENTION if "A" in layout else None, adaptive=AdaptiveConfig() if adaptive else None,
     )  # fmt: skip
     return config.replace(**changes)
 

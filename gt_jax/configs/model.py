@@ -6,11 +6,13 @@ One small config a layer type; a feature is a field of its layer's config, never
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any, Literal
 
 from gt_jax.configs import layout as layouts
+from gt_jax.configs.adaptive import AdaptiveConfig, GatedCopiesConfig
+from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.json_config import Config, below
+from gt_jax.configs.moe import MoEConfig
 from gt_jax.errors import Refused
 
 DType = Literal["float32", "bfloat16"]
@@ -18,7 +20,8 @@ Remat = Literal["none", "pass", "layer", "block", "kernels"]
 Rope = Literal["none", "standard", "origin"]
 
 
-_GATED_ONLY = ("beta_max", "rope", "conv_bias", "read_scale", "skip", "activation_on", "decay_floor")
+_GATED_ONLY = ("beta_max", "rope", "conv_bias", "read_scale", "skip", "activation_on", "decay_floor",
+               "head_gate_bias", "output_epsilon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,8 @@ class DeltaNetConfig(Config):
     the origin (PyTorch) system does otherwise: rotary embedding of q and k after the convolution, its bias, the read
     at `read_scale` (None: key_width^-0.5), `skip` D_h (q.k) v, SiLU on the normalised output instead of the gate, and a
     floor of the log decay. `variant` "groundthink" is another recurrence (gt_jax.models.layers.groundthink).
+    `head_gate_bias` is a bias in the projections to beta and decay (`dt_bias` stays without it), `output_epsilon` that
+    of the norm of the read; None is the model's `norm_epsilon`.
     """
 
     heads: int
@@ -46,6 +51,8 @@ class DeltaNetConfig(Config):
     skip: bool = False
     activation_on: Literal["gate", "output"] = "gate"
     decay_floor: float | None = None
+    head_gate_bias: bool = True
+    output_epsilon: float | None = None
 
     def problems(self) -> list[str]:
         wrong = below(self, 1, "heads", "value_heads", "key_width", "value_width")
@@ -69,6 +76,8 @@ class DeltaNetConfig(Config):
             wrong.append(f"read_scale is {self.read_scale}; it must be positive")
         if self.decay_floor is not None and self.decay_floor >= 0:
             wrong.append(f"decay_floor is {self.decay_floor}; a log decay is negative")
+        if self.output_epsilon is not None and self.output_epsilon <= 0:
+            wrong.append(f"output_epsilon is {self.output_epsilon}; it must be positive")
         return wrong
 
 
@@ -116,100 +125,6 @@ class GSAConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveConfig(Config):
-    """Adaptive depth: up to `len(alpha)` passes a layer, pass k at strength alpha[k], while s >= `threshold`.
-
-    `halting` "token": a token below the threshold is finished. "batch" (origin): all go on until at most `batch_share`
-    of the tokens are at or above it. `features` says what the halting head sees of the mixer, its write gate, output
-    gate and head spread: those of the mixer's own input, or (origin) of the mean over streams before any norm. With
-    `state_width` it also sees the token's state, normed and projected to so many numbers; with `by_pass` its embedding
-    is one of each pass, so that it knows how many there were. `logit_bound` above 0 keeps a gate's logit within it.
-    `context` says whom a token sees in a pass after the first: "all", the finished ones too, or those "alive" in that
-    pass; then a pass costs what the share of living tokens is, up to the next of `lengths`: shares of a row that it is
-    compiled for, each of them once, the longest first.
-    """
-
-    alpha: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35)
-    threshold: float = 0.10
-    p_floor: float = 0.01
-    hidden: int = 32
-    embedding: int = 16
-    initial_bias: float = -1.0
-    halting: Literal["token", "batch"] = "token"
-    batch_share: float = 0.02
-    features: Literal["mixer_input", "stream_mean"] = "mixer_input"
-    state_width: int = 0
-    by_pass: bool = False
-    logit_bound: float = 0.0
-    context: Literal["all", "alive"] = "all"
-    lengths: tuple[float, ...] = (1.0, 0.56, 0.3, 0.16)  # above 1/2, 1/4, 1/8: the fullest row is fuller than the mean
-
-    @property
-    def max_passes(self) -> int:
-        return len(self.alpha)
-
-    @property
-    def seeing_state(self) -> AdaptiveConfig:
-        """With halting heads that can tell which token needs how much: they see state and pass, and do not saturate."""
-        return self.replace(state_width=16, by_pass=True, logit_bound=5.0)
-
-    @property
-    def seeing_features(self) -> AdaptiveConfig:
-        """With halting heads that see features of the pass alone (origin)."""
-        return self.replace(state_width=0, by_pass=False, logit_bound=0.0)
-
-    def problems(self) -> list[str]:
-        wrong = below(self, 1, "hidden", "embedding") + below(self, 0, "state_width")
-        if not self.alpha or min(self.alpha) <= 0:
-            wrong.append(f"alpha is {self.alpha}; it needs positive strengths, for example 1.0, 0.7, 0.5, 0.35")
-        if not 0 < self.threshold < 1:
-            wrong.append(f"threshold is {self.threshold}; it must lie in (0, 1)")
-        if not 0 <= self.p_floor < self.threshold:
-            wrong.append(f"p_floor is {self.p_floor}; it must lie in [0, threshold {self.threshold})")
-        if not 0 <= self.batch_share < 1:
-            wrong.append(f"batch_share is {self.batch_share}; it must lie in [0, 1)")
-        falling = all(0 < low < high for high, low in itertools.pairwise(self.lengths))
-        if self.lengths[:1] != (1.0,) or not falling:
-            wrong.append(f"lengths is {self.lengths}; it must fall from 1.0 and stay above 0, like 1.0, 0.56, 0.3")
-        if self.context == "alive" and self.halting == "batch":
-            wrong.append("context 'alive' needs halting 'token'; under 'batch' no token is finished before all are")
-        return wrong
-
-
-@dataclasses.dataclass(frozen=True)
-class GatedCopiesConfig(Config):
-    """Layers that run once, each at a token's own weight: passes of an adaptive model that became layers of their own.
-
-    `copies` has [source layer, copy] of every layer, copies from 1: the layer is that pass of that layer, and its
-    weight follows from the gates of the copies before it. `gate` is what halting heads and threshold are like.
-    """
-
-    copies: tuple[tuple[int, ...], ...]
-    gate: AdaptiveConfig = AdaptiveConfig()
-
-    def problems(self) -> list[str]:
-        wrong, done = [], dict[int, int]()
-        for layer, pair in enumerate(self.copies):
-            if len(pair) != 2 or min(pair) < 0:
-                wrong.append(f"copies[{layer}] is {list(pair)}; it must be [source layer, copy]")
-                continue
-            source, copy = pair
-            if copy != done.get(source, 0) + 1:
-                wrong.append(f"copies[{layer}] is copy {copy} of source layer {source}; copy {done.get(source, 0) + 1} "
-                             "of it must come first")
-            if copy > self.gate.max_passes:
-                wrong.append(f"copies[{layer}] is copy {copy} of source layer {source}; gate.alpha has "
-                             f"{self.gate.max_passes} passes")
-            done[source] = copy
-        if self.gate.halting != "token":
-            wrong.append(f"gate.halting is {self.gate.halting!r}; it must be 'token': a layer that runs once cannot "
-                         "wait for its batch")
-        if self.gate.context != "all":
-            wrong.append(f"gate.context is {self.gate.context!r}; it must be 'all': every token runs every layer")
-        return wrong
-
-
-@dataclasses.dataclass(frozen=True)
 class SlidingConfig(Config):
     """`S`, causal attention over the last `window` tokens plus a read of the preceding D layer's state.
 
@@ -228,40 +143,6 @@ class SlidingConfig(Config):
         wrong = below(self, 1, "heads", "head_width", "window")
         if not 0 <= self.drop < 1:
             wrong.append(f"drop is {self.drop}; it must lie in [0, 1)")
-        return wrong
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig(Config):
-    """A mixture of `experts` SwiGLUs of width `expert_width` beside the shared one, `top_k` picks a token.
-
-    `real_share` is the share of the slots that are real experts, the rest are null experts; the last three fields weigh
-    the losses on balance, router logits and null rate.
-    """
-
-    experts: int
-    expert_width: int
-    top_k: int = 2
-    real_share: float = 0.5
-    balance_loss: float = 2e-2
-    router_z_loss: float = 1e-3
-    null_loss: float = 1e-2
-
-    @property
-    def null_experts(self) -> int:
-        """How many null slots there are: experts (1 - real_share) / real_share."""
-        return round(self.experts * (1 - self.real_share) / self.real_share)
-
-    def problems(self) -> list[str]:
-        wrong = below(self, 1, "experts", "expert_width", "top_k")
-        wrong += below(self, 0, "balance_loss", "router_z_loss", "null_loss")
-        if not 0 < self.real_share <= 1:
-            wrong.append(f"real_share is {self.real_share}; it must lie in (0, 1]")
-        elif abs(self.null_experts - self.experts * (1 - self.real_share) / self.real_share) > 1e-6:
-            wrong.append(f"real_share is {self.real_share}; experts (1 - real_share) / real_share must be whole, "
-                         f"it is {self.experts * (1 - self.real_share) / self.real_share:g}")
-        elif self.top_k > self.experts + self.null_experts:
-            wrong.append(f"top_k is {self.top_k}; there are {self.experts + self.null_experts} slots")
         return wrong
 
 
@@ -392,6 +273,7 @@ class ModelConfig(Config):
     deltanet: DeltaNetConfig | None = None
     gsa: GSAConfig | None = None
     sliding: SlidingConfig | None = None
+    attention: AttentionConfig | None = None
     moe: MoEConfig | None = None
     hyper: HyperConfig | None = None
     embedding: EmbeddingConfig = EmbeddingConfig()
@@ -413,7 +295,7 @@ class ModelConfig(Config):
             types = layouts.parse(self.layout).types
         except Refused as error:
             return [*wrong, str(error)]
-        for kind, name in (("D", "deltanet"), ("G", "gsa"), ("S", "sliding")):
+        for kind, name in (("D", "deltanet"), ("G", "gsa"), ("S", "sliding"), ("A", "attention")):
             if kind in types and getattr(self, name) is None:
                 wrong.append(f"layout {self.layout} has {kind} layers; {name} must be given")
         for segment in layouts.parse(self.layout).segments:
@@ -452,6 +334,10 @@ class ModelConfig(Config):
                   for pair in self.stack.skips if pair[1] >= len(types)]
         return wrong
 
+    def has_post_norm(self, kind: str) -> bool:
+        """Whether layers of this type norm what mixer and MLP give, and not what they take."""
+        return kind == "A" and self.attention is not None and self.attention.post_norm
+
     @property
     def depth(self) -> layouts.Layout:
         """The parsed layout."""
@@ -478,4 +364,6 @@ class ModelConfig(Config):
             changes["gsa"] = self.gsa.replace(implementation="reference")
         if self.deltanet is not None and self.deltanet.implementation != "xla":
             changes["deltanet"] = self.deltanet.replace(implementation="xla")
+        if self.attention is not None and self.attention.implementation != "reference":
+            changes["attention"] = self.attention.replace(implementation="reference")
         return self.replace(**changes) if changes else self

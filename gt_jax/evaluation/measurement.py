@@ -46,7 +46,7 @@ def repetition(statistics: Any, types: str, meta: dict[str, Any]) -> dict[str, A
     for layer, kind in enumerate(types):
         weight = float(s["survival"][layer].sum())
         passes = s["survival"].shape[1]
-        entropy = halting_entropy(s["alive"][layer]) if kind == "D" else float(s["entropy"][layer][0])
+        entropy = halting_entropy(s["alive"][layer]) if kind != "G" else float(s["entropy"][layer][0])
         layers[f"layer{layer}"] = {
             "type": kind,
             "k_exec": k_exec(s["alive"][layer]),

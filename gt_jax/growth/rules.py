@@ -4,8 +4,9 @@ A path that no row matches is refused, so a new kind of tensor needs a row here 
 
 Carry, that is, how a coefficient c enters the child (GROWTH.md 3; N is the noise, added before scaling):
 - weights: every tensor of the mixer and of the MLP becomes c * (W + N), also biases, a_log and the indexer: the growth
-  README says "every tensor". Norms and gain are copied.
-- output: c on the two residual-output tensors, the others become W + N.
+  README says "every tensor". Norms and gain are copied, but for a norm that comes last (post-norm), which undoes what
+  scales the tensors before it: it becomes c times itself.
+- output: c on the two residual-output tensors, or where norms come after them on these; the others become W + N.
 - gain: all weights become W + N, and the child's gain is c times the source's: exactly h + c * Delta(h).
 """
 
@@ -22,6 +23,7 @@ CARRIES = ("weights", "output", "gain")
 _LAYER = r"params/segment\d+/layer\d+"
 
 SCALED, OUTPUT, COPIED, GAIN = "scaled", "output", "copied per layer", "gain"
+LAST_NORM = "last norm"
 STATISTICS, DROPPED, GLOBAL = "statistics", "dropped", "global"
 
 RULES: tuple[tuple[str, str], ...] = (
@@ -29,11 +31,12 @@ RULES: tuple[tuple[str, str], ...] = (
     (rf"{_LAYER}/gain", GAIN),
     (rf"{_LAYER}/(residual_scale|x0_scale)", COPIED),
     (rf"{_LAYER}/(mixer_norm|mlp_norm|mixer/\w+_norm)/(scale|b)", COPIED),
+    (rf"{_LAYER}/(mixer|mlp)_post_norm/scale", LAST_NORM),
     (rf"{_LAYER}/(mixer|mlp)_hyper/norm/scale", COPIED),
     (rf"{_LAYER}/(mixer|mlp)_hyper/(pre|post|res)/(w|b|alpha)", SCALED),
     (rf"{_LAYER}/(mixer/output|mlp/((shared|experts)/)?down)/(w|b)", OUTPUT),
     (rf"{_LAYER}/mlp/((shared|experts)/)?(gate|up)/(w|b)", SCALED),
-    (rf"{_LAYER}/mlp/router/(w|b|null_logit)", SCALED),
+    (rf"{_LAYER}/mlp/(router/(w|b|null_logit)|shared_gate/w)", SCALED),
     (rf"{_LAYER}/mixer/(query|key|value)(_conv)?/(w|b)", SCALED),
     (rf"{_LAYER}/mixer/(gate|value_gate|output_gate|beta|decay)/(w|b)", SCALED),
     (rf"{_LAYER}/mixer/(a_log|dt_bias|skip|head_importance)", SCALED),
@@ -47,6 +50,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"params/mtp/(fusion/w|layer/.+)", GLOBAL),
 )
 _COMPILED = tuple((re.compile(pattern), rule) for pattern, rule in RULES)
+_RESIDUAL_OUTPUT = re.compile(rf"({_LAYER}/(?:mixer(?=/output/)|mlp(?=/.*\bdown/)))/.+")
 _STACKED = re.compile(r"(params|statistics)/segment(\d+)/layer(\d+)/(.+)")
 
 
@@ -81,9 +85,16 @@ def stacked_path(path: str) -> StackedPath | None:
     return StackedPath(match[1], int(match[2]), int(match[3]), match[4]) if match else None
 
 
+def norm_after(path: str) -> str | None:
+    """The path that the norm after a residual-output tensor has, in a layer that has one; None for other tensors."""
+    match = _RESIDUAL_OUTPUT.fullmatch(path)
+    return f"{match[1]}_post_norm/scale" if match else None
+
+
 def treatment(rule_name: str, carry: str) -> Treatment:
     """Noise and scale for a rule under a carry (the table of this module's docstring)."""
-    scaled = {SCALED: carry == "weights", OUTPUT: carry in ("weights", "output"), GAIN: carry == "gain"}
+    last = carry in ("weights", "output")
+    scaled = {SCALED: carry == "weights", OUTPUT: last, LAST_NORM: last, GAIN: carry == "gain"}
     return Treatment(noisy=rule_name in (SCALED, OUTPUT), scaled=scaled.get(rule_name, False))
 
 

@@ -75,7 +75,7 @@ def model_flops(config: ModelConfig, tokens: int) -> ModelFlops:
 
 def _layer(kind: str, c: ModelConfig, length: int) -> float:
     """One pass of one layer."""
-    mixers: dict[str, Callable[[ModelConfig, int], float]] = {"D": _delta_rule, "G": _sparse, "S": _sliding}
+    mixers: dict[str, Callable[[ModelConfig, int], float]] = {"D": _delta_rule, "G": _sparse, "S": _sliding, "A": _full}
     total = mixers[kind](c, length) + _mlp(c)
     total += 0.0 if c.hyper is None else 2 * _streams(c.hyper, c.width)
     total += 0.0 if c.halting is None else _halting(c.halting, c.width)
@@ -118,6 +118,15 @@ def _sliding(c: ModelConfig, length: int) -> float:
     return attention + projections + 6.0 * d.value_heads * d.key_width * d.value_width
 
 
+def _full(c: ModelConfig, length: int) -> float:
+    """Projections, and attention to every earlier key or those of the window."""
+    m = c.attention
+    assert m is not None
+    inner, keys = m.heads * m.head_width, m.kv_heads * m.head_width
+    projections = 2.0 * c.width * ((3 if m.gate else 2) * inner + 2 * keys)
+    return projections + 4.0 * inner * _mean_keys(length, length if m.window is None else m.window)
+
+
 def _mean_keys(length: int, most: int) -> float:
     """The mean over positions p = 1 … length of min(p, most)."""
     short = min(length, most)
@@ -130,6 +139,7 @@ def _mlp(c: ModelConfig) -> float:
     if c.moe is None:
         return shared
     picks = c.moe.top_k * c.moe.real_share
+    shared += 2.0 * c.width if c.moe.shared_gate else 0.0
     return shared + 2.0 * c.width * c.moe.experts + picks * 6.0 * c.width * c.moe.expert_width
 
 
@@ -144,6 +154,9 @@ def _seen_columns(kind: str, c: ModelConfig) -> int:
     if kind == "G":
         assert c.gsa is not None
         return 2 * c.gsa.heads * c.gsa.head_width + c.gsa.indexer_heads
+    if kind == "A":
+        assert c.attention is not None
+        return (2 if c.attention.gate else 1) * c.attention.heads * c.attention.head_width
     m = c.deltanet
     assert m is not None
     output = 0 if m.variant == "groundthink" else m.value_heads * m.value_width

@@ -26,10 +26,12 @@ def refuse_indivisible(model: ModelConfig, rows: int, sizes: dict[str, int], hea
 
 def indivisible_fields(model: ModelConfig, rows: int, sizes: Mapping[str, int], rules: Rules) -> list[str]:
     """What a mesh of these `sizes` cannot cut evenly, a line each: rows at a time, heads, MLP width, vocabulary."""
-    heads = {"deltanet": model.deltanet, "gsa": model.gsa, "sliding": model.sliding}
+    heads = {"deltanet": model.deltanet, "gsa": model.gsa, "sliding": model.sliding, "attention": model.attention}
     named_heads = {f"{name}.heads": layer.heads for name, layer in heads.items() if layer is not None}
     if model.gsa is not None:
         named_heads["gsa.indexer_heads"] = model.gsa.indexer_heads
+    if model.attention is not None:
+        named_heads["attention.kv_heads"] = model.attention.kv_heads
     mlp, experts = {"mlp_width": model.mlp_width}, {}
     if model.moe is not None:
         mlp["moe.expert_width"] = model.moe.expert_width

@@ -12,9 +12,10 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from pallas_kernels.platform import target_device
+from pallas_kernels.positions import Positions
 from pallas_kernels.sparse_attention import pallas_tpu, reference, xla
 from pallas_kernels.sparse_attention.common.selection import Variance
-from pallas_kernels.sparse_attention.reference import Indexer, Positions, Statistics
+from pallas_kernels.sparse_attention.reference import Indexer, Statistics
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Statistics]]] = {
     "reference": reference.sparse_attention,

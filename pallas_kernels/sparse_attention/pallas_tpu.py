@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.positions import Positions
 from pallas_kernels.sparse_attention.common.selection import Variance
-from pallas_kernels.sparse_attention.reference import Indexer, Positions, Statistics, head_mean, relative_entropy
+from pallas_kernels.sparse_attention.reference import Indexer, Statistics, head_mean, relative_entropy
 from pallas_kernels.sparse_attention.tpu import layout as layout
 from pallas_kernels.sparse_attention.tpu.diverge import TINY
 from pallas_kernels.sparse_attention.tpu.launch import (

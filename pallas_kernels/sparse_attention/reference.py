@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.positions import Positions, accumulator, sees
 from pallas_kernels.sparse_attention.common.selection import (
     Variance,
-    accumulator,
     all_visible,
     budget,
     indexer_scores,
     row_variance,
-    sees,
     select,
     visible_variance,
 )
@@ -36,15 +35,6 @@ class Indexer(NamedTuple):
     bias: Array
     importance: Array
     variance_ema: Array
-
-
-class Positions(NamedTuple):
-    """Index in the row and segment id of queries [b,t] and keys [b,s]; a key of segment -1 is never visible."""
-
-    query: Array
-    query_segment: Array
-    key: Array
-    key_segment: Array
 
 
 class Statistics(NamedTuple):

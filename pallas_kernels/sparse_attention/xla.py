@@ -22,24 +22,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.positions import Positions, accumulator, sees
 from pallas_kernels.sparse_attention.common.selection import (
     Variance,
-    accumulator,
     chosen,
     indexer_scores,
     ordered,
-    sees,
 )
 from pallas_kernels.sparse_attention.common.strip_selection import fill_strip, select_rows
-from pallas_kernels.sparse_attention.common.tiles import Keys, Queries, Selection, add, pad, put, reach, take
+from pallas_kernels.sparse_attention.common.tiles import Keys, Queries, Selection
 from pallas_kernels.sparse_attention.reference import (
     Indexer,
-    Positions,
     Statistics,
     head_mean,
     head_weights,
     relative_entropy,
 )
+from pallas_kernels.tiles import add, pad, put, reach, take
 
 QUERY_TILE, KEY_TILE = 128, 256  # the fastest of a few on a CPU; a block of 16 heads is 2 MiB
 _LOWEST = 1e-30  # below it a sum counts as nothing, as in the reference

@@ -7,7 +7,7 @@ import pytest
 
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
-from gt_jax.configs.model import ExitConfig, StackConfig
+from gt_jax.configs.model import ExitConfig, MoEConfig, StackConfig
 from gt_jax.errors import Refused
 from gt_jax.growth import rules
 from gt_jax.growth.plan import block_plan
@@ -15,7 +15,7 @@ from gt_jax.growth.repetition import reference
 from gt_jax.growth.transform import abstract as shapes_of
 from gt_jax.growth.transform import child_abstract, grow, match, target_config
 from gt_jax.models.language_model import abstract
-from tests.support import perturbed
+from tests.support import ATTENTION, perturbed, small_model
 
 RECIPES = [("weights", "schedule"), ("gain", "expected"),
            pytest.param("output", "schedule", marks=pytest.mark.exhaustive)]
@@ -36,6 +36,9 @@ def test_every_tensor_of_every_preset_has_a_place_in_its_child(name):
 
 def test_the_tensors_of_the_hybrids_have_a_rule_each():
     paths = flatten(abstract(presets.preset("groundthink_dsds")))  # both of their layer types
+    attention = ATTENTION.replace(qk_norm="all", post_norm=True)
+    moe = MoEConfig(2, 8, real_share=1.0, shared_gate=True)
+    paths |= flatten(abstract(small_model("DA", attention=attention, moe=moe)))
     assert [path for path in paths if rules.rule(path) is None] == []
 
 

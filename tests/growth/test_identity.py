@@ -13,11 +13,11 @@ from gt_jax.growth.plan import block_plan
 from gt_jax.growth.repetition import from_json
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.models.language_model import LanguageModel, apply_network, fixed_passes
-from tests.support import perturbed, small_model
+from tests.support import ATTENTION, perturbed, small_model
 
 K_EXEC = (3, 1, 2, 4)
 # Blocks of one layer: copies in the order of the recurrence. Whole DDDG blocks are exact where all counts are one.
-SOURCE = small_model("D,G*2,D")
+SOURCE = small_model("A,G*2,D", attention=ATTENTION.replace(post_norm=True))
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def grown():
     counts = {f"layer{i}": {"k_exec": k, "survival": [1.0] * k + [0.0] * (4 - k)} for i, k in enumerate(K_EXEC)}
     plan = block_plan(from_json(counts, "test", SOURCE.adaptive.alpha), SOURCE.depth, coefficient="expected")
     child = target_config(SOURCE, plan)
-    assert child.layout == "D*3,G*3,D*4"
+    assert child.layout == "A*3,G*3,D*4"
     return variables, plan, child, grow(variables, plan, SOURCE, carry="gain", noise_std=0.0)
 
 

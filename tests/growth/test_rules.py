@@ -23,7 +23,8 @@ HALTING = ["halting/hidden/w", "halting/hidden/b", "halting/output/w", "halting/
 
 @pytest.mark.parametrize(("names", "rule"), [
     (SCALED, "scaled"), (["mixer/output/w", "mlp/down/w"], "output"), (["gain"], "gain"), (HALTING, "dropped"),
-    (["mixer_norm/scale", "mlp_norm/scale", "mixer/output_norm/scale"], "copied per layer"),
+    (["mixer_norm/scale", "mlp_norm/scale", "mixer/output_norm/scale", "mixer/query_norm/scale"], "copied per layer"),
+    (["mixer_post_norm/scale", "mlp_post_norm/scale"], "last norm"), (["mlp/shared_gate/w"], "scaled"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_layer_tensors(names, rule):
     assert {rules.rule(f"{LAYER}/{name}") for name in names} == {rule}
@@ -54,10 +55,12 @@ def test_every_tensor_of_the_model_has_a_rule_and_a_place():
 
 
 def test_treatment_table():
-    scaled = {(rule, carry) for rule in ("scaled", "output", "gain", "copied per layer", "statistics", "global")
+    kinds = ("scaled", "output", "last norm", "gain", "copied per layer", "statistics", "global")
+    scaled = {(rule, carry) for rule in kinds
               for carry in rules.CARRIES if rules.treatment(rule, carry).scaled}
-    assert scaled == {("scaled", "weights"), ("output", "weights"), ("output", "output"), ("gain", "gain")}
-    noisy = {rule for rule in ("scaled", "output", "gain", "copied per layer", "statistics", "global")
+    assert scaled == {("scaled", "weights"), ("output", "weights"), ("output", "output"), ("gain", "gain"),
+                      ("last norm", "weights"), ("last norm", "output")}
+    noisy = {rule for rule in kinds
              for carry in rules.CARRIES if rules.treatment(rule, carry).noisy}
     assert noisy == {"scaled", "output"}
 

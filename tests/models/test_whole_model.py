@@ -15,6 +15,7 @@ import pytest
 
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
+from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.model import (
     AdaptiveConfig,
     DeltaNetConfig,
@@ -59,6 +60,15 @@ TOKEN = ORIGIN.replace(
 OWN = presets.tiny().replace(
     layout="DG*2", width=16, vocab=40, mlp_width=24, norm_epsilon=EPSILON, gsa=GSA,
     deltanet=DELTANET.replace(value_heads=4, beta_max=2.0),
+)  # fmt: skip
+GATED = OWN.replace(  # as Qwen3-Next is made
+    layout="DA*2", deltanet=OWN.deltanet.replace(beta_max=1.0, head_gate_bias=False),
+    attention=AttentionConfig(4, 2, 8, gate=True, qk_norm="head", rope_base=1e4, rope_share=0.25),
+    moe=MoEConfig(4, 8, real_share=1.0, shared_gate=True, normalise=False, router_bias=False),
+)  # fmt: skip
+POST = OWN.replace(  # as Olmo Hybrid is made, with streams
+    layout="DA*2", deltanet=OWN.deltanet.replace(head_gate_bias=False, output_epsilon=0.01), hyper=HyperConfig(2),
+    attention=AttentionConfig(2, 2, 8, qk_norm="all", rope="none", post_norm=True, window=7),
 )  # fmt: skip
 PLAIN = ORIGIN.plain.replace(memory=None, mtp=None)
 STACKS = {
@@ -132,7 +142,9 @@ def test_budgets_of_keys_vary(config):
     assert len(budgets) >= 4 and min(budgets) < config.gsa.k_max
 
 
-@pytest.mark.parametrize("config", [TOKEN, PLAIN.replace(stack=STACKS["lambda"])], ids=["all", "lambda"])
+@pytest.mark.parametrize(
+    "config", [TOKEN, PLAIN.replace(stack=STACKS["lambda"]), GATED, POST], ids=["all", "lambda", "gated", "post"]
+)
 def test_the_oracle_knows_every_parameter(config):
     def shapes(tree):
         return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
@@ -140,7 +152,9 @@ def test_the_oracle_knows_every_parameter(config):
     assert shapes(abstract(config)) == shapes(weights(config))
 
 
-@pytest.mark.parametrize("config", [ORIGIN, TOKEN, OWN], ids=["batch", "token", "own"])
+@pytest.mark.parametrize(
+    "config", [ORIGIN, TOKEN, OWN, GATED, POST], ids=["batch", "token", "own", "gated", "post"]
+)
 def test_adaptive_depth(config):
     got, wanted = ours(config)(free_passes()), theirs(config)
     assert_same_logits(got, wanted)

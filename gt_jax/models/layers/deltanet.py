@@ -93,20 +93,24 @@ def empty_cache(config: DeltaNetConfig, batch: int, dtype: str) -> Tree:
 
 
 class HeadGate(nn.Module):
-    """x W + b, one number a head, in float32 whatever the compute dtype."""
+    """x W + b, one number a head, in float32 whatever the compute dtype; without `biased` x W."""
 
     width: int
     heads: int
     rules: Rules
+    biased: bool = True
 
     @nn.compact
     def __call__(self, x: Activations) -> Float[Array, "b t hv"]:
         spec = self.rules.spec("embed", "heads")
         w = self.param("w", INIT, (self.width, self.heads), jnp.float32, on_mesh(spec))
-        b = self.param("b", nn.initializers.zeros, (self.heads,), jnp.float32, on_mesh(self.rules.spec("heads")))
         out = on_mesh(self.rules.spec("batch", None, "heads"))
         w = reshard(w, self.rules.gathered("embed", "heads"))
-        return float32_einsum("btd,dh->bth", x, w, out_sharding=out) + b[None, None]
+        logits = float32_einsum("btd,dh->bth", x, w, out_sharding=out)
+        if not self.biased:
+            return logits
+        b = self.param("b", nn.initializers.zeros, (self.heads,), jnp.float32, on_mesh(self.rules.spec("heads")))
+        return logits + b[None, None]
 
 
 class Convolution(nn.Module):
@@ -140,7 +144,7 @@ class GatedDeltaNet(nn.Module):
     q, k = normalise(SiLU(conv(W x))); v = SiLU(conv(W_v x)); beta = beta_max sigmoid(W_b x + b);
     g = -exp(A_log) softplus(W_a x + b_a + dt_bias);  S <- e^g S + k (beta (v - e^g S^T k))^T;  o = k_width^-0.5 S^T q.
     Variants: rotary q and k before they are normalised (`rope`), a bias in conv, another scale of the read, `skip_read`
-    added to it, a floor of g, SiLU on the other factor of `gated`.
+    added to it, no bias b and b_a, a floor of g, SiLU on the other factor of `gated`.
     """
 
     config: DeltaNetConfig
@@ -156,8 +160,8 @@ class GatedDeltaNet(nn.Module):
         values = ((d, c.value_heads, c.value_width), ("embed", "heads", None), rules, weights)
         self.query, self.key = Einsum(*keys), Einsum(*keys)
         self.value, self.gate = Einsum(*values), Einsum(*values)
-        self.beta = HeadGate(d, c.value_heads, rules)
-        self.decay = HeadGate(d, c.value_heads, rules)
+        self.beta = HeadGate(d, c.value_heads, rules, c.head_gate_bias)
+        self.decay = HeadGate(d, c.value_heads, rules, c.head_gate_bias)
         per_head = on_mesh(rules.spec("heads"))
         self.a_log = self.param("a_log", init_a_log, (c.value_heads,), jnp.float32, per_head)
         self.dt_bias = self.param("dt_bias", init_dt_bias, (c.value_heads,), jnp.float32, per_head)
@@ -166,7 +170,8 @@ class GatedDeltaNet(nn.Module):
         self.query_conv = Convolution((c.conv_width, c.heads, c.key_width), rules, c.conv_bias)
         self.key_conv = Convolution((c.conv_width, c.heads, c.key_width), rules, c.conv_bias)
         self.value_conv = Convolution((c.conv_width, c.value_heads, c.value_width), rules, c.conv_bias)
-        self.output_norm = RMSNorm(c.value_width, rules, self.epsilon)
+        epsilon = self.epsilon if c.output_epsilon is None else c.output_epsilon
+        self.output_norm = RMSNorm(c.value_width, rules, epsilon)
         self.output = Einsum((c.value_heads, c.value_width, d), ("heads", None, "embed"), rules, weights)
 
     def __call__(self, x: Activations, place: Place, cache: Tree | None = None) -> MixerOutput:

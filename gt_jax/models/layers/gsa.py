@@ -19,11 +19,20 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from gt_jax.configs.model import GSAConfig
-from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, per_device, reshard
-from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics, masked_mean, real_tokens
+from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, per_device
+from gt_jax.models.layers.mixer import (
+    MixerOutput,
+    Place,
+    gate_statistics,
+    key_places,
+    masked_mean,
+    real_tokens,
+    write_at,
+)
 from gt_jax.models.layers.primitives import Einsum, WeightSpec, rope, widen
 from gt_jax.typing import Activations, PerToken, Tree
-from pallas_kernels.sparse_attention.api import Indexer, Positions, Statistics, sparse_attention
+from pallas_kernels.positions import Positions
+from pallas_kernels.sparse_attention.api import Indexer, Statistics, sparse_attention
 
 
 def empty_cache(config: GSAConfig, batch: int, length: int, dtype: str) -> Tree:
@@ -76,11 +85,10 @@ class GatedSparseAttention(nn.Module):
         weight = jax.nn.sigmoid(logits)
         new_cache, key_positions, key_segments = None, positions, segment_ids
         if cache is not None:
-            new_cache = self._write(cache, place, k, v, index_k)
+            new = {"key": k, "value": v, "indexer_key": index_k, "segments": segment_ids}
+            new_cache = write_at(cache, new, place, self.rules)
             k, v, index_k = new_cache["key"], new_cache["value"], new_cache["indexer_key"]
-            key_segments = new_cache["segments"]
-            every = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-            key_positions = reshard(jnp.broadcast_to(every, k.shape[:2]), self.rules.spec("batch", None))
+            key_positions, key_segments = key_places(new_cache, self.rules)
         where = Positions(positions, segment_ids, key_positions, key_segments)
         o, statistics = self._attend(q, k, v, index_q, index_k, weight, where)
         real = real_tokens(segment_ids)
@@ -127,20 +135,3 @@ class GatedSparseAttention(nn.Module):
         )
         bias, importance, ema = self.indexer_bias, self.head_importance, self.variance_ema.value
         return run(q, k, v, index_q, index_k, weight, bias, importance, ema, *positions)
-
-    def _write(self, cache: Tree, place: Place, k: Array, v: Array, index_k: Array) -> Tree:
-        """The cache with each new token at its own position; padding, and what lies past the room, is not written."""
-        window, rows = self.rules.spec("batch", None, "heads", None), self.rules.spec("batch", None)
-        specs = {"key": window, "value": window, "indexer_key": window, "segments": rows}
-        new = {"key": k, "value": v, "indexer_key": index_k, "segments": place.segment_ids}
-        room = cache["segments"].shape[1]
-        index = jnp.where(place.segment_ids > 0, place.positions, room)
-
-        def local(old: Tree, new: Tree, index: Array) -> Tree:
-            def row(old: Array, new: Array, index: Array) -> Array:
-                return old.at[index].set(new.astype(old.dtype), mode="drop")
-
-            return jax.tree.map(lambda a, b: jax.vmap(row)(a, b, index), old, new)
-
-        placed = {name: reshard(array, specs[name]) for name, array in cache.items()}
-        return per_device(local, (specs, specs, rows), specs)(placed, new, index)

@@ -1,4 +1,4 @@
-"""The interface of a mixer: what every D, G and S layer is given, and what it returns.
+"""The interface of a mixer: what every D, G, S and A layer is given, and what it returns.
 
 `mixer(x, place, cache)`: `Place` says where the tokens stand; `MixerOutput` is the value, the statistics that adaptive
 depth reads, the losses and the new cache. `mixer.gates(h)` are the same statistics of any other [b, t, d], by the
@@ -100,6 +100,33 @@ def last_real(old: Array, new: Array, segment_ids: Tokens, rules: Rules, axes: t
 
     spec = rules.spec("batch", None, *axes)
     return per_device(local, (spec, spec, rules.spec("batch", None)), spec)(old, new, segment_ids)
+
+
+def write_at(cache: Tree, new: Tree, place: Place, rules: Rules) -> Tree:
+    """The cache of keys with each new token at its own position, [b, room, …] of names in both trees.
+
+    Padding, and what lies past the room, is not written.
+    """
+    of_heads, rows = rules.spec("batch", None, "heads", None), rules.spec("batch", None)
+    specs = {name: of_heads if array.ndim == 4 else rows for name, array in cache.items()}
+    room = cache["segments"].shape[1]
+    index = jnp.where(place.segment_ids > 0, place.positions, room)
+
+    def local(old: Tree, new: Tree, index: Array) -> Tree:
+        def row(old: Array, new: Array, index: Array) -> Array:
+            return old.at[index].set(new.astype(old.dtype), mode="drop")
+
+        return jax.tree.map(lambda a, b: jax.vmap(row)(a, b, index), old, new)
+
+    placed = {name: reshard(array, specs[name]) for name, array in cache.items()}
+    return per_device(local, (specs, specs, rows), specs)(placed, new, index)
+
+
+def key_places(cache: Tree, rules: Rules) -> tuple[Tokens, Tokens]:
+    """Positions and segment ids of the keys of a cache that `write_at` writes: each stands at its own position."""
+    segments = cache["segments"]
+    every = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    return reshard(jnp.broadcast_to(every, segments.shape), rules.spec("batch", None)), segments
 
 
 def gate_statistics(

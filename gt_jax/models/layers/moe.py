@@ -49,14 +49,18 @@ class Routing(NamedTuple):
     weights: Float[Array, "b t k"]
 
 
-def route(slots: Float[Array, "b t s"], experts: int, top_k: int) -> Routing:
+def route(slots: Float[Array, "b t s"], experts: int, top_k: int, normalise: bool = True) -> Routing:
     """The top_k largest slots of each token (ties: the smaller index); the first `experts` slots are the real ones.
 
     Weights are softmax(slots) at the real picks, renormalised to sum 1; all 0 where every pick is null. Computed as the
-    softmax over the picked real slots alone: the same, and right where softmax(slots) underflows.
+    softmax over the picked real slots alone: the same, and right where softmax(slots) underflows. Without `normalise`
+    they are softmax(slots) as it is.
     """
     values, picks = jax.lax.top_k(slots, top_k)
     real = picks < experts
+    if not normalise:
+        shares = jnp.exp(values - jax.nn.logsumexp(slots, axis=-1, keepdims=True))
+        return Routing(jnp.minimum(picks, experts), jnp.where(real, shares, 0.0))
     largest = jnp.max(jnp.where(real, values, jnp.finfo(slots.dtype).min), axis=-1, keepdims=True)
     above = jnp.where(real, values - jax.lax.stop_gradient(largest), 0.0)
     parts = jnp.where(real, jnp.exp(above), 0.0)
@@ -119,7 +123,10 @@ def mix_experts(
 
 
 class Router(nn.Module):
-    """[W x + b ; null_logit once for each null expert], float32: the slots a token picks from."""
+    """[W x + b ; null_logit once for each null expert], float32: the slots a token picks from.
+
+    Without `router_bias`, which has no null experts, W x alone.
+    """
 
     config: MoEConfig
     width: int
@@ -130,11 +137,13 @@ class Router(nn.Module):
     def __call__(self, x: Activations) -> Float[Array, "b t s"]:
         shape, axes, whole = (self.width, self.config.experts), ("embed", None), on_mesh(self.rules.spec(None))
         w = self.param("w", self.weights.init, shape, jnp.float32, on_mesh(self.rules.spec(*axes)))
-        b = self.param("b", nn.initializers.zeros, shape[1:], jnp.float32, whole)
-        null_logit = self.param("null_logit", nn.initializers.zeros, (), jnp.float32, on_mesh(self.rules.spec()))
         w = reshard(w, self.rules.gathered(*axes))
         place = self.rules.spec("batch", None, None)
         logits = float32_einsum("btd,de->bte", x, w, out_sharding=on_mesh(place))
+        if not self.config.router_bias:
+            return logits
+        b = self.param("b", nn.initializers.zeros, shape[1:], jnp.float32, whole)
+        null_logit = self.param("null_logit", nn.initializers.zeros, (), jnp.float32, on_mesh(self.rules.spec()))
         nulls = jnp.broadcast_to(null_logit, (*x.shape[:2], self.config.null_experts))
         return jnp.concatenate([logits + b[None, None], reshard(nulls, place)], axis=-1)
 
@@ -186,8 +195,25 @@ class Experts(nn.Module):
         return run(x.astype(jnp.dtype(self.weights.compute)), routing, self.gate(), self.up(), self.down())
 
 
+class SharedGate(nn.Module):
+    """sigmoid(w.x), one number a token, [b, t, 1] float32."""
+
+    width: int
+    rules: Rules
+    weights: WeightSpec
+
+    @nn.compact
+    def __call__(self, x: Activations) -> Float[Array, "b t 1"]:
+        w = self.param("w", self.weights.init, (self.width, 1), jnp.float32, on_mesh(self.rules.spec("embed", None)))
+        w = reshard(w, self.rules.gathered("embed", None))
+        place = on_mesh(self.rules.spec("batch", None, None))
+        return jax.nn.sigmoid(float32_einsum("btd,de->bte", x, w, out_sharding=place))
+
+
 class MixtureOfExperts(nn.Module):
     """y = SwiGLU_shared(x) + sum over real picks i of w_i SwiGLU_i(x); the first term alone where all picks are null.
+
+    With `shared_gate` the first term is sigmoid(w_s.x) SwiGLU_shared(x), the gate computed in float32.
 
     A token with `real` 0 (padding) goes to no expert and is in no loss or statistic.
     """
@@ -202,13 +228,18 @@ class MixtureOfExperts(nn.Module):
         parts = (self.config, self.width, self.rules, self.weights)
         self.router, self.experts = Router(*parts), Experts(*parts)
         self.shared = SwiGLU(self.width, self.shared_width, self.rules, self.weights)
+        if self.config.shared_gate:
+            self.shared_gate = SharedGate(self.width, self.rules, self.weights)
 
     def __call__(self, x: Activations, real: PerToken) -> MLPOutput:
         config = self.config
         slots = self.router(x)
         sow(self, "slots", slots)
-        routing = route(slots, config.experts, config.top_k)
+        routing = route(slots, config.experts, config.top_k, config.normalise)
         loss, *statistics = router_losses(config, slots, routing.experts, real)
         sent = jnp.where(real[..., None] > 0, routing.experts, config.experts)
-        y = self.shared(x) + self.experts(x, Routing(sent, routing.weights))
+        shared = self.shared(x)
+        if config.shared_gate:
+            shared = (widen(shared) * self.shared_gate(x)).astype(shared.dtype)
+        y = shared + self.experts(x, Routing(sent, routing.weights))
         return MLPOutput(y, loss, *statistics)

@@ -1,7 +1,8 @@
 """One layer: mixer and MLP sublayers around the stream, their update Delta, the gain, and adaptive depth around it.
 
 Delta(X) = MLPblock(MixerBlock(X)) - X;  X <- X + gain Delta(X), or with adaptive depth gain times each pass's strength.
-A block is x + F(norm(x)), under hyper-connections H_res X + H_post (outer) F(norm(sum_n H_pre X)).
+A block is x + F(norm(x)), with post-norm x + norm(F(x)); under hyper-connections
+H_res X + H_post (outer) F(norm(sum_n H_pre X)), and the norm likewise.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from gt_jax.models.layers.adaptive_depth import (
     run_passes,
     stream_mean,
 )
+from gt_jax.models.layers.attention import FullAttention
 from gt_jax.models.layers.deltanet import GatedDeltaNet
 from gt_jax.models.layers.gated_copies import Gate, run_copy
 from gt_jax.models.layers.groundthink import GroundThinkDeltaNet
@@ -60,12 +62,15 @@ def make_mixer(kind: str, config: ModelConfig, rules: Rules, weights: WeightSpec
     if kind == "G":
         assert c.gsa is not None
         return GatedSparseAttention(c.gsa, c.width, rules, weights)
+    if kind == "A":
+        assert c.attention is not None
+        return FullAttention(c.attention, c.width, rules, weights, c.norm_epsilon)
     assert c.sliding is not None
     return SlidingAttention(c.sliding, c.width, rules, weights)
 
 
 class Layer(nn.Module):
-    """Mixer and MLP with pre-norm; adaptive and plain forms have the same weights, less the halting head."""
+    """Mixer and MLP, each with its norm; adaptive and plain forms have the same weights, less the halting head."""
 
     kind: str
     config: ModelConfig
@@ -75,9 +80,12 @@ class Layer(nn.Module):
     def setup(self) -> None:
         c, rules = self.config, self.rules
         weights = WeightSpec(c.param_dtype, c.compute_dtype, c.init_std)
-        self.mixer_norm = RMSNorm(c.width, rules, c.norm_epsilon)
+        norm = c.width, rules, c.norm_epsilon
+        if c.has_post_norm(self.kind):  # names of their own: they carry a grown layer's strength
+            self.mixer_post_norm, self.mlp_post_norm = RMSNorm(*norm), RMSNorm(*norm)
+        else:
+            self.mixer_norm, self.mlp_norm = RMSNorm(*norm), RMSNorm(*norm)
         self.mixer = make_mixer(self.kind, c, rules, weights)
-        self.mlp_norm = RMSNorm(c.width, rules, c.norm_epsilon)
         self.mlp: Any
         if c.moe is None:
             self.mlp = SwiGLU(c.width, c.mlp_width, rules, weights)
@@ -99,20 +107,24 @@ class Layer(nn.Module):
     def delta(self, x: State, place: Place, cache: Tree = None, link: Tree = None) -> tuple[State, LayerOutput]:
         """Delta(X) = MLPblock(MixerBlock(X)) - X, the update before gain and strength."""
         sow(self, "state", x)
+        post = self.config.has_post_norm(self.kind)
         if self.kind == "S":
             sow(self, "link", link)
 
         def attend(u: Activations) -> tuple[Activations, MixerOutput]:
             arguments = (link,) if self.kind == "S" else ()
-            mixed = self.mixer(self.mixer_norm(u), place, cache, *arguments)
-            return mixed.y.astype(u.dtype), mixed
+            mixed = self.mixer(u if post else self.mixer_norm(u), place, cache, *arguments)
+            y = self.mixer_post_norm(mixed.y) if post else mixed.y
+            return y.astype(u.dtype), mixed
 
         def think(u: Activations) -> tuple[Activations, MLPOutput]:
-            normed = self.mlp_norm(u)
+            inner = u if post else self.mlp_norm(u)
             if self.config.moe is None:
-                return self.mlp(normed).astype(u.dtype), _dense(normed)
-            routed = self.mlp(normed, real_tokens(place.segment_ids))
-            return routed.y.astype(u.dtype), routed
+                thought = _dense(self.mlp(inner))
+            else:
+                thought = self.mlp(inner, real_tokens(place.segment_ids))
+            y = self.mlp_post_norm(thought.y) if post else thought.y
+            return y.astype(u.dtype), thought
 
         if self.config.hyper is None:  # summing the two keeps the update exact where X is large
             inner, mixed = attend(x)

@@ -13,14 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.positions import accumulator
+
 Variance = Literal["visible", "row"]
 KEY_BITS = 30  # scores lie in [0, 1], so their float32 bits are at most 0x3F800000 < 2^30
 SINK_KEY = (1 << KEY_BITS) - 1
-
-
-def accumulator(x: Array) -> jnp.dtype:
-    """Float32, or float64 for float64 inputs: the dtype of scores, softmax and sums."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def indexer_scores(
@@ -86,14 +83,6 @@ def budget(
     ratio = jnp.where(variance_ema > 0, variance / jnp.maximum(variance_ema, 1e-30), 1.0)
     wanted = jnp.floor(jnp.clip(k_base * ratio, k_min, k_max)).astype(jnp.int32)
     return jnp.minimum(wanted, visible_count[:, None])
-
-
-def sees(
-    query: Int[Array, "b t"], query_segment: Int[Array, "b t"], key: Int[Array, "b s"], key_segment: Int[Array, "b s"]
-) -> Bool[Array, "b t s"]:
-    """Causal and within the segment: key <= query in the row, same segment, which is not -1."""
-    same = (key_segment[:, None] == query_segment[..., None]) & (key_segment[:, None] != -1)
-    return same & (key[:, None] <= query[..., None])
 
 
 def select(

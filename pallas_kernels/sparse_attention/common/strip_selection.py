@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.positions import sees
 from pallas_kernels.sparse_attention.common.selection import (
     Variance,
     budget,
     entries,
     ordered,
-    sees,
     thresholds,
     variance_of,
 )
-from pallas_kernels.sparse_attention.common.tiles import Keys, Queries, Selection, take
+from pallas_kernels.sparse_attention.common.tiles import Keys, Queries, Selection
+from pallas_kernels.tiles import take
 
 
 class RowStatistics(NamedTuple):

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.matrix_unit import LANES
 from pallas_kernels.sparse_attention.common.selection import Variance
-from pallas_kernels.sparse_attention.common.tiles import Keys, Queries, reach
+from pallas_kernels.sparse_attention.common.tiles import Keys, Queries
+from pallas_kernels.tiles import reach
 
 Shaped4 = Array | jax.ShapeDtypeStruct  # [b, t, heads, width], or only the shape of it
 SUBLANES = 8

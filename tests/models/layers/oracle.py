@@ -28,7 +28,7 @@ def rotate(x, position, table, base=10000.0):
 
 def deltanet(p, config, x, segment_ids, epsilon=1e-6):
     """`D` on one row: x [t, d] -> [t, d]."""
-    t = x.shape[0]
+    t, epsilon = x.shape[0], epsilon if config.output_epsilon is None else config.output_epsilon
 
     def conv(parameters, values):
         out = np.zeros_like(values)
@@ -49,8 +49,9 @@ def deltanet(p, config, x, segment_ids, epsilon=1e-6):
     q = unit(conv(p["query_conv"], np.einsum("td,dhk->thk", x, p["query"]["w"])))
     k = unit(conv(p["key_conv"], np.einsum("td,dhk->thk", x, p["key"]["w"])))
     v = conv(p["value_conv"], np.einsum("td,dhv->thv", x, p["value"]["w"]))
-    beta = config.beta_max * sigmoid(x @ p["beta"]["w"] + p["beta"]["b"])
-    g = -np.exp(p["a_log"]) * np.log1p(np.exp(x @ p["decay"]["w"] + p["decay"]["b"] + p["dt_bias"]))
+    beta_bias, decay_bias = (p[name]["b"] if config.head_gate_bias else 0.0 for name in ("beta", "decay"))
+    beta = config.beta_max * sigmoid(x @ p["beta"]["w"] + beta_bias)
+    g = -np.exp(p["a_log"]) * np.log1p(np.exp(x @ p["decay"]["w"] + decay_bias + p["dt_bias"]))
     scale = q.shape[2] ** -0.5 if config.read_scale is None else config.read_scale
     value_heads, group = v.shape[1], v.shape[1] // q.shape[1]
     state = np.zeros((value_heads, q.shape[2], v.shape[2]))
@@ -104,3 +105,31 @@ def gsa(p, config, x, segment_ids, ema):
         gate = sigmoid(np.einsum("d,dhk->hk", x[i], p["output_gate"]["w"]))
         out[i] = np.einsum("hk,hkd->d", read * gate, p["output"]["w"])
     return out, chosen
+
+
+def attention(p, config, x, segment_ids, epsilon=1e-6):
+    """`A` on one row: x [t, d] -> [t, d]."""
+    t, turned = x.shape[0], 0 if config.rope == "none" else int(config.head_width * config.rope_share)
+
+    def heads(name):
+        values = np.einsum("td,dhk->thk", x, p[name]["w"])
+        axes = {"head": (2,), "all": (1, 2), "none": None}[config.qk_norm]
+        if axes:
+            mean = (values**2).mean(axes, keepdims=True)
+            values = values / np.sqrt(mean + epsilon) * p[f"{name}_norm"]["scale"]
+        rows = [rotate(row[:, :turned], i, "standard", config.rope_base) for i, row in enumerate(values)]
+        return np.concatenate([np.stack(rows), values[:, :, turned:]], axis=-1)
+
+    q, k, v = heads("query"), heads("key"), np.einsum("td,dhk->thk", x, p["value"]["w"])
+    out = np.zeros_like(x)
+    for i in range(t):
+        first = 0 if config.window is None else max(0, i - config.window + 1)
+        keys = [s for s in range(first, i + 1) if segment_ids[s] == segment_ids[i]]
+        for h in range(config.heads):
+            n = h // (config.heads // config.kv_heads)
+            weight = np.exp(k[keys, n] @ q[i, h] / np.sqrt(config.head_width))
+            read = weight / weight.sum() @ v[keys, n]
+            if config.gate:
+                read = read * sigmoid(x[i] @ p["output_gate"]["w"][:, h])
+            out[i] += read @ p["output"]["w"][h]
+    return out

@@ -1,6 +1,7 @@
 """What every mixer must pass: causal by gradient, prefix, segments apart, rows apart, odd lengths, float64.
 
-D and G, each as our models have it and with everything the origin system does otherwise. The origin's variance over the
+D and G, each as our models have it and with everything the origin system does otherwise; A as two families have it,
+whole and with a window in tiles. The origin's variance over the
 row gives up the prefix property and what follows from it (segments apart, lengths), through the budget alone: with the
 budget at rest ("G origin" under `resting`) all hold, and `test_row_variance_…` say what is left when it moves.
 """
@@ -16,35 +17,42 @@ import numpy as np
 import pytest
 
 from gt_jax.checkpoints.tree_paths import flatten, nest
+from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig
 from gt_jax.devices.sharding import Rules, make_mesh, put_like, with_mesh_devices
-from gt_jax.models.layers import deltanet, gsa, primitives
+from gt_jax.models.layers import attention, deltanet, gsa, primitives
 from gt_jax.models.layers.mixer import Place, place_rows
 from gt_jax.models.layers.primitives import WeightSpec, rope
 from tests.models.layers import oracle
-from tests.support import DELTANET, GSA, WIDTH, segments
+from tests.support import ATTENTION, DELTANET, GSA, WIDTH, segments
 
 FLOOR = -0.7  # high enough that some tokens of these layers reach it
 D_VARIANTS = [
     {"rope": "standard"}, {"rope": "origin"}, {"conv_bias": True}, {"read_scale": 1.0}, {"skip": True},
-    {"activation_on": "output"}, {"decay_floor": FLOOR}, {"beta_max": 2.0},
+    {"activation_on": "output"}, {"decay_floor": FLOOR}, {"beta_max": 2.0}, {"head_gate_bias": False},
+    {"output_epsilon": 1e-2},
 ]  # fmt: skip
 G_VARIANTS = [{"rope": "none"}, {"rope": "origin"}, {"score_scale": 1.0}, {"variance": "row"}]
+A_VARIANTS = [
+    {"gate": False}, {"qk_norm": "none"}, {"qk_norm": "all"}, {"rope": "none"}, {"rope_share": 1.0}, {"rope_base": 1e7},
+    {"kv_heads": 1}, {"kv_heads": 4}, {"window": 3},
+]  # fmt: skip
 D_ORIGIN = DELTANET.replace(
     rope="origin", conv_bias=True, read_scale=1.0, skip=True, activation_on="output", decay_floor=FLOOR
 )
 G_ORIGIN = GSA.replace(rope="origin", score_scale=1.0, variance="row")
-CONFIGS = {"D": DELTANET, "G": GSA, "D origin": D_ORIGIN, "G origin": G_ORIGIN}
+A_WINDOW = ATTENTION.replace(qk_norm="all", rope="none", rope_share=1.0, gate=False, window=10, implementation="xla")
+PLAIN = {"D": DELTANET, "G": GSA, "A": ATTENTION}
+CONFIGS = {**PLAIN, "D origin": D_ORIGIN, "G origin": G_ORIGIN, "A window": A_WINDOW}
 KINDS = tuple(CONFIGS)
 CONFIGS["G tiles"] = GSA.replace(implementation="xla")  # tests/kernels/test_sparse_attention.py
 EMA = 0.004  # about the variance of the scores, so that budgets lie between their bounds
 
 
-def mixer(config: DeltaNetConfig | GSAConfig, dtype: str = "float32"):
-    weights = WeightSpec("float32", dtype)
-    if isinstance(config, DeltaNetConfig):
-        return deltanet.GatedDeltaNet(config, WIDTH, Rules(), weights)
-    return gsa.GatedSparseAttention(config, WIDTH, Rules(), weights)
+def mixer(config: DeltaNetConfig | GSAConfig | AttentionConfig, dtype: str = "float32"):
+    types = {DeltaNetConfig: deltanet.GatedDeltaNet, GSAConfig: gsa.GatedSparseAttention,
+             AttentionConfig: attention.FullAttention}  # fmt: skip
+    return types[type(config)](config, WIDTH, Rules(), WeightSpec("float32", dtype))
 
 
 @functools.cache
@@ -53,7 +61,8 @@ def variables(config):
     x, ids = jnp.zeros((1, 4, WIDTH)), jnp.zeros((1, 4), jnp.int32)
     shapes = dict(jax.eval_shape(mixer(config).init, jax.random.key(0), x, place_rows(ids)))
     draw = np.random.default_rng(1)
-    middle = {"output_norm/scale": 1.0, "skip": 1.0, "a_log": 1.0, "dt_bias": -2.0}
+    middle = {f"{name}_norm/scale": 1.0 for name in ("output", "query", "key")}
+    middle |= {"skip": 1.0, "a_log": 1.0, "dt_bias": -2.0}
     flat = {
         name: jnp.asarray(middle.get(name, 0.0) + 0.3 * draw.standard_normal(leaf.shape), leaf.dtype)
         for name, leaf in flatten(shapes["params"]).items()
@@ -85,7 +94,7 @@ def resume(kind: str):
 def empty(kind: str, rows: int, tokens: int):
     if kind.startswith("D"):
         return deltanet.empty_cache(CONFIGS[kind], rows, "float32")
-    return gsa.empty_cache(CONFIGS[kind], rows, tokens, "float32")
+    return {"G": gsa, "A": attention}[kind[0]].empty_cache(CONFIGS[kind], rows, tokens, "float32")
 
 
 def in_parts(kind: str, v, x, ids, sizes):
@@ -169,37 +178,42 @@ def test_a_thousand_tokens(kind):
 
 
 def in_float64(config, x, ids):
-    """(the mixer's output, the oracle's, and for G the oracle's keys) on one row; under `jax.enable_x64`."""
+    """(the mixer's output, the oracle's) on one row; under `jax.enable_x64`."""
     wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), variables(config))
     got = mixer(config, "float64").apply(wide, jnp.asarray(np.asarray(x), jnp.float64), place_rows(ids)).y
     assert got.dtype == jnp.float64
     params, row, ids = jax.tree.map(np.asarray, wide["params"]), np.asarray(x[0], np.float64), np.asarray(ids[0])
-    if isinstance(config, DeltaNetConfig):
-        return got[0], oracle.deltanet(params, config, row, ids), None
-    return got[0], *oracle.gsa(params, config, row, ids, float(np.float32(EMA)))
+    return got[0], equations(params, config, row, ids)
+
+
+def equations(params, config, row, ids):
+    """The oracle's output on one row."""
+    if isinstance(config, GSAConfig):
+        return oracle.gsa(params, config, row, ids, float(np.float32(EMA)))[0]
+    of = oracle.deltanet if isinstance(config, DeltaNetConfig) else oracle.attention
+    return of(params, config, row, ids)
 
 
 CASES = {
     **{kind: CONFIGS[kind] for kind in KINDS},
     **{f"D {change}": DELTANET.replace(**change) for change in D_VARIANTS},
     **{f"G {change}": GSA.replace(**change) for change in G_VARIANTS},
+    **{f"A {change}": ATTENTION.replace(**change) for change in A_VARIANTS},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_float64_agrees_with_the_equations_token_by_token(case):
-    config, plain = CASES[case], DELTANET if case.startswith("D") else GSA
+    config, plain = CASES[case], PLAIN[case[0]]
     with jax.enable_x64(True):
-        got, wanted, _ = in_float64(config, inputs(24), segments(3, 13, 8))
+        got, wanted = in_float64(config, inputs(24), segments(3, 13, 8))
         np.testing.assert_allclose(got, wanted, atol=1e-10)
-        if config != plain:  # the variant does something here: the plain equations miss by far more
+        shapes = [jax.tree.map(jnp.shape, variables(c)["params"]) for c in (config, plain)]
+        if config != plain and shapes[0] == shapes[1]:
+            # the variant does something here: the plain equations miss by far more
             params = jax.tree.map(lambda a: np.asarray(a, np.float64), variables(config)["params"])
             row, ids = np.asarray(inputs(24)[0], np.float64), np.asarray(segments(3, 13, 8)[0])
-            if case.startswith("D"):
-                other = oracle.deltanet(params, plain, row, ids)
-            else:
-                other, _ = oracle.gsa(params, plain, row, ids, float(np.float32(EMA)))
-            assert np.abs(got - other).max() > 1e-7
+            assert np.abs(got - equations(params, plain, row, ids)).max() > 1e-7
 
 
 def test_row_variance_costs_the_prefix_property_through_the_keys_alone():
@@ -249,7 +263,8 @@ def test_a_later_part_leaves_what_is_cached_alone():
     assert later["segments"].tolist() == [[1] * 20]
 
 
-@pytest.mark.parametrize("kind", ["D origin", "G origin", "G tiles"])  # the others: test_language_model.py
+# the others: test_language_model.py
+@pytest.mark.parametrize("kind", ["D origin", "G origin", "G tiles", "A", "A window"])
 def test_a_mesh_gives_the_same_values(kind):
     x, ids = three_rows()
     v = variables(CONFIGS[kind])

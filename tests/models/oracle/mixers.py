@@ -1,4 +1,4 @@
-"""The mixers `D` and `G` of one row, token by token, and the gates that adaptive depth looks at."""
+"""The mixers `D`, `G` and `A` of one row, token by token, and the gates that adaptive depth looks at."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.models.oracle.basics import rms_norm, rotate, sigmoid, silu, softplus, unit
+from tests.models.oracle.basics import rms_norm, rotate, sigmoid, silu, softmax, softplus, unit
 
 
 class Gates(NamedTuple):
@@ -42,7 +42,7 @@ def causal_conv(p, x, segment_ids):
 
 def write_strength(config, p, x):
     """beta [t, hv] of a D layer."""
-    return config.beta_max * sigmoid(x @ p["beta"]["w"] + p["beta"]["b"])
+    return config.beta_max * sigmoid(x @ p["beta"]["w"] + p["beta"].get("b", 0))
 
 
 def deltanet(config, p, x, segment_ids, epsilon):
@@ -52,11 +52,12 @@ def deltanet(config, p, x, segment_ids, epsilon):
     v = causal_conv(p["value_conv"], project(p, "value", x), segment_ids)
     gate = project(p, "gate", x)
     beta = write_strength(config, p, x)
-    g = -np.exp(p["a_log"]) * softplus(x @ p["decay"]["w"] + p["decay"]["b"] + p["dt_bias"])
+    g = -np.exp(p["a_log"]) * softplus(x @ p["decay"]["w"] + p["decay"].get("b", 0) + p["dt_bias"])
     if config.decay_floor is not None:
         g = np.maximum(g, config.decay_floor)
     scale = config.key_width**-0.5 if config.read_scale is None else config.read_scale
     share = config.value_heads // config.heads
+    epsilon = epsilon if config.output_epsilon is None else config.output_epsilon
     out = np.zeros_like(x)
     for h in range(config.value_heads):
         for t in range(x.shape[0]):
@@ -137,3 +138,45 @@ def gsa_gates(config, p, x):
     """The gates of `G`: the indexer's weight w, the output gate, the query projection before its rotation."""
     logits = project(p, "output_gate", x).reshape(x.shape[0], -1)
     return Gates(indexer_weight(p, x).mean(-1), sigmoid(logits).mean(-1), head_spread(project(p, "query", x)))
+
+
+def normed_heads(config, p, name, x, epsilon):
+    """Queries or keys [t, h, w], normed as the config says."""
+    heads = project(p, name, x)
+    if config.qk_norm == "none":
+        return heads
+    scale = p[f"{name}_norm"]["scale"]
+    if config.qk_norm == "head":
+        return rms_norm(heads, scale, epsilon)
+    return rms_norm(heads.reshape(x.shape[0], -1), scale.ravel(), epsilon).reshape(heads.shape)
+
+
+def attention(config, p, x, segment_ids, epsilon):
+    """`A`: x [t, d] -> [t, d]."""
+    q, k = (normed_heads(config, p, name, x, epsilon) for name in ("query", "key"))
+    if config.rope != "none":
+        turned = round(config.head_width * config.rope_share)
+        q, k = (np.concatenate([rotate(part[..., :turned], config.rope, config.rope_base), part[..., turned:]], axis=-1)
+                for part in (q, k))  # fmt: skip
+    v = project(p, "value", x)
+    place = np.arange(x.shape[0])
+    seen = (place[:, None] >= place) & (segment_ids[:, None] == segment_ids)
+    if config.window is not None:
+        seen &= place[:, None] - place < config.window
+    out = np.zeros_like(x)
+    for h in range(config.heads):
+        own = h * config.kv_heads // config.heads
+        logits = np.where(seen, q[:, h] @ k[:, own].T / np.sqrt(config.head_width), -np.inf)
+        read = softmax(logits) @ v[:, own]
+        if config.gate:
+            read = read * sigmoid(x @ p["output_gate"]["w"][:, h])
+        out += read @ p["output"]["w"][h]
+    return out
+
+
+def attention_gates(config, p, x):
+    """The gates of `A`: everything is written, the output gate (1 without one), the query projection."""
+    ones, output = np.ones(x.shape[0]), np.ones(x.shape[0])
+    if config.gate:
+        output = sigmoid(project(p, "output_gate", x).reshape(x.shape[0], -1)).mean(-1)
+    return Gates(ones, output, head_spread(project(p, "query", x)))

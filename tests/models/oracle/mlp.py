@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.models.oracle.basics import silu, softmax
+from tests.models.oracle.basics import sigmoid, silu, softmax
 
 
 class MLPResult(NamedTuple):
@@ -33,14 +33,16 @@ def mixture(config, p, x, real):
     the share of null slots, 1 - rho. At rho 0.5 both are the same.
     """
     y = dense(p["shared"], x).y
-    logits = x @ p["router"]["w"] + p["router"]["b"]
-    nulls = np.full((*x.shape[:2], config.null_experts), p["router"]["null_logit"])
+    if config.shared_gate:
+        y = y * sigmoid(x @ p["shared_gate"]["w"])
+    logits = x @ p["router"]["w"] + p["router"].get("b", 0)
+    nulls = np.full((*x.shape[:2], config.null_experts), p["router"].get("null_logit", 0))
     slots = np.concatenate([logits, nulls], axis=-1)
     probability = softmax(slots)
     picks = np.argsort(-probability, axis=-1, kind="stable")[..., : config.top_k]
     for row, t in np.ndindex(*x.shape[:2]):
         experts = [i for i in picks[row, t] if i < config.experts]
-        total = sum(probability[row, t, i] for i in experts)
+        total = sum(probability[row, t, i] for i in experts) if config.normalise else 1.0
         for i in experts:
             gate, up, down = (p["experts"][name]["w"][i] for name in ("gate", "up", "down"))
             y[row, t] += probability[row, t, i] / total * swiglu(gate, up, down, x[row, t])

@@ -16,7 +16,7 @@ from tests.models.oracle import hyper
 from tests.models.oracle.adaptive import Delta, Depth, adaptive_depth, one_pass
 from tests.models.oracle.basics import block, float64, rms_norm
 from tests.models.oracle.embedding import add_memory, embed
-from tests.models.oracle.mixers import Gates, deltanet, deltanet_gates, gsa, gsa_gates
+from tests.models.oracle.mixers import Gates, attention, attention_gates, deltanet, deltanet_gates, gsa, gsa_gates
 from tests.models.oracle.mlp import dense, mixture
 
 SkipEnters = Literal["before_mixing", "after_mixing"]
@@ -162,22 +162,33 @@ class Layer:
         raw = adaptive is not None and adaptive.features == "stream_mean"
         return Delta(out - x, self._gates(x.mean(2) if raw else mixer_input), loss[0])
 
-    def _norm(self, name, x):
-        return rms_norm(x, self.weights[f"{name}_norm"]["scale"], self.config.norm_epsilon)
+    @property
+    def _post(self):
+        return self.kind == "A" and self.config.attention.post_norm
+
+    def _norm(self, name, x, post=False):
+        """The norm of what enters, or with `post` of what leaves, where the layer has it there; else x."""
+        if post != self._post:
+            return x
+        scale = self.weights[f"{name}_post_norm" if post else f"{name}_norm"]["scale"]
+        return rms_norm(x, scale, self.config.norm_epsilon)
 
     def _sublayer(self, name, x, function):
         """Streams after one sublayer, and what its function saw."""
         if self.config.hyper is None:
             seen = self._norm(name, x[:, :, 0])
-            return x + function(seen)[:, :, None], seen
+            return x + self._norm(name, function(seen), post=True)[:, :, None], seen
         c = hyper.coefficients(self.config.hyper, self.weights[f"{name}_hyper"], x, self.config.norm_epsilon)
         seen = self._norm(name, hyper.read(c, x))
-        return hyper.write(c, x, function(seen)), seen
+        return hyper.write(c, x, self._norm(name, function(seen), post=True)), seen
 
     def _mix(self, x):
         p, epsilon = self.weights["mixer"], self.config.norm_epsilon
         if self.kind == "D":
             rows = [deltanet(self.config.deltanet, p, r, i, epsilon) for r, i in zip(x, self.segment_ids, strict=True)]
+        elif self.kind == "A":
+            given = self.config.attention, p
+            rows = [attention(*given, r, i, epsilon) for r, i in zip(x, self.segment_ids, strict=True)]
         else:
             ema = self.variance_ema
             rows = [gsa(self.config.gsa, p, r, i, ema)[0] for r, i in zip(x, self.segment_ids, strict=True)]
@@ -189,8 +200,9 @@ class Layer:
         return mixture(self.config.moe, self.weights["mlp"], x, self.segment_ids > 0)
 
     def _gates(self, x) -> Gates:
-        function = deltanet_gates if self.kind == "D" else gsa_gates
-        config = self.config.deltanet if self.kind == "D" else self.config.gsa
+        c = self.config
+        function, config = {"D": (deltanet_gates, c.deltanet), "G": (gsa_gates, c.gsa),
+                            "A": (attention_gates, c.attention)}[self.kind]  # fmt: skip
         return Gates(*np.stack([function(config, self.weights["mixer"], row) for row in x], axis=1))
 
 

@@ -97,8 +97,9 @@ class Draw:
 
     def sublayers(self, kind):
         d = self.config.width
-        out = {"mixer_norm": self.scale(d), "mlp_norm": self.scale(d), "mlp": self.mlp()}
-        out["mixer"] = self.deltanet() if kind == "D" else self.gsa()
+        post = "_post" if kind == "A" and self.config.attention.post_norm else ""
+        out = {f"mixer{post}_norm": self.scale(d), f"mlp{post}_norm": self.scale(d), "mlp": self.mlp()}
+        out["mixer"] = {"D": self.deltanet, "G": self.gsa, "A": self.attention}[kind]()
         if self.config.hyper is not None:
             out |= {"mixer_hyper": self.hyper(), "mlp_hyper": self.hyper()}
         return out
@@ -118,8 +119,9 @@ class Draw:
             return dense
         e, f = moe.experts, moe.expert_width
         experts = {"gate": self.weight(e, d, f), "up": self.weight(e, d, f), "down": self.output(e, f, d)}
-        router = self.weight(d, e, bias=(e,)) | {"null_logit": self.noise()}
-        return {"shared": dense, "experts": experts, "router": router}
+        router = self.weight(d, e, bias=(e,)) | {"null_logit": self.noise()} if moe.router_bias else self.weight(d, e)
+        gate = {"shared_gate": self.weight(d, 1)} if moe.shared_gate else {}
+        return {"shared": dense, "experts": experts, "router": router} | gate
 
     def deltanet(self):
         """Heads decay from hardly to wholly, so that both long memory and the decay floor are met."""
@@ -127,8 +129,8 @@ class Draw:
         key, value = (c.heads, c.key_width), (c.value_heads, c.value_width)
         out = {"query": self.weight(d, *key), "key": self.weight(d, *key), "value": self.weight(d, *value),
                "gate": self.weight(d, *value), "output": self.output(*value, d),
-               "beta": self.weight(d, c.value_heads, bias=value[:1]),
-               "decay": self.weight(d, c.value_heads, bias=value[:1]),
+               "beta": self.weight(d, c.value_heads, bias=value[:1] if c.head_gate_bias else ()),
+               "decay": self.weight(d, c.value_heads, bias=value[:1] if c.head_gate_bias else ()),
                "a_log": np.log(np.geomspace(0.05, 16, c.value_heads)), "dt_bias": self.noise(c.value_heads),
                "output_norm": self.scale(c.value_width)}  # fmt: skip
         for name, shape in (("query_conv", key), ("key_conv", key), ("value_conv", value)):
@@ -142,3 +144,13 @@ class Draw:
         out |= {name: self.weight(d, *indexer) for name in ("indexer_query", "indexer_key")}
         return out | {"indexer_weight": self.weight(d, c.indexer_heads), "indexer_bias": self.noise(c.indexer_heads),
                       "head_importance": self.noise(c.heads), "output": self.output(*heads, d)}  # fmt: skip
+
+    def attention(self):
+        c, d = self.config.attention, self.config.width
+        heads, keys = (c.heads, c.head_width), (c.kv_heads, c.head_width)
+        out = {"query": self.weight(d, *heads), "key": self.weight(d, *keys), "value": self.weight(d, *keys),
+               "output": self.output(*heads, d)}  # fmt: skip
+        for name, shape in (("query_norm", heads), ("key_norm", keys)):
+            if c.qk_norm != "none":
+                out[name] = {"scale": self.noise(*(shape if c.qk_norm == "all" else shape[1:]), around=1.0)}
+        return out | ({"output_gate": self.weight(d, *heads)} if c.gate else {})

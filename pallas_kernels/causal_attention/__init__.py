@@ -1,0 +1,1 @@
+"""Causal attention with grouped heads, in packed rows, with or without a window."""

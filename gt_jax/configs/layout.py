@@ -12,7 +12,7 @@ from itertools import groupby
 
 from gt_jax.errors import Refused
 
-LAYER_TYPES = "DGSA"
+LAYER_TYPES = "DGSAB"
 _SEGMENT = re.compile(r"([A-Za-z]+)(?:\*(-?\d+))?")
 
 

@@ -100,12 +100,17 @@ def _refuse_other_models(where: Path, config: ModelConfig) -> None:
     """Raise `Refused` for parts of the config that the origin does not have."""
     types = config.depth.types
     absent = {
-        "S layers": "S" in types, "B layers": "B" in types, "a dense MLP (moe is null)": config.moe is None,
-        "exit": config.exit is not None,
+        "S layers": "S" in types, "A layers": "A" in types, "B layers": "B" in types,
+        "a dense MLP (moe is null)": config.moe is None, "exit": config.exit is not None,
         "copies that keep their gates (gated_copies)": config.gated_copies is not None,
         "the lambda stack": config.stack.kind == "lambda",
         "deltanet.variant 'groundthink'": "D" in types and config.deltanet is not None
         and config.deltanet.variant != "gated",
+        "deltanet.head_gate_bias false": config.deltanet is not None and not config.deltanet.head_gate_bias,
+        "deltanet.output_epsilon": config.deltanet is not None and config.deltanet.output_epsilon is not None,
+        "moe.normalise false": config.moe is not None and not config.moe.normalise,
+        "moe.shared_gate": config.moe is not None and config.moe.shared_gate,
+        "moe.router_bias false": config.moe is not None and not config.moe.router_bias,
     }  # fmt: skip
     refuse_all([f"it has {what}" for what, there in absent.items() if there],
                f"checkpoint {where} is a model that the origin does not have:")

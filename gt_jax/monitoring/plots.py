@@ -20,7 +20,7 @@ from gt_jax.monitoring.canvas import own_settings, plain_text
 Number = float | int | np.number
 # Okabe and Ito's palette, told apart by colour-blind readers; the first curve, the source, is dark grey.
 COLOURS = ("#333333", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_TYPE_COLOURS = {"D": "#0072B2", "G": "#E69F00"}
+_TYPE_COLOURS = {"D": "#0072B2", "G": "#E69F00", "A": "#D55E00"}
 _LIGHT = "G"  # types whose bars are light enough for dark letters
 _GREY = "#777777"
 _LABEL_GAP = 0.055  # of the height of the axes: one line of text

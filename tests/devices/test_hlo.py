@@ -266,6 +266,22 @@ def test_products_and_kernels_of_a_tpu_program():
     assert count_flops(hlo.read(told)).of_kernels == 9 * 1000
 
 
+def test_splash_attention_counts_by_its_shapes():
+    """Which gives no estimate, and tells of itself on lines amid an instruction."""
+    attend = """  %splash_mha_dq.1 = f32[4,128,64]{2,1,0} custom-call(%m, %m, %q, %k, %k), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="attend"}
+"""
+    text = "ENTRY %main (q: f32[4,128,64], k: f32[2,128,64], m: s8[1]) -> f32[4,128,64] {\n" + "".join(
+        f"  %{name} = f32[{shape}] parameter({n})\n" for n, (name, shape) in enumerate(
+            (("q", "4,128,64"), ("k", "2,128,64"), ("m", "1"))))  # fmt: skip
+    program = hlo.read(text + attend + "  ROOT %out = f32[4,128,64] negate(%splash_mha_dq.1)\n}\n")
+    products = 3 * 2 * (4 * 64) * 128 * 129 // 2
+    assert count_flops(program) == (products, products, 0)
+    assert [x.name for x, _ in program.executed()][-1] == "out"
+
+
 def test_the_branch_of_a_conditional_that_costs_more_counts():
     def either(x, w, v):
         return jax.lax.cond(x.sum() > 0, lambda: (x @ w).sum(), lambda: (x @ v).sum())

@@ -27,6 +27,7 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_SPREAD = re.compile(r"kernel_metadata=\{\n.*?\n\}", re.DOTALL)  # JSON on lines of its own, amid an instruction
 _NUMBER = re.compile(r"constant\((-?\d+)\)")
 
 
@@ -261,7 +262,7 @@ def read(text: str) -> Program:
     """Parse the optimised HLO of a program; raises ValueError for a text without entry."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _SPREAD.sub("kernel_metadata={}", text).splitlines():
         if not line.startswith(" "):
             head = _HEAD.match(line)
             current = computations.setdefault(head[2], Computation(head[2], {})) if head else None

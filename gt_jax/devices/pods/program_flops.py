@@ -3,7 +3,8 @@
 * A product is 2 (a multiply and an add) times the elements of its result times those that each of them sums over, also
   inside fusions. XLA for TPU writes products as convolutions, batched ones as convolutions with holes between the
   elements, so of a window only the positions count that meet an element: neither padding nor holes.
-* A kernel counts by the estimate that it gave the compiler (`pl.CostEstimate`).
+* A kernel counts by the estimate that it gave the compiler (`pl.CostEstimate`). JAX's splash attention gives none; it
+  counts by its shapes, the keys before each query.
 * What is computed element by element and reductions are not counted, as nowhere in `gt_jax.models.flops`.
 """
 
@@ -20,6 +21,8 @@ _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _WINDOW_DEFAULTS = (("size", 1), ("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
 _GROUPS = re.compile(r"batch_group_count=(\d+)")
+_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # of queries or their gradients with keys or values
 _ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
 
 
@@ -37,14 +40,24 @@ def count_flops(program: Program, loop_length: float | int = 1) -> Work:
     Raises ValueError for a product that is written in a way this does not know.
     """
     products, kernels = (round(program.total(cost, loop_length, through=("fusion",)))
-                         for cost in (product_flops, lambda here, x: estimated(x, "flops")))  # fmt: skip
-    silent = sum(is_kernel(x) and _ESTIMATE.search(x.attributes) is None for x, _ in program.executed())
+                         for cost in (product_flops, kernel_flops))  # fmt: skip
+    silent = sum(is_kernel(x) and _ESTIMATE.search(x.attributes) is None and _SPLASH.match(x.name) is None
+                 for x, _ in program.executed())  # fmt: skip
     return Work(products + kernels, kernels, silent)
 
 
 def is_kernel(x: Instruction) -> bool:
     """Whether it runs a Pallas kernel for TPUs."""
     return x.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in x.attributes
+
+
+def kernel_flops(here: Computation, x: Instruction) -> int:
+    """Of a kernel by its own estimate, of splash attention by its shapes; 0 for other instructions."""
+    splash = _SPLASH.match(x.name) if is_kernel(x) else None
+    if splash is None:
+        return estimated(x, "flops")
+    queries, keys = (here.operand(x, place).arrays[0] for place in (2, 3))
+    return _SPLASH_PRODUCTS[splash[1]] * queries.elements * (keys.shape[-2] + 1)
 
 
 def estimated(x: Instruction, what: str) -> int:

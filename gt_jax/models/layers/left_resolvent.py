@@ -21,7 +21,7 @@ every denominator is at most -eta, and |g| <= 1 / eta whatever h and o are.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ def _resolvent(h: Pair, coupling: Array, before: Pair, real: Array) -> Pair:
 
 
 @_resolvent.defjvp
-def _resolvent_tangent(primals: tuple, tangents: tuple) -> tuple[Pair, Pair]:  # type: ignore[type-arg]
+def _resolvent_tangent(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Pair, Pair]:
     (h, coupling, before, real), (dh, dcoupling, dbefore, _) = primals, tangents
     g = _resolvent(h, coupling, before, real)
     last = Pair(*(jnp.concatenate([b[:, None], part[:, :-1]], axis=1) for b, part in zip(before, g, strict=True)))

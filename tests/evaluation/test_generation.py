@@ -14,6 +14,7 @@ from gt_jax.errors import Refused
 from gt_jax.evaluation.generation import sample, sample_token
 from gt_jax.models.language_model import abstract
 from gt_jax.sample import _ended, main
+from gt_jax.text.tokenizers import ByteTokenizer
 
 CONFIG = preset("tiny").replace(layout="D", width=16, mlp_width=16, adaptive=None)
 LOGITS = jnp.log(jnp.asarray([[0.05, 0.4, 0.05, 0.3, 0.2]]))
@@ -65,6 +66,8 @@ def model(weights, tmp_path_factory):
 def test_settings_that_mean_nothing_are_listed_at_once():
     with pytest.raises(Refused, match=r"(?s)ids in 3 … 999.*length is 0.*temperature is nan.*top_k is 0.*top_p is 1.5"):
         sample(CONFIG, None, np.array([[3, 999]]), 0, temperature=float("nan"), top_k=0, top_p=1.5)
+    with pytest.raises(Refused, match=r"seed is 4294967296; .*\n.*seed is -1"):  # 2**32 would draw as 0 does
+        sample(CONFIG, None, np.array([[3], [4]]), 1, seed=[2**32, -1])
     with pytest.raises(Refused, match=r"(?s)there are 2 seeds; the prompt has 1 rows.*tokens is 999"):
         sample(CONFIG, None, np.array([[3]]), 1, seed=[1, 2], tokens=999)
 
@@ -87,15 +90,9 @@ def test_prompts_together_are_continued_as_each_alone(model, capsys):
 
 
 def test_a_stop_ends_the_text_before_it():
-    class Bytes:
-        end_of_document = 256
-
-        def decode(self, ids):
-            return bytes(ids[ids != 256].tolist())
-
     def ended(text, *stops):
         ids = np.array([*text.encode(), 256, 65])
-        return tuple(_ended(np.array([1]), ids, Bytes(), stops).values())
+        return tuple(_ended(np.array([1]), ids, ByteTokenizer(), stops).values())
 
     assert ended("one\n\ntwo") == ("one\n\ntwo", [*b"one\n\ntwo"], "end of document")
     assert ended("one\n\ntwo", "tw", "\n\n") == ("one", [*b"one\n\n"], "stop")

@@ -22,6 +22,7 @@ from gt_jax.configs.model import (
     MoEConfig,
     MTPConfig,
 )
+from gt_jax.configs.resolvent import ResolventConfig
 from gt_jax.models.language_model import LanguageModel, abstract, apply_network, empty_cache
 from gt_jax.text.token_bytes import default_texts, token_table
 
@@ -29,13 +30,15 @@ WIDTH = 32
 DELTANET = DeltaNetConfig(heads=2, value_heads=4, key_width=8, value_width=8, chunk_size=16)
 GSA = GSAConfig(heads=4, head_width=8, indexer_heads=2, indexer_width=8, k_base=6, k_min=4, k_max=8, sinks=2)
 ATTENTION = AttentionConfig(heads=4, kv_heads=2, head_width=8, gate=True, qk_norm="head", rope_share=0.5)
+RESOLVENT = ResolventConfig(heads=4)
 
 
 def small_model(layout: str = "DG*2", adaptive: bool = True, **changes: object) -> ModelConfig:
     """A model that compiles in seconds."""
     config = ModelConfig(
         layout=layout, width=WIDTH, vocab=264, mlp_width=48, deltanet=DELTANET, gsa=GSA,
-        attention=ATTENTION if "A" in layout else None, adaptive=AdaptiveConfig() if adaptive else None,
+        attention=ATTENTION if "A" in layout else None, resolvent=RESOLVENT if "B" in layout else None,
+        adaptive=AdaptiveConfig() if adaptive else None,
     )  # fmt: skip
     return config.replace(**changes)
 

@@ -12,7 +12,7 @@ from itertools import groupby
 
 from gt_jax.errors import Refused
 
-LAYER_TYPES = "DGSA"
+LAYER_TYPES = "DGSAB"
 MOST = 1 << 16  # blocks of a segment: whoever writes more would wait, or lack the memory to list them
 _SEGMENT = re.compile(r"([A-Za-z]+)(?:\*(-?\d+))?")
 

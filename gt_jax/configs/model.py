@@ -13,6 +13,7 @@ from gt_jax.configs.adaptive import AdaptiveConfig, GatedCopiesConfig
 from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.json_config import Config, below
 from gt_jax.configs.moe import MoEConfig
+from gt_jax.configs.resolvent import ResolventConfig
 from gt_jax.errors import Refused
 
 DType = Literal["float32", "bfloat16"]
@@ -274,6 +275,7 @@ class ModelConfig(Config):
     gsa: GSAConfig | None = None
     sliding: SlidingConfig | None = None
     attention: AttentionConfig | None = None
+    resolvent: ResolventConfig | None = None
     moe: MoEConfig | None = None
     hyper: HyperConfig | None = None
     embedding: EmbeddingConfig = EmbeddingConfig()
@@ -295,9 +297,12 @@ class ModelConfig(Config):
             types = layouts.parse(self.layout).types
         except Refused as error:
             return [*wrong, str(error)]
-        for kind, name in (("D", "deltanet"), ("G", "gsa"), ("S", "sliding"), ("A", "attention")):
+        for kind, name in (("D", "deltanet"), ("G", "gsa"), ("S", "sliding"), ("A", "attention"), ("B", "resolvent")):
             if kind in types and getattr(self, name) is None:
                 wrong.append(f"layout {self.layout} has {kind} layers; {name} must be given")
+        if "B" in types and self.resolvent is not None and self.width % self.resolvent.heads:
+            wrong.append(f"layout {self.layout} has B layers, and resolvent.heads is {self.resolvent.heads}; width "
+                         f"{self.width} must be a multiple of it")
         for segment in layouts.parse(self.layout).segments:
             if "S" in segment.pattern.split("D")[0]:
                 wrong.append(f"pattern {segment.pattern}: an S layer reads the D layer before it in its pattern")

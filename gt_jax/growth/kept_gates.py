@@ -32,7 +32,9 @@ def cannot_keep_gates(source: ModelConfig, plan: Plan) -> list[str]:
     """Why no child by this plan can keep the gates of `source`: all that is in the way, in words."""
     if source.adaptive is None:
         return ["--keep-gates: the source is not adaptive, it has no gates"]
-    wrong, gate = [], source.adaptive
+    wrong, gate = list[str](), source.adaptive
+    if source.stack.kind == "lambda":
+        wrong.append("--keep-gates: the source's stack is 'lambda'; copies that keep gates need 'residual'")
     if gate.halting != "token":
         wrong.append(f"--keep-gates: adaptive.halting is {gate.halting!r}, where weights depend on the batch; 'token' "
                      "is needed")

@@ -8,6 +8,9 @@ Carry, that is, how a coefficient c enters the child (GROWTH.md 3; N is the nois
   scales the tensors before it: it becomes c times itself.
 - output: c on the two residual-output tensors, or where norms come after them on these; the others become W + N.
 - gain: all weights become W + N, and the child's gain is c times the source's: exactly h + c * Delta(h).
+
+Of a lambda stack's a and b the first copy of a layer has the source's, every other a = 1 and b = 0, under every carry
+(gt_jax.growth.lambda_stack says why).
 """
 
 from __future__ import annotations
@@ -24,12 +27,15 @@ _LAYER = r"params/segment\d+/layer\d+"
 
 SCALED, OUTPUT, COPIED, GAIN = "scaled", "output", "copied per layer", "gain"
 LAST_NORM = "last norm"
+RESIDUAL_SCALE, X0_SCALE = "1 after the first copy", "0 after the first copy"
+NEUTRAL = {RESIDUAL_SCALE: 1.0, X0_SCALE: 0.0}  # what all copies but the first have
 STATISTICS, DROPPED, GLOBAL = "statistics", "dropped", "global"
 
 RULES: tuple[tuple[str, str], ...] = (
     (rf"{_LAYER}/halting/.+", DROPPED),
     (rf"{_LAYER}/gain", GAIN),
-    (rf"{_LAYER}/(residual_scale|x0_scale)", COPIED),
+    (rf"{_LAYER}/residual_scale", RESIDUAL_SCALE),
+    (rf"{_LAYER}/x0_scale", X0_SCALE),
     (rf"{_LAYER}/(mixer_norm|mlp_norm|mixer/\w+_norm)/(scale|b)", COPIED),
     (rf"{_LAYER}/(mixer|mlp)_post_norm/scale", LAST_NORM),
     (rf"{_LAYER}/(mixer|mlp)_hyper/norm/scale", COPIED),
@@ -40,12 +46,13 @@ RULES: tuple[tuple[str, str], ...] = (
     (rf"{_LAYER}/mixer/(query|key|value)(_conv)?/(w|b)", SCALED),
     (rf"{_LAYER}/mixer/(gate|value_gate|output_gate|beta|decay)/(w|b)", SCALED),
     (rf"{_LAYER}/mixer/(a_log|dt_bias|skip|head_importance)", SCALED),
+    (rf"{_LAYER}/mixer/(potential/w|broadening|coupling|scale)", SCALED),
     (rf"{_LAYER}/mixer/(state_output/w|state_gate/(w|b))", SCALED),
     (rf"{_LAYER}/mixer/(cue_query|cue_query_bias|state_query)", COPIED),
     (rf"{_LAYER}/mixer/(indexer_(query|key|weight)/w|indexer_bias)", SCALED),
     (r"statistics/segment\d+/layer\d+/.+", STATISTICS),
     (r"statistics/(embedding/token_(bytes|length)|mtp/layer/mixer/variance_ema)", GLOBAL),
-    (r"params/(embedding/(table|kronecker/w|norm/scale)|final_norm/scale|unembedding/w)", GLOBAL),
+    (r"params/(embedding/(table|kronecker/w|norm/scale)|final_norm/scale|unembedding/w|skips)", GLOBAL),
     (r"params/memory/(strength|norm/(scale|bias)|gate/(w|b))", GLOBAL),
     (r"params/mtp/(fusion/w|layer/.+)", GLOBAL),
 )

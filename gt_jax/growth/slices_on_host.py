@@ -20,6 +20,8 @@ def grow_slice(leaf: Leaf, block: int, values: np.ndarray, start: int = 0, *, ca
     """
     how = rules.treatment(leaf.rule, carry)
     noisy = how.noisy and noise_std > 0
+    if leaf.rule in rules.NEUTRAL and not leaf.parts[block].coefficient:
+        return np.full_like(values, rules.NEUTRAL[leaf.rule], leaf.dtype)
     with np.errstate(over="ignore"):
         if not noisy and not how.scaled:
             return values.astype(leaf.dtype, copy=False)

@@ -27,6 +27,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.growth import noise, noise_on_devices, rules
 from gt_jax.growth.kept_gates import cannot_keep_gates, gates_of
+from gt_jax.growth.lambda_stack import cannot_keep_skips, grown_skips
 from gt_jax.growth.plan import Plan
 
 Abstract = Mapping[str, ShapeDtypeStruct]
@@ -34,7 +35,10 @@ _CARRIERS = {"weights": (rules.SCALED,), "output": (rules.OUTPUT, rules.LAST_NOR
 
 
 class Part(NamedTuple):
-    """Where one block of a target tensor comes from. A tensor of the whole model has neither block nor layer."""
+    """Where one block of a target tensor comes from. A tensor of the whole model has neither block nor layer.
+
+    The `coefficient` of a rule in `rules.NEUTRAL` is 1 for the first copy of a layer and 0 for the others.
+    """
 
     source: str
     block: int | None
@@ -85,14 +89,18 @@ def target_config(source_config: ModelConfig, plan: Plan, dtype: str | None = No
 
     A plan that keeps gates gives copies that keep theirs (`gt_jax.growth.kept_gates`). Raises `Refused` when the plan
     was made for another layout, and for stacks that growth is not defined for: a copy of a layer continues its
-    recurrence only where layers add their update to one residual stream, and have the gains for it.
+    recurrence only where layers add their update to one stream, and have the gains for it; nor can a skip of a lambda
+    stack start at a layer that is nowhere done (`gt_jax.growth.lambda_stack`).
     """
     wrong = []
     if source_config.depth != plan.source_layout:
         wrong.append(f"the plan is for a source of layout {plan.source_layout}, "
                      f"this source's config says {source_config.layout}")
-    if source_config.stack.kind != "residual":
-        wrong.append(f"the source's stack is {source_config.stack.kind!r}; only 'residual' can be grown")
+    if source_config.stack.kind == "midpoint":
+        wrong.append("the source's stack is 'midpoint'; only 'residual' and 'lambda' can be grown")
+    skips = source_config.stack.skips
+    if skips and not wrong:
+        wrong += cannot_keep_skips(skips, plan)
     if source_config.exit is not None:
         wrong.append("the source's tokens leave the stack early (exit); a deeper stack would be another model")
     if source_config.gated_copies is not None:
@@ -101,7 +109,9 @@ def target_config(source_config: ModelConfig, plan: Plan, dtype: str | None = No
     if plan.keeps_gates:
         wrong += cannot_keep_gates(source_config, plan)
     refuse_all(wrong, "the source cannot be grown:")
-    config = source_config.plain.replace(layout=str(plan.target_layout), gated_copies=gates_of(source_config, plan))
+    stack = source_config.stack.replace(skips=grown_skips(skips, plan))
+    config = source_config.plain.replace(layout=str(plan.target_layout), stack=stack,
+                                         gated_copies=gates_of(source_config, plan))
     return config if dtype is None else config.replace(param_dtype=dtype)
 
 
@@ -202,7 +212,7 @@ def _leaf(path: str, source: Abstract, target: Abstract, plan: Plan, wrong: list
         if where.segment >= len(segments) or where.slot >= len(segments[where.segment].pattern):
             wrong.append(f"target tensor {path} is outside the layout {plan.target_layout}")
             return None
-        parts = _parts(where, plan)
+        parts = _parts(where, plan, rule)
     if missing := sorted({part.source for part in parts if part.source not in source}):
         wrong.append(f"source tensor {', '.join(missing)} is missing; target tensor {path} needs it")
         return None
@@ -214,14 +224,15 @@ def _leaf(path: str, source: Abstract, target: Abstract, plan: Plan, wrong: list
     return Leaf(path, rule, parts, tuple(new.shape), np.dtype(new.dtype), tuple(source[parts[0].source].shape))
 
 
-def _parts(where: rules.StackedPath, plan: Plan) -> tuple[Part, ...]:
+def _parts(where: rules.StackedPath, plan: Plan, rule: str) -> tuple[Part, ...]:
     parts = []
     for block in range(plan.target_layout.segments[where.segment].repeats):
         layer = plan.target_layout.layer(where.segment, block, where.slot)
         entry = plan.entries[layer]
         segment, source_block, slot = plan.source_layout.position(entry.source)
         name = str(where._replace(segment=segment, slot=slot))
-        parts.append(Part(name, source_block, entry.coefficient, layer))
+        coefficient = float(entry.copy == 1) if rule in rules.NEUTRAL else entry.coefficient
+        parts.append(Part(name, source_block, coefficient, layer))
     return tuple(parts)
 
 
@@ -297,6 +308,8 @@ def grow_slice(leaf: Leaf, block: int, values: Array | np.ndarray, start: int = 
                seed: int) -> Array:
     """The part of `grow_block` that begins at flat position `start` of the block, from that part of its source."""
     scaled, noisy = rules.treatment(leaf.rule, carry).scaled, _noisy(leaf, carry, noise_std)
+    if leaf.rule in rules.NEUTRAL and not leaf.parts[block].coefficient:
+        return jnp.full_like(values, rules.NEUTRAL[leaf.rule], leaf.dtype)
     if not noisy and not scaled:
         return jnp.asarray(values, leaf.dtype)
     key = noise_on_devices.limbs(noise_key(leaf, block, seed))

@@ -100,8 +100,8 @@ def _refuse_other_models(where: Path, config: ModelConfig) -> None:
     """Raise `Refused` for parts of the config that the origin does not have."""
     types = config.depth.types
     absent = {
-        "S layers": "S" in types, "A layers": "A" in types, "exit": config.exit is not None,
-        "a dense MLP (moe is null)": config.moe is None,
+        "S layers": "S" in types, "A layers": "A" in types, "B layers": "B" in types,
+        "a dense MLP (moe is null)": config.moe is None, "exit": config.exit is not None,
         "copies that keep their gates (gated_copies)": config.gated_copies is not None,
         "the lambda stack": config.stack.kind == "lambda",
         "deltanet.variant 'groundthink'": "D" in types and config.deltanet is not None

@@ -75,7 +75,8 @@ def model_flops(config: ModelConfig, tokens: int) -> ModelFlops:
 
 def _layer(kind: str, c: ModelConfig, length: int) -> float:
     """One pass of one layer."""
-    mixers: dict[str, Callable[[ModelConfig, int], float]] = {"D": _delta_rule, "G": _sparse, "S": _sliding, "A": _full}
+    mixers: dict[str, Callable[[ModelConfig, int], float]] = {
+        "D": _delta_rule, "G": _sparse, "S": _sliding, "A": _full, "B": _resolvent}  # fmt: skip
     total = mixers[kind](c, length) + _mlp(c)
     total += 0.0 if c.hyper is None else 2 * _streams(c.hyper, c.width)
     total += 0.0 if c.halting is None else _halting(c.halting, c.width)
@@ -127,6 +128,13 @@ def _full(c: ModelConfig, length: int) -> float:
     return projections + 4.0 * inner * _mean_keys(length, length if m.window is None else m.window)
 
 
+def _resolvent(c: ModelConfig, length: int) -> float:
+    """The potential, a step of the recurrence a head (two products, the inverse of a complex number), the output."""
+    m = c.resolvent
+    assert m is not None
+    return 2.0 * c.width * 3 * m.heads + 9.0 * m.heads
+
+
 def _mean_keys(length: int, most: int) -> float:
     """The mean over positions p = 1 … length of min(p, most)."""
     short = min(length, most)
@@ -157,6 +165,9 @@ def _seen_columns(kind: str, c: ModelConfig) -> int:
     if kind == "A":
         assert c.attention is not None
         return (2 if c.attention.gate else 1) * c.attention.heads * c.attention.head_width
+    if kind == "B":
+        assert c.resolvent is not None
+        return c.resolvent.heads
     m = c.deltanet
     assert m is not None
     output = 0 if m.variant == "groundthink" else m.value_heads * m.value_width

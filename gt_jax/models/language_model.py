@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, on_mesh, reshard, with_mesh_devices
-from gt_jax.models.layers import attention, deltanet, early_exit, groundthink, gsa, sliding
+from gt_jax.models.layers import attention, deltanet, early_exit, groundthink, gsa, resolvent, sliding
 from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
 from gt_jax.models.layers.block import Block, Common, Stream, layer_delta, observed, remat_policy, remats_blocks
 from gt_jax.models.layers.early_exit import ExitHead, even_bias
@@ -315,6 +315,9 @@ def _empty_layer_cache(kind: str, config: ModelConfig, batch: int, length: int) 
     if kind == "A":
         assert config.attention is not None
         return attention.empty_cache(config.attention, batch, length, dtype)
+    if kind == "B":
+        assert config.resolvent is not None
+        return resolvent.empty_cache(config.resolvent, batch, dtype)
     assert config.deltanet is not None
     room = groundthink if config.deltanet.variant == "groundthink" else deltanet
     return room.empty_cache(config.deltanet, batch, dtype)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gt_jax.configs.presets import preset
+from gt_jax.configs.resolvent import ResolventConfig
 from gt_jax.devices.pods import topologies
 from gt_jax.devices.sharding import Rules, make_mesh
 from gt_jax.errors import Refused
@@ -50,6 +51,9 @@ def test_what_does_not_divide_names_the_field_the_tensors_and_the_axis():
     """Where the fields say that all divides, all tensors do."""
     lines = indivisible_fields(preset("8b"), 8, {"expert": 3}, Rules())
     assert lines == ["moe.experts is 20; the mesh cuts it in 3 (expert)"]
+    waves = preset("tiny").replace(layout="B", resolvent=ResolventConfig(heads=2))
+    assert "resolvent.heads is 2; the mesh cuts it in 4 (tensor)" in indivisible_fields(
+        waves, 8, {"tensor": 4}, Rules())  # fmt: skip
     model = preset("tiny_3b").plain.replace(layout="DG")
     sizes = {"data": 1, "fsdp": 4, "expert": 3, "tensor": 2}
     with pytest.raises(Refused) as error, jax.set_mesh(make_mesh(fsdp=8)):  # whatever the mesh of the moment

@@ -83,7 +83,10 @@ def test_numbers_that_are_too_large_are_refused():
 @pytest.mark.parametrize(
     ("change", "says"),
     [({"width": "128"}, "'width'"), ({"colour": 1}, "'colour'"), ({"compute_dtype": "float16"}, "float16"),
-     ({"layout": "DDSG*2"}, "sliding must be given"), ({"gsa": {"heads": 4}}, "head_width"),
+     ({"layout": "DDSG*2"}, "sliding must be given"), ({"layout": "DB*2"}, "resolvent must be given"),
+     ({"layout": "DB*2", "resolvent": {"heads": 48}}, r"resolvent.heads is 48; width 128 must be a multiple of it"),
+     ({"resolvent": {"heads": 0, "bound": 0.0}}, r"heads is 0(.|\n)*bound is 0.0; it must be positive"),
+     ({"gsa": {"heads": 4}}, "head_width"),
      ({"layout": "DDA*2"}, "attention must be given"), ({"width": True}, "'width'")],
 )  # fmt: skip
 def test_json_that_does_not_fit_is_refused(change, says):

@@ -15,7 +15,7 @@ from gt_jax.growth.repetition import reference
 from gt_jax.growth.transform import abstract as shapes_of
 from gt_jax.growth.transform import child_abstract, grow, match, target_config
 from gt_jax.models.language_model import abstract
-from tests.support import ATTENTION, perturbed, small_model
+from tests.support import ATTENTION, RESOLVENT, perturbed, small_model
 
 RECIPES = [("weights", "schedule"), ("gain", "expected"),
            pytest.param("output", "schedule", marks=pytest.mark.exhaustive)]
@@ -38,7 +38,8 @@ def test_the_tensors_of_the_hybrids_have_a_rule_each():
     paths = flatten(abstract(presets.preset("groundthink_dsds")))  # both of their layer types
     attention = ATTENTION.replace(qk_norm="all", post_norm=True)
     moe = MoEConfig(2, 8, real_share=1.0, shared_gate=True)
-    paths |= flatten(abstract(small_model("DA", attention=attention, moe=moe)))
+    resolvent = RESOLVENT.replace(coupling="learned")
+    paths |= flatten(abstract(small_model("DAB", attention=attention, moe=moe, resolvent=resolvent)))
     assert [path for path in paths if rules.rule(path) is None] == []
 
 
@@ -69,7 +70,8 @@ def test_each_recipe_grows_the_tiny_preset(carry, coefficient):
 
 
 @pytest.mark.parametrize(("change", "word"), [
-    ({"stack": StackConfig("lambda")}, "lambda"), ({"adaptive": None, "exit": ExitConfig()}, "exit"),
+    ({"adaptive": None, "stack": StackConfig("midpoint")}, "midpoint"),
+    ({"adaptive": None, "exit": ExitConfig()}, "exit"),
 ])
 def test_stacks_that_growth_is_not_defined_for_are_refused(change, word):
     source = presets.tiny().replace(**change)

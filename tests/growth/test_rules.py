@@ -17,6 +17,7 @@ SCALED = [
         "output_gate", "indexer_query", "indexer_key", "indexer_weight")],
     "mixer/beta/b", "mixer/decay/b", "mixer/a_log", "mixer/dt_bias", "mixer/indexer_bias", "mixer/head_importance",
     "mlp/gate/w", "mlp/up/w",
+    "mixer/potential/w", "mixer/broadening", "mixer/coupling", "mixer/scale",
 ]
 HALTING = ["halting/hidden/w", "halting/hidden/b", "halting/output/w", "halting/output/b", "halting/embedding"]
 

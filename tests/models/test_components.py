@@ -28,7 +28,7 @@ from gt_jax.models.language_model import LanguageModel, abstract, apply_network,
 from gt_jax.models.memory_chunks import forward_rows, over_chunks
 from gt_jax.training.price import phase
 from gt_jax.training.step import after_next_targets, make_loss
-from tests.support import ATTENTION, decoded, full_model, perturbed, small_model, tokens
+from tests.support import ATTENTION, RESOLVENT, decoded, full_model, perturbed, small_model, tokens
 
 FULL = full_model()
 PLAIN = full_model(adaptive=False)
@@ -46,6 +46,7 @@ MODELS = {
     "exit, streams": small_model("DG", False, exit=ExitConfig(threshold=0.6), hyper=HyperConfig(streams=2)),
     "groundthink": GROUNDTHINK,
     "hybrid": small_model("DA", attention=ATTENTION.replace(post_norm=True)),
+    "resolvent": small_model("DB", False, resolvent=RESOLVENT.replace(coupling="learned")),
 }
 CAUSAL = [name for name in MODELS if name != "batch halting"]  # there a token's passes depend on its batch
 

@@ -13,15 +13,16 @@ from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig, ModelConfig, MTPConfig
 from gt_jax.configs.presets import preset
+from gt_jax.configs.resolvent import ResolventConfig
 from gt_jax.models.flops import PEAKS, model_flops, peak_flops, utilisation
 from gt_jax.models.language_model import LanguageModel, abstract, apply_network
 
 ROWS, TOKENS = 2, 16
 DENSE = ModelConfig(
-    layout="DGA", width=256, vocab=1024, mlp_width=512, remat="none",
+    layout="DGAB", width=256, vocab=1024, mlp_width=512, remat="none",
     deltanet=DeltaNetConfig(heads=4, value_heads=8, key_width=32, value_width=32, chunk_size=16),
     gsa=GSAConfig(heads=8, head_width=32, indexer_heads=4, indexer_width=16, k_base=TOKENS, k_min=8, k_max=TOKENS),
-    attention=AttentionConfig(heads=8, kv_heads=2, head_width=32, gate=True),
+    attention=AttentionConfig(heads=8, kv_heads=2, head_width=32, gate=True), resolvent=ResolventConfig(heads=32),
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from gt_jax.configs.model import (
     MoEConfig,
     StackConfig,
 )
+from gt_jax.configs.resolvent import ResolventConfig
 from gt_jax.models.language_model import LanguageModel, Memory, abstract, apply_network, fixed_passes, free_passes
 from tests.models.oracle import model as oracle
 from tests.models.oracle.basics import block, float64, rms_norm
@@ -70,6 +71,7 @@ POST = OWN.replace(  # as Olmo Hybrid is made, with streams
     layout="DA*2", deltanet=OWN.deltanet.replace(head_gate_bias=False, output_epsilon=0.01), hyper=HyperConfig(2),
     attention=AttentionConfig(2, 2, 8, qk_norm="all", rope="none", post_norm=True, window=7),
 )  # fmt: skip
+RESOLVENT = OWN.replace(layout="DB*2", resolvent=ResolventConfig(4, coupling="learned"))
 PLAIN = ORIGIN.plain.replace(memory=None, mtp=None)
 STACKS = {
     "residual": StackConfig(),
@@ -143,7 +145,8 @@ def test_budgets_of_keys_vary(config):
 
 
 @pytest.mark.parametrize(
-    "config", [TOKEN, PLAIN.replace(stack=STACKS["lambda"]), GATED, POST], ids=["all", "lambda", "gated", "post"]
+    "config", [TOKEN, PLAIN.replace(stack=STACKS["lambda"]), GATED, POST, RESOLVENT],
+    ids=["all", "lambda", "gated", "post", "resolvent"],
 )
 def test_the_oracle_knows_every_parameter(config):
     def shapes(tree):
@@ -153,7 +156,8 @@ def test_the_oracle_knows_every_parameter(config):
 
 
 @pytest.mark.parametrize(
-    "config", [ORIGIN, TOKEN, OWN, GATED, POST], ids=["batch", "token", "own", "gated", "post"]
+    "config", [ORIGIN, TOKEN, OWN, GATED, POST, RESOLVENT],
+    ids=["batch", "token", "own", "gated", "post", "resolvent"],
 )
 def test_adaptive_depth(config):
     got, wanted = ours(config)(free_passes()), theirs(config)

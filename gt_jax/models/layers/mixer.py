@@ -1,4 +1,4 @@
-"""The interface of a mixer: what every D, G, S and A layer is given, and what it returns.
+"""The interface of a mixer: what every D, G, S, A and B layer is given, and what it returns.
 
 `mixer(x, place, cache)`: `Place` says where the tokens stand; `MixerOutput` is the value, the statistics that adaptive
 depth reads, the losses and the new cache. `mixer.gates(h)` are the same statistics of any other [b, t, d], by the

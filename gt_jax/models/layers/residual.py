@@ -37,6 +37,7 @@ from gt_jax.models.layers.hyper_connections import HyperConnection, read, write
 from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
 from gt_jax.models.layers.moe import MixtureOfExperts, MLPOutput
 from gt_jax.models.layers.primitives import RMSNorm, SwiGLU, WeightSpec, add_scaled, scaled, widen
+from gt_jax.models.layers.resolvent import LeftResolvent
 from gt_jax.models.layers.sliding import SlidingAttention
 from gt_jax.models.layers.sow import PASSES, asked_for, sow
 from gt_jax.models.layers.stack import mix
@@ -65,6 +66,9 @@ def make_mixer(kind: str, config: ModelConfig, rules: Rules, weights: WeightSpec
     if kind == "A":
         assert c.attention is not None
         return FullAttention(c.attention, c.width, rules, weights, c.norm_epsilon)
+    if kind == "B":
+        assert c.resolvent is not None
+        return LeftResolvent(c.resolvent, c.width, rules, weights)
     assert c.sliding is not None
     return SlidingAttention(c.sliding, c.width, rules, weights)
 

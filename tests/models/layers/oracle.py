@@ -133,3 +133,21 @@ def attention(p, config, x, segment_ids, epsilon=1e-6):
                 read = read * sigmoid(x[i] @ p["output_gate"]["w"][:, h])
             out[i] += read @ p["output"]["w"][h]
     return out
+
+
+def resolvent(p, config, x, segment_ids):
+    """`B` on one row: x [t, d] -> [t, d], by the inverse of each document's matrix up to the token."""
+    t = x.shape[0]
+    beside = sigmoid(p["coupling"]) if config.coupling == "learned" else np.ones(config.heads)
+    z = 1j * (np.log1p(np.exp(p["broadening"])) + 1e-6)
+    potential = np.clip(x @ p["potential"]["w"], -config.bound, config.bound)
+    out = np.zeros_like(x)
+    for i in range(t):
+        first = min(s for s in range(i + 1) if segment_ids[s] == segment_ids[i])
+        size = i - first + 1
+        chain = np.eye(size, k=1) + np.eye(size, k=-1)
+        for h in range(config.heads):
+            matrix = np.diag(potential[first : i + 1, h] - 2 - z[h]) + beside[h] * chain
+            g = np.linalg.inv(matrix)[-1, -1]
+            out[i] += p["scale"][h] * (g.real * p["output"]["w"][h, 0] + g.imag * p["output"]["w"][h, 1])
+    return out

@@ -1,7 +1,7 @@
 """What every mixer must pass: causal by gradient, prefix, segments apart, rows apart, odd lengths, float64.
 
 D and G, each as our models have it and with everything the origin system does otherwise; A as two families have it,
-whole and with a window in tiles. The origin's variance over the
+whole and with a window in tiles; B. The origin's variance over the
 row gives up the prefix property and what follows from it (segments apart, lengths), through the budget alone: with the
 budget at rest ("G origin" under `resting`) all hold, and `test_row_variance_…` say what is left when it moves.
 """
@@ -19,12 +19,13 @@ import pytest
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig
+from gt_jax.configs.resolvent import ResolventConfig
 from gt_jax.devices.sharding import Rules, make_mesh, put_like, with_mesh_devices
-from gt_jax.models.layers import attention, deltanet, gsa, primitives
+from gt_jax.models.layers import attention, deltanet, gsa, primitives, resolvent
 from gt_jax.models.layers.mixer import Place, place_rows
 from gt_jax.models.layers.primitives import WeightSpec, rope
 from tests.models.layers import oracle
-from tests.support import ATTENTION, DELTANET, GSA, WIDTH, segments
+from tests.support import ATTENTION, DELTANET, GSA, RESOLVENT, WIDTH, segments
 
 FLOOR = -0.7  # high enough that some tokens of these layers reach it
 D_VARIANTS = [
@@ -42,16 +43,17 @@ D_ORIGIN = DELTANET.replace(
 )
 G_ORIGIN = GSA.replace(rope="origin", score_scale=1.0, variance="row")
 A_WINDOW = ATTENTION.replace(qk_norm="all", rope="none", rope_share=1.0, gate=False, window=10, implementation="xla")
-PLAIN = {"D": DELTANET, "G": GSA, "A": ATTENTION}
+B_VARIANTS = [{"coupling": "learned"}, {"bound": 1.0}]
+PLAIN = {"D": DELTANET, "G": GSA, "A": ATTENTION, "B": RESOLVENT}
 CONFIGS = {**PLAIN, "D origin": D_ORIGIN, "G origin": G_ORIGIN, "A window": A_WINDOW}
 KINDS = tuple(CONFIGS)
 CONFIGS["G tiles"] = GSA.replace(implementation="xla")  # tests/kernels/test_sparse_attention.py
 EMA = 0.004  # about the variance of the scores, so that budgets lie between their bounds
 
 
-def mixer(config: DeltaNetConfig | GSAConfig | AttentionConfig, dtype: str = "float32"):
+def mixer(config: DeltaNetConfig | GSAConfig | AttentionConfig | ResolventConfig, dtype: str = "float32"):
     types = {DeltaNetConfig: deltanet.GatedDeltaNet, GSAConfig: gsa.GatedSparseAttention,
-             AttentionConfig: attention.FullAttention}  # fmt: skip
+             AttentionConfig: attention.FullAttention, ResolventConfig: resolvent.LeftResolvent}  # fmt: skip
     return types[type(config)](config, WIDTH, Rules(), WeightSpec("float32", dtype))
 
 
@@ -92,8 +94,8 @@ def resume(kind: str):
 
 
 def empty(kind: str, rows: int, tokens: int):
-    if kind.startswith("D"):
-        return deltanet.empty_cache(CONFIGS[kind], rows, "float32")
+    if kind[0] in "DB":
+        return {"D": deltanet, "B": resolvent}[kind[0]].empty_cache(CONFIGS[kind], rows, "float32")
     return {"G": gsa, "A": attention}[kind[0]].empty_cache(CONFIGS[kind], rows, tokens, "float32")
 
 
@@ -190,8 +192,8 @@ def equations(params, config, row, ids):
     """The oracle's output on one row."""
     if isinstance(config, GSAConfig):
         return oracle.gsa(params, config, row, ids, float(np.float32(EMA)))[0]
-    of = oracle.deltanet if isinstance(config, DeltaNetConfig) else oracle.attention
-    return of(params, config, row, ids)
+    of = {DeltaNetConfig: oracle.deltanet, AttentionConfig: oracle.attention, ResolventConfig: oracle.resolvent}
+    return of[type(config)](params, config, row, ids)
 
 
 CASES = {
@@ -199,6 +201,7 @@ CASES = {
     **{f"D {change}": DELTANET.replace(**change) for change in D_VARIANTS},
     **{f"G {change}": GSA.replace(**change) for change in G_VARIANTS},
     **{f"A {change}": ATTENTION.replace(**change) for change in A_VARIANTS},
+    **{f"B {change}": RESOLVENT.replace(**change) for change in B_VARIANTS},
 }
 
 
@@ -264,7 +267,7 @@ def test_a_later_part_leaves_what_is_cached_alone():
 
 
 # the others: test_language_model.py
-@pytest.mark.parametrize("kind", ["D origin", "G origin", "G tiles", "A", "A window"])
+@pytest.mark.parametrize("kind", ["D origin", "G origin", "G tiles", "A", "A window", "B"])
 def test_a_mesh_gives_the_same_values(kind):
     x, ids = three_rows()
     v = variables(CONFIGS[kind])

@@ -1,4 +1,4 @@
-"""The mixers `D`, `G` and `A` of one row, token by token, and the gates that adaptive depth looks at."""
+"""The mixers `D`, `G`, `A` and `B` of one row, token by token, and the gates that adaptive depth looks at."""
 
 from __future__ import annotations
 
@@ -180,3 +180,23 @@ def attention_gates(config, p, x):
     if config.gate:
         output = sigmoid(project(p, "output_gate", x).reshape(x.shape[0], -1)).mean(-1)
     return Gates(ones, output, head_spread(project(p, "query", x)))
+
+
+def resolvent(config, p, x, segment_ids):
+    """`B`: x [t, d] -> [t, d]."""
+    v = np.clip(x @ p["potential"]["w"], -config.bound, config.bound)
+    z = 1j * (softplus(p["broadening"]) + 1e-6)
+    beside = sigmoid(p["coupling"]) if config.coupling == "learned" else 1.0
+    out, g = np.zeros_like(x), 0.0
+    for t in range(x.shape[0]):
+        if t == 0 or segment_ids[t] != segment_ids[t - 1]:
+            g = 0.0
+        g = 1 / (v[t] - 2 - z - beside**2 * g)
+        out[t] = np.einsum("rh,hrd->d", p["scale"] * np.stack([g.real, g.imag]), p["output"]["w"])
+    return out
+
+
+def resolvent_gates(config, p, x):
+    """The gates of `B`: everything is written and read, the potential before it is clipped."""
+    ones = np.ones(x.shape[0])
+    return Gates(ones, ones, head_spread((x @ p["potential"]["w"])[..., None]))

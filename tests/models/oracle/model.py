@@ -16,7 +16,17 @@ from tests.models.oracle import hyper
 from tests.models.oracle.adaptive import Delta, Depth, adaptive_depth, one_pass
 from tests.models.oracle.basics import block, float64, rms_norm
 from tests.models.oracle.embedding import add_memory, embed
-from tests.models.oracle.mixers import Gates, attention, attention_gates, deltanet, deltanet_gates, gsa, gsa_gates
+from tests.models.oracle.mixers import (
+    Gates,
+    attention,
+    attention_gates,
+    deltanet,
+    deltanet_gates,
+    gsa,
+    gsa_gates,
+    resolvent,
+    resolvent_gates,
+)
 from tests.models.oracle.mlp import dense, mixture
 
 SkipEnters = Literal["before_mixing", "after_mixing"]
@@ -189,6 +199,8 @@ class Layer:
         elif self.kind == "A":
             given = self.config.attention, p
             rows = [attention(*given, r, i, epsilon) for r, i in zip(x, self.segment_ids, strict=True)]
+        elif self.kind == "B":
+            rows = [resolvent(self.config.resolvent, p, r, i) for r, i in zip(x, self.segment_ids, strict=True)]
         else:
             ema = self.variance_ema
             rows = [gsa(self.config.gsa, p, r, i, ema)[0] for r, i in zip(x, self.segment_ids, strict=True)]
@@ -201,8 +213,9 @@ class Layer:
 
     def _gates(self, x) -> Gates:
         c = self.config
-        function, config = {"D": (deltanet_gates, c.deltanet), "G": (gsa_gates, c.gsa),
-                            "A": (attention_gates, c.attention)}[self.kind]  # fmt: skip
+        known = {"D": (deltanet_gates, c.deltanet), "G": (gsa_gates, c.gsa), "A": (attention_gates, c.attention),
+                 "B": (resolvent_gates, c.resolvent)}  # fmt: skip
+        function, config = known[self.kind]
         return Gates(*np.stack([function(config, self.weights["mixer"], row) for row in x], axis=1))
 
 

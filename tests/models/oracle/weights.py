@@ -99,7 +99,7 @@ class Draw:
         d = self.config.width
         post = "_post" if kind == "A" and self.config.attention.post_norm else ""
         out = {f"mixer{post}_norm": self.scale(d), f"mlp{post}_norm": self.scale(d), "mlp": self.mlp()}
-        out["mixer"] = {"D": self.deltanet, "G": self.gsa, "A": self.attention}[kind]()
+        out["mixer"] = {"D": self.deltanet, "G": self.gsa, "A": self.attention, "B": self.resolvent}[kind]()
         if self.config.hyper is not None:
             out |= {"mixer_hyper": self.hyper(), "mlp_hyper": self.hyper()}
         return out
@@ -154,3 +154,9 @@ class Draw:
             if c.qk_norm != "none":
                 out[name] = {"scale": self.noise(*(shape if c.qk_norm == "all" else shape[1:]), around=1.0)}
         return out | ({"output_gate": self.weight(d, *heads)} if c.gate else {})
+
+    def resolvent(self):
+        c, d = self.config.resolvent, self.config.width
+        out = {"potential": self.weight(d, c.heads), "broadening": self.noise(c.heads),
+               "scale": self.noise(c.heads, around=1.0), "output": self.output(c.heads, 2, d)}  # fmt: skip
+        return out | ({"coupling": self.noise(c.heads, around=1.0)} if c.coupling == "learned" else {})

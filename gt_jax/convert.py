@@ -15,24 +15,25 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import refuse_all, run_command, say
+from gt_jax.files import local_name, local_path
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m gt_jax.convert", description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("source", nargs="+", type=Path, metavar="SRC", help="files or a folder; a checkpoint to go back")
-    made.add_argument("target", type=Path, metavar="DST", help="checkpoint or file to write; must not exist")
+    made.add_argument("source", nargs="+", type=local_path, metavar="SRC",
+                      help="files or a folder; a checkpoint to go back")
+    made.add_argument("target", type=local_path, metavar="DST", help="checkpoint or file to write; must not exist")
     made.add_argument("--to", choices=("orbax", "safetensors"), default="orbax", help="what DST becomes (orbax)")
-    made.add_argument("--config", type=Path, metavar="FILE", help="config fields that the tensors do not tell")
+    made.add_argument("--config", type=local_path, metavar="FILE", help="config fields that the tensors do not tell")
     made.add_argument("--step", type=int, metavar="N", help="the step to note (what SRC says, else 0)")
-    made.add_argument("--tokens", type=Path, metavar="FILE",
+    made.add_argument("--tokens", type=local_path, metavar="FILE",
                       help="the tokens' texts for a Kronecker embedding: a JSON list, or a tokenizer.json")
-    made.add_argument("--tokenizer", metavar="NAME",
+    made.add_argument("--tokenizer", type=local_name, metavar="NAME",
                       help="noted for the commands that read text: bytes, a tokenizer.json, a .model, or their folder")
     made.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return made

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +31,11 @@ from gt_jax.configs.price import budget
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.configs.standing import plateau_end
 from gt_jax.devices.sharding import mesh_for_rows, put_like
-from gt_jax.errors import Refused, run_command
+from gt_jax.errors import Refused, deliver, run_command, say
 from gt_jax.evaluation.answer_table import answer_table
 from gt_jax.evaluation.measurement import pass_counts
 from gt_jax.evaluation.model_files import load
-from gt_jax.files import write_atomically
+from gt_jax.files import local_path, write_atomically
 from gt_jax.growth import repetition
 from gt_jax.growth.kept_gates import keeping_gates
 from gt_jax.growth.plan import Plan, make_plan
@@ -103,11 +102,6 @@ def source_config(model: ModelConfig, steps: int) -> RunConfig:
 def further(source: TrainConfig, steps: int) -> TrainConfig:
     """Training after the growth, the same for every contender: the rate falls as it does in the source's own decay."""
     return TrainConfig(steps=steps, optimizer=source.optimizer.replace(warmup=0.0, decay=1.0))
-
-
-def say(line: str) -> None:
-    """One line of the story, on standard error: standard output has the table only."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def plans(measured: repetition.Repetition, config: ModelConfig) -> dict[str, Plan]:
@@ -215,8 +209,11 @@ def trained(place: Path, config: RunConfig) -> Trained:
                    read_metrics(place / "metrics.jsonl"))  # fmt: skip
 
 
-def run(output: Path, steps: int) -> str:
-    """The demo; returns the table. Writes OUTPUT/source, grown, growth.png, depth.png, report.json and the counts."""
+def run(output: Path, steps: int) -> tuple[str, dict[str, Callable[[], object]]]:
+    """The demo; returns the table, and what draws the pictures OUTPUT/growth.png and depth.png.
+
+    Writes OUTPUT/source, grown, report.json and the counts.
+    """
     began = time.monotonic()
     model = one_layer()
     config, plain = source_config(model, steps), source_config(model.plain, steps)
@@ -247,11 +244,10 @@ def run(output: Path, steps: int) -> str:
         outcomes.append(train_on(one, stages[one.config], data.train(metadata["data"]), held_out, train))
     run_on = [_run_on(ONCE, shallow, model.plain, held_out), _run_on(ADAPTIVE, source, model, held_out, free)]
     outcomes = [*run_on, *outcomes]
-    _pictures(output, free, outcomes, int(source.at.name))
     summary = {"task": TASK, "outcomes": [one._asdict() for one in outcomes], "seconds": time.monotonic() - began}
     write_atomically(output / "report.json", json.dumps(summary, indent=1) + "\n")
     say(f"pictures: {output / 'growth.png'}, {output / 'depth.png'}; {time.monotonic() - began:.0f} seconds in all")
-    return report(outcomes, more)
+    return report(outcomes, more), _pictures(output, free, outcomes, int(source.at.name))
 
 
 def _run_on(name: str, done: Trained, config: ModelConfig, held_out: Held, free: Answers | None = None) -> Outcome:
@@ -262,21 +258,30 @@ def _run_on(name: str, done: Trained, config: ModelConfig, held_out: Held, free:
                    asked(config, variables_of(done.state), held_out), curve, seconds_of(done.metrics))  # fmt: skip
 
 
-def _pictures(output: Path, free: Answers, outcomes: Sequence[Outcome], grown_at: int) -> None:
+def _pictures(
+    output: Path, free: Answers, outcomes: Sequence[Outcome], grown_at: int
+) -> dict[str, Callable[[], object]]:
+    """What draws each picture, by its name: the table does not wait for them, and is not lost with them."""
     curves = {one.name: one.curve if one.name in (ONCE, ADAPTIVE) else
               [(grown_at + step, loss) for step, loss in one.curve] for one in outcomes}  # fmt: skip
-    plot_growth(
-        curves, output / "growth.png", growth_at=grown_at, smooth=15, ylim=(0.0, 2.6),
-        title="A layer that runs up to four times, grown to four layers",
-        xlabel="step", ylabel="training loss (nats an answer)",
-    )  # fmt: skip
-    plot_by_difficulty([panel_of(free, "right answers by the look-ups they take")], output / "depth.png")
+    growth, depth = output / "growth.png", output / "depth.png"
+
+    def draw_growth() -> None:
+        plot_growth(curves, growth, growth_at=grown_at, smooth=15, ylim=(0.0, 2.6),
+                    title="A layer that runs up to four times, grown to four layers",
+                    xlabel="step", ylabel="training loss (nats an answer)")  # fmt: skip
+
+    def draw_depth() -> None:
+        plot_by_difficulty([panel_of(free, "right answers by the look-ups they take")], depth)
+
+    return {str(growth): draw_growth, str(depth): draw_depth}
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m gt_jax.demo", description=(__doc__ or "").partition("\n")[0])
-    p.add_argument("--output", type=Path, default=Path("demo"), help="folder for the run, the counts and the pictures")
+    p.add_argument("--output", type=local_path, default=Path("demo"),
+                   help="folder for the run, the counts and the pictures")
     p.add_argument("--steps", type=int, default=STEPS, help=f"of each training ({STEPS})")
     return p
 
@@ -287,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.steps < 20:
         raise Refused(f"--steps {arguments.steps} must be at least 20")
     with jax.set_mesh(mesh_for_rows(ROWS)):
-        print(run(arguments.output, arguments.steps))
+        deliver(*run(arguments.output, arguments.steps))
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from gt_jax.configs import presets
 from gt_jax.configs.lineage import chain, tree_lines
 from gt_jax.errors import Failed, Refused, run_command
+from gt_jax.files import local_name
 
 
 def tensor_rows(leaves: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -122,7 +123,8 @@ def report_lines(result: dict[str, Any]) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m gt_jax.describe", description="Describe a preset or a checkpoint.")
-    p.add_argument("name", help=f"preset ({', '.join(sorted(presets.PRESETS))}), checkpoint or run directory")
+    p.add_argument("name", type=local_name,
+                   help=f"preset ({', '.join(sorted(presets.PRESETS))}), checkpoint or run directory")
     p.add_argument("--check", action="store_true", help="compare every byte of a checkpoint or run with its checksum")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return p

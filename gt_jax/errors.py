@@ -62,7 +62,7 @@ def deliver(text: str, files: Mapping[str, Callable[[], object]] | None = None) 
         raise closed
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of its words that is not blank."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -71,8 +71,9 @@ def first_line(error: Exception) -> str:
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
     """Run a command's `main(argv)` and leave the process with its exit code.
 
-    `Refused` becomes a message on stderr and exit code 2; `Failed`, a full disk or another error of the operating
-    system one line and exit code 1. Other exceptions keep their traceback (they are bugs) and exit 1.
+    `Refused` becomes a message on stderr and exit code 2; `Failed`, a full disk, too little memory or another
+    error of the operating system one line and exit code 1. Other exceptions keep their traceback (they are bugs) and
+    exit 1.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # ascii, a Windows code page, or names of files that are no UTF-8
@@ -86,6 +87,10 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         code = 1
     except (Refused, Failed, OSError, KeyboardInterrupt) as error:
         code = say_error(error)
+    except Exception as error:
+        if not _lacks_memory(error):
+            raise
+        code = say_error(error)
     sys.exit(code)
 
 
@@ -97,8 +102,16 @@ def say_error(error: BaseException) -> int:
     if isinstance(error, (Refused, Failed, OSError)):
         say(f"{'refused' if isinstance(error, Refused) else 'failed'}: {error}")
         return 2 if isinstance(error, Refused) else 1
+    if _lacks_memory(error):
+        say(f"failed: not enough memory ({first_line(error)}); take fewer or shorter rows, or --accumulate in training")
+        return 1
     say("".join(traceback.format_exception(error)).rstrip())
     return 1
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether it is Python's or NumPy's error of that kind, or XLA's, which is known by its words alone."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in f"{error}"[:200]
 
 
 def _leave_closed_pipes() -> None:

@@ -32,7 +32,7 @@ from typing import Any
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.evaluation.loading import HELD_OUT_BATCHES, add_text_arguments, text_config
-from gt_jax.files import local_path
+from gt_jax.files import local_name, local_path
 from gt_jax.monitoring.answer_lines import answer_lines, gain_line
 from gt_jax.monitoring.metrics import table
 from gt_jax.monitoring.picture_file import refuse_picture
@@ -115,7 +115,8 @@ def parser() -> argparse.ArgumentParser:
     add_text_arguments(p)
     p.set_defaults(batches=None)
     p.add_argument("--all", action="store_true", help=f"the whole held-out part (default: {HELD_OUT_BATCHES} batches)")
-    p.add_argument("--passes", metavar="N|N,N,…|FILE", help="fixed passes of adaptive models, or a file of measure")
+    p.add_argument("--passes", type=local_name, metavar="N|N,N,…|FILE",
+                   help="fixed passes of adaptive models, or a file of measure")
     p.add_argument("--picture", type=local_path, metavar="FILE.png", help="draw right answers and passes by difficulty")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     add_device_flags(p)

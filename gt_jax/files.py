@@ -8,7 +8,8 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,30 @@ def refuse_address(path: str | os.PathLike[str]) -> None:
                       "bucket, or copy from and to it")
 
 
-def local_path(text: str) -> Path:
-    """The path that an argument names; raises what argparse makes a refusal of where that is an address."""
+def local_name(text: str) -> str:
+    """The words of an argument that may name a file; raises what argparse makes a refusal of for an address."""
     try:
         refuse_address(text)
     except Refused as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return Path(text)
+    return text
+
+
+def local_path(text: str) -> Path:
+    """The path that an argument names, as `local_name`."""
+    return Path(local_name(text))
+
+
+def addresses(**fields: str | Sequence[str] | None) -> list[str]:
+    """One line for each field of a config that names an address where a file or a folder is meant."""
+    found = []
+    for name, value in fields.items():
+        for path in (value,) if isinstance(value, str) else value or ():
+            try:
+                refuse_address(path)
+            except Refused as error:
+                found.append(f"{name}: {error}")
+    return found
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -47,6 +65,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def refuse_once(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError for a pipe or a device: what is hashed, and read anew on resume, cannot come from there."""
+    if not (stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode)):
+        raise ValueError("it is a pipe or a device, and text is read more than once; save it to a file")
 
 
 def sync(path: Path) -> None:
@@ -70,6 +94,7 @@ def explain_full_disk(place: Path, then: str = "finish with --resume") -> Iterat
         raise OSError(error.errno, f"{reason} while writing {place}; make room, then {then}") from error
 
 
+_START = 512
 _STARTS = (  # how a file begins, lower-case, that came in place of the one that was meant
     (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer, not the file; fetch that with `git lfs pull`"),
     (b"/annex/objects/", "a git-annex pointer, not the file; fetch that with `git annex get`"),
@@ -85,10 +110,14 @@ _STARTS = (  # how a file begins, lower-case, that came in place of the one that
 def other_kind(path: Path) -> str | None:
     """What a file is, in words, where its first bytes show that it is not the one that was meant; else None."""
     with open(path, "rb") as stream:
-        start = stream.read(512)
-    if not start:
+        return other_content(stream.read(_START))
+
+
+def other_content(content: bytes) -> str | None:
+    """`other_kind` of what was read already."""
+    if not content:
         return "empty, that is, truncated to nothing: a copy or a download that did not finish"
-    plain = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    plain = content[:_START].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     return next((kind for begin, kind in _STARTS if plain.startswith(begin)), None)
 
 
@@ -97,11 +126,12 @@ def read_json(path: Path, finite: bool = True) -> Any:
 
     NaN and infinities are none; without `finite` they are read, by a reader that names the key that has one.
     """
-    kind = other_kind(path)
+    content = path.read_bytes()  # once: it may be a pipe
+    kind = other_content(content)
     if kind is not None:
         raise ValueError(f"it is {kind}")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_number if finite else None)
+        return json.loads(content.decode("utf-8-sig"), parse_constant=_no_number if finite else None)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

@@ -29,7 +29,7 @@ from gt_jax.configs.layout import Layout, parse
 from gt_jax.configs.standing import standing
 from gt_jax.devices.flags import add_process_flags, is_distributed, wrong_process_flags
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
-from gt_jax.files import local_path, write_atomically
+from gt_jax.files import local_name, local_path, write_atomically
 from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
 from gt_jax.growth.kept_gates import flags_without_gates, keeping_gates, wrong_order
@@ -69,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
                       "in a row; split: the same, dealt into groups of the pattern; map: the list of --map; stack: the "
                       "whole stack; identity: every layer once")
     made.add_argument("--plan-file", type=local_path, metavar="FILE.json", help="a plan that --plan-out wrote")
-    made.add_argument("--map", metavar="LIST|FILE.csv", help=f"source layers from 1, for example {EXAMPLE}")
+    made.add_argument("--map", type=local_name, metavar="LIST|FILE.csv",
+                      help=f"source layers from 1, for example {EXAMPLE}")
     made.add_argument("--from", dest="passes_from", choices=PASSES_FROM,
                       help="what a layer asks for: k_exec, the passes that nearly all tokens need, passes_run, their "
                       "mean over tokens, or mean_weight, what they weigh together (k_exec)")
@@ -92,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resume", action="store_true", help="finish an interrupted growth of the same plan")
     made.add_argument("--verify-text", type=local_path, action="append", metavar="FILE",
                       help="compare source and grown model on this text afterwards; may be repeated")
-    made.add_argument("--tokenizer", metavar="NAME", help="of --verify-text: bytes, a file or a folder (default: what "
-                      "the source was trained with)")
+    made.add_argument("--tokenizer", type=local_name, metavar="NAME", help="of --verify-text: bytes, a file or "
+                      "a folder (default: what the source was trained with)")
     made.add_argument("--no-check", action="store_true",
                       help="do not read the child back, nor compare it with its source on the source's own text")
     made.add_argument("--no-moments", action="store_true",

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gt_jax.errors import Refused, run_command, say
+from gt_jax.errors import Failed, Refused, deliver, run_command, say
 from gt_jax.files import local_path, write_atomically
 
 
@@ -61,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.output is None:
         print(text, end="")
         return 0
-    write_atomically(arguments.output, text)
+    try:
+        write_atomically(arguments.output, text)
+    except OSError as error:  # minutes of work are not lost for that
+        deliver(text.rstrip())
+        raise Failed(f"-o {arguments.output} could not be written ({error}); the counts are on standard output, in its "
+                     "place") from error
     counts = [result[f"layer{i}"]["k_exec"] for i in range(len(result) - 1)]
     figures = ((name, sum(result[f"layer{i}"][name] for i in range(len(counts))) / len(counts))
                for name in ("mean_weight", "passes_run", "passes_computed"))  # fmt: skip

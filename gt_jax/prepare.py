@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import Refused, run_command
-from gt_jax.files import local_path
+from gt_jax.files import local_name, local_path
 
 VERSION = "1.0.0"
 SHARD = 100_000  # documents of an array_record file
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m gt_jax.prepare", description="Text files into a TFDS dataset.")
     p.add_argument("name", help="of the dataset, as --tfds will name it")
-    p.add_argument("files", nargs="+", help="text files")
+    p.add_argument("files", type=local_name, nargs="+", help="text files")
     p.add_argument("--tfds-dir", type=local_path, help="where TFDS datasets lie (TFDS' own default)")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return p

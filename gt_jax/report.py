@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gt_jax.errors import Failed, Refused, first_line, refuse_all, run_command, say
-from gt_jax.files import write_atomically
+from gt_jax.files import local_path, write_atomically
 from gt_jax.monitoring.alerts import texts
 from gt_jax.monitoring.run_page import Run, page, picture, read_run
 
@@ -71,9 +71,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("run", type=Path, nargs="+", help="run directories, of gt_jax.train")
-    p.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html", help="the page to write")
-    p.add_argument("--png", type=Path, metavar="FILE.png", help="write the picture by itself too")
+    p.add_argument("run", type=local_path, nargs="+", help="run directories, of gt_jax.train")
+    p.add_argument("-o", "--output", type=local_path, required=True, metavar="FILE.html", help="the page to write")
+    p.add_argument("--png", type=local_path, metavar="FILE.png", help="write the picture by itself too")
     p.add_argument("--overwrite", action="store_true", help="replace files that are there")
     return p
 

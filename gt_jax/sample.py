@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import Refused, deliver, refuse_all, run_command
+from gt_jax.files import local_name, local_path
 
 PROMPT = "def "
 
@@ -27,13 +27,14 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m gt_jax.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("checkpoint", type=Path, help="checkpoint or run directory")
+    p.add_argument("checkpoint", type=local_path, help="checkpoint or run directory")
     p.add_argument("--prompt", action="append", metavar="TEXT", help=f"text to continue ({PROMPT!r}); may be given "
                    "several times")  # fmt: skip
     p.add_argument("--task", action="append", metavar="NAME[:OPTION=VALUE,…]", help="show answers to held-out "
                    "instances of this task; may be given several times")  # fmt: skip
     p.add_argument("--instances", type=int, default=3, metavar="N", help="of each task (3)")
-    p.add_argument("--tokenizer", help="bytes, a file or a folder (default: what the checkpoint was trained with)")
+    p.add_argument("--tokenizer", type=local_name,
+                   help="bytes, a file or a folder (default: what the checkpoint was trained with)")
     p.add_argument("--length", type=int, default=200, help="tokens to write")
     p.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token, inf any of those "
                    "that --top-k and --top-p leave")  # fmt: skip

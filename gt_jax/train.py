@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 from gt_jax.devices.flags import add_mesh_flags, add_process_flags, wrong_process_flags
 from gt_jax.errors import Refused, refuse_all, run_command, say
-from gt_jax.files import local_path
+from gt_jax.files import local_name, local_path
 
 UNDER_SERVED = "under-served"
 
@@ -55,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
     add_source_flags(data, "text files, or JSON lines in *.jsonl (default: the Python library's sources)")
     data.add_argument("--curriculum", type=float, metavar="F", help="the hardest difficulty of the tasks rises over "
                       "this fraction of the run (0: all difficulties from the start)")  # fmt: skip
-    data.add_argument("--tokenizer", help="bytes, a tokenizer.json, a SentencePiece .model or their folder (default: "
-                      "what --start was trained with, else bytes)")  # fmt: skip
+    data.add_argument("--tokenizer", type=local_name, help="bytes, a tokenizer.json, a SentencePiece .model or their "
+                      "folder (default: what --start was trained with, else bytes)")  # fmt: skip
     data.add_argument("--sequence-length", type=int)
     data.add_argument("--batch-size", type=int, help="rows a step")
     data.add_argument("--held-out", type=float, help="share of the text that is only evaluated on")
@@ -243,20 +243,20 @@ def default_config(arguments: argparse.Namespace) -> Any:
         return RunConfig(model=preset(arguments.preset or "tiny"))
     if arguments.preset or arguments.layout or arguments.plain or arguments.model or arguments.gates:
         raise Refused("--start brings its own model; leave out --preset, --model, --layout, --gates and --plain")
-    start = open_checkpoint(arguments.start)
+    place, start = str(arguments.start), open_checkpoint(arguments.start)
     tokenizer = chosen_tokenizer(start.metadata, arguments.tokenizer, f"--start {arguments.start}")
     model, runs = start.config, trainings(start.metadata)
     moments: MomentsOf = "fresh" if lacking_moments(abstract(model)["params"], start.tensors) else "carried"
     moments = arguments.moments or moments
     if not runs:
         train = TrainConfig(moments=moments)
-        return RunConfig(model=model, train=train, data=DataConfig(tokenizer=tokenizer), start=arguments.start)
+        return RunConfig(model=model, train=train, data=DataConfig(tokenizer=tokenizer), start=place)
     before, at = RunConfig.from_json(runs[0]["run"]), standing(start.metadata)
     train = TrainConfig(optimizer=before.train.optimizer, price=before.train.price, moments=moments)
     if at is not None:
         steps = TrainConfig.steps if arguments.steps is None else arguments.steps
         train = gone_on(before.train, at.step, steps, arguments.learning_rate, moments)
-    return RunConfig(model=model, data=before.data.replace(tokenizer=tokenizer), train=train, start=arguments.start)
+    return RunConfig(model=model, data=before.data.replace(tokenizer=tokenizer), train=train, start=place)
 
 
 def resumed(stored: Any, arguments: argparse.Namespace) -> Any:

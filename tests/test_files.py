@@ -3,15 +3,20 @@
 import contextlib
 import importlib
 import io
+import os
 from pathlib import Path
 
 import pytest
 
 from gt_jax.checkpoints import checkpoint
+from gt_jax.configs.data import DataConfig
 from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
-from gt_jax.files import refuse_address
+from gt_jax.files import read_json, refuse_address
+from gt_jax.text.data import open_data
+from gt_jax.text.tokenizers import open_tokenizer
+from gt_jax.text.vocabulary_files import read_tokens
 from gt_jax.training.loop import train_run
 
 BUCKET = "gs://no-such-bucket/run"
@@ -21,7 +26,14 @@ BUCKET = "gs://no-such-bucket/run"
     f"train {BUCKET} --steps 1", f"train run --start {BUCKET}", f"train run --resume --model {BUCKET}",
     "grow s3://bucket/run child", f"grow run {BUCKET}", f"grow run child --plan-out {BUCKET}", f"measure {BUCKET}",
     f"measure run -o {BUCKET}", "evaluate run hf://owner/model", f"verify {BUCKET} child",
-    f"calibrate run child {BUCKET}",
+    f"calibrate run child {BUCKET}", f"sample {BUCKET}", f"sample run --tokenizer {BUCKET}",
+    f"report {BUCKET} -o a.html", f"report run -o {BUCKET}", f"report run -o a.html --png {BUCKET}",
+    f"convert {BUCKET} child", f"convert a.pt {BUCKET}",
+    f"convert a.pt child --config {BUCKET}", f"convert a.pt child --tokens {BUCKET}", f"describe {BUCKET}",
+    f"convert a.pt child --tokenizer {BUCKET}", f"demo --output {BUCKET}", f"train run --text a.txt {BUCKET}",
+    f"train run --tfds-dir {BUCKET}", f"train run --tokenizer {BUCKET}", f"evaluate run --passes {BUCKET}",
+    f"evaluate run --text {BUCKET}", f"measure run --tokenizer {BUCKET}", f"grow run child --map {BUCKET}",
+    f"grow run child --tokenizer {BUCKET}", f"prepare name {BUCKET}", f"plan_pod --model {BUCKET}",
 ])  # fmt: skip
 def test_commands_refuse_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -40,6 +52,45 @@ def test_python_refuses_an_address_too(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(Refused, match=r"is an address .*mount the bucket"):
             work()
     assert not any(tmp_path.iterdir())
+
+
+def test_configs_name_every_address_in_them() -> None:
+    fields = {"text": (BUCKET, "a.txt"), "json_lines": ("s3://b/qa.jsonl",), "tokenizer": "hf://owner/model"}
+    with pytest.raises(Refused) as refused:
+        DataConfig(**fields)
+    lines = str(refused.value).splitlines()[1:]
+    assert [line.split(":")[0].strip(" -") for line in lines] == list(fields)
+    with pytest.raises(Refused, match="is an address"):
+        open_data(DataConfig(tfds="tiny_shakespeare", tfds_dir=BUCKET))
+    with pytest.raises(Refused, match=r"start: .*is an address"):
+        RunConfig(model=tiny(), start=BUCKET)
+
+
+@pytest.mark.parametrize(("content", "kind"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
+    (b"\n<!DOCTYPE html><title>Sign in</title>", "HTML page"), (b"", "empty"), (b"\x1f\x8b\x08\0", "gzip"),
+])  # fmt: skip
+def test_tokenizers_that_are_something_else_are_named(tmp_path: Path, content: bytes, kind: str) -> None:
+    for name in ("tokenizer.json", "spiece.model"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(Refused, match=kind):
+            open_tokenizer(str(tmp_path / name))
+    with pytest.raises(Refused, match=kind):
+        read_tokens(tmp_path / "tokenizer.json")
+
+
+def test_a_pipe_gives_json_once_and_no_text(tmp_path: Path) -> None:
+    """`--model <(echo …)` is read once, as it must be; a text is hashed too, and read again on resume."""
+    read, write = os.pipe()
+    os.write(write, b'{"width": 16}')
+    os.close(write)
+    assert read_json(Path(f"/dev/fd/{read}")) == {"width": 16}
+    os.close(read)
+    os.mkfifo(tmp_path / "a.txt")  # nobody writes there: to open it would wait for ever
+    os.mkfifo(tmp_path / "a.jsonl")
+    for fields in ({"text": (str(tmp_path / "a.txt"),)}, {"json_lines": (str(tmp_path / "a.jsonl"),)}):
+        with pytest.raises(Refused, match="it is a pipe or a device"):
+            open_data(DataConfig(**fields))
 
 
 def test_paths_are_no_addresses() -> None:

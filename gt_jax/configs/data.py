@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gt_jax.configs.json_config import Config, below
+from gt_jax.files import addresses
 
 ENDLESS = 2**53  # rows of what has no end: whoever counts their batches divides in floating point
 BYTES = "bytes"  # the tokenizer that needs no file
@@ -83,6 +84,7 @@ class DataConfig(Config):
 
     def problems(self) -> list[str]:
         wrong = below(self, 1, "batch_size") + below(self, 0, "seed", "curriculum_rows") + self._wrong_parts()
+        wrong += addresses(text=self.text, json_lines=self.json_lines, tokenizer=self.tokenizer)
         if self.sequence_length < 2:
             wrong.append(f"sequence_length is {self.sequence_length}; it must be at least 2, a token and its next")
         if self.seed >= 2**32:

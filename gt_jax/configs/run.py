@@ -13,7 +13,7 @@ from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.thaw import ThawConfig
 from gt_jax.errors import Refused
-from gt_jax.files import read_json
+from gt_jax.files import addresses, read_json
 
 MomentsOf = Literal["fresh", "carried"]
 
@@ -44,6 +44,8 @@ class TrainConfig(Config):
         wrong = below(self, 1, "steps", "evaluation_batches", "keep", "accumulate", "max_nonfinite_steps")
         if self.thaw is not None and self.thaw.steps > self.steps:
             wrong.append(f"thaw.steps is {self.thaw.steps}; the run has {self.steps} steps, it can be at most that")
+        wrong += [f"{name} is {value}; it must be below 2**{bits}" for name, value, bits in
+                  (("steps", self.steps, 31), ("seed", self.seed, 32)) if value >= 2**bits]
         return wrong + below(self, 0, "seed", "evaluate_every", "checkpoint_every")
 
 
@@ -57,7 +59,7 @@ class RunConfig(Config):
     start: str | None = None
 
     def problems(self) -> list[str]:
-        wrong = []
+        wrong = addresses(start=self.start)
         if self.model.vocab < 257 and self.data.tokenizer == BYTES:
             wrong.append(f"model.vocab is {self.model.vocab}; bytes and the end of a document need 257")
         if self.data.batch_size % max(self.train.accumulate, 1):

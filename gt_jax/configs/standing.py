@@ -128,7 +128,7 @@ def going_on(before: TrainConfig, train: TrainConfig, step: int, run: Path) -> l
         return [f"all {step} steps are done; --resume --steps {2 * step} goes on"] if step >= train.steps else []
     old, new = stood(before, step), stood(train, step)
     falls = ("the cosine of the learning rate ends there" if train.optimizer.schedule == "cosine" else
-             f"the learning rate falls after step {new.top}, not {old.top}")
+             f"the learning rate falls after step {new.top}" + (f", not {old.top}" if new.top != old.top else ""))
     told = [f"{train.steps} steps instead of {before.steps}: {falls}; warm-up and the phases of the price "
             "stay where they were"]
     if new.learning_rate > 1.01 * old.learning_rate:

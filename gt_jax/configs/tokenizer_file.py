@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from gt_jax.configs.data import BYTES
 from gt_jax.configs.lineage import LINEAGE, TOKENIZER_FILE, chain
 from gt_jax.errors import Refused
+from gt_jax.files import other_content, refuse_address
 
 NAMES = ("tokenizer.json", "tokenizer.model")  # in a folder, and in a checkpoint
 
@@ -57,6 +58,7 @@ _opened: dict[str, TokenizerFile] = {}
 
 def read_tokenizer_file(name: str) -> TokenizerFile:
     """The file that `name` leads to; raises `Refused` where there is none that a tokenizer is read from."""
+    refuse_address(name)
     path = Path(name)
     if not os.path.exists(name):  # unlike Path's, it takes words that are too long for a name
         raise Refused(f"tokenizer {name!r} is neither {BYTES!r} nor a file or folder; nothing is downloaded")
@@ -71,6 +73,8 @@ def read_tokenizer_file(name: str) -> TokenizerFile:
         file = TokenizerFile(str(path), path.read_bytes())
     except OSError as error:
         raise Refused(f"tokenizer {path} cannot be read: {error.strerror or error}") from error
+    if (kind := other_content(file.content)) is not None:
+        raise Refused(f"tokenizer {path} is {kind}")
     _opened[os.path.abspath(name)] = file
     return file
 

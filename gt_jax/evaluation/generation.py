@@ -65,7 +65,8 @@ def sample(
 
     A `top_k` above `tokens` means all. `seed` is of the first row, the next one's is one more, or a seed a row: a row
     is drawn alike whatever the others are. Raises `Refused` for an empty prompt, ids outside the vocabulary, a length
-    below 1, a temperature below 0, a top_k below 1, a top_p outside 0 … 1, and for logits that are not finite.
+    below 1, a temperature below 0, a top_k below 1, a top_p outside 0 … 1, a seed of more than 32 bits, and for logits
+    that are not finite.
 
     >>> import gt_jax, numpy as np
     >>> config = gt_jax.preset("tiny").replace(layout="DG")
@@ -79,6 +80,7 @@ def sample(
     if prompt.size and not (prompt.min() >= 0 and prompt.max() < config.vocab):
         wrong.append(f"the prompt has ids in {prompt.min()} … {prompt.max()}; the model's are 0 … {config.vocab - 1}")
     wrong += [] if len(seeds) == len(prompt) else [f"there are {len(seeds)} seeds; the prompt has {len(prompt)} rows"]
+    wrong += [f"seed is {one}; it must lie in 0 … {2**32 - 1}" for one in seeds if not 0 <= one < 2**32]  # 2**32 is 0
     wrong += [] if 1 <= tokens <= config.vocab else [f"tokens is {tokens}; it must lie in 1 … {config.vocab}"]
     refuse_all(wrong + wrong_settings(length, temperature, top_k, top_p), "cannot sample:")
     model = LanguageModel(config, rules or Rules())

@@ -24,7 +24,7 @@ from typing import Any, TypeGuard
 
 from gt_jax.configs.layout import Layout, parse
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.files import other_kind
+from gt_jax.files import other_content
 from gt_jax.growth.plan_entries import depth_of
 
 ALPHA = (1.0, 0.7, 0.5, 0.35)
@@ -141,9 +141,10 @@ def read(path: str | Path, alpha: Sequence[float] = ALPHA) -> Repetition:
     if path.is_dir():
         raise Refused(f"repetition file {path} is a directory; name a JSON file, for example {path / FILE_NAME}")
     try:
-        if (kind := other_kind(path)) is not None:
+        content = path.read_bytes()
+        if (kind := other_content(content)) is not None:
             raise Refused(f"repetition file {path} is not JSON: it is {kind}")
-        text = path.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         earlier = path.with_name(EARLIER_FILE_NAME)
         hint = f"; there is a {earlier}" if earlier.is_file() else ""

@@ -8,6 +8,7 @@ from typing import Any
 
 from gt_jax.configs.data import Weight
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import local_name
 
 JSON_LINES = ".jsonl"
 NOTHING: dict[str, Any] = {
@@ -18,9 +19,9 @@ NOTHING: dict[str, Any] = {
 
 def add_source_flags(p: Any, text: str) -> None:
     """The options on a parser or a group of it; `text` says what --text is for."""
-    p.add_argument("--text", nargs="+", metavar="FILE", help=text)
+    p.add_argument("--text", nargs="+", type=local_name, metavar="FILE", help=text)
     p.add_argument("--tfds", help="prepared TFDS dataset, for example tiny_shakespeare")
-    p.add_argument("--tfds-dir", help="where TFDS datasets lie")
+    p.add_argument("--tfds-dir", type=local_name, help="where TFDS datasets lie")
     p.add_argument("--task", action="append", metavar="NAME[:OPTION=VALUE,…]", help="a generated task, for example "
                    "pointer_jumps or variable_chains:hardest=8,chains=4; may be given several times")  # fmt: skip
     p.add_argument("--mix", metavar="PART=WEIGHT,…", help="shares of text, tasks and JSON-lines files in the rows, for "

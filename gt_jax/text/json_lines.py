@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import refuse_once
 from gt_jax.text.encodings import plain
 from gt_jax.text.tokenizers import Tokenizer
 
@@ -49,6 +50,7 @@ def read_documents(path: str, tokenizer: Tokenizer, row: int) -> list[Document]:
     Raises `Refused` that lists what is wrong by file and line number, at most 20 of it.
     """
     try:
+        refuse_once(path)
         lines = plain(Path(path).read_bytes())[0].splitlines()
     except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte
         raise Refused(f"file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error

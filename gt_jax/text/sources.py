@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import refuse_address, refuse_once
 from gt_jax.text.encodings import plain
 
 EMBEDDED_LIMIT = 10_000_000
@@ -66,6 +67,7 @@ def text_files(paths: Sequence[str]) -> tuple[str, list[bytes], str]:
     problems, told = [], []
     for path in paths:
         try:
+            refuse_once(path)
             content, read_as = plain(Path(path).read_bytes())
             found = [part for part in _DOCUMENT_END.split(content) if part]
         except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte, or what is no text
@@ -88,6 +90,7 @@ def file_hashes(paths: Sequence[str]) -> list[dict[str, str]]:
     found = []
     for path in paths:
         try:
+            refuse_once(path)
             with open(path, "rb") as stream:
                 found.append({"path": path, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()})
         except (OSError, ValueError) as error:
@@ -101,6 +104,7 @@ def tfds_text(dataset: str, data_dir: str | None) -> tuple[str, list[bytes]]:
     `data_dir` None is TFDS' own default. The files are read through array_record, without TensorFlow; a dataset that
     is not on this machine is refused, never fetched. Raises `Refused` naming what was looked for.
     """
+    refuse_address(data_dir or "")
     # Imported here: most runs read no TFDS dataset, and the import takes a third of a second.
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder

@@ -6,13 +6,13 @@ A token stands for the bytes that its file's decoder makes of it within a text, 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import read_json
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # What the library's WordPiece decoder joins where it cleans up, in its order.
@@ -28,7 +28,7 @@ def read_tokens(path: Path) -> list[bytes]:
     Raises `Refused` for a file that is neither of the two, or whose ids have gaps.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise Refused(f"token file {path} cannot be read: {error}") from error
     if isinstance(data, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
@@ -103,6 +104,42 @@ def test_counts_of_a_model_that_gives_nan_are_refused(where):
     broken = {"_meta": {"loss": math.nan}} if where == "loss" else {"layer1": layer | {where: [1.0, math.inf]}}
     with pytest.raises(Refused, match=r"runs.a: .*not finite"):
         _refuse_not_finite(Path("runs/a"), counts | broken)
+
+
+def test_counts_that_cannot_be_written_go_to_standard_output(tmp_path, monkeypatch, capsys):
+    means = {"mean_weight": 1.5, "passes_run": 2.0, "passes_computed": 2.0}
+    layer = {"k_exec": 2, "alive": [1.0], "survival": [1.0], **means}
+    counts = {"_meta": {"loss": 2.0, "notes": []}, "layer0": layer}
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gt_jax.evaluation.measurement.measure_checkpoint", lambda *_: counts)
+    measure = importlib.import_module("gt_jax.measure")  # the name is also that of a function
+    monkeypatch.setattr(measure, "write_atomically", full)
+    with pytest.raises(Failed, match=r"-o .*No space left on device.*standard output"):
+        measure.main(["run", "-o", str(tmp_path / "counts.json")])
+    assert json.loads(capsys.readouterr().out) == counts
+
+
+def test_too_little_memory_is_said_in_a_line(capsys):
+    class XlaRuntimeError(RuntimeError):
+        pass
+
+    for error in (MemoryError(), XlaRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBacktrace")):
+        def main(argv: object, error: Exception = error) -> int:
+            raise error
+
+        with pytest.raises(SystemExit) as ended:
+            run_command(main)
+        said = capsys.readouterr().err
+        assert ended.value.code == 1 and said.startswith("failed: not enough memory") and said.count("\n") == 1
+
+    def mistaken(argv: object) -> int:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_command(mistaken)
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])

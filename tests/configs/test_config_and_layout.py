@@ -71,6 +71,12 @@ def test_all_problems_are_reported_at_once():
     assert all(name in str(refused.value) for name in ("heads", "value_width", "beta_max"))
 
 
+def test_numbers_that_wrap_are_refused():
+    """Steps are counted in int32, and a seed of 2**32 draws as 0 does."""
+    with pytest.raises(Refused, match=r"steps is 2147483648; .*below 2\*\*31\n.*seed is 4294967296; .*below 2\*\*32"):
+        TrainConfig(steps=2**31, seed=2**32)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [({"width": "128"}, "'width'"), ({"colour": 1}, "'colour'"), ({"compute_dtype": "float16"}, "float16"),

@@ -65,6 +65,8 @@ def model(weights, tmp_path_factory):
 def test_settings_that_mean_nothing_are_listed_at_once():
     with pytest.raises(Refused, match=r"(?s)ids in 3 … 999.*length is 0.*temperature is nan.*top_k is 0.*top_p is 1.5"):
         sample(CONFIG, None, np.array([[3, 999]]), 0, temperature=float("nan"), top_k=0, top_p=1.5)
+    with pytest.raises(Refused, match=r"seed is 4294967296; .*\n.*seed is -1"):  # 2**32 would draw as 0 does
+        sample(CONFIG, None, np.array([[3], [4]]), 1, seed=[2**32, -1])
     with pytest.raises(Refused, match=r"(?s)there are 2 seeds; the prompt has 1 rows.*tokens is 999"):
         sample(CONFIG, None, np.array([[3]]), 1, seed=[1, 2], tokens=999)
 

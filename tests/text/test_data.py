@@ -108,7 +108,7 @@ def test_a_mix_goes_on_anywhere(files):
     np.testing.assert_equal([next(resumed) for _ in range(3)], after)
     assert all(set(batch) == {"tokens", "targets", "segment_ids"} for batch in batches)
     assert all(value.shape == (4, ROW) and value.dtype == np.int32 for batch in batches for value in batch.values())
-    assert data.position_after([None, {}, state]) == state
+    assert {**data.position_after([None, {}, state]), "files": data.files()} == state
     halved = open_data(everything(files, batch_size=8)).position_after([state])
     assert halved["batches"] == 2 and halved["batch_size"] == 8
     for other in (everything(files, tasks=(HOPS, "variable_chains:hardest=4,chains=3")), everything(files, seed=6),

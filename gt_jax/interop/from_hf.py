@@ -76,7 +76,7 @@ def from_hf(source: StrPath, target: StrPath, *, step: int | None = None, tokeni
         refuse_existing(place)  # another process may have finished it meanwhile
         _write(folder, place, found, leaves, metadata, say)
     return {"source": [str(folder.path)], "target": str(place), "step": metadata["step"],
-            "family": folder.family.model_type, "tensors": len(folder.places), "left_out": folder.left_out,
+            "family": folder.family.model_type, "tensors": len(folder.places), "left_out": counted(folder.left_out),
             "leaves": len(leaves), "bytes": sum(map(_nbytes, leaves.values())), "tokenizer": metadata["tokenizer"],
             "beside": sorted(metadata["converted_from"]["beside"]),
             "source_checksums": all(file.has_checksums for file in folder.files),

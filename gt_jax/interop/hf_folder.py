@@ -84,7 +84,8 @@ class HFFolder:
         for name in NAMES:
             if (self.path / name).is_file():
                 return str(self.path / name)
-        others = [name for name in ("vocab.json", "merges.txt", "tokenizer_config.json") if (self.path / name).is_file()]
+        slow = ("vocab.json", "merges.txt", "tokenizer_config.json")
+        others = [name for name in slow if (self.path / name).is_file()]
         hint = f"; {' and '.join(others)} alone are not read, save the fast tokenizer too" if others else ""
         raise Refused(f"{self.path} has no tokenizer ({' or '.join(NAMES)}){hint}; put it there, or name one with "
                       "--tokenizer")

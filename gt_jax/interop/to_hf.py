@@ -3,7 +3,8 @@
 - A model goes out as the family it came from, whatever its depth is now; one of our own as the family that has it.
 - Tensors go out in the dtype they came in, and those of a conversion bit for bit as they came.
 - A gain of 1 needs nothing. A gain of 0 is exact: the layer's projections back to the stream are zeros. Others do not
-  fold, since the MLP reads the mixer's output; with `approximate` each of the two projections is scaled by the gain.
+  fold, since the MLP reads the mixer's output; with `approximate` each of the two projections is scaled by the gain
+  (gt_jax/interop/fold_cost.py).
 - Held at a time: one tensor, of experts one expert's.
 - TARGET is there when it is whole; a kill leaves TARGET.unfinished, which the next try clears.
 """
@@ -13,10 +14,9 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +33,13 @@ from gt_jax.checkpoints.tree_paths import differences
 from gt_jax.configs.lineage import exported, newest
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.tokenizer_file import carried_tokenizer, packed
-from gt_jax.errors import Refused, refuse_all
+from gt_jax.errors import refuse_all
 from gt_jax.files import write_atomically
 from gt_jax.interop.expected_tensors import model_leaves
 from gt_jax.interop.families.family import Family, Json, depth_fields
-from gt_jax.interop.families.registry import FAMILIES, family_for
-from gt_jax.interop.families.rows import Part, PlusOne, Unit, units, whole_shapes
+from gt_jax.interop.families.registry import family_for
+from gt_jax.interop.families.rows import Part, Unit, units, whole_shapes
+from gt_jax.interop.fold_cost import carries_gain, fold_cost, scaled_by
 from gt_jax.interop.from_hf import with_bits
 from gt_jax.interop.hf_folder import BESIDE, CONFIG
 from gt_jax.interop.safetensors import Writer
@@ -49,8 +50,6 @@ from gt_jax.interop.to_safetensors import dtype_named
 SHARD = 4 * 2**30  # bytes of tensors in a shard
 INDEX = "model.safetensors.index.json"
 _GAIN = "/gain"
-_OUTPUT = re.compile(r".*/(mixer/output|mlp/((shared|experts)/)?down)/w")
-_LAST_NORM = re.compile(r".*/(mixer|mlp)_post_norm/scale")
 
 
 class Export(NamedTuple):
@@ -64,17 +63,20 @@ class Export(NamedTuple):
     gains: Mapping[int, float]
 
 
-def to_hf(source: StrPath, target: StrPath, *, approximate: bool = False, shard_bytes: int = SHARD,
+def to_hf(source: StrPath, target: StrPath, *, approximate: bytes | None = None, shard_bytes: int = SHARD,
           progress: Progress | None = None) -> dict[str, Any]:
     """Write the model of the checkpoint (or of a run's newest step) `source` as the folder `target`; returns a report.
 
+    `approximate` is a text: gains that are neither 0 nor 1 are folded, and the report says what that costs on it.
     Raises `Refused` that lists everything that the family cannot express, with nothing written.
     """
     say = progress or (lambda line: None)
     started = time.monotonic()
     place = refuse_existing(target)
     opened = open_checkpoint(source)
-    export = plan_export(opened, approximate)
+    export = plan_export(opened, approximate is not None)
+    folded = {layer: gain for layer, gain in export.gains.items() if gain not in (0, 1)}
+    cost = fold_cost(opened, approximate) if folded and approximate is not None else None
     prepare_parent(place)
     with only_writer(place):
         refuse_existing(place)  # another process may have finished it meanwhile
@@ -89,11 +91,10 @@ def to_hf(source: StrPath, target: StrPath, *, approximate: bool = False, shard_
             rename(stage, place)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
-    folded = {layer: gain for layer, gain in export.gains.items() if gain not in (0, 1)}
     return {"source": str(opened.folder), "target": str(place), "step": opened.metadata.get("step"),
             "family": export.family.model_type, "tensors": len(export.tensors), "files": files,
             "bytes": sum(map(_nbytes, export.tensors.values())), "beside": beside, "tokenizer": tokenizer,
-            "zeroed": [layer for layer, gain in export.gains.items() if gain == 0], "folded": folded,
+            "zeroed": [layer for layer, gain in export.gains.items() if gain == 0], "folded": folded, "cost": cost,
             "source_checksums": checksums, "seconds": time.monotonic() - started,
             "config": opened.config.to_json()}  # fmt: skip
 
@@ -266,10 +267,8 @@ class _Reader:
             return value
         post = self._opened.config.has_post_norm(self._opened.config.depth.types[unit.layer or 0])
         if gain == 0:
-            return np.zeros_like(value) if _OUTPUT.fullmatch(part.path) else value
-        if not (_LAST_NORM if post else _OUTPUT).fullmatch(part.path):
-            return value
-        return (value.astype(np.float32) * np.float32(gain)).astype(value.dtype)
+            return np.zeros_like(value) if carries_gain(part.path, post_norm=False) else value
+        return scaled_by(value, np.float32(gain)) if carries_gain(part.path, post) else value
 
 
 def _nbytes(info: Info) -> int:

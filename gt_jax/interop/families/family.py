@@ -109,10 +109,10 @@ class Fields:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """`model_type` is that of the text model, `wrapper` that of one with a vision tower around it (its text_config).
+    """`model_type` is that of the text model, `wrapper` that of one with a vision tower around it (text_config).
 
-    `read` makes our config of `Fields`, `write` the fields of theirs of ours; `table` gives the rows for a config and the `variants` of shards: names and arrangements
-    beside those that a new model goes out in, found by the shapes of the tensors.
+    `read` makes our config of `Fields`, `write` the fields of theirs of ours. `table` gives the rows for a config and
+    the `variants` of shards: names and arrangements beside those that a new model goes out in, by the tensors' shapes.
     """
 
     model_type: str

@@ -68,7 +68,7 @@ class Part(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What is read and written at a time: a tensor of theirs, or with `index` one expert's slice of it, and its parts."""
+    """What is read and written at a time: a tensor of theirs, or an expert's slice of it (`index`), and its parts."""
 
     name: str
     index: int | None

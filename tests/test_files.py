@@ -3,9 +3,11 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gt_jax.checkpoints import checkpoint
@@ -14,10 +16,12 @@ from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.files import read_json, refuse_address
+from gt_jax.monitoring.run_page import read_run
 from gt_jax.text.data import open_data
 from gt_jax.text.tokenizers import open_tokenizer
 from gt_jax.text.vocabulary_files import read_tokens
 from gt_jax.training.loop import train_run
+from gt_jax.training.run_directory import config_to_train
 
 BUCKET = "gs://no-such-bucket/run"
 
@@ -91,6 +95,22 @@ def test_a_pipe_gives_json_once_and_no_text(tmp_path: Path) -> None:
     for fields in ({"text": (str(tmp_path / "a.txt"),)}, {"json_lines": (str(tmp_path / "a.jsonl"),)}):
         with pytest.raises(Refused, match="it is a pipe or a device"):
             open_data(DataConfig(**fields))
+
+
+def test_a_run_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    """The checkpoint goes when the run it is of has newer ones, and would take the other run with it."""
+    checkpoint.save(tmp_path / "run" / "6", {"x": np.zeros(2, np.float32)}, {"config": {}})
+    for place in (tmp_path / "run" / "6" / "new", tmp_path / "run" / "6" / "state" / "a" / "new"):
+        with pytest.raises(Refused, match=r"would lie in the checkpoint .*6, and go when that does"):
+            config_to_train(place, RunConfig(model=tiny()), resume=False)
+    config_to_train(tmp_path / "run" / "new", RunConfig(model=tiny()), resume=False)
+
+
+def test_a_metric_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(RunConfig(model=tiny()).to_json()))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": "abc"}\n')
+    with pytest.raises(Refused, match=r"step 7 .*no number"):
+        read_run(tmp_path)
 
 
 def test_paths_are_no_addresses() -> None:

@@ -118,6 +118,13 @@ def refuse_temporary_name(target: Path) -> None:
         raise Refused(f"{target} ends in {ending}, which is how what is not finished is named; choose another name")
 
 
+def refuse_inside(target: Path) -> None:
+    """Raise `Refused` for a target inside a checkpoint, which goes as a whole when it is too old."""
+    for folder in Path(os.path.abspath(target)).parents:
+        if (folder / "_CHECKPOINT_METADATA").exists():
+            raise Refused(f"{target} would lie in the checkpoint {folder}, and go when that does; name another place")
+
+
 def prepare_parent(target: Path) -> None:
     """Make the folder `target` will lie in; raises `Refused` when that is not possible or it is not writable.
 

@@ -13,6 +13,7 @@ from itertools import groupby
 from gt_jax.errors import Refused
 
 LAYER_TYPES = "DGSA"
+MOST = 1 << 16  # blocks of a segment: whoever writes more would wait, or lack the memory to list them
 _SEGMENT = re.compile(r"([A-Za-z]+)(?:\*(-?\d+))?")
 
 
@@ -28,8 +29,8 @@ class Segment:
         if not self.pattern or unknown:
             wrong = f"unknown layer type {''.join(unknown)!r}" if unknown else "no layer type"
             raise Refused(f"layout pattern {self.pattern!r}: {wrong}; known are {', '.join(LAYER_TYPES)}")
-        if self.repeats < 1:
-            raise Refused(f"layout segment {self.pattern}*{self.repeats}: repeats must be at least 1")
+        if not 1 <= self.repeats <= MOST:
+            raise Refused(f"layout segment {self.pattern}*{self.repeats}: repeats must be at least 1, at most {MOST}")
 
     def __str__(self) -> str:
         return f"{self.pattern}*{self.repeats}" if self.repeats > 1 else self.pattern

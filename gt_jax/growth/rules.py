@@ -5,8 +5,8 @@ A path that no row matches is refused, so a new kind of tensor needs a row here 
 Carry, that is, how a coefficient c enters the child (GROWTH.md 3; N is the noise, added before scaling):
 - weights: every tensor of the mixer and of the MLP becomes c * (W + N), also biases, a_log and the indexer: the growth
   README says "every tensor". Norms and gain are copied, but for a norm that comes last (post-norm), which undoes what
-  scales the tensors before it: it is scaled too.
-- output: c on the two residual-output tensors and the norms after them, the others become W + N.
+  scales the tensors before it: it becomes c times itself.
+- output: c on the two residual-output tensors, or where norms come after them on these; the others become W + N.
 - gain: all weights become W + N, and the child's gain is c times the source's: exactly h + c * Delta(h).
 """
 
@@ -50,6 +50,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"params/mtp/(fusion/w|layer/.+)", GLOBAL),
 )
 _COMPILED = tuple((re.compile(pattern), rule) for pattern, rule in RULES)
+_RESIDUAL_OUTPUT = re.compile(rf"({_LAYER}/(?:mixer(?=/output/)|mlp(?=/.*\bdown/)))/.+")
 _STACKED = re.compile(r"(params|statistics)/segment(\d+)/layer(\d+)/(.+)")
 
 
@@ -82,6 +83,12 @@ def stacked_path(path: str) -> StackedPath | None:
     """The parts of a stacked tensor's path, or None for a tensor of the whole model."""
     match = _STACKED.fullmatch(path)
     return StackedPath(match[1], int(match[2]), int(match[3]), match[4]) if match else None
+
+
+def norm_after(path: str) -> str | None:
+    """The path that the norm after a residual-output tensor has, in a layer that has one; None for other tensors."""
+    match = _RESIDUAL_OUTPUT.fullmatch(path)
+    return f"{match[1]}_post_norm/scale" if match else None
 
 
 def treatment(rule_name: str, carry: str) -> Treatment:

@@ -30,7 +30,7 @@ from gt_jax.growth.kept_gates import cannot_keep_gates, gates_of
 from gt_jax.growth.plan import Plan
 
 Abstract = Mapping[str, ShapeDtypeStruct]
-_CARRIER = {"weights": rules.SCALED, "output": rules.OUTPUT, "gain": rules.GAIN}
+_CARRIERS = {"weights": (rules.SCALED,), "output": (rules.OUTPUT, rules.LAST_NORM), "gain": (rules.GAIN,)}
 
 
 class Part(NamedTuple):
@@ -152,7 +152,7 @@ def match(source: Abstract, target: Abstract, plan: Plan, carry: str) -> Match:
         wrong.append(f"carry {carry!r} is not exact, and a plan that keeps gates is for exactness; take 'gain'")
     leaves = []
     for path in sorted(target):
-        leaf = _leaf(path, source, target[path], plan, wrong)
+        leaf = _leaf(path, source, target, plan, wrong)
         if leaf is not None:
             leaves.append(leaf)
     used = {part.source for leaf in leaves for part in leaf.parts}
@@ -186,9 +186,11 @@ def _misplaced(source: Abstract, plan: Plan) -> list[str]:
     return wrong
 
 
-def _leaf(path: str, source: Abstract, new: ShapeDtypeStruct, plan: Plan, wrong: list[str]) -> Leaf | None:
+def _leaf(path: str, source: Abstract, target: Abstract, plan: Plan, wrong: list[str]) -> Leaf | None:
     """The leaf of one target tensor, or None with the reasons added to `wrong`."""
-    rule, where = _rule(path, plan), rules.stacked_path(path)
+    new, rule, where = target[path], _rule(path, plan), rules.stacked_path(path)
+    if rule == rules.OUTPUT and rules.norm_after(path) in target:
+        rule = rules.SCALED  # that norm carries in its place
     if rule is None or rule == rules.DROPPED:
         wrong.append(f"target tensor {path} " + ("matches no rule" if rule is None else
                                                  "belongs to adaptive depth, which a grown model does not have"))
@@ -254,8 +256,8 @@ def _unused(source: Abstract, used: set[str], plan: Plan) -> tuple[tuple[str, ..
 
 def _without_carrier(leaves: Iterable[Leaf], plan: Plan, carry: str) -> list[str]:
     carried = {(where.segment, where.slot) for leaf in leaves
-               if leaf.rule == _CARRIER[carry] and (where := rules.stacked_path(leaf.path))}
-    return [f"target layers params/segment{segment}/layer{slot} have no tensor of rule {_CARRIER[carry]!r}, "
+               if leaf.rule in _CARRIERS[carry] and (where := rules.stacked_path(leaf.path))}
+    return [f"target layers params/segment{segment}/layer{slot} have no tensor of rule {_CARRIERS[carry][0]!r}, "
             f"so carry {carry!r} would lose their coefficients"
             for segment, part in enumerate(plan.target_layout.segments) for slot in range(len(part.pattern))
             if (segment, slot) not in carried]

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gt_jax.configs.run import RunConfig
+from gt_jax.errors import Refused
 from gt_jax.monitoring import layer_alerts
 from gt_jax.monitoring.layer_alerts import PATIENCE, Found, Record
 from gt_jax.tasks.rows import rises
@@ -87,7 +88,10 @@ class Watch:
         if "loss" not in record:
             return []
         config, step = self._course.config, record["step"]
-        record = {name: np.asarray(record[name], np.float64) for name in READ if name in record} | {"step": step}
+        try:
+            record = {name: np.asarray(record[name], np.float64) for name in READ if name in record} | {"step": step}
+        except (TypeError, ValueError) as error:
+            raise Refused(f"the metrics of step {step} hold what is no number: {error}") from error
         if config.train.thaw is not None and step == config.train.thaw.steps + 1:
             self._seen.clear()  # from here on the norm is of all tensors
         if harder := step in self._rises:

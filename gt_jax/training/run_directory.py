@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from gt_jax.checkpoints import checkpoint
-from gt_jax.checkpoints.folders import Damaged, refuse_temporary_name
+from gt_jax.checkpoints.folders import Damaged, refuse_inside, refuse_temporary_name
 from gt_jax.checkpoints.lock import lock_file, only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs.run import RunConfig, differences, read_run_config
@@ -37,6 +37,7 @@ def config_to_train(run: Path, config: RunConfig, resume: bool) -> RunConfig:
     if run.exists() and (not run.is_dir() or any(path.name not in left for path in run.iterdir())):
         raise Refused(f"{run} exists; resume it with --resume, or give another directory")
     refuse_temporary_name(run)
+    refuse_inside(run)
     return config
 
 

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gt_jax.configs import layout, model, presets
+from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, differences
 from gt_jax.errors import Refused
 from tests.support import small_model
 
-segments = st.lists(st.tuples(st.text("DGS", min_size=1, max_size=5), st.integers(1, 40)), min_size=1, max_size=4)
+segments = st.lists(st.tuples(st.text("DGSA", min_size=1, max_size=5), st.integers(1, 40)), min_size=1, max_size=4)
 
 
 @given(segments)
@@ -71,8 +72,10 @@ def test_all_problems_are_reported_at_once():
     assert all(name in str(refused.value) for name in ("heads", "value_width", "beta_max"))
 
 
-def test_numbers_that_wrap_are_refused():
+def test_numbers_that_are_too_large_are_refused():
     """Steps are counted in int32, and a seed of 2**32 draws as 0 does."""
+    with pytest.raises(Refused, match="at most 65536"):
+        layout.parse("DG*99999999999")  # to list its layers would need more memory than there is
     with pytest.raises(Refused, match=r"steps is 2147483648; .*below 2\*\*31\n.*seed is 4294967296; .*below 2\*\*32"):
         TrainConfig(steps=2**31, seed=2**32)
 
@@ -81,7 +84,7 @@ def test_numbers_that_wrap_are_refused():
     ("change", "says"),
     [({"width": "128"}, "'width'"), ({"colour": 1}, "'colour'"), ({"compute_dtype": "float16"}, "float16"),
      ({"layout": "DDSG*2"}, "sliding must be given"), ({"gsa": {"heads": 4}}, "head_width"),
-     ({"width": True}, "'width'")],
+     ({"layout": "DDA*2"}, "attention must be given"), ({"width": True}, "'width'")],
 )  # fmt: skip
 def test_json_that_does_not_fit_is_refused(change, says):
     data = {**presets.tiny().to_json(), **change}
@@ -105,6 +108,22 @@ def test_a_pass_on_living_tokens_needs_tokens_that_finish_and_lengths_that_fall(
     for lengths in ((), (0.5,), (1.0, 0.3, 0.4), (1.0, 0.0)):
         with pytest.raises(Refused, match=r"it must fall from 1\.0(.|\n)*context 'alive' needs halting 'token'"):
             model.AdaptiveConfig(context="alive", halting="batch", lengths=lengths)
+
+
+def test_full_attention_says_what_does_not_fit_and_older_configs_have_none():
+    with pytest.raises(Refused, match=r"(?s)multiple of kv_heads 3.*window is 0.*rope_share is 0\.3; .*it is 2\.4"):
+        AttentionConfig(heads=4, kv_heads=3, head_width=8, rope_share=0.3, window=0)
+    with pytest.raises(Refused, match="'all heads' is not one of 'none', 'head', 'all'"):
+        AttentionConfig.from_json({"heads": 4, "kv_heads": 2, "head_width": 8, "qk_norm": "all heads"})
+    assert AttentionConfig(4, 2, 256, rope_share=0.25).rope_width == 64
+    assert AttentionConfig(4, 2, 7, rope="none").rope_width == 0
+    with pytest.raises(Refused, match="null experts need the bias"):
+        model.MoEConfig(experts=4, expert_width=8, router_bias=False)
+    stored = presets.tiny_3b().to_json()
+    del stored["attention"], stored["deltanet"]["head_gate_bias"], stored["deltanet"]["output_epsilon"]
+    for name in ("normalise", "shared_gate", "router_bias"):
+        del stored["moe"][name]
+    assert ModelConfig.from_json(stored) == presets.tiny_3b()
 
 
 @pytest.mark.parametrize("base", [1, 4, 40])

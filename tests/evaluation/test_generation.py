@@ -14,6 +14,7 @@ from gt_jax.errors import Refused
 from gt_jax.evaluation.generation import sample, sample_token
 from gt_jax.models.language_model import abstract
 from gt_jax.sample import _ended, main
+from gt_jax.text.tokenizers import ByteTokenizer
 
 CONFIG = preset("tiny").replace(layout="D", width=16, mlp_width=16, adaptive=None)
 LOGITS = jnp.log(jnp.asarray([[0.05, 0.4, 0.05, 0.3, 0.2]]))
@@ -89,15 +90,9 @@ def test_prompts_together_are_continued_as_each_alone(model, capsys):
 
 
 def test_a_stop_ends_the_text_before_it():
-    class Bytes:
-        end_of_document = 256
-
-        def decode(self, ids):
-            return bytes(ids[ids != 256].tolist())
-
     def ended(text, *stops):
         ids = np.array([*text.encode(), 256, 65])
-        return tuple(_ended(np.array([1]), ids, Bytes(), stops).values())
+        return tuple(_ended(np.array([1]), ids, ByteTokenizer(), stops).values())
 
     assert ended("one\n\ntwo") == ("one\n\ntwo", [*b"one\n\ntwo"], "end of document")
     assert ended("one\n\ntwo", "tw", "\n\n") == ("one", [*b"one\n\n"], "stop")

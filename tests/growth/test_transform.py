@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import layout, presets
 from gt_jax.errors import Refused
-from gt_jax.growth import transform
+from gt_jax.growth import rules, transform
 from gt_jax.growth.plan import block_plan, default_layout, identity_plan
 from gt_jax.growth.plan_entries import Demand, Entry, Plan
 from gt_jax.growth.repetition import from_json, reference
@@ -94,6 +94,28 @@ def test_every_tensor_is_the_source_layer_times_what_the_carry_says(source, carr
     np.testing.assert_array_equal(statistics, source["statistics/segment0/layer3/mixer/variance_ema"][[0, 0, 1, 1, 1]])
     assert checked == 5 * (len(child) - 1)
     assert not [path for path in child if "halting" in path]
+
+
+def test_a_norm_that_comes_last_carries_in_place_of_the_output():
+    """Which it would undo; at coefficient 0 the layer adds nothing, and the norm has a gradient."""
+    draw, layer = np.random.default_rng(5), "params/segment0/layer0"
+    shapes = {"mixer_post_norm/scale": (D,), "mlp_post_norm/scale": (D,), "mixer/output/w": (HEADS, KEY, D),
+              "mlp/down/w": (FF, D), "mlp/up/w": (D, FF), "gain": ()}  # fmt: skip
+    source = {f"{layer}/{name}": draw.normal(size=(1, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    plan = block_plan(from_json({"layer0": {"k_exec": 2}}), layout.parse("A"), coefficient="schedule")
+    factors = np.float32([entry.coefficient for entry in plan.entries])
+    assert len(set(factors)) == 2
+    scaled = {"output": {name for name in shapes if "post_norm" in name}, "weights": set(shapes) - {"gain"},
+              "gain": {"gain"}}  # fmt: skip
+    for carry, names in scaled.items():
+        child = grown(source, plan, carry=carry)
+        for name in shapes:
+            old = np.repeat(source[f"{layer}/{name}"], 2, axis=0)
+            factor = factors.reshape(-1, *[1] * len(shapes[name])) if name in names else np.float32(1)
+            np.testing.assert_array_equal(child[f"{layer}/{name}"], factor * old, err_msg=f"{carry}, {name}")
+    for name, norm in (("mixer/output/w", "mixer"), ("mlp/down/w", "mlp"), ("mlp/experts/down/w", "mlp")):
+        assert rules.norm_after(f"{layer}/{name}") == f"{layer}/{norm}_post_norm/scale"
+    assert rules.norm_after(f"{layer}/mlp/up/w") is None and rules.norm_after(f"{layer}/mixer/query/w") is None
 
 
 def test_the_identity_plan_changes_nothing(source):

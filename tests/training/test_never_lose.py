@@ -105,7 +105,15 @@ def test_sigterm_is_a_wish_while_it_is_awaited_and_what_it_was_after():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_first_ctrl_c_is_a_wish_and_the_second_leaves_at_once(monkeypatch):
+@pytest.fixture
+def keyboard():
+    """SIGINT as at a terminal, though the tests themselves may run in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_ctrl_c_is_a_wish_and_the_second_leaves_at_once(keyboard, monkeypatch):
     before, sent = signal.getsignal(signal.SIGINT), []
     with Termination() as termination:
         assert not termination.asked(1) and not termination.interrupted
@@ -242,7 +250,7 @@ def test_the_checkpoint_that_ends_the_plateau_stays(whole, every, left, tmp_path
     assert ("from here on the learning rate falls" in capsys.readouterr().err) == (every > 0)
 
 
-def test_ctrl_c_saves_the_step_and_whoever_called_does_not_go_on(whole, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_saves_the_step_and_whoever_called_does_not_go_on(keyboard, whole, tmp_path, monkeypatch, capsys):
     run, log = tmp_path / "run", loop.Recorder.log
 
     def and_ctrl_c(self, step, **values):

@@ -29,7 +29,8 @@ from gt_jax.checkpoints.leftovers import ARRAYS, EMPTY, clear
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.configs.lineage import LINEAGE
 from gt_jax.errors import refuse_all
-from gt_jax.interop.expected_tensors import exact, model_leaves
+from gt_jax.interop import expected_tensors
+from gt_jax.interop.expected_tensors import exact
 from gt_jax.interop.families.rows import PlusOne, Unit, flat_start, units, whole_shapes
 from gt_jax.interop.hf_folder import HFFolder, counted
 from gt_jax.interop.tensor_files import same_bytes
@@ -52,7 +53,7 @@ def from_hf(source: StrPath, target: StrPath, *, step: int | None = None, tokeni
     place = refuse_existing(target)
     folder = HFFolder(source)
     config = folder.config
-    leaves = model_leaves(config)
+    leaves = expected_tensors.model_leaves(config)
     found = list(units(config, folder.family.table(config, folder.variants)))
     say(f"{folder.family.model_type}: {len(folder.places)} tensors of layout {config.layout}, width {config.width}")
     _check(folder, found, leaves)

@@ -2,9 +2,9 @@
 
 - A model goes out as the family it came from, whatever its depth is now; one of our own as the family that has it.
 - Tensors go out in the dtype they came in, and those of a conversion bit for bit as they came.
-- A gain of 1 needs nothing. A gain of 0 is exact: the layer's projections back to the stream are zeros. Others do not
-  fold, since the MLP reads the mixer's output; with `approximate` each of the two projections is scaled by the gain
-  (gt_jax/interop/fold_cost.py).
+- A gain of 1 needs nothing. A gain of 0 is exact: the layer's projections back to the stream, or the norms that come
+  after them, are zeros. Others do not fold, since the MLP reads the mixer's output; with `approximate` each of the two
+  is scaled by the gain (gt_jax/interop/fold_cost.py).
 - Held at a time: one tensor, of experts one expert's.
 - TARGET is there when it is whole; a kill leaves TARGET.unfinished, which the next try clears.
 """
@@ -35,7 +35,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.tokenizer_file import carried_tokenizer, packed
 from gt_jax.errors import refuse_all
 from gt_jax.files import write_atomically
-from gt_jax.interop.expected_tensors import model_leaves
+from gt_jax.interop import expected_tensors
 from gt_jax.interop.families.family import Family, Json, depth_fields
 from gt_jax.interop.families.registry import family_for
 from gt_jax.interop.families.rows import Part, Unit, units, whole_shapes
@@ -104,7 +104,7 @@ def plan_export(opened: Opened, approximate: bool = False) -> Export:
     config, metadata = opened.config, opened.metadata
     origin = newest(metadata, "converted_from") or {}
     family = family_for(config, origin.get("family"))
-    expected = model_leaves(config)
+    expected = expected_tensors.model_leaves(config)
     problems = differences(expected, opened.model)
     problems += [f"{path} does not belong to its config" for path in opened.model if path not in expected]
     gains = {} if problems else _gains(opened)
@@ -266,9 +266,9 @@ class _Reader:
         if gain == 1:
             return value
         post = self._opened.config.has_post_norm(self._opened.config.depth.types[unit.layer or 0])
-        if gain == 0:
-            return np.zeros_like(value) if carries_gain(part.path, post_norm=False) else value
-        return scaled_by(value, np.float32(gain)) if carries_gain(part.path, post) else value
+        if not carries_gain(part.path, post):
+            return value
+        return scaled_by(value, np.float32(gain)) if gain else np.zeros_like(value)
 
 
 def _nbytes(info: Info) -> int:

@@ -23,7 +23,7 @@ from gt_jax.interop.expected_tensors import model_leaves
 from gt_jax.interop.from_hf import from_hf
 from gt_jax.interop.hf_folder import HFFolder
 from gt_jax.interop.to_hf import to_hf
-from gt_jax.models.language_model import LanguageModel, free_passes
+from gt_jax.models.language_model import LanguageModel, empty_cache, free_passes
 from tests.oracle import models
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]  # warnings of libraries not ours
@@ -46,19 +46,14 @@ def same_size(got, wanted, bound):
     assert np.max(np.abs(np.asarray(got) - np.asarray(wanted))) <= bound * np.max(np.abs(wanted))
 
 
-def variables_of(model):
-    return {"params": model.params, **({"statistics": model.statistics} if model.statistics else {})}
-
-
 def test_logits_and_states_by_layer(case):
     _, network, _, ours = case
     model, tokens = load(ours), models.tokens_of(network)
     logits, states = models.outputs(network, tokens)
-    variables = variables_of(model)
-    same_size(forward(model.config, variables, jnp.asarray(tokens)).logits, logits, 1e-4)
+    same_size(forward(model.config, model.variables, jnp.asarray(tokens)).logits, logits, 1e-4)
     segments = jnp.ones(tokens.shape, jnp.int32)
-    seen = hidden_with_intermediates(LanguageModel(model.config, Rules()), variables, jnp.asarray(tokens), segments,
-                                     free_passes(), 2)[-1]
+    seen = hidden_with_intermediates(
+        LanguageModel(model.config, Rules()), model.variables, jnp.asarray(tokens), segments, free_passes(), 2)[-1]
     for mine, wanted in zip(seen.states[:, 0], states[:-1], strict=True):
         same_size(mine, wanted, 1e-4)
 
@@ -69,8 +64,19 @@ def test_padding_before_a_row_changes_nothing(case):
     mask = np.ones(tokens.shape, np.int64)
     mask[1, :5] = 0
     logits, _ = models.outputs(network, tokens, attention_mask=torch.tensor(mask))
-    got = forward(model.config, variables_of(model), jnp.asarray(tokens), jnp.asarray(mask, jnp.int32)).logits
+    got = forward(model.config, model.variables, jnp.asarray(tokens), jnp.asarray(mask, jnp.int32)).logits
     same_size(np.asarray(got)[mask > 0], logits[mask > 0], 1e-4)
+
+
+def test_decoding_with_a_cache_is_the_prefill(case):
+    _, network, _, ours = case
+    model, tokens = load(ours), jnp.asarray(models.tokens_of(network, 2, 9))
+    whole = forward(model.config, model.variables, tokens).logits
+    cache = empty_cache(model.config, 2, 9)
+    for begin, end in ((0, 6), (6, 7), (7, 9)):
+        output = forward(model.config, model.variables, tokens[:, begin:end], cache=cache)
+        cache = output.cache
+        same_size(output.logits, whole[:, begin:end], 1e-5)
 
 
 def test_gradients(case):
@@ -78,10 +84,10 @@ def test_gradients(case):
     model, tokens = load(ours), models.tokens_of(network)
 
     def loss(params):
-        logits = forward(model.config, {**variables_of(model), "params": params}, jnp.asarray(tokens)).logits[:, :-1]
+        logits = forward(model.config, {**model.variables, "params": params}, jnp.asarray(tokens)).logits[:, :-1]
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(tokens)[:, 1:, None], -1))
 
-    found = jax.grad(loss)(model.params)
+    found = jax.grad(loss)(model.variables["params"])
     network.zero_grad()
     theirs = network(torch.tensor(tokens), use_cache=False).logits[:, :-1]
     torch.nn.functional.cross_entropy(theirs.reshape(-1, theirs.shape[-1]), torch.tensor(tokens)[:, 1:].reshape(-1)
@@ -134,9 +140,9 @@ def test_grown_by_identities_it_computes_the_same_in_transformers(case, tmp_path
     wanted, _ = models.outputs(network, tokens)
     same_size(models.outputs(deep, tokens)[0], wanted, 1e-6)
     grown_model = load(tmp_path / "grown")
-    mine = forward(grown_model.config, variables_of(grown_model), jnp.asarray(tokens)).logits
+    mine = forward(grown_model.config, grown_model.variables, jnp.asarray(tokens)).logits
     shallow = load(ours)
-    same_size(mine, forward(shallow.config, variables_of(shallow), jnp.asarray(tokens)).logits, 1e-6)
+    same_size(mine, forward(shallow.config, shallow.variables, jnp.asarray(tokens)).logits, 1e-6)
 
 
 PRESETS = {"qwen3_5_9b": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM"),

@@ -47,9 +47,10 @@ def fold_cost(opened: Opened, text: bytes) -> dict[str, Any]:
     length = min(LENGTH, len(ids))
     rows = jnp.asarray(ids[: len(ids) // length * length].reshape(-1, length))
     model = checkpoint.load_model(opened.folder)
-    variables = {"params": model.params, **({"statistics": model.statistics} if model.statistics else {})}
-    before = forward(opened.config, variables, rows).logits
-    after = forward(opened.config, {**variables, "params": folded(opened.config, model.params)}, rows).logits
+    statistics = {"statistics": model.statistics} if model.statistics else {}
+    before, after = (
+        forward(opened.config, jax.tree.map(jnp.asarray, {"params": params, **statistics}), rows).logits
+        for params in (model.params, folded(opened.config, model.params)))
     losses = [float(_loss(logits, rows)) for logits in (before, after)]
     difference = float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before)))
     return {"logits": difference, "loss": losses[0], "loss_folded": losses[1], "tokens": int(rows.size)}

@@ -165,7 +165,7 @@ def _write(folder: HFFolder, place: Path, found: Sequence[Unit], leaves: Mapping
                 array.write(0, np.ones(array.shape, array.dtype), written)
         for unit in found:
             there = np.concatenate(list(map(folder.read, unit.cut))) if unit.cut else folder.read(unit.name)
-            values = unit.to_ours(there if unit.index is None else there[unit.index], shapes)
+            values = unit.to_ours(there if unit.expert is None else there[unit.expert], shapes)
             for part, value in zip(unit.parts, values, strict=True):
                 array = arrays[part.path]
                 start = flat_start(part, array.shape)

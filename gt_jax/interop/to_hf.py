@@ -268,7 +268,7 @@ class _Reader:
         post = self._opened.config.has_post_norm(self._opened.config.depth.types[unit.layer or 0])
         if not carries_gain(part.path, post):
             return value
-        return scaled_by(value, np.float32(gain)) if gain else np.zeros_like(value)
+        return scaled_by(value, np.asarray(gain)) if gain else np.zeros_like(value)
 
 
 def _nbytes(info: Info) -> int:

@@ -48,7 +48,8 @@ def family_for(config: ModelConfig, named: str | None) -> Family:
 
     Raises `Refused` with the reasons.
     """
-    candidates = [FAMILIES[named]] if named in FAMILIES else list(FAMILIES.values())
+    own = FAMILIES.get(named or "")
+    candidates = list(FAMILIES.values()) if own is None else [own]
     reasons = {family.model_type: family.cannot_express(config) for family in candidates}
     for family in candidates:
         if not reasons[family.model_type]:

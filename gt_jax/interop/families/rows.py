@@ -68,10 +68,10 @@ class Part(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What is read and written at a time: a tensor of theirs, or an expert's slice of it (`index`), and its parts."""
+    """What is read and written at a time: a tensor of theirs, or an expert's slice of it (`expert`), and its parts."""
 
     name: str
-    index: int | None
+    expert: int | None
     kind: str
     layer: int | None
     parts: tuple[Part, ...]
@@ -144,7 +144,7 @@ def whole_shapes(found: Sequence[Unit], leaves: Mapping[str, Shape]) -> dict[str
     made: dict[str, Shape] = {}
     for unit in found:
         for name, shape in unit.stored(leaves).items():
-            made[name] = shape if unit.index is None else (unit.index + 1, *shape)
+            made[name] = shape if unit.expert is None else (unit.expert + 1, *shape)
     return made
 
 

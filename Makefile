@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick exhaustive lint clean
+.PHONY: demo test test-oracle quick exhaustive lint clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m gt_jax.demo --output demo
@@ -19,6 +19,11 @@ quick: lint
 # Every case of what the suite samples.
 exhaustive: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m exhaustive -o timeout=1800
+
+# Public families against transformers and PyTorch, which are installed for it alone.
+test-oracle: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --extra-index-url https://download.pytorch.org/whl/cpu -e '.[oracle]'
+	$(BIN)/python -m pytest -m oracle tests/oracle -rs
 
 lint: $(STAMP)
 	$(BIN)/ruff check gt_jax pallas_kernels experiments tests

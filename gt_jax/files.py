@@ -121,19 +121,30 @@ def other_content(content: bytes) -> str | None:
     return next((kind for begin, kind in _STARTS if plain.startswith(begin)), None)
 
 
-def read_json(path: Path, finite: bool = True) -> Any:
+def read_json(path: Path, finite: bool = True, once: bool = False) -> Any:
     """The JSON value in a file; raises OSError, and ValueError for what is no JSON.
 
-    NaN and infinities are none; without `finite` they are read, by a reader that names the key that has one.
+    NaN and infinities are none; without `finite` they are read, by a reader that names the key that has one. With
+    `once` an object that has a name twice is an error; else its last value counts.
     """
     content = path.read_bytes()  # once: it may be a pipe
     kind = other_content(content)
     if kind is not None:
         raise ValueError(f"it is {kind}")
     try:
-        return json.loads(content.decode("utf-8-sig"), parse_constant=_no_number if finite else None)
+        return json.loads(content.decode("utf-8-sig"), parse_constant=_no_number if finite else None,
+                          object_pairs_hook=object_of_different_names if once else None)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def object_of_different_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different; raises ValueError for what a later one would silently replace."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return made
 
 
 def _no_number(word: str) -> None:

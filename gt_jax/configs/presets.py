@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.model import (
     AdaptiveConfig,
     DeltaNetConfig,
@@ -130,9 +131,59 @@ def groundthink(layout: str, vocab: int, width: int, heads: int, key_width: int 
     )  # fmt: skip
 
 
+def _hybrid(layout: str, width: int, vocab: int, mlp_width: int, deltanet: DeltaNetConfig, attention: AttentionConfig,
+            moe: MoEConfig | None = None) -> ModelConfig:
+    """A public hybrid: projections to beta and decay without bias, bfloat16, each layer computed again."""
+    return ModelConfig(
+        layout=layout, width=width, vocab=vocab, mlp_width=mlp_width, deltanet=deltanet.replace(head_gate_bias=False),
+        attention=attention, moe=moe, param_dtype="bfloat16", compute_dtype="bfloat16", remat="layer",
+    )  # fmt: skip
+
+
+def _qwen(layout: str, width: int, vocab: int, mlp_width: int, kv_heads: int, moe: MoEConfig | None = None
+          ) -> ModelConfig:
+    """Qwen's hybrids: 16 key and 32 value heads of 128 in D layers, 16 heads of 256 with a gate in A layers."""
+    attention = AttentionConfig(
+        heads=16, kv_heads=kv_heads, head_width=256, gate=True, qk_norm="head", rope_base=1e7, rope_share=0.25)
+    deltanet = DeltaNetConfig(heads=16, value_heads=32, key_width=128, value_width=128)
+    return _hybrid(layout, width, vocab, mlp_width, deltanet, attention, moe)
+
+
+def _qwen_experts(experts: int, top_k: int) -> MoEConfig:
+    """Experts of width 512 without null slots, beside a gated shared one."""
+    return MoEConfig(experts=experts, expert_width=512, top_k=top_k, real_share=1.0, balance_loss=1e-3,
+                     router_z_loss=0.0, null_loss=0.0, shared_gate=True, router_bias=False)  # fmt: skip
+
+
+def qwen3_5_9b() -> ModelConfig:
+    """Qwen3.5 9B: 32 layers, 8,953,803,264 parameters and our 32 gains."""
+    return _qwen("DDDA*8", 4096, 248320, 12288, 4)
+
+
+def qwen3_5_35b_a3b() -> ModelConfig:
+    """Qwen3.5 35B-A3B: 40 layers of 256 experts, 34,660,610,688 parameters and our 40 gains."""
+    return _qwen("DDDA*10", 2048, 248320, 512, 2, _qwen_experts(256, 8))
+
+
+def qwen3_next_80b_a3b() -> ModelConfig:
+    """Qwen3-Next 80B-A3B: 48 layers of 512 experts, 79,674,391,296 parameters and our 48 gains."""
+    return _qwen("DDDA*12", 2048, 151936, 512, 2, _qwen_experts(512, 10))
+
+
+def olmo_hybrid_7b() -> ModelConfig:
+    """Olmo Hybrid 7B: 32 layers, 7,430,870,688 parameters and our 32 gains."""
+    return _hybrid(
+        "DDDA*8", 3840, 100352, 11008,
+        DeltaNetConfig(heads=30, value_heads=30, key_width=96, value_width=192, beta_max=2.0, output_epsilon=1e-5),
+        AttentionConfig(heads=30, kv_heads=30, head_width=128, qk_norm="all", post_norm=True),
+    )  # fmt: skip
+
+
 PRESETS: Mapping[str, Callable[[], ModelConfig]] = {
     "tiny": tiny, "one_layer": one_layer, "small": small, "3b": origin_3b, "3b_table": origin_3b_table, "8b": origin_8b,
     "tiny_3b": tiny_3b, "tiny_8b": tiny_8b,
+    "qwen3_5_9b": qwen3_5_9b, "qwen3_5_35b_a3b": qwen3_5_35b_a3b, "qwen3_next_80b_a3b": qwen3_next_80b_a3b,
+    "olmo_hybrid_7b": olmo_hybrid_7b,
     "groundthink_d": lambda: groundthink("D", 50257, 128, 2),
     "groundthink_dd": lambda: groundthink("DD", 50257, 256, 4),
     "groundthink_dddd": lambda: groundthink("DDDD", 50257, 512, 8),

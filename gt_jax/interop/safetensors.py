@@ -8,13 +8,14 @@ itself, for names, config and lineage, compared by whoever opens the file.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from gt_jax.configs.lineage import is_lineage
+from gt_jax.files import object_of_different_names
 from gt_jax.interop.tensor_files import Info, TensorFile, Unreadable, pieces
 
 DTYPES = {name: np.dtype(dtype) for name, dtype in {
@@ -108,13 +110,20 @@ class Writer:
 
     def put(self, name: str, value: np.ndarray) -> None:
         """Write one tensor; its strides may be any."""
-        begin, info = self._left.pop(name)
+        info = self._left[name][1]
         if (value.shape, value.dtype) != info:
             raise ValueError(f"{name} is {Info(value.shape, value.dtype)}; the header says {info}")
+        self.put_parts(name, [value])
+
+    def put_parts(self, name: str, parts: Iterable[np.ndarray]) -> None:
+        """Write one tensor whose values come in parts, in C order; one part is held at a time."""
+        begin, info = self._left.pop(name)
         place, checksum = self._start + begin, 0
-        for piece in pieces(value):
+        for piece in itertools.chain.from_iterable(map(pieces, parts)):
             self._write_all(place, piece)
             place, checksum = place + piece.nbytes, zlib.crc32(piece.data, checksum)
+        if place - self._start - begin != math.prod(info.shape) * info.dtype.itemsize:
+            raise ValueError(f"{name} came as {place - self._start - begin} bytes; the header says {info}")
         self._sums[name] = f"{checksum:08x}"
 
     def _text(self) -> bytes:
@@ -156,7 +165,7 @@ def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     if len(text) < length:
         raise Unreadable(f"{path} is truncated: its header has {length} bytes, the file {size}")
     try:
-        header = json.loads(text, object_pairs_hook=_once)
+        header = json.loads(text, object_pairs_hook=object_of_different_names)
     except ValueError as error:
         raise Unreadable(f"{path} is not a safetensors file: its header is no JSON object ({error})") from error
     if not isinstance(header, dict):
@@ -165,15 +174,6 @@ def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     if own is not None and own[0] != f"{zlib.crc32(_OWN_STORED.sub(b'0' * 8, text)):08x}".encode():
         raise Unreadable(f"{path} is damaged: its header (names, config, lineage) is not what was written")
     return header, _LENGTH.size + length
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names are all different; what a later one would silently replace is an error."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
-    return made
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[Info, tuple[int, int]]:

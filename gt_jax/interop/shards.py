@@ -50,7 +50,7 @@ class Source:
     """Every tensor of a checkpoint by its canonical name, from all of its files; `ignored` names were left out."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.files, problems = _open(paths)
+        self.files, problems = open_files(paths)
         self.ignored: list[str] = []
         self.places: dict[str, list[TensorLocation]] = {}
         for file in self.files:
@@ -101,7 +101,7 @@ def _difference(a: TensorLocation, b: TensorLocation) -> str | None:
     return None if same_bytes(a.read(), b.read()) else "their values differ"
 
 
-def _open(paths: Sequence[Path]) -> tuple[list[TensorFile], list[str]]:
+def open_files(paths: Sequence[Path]) -> tuple[list[TensorFile], list[str]]:
     """The readers of all files, and where an index and its files do not agree; raises `Refused` for missing files."""
     files: dict[Path, str] = {}
     maps: dict[Path, dict[str, Path]] = {}
@@ -167,7 +167,7 @@ def _files(path: Path) -> tuple[list[Path], Path | None]:
 def _weight_map(index: Path) -> dict[str, Path]:
     """The file of every tensor that an index lists."""
     try:
-        names = read_json(index)["weight_map"]
+        names = read_json(index, once=True)["weight_map"]
         if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
             raise TypeError("weight_map must be an object from tensor to file")
     except (OSError, ValueError, KeyError, TypeError) as error:

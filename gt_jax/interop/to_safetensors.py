@@ -144,11 +144,12 @@ def _as_they_came(written: Mapping[str, Info], metadata: Mapping[str, Any]) -> d
     if metadata.get("kind") != "converted":
         return dict(written)
     forms = metadata.get("converted_from", {}).get("forms", {})
-    return {name: Info(tuple(forms[name][1]), _dtype(forms[name][0])) if name in forms else info
+    return {name: Info(tuple(forms[name][1]), dtype_named(forms[name][0])) if name in forms else info
             for name, info in written.items()}
 
 
-def _dtype(name: str) -> np.dtype:
+def dtype_named(name: str) -> np.dtype:
+    """The numpy dtype of a name, bfloat16 included."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 

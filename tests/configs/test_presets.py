@@ -41,6 +41,28 @@ def test_the_groundthink_hybrids_have_their_published_counts(name):
     assert sum(math.prod(leaf.shape) for leaf in shapes) == GROUNDTHINK[name] + len(config.depth)
 
 
+HYBRIDS = {  # what transformers counts in models of their default configs; our gains come on top
+    "qwen3_5_9b": 8_953_803_264, "qwen3_5_35b_a3b": 34_660_610_688, "qwen3_next_80b_a3b": 79_674_391_296,
+    "olmo_hybrid_7b": 7_430_870_688,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_the_public_hybrids_have_the_counts_of_their_shapes(name):
+    c = presets.preset(name)
+    d, a, m = c.deltanet, c.attention, c.moe
+    keys, values, queries = d.heads * d.key_width, d.value_heads * d.value_width, a.heads * a.head_width
+    linear = c.width * (2 * keys + 2 * values + 2 * d.value_heads) + d.conv_width * (2 * keys + values)
+    linear += 2 * d.value_heads + d.value_width + values * c.width
+    norms = {"none": 0, "head": 2 * a.head_width, "all": queries + a.kv_heads * a.head_width}[a.qk_norm]
+    full = c.width * (queries * (2 + a.gate) + 2 * a.kv_heads * a.head_width) + norms
+    mlp = 3 * c.width * c.mlp_width
+    if m is not None:
+        mlp += m.experts * 3 * c.width * m.expert_width + c.width * (m.experts + 1)
+    layers = {"D": linear + mlp + 2 * c.width, "A": full + mlp + 2 * c.width}
+    assert sum(map(layers.get, c.depth.types)) + 2 * c.vocab * c.width + c.width == HYBRIDS[name]
+
+
 def parameters(name: str, under: str = "params/") -> int:
     return sum(math.prod(leaf.shape) for path, leaf in leaves(name).items() if path.startswith(under))
 

@@ -1,0 +1,79 @@
+"""What it costs to fold gains into projections: logits and loss on a text, as the model is and as it goes out.
+
+x + g Delta(x), Delta(x) = A(x) + M(x + A(x)), goes out as x + g A(x) + g M(x + g A(x)): the MLP reads another input.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.opened import Opened
+from gt_jax.checkpoints.tree_paths import flatten, nest
+from gt_jax.configs.model import ModelConfig
+from gt_jax.errors import Refused
+from gt_jax.models.language_model import forward
+from gt_jax.text.tokenizers import chosen_tokenizer, open_tokenizer
+
+OUTPUT = re.compile(r".*/(mixer/output|mlp/((shared|experts)/)?down)/w")
+LAST_NORM = re.compile(r".*/(mixer|mlp)_post_norm/scale")
+ROWS, LENGTH = 4, 256
+
+
+def carries_gain(path: str, post_norm: bool) -> bool:
+    """Whether a tensor of a layer is the last that its mixer or MLP is multiplied by."""
+    return bool((LAST_NORM if post_norm else OUTPUT).fullmatch(path))
+
+
+def scaled_by(value: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """gain value, in float32, rounded once."""
+    return (value.astype(np.float32) * gain.astype(np.float32)).astype(value.dtype)
+
+
+def fold_cost(opened: Opened, text: bytes) -> dict[str, Any]:
+    """{"logits": largest difference by largest logit, "loss": nats a token, "loss_folded", "tokens"} on a text.
+
+    The whole model is held twice. Raises `Refused` for a text of fewer than two tokens.
+    """
+    tokenizer = open_tokenizer(chosen_tokenizer(opened.metadata, None, opened.folder))
+    ids = tokenizer.encode(text)[: ROWS * LENGTH]
+    if len(ids) < 2:
+        raise Refused(f"the text has {len(ids)} tokens; at least 2 are needed to measure a loss on")
+    length = min(LENGTH, len(ids))
+    rows = jnp.asarray(ids[: len(ids) // length * length].reshape(-1, length))
+    model = checkpoint.load_model(opened.folder)
+    statistics = {"statistics": model.statistics} if model.statistics else {}
+    before, after = (
+        forward(opened.config, jax.tree.map(jnp.asarray, {"params": params, **statistics}), rows).logits
+        for params in (model.params, folded(opened.config, model.params)))
+    losses = [float(_loss(logits, rows)) for logits in (before, after)]
+    difference = float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before)))
+    return {"logits": difference, "loss": losses[0], "loss_folded": losses[1], "tokens": int(rows.size)}
+
+
+def folded(config: ModelConfig, params: Any) -> Any:
+    """Parameters with gains of 1 in place of those that are neither 0 nor 1, which their projections carry."""
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    made = dict(leaves)
+    for path, value in leaves.items():
+        match = re.match(r"segment(\d+)/layer(\d+)/", path)
+        if match is None:
+            continue
+        kind = config.depth.segments[int(match[1])].pattern[int(match[2])]
+        gain = leaves[f"{match[0]}gain"]
+        carried = np.where(gain == 0, 1, gain)
+        if path.endswith("/gain"):
+            made[path] = np.where(gain == 0, gain, 1).astype(gain.dtype)
+        elif carries_gain(f"params/{path}", config.has_post_norm(kind)):
+            made[path] = scaled_by(value, carried.reshape(-1, *[1] * (value.ndim - 1)))
+    return nest(made)
+
+
+def _loss(logits: jax.Array, rows: jax.Array) -> jax.Array:
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), rows[:, 1:, None], axis=-1)
+    return -jnp.mean(chosen)

@@ -1,0 +1,275 @@
+"""From a checkpoint of ours to a folder that transformers opens: config.json, shards with an index, tokenizer.
+
+- A model goes out as the family it came from, whatever its depth is now; one of our own as the family that has it.
+- Tensors go out in the dtype they came in, and those of a conversion bit for bit as they came.
+- A gain of 1 needs nothing. A gain of 0 is exact: the layer's projections back to the stream, or the norms that come
+  after them, are zeros. Others do not fold, since the MLP reads the mixer's output; with `approximate` each of the two
+  is scaled by the gain (gt_jax/interop/fold_cost.py).
+- Held at a time: one tensor, of experts one expert's.
+- TARGET is there when it is whole; a kill leaves TARGET.unfinished, which the next try clears.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.checksums import changed_bytes, combined, noted, of_values, refuse_changed_values
+from gt_jax.checkpoints.folders import UNFINISHED, Damaged, StrPath, prepare_parent, rename, sync
+from gt_jax.checkpoints.leftovers import EMPTY, clear
+from gt_jax.checkpoints.lock import only_writer
+from gt_jax.checkpoints.opened import Opened, open_checkpoint
+from gt_jax.checkpoints.slices import Slice, SliceReader
+from gt_jax.checkpoints.tree_paths import differences
+from gt_jax.configs.lineage import exported, newest
+from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.tokenizer_file import carried_tokenizer, packed
+from gt_jax.errors import refuse_all
+from gt_jax.files import write_atomically
+from gt_jax.interop import expected_tensors
+from gt_jax.interop.families.family import Family, Json, depth_fields
+from gt_jax.interop.families.registry import family_for
+from gt_jax.interop.families.rows import Part, Unit, units, whole_shapes
+from gt_jax.interop.fold_cost import carries_gain, fold_cost, scaled_by
+from gt_jax.interop.from_hf import with_bits
+from gt_jax.interop.hf_folder import BESIDE, CONFIG
+from gt_jax.interop.safetensors import Writer
+from gt_jax.interop.tensor_files import Info
+from gt_jax.interop.to_orbax import Progress, refuse_existing
+from gt_jax.interop.to_safetensors import dtype_named
+
+SHARD = 4 * 2**30  # bytes of tensors in a shard
+INDEX = "model.safetensors.index.json"
+_GAIN = "/gain"
+
+
+class Export(NamedTuple):
+    """What goes out: the family, its config.json, the units in order, and the form of each tensor."""
+
+    family: Family
+    data: Json
+    found: Sequence[Unit]
+    tensors: Mapping[str, Info]
+    bits: Mapping[str, str]
+    gains: Mapping[int, float]
+
+
+def to_hf(source: StrPath, target: StrPath, *, approximate: bytes | None = None, shard_bytes: int = SHARD,
+          progress: Progress | None = None) -> dict[str, Any]:
+    """Write the model of the checkpoint (or of a run's newest step) `source` as the folder `target`; returns a report.
+
+    `approximate` is a text: gains that are neither 0 nor 1 are folded, and the report says what that costs on it.
+    Raises `Refused` that lists everything that the family cannot express, with nothing written.
+    """
+    say = progress or (lambda line: None)
+    started = time.monotonic()
+    place = refuse_existing(target)
+    opened = open_checkpoint(source)
+    export = plan_export(opened, approximate is not None)
+    folded = {layer: gain for layer, gain in export.gains.items() if gain not in (0, 1)}
+    cost = fold_cost(opened, approximate) if folded and approximate is not None else None
+    prepare_parent(place)
+    with only_writer(place):
+        refuse_existing(place)  # another process may have finished it meanwhile
+        checksums = _check_files(opened.folder, say)
+        stage = place.with_name(place.name + UNFINISHED)
+        clear_export(stage, place)
+        try:
+            stage.mkdir()
+            files = _write(opened, export, stage, shard_bytes, say)
+            beside, tokenizer = _write_beside(opened, export, stage)
+            sync(stage)
+            rename(stage, place)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    return {"source": str(opened.folder), "target": str(place), "step": opened.metadata.get("step"),
+            "family": export.family.model_type, "tensors": len(export.tensors), "files": files,
+            "bytes": sum(map(_nbytes, export.tensors.values())), "beside": beside, "tokenizer": tokenizer,
+            "zeroed": [layer for layer, gain in export.gains.items() if gain == 0], "folded": folded, "cost": cost,
+            "source_checksums": checksums, "seconds": time.monotonic() - started,
+            "config": opened.config.to_json()}  # fmt: skip
+
+
+def plan_export(opened: Opened, approximate: bool = False) -> Export:
+    """What goes out of a checkpoint; raises `Refused` that lists what the family cannot express."""
+    config, metadata = opened.config, opened.metadata
+    origin = newest(metadata, "converted_from") or {}
+    family = family_for(config, origin.get("family"))
+    expected = expected_tensors.model_leaves(config)
+    problems = differences(expected, opened.model)
+    problems += [f"{path} does not belong to its config" for path in opened.model if path not in expected]
+    gains = {} if problems else _gains(opened)
+    if not approximate:
+        problems += [f"layer {layer} has gain {gain:g}, which {family.model_type} has no place for; 0 and 1 go out "
+                     "exactly, others with --approximate" for layer, gain in gains.items() if gain not in (0, 1)]
+    refuse_all(problems, f"checkpoint {opened.folder} cannot be written as {family.model_type}:")
+    own = origin.get("family") == family.model_type
+    found = list(units(config, family.table(config, origin.get("variants", ()) if own else ())))
+    forms = origin.get("forms", {}) if metadata.get("kind") == "converted" else {}
+    dtypes = origin.get("dtypes", {}) if own else {}
+    shapes = whole_shapes(found, {path: tuple(leaf.shape) for path, leaf in expected.items()})
+    kinds = {name: unit.kind for unit in found for name in unit.cut or (unit.name,)}
+    tensors = {name: Info(shape, dtype_named(forms.get(name, {}).get(
+        "dtype", dtypes.get(kinds[name], config.param_dtype)))) for name, shape in shapes.items()}  # fmt: skip
+    bits = {name: form["bits"] for name, form in forms.items() if "bits" in form}
+    return Export(family, _config(config, family, origin.get("config", {}) if own else {}), found, tensors, bits, gains)
+
+
+def _config(config: ModelConfig, family: Family, origin: Mapping[str, Any]) -> Json:
+    """config.json: what the source had, with what the model is now; of a multimodal source its text model's."""
+    base = dict(origin.get("text_config", origin) if origin.get("model_type") == family.wrapper else origin)
+    rope = {**(base.get("rope_scaling") or {}), **(base.get("rope_parameters") or {})}
+    made = {**base, **family.write(config), **depth_fields(config)}
+    made["rope_parameters"] = {**rope, **made["rope_parameters"]}
+    for old in ("rope_scaling", "rope_theta", "partial_rotary_factor", "full_attention_interval", "torch_dtype"):
+        made.pop(old, None)
+    if "mtp_num_hidden_layers" in made:
+        made["mtp_num_hidden_layers"] = 0  # their tensors do not go out
+    return {**made, "model_type": family.model_type, "architectures": [family.architecture],
+            "dtype": config.param_dtype}  # fmt: skip
+
+
+def _gains(opened: Opened) -> dict[int, float]:
+    """The gain of every layer."""
+    paths = [path for path in opened.model if path.endswith(_GAIN)]
+    made: dict[int, float] = {}
+    for path, values in checkpoint.load_paths(opened.folder, paths).items():
+        segment, slot = (int(part.removeprefix(name)) for part, name in
+                         zip(path.split("/")[1:3], ("segment", "layer"), strict=True))
+        made |= {opened.config.depth.layer(segment, block, slot): float(gain) for block, gain in enumerate(values)}
+    return dict(sorted(made.items()))
+
+
+def _check_files(where: Path, say: Progress) -> bool:
+    """Whether the source has checksums; compares its files first, where none are noted that reading compares with."""
+    sums = noted(where)
+    if sums.by_file_alone and (problem := changed_bytes(where)):
+        raise Damaged(f"checkpoint {where} is not usable: {problem}")
+    if not sums.files:
+        say(f"{where} has no checksums; its values are taken as they are")
+    return bool(sums.files)
+
+
+def clear_export(stage: Path, place: Path) -> None:
+    """Delete what a killed export left; raises `Refused` where something else has that name."""
+    own = stage.is_dir() and not stage.is_symlink() and all(
+        file.suffix in (".safetensors", ".json", ".jinja", ".model", ".tmp") for file in stage.iterdir())  # fmt: skip
+    if own and (stage / CONFIG).is_file():
+        shutil.rmtree(stage)
+    else:
+        clear(stage, (EMPTY,), f"the export to {place.name}")
+
+
+def _shards(tensors: Mapping[str, Info], limit: int) -> list[list[str]]:
+    """The names of each shard, in order, each up to `limit` bytes."""
+    made: list[list[str]] = [[]]
+    held = 0
+    for name, info in tensors.items():
+        if made[-1] and held + _nbytes(info) > limit:
+            made.append([])
+            held = 0
+        made[-1].append(name)
+        held += _nbytes(info)
+    return made
+
+
+def _write(opened: Opened, export: Export, stage: Path, limit: int, say: Progress) -> list[str]:
+    """config.json first, which marks the folder as ours, then shard by shard, then the index."""
+    write_atomically(stage / CONFIG, json.dumps(export.data, indent=2, sort_keys=True) + "\n")
+    reader = _Reader(opened, export)
+    by_name: dict[str, list[Unit]] = {}
+    for unit in export.found:
+        for name in unit.cut or (unit.name,):
+            by_name.setdefault(name, []).append(unit)
+    shards = _shards(export.tensors, limit)
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]  # fmt: skip
+    lineage = packed(exported(opened.metadata, str(opened.folder)), None)
+    total, done, started = sum(map(_nbytes, export.tensors.values())), 0, time.monotonic()
+    for file, held in zip(names, shards, strict=True):
+        first = lineage if file == names[0] else None
+        with Writer(stage / file, {name: export.tensors[name] for name in held}, lineage=first) as writer:
+            for name in held:
+                writer.put_parts(name, map(functools.partial(reader.theirs, name, export.tensors[name]), by_name[name]))
+        done += sum(_nbytes(export.tensors[name]) for name in held)
+        rate = done / max(time.monotonic() - started, 1e-9) / 2**20
+        say(f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB, {rate:.0f} MiB/s")
+    reader.compare()
+    if len(names) > 1:
+        index = {name: file for file, held in zip(names, shards, strict=True) for name in held}
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}, indent=2)
+        write_atomically(stage / INDEX, text + "\n")
+    return names
+
+
+def _write_beside(opened: Opened, export: Export, stage: Path) -> tuple[list[str], str | None]:
+    """The small texts that came with the model, and its tokenizer; returns their names."""
+    origin = newest(opened.metadata, "converted_from") or {}
+    beside = {name: text for name, text in origin.get("beside", {}).items() if name in BESIDE}
+    for name, text in beside.items():
+        write_atomically(stage / name, text)
+    tokenizer = carried_tokenizer(opened.metadata)
+    if tokenizer is None:
+        return sorted(beside), None
+    write_atomically(stage / tokenizer.name, tokenizer.content)
+    return sorted(beside), tokenizer.name
+
+
+class _Reader:
+    """Values of a checkpoint as the family has them, gains folded in; what was read is compared at the end."""
+
+    def __init__(self, opened: Opened, export: Export) -> None:
+        self._opened, self._export = opened, export
+        self._reader = SliceReader(opened.folder, opened.tensors)
+        self._shapes = {path: tuple(leaf.shape) for path, leaf in opened.model.items()}
+        self._sums: dict[str, dict[tuple[int, ...], tuple[int, int]]] = {}
+
+    def theirs(self, name: str, info: Info, unit: Unit) -> np.ndarray:
+        """One unit, or its part of that name, in the dtype it goes out in."""
+        ours = [self._folded(unit, part, self._read(part)) for part in unit.parts]
+        value = unit.to_theirs(ours)
+        value = value.reshape(unit.shape(self._shapes)).astype(info.dtype, copy=False)
+        if unit.cut:
+            rows = -(-len(value) // len(unit.cut))
+            value = value[rows * unit.cut.index(name) :][:rows]
+        kept = self._export.bits.get(name)
+        return with_bits(value, kept) if kept is not None else value
+
+    def compare(self) -> None:
+        """Raise `Damaged` where what was read is not what was written."""
+        found = {}
+        for path, places in self._sums.items():
+            value = 0
+            for _, (crc, size) in sorted(places.items()):
+                value = combined(value, crc, size)
+            found[path] = value
+        refuse_changed_values(self._opened.folder, found, self._reader.noted)
+
+    def _read(self, part: Part) -> np.ndarray:
+        shape = self._shapes[part.path][len(part.place) :]
+        value = self._reader.read(Slice(part.path, 0, math.prod(shape), part.place))().reshape(shape)
+        self._sums.setdefault(part.path, {})[part.place] = of_values(value), value.nbytes
+        return value
+
+    def _folded(self, unit: Unit, part: Part, value: np.ndarray) -> np.ndarray:
+        """`value` with the layer's gain in it, where it is what the layer gives back to the stream."""
+        gain = 1.0 if unit.layer is None else self._export.gains[unit.layer]
+        if gain == 1:
+            return value
+        post = self._opened.config.has_post_norm(self._opened.config.depth.types[unit.layer or 0])
+        if not carries_gain(part.path, post):
+            return value
+        return scaled_by(value, np.asarray(gain)) if gain else np.zeros_like(value)
+
+
+def _nbytes(info: Info) -> int:
+    return math.prod(info.shape) * info.dtype.itemsize

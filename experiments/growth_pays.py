@@ -53,8 +53,7 @@ def content_hash(study: Study) -> str:
 
 
 def all_rows(study: Study, workers: Workers) -> list[dict[str, Any]]:
-    """The rows of every model at its best rate, at every seed; rates are those of the first seed."""
-    from experiments.pays_study.engine import chosen
+    """The rows of every model at its best rate, at every seed; rates, and curricula, are those of the first seed."""
     from experiments.pays_study.study import first_round, second_round, tries
 
     def made(units: Sequence[Any]) -> dict[str, dict[str, Any]]:
@@ -62,10 +61,10 @@ def all_rows(study: Study, workers: Workers) -> list[dict[str, Any]]:
 
     tried = {setting.name: tries(setting, study.seeds[0]) for setting in study.settings}
     found = made([one for of_setting in tried.values() for units in of_setting.values() for one in units])
-    rates = {name: {kind: chosen([found[one.name] for one in units])["rate"] for kind, units in of_setting.items()}
-             for name, of_setting in tried.items()}  # fmt: skip
-    first = made([one for setting in study.settings for one in first_round(setting, study.seeds, rates[setting.name])])
-    then = made([one for setting in study.settings for one in second_round(setting, study.seeds, rates[setting.name])])
+    best = {name: {kind: min(units, key=lambda one: found[one.name]["tuning_nats"])
+                   for kind, units in of_setting.items()} for name, of_setting in tried.items()}  # fmt: skip
+    first = made([one for setting in study.settings for one in first_round(setting, study.seeds, best[setting.name])])
+    then = made([one for setting in study.settings for one in second_round(setting, study.seeds, best[setting.name])])
     return [*first.values(), *then.values()]
 
 

@@ -202,10 +202,11 @@ def _scratch(at: _Place) -> dict[str, Any]:
     setting, wanted, config = at.setting, at.wanted, at.setting.deep
     trainer = _trainer(config, setting.scratch_train(wanted.rate))
     state = trainer.new_state(initialise(config, wanted.seed))
-    batches = open_data(at.data(setting.budget)).train(None)
+    batches = open_data(setting.scratch_data(wanted.seed, at.text, wanted.curriculum)).train(None)
     trained = _train(at, config, trainer, state, batches, setting.budget, Spent())
     tuning = NO_LOSS if trained.diverged else figures(config, variables_of(trained.state), at.tuning())["nats"]
-    return _row(at, config, setting.budget, trained, tuning_nats=tuning)
+    more = {} if wanted.curriculum is None else {"curriculum": wanted.curriculum}
+    return _row(at, config, setting.budget, trained, tuning_nats=tuning, **more)
 
 
 def _further(at: _Place, config: ModelConfig, start: Path, variables: Tree, spent: Spent, steps: int, decay: float,
@@ -288,8 +289,3 @@ def grown(at: _Place, recipe: Recipe, target: Path) -> tuple[ModelConfig, Tree]:
     if recipe.new:
         variables = with_random_layers(config, variables, plan, initialise(config, seed))
     return config, variables
-
-
-def chosen(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The unit that is best on the tuning part."""
-    return min(made, key=lambda one: one["tuning_nats"])

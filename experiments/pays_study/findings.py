@@ -123,7 +123,7 @@ def _above(mine: Mapping[int, Row], other: Mapping[int, Row], when: str) -> dict
 def _of_model(rows: Sequence[Row]) -> dict[str, Any]:
     first = rows[0]
     found: dict[str, Any] = {"kind": first["kind"], "point": first["point"], "layers": first["layers"],
-                             "rate": first["rate"]}  # fmt: skip
+                             "rate": first["rate"], "curriculum": first.get("curriculum")}  # fmt: skip
     for key in ("steps", "tokens", "flops", "model_flops", "seconds", "parameters", "tokens_a_parameter"):
         found[key] = mean([row[key] for row in rows])
     for when in ("step0", "tenth", "final"):

@@ -39,8 +39,9 @@ def markdown(stored: Mapping[str, Any]) -> str:
         f"{len(seeds)} seed{'s' * (len(seeds) != 1)}, {stored['seconds'] / 60:.0f} minutes on "
         f"{stored['machine']['cores']} cores ({stored['machine']['device']}). Figures are means over seeds, in "
         "brackets the 95 % interval by Student's t; differences are seed by seed. Every model trained at the better of "
-        "its rates, by the loss on the tuning part at the first seed; children go on at their source's. Figures are of "
-        "the held-out part. FLOPs and tokens are all that led to a model, its source's among them. "
+        "its rates, by the loss on the tuning part at the first seed, the one from scratch also with the better "
+        "curriculum; children go on at their source's rate. Figures are of the held-out part. FLOPs and tokens are all "
+        "that led to a model, its source's among them. "
         f"{count} differences are judged: without any, {0.05 * count:.1f} would lie outside their interval by chance. "
         f"![curves]({NAME}.png)", "",
     ]  # fmt: skip
@@ -67,7 +68,8 @@ def _models(one: Mapping[str, Any]) -> list[str]:
     for name, model in one["models"].items():
         right = [_right(model, when) for when in ("step0", "tenth", "final")] if task else []
         nats = [_nats(model, when, task) for when in ("step0", "tenth", "final")]
-        rows.append([name, model["layers"], f"{model['rate']:g}", f"{model['steps']['mean']:.0f}",
+        eased = "" if model["curriculum"] is None else f", curriculum {model['curriculum']:g}"
+        rows.append([name, model["layers"], f"{model['rate']:g}{eased}", f"{model['steps']['mean']:.0f}",
                      f"{model['tokens']['mean'] / 1e3:.0f}", f"{model['tokens_a_parameter']['mean']:.1f}",
                      f"{model['flops']['mean'] / 1e12:.3f}", f"{model['model_flops']['mean'] / 1e12:.3f}",
                      f"{model['seconds']['mean']:.0f}", *nats, *right])  # fmt: skip

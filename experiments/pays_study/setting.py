@@ -4,7 +4,7 @@ All contenders of a setting cost the same, the budget B, and lower their rate on
 
     source trained on   source to the last of the points, then adaptive to B
     grown at f          source for f B, grown from the plateau of its rate, then plain to B
-    from scratch        the deep model for all of B
+    from scratch        the deep model for all of B; of a task also with a curriculum as short as a source's
 
 The source's curriculum, forced passes and the freeing of its gates all happen within its own part.
 """
@@ -109,6 +109,14 @@ class Setting(Config, abc.ABC):
         """What follows for whatever is made of a source of `steps` steps, and after how many batches."""
         return self.data(seed, steps, text), steps
 
+    def scratch_curricula(self) -> tuple[float | None, ...]:
+        """The curricula of the model from scratch that are tried; None is that of the data."""
+        return (None,)
+
+    def scratch_data(self, seed: int, text: tuple[str, ...], curriculum: float | None) -> DataConfig:
+        """What the model from scratch reads, with one of its curricula."""
+        return self.data(seed, self.budget, text, deep=True)
+
     @abc.abstractmethod
     def price(self, part: float) -> PriceConfig:
         """The price of a source whose own part is the first `part` of its schedule."""
@@ -146,14 +154,19 @@ class TaskSetting(Setting):
     """A task, as the study of depth trains it; the deep model has each of its layers `times` times in a row.
 
     With `deeper` the deep model and everything after growth is of this task, which asks for more than the source does.
+    The model from scratch is tried with each of `curricula`, shares of B over which the hardest difficulty rises: a
+    source of half the budget has met everything in half the steps, and the deep model shall not be held back.
     """
 
     of: DepthSetting
     times: int = 4
     deeper: str = ""
+    curricula: tuple[float, ...] = (0.6, 0.3)
 
     def problems(self) -> list[str]:
         wrong = super().problems() + below(self, 2, "times")
+        if not self.curricula or min(self.curricula) < 0 or max(self.curricula) > 1:
+            wrong.append(f"curricula are {list(self.curricula)}; one or more shares from 0 to 1 are needed")
         if self.deeper and read_task(self.deeper).name != read_task(self.of.task).name:
             wrong.append(f"deeper is {self.deeper}; it must be the source's task {self.of.task}, with harder questions")
         return wrong
@@ -200,6 +213,13 @@ class TaskSetting(Setting):
         # rows of one length for all, so that a step of the source costs what it costs wherever it is taken
         of = self._harder if deep else self.of
         return of.replace(steps=max(2, steps)).data(seed).replace(sequence_length=self.length)
+
+    def scratch_curricula(self) -> tuple[float | None, ...]:
+        return tuple(None if one == self.of.curriculum else one for one in self.curricula)
+
+    def scratch_data(self, seed: int, text: tuple[str, ...], curriculum: float | None) -> DataConfig:
+        share = self.of.curriculum if curriculum is None else curriculum
+        return super().scratch_data(seed, text, None).replace(curriculum_rows=round(share * self.budget) * self.batch)
 
     def further_data(self, seed: int, steps: int, text: tuple[str, ...]) -> tuple[DataConfig, int]:
         if not self.deeper:

@@ -73,7 +73,10 @@ class Study(Config):
 
 
 class Wanted(NamedTuple):
-    """One unit: a model of `setting`; but for the one from scratch it is, or was made from, the source of `point`."""
+    """One unit: a model of `setting`; but for the one from scratch it is, or was made from, the source of `point`.
+
+    `curriculum` is of the one from scratch, None where it is the setting's.
+    """
 
     setting: Setting
     kind: str
@@ -81,6 +84,7 @@ class Wanted(NamedTuple):
     rate: float
     point: float = 1.0
     recipe: str = ""
+    curriculum: float | None = None
 
     @property
     def model(self) -> str:
@@ -93,7 +97,8 @@ class Wanted(NamedTuple):
     @property
     def name(self) -> str:
         """Where the unit is kept."""
-        return f"{self.setting.name}/seed{self.seed}/{self.model} at {self.rate:g}"
+        eased = "" if self.curriculum is None else f", curriculum {self.curriculum:g}"
+        return f"{self.setting.name}/seed{self.seed}/{self.model} at {self.rate:g}{eased}"
 
     def place(self, work: Path) -> Path:
         """Where the checkpoint of the source lies."""
@@ -119,20 +124,22 @@ def scaled(scale: str, seeds: tuple[int, ...], text: tuple[str, ...], only: tupl
 
 
 def tries(setting: Setting, seed: int) -> dict[str, list[Wanted]]:
-    """What is trained at every rate with the first seed: the source of the middle, and the model from scratch."""
-    return {SCRATCH: [Wanted(setting, SCRATCH, seed, rate) for rate in setting.rates],
+    """What is trained at every rate with the first seed: the source of the middle, and the model from scratch, that
+    also with every curriculum."""
+    return {SCRATCH: [Wanted(setting, SCRATCH, seed, rate, curriculum=eased) for eased in setting.scratch_curricula()
+                      for rate in setting.rates],
             SOURCE: [Wanted(setting, SOURCE, seed, rate, setting.middle) for rate in setting.rates]}  # fmt: skip
 
 
-def first_round(setting: Setting, seeds: tuple[int, ...], rates: dict[str, float]) -> list[Wanted]:
-    """Models that stand on no other: from scratch, and the sources of all points."""
-    found = [Wanted(setting, SCRATCH, seed, rates[SCRATCH]) for seed in seeds]
-    return found + [Wanted(setting, SOURCE, seed, rates[SOURCE], point) for point in setting.points for seed in seeds]
+def first_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted]) -> list[Wanted]:
+    """Models that stand on no other: from scratch, and the sources of all points; `best` are of the first seed."""
+    found = [best[SCRATCH]._replace(seed=seed) for seed in seeds]
+    return found + [best[SOURCE]._replace(seed=seed, point=point) for point in setting.points for seed in seeds]
 
 
-def second_round(setting: Setting, seeds: tuple[int, ...], rates: dict[str, float]) -> list[Wanted]:
+def second_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted]) -> list[Wanted]:
     """What is made of the sources."""
-    rate = rates[SOURCE]  # seeds of one model follow each other: a worker has compiled it then
+    rate = best[SOURCE].rate  # seeds of one model follow each other: a worker has compiled it then
     found = [Wanted(setting, kind, seed, rate, point) for point in setting.points for kind in (GROWN, ON)
              for seed in seeds]  # fmt: skip
     return found + [Wanted(setting, CONTROL, seed, rate, setting.middle, one.name) for one in setting.controls

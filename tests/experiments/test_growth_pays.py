@@ -129,13 +129,14 @@ def test_text_grows_to_the_deep_model_by_each_recipe():
 def test_units_have_names_of_their_own_and_the_config_reads_back():
     study = scaled("small", (0, 1), (), ())
     assert Study.from_json(json.loads(json.dumps(study.to_json()))) == study
-    best = {kind: Wanted(JUMPS, kind, 0, 2e-3, curriculum=0.3 if kind == SCRATCH else None) for kind in (SOURCE, SCRATCH)}
     tried = tries(JUMPS, 0)[SCRATCH]
     assert [(one.rate, one.curriculum) for one in tried] == [(2e-3, None), (4e-3, None), (2e-3, 0.3), (4e-3, 0.3)]
     assert JUMPS.scratch_data(0, (), None) == JUMPS.data(0, JUMPS.budget, (), deep=True)
     assert JUMPS.scratch_data(0, (), 0.3).curriculum_rows == 360 * JUMPS.batch
-    units = [one for setting in study.settings for take in (first_round, second_round)
-             for one in take(setting, study.seeds, {kind: one._replace(setting=setting) for kind, one in best.items()})]  # fmt: skip
+    units = []
+    for setting in study.settings:
+        best = {kind: found[-1] for kind, found in tries(setting, 0).items()}
+        units += [*first_round(setting, study.seeds, best), *second_round(setting, study.seeds, best)]
     assert len({one.name for one in units}) == len(units)
     assert len({one.source.name for one in units if one.kind == GROWN}) == sum(one.kind == GROWN for one in units)
     assert [one.name for one in scaled("minutes", (0,), (), ("text",)).settings] == ["text"]

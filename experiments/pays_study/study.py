@@ -17,7 +17,8 @@ from gt_jax.errors import Refused
 SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "control", "from scratch"
 
 JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=1200)
-CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF, budget=1500, points=(0.75,), rates=(2e-3, 3e-3))
+CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF, budget=1500, points=(0.75,), rates=(2e-3, 3e-3),
+                     curricula=(0.6,))  # fmt: skip
 DEEPER = TaskSetting(
     name="deeper_jumps", of=JUMPS_OF.replace(task="pointer_jumps:hardest=4,symbols=10,queries=4"),
     deeper="pointer_jumps:hardest=8,symbols=10,queries=4", times=8, budget=900, points=(0.5,),
@@ -35,7 +36,7 @@ SCALES: dict[str, tuple[tuple[TaskSetting, ...], tuple[TextSetting, ...]]] = {
     "accelerator": (
         (
             JUMPS.replace(of=_WIDE_JUMPS, budget=16000),
-            CHAINS.replace(of=_WIDE_CHAINS, budget=16000, points=(0.25, 0.5, 0.75)),
+            CHAINS.replace(of=_WIDE_CHAINS, budget=16000, points=(0.25, 0.5, 0.75), curricula=(0.6, 0.3)),
             DEEPER.replace(of=_WIDE_JUMPS.replace(task="pointer_jumps:hardest=12,symbols=26,queries=8"),
                            deeper="pointer_jumps:hardest=24,symbols=26,queries=8", budget=12000),
         ),

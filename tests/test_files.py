@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.folders import prepare_parent
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig
@@ -103,6 +104,8 @@ def test_a_run_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
     for place in (tmp_path / "run" / "6" / "new", tmp_path / "run" / "6" / "state" / "a" / "new"):
         with pytest.raises(Refused, match=r"would lie in the checkpoint .*6, and go when that does"):
             config_to_train(place, RunConfig(model=tiny()), resume=False)
+        with pytest.raises(Refused, match=r"would lie in the checkpoint .*6, and go when that does"):
+            prepare_parent(place)  # what every other command does before it writes
     config_to_train(tmp_path / "run" / "new", RunConfig(model=tiny()), resume=False)
 
 

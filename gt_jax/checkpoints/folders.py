@@ -128,10 +128,11 @@ def refuse_inside(target: Path) -> None:
 def prepare_parent(target: Path) -> None:
     """Make the folder `target` will lie in; raises `Refused` when that is not possible or it is not writable.
 
-    And for a `target` that is named as what is not finished.
+    And for a `target` that is named as what is not finished, or would lie in a checkpoint.
     """
     refuse_address(target)
     refuse_temporary_name(target)
+    refuse_inside(target)
     new = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ import numpy as np
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.arrays import ArrayFiles
 from gt_jax.checkpoints.checksums import changed_bytes, checked_files, note_checksums, sums_of_arrays
-from gt_jax.checkpoints.folders import Damaged, StrPath, note_files, prepare_parent, refuse_inside, rename
+from gt_jax.checkpoints.folders import Damaged, StrPath, note_files, prepare_parent, rename
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.opened import open_checkpoint
 from gt_jax.checkpoints.slices import SliceReader
@@ -131,7 +131,6 @@ class _Growth:
             LINEAGE: carried(source_metadata)}
         self.identity = identity_of(self.metadata)
         self.described = False  # whether the unfinished folder is a checkpoint already
-        refuse_inside(self.target)
         prepare_parent(self.target)
 
     def check_files(self, group: ProcessGroup, say: Progress) -> None:

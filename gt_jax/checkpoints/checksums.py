@@ -18,7 +18,7 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,6 +113,19 @@ def refuse_changed_files(path: Path, names: Collection[str] | None = None) -> No
     if wrong:
         raise Damaged(f"checkpoint {path} is not usable: {', '.join(wrong)} "
                       f"{'holds' if len(wrong) == 1 else 'hold'} other bytes than were written")
+
+
+def usable(path: Path, say: Callable[[str], None]) -> bool:
+    """Whether a checkpoint that is to be read has checksums, which is said where it has none.
+
+    Its files are compared first where no sums of tensors are noted, which reading would compare with. Raises `Damaged`.
+    """
+    sums = noted(path)
+    if sums.by_file_alone and (problem := changed_bytes(path)):
+        raise Damaged(f"checkpoint {path} is not usable: {problem}")
+    if not sums.files:
+        say(f"{path} has no checksums; its values are taken as they are")
+    return bool(sums.files)
 
 
 def refuse_changed_description(path: Path) -> None:

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gt_jax.checkpoints import checkpoint
-from gt_jax.checkpoints.checksums import changed_bytes, combined, noted, of_values, refuse_changed_values
-from gt_jax.checkpoints.folders import UNFINISHED, Damaged, StrPath, prepare_parent, rename, sync
+from gt_jax.checkpoints.checksums import combined, of_values, refuse_changed_values, usable
+from gt_jax.checkpoints.folders import UNFINISHED, StrPath, prepare_parent, rename, sync
 from gt_jax.checkpoints.leftovers import EMPTY, clear
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.opened import Opened, open_checkpoint
@@ -80,7 +80,7 @@ def to_hf(source: StrPath, target: StrPath, *, approximate: bytes | None = None,
     prepare_parent(place)
     with only_writer(place):
         refuse_existing(place)  # another process may have finished it meanwhile
-        checksums = _check_files(opened.folder, say)
+        checksums = usable(opened.folder, say)
         stage = place.with_name(place.name + UNFINISHED)
         clear_export(stage, place)
         try:
@@ -147,16 +147,6 @@ def _gains(opened: Opened) -> dict[int, float]:
                          zip(path.split("/")[1:3], ("segment", "layer"), strict=True))
         made |= {opened.config.depth.layer(segment, block, slot): float(gain) for block, gain in enumerate(values)}
     return dict(sorted(made.items()))
-
-
-def _check_files(where: Path, say: Progress) -> bool:
-    """Whether the source has checksums; compares its files first, where none are noted that reading compares with."""
-    sums = noted(where)
-    if sums.by_file_alone and (problem := changed_bytes(where)):
-        raise Damaged(f"checkpoint {where} is not usable: {problem}")
-    if not sums.files:
-        say(f"{where} has no checksums; its values are taken as they are")
-    return bool(sums.files)
 
 
 def clear_export(stage: Path, place: Path) -> None:

@@ -22,8 +22,8 @@ import ml_dtypes
 import numpy as np
 
 from gt_jax.checkpoints import checkpoint
-from gt_jax.checkpoints.checksums import changed_bytes, noted
-from gt_jax.checkpoints.folders import UNFINISHED, Damaged, StrPath, prepare_parent, rename
+from gt_jax.checkpoints.checksums import usable
+from gt_jax.checkpoints.folders import UNFINISHED, StrPath, prepare_parent, rename
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.opened import open_checkpoint
 from gt_jax.checkpoints.tree_paths import differences
@@ -65,7 +65,7 @@ def to_safetensors(source: StrPath, target: StrPath, *, progress: Progress | Non
     with only_writer(place):
         refuse_existing(place)  # another process may have finished it meanwhile
         _refuse_foreign(unfinished, place)
-        checksums = _check_files(where, say)
+        checksums = usable(where, say)
         try:
             lineage = packed(exported(metadata, str(where)), carried_tokenizer(metadata))
             with Writer(unfinished, tensors, config.to_json(), step, lineage) as writer:
@@ -84,16 +84,6 @@ def _refuse_foreign(unfinished: Path, place: Path) -> None:
     if os.path.lexists(unfinished) and not (plain and is_ours(unfinished)):
         raise Refused(f"{unfinished} is no unfinished conversion, and the conversion to {place.name} needs that name; "
                       "move it away")
-
-
-def _check_files(where: Path, say: Progress) -> bool:
-    """Whether the source has checksums; compares its files first, where none are noted that reading compares with."""
-    sums = noted(where)
-    if sums.by_file_alone and (problem := changed_bytes(where)):
-        raise Damaged(f"checkpoint {where} is not usable: {problem}")
-    if not sums.files:
-        say(f"{where} has no checksums; its values are taken as they are")
-    return bool(sums.files)
 
 
 def _refuse_other_models(where: Path, config: ModelConfig) -> None:

@@ -279,7 +279,7 @@ def refusal(kind, **options):
     ("layer", {"target_layout": layout.parse("DDDG*5")},
      ["target layer 3 is G in DDDG*5, the plan puts source layer 2 there, a D layer", "more",
       "--target-layout D*5,G*3,D*9,G*3 is what this plan gives", "--plan block"]),
-    ("block", {"target_layout": layout.parse("DDDG*99999999999999999999")}, ["has 399999999999999999996 layers"]),
+    ("block", {"target_layout": layout.parse("DDDG*65536")}, ["has 262144 layers"]),
     ("map", {"layers": (0, 1, 2, 4), "target_layout": layout.parse("DDDG")}, ["target layer 3 is G", "G: 4,8"]),
 ], ids=str)
 def test_refusals_say_what_would_be_right(kind, options, parts):
@@ -338,8 +338,8 @@ def test_csv_files_that_are_none(tmp_path, content, what):
     ({"asked": [1.0]}, "asked has 1 values"), ({"asked": [-1.0] * 8}, r"asked\[0\] is -1.0"), ({"asked": 1}, "'asked'"),
     ({"mass": {"requested": [1.0]}}, r"mass\.requested has 1 values"),
     ({"requested": [10**400] * 8}, "'requested'"), ({"requested": [-1] * 8}, r"requested\[0\] is -1"),
-    ({"layout": "DDDG*99999999999999999999"}, "20 entries for the 399999999999999999996 layers"),
-    ({"source_layout": "DDDG*99999999999999999999"}, "requested has 8 values"),
+    ({"layout": "DDDG*99999999999999999999"}, "at most 65536"),
+    ({"source_layout": "DDDG*99999999999999999999"}, "at most 65536"),
     ({"options": {"alpha": math.inf}}, r"options\.alpha"), ({"layers": [1]}, r"layers\[0\]\.source"),
 ], ids=str)
 def test_plan_files_that_are_none(tmp_path, change, what):

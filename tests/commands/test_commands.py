@@ -207,7 +207,6 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, run, capsys, mo
     from gt_jax import train
     from gt_jax.grow import main as grow
     from gt_jax.measure import main as measure
-    from gt_jax.sample import main as sample
 
     monkeypatch.chdir(folder)
     before = checkpoint.content_hash(run)
@@ -217,7 +216,6 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, run, capsys, mo
     assert "exists" in refused(capsys, grow, "run", "run/24", "--plan", "identity")
     (folder / "counts2.json").write_text("{}")
     assert "exists" in refused(capsys, measure, "run", "-o", "counts2.json")
-    assert "--prompt is empty" in refused(capsys, sample, "run", "--prompt", "")
     assert checkpoint.content_hash(run) == before
 
 

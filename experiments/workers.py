@@ -12,11 +12,14 @@
 - A unit whose worker was killed is made again, `TRIES` times in all. An exception in a worker ends the study: `Failed`
   with its message, after the traceback on standard error. What is finished is kept.
 - One job is this process, on all its cores and whatever accelerator it has.
+- Every compiled program holds memory maps, of which Linux gives a process 65,530: after an hour of many models the next
+  one would fail with "Cannot allocate memory". So programs are dropped where they hold half of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -25,6 +28,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -82,6 +86,7 @@ class Workers:
         if self._jobs == 1:
             for name, argument in missing.items():
                 finished(name, self._make(argument))
+                drop_programs()
         else:
             self._share_out(missing, finished, alike)
         return {name: done[name] for name in wanted}
@@ -151,6 +156,23 @@ def hold_to_one_core(index: int) -> None:
         os.sched_setaffinity(0, {cores[index % len(cores)]})
 
 
+def drop_programs(process: Path = Path("/proc/self/maps"), limit: Path = Path("/proc/sys/vm/max_map_count")) -> bool:
+    """Drop this process' compiled programs where it has more than half the memory maps that it may; says whether.
+
+    They are compiled again where they are needed. Systems without these files have no such limit.
+    """
+    if not process.exists() or not limit.exists():
+        return False
+    with process.open("rb") as maps:
+        crowded = 2 * sum(1 for _ in maps) > int(limit.read_text())
+    if crowded:
+        import jax  # loaded by whoever made the programs
+
+        jax.clear_caches()
+        gc.collect()
+    return crowded
+
+
 def _end_with_parent() -> None:
     """End this process where its parent is killed: a unit that nobody waits for would go on for minutes."""
     parent = multiprocessing.parent_process()
@@ -176,5 +198,6 @@ def _work(make: Make, pipe: Connection, core: int) -> None:
         except Exception as error:  # noqa: BLE001 - whatever it is, the process that waits must hear of it
             traceback.print_exc()
             answer = None, f"{type(error).__name__}: {error}"
+        drop_programs()
         with contextlib.suppress(BrokenPipeError):  # the study was killed; the next `recv` says so
             pipe.send(answer)

@@ -172,3 +172,15 @@ def test_a_command_says_nothing_of_folders():
     words = ["--text", "texts/far/my stories.txt", "--jobs", "2"]
     assert contract.command_line("experiments.any", words, words[1:2]) == (
         "python -m experiments.any --text 'my stories.txt' --jobs 2")  # fmt: skip
+
+
+def test_programs_are_dropped_where_they_hold_half_of_the_memory_maps(tmp_path, monkeypatch):
+    dropped: list[bool] = []
+    monkeypatch.setattr("jax.clear_caches", lambda: dropped.append(True))  # the suite's own programs stay
+    maps, limit = tmp_path / "maps", tmp_path / "max_map_count"
+    assert not workers.drop_programs(maps, limit)  # a system without
+    limit.write_text("10\n")
+    maps.write_text("one\n" * 5)
+    assert not workers.drop_programs(maps, limit)
+    maps.write_text("one\n" * 6)
+    assert workers.drop_programs(maps, limit) and dropped == [True]

@@ -1,16 +1,24 @@
 """Eight CPU devices, no silent broadcasting, warnings as errors (pyproject).
 
 Tracing and compiling are nearly all that a test costs, so LLVM does not optimise (with its thorough instruction
-selection: the fast one, which goes with level 0, makes code that returns NaN in places), fusions are emitted the older,
-quicker way where XLA still has it, operations do not carry the Python lines that they come from (a fifth of the time),
-and what took long to compile is kept for the rest of the run, for every process of it.
+selection: the fast one, which goes with level 0, makes code that returns NaN in places) nor cuts a program into parts
+for threads that are not there, fusions are emitted the older, quicker way where XLA still has it, operations do not
+carry the Python lines that they come from (a fifth of the time), a function inside a function is checked for types the
+first times that it is made and not for each layer of each model anew (a quarter of tracing), no initializer is traced
+for the shape of a parameter that is there (a tenth of tracing), and what took long to compile is kept for the rest of
+the run, for every process of it.
 """
 
+import collections
+import functools
 import gc
 import os
 import shutil
 import tempfile
+import types
+from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Level 0 so takes half the time of 2. The older emitter takes a third less; XLA after 0.10 refuses its flag.
@@ -22,13 +30,65 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers and commands under test inherit it
     given = os.environ.get("XLA_FLAGS", "")  # for example --xla_cpu_max_isa=AVX2, to run as an older processor would
     ours = f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level={_LEVEL}"
+    ours += " --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{given} {ours}".strip()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gt_jax-compiled-")
 
 import jax  # noqa: E402 - reads the environment
+import jaxtyping  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from flax.core.scope import Scope  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+CHECKED = 4  # times that a function inside a function is made with its types checked; each further time it stands bare
+
+
+def _checked_at_first(decorate: Callable[..., Any]) -> Callable[..., Any]:
+    """`jaxtyping.jaxtyped`, which the hook of `--jaxtyping-packages` puts over every function; closures at first alone.
+
+    It writes and compiles two functions for each one that it decorates: once for those of a module, but for those
+    inside others at every call, thousands of times for one model. Counted in each process, by code object.
+    """
+    made: collections.Counter[types.CodeType] = collections.Counter()
+
+    @functools.wraps(decorate)
+    def decorated(fn: Any = None, **options: Any) -> Any:
+        if fn is None:
+            return functools.partial(decorated, **options)
+        if isinstance(fn, types.FunctionType) and "<locals>" in fn.__qualname__:
+            made[fn.__code__] += 1
+            if made[fn.__code__] > CHECKED:
+                return fn
+        return decorate(fn, **options)
+
+    return decorated
+
+
+jaxtyping.jaxtyped = _checked_at_first(jaxtyping.jaxtyped)  # before any module of ours is imported
+
+
+def _of_the_shape_asked_for(param: Callable[..., Any]) -> Callable[..., Any]:
+    """`Scope.param`, which traces the initializer of every parameter that it finds, to compare shapes.
+
+    Our initializers make the shape that is their first argument: where the parameter has it, that is the comparison.
+    """
+
+    @functools.wraps(param)
+    def found(self: Scope, name: str, init: Any, *args: Any, **options: Any) -> Any:
+        if args and not options and self.has_variable("params", name):
+            value = self.get_variable("params", name)
+            if np.shape(value) == args[0]:
+                self.reserve(name, "params")
+                return value
+        return param(self, name, init, *args, unbox=options.pop("unbox", True), **options)
+
+    return found
+
+
+Scope.param = _of_the_shape_asked_for(Scope.param)
 
 
 def pytest_unconfigure() -> None:

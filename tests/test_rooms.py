@@ -127,8 +127,9 @@ def test_only_checkpoints_imports_orbax():
 def test_no_circles_between_the_files_of_experiments():
     files = {f"experiments.{'.'.join(path.relative_to(ROOT / 'experiments').with_suffix('').parts)}": path
              for path in python_files("experiments")}
-    edges = {name: {other for other in files if any(one == other or one.startswith(f"{other}.")
-                                                    for one in imported(path))} for name, path in files.items()}
+    imports = {name: set(imported(path)) for name, path in files.items()}
+    edges = {name: {other for other in files if any(one == other or one.startswith(f"{other}.") for one in ones)}
+             for name, ones in imports.items()}
     finished, open_ones = set(), []
 
     def visit(name):

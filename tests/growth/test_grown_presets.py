@@ -17,9 +17,10 @@ from gt_jax.growth.transform import child_abstract, grow, match, target_config
 from gt_jax.models.language_model import abstract
 from tests.support import ATTENTION, RESOLVENT, perturbed, small_model
 
-RECIPES = [("weights", "schedule"), ("gain", "expected"),
+RECIPES = [("gain", "expected"), pytest.param("weights", "schedule", marks=pytest.mark.exhaustive),
            pytest.param("output", "schedule", marks=pytest.mark.exhaustive)]
-SOURCES = ("tiny", "3b", "3b_table")  # small has the tensors of tiny, tiny_3b those of 3b (configs/test_presets.py)
+# small has the tensors of tiny, tiny_3b those of 3b (configs/test_presets.py), 3b_table the embedding of tiny
+SOURCES = ("tiny", "3b", pytest.param("3b_table", marks=pytest.mark.exhaustive))
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_layers_that_a_map_leaves_out_are_dropped_by_name(source):
     assert {leaf.path for leaf in matched.leaves} == {f"params/segment0/layer0/{name}" for name in SHAPES}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # in the suite: test_identity.py by a block plan, evaluation/test_verify.py by a layer plan
 def test_a_layer_plan_with_gain_and_no_noise_is_the_recurrence_unrolled():
     counts = (2, 1, 1, 2)
     config = small_model("DDDG")

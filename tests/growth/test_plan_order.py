@@ -75,7 +75,7 @@ def test_first_passes_stand_in_the_order_of_the_source(case):
         assert sorted(e.copy for e in plan.entries if e.source == layer and e.copy) == list(range(1, copies + 1))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(patterns, st.integers(2, 3), st.integers(1, 2), st.lists(st.integers(1, 5), min_size=48, max_size=48))
 def test_a_pattern_grows_alike_however_often_it_is_written(pattern, times, repeats, counts):
     once, restacked = Layout((Segment(pattern, times * repeats),)), Layout((Segment(pattern * times, repeats),))

@@ -201,7 +201,9 @@ def test_grows_under_eval_shape_into_what_the_model_declares():
     assert shapes["params/segment0/layer0/gain"] == ShapeDtypeStruct((5,), jnp.float32)
 
 
-def test_sharding_of_the_other_axes_is_kept_and_changes_no_bit():
+@pytest.mark.parametrize("wrap", [pytest.param(jax.jit, id="jit"),
+                                  pytest.param(lambda f: f, id="eager", marks=pytest.mark.exhaustive)])
+def test_sharding_of_the_other_axes_is_kept_and_changes_no_bit(wrap):
     source, plan = few(), few_plan()
     options = {"carry": "weights", "noise_std": 1e-3}
     want = grown(source, plan, **options)
@@ -209,10 +211,9 @@ def test_sharding_of_the_other_axes_is_kept_and_changes_no_bit():
     specs = {path: P(None, "fsdp", "tensor") if path.endswith("mlp/up/w") else P() for path in source}
     with jax.set_mesh(mesh):
         placed = {path: jax.device_put(value, jax.NamedSharding(mesh, specs[path])) for path, value in source.items()}
-        for function in (lambda flat: grown(flat, plan, **options), jax.jit(lambda flat: grown(flat, plan, **options))):
-            child = function(placed)
-            assert child["params/segment0/layer0/mlp/up/w"].sharding.spec == P(None, "fsdp", "tensor")
-            same(child, want)
+        child = wrap(lambda flat: grown(flat, plan, **options))(placed)
+        assert child["params/segment0/layer0/mlp/up/w"].sharding.spec == P(None, "fsdp", "tensor")
+        same(child, want)
 
 
 def test_segments_are_gathered_across_and_unused_layers_dropped():

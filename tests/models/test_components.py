@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.model import (
     AdaptiveConfig,
     DeltaNetConfig,
     ExitConfig,
     HyperConfig,
+    MemoryConfig,
     ModelConfig,
     SlidingConfig,
     StackConfig,
@@ -25,13 +25,14 @@ from gt_jax.devices.sharding import Rules, make_mesh, put_like
 from gt_jax.errors import Refused
 from gt_jax.evaluation.generation import sample
 from gt_jax.models.language_model import LanguageModel, abstract, apply_network, free_passes
+from gt_jax.models.layers import block
+from gt_jax.models.layers.compaction import bucket_lengths
 from gt_jax.models.memory_chunks import forward_rows, over_chunks
 from gt_jax.training.price import phase
 from gt_jax.training.step import after_next_targets, make_loss
 from tests.support import ATTENTION, RESOLVENT, decoded, full_model, perturbed, small_model, tokens
 
 FULL = full_model()
-PLAIN = full_model(adaptive=False)
 GROUNDTHINK = ModelConfig(
     "DS", 32, 264, 48, deltanet=DeltaNetConfig(2, 2, 8, 8, variant="groundthink"),
     sliding=SlidingConfig(2, 8, window=5),
@@ -44,11 +45,21 @@ MODELS = {
     "reversible": small_model("DG*2", False, stack=StackConfig("midpoint", mixing=1.0)),
     "exit": small_model("DG*2", False, exit=ExitConfig(threshold=0.6)),
     "exit, streams": small_model("DG", False, exit=ExitConfig(threshold=0.6), hyper=HyperConfig(streams=2)),
+    "chunks": small_model("D", False, hyper=HyperConfig(streams=2), memory=MemoryConfig(chunk=12, stream=1)),
     "groundthink": GROUNDTHINK,
     "hybrid": small_model("DA", attention=ATTENTION.replace(post_norm=True)),
     "resolvent": small_model("DB", False, resolvent=RESOLVENT.replace(coupling="learned")),
 }
-CAUSAL = [name for name in MODELS if name != "batch halting"]  # there a token's passes depend on its batch
+# Under batch halting a token's passes depend on its batch; "all components" has what "chunks" has.
+CAUSAL = [name for name in MODELS if name not in ("batch halting", "chunks")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_lengths():
+    """Rows of half their tokens, and whole: each length is a program; of all of them: layers/test_early_exit.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block, "bucket_lengths", functools.partial(bucket_lengths, halvings=1))
+        yield
 
 
 def variables(name):
@@ -107,7 +118,7 @@ def test_documents_of_a_row_are_apart(name):
 
 @pytest.mark.slow
 def test_the_reversible_stack_has_the_gradients_of_the_scan():
-    config = PLAIN.replace(stack=StackConfig("midpoint", mixing=1.0), mtp=None)
+    config = small_model("DG", False, moe=FULL.moe, stack=StackConfig("midpoint", mixing=1.0))
     v, x = perturbed(config), tokens(12)
 
     def loss(params, model):
@@ -129,14 +140,14 @@ class _Scanned(LanguageModel):
 
 @pytest.mark.slow
 def test_chunks_hand_their_memory_on_and_only_to_their_own_document():
-    v, x = variables("all components"), tokens(24)
+    v, x, config = variables("chunks"), tokens(24), MODELS["chunks"]
     one_document = jnp.ones_like(x)
     two = jnp.asarray([[1] * 12 + [2] * 12] * 2, jnp.int32)
-    together, divided = (rows(FULL)(v, x, ids)[:, 12:] for ids in (one_document, two))
-    first = run("all components", v, x[:, :12])
-    second = jax.jit(lambda m: apply_network(LanguageModel(FULL), v, x[:, 12:], memory=m))(first.memory)
+    together, divided = (rows(config)(v, x, ids)[:, 12:] for ids in (one_document, two))
+    first = run("chunks", v, x[:, :12])
+    second = jax.jit(lambda m: apply_network(LanguageModel(config), v, x[:, 12:], memory=m))(first.memory)
     np.testing.assert_allclose(together, second.logits, atol=1e-5)
-    apart = run("all components", v, x[:, 12:]).logits
+    apart = run("chunks", v, x[:, 12:]).logits
     np.testing.assert_allclose(divided, apart, atol=1e-5)
     assert not np.allclose(together, apart, atol=1e-4)
 
@@ -144,8 +155,7 @@ def test_chunks_hand_their_memory_on_and_only_to_their_own_document():
 @pytest.mark.slow
 @pytest.mark.parametrize("prompt", [pytest.param(4, marks=pytest.mark.exhaustive), 14])
 def test_sampling_goes_on_from_chunk_to_chunk(prompt):
-    v, config = variables("all components"), FULL.replace(adaptive=None)
-    v = nest({path: leaf for path, leaf in flatten(v).items() if "/halting/" not in path})
+    v, config = variables("chunks"), MODELS["chunks"]
     x = np.asarray(tokens(prompt), np.int32)
     drawn = sample(config, v, x, 24 - prompt, temperature=0.0, top_k=None)
     whole = jnp.concatenate([x, drawn], axis=1)
@@ -191,9 +201,12 @@ def test_a_mesh_gives_the_same_loss_and_gradients():
 
     v = perturbed(config)
     (wanted, extra), gradient = jax.device_get(jax.jit(step)(v["params"], v["statistics"]))
-    with jax.set_mesh(make_mesh(data=2, expert=2, tensor=2)):
+    with jax.set_mesh(make_mesh(fsdp=2, expert=2, tensor=2)):  # rows are cut over fsdp too
         placed = put_like(v, abstract(config))
-        (got, extra_there), gradient_there = jax.device_get(jax.jit(step)(placed["params"], placed["statistics"]))
+        there = jax.jit(step)(placed["params"], placed["statistics"])
+        specs = jax.tree.map(lambda a: a.sharding.spec, placed["params"])
+        assert jax.tree.map(lambda a: a.sharding.spec, there[1]) == specs
+        (got, extra_there), gradient_there = jax.device_get(there)
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
     chex.assert_trees_all_close(gradient_there, gradient, atol=5e-5, rtol=1e-3)
     chex.assert_trees_all_close(extra_there["statistics"], extra["statistics"], atol=2e-5, rtol=2e-4)

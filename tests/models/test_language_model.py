@@ -35,7 +35,8 @@ def test_no_logit_depends_on_a_later_token():
     assert np.array_equal(a[:, :15], b[:, :15]) and not np.allclose(a[:, 15:], b[:, 15:])
 
 
-@pytest.mark.parametrize("adaptive", [True, False])
+# the adaptive form: test_components.py, with every component; layers/test_compacted_passes.py
+@pytest.mark.parametrize("adaptive", [pytest.param(True, marks=pytest.mark.exhaustive), False])
 def test_decoding_one_token_at_a_time_equals_the_forward_pass(adaptive):
     config = ADAPTIVE if adaptive else ADAPTIVE.plain
     v, x = variables(config), tokens(24)
@@ -58,7 +59,7 @@ def test_one_forced_pass_is_the_plain_model():
     np.testing.assert_allclose(forward()(v, x, None, fixed_passes(1)).logits, wanted, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # in the suite: test_components.py, with every component but the halting heads
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}])
 def test_every_mesh_gives_the_same_loss_and_gradients(axes):
     x = tokens(16, rows=8)

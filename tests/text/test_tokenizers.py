@@ -24,7 +24,7 @@ from gt_jax.text.batches import open_text
 from gt_jax.text.tokenizers import ByteTokenizer, open_tokenizer, tokenizer_of, vocabulary_difference
 from gt_jax.text.vocabulary_files import read_tokens
 from gt_jax.training.loop import train_run, with_token_bytes
-from tests.support import small_model
+from tests.support import perturbed, small_model
 
 STORY = "Once upon a time a small net grew deep, and was glad of it – très deep.\n"
 
@@ -203,13 +203,13 @@ def test_a_model_keeps_its_tokenizer_when_it_is_grown_trained_on_and_sampled(fil
     own, other = str(files / "hf"), str(files / "sp.model")
     model = small_model("D", adaptive=False, vocab=600)
     run = RunConfig(model=model, data=DataConfig(tokenizer=own)).to_json()
-    variables = initialise(model, seed=0)
+    variables = perturbed(model)
     for name, tokenizer in (("source", own), ("another", other)):
         run["data"]["tokenizer"] = tokenizer
         metadata = {"config": model.to_json(), "kind": "train", "step": 1, "run": run}
         checkpoint.save(tmp_path / name, variables, metadata)
     source, grown, another = (tmp_path / name for name in ("source", "grown", "another"))
-    assert grow([str(source), str(grown), "--plan", "identity"]) == 0
+    assert grow([str(source), str(grown), "--plan", "identity", "--no-check"]) == 0
     metadata = checkpoint.describe(grown)[1]
     carried = grown / "tokenizer.json"
     assert tokenizer_of(metadata) == data_config(metadata, None).tokenizer == str(carried)

@@ -47,6 +47,7 @@ B_VARIANTS = [{"coupling": "learned"}, {"bound": 1.0}]
 PLAIN = {"D": DELTANET, "G": GSA, "A": ATTENTION, "B": RESOLVENT}
 CONFIGS = {**PLAIN, "D origin": D_ORIGIN, "G origin": G_ORIGIN, "A window": A_WINDOW}
 KINDS = tuple(CONFIGS)
+TYPES = [kind if kind in PLAIN else pytest.param(kind, marks=pytest.mark.exhaustive) for kind in KINDS]
 CONFIGS["G tiles"] = GSA.replace(implementation="xla")  # tests/kernels/test_sparse_attention.py
 EMA = 0.004  # about the variance of the scores, so that budgets lie between their bounds
 
@@ -162,7 +163,7 @@ def test_rows_of_a_batch_are_independent(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens", [1, 2, 15, 17])
+@pytest.mark.parametrize("tokens", [1, 2, pytest.param(15, marks=pytest.mark.exhaustive), 17])
 def test_lengths_beside_the_chunk_agree_with_a_longer_row(kind, tokens):
     x = inputs(20)
     whole = run(kind)(resting(kind), x, segments(20))
@@ -170,8 +171,7 @@ def test_lengths_beside_the_chunk_agree_with_a_longer_row(kind, tokens):
     np.testing.assert_allclose(part, whole[:, :tokens], atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TYPES)
 def test_a_thousand_tokens(kind):
     x = inputs(1000)
     whole = run(kind)(resting(kind), x, segments(1000))
@@ -281,7 +281,7 @@ def test_a_mesh_gives_the_same_values(kind):
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TYPES)
 def test_bfloat16_stays_near_float32(kind):
     x, ids, v = inputs(20), segments(20), variables(CONFIGS[kind])
     exact = run(kind)(v, x, ids)

@@ -88,7 +88,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     except (Refused, Failed, OSError, KeyboardInterrupt) as error:
         code = say_error(error)
     except Exception as error:
-        if not _lacks_memory(error):
+        if not (_lacks_memory(error) or _comes_of_interrupt(error)):
             raise
         code = say_error(error)
     sys.exit(code)
@@ -96,7 +96,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
 
 def say_error(error: BaseException) -> int:
     """Tell on standard error what ended the work; returns the exit code."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or _comes_of_interrupt(error):
         say("interrupted")
         return 130
     if isinstance(error, (Refused, Failed, OSError)):
@@ -107,6 +107,16 @@ def say_error(error: BaseException) -> int:
         return 1
     say("".join(traceback.format_exception(error)).rstrip())
     return 1
+
+
+def _comes_of_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C is what raised it: a library that is being loaded, or calls back, makes an error of its own."""
+    seen: BaseException | None = error
+    for _ in range(100):  # a chain may be a ring
+        if seen is None or isinstance(seen, KeyboardInterrupt):
+            break
+        seen = seen.__cause__ or seen.__context__
+    return isinstance(seen, KeyboardInterrupt)
 
 
 def _lacks_memory(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -131,8 +132,17 @@ def read_json(path: Path, finite: bool = True, once: bool = False) -> Any:
     kind = other_content(content)
     if kind is not None:
         raise ValueError(f"it is {kind}")
+    return parse_json(content.decode("utf-8-sig"), finite, once)
+
+
+def parse_json(text: str | bytes, finite: bool = False, once: bool = False) -> Any:
+    """The JSON value of a text, as `read_json`; raises ValueError, and nothing else, for what is no JSON.
+
+    With `finite` a number is an error too that no float holds: 1e999, or a whole one of 400 digits.
+    """
     try:
-        return json.loads(content.decode("utf-8-sig"), parse_constant=_no_number if finite else None,
+        return json.loads(text, parse_constant=_no_number if finite else None,
+                          parse_float=_float if finite else None, parse_int=_whole if finite else None,
                           object_pairs_hook=object_of_different_names if once else None)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -149,3 +159,15 @@ def object_of_different_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(word: str) -> None:
     raise ValueError(f"{word} is no JSON number; give a finite one, or null where a field takes that")
+
+
+def _float(word: str) -> float:
+    value = float(word)
+    if math.isinf(value):
+        raise ValueError(f"{word[:20]} is larger than any float; give a smaller number")
+    return value
+
+
+def _whole(word: str) -> int:
+    _float(word)
+    return int(word)

@@ -30,7 +30,7 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 import numpy as np
 
 from gt_jax.errors import Refused
-from gt_jax.files import sync
+from gt_jax.files import parse_json, sync
 
 __all__ = ["Recorder", "format_value", "read_metrics", "seconds_of", "table", "to_json", "truncate_after"]
 
@@ -247,7 +247,7 @@ def _read_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             whole = isinstance(record, dict) and isinstance(record.get("step"), int)
         except ValueError:
             whole = False

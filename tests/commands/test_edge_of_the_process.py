@@ -142,6 +142,23 @@ def test_too_little_memory_is_said_in_a_line(capsys):
         run_command(mistaken)
 
 
+@pytest.mark.parametrize("leaves", [ImportError, RuntimeError, KeyboardInterrupt])
+def test_ctrl_c_is_told_as_that_whatever_a_library_makes_of_it(capsys, leaves):
+    """While jaxlib is being loaded, and where XLA calls back, the interrupt becomes an error of theirs."""
+
+    def main(argv):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise leaves("Encountered an error while initializing the extension.") from error
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main, [])
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+    with pytest.raises(ImportError):
+        run_command(lambda argv: __import__("no_such_module"), [])
+
+
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_a_closed_pipe_leaves_no_trace_of_python(closed, tmp_path):
     """`describe tiny | head -0`: the output is larger than a buffer, so it fails while it is printed and at the end."""

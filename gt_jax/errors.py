@@ -15,6 +15,8 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 
+INTERRUPTED = 130  # as a shell has it for a program that Ctrl-C ended
+
 
 class Refused(ValueError):
     """The request cannot be carried out as given; the message says what would be right.
@@ -91,6 +93,8 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         if not (_lacks_memory(error) or _comes_of_interrupt(error)):
             raise
         code = say_error(error)
+    if code == INTERRUPTED:
+        _end_at_once(code)
     sys.exit(code)
 
 
@@ -98,7 +102,7 @@ def say_error(error: BaseException) -> int:
     """Tell on standard error what ended the work; returns the exit code."""
     if isinstance(error, KeyboardInterrupt) or _comes_of_interrupt(error):
         say("interrupted")
-        return 130
+        return INTERRUPTED
     if isinstance(error, (Refused, Failed, OSError)):
         say(f"{'refused' if isinstance(error, Refused) else 'failed'}: {error}")
         return 2 if isinstance(error, Refused) else 1
@@ -107,6 +111,14 @@ def say_error(error: BaseException) -> int:
         return 1
     say("".join(traceback.format_exception(error)).rstrip())
     return 1
+
+
+def _end_at_once(code: int) -> None:
+    """Leave without the interpreter's shutdown: in that XLA crashes when it was interrupted while compiling."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: there is no such stream
+            stream.flush()
+    os._exit(code)
 
 
 def _comes_of_interrupt(error: BaseException) -> bool:

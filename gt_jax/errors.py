@@ -83,7 +83,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     try:
         code = main(argv)
         if sys.stdout is not None:
-            sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
+            _flush_output()  # a closed pipe shows here, not in the interpreter's shutdown
     except BrokenPipeError:
         _leave_closed_pipes()
         code = 1
@@ -111,6 +111,17 @@ def say_error(error: BaseException) -> int:
         return 1
     say("".join(traceback.format_exception(error)).rstrip())
     return 1
+
+
+def _flush_output() -> None:
+    """Raise what happens, a full disk say, with the name of the stream; what is left in it goes nowhere then."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _leave_closed_pipes()
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def _end_at_once(code: int) -> None:

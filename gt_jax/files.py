@@ -53,18 +53,32 @@ def addresses(**fields: str | Sequence[str] | None) -> list[str]:
     return found
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write under a temporary name beside `path`, then rename; a kill leaves the old file, or none, and PATH.tmp.
+def unfinished_name(path: Path) -> Path:
+    """What a small file is called until it is whole: a name that no user gives to a file of theirs."""
+    return path.with_name(f".{path.name}.gt_jax-tmp")
 
-    The bytes are on the disk before they get the name, and the name is when this returns. Text is UTF-8; what is no
-    character, of a file name in another encoding, is escaped.
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write under `unfinished_name`, then rename: what fails leaves the old file, or none; a kill leaves that name too.
+
+    The bytes are on the disk before they get the name, and the name is when this returns. A file that is replaced keeps
+    its mode. Text is UTF-8; what is no character, of a file name in another encoding, is escaped. Raises OSError, that
+    of a full disk with the file's name.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    unfinished = unfinished_name(path)
+    try:
+        with explain_full_disk(path, "do it again"):
+            with open(unfinished, "wb") as file:
+                file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists():
+                os.chmod(unfinished, stat.S_IMODE(path.stat().st_mode))
+            os.replace(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
     sync(path.parent)
 
 

@@ -1,6 +1,7 @@
 """Addresses are refused before anything is written, wherever a path is taken: by the commands, and from Python."""
 
 import contextlib
+import errno
 import importlib
 import io
 import itertools
@@ -18,7 +19,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
-from gt_jax.files import parse_json, read_json, refuse_address
+from gt_jax.files import parse_json, read_json, refuse_address, write_atomically
 from gt_jax.monitoring.run_page import read_run
 from gt_jax.text.data import open_data
 from gt_jax.text.tokenizers import open_tokenizer
@@ -137,11 +138,34 @@ def test_a_run_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
     config_to_train(tmp_path / "run" / "new", RunConfig(model=tiny()), resume=False)
 
 
-def test_a_metric_that_is_no_number_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", [
+    '"loss": "abc"', '"loss": []', '"loss": [1.0]', '"gate_mean": []', '"gate_mean": [[1], 2]', '"held_out_loss": [1]',
+    '"gate_mean": [1.0, 2.0]', '"null_rate": {}',
+])  # fmt: skip
+def test_a_metric_that_is_no_number_is_refused(tmp_path: Path, values: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(RunConfig(model=tiny()).to_json()))
-    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": "abc"}\n')
-    with pytest.raises(Refused, match=r"step 7 .*no number"):
+    (tmp_path / "metrics.jsonl").write_text(
+        f'{{"step": 6, "loss": "NaN", "gate_mean": [0.5]}}\n{{"step": 7, {values}}}\n')
+    with pytest.raises(Refused, match=r"metrics.jsonl.*\n.*step 7 .*no number"):
         read_run(tmp_path)
+
+
+def test_a_small_file_that_cannot_be_written_leaves_nothing_and_has_a_name_of_its_own(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.html.tmp").write_text("of the user")
+    (tmp_path / "a.html").write_text("before")
+    (tmp_path / "a.html").chmod(0o640)
+    write_atomically(tmp_path / "a.html", "now")
+    assert (tmp_path / "a.html").read_text() == "now" and (tmp_path / "a.html").stat().st_mode & 0o777 == 0o640
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"while writing .*a.html; make room, then do it again"):
+        write_atomically(tmp_path / "a.html", "later")
+    there = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert there == {"a.html": "now", "a.html.tmp": "of the user"}
 
 
 def test_paths_are_no_addresses() -> None:

@@ -142,6 +142,14 @@ def test_too_little_memory_is_said_in_a_line(capsys):
         run_command(mistaken)
 
 
+def test_a_full_disk_behind_standard_output_is_named(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            run_command(lambda argv: print("a result") or 0, [])
+    assert ended.value.code == 1 and "No space left on device: 'standard output'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("leaves", [ImportError, RuntimeError, KeyboardInterrupt])
 def test_ctrl_c_is_told_as_that_whatever_a_library_makes_of_it(capsys, monkeypatch, leaves):
     """While jaxlib is being loaded, and where XLA calls back, the interrupt becomes an error of theirs.

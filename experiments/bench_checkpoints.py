@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 from experiments.training_measured import sizes
 from experiments.training_measured.report import add_common, common_problems, keep, note, seconds, spread
 from gt_jax.errors import refuse_all, run_command
+from gt_jax.files import local_path
 
 ASKED = 0.03
 
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--every", type=int, default=50, help="steps from save to save that the overhead is of (50)")
     p.add_argument("--steps", type=int, default=5, help="of a stretch (5); the writing should end within them")
     p.add_argument("--rounds", type=int, default=3, help="stretches with and without a save (3)")
-    p.add_argument("--workdir", type=Path, help="folder to save in")
+    p.add_argument("--workdir", type=local_path, help="folder to save in")
     return p
 
 

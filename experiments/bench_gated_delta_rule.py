@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.machine import machine
+from gt_jax.files import local_name
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 
 SHAPES = {"long": (1, 2048, 8, 64), "demo": (8, 256, 4, 32)}
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--chunks", nargs="+", type=int, default=[16, 32, 64])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=local_name, metavar="FILE")
     options = parser.parse_args(argv)
     about = machine()
     print(", ".join(f"{name} {value}" for name, value in about.items()))

@@ -27,6 +27,7 @@ from typing import Any
 
 from gt_jax.configs import presets
 from gt_jax.errors import Failed, Refused, run_command
+from gt_jax.files import local_path
 
 BLOCK = 16 * 2**20
 
@@ -153,10 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset-source", default="3b", choices=sorted(presets.PRESETS))
     parser.add_argument("--scales", default="1", help="sizes of the source, for example 0.5,1,2 (1)")
-    parser.add_argument("--source", type=Path, help="a checkpoint that is there, instead of presets")
+    parser.add_argument("--source", type=local_path, help="a checkpoint that is there, instead of presets")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--workdir", type=Path, help="where to make sources and targets (a temporary folder)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--workdir", type=local_path, help="where to make sources and targets (a temporary folder)")
+    parser.add_argument("--json", type=local_path)
     parser.add_argument("extra", nargs="*", help="after --: arguments for gt_jax.grow")
     arguments = parser.parse_args(argv)
     if arguments.repeats < 1:

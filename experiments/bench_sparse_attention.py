@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.machine import machine
+from gt_jax.files import local_name
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
 
 SIDES = {"dense": "reference", "tiled": "xla"}
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only-memory", action="store_true")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=local_name, metavar="FILE")
     options = parser.parse_args(argv)
     about = machine() | {name: getattr(options, name) for name in ("heads", "width", "indexer_heads", "indexer_width")}
     about["dtype"] = options.dtype

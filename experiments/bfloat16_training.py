@@ -12,7 +12,6 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from gt_jax.configs import presets
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.sharding import mesh_for_rows
+from gt_jax.files import local_path
 from gt_jax.models.language_model import initialise
 from gt_jax.text.batches import open_text
 from gt_jax.training.loop import make_trainer
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", default="tiny_3b", choices=["tiny", "small", "tiny_3b", "tiny_8b"])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=local_path)
     arguments = parser.parse_args(argv)
     result: dict[str, Any] = {}
     for dtype in ("float32", "bfloat16"):

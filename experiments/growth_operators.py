@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gt_jax.files import local_name, local_path
+
 if TYPE_CHECKING:
     from experiments.growth_study.study import StudyConfig
 
@@ -31,14 +33,16 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", nargs="+", help="text files; a part of them is held out, another is for tuning")
+    what.add_argument("--text", nargs="+", type=local_name,
+                      help="text files; a part of them is held out, another is for tuning")
     what.add_argument("--render", action="store_true", help="train nothing: read the results in --output, and write "
                       "their tables and picture anew")
     p.add_argument("--seeds", default="0,1,2", help="one source each")
     p.add_argument("--scale", type=float, default=1.0, help="times the steps of source and training on")
     p.add_argument("--width", type=int, default=96, help="of the models")
-    p.add_argument("--work", type=Path, default=Path("runs/growth_operators"), help="folder of the finished units")
-    p.add_argument("--output", type=Path, default=Path("experiments/results"))
+    p.add_argument("--work", type=local_path, default=Path("runs/growth_operators"),
+                   help="folder of the finished units")
+    p.add_argument("--output", type=local_path, default=Path("experiments/results"))
     return p
 
 

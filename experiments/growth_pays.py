@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.study_command import add_study_flags, read_seeds, run
+from gt_jax.files import local_name
 
 if TYPE_CHECKING:
     from experiments.pays_study.study import Study
@@ -31,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0].replace("\n", " "))
     p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; accelerator (default small)")
-    p.add_argument("--text", nargs="+", default=(), help="text files instead of the Python library's sources")
+    p.add_argument("--text", nargs="+", type=local_name, default=(),
+                   help="text files instead of the Python library's sources")
     p.add_argument("--only", default="", help="names of settings, separated by commas; all where none is given")
     add_study_flags(p, "growth_pays", "0,1,2")
     return p

@@ -25,6 +25,7 @@ from typing import Any
 
 from experiments.kernels_measured.chips import CHIPS
 from experiments.kernels_measured.compiler import set_up
+from gt_jax.files import local_path
 
 
 def main(dump: Path, arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +62,7 @@ def _parser(cases: dict[str, Any]) -> argparse.ArgumentParser:
     parser.add_argument("--case", choices=[*cases, *operations], nargs="+", default=operations, help="default: all")
     parser.add_argument("--kernels-only", action="store_true", help="leave out the XLA path, which compiles slowly")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--output", type=Path, help="folder to keep the rows in, as JSON and Markdown")
+    parser.add_argument("--output", type=local_path, help="folder to keep the rows in, as JSON and Markdown")
     return parser
 
 

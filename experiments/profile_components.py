@@ -32,6 +32,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.sharding import mesh_for_rows
+from gt_jax.files import local_path
 from gt_jax.models.language_model import initialise
 from gt_jax.monitoring.metrics import table
 from gt_jax.text.batches import open_text
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=local_path)
     arguments = parser.parse_args(argv)
     result = run(presets.preset(arguments.preset), arguments.batch, arguments.tokens, arguments.steps)
     print("\n".join(lines(result)))

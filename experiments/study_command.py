@@ -13,6 +13,7 @@ from experiments.units import Units
 from experiments.workers import Make, Workers
 from gt_jax.configs.json_config import Config
 from gt_jax.errors import Refused
+from gt_jax.files import local_path
 
 UNSTORED = ("line", "measured")
 """Of a unit: what was said while it was made, and what other units are made from."""
@@ -23,8 +24,8 @@ def add_study_flags(p: argparse.ArgumentParser, name: str, seeds: str) -> None:
     """--seeds, --jobs, --work, --output and --render on a parser; `seeds` is their default."""
     p.add_argument("--seeds", default=seeds, help="one of every model each")
     p.add_argument("--jobs", type=int, default=1, help="models trained at once, each on a core of its own")
-    p.add_argument("--work", type=Path, default=Path(f"runs/{name}"), help="folder of the finished units")
-    p.add_argument("--output", type=Path, default=Path("experiments/results"))
+    p.add_argument("--work", type=local_path, default=Path(f"runs/{name}"), help="folder of the finished units")
+    p.add_argument("--output", type=local_path, default=Path("experiments/results"))
     p.add_argument("--render", action="store_true", help="train nothing: the page anew from the figures in --output")
 
 

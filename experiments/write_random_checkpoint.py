@@ -30,6 +30,7 @@ from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, run_command
+from gt_jax.files import local_path
 from gt_jax.growth import noise
 from gt_jax.growth.bounded_work import BoundedExecutor
 from gt_jax.growth.pipeline import pieces, throttled
@@ -116,7 +117,7 @@ def write(path: Path, config: ModelConfig, seed: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write one checkpoint and say how large it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path", type=local_path)
     parser.add_argument("--preset", default="3b", choices=sorted(presets.PRESETS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="parameters times about this (1)")

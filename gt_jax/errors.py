@@ -15,6 +15,8 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 
+INTERRUPTED = 130  # as a shell has it for a program that Ctrl-C ended
+
 
 class Refused(ValueError):
     """The request cannot be carried out as given; the message says what would be right.
@@ -81,24 +83,26 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     try:
         code = main(argv)
         if sys.stdout is not None:
-            sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
+            _flush_output()  # a closed pipe shows here, not in the interpreter's shutdown
     except BrokenPipeError:
         _leave_closed_pipes()
         code = 1
     except (Refused, Failed, OSError, KeyboardInterrupt) as error:
         code = say_error(error)
     except Exception as error:
-        if not _lacks_memory(error):
+        if not (_lacks_memory(error) or _comes_of_interrupt(error)):
             raise
         code = say_error(error)
+    if code == INTERRUPTED:
+        _end_at_once(code)
     sys.exit(code)
 
 
 def say_error(error: BaseException) -> int:
     """Tell on standard error what ended the work; returns the exit code."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or _comes_of_interrupt(error):
         say("interrupted")
-        return 130
+        return INTERRUPTED
     if isinstance(error, (Refused, Failed, OSError)):
         say(f"{'refused' if isinstance(error, Refused) else 'failed'}: {error}")
         return 2 if isinstance(error, Refused) else 1
@@ -107,6 +111,35 @@ def say_error(error: BaseException) -> int:
         return 1
     say("".join(traceback.format_exception(error)).rstrip())
     return 1
+
+
+def _flush_output() -> None:
+    """Raise what happens, a full disk say, with the name of the stream; what is left in it goes nowhere then."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _leave_closed_pipes()
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _end_at_once(code: int) -> None:
+    """Leave without the interpreter's shutdown: in that XLA crashes when it was interrupted while compiling."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: there is no such stream
+            stream.flush()
+    os._exit(code)
+
+
+def _comes_of_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C is what raised it: a library that is being loaded, or calls back, makes an error of its own."""
+    seen: BaseException | None = error
+    for _ in range(100):  # a chain may be a ring
+        if seen is None or isinstance(seen, KeyboardInterrupt):
+            break
+        seen = seen.__cause__ or seen.__context__
+    return isinstance(seen, KeyboardInterrupt)
 
 
 def _lacks_memory(error: BaseException) -> bool:

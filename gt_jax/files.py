@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -52,18 +53,32 @@ def addresses(**fields: str | Sequence[str] | None) -> list[str]:
     return found
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write under a temporary name beside `path`, then rename; a kill leaves the old file, or none, and PATH.tmp.
+def unfinished_name(path: Path) -> Path:
+    """What a small file is called until it is whole: a name that no user gives to a file of theirs."""
+    return path.with_name(f".{path.name}.gt_jax-tmp")
 
-    The bytes are on the disk before they get the name, and the name is when this returns. Text is UTF-8; what is no
-    character, of a file name in another encoding, is escaped.
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write under `unfinished_name`, then rename: what fails leaves the old file, or none; a kill leaves that name too.
+
+    The bytes are on the disk before they get the name, and the name is when this returns. A file that is replaced keeps
+    its mode. Text is UTF-8; what is no character, of a file name in another encoding, is escaped. Raises OSError, that
+    of a full disk with the file's name.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    unfinished = unfinished_name(path)
+    try:
+        with explain_full_disk(path, "do it again"):
+            with open(unfinished, "wb") as file:
+                file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists():
+                os.chmod(unfinished, stat.S_IMODE(path.stat().st_mode))
+            os.replace(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
     sync(path.parent)
 
 
@@ -131,8 +146,17 @@ def read_json(path: Path, finite: bool = True, once: bool = False) -> Any:
     kind = other_content(content)
     if kind is not None:
         raise ValueError(f"it is {kind}")
+    return parse_json(content.decode("utf-8-sig"), finite, once)
+
+
+def parse_json(text: str | bytes, finite: bool = False, once: bool = False) -> Any:
+    """The JSON value of a text, as `read_json`; raises ValueError, and nothing else, for what is no JSON.
+
+    With `finite` a number is an error too that no float holds: 1e999, or a whole one of 400 digits.
+    """
     try:
-        return json.loads(content.decode("utf-8-sig"), parse_constant=_no_number if finite else None,
+        return json.loads(text, parse_constant=_no_number if finite else None,
+                          parse_float=_float if finite else None, parse_int=_whole if finite else None,
                           object_pairs_hook=object_of_different_names if once else None)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -149,3 +173,15 @@ def object_of_different_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(word: str) -> None:
     raise ValueError(f"{word} is no JSON number; give a finite one, or null where a field takes that")
+
+
+def _float(word: str) -> float:
+    value = float(word)
+    if math.isinf(value):
+        raise ValueError(f"{word[:20]} is larger than any float; give a smaller number")
+    return value
+
+
+def _whole(word: str) -> int:
+    _float(word)
+    return int(word)

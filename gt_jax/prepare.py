@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import Refused, run_command
-from gt_jax.files import local_name, local_path
+from gt_jax.files import explain_full_disk, local_name, local_path
 
 VERSION = "1.0.0"
 SHARD = 100_000  # documents of an array_record file
@@ -40,10 +40,11 @@ def prepare(name: str, files: Sequence[str], folder: Path) -> dict[str, Any]:
         if place.exists():
             raise Refused(f"{place} exists; another process has finished it meanwhile")
         _clear(unfinished, name)
-        unfinished.mkdir()
-        _write(name, documents, unfinished)
-        sync_all(unfinished)
-        rename(unfinished, place)
+        with explain_full_disk(place, "do it again"):
+            unfinished.mkdir()
+            _write(name, documents, unfinished)
+            sync_all(unfinished)
+            rename(unfinished, place)
     return {"dataset": name, "documents": len(documents), "bytes": sum(map(len, documents)), "folder": str(place)}
 
 

@@ -1,8 +1,10 @@
 """Addresses are refused before anything is written, wherever a path is taken: by the commands, and from Python."""
 
 import contextlib
+import errno
 import importlib
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -10,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import early_exit, growth_operators, growth_pays
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.folders import prepare_parent
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
-from gt_jax.files import read_json, refuse_address
+from gt_jax.files import parse_json, read_json, refuse_address, write_atomically
 from gt_jax.monitoring.run_page import read_run
 from gt_jax.text.data import open_data
 from gt_jax.text.tokenizers import open_tokenizer
@@ -48,6 +51,21 @@ def test_commands_refuse_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         importlib.import_module(f"gt_jax.{command}").main(rest)
     assert left.value.code == 2 and "is an address" in said.getvalue()
     assert not any(tmp_path.iterdir())
+
+
+def test_no_option_makes_a_folder_of_an_address() -> None:
+    """`type=Path` takes gs://bucket for a folder gs: of the current one; the studies' options are of this kind too."""
+    root = Path(__file__).parents[1]
+    takes_any = [f"{file.relative_to(root)}, line {number}" for folder in ("gt_jax", "experiments")
+                 for file in sorted((root / folder).rglob("*.py"))
+                 for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if "type=Path" in line]
+    assert takes_any == [], "take gt_jax.files.local_path"
+    parsers = (growth_pays.parser(), growth_operators.parser(), early_exit.parser())
+    for parser, option in itertools.product(parsers, ("--work", "--output", "--text")):
+        said = io.StringIO()
+        with pytest.raises(SystemExit) as left, contextlib.redirect_stderr(said):
+            parser.parse_args([option, BUCKET])
+        assert left.value.code == 2 and f"argument {option}: {BUCKET} is an address" in said.getvalue()
 
 
 def test_python_refuses_an_address_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +102,17 @@ def test_tokenizers_that_are_something_else_are_named(tmp_path: Path, content: b
         read_tokens(tmp_path / "tokenizer.json")
 
 
+def test_numbers_that_no_float_holds_and_brackets_without_end_are_no_json(tmp_path: Path) -> None:
+    for text, words in (("1e999", "larger than any float"), ("-1e999", "larger"), ("9" * 400, "larger"),
+                        ("NaN", "no JSON number"), ("[" * 100_000, "nested too deeply")):  # fmt: skip
+        (tmp_path / "a.json").write_text(f'{{"width": {text}')
+        with pytest.raises(ValueError, match=words):
+            read_json(tmp_path / "a.json")
+    assert parse_json('{"a": 1e308, "b": -12, "c": 1e-400}', finite=True) == {"a": 1e308, "b": -12, "c": 0.0}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json("[" * 100_000)
+
+
 def test_a_pipe_gives_json_once_and_no_text(tmp_path: Path) -> None:
     """`--model <(echo …)` is read once, as it must be; a text is hashed too, and read again on resume."""
     read, write = os.pipe()
@@ -109,11 +138,34 @@ def test_a_run_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
     config_to_train(tmp_path / "run" / "new", RunConfig(model=tiny()), resume=False)
 
 
-def test_a_metric_that_is_no_number_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", [
+    '"loss": "abc"', '"loss": []', '"loss": [1.0]', '"gate_mean": []', '"gate_mean": [[1], 2]', '"held_out_loss": [1]',
+    '"gate_mean": [1.0, 2.0]', '"null_rate": {}',
+])  # fmt: skip
+def test_a_metric_that_is_no_number_is_refused(tmp_path: Path, values: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(RunConfig(model=tiny()).to_json()))
-    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": "abc"}\n')
-    with pytest.raises(Refused, match=r"step 7 .*no number"):
+    (tmp_path / "metrics.jsonl").write_text(
+        f'{{"step": 6, "loss": "NaN", "gate_mean": [0.5]}}\n{{"step": 7, {values}}}\n')
+    with pytest.raises(Refused, match=r"metrics.jsonl.*\n.*step 7 .*no number"):
         read_run(tmp_path)
+
+
+def test_a_small_file_that_cannot_be_written_leaves_nothing_and_has_a_name_of_its_own(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.html.tmp").write_text("of the user")
+    (tmp_path / "a.html").write_text("before")
+    (tmp_path / "a.html").chmod(0o640)
+    write_atomically(tmp_path / "a.html", "now")
+    assert (tmp_path / "a.html").read_text() == "now" and (tmp_path / "a.html").stat().st_mode & 0o777 == 0o640
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"while writing .*a.html; make room, then do it again"):
+        write_atomically(tmp_path / "a.html", "later")
+    there = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert there == {"a.html": "now", "a.html.tmp": "of the user"}
 
 
 def test_paths_are_no_addresses() -> None:

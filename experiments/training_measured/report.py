@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.training_measured import sizes
+from gt_jax.files import local_path
 
 
 def add_common(p: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def add_common(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batch", type=int, default=4, help="rows a step (4)")
     p.add_argument("--tokens", type=int, default=256, help="of a row (256)")
     p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    p.add_argument("--output", type=Path, help="folder to keep the results in")
+    p.add_argument("--output", type=local_path, help="folder to keep the results in")
 
 
 def common_problems(options: argparse.Namespace, counts: Sequence[str], folders: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from gt_jax.checkpoints.checksums import changed_files, noted
 from gt_jax.checkpoints.folders import CHECKSUMS, FILES, Damaged, step_folders
 from gt_jax.checkpoints.slices import SliceReader
 from gt_jax.errors import Refused
+from gt_jax.files import parse_json
 
 
 class Checked(NamedTuple):
@@ -65,7 +65,7 @@ def _check(place: Path) -> Checked:
 def _listed(place: Path) -> dict[str, int]:
     """The sizes that were noted; of a list that cannot be read one that the list itself does not have."""
     try:
-        return dict(json.loads((place / FILES).read_text()))
+        return dict(parse_json((place / FILES).read_text()))
     except (OSError, ValueError, TypeError):
         return {FILES: -1}
 

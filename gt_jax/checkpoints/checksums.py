@@ -27,6 +27,7 @@ import numpy as np
 
 from gt_jax.checkpoints.arrays import ArrayFiles, Extent
 from gt_jax.checkpoints.folders import CHECKSUMS, CHUNK, FILES, JOURNALS, Damaged, write_durably
+from gt_jax.files import parse_json
 
 THREADS = 4  # zlib lets go of the interpreter's lock
 _POLYNOMIAL = 0xEDB88320  # bits reflected: x^0 is the highest
@@ -58,7 +59,7 @@ def _own(sums: Noted) -> int:
 def noted(path: Path) -> Noted:
     """The checksums of a checkpoint; raises `Damaged` where they cannot be read."""
     try:
-        found: dict[str, Any] = json.loads((path / CHECKSUMS).read_text())
+        found: dict[str, Any] = parse_json((path / CHECKSUMS).read_text())
         by_tensor = isinstance(found.get("files"), dict)
         sums = Noted(dict(found["files"]), dict(found["tensors"])) if by_tensor else Noted(dict(found), {})
         wrong = by_tensor and (found.keys() - {"files", "tensors", _OWN} or found.get(_OWN, _own(sums)) != _own(sums))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import Refused
-from gt_jax.files import refuse_address, sync
+from gt_jax.files import parse_json, refuse_address, sync
 
 UNFINISHED = ".unfinished"  # a save that is under way, or was killed
 JOURNALS = "journal.*.jsonl"  # what a growth has finished so far, in the unfinished folder
@@ -152,13 +152,14 @@ def damage(path: Path) -> str | None:
     if missing:
         return f"half a checkpoint, without {', '.join(missing)}"
     try:
-        metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())
-        database = dict(json.loads((path / "state/_METADATA").read_text())).get("use_ocdbt", True)
+        metadata = parse_json((path / "_CHECKPOINT_METADATA").read_text())
+        database = dict(parse_json((path / "state/_METADATA").read_text())).get("use_ocdbt", True)
     except (OSError, ValueError, TypeError) as error:
         return f"its metadata cannot be read ({error})"
     if database and not (path / _DATABASE).is_file():
         return f"half a checkpoint, without {_DATABASE}"
-    if not isinstance(metadata, dict) or "config" not in (metadata.get("custom_metadata") or {}):
+    own = metadata.get("custom_metadata") if isinstance(metadata, dict) else None
+    if not isinstance(own, dict) or "config" not in own:
         return "it has no gt_jax metadata (no model config); it was written by another program"
     return _changed_files(path)
 
@@ -166,7 +167,7 @@ def damage(path: Path) -> str | None:
 def _changed_files(path: Path) -> str | None:
     """Which files are not as they were when the checkpoint was complete."""
     try:
-        files = dict(json.loads((path / FILES).read_text()))
+        files = dict(parse_json((path / FILES).read_text()))
     except (OSError, ValueError, TypeError) as error:
         return f"its list of files cannot be read ({error})"
     for name, size in files.items():

@@ -85,8 +85,8 @@ def _take(path: Path, target: Path) -> int:
                 raise _busy(path, target)
             return file
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.close(file)
+            with contextlib.suppress(OSError):  # on a full disk there is a file, and nothing in it
+                _let_go(file, path)
             raise
 
 

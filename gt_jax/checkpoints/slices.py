@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from gt_jax.checkpoints.arrays import Shape, split_axis
 from gt_jax.checkpoints.checksums import noted, refuse_changed_values
 from gt_jax.checkpoints.folders import CHUNK, Damaged
 from gt_jax.checkpoints.tree_paths import LeafDigest
+from gt_jax.files import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SliceReader:
         self._stores: dict[str, Any] = {}
         state = where / "state"
         try:
-            zarr3 = json.loads((state / "_METADATA").read_text()).get("use_zarr3", False)
+            zarr3 = parse_json((state / "_METADATA").read_text()).get("use_zarr3", False)
         except (OSError, ValueError, AttributeError) as error:
             raise Damaged(f"checkpoint {where} cannot be read: {error}") from error
         self._driver = "zarr3" if zarr3 else "zarr"

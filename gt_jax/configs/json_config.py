@@ -110,6 +110,8 @@ def _typed(hint: Any, value: Any) -> Any:
         if isinstance(value, Mapping):
             return hint.from_json(value)
         raise TypeError(f"{value!r} is not an object")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise TypeError("it is a whole number beyond 64 bits")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, hint) and (hint is bool) == isinstance(value, bool):

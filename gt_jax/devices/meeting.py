@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gt_jax.errors import Failed, Refused
+from gt_jax.files import parse_json
 
 _HELLO = "gt_jax"
 _BEATS = 6  # signs of life in a timeout
@@ -157,7 +158,7 @@ def _heard(peer: socket.socket, deadline: float) -> dict[str, Any] | None:
             if not byte:
                 return None
             line += byte
-        message = json.loads(line)
+        message = parse_json(line)
     except (OSError, ValueError):
         return None
     return message if isinstance(message, dict) else None
@@ -272,6 +273,6 @@ class Watch:
 def _messages(lines: list[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         with contextlib.suppress(ValueError):
-            message = json.loads(line) if line else None
+            message = parse_json(line) if line else None
             if isinstance(message, dict):
                 yield message

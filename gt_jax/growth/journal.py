@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from gt_jax.checkpoints.checksums import Pieces
 from gt_jax.checkpoints.folders import JOURNALS, sync
+from gt_jax.files import parse_json
 
 
 class Finished(NamedTuple):
@@ -34,7 +35,7 @@ def read_journals(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Finish
         lines = []
         for line in file.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):  # a torn line
-                lines.append(json.loads(line))
+                lines.append(parse_json(line))
         if lines and "identity" in lines[0]:
             identity = lines[0]["identity"]
             finished |= {line["tensor"]: Finished(line["digest"], line.get("pieces", {}))

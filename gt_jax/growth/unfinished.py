@@ -18,6 +18,7 @@ from gt_jax.checkpoints.folders import JOURNALS, UNFINISHED, damage, sync
 from gt_jax.checkpoints.leftovers import ARRAYS, EMPTY, GROWTH, clear
 from gt_jax.configs.tokenizer_file import to_store
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import parse_json
 from gt_jax.growth.journal import gather_journals, read_journals
 
 _OUTSIDE = ("source", "content_hash", "counts", "stood")  # of grown_from: where things lay, not what came of them
@@ -40,7 +41,7 @@ class UnfinishedGrowth:
         """The metadata of a folder in which only the last name is missing, else None."""
         if not self.folder.is_dir() or any(self.folder.glob(JOURNALS)) or damage(self.folder) is not None:
             return None
-        metadata = json.loads((self.folder / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+        metadata = parse_json((self.folder / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
         return metadata if "grown_from" in metadata else None
 
     def refuse_another(self, identity: Mapping[str, Any]) -> None:

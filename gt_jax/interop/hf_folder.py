@@ -23,7 +23,7 @@ from gt_jax.configs.tokenizer_file import NAMES
 from gt_jax.errors import Refused
 from gt_jax.files import read_json
 from gt_jax.interop.families.registry import recognised
-from gt_jax.interop.shards import TensorLocation, open_files
+from gt_jax.interop.shards import SAFETENSORS, TensorLocation, open_files
 from gt_jax.interop.tensor_files import Info, same_bytes
 
 CONFIG = "config.json"
@@ -36,14 +36,15 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def is_hf_folder(path: StrPath) -> bool:
-    """Whether a path is a folder whose config.json says a `model_type`."""
+    """Whether a path is a folder whose config.json says a `model_type`; raises `Refused` for one that is no JSON."""
     file = Path(path) / CONFIG
-    if not file.is_file():
+    if not file.exists():
         return False
     try:
         data = read_json(file)
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError) as error:
+        raise Refused(f"{file} cannot be read: {error}; mend it, or move it away if the tensors are not of "
+                      "transformers") from error
     return isinstance(data, Mapping) and ("model_type" in data or "architectures" in data)
 
 
@@ -54,7 +55,7 @@ class HFFolder:
         self.path = Path(os.path.abspath(path))
         self.data = self._config()
         self.family, text = recognised(self.data, self.path / CONFIG)
-        files, self.problems = open_files([self.path])
+        files, self.problems = open_files([self.path], (SAFETENSORS,))  # others lie beside them: training_args.bin
         self.files = files
         self.places: dict[str, TensorLocation] = {}
         self.left_out: list[str] = []

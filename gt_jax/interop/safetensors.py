@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from gt_jax.configs.lineage import is_lineage
-from gt_jax.files import object_of_different_names
+from gt_jax.files import parse_json
 from gt_jax.interop.tensor_files import Info, TensorFile, Unreadable, pieces
 
 DTYPES = {name: np.dtype(dtype) for name, dtype in {
@@ -165,7 +165,7 @@ def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     if len(text) < length:
         raise Unreadable(f"{path} is truncated: its header has {length} bytes, the file {size}")
     try:
-        header = json.loads(text, object_pairs_hook=object_of_different_names)
+        header = parse_json(text, once=True)
     except ValueError as error:
         raise Unreadable(f"{path} is not a safetensors file: its header is no JSON object ({error})") from error
     if not isinstance(header, dict):
@@ -185,7 +185,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[Info, tuple[int, int]]:
             raise ValueError("sizes and offsets must be whole numbers of at least 0")
     except (TypeError, KeyError, ValueError) as error:
         raise Unreadable(f"{path}: the header's entry of {name} does not parse ({error})") from error
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         raise Unreadable(f"{path}: {name} has dtype {code}; known are {', '.join(DTYPES)}")
     info = Info(shape, DTYPES[code])
     needed = math.prod(shape) * info.dtype.itemsize
@@ -218,9 +218,9 @@ def _about(path: Path, about: Any) -> tuple[int | None, Any, list[dict[str, Any]
     """(step, config, lineage, checksums) that a file of ours carries; None, or none, for what it does not say."""
     try:
         step = int(about[_STEP]) if _STEP in about else None
-        lineage = json.loads(about.get(_LINEAGE, "null"))
+        lineage = parse_json(about.get(_LINEAGE, "null"))
         if lineage is not None and not is_lineage(lineage):
             raise ValueError(f"{_LINEAGE} is no list of steps")
-        return step, json.loads(about.get(_CONFIG, "null")), lineage, dict(json.loads(about.get(_SUMS, "{}")))
-    except (TypeError, ValueError, AttributeError) as error:
+        return step, parse_json(about.get(_CONFIG, "null")), lineage, dict(parse_json(about.get(_SUMS, "{}")))
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise Unreadable(f"{path}: its __metadata__ does not parse ({error})") from error

@@ -25,7 +25,9 @@ from gt_jax.interop.torch_files import TorchFile
 
 _INDEX = ".index.json"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
-_KINDS = ((".safetensors",), _TORCH)
+SAFETENSORS = (".safetensors",)
+KINDS = (SAFETENSORS, _TORCH)
+_MOST_SHARDS = 100_000  # of a set: no model has more, and the names of as many as a file may claim fill the memory
 _SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d+)-of-(?P<count>\d+)(?P<rest>\.\w+)")
 
 
@@ -101,12 +103,15 @@ def _difference(a: TensorLocation, b: TensorLocation) -> str | None:
     return None if same_bytes(a.read(), b.read()) else "their values differ"
 
 
-def open_files(paths: Sequence[Path]) -> tuple[list[TensorFile], list[str]]:
-    """The readers of all files, and where an index and its files do not agree; raises `Refused` for missing files."""
+def open_files(paths: Sequence[Path], kinds: Sequence[Sequence[str]] = KINDS) -> tuple[list[TensorFile], list[str]]:
+    """The readers of all files, and where an index and its files do not agree; raises `Refused` for missing files.
+
+    `kinds` are the endings to look for in a folder.
+    """
     files: dict[Path, str] = {}
     maps: dict[Path, dict[str, Path]] = {}
     for path in paths:
-        found, index = _files(Path(os.path.abspath(path)))
+        found, index = _files(Path(os.path.abspath(path)), kinds)
         files |= dict.fromkeys(found, "")
         if index is not None:
             maps[index] = _weight_map(index)
@@ -142,7 +147,7 @@ def _disagree(index: Path, names: Mapping[str, Path], readers: Mapping[Path, Ten
                     for name in readers[file].tensors if names.get(name) != file]
 
 
-def _files(path: Path) -> tuple[list[Path], Path | None]:
+def _files(path: Path, kinds: Sequence[Sequence[str]]) -> tuple[list[Path], Path | None]:
     """(files, index) that a path of the user stands for."""
     if not path.exists():
         raise Refused(f"{path} does not exist")
@@ -150,18 +155,19 @@ def _files(path: Path) -> tuple[list[Path], Path | None]:
         return ([], path) if path.name.endswith(_INDEX) else ([path], None)
     if (path / "_CHECKPOINT_METADATA").exists():
         raise Refused(f"{path} is a checkpoint of gt_jax already; --to safetensors writes it in the origin's names")
-    indices = sorted(path.glob(f"*{_INDEX}"))
+    others = tuple(end + _INDEX for kind in KINDS if kind not in kinds for end in kind)
+    indices = sorted(file for file in path.glob(f"*{_INDEX}") if not file.name.endswith(others))
     if len(indices) > 1:
         raise Refused(f"{path} has {len(indices)} indices, {', '.join(index.name for index in indices)}; name one")
     if indices:
         return [], indices[0]
-    found = [sorted(file for file in path.iterdir() if file.suffix in kind) for kind in _KINDS]
+    found = [sorted(file for file in path.iterdir() if file.suffix in kind) for kind in kinds]
     if not any(found):
-        kinds = ", ".join((*_KINDS[0], *_TORCH))
-        raise Refused(f"{path} holds no tensor file ({kinds}) and no *{_INDEX}")
-    if all(found):
+        ends = ", ".join(end for kind in kinds for end in kind)
+        raise Refused(f"{path} holds no tensor file ({ends}) and no *{_INDEX}")
+    if len(found) > 1 and all(found):
         raise Refused(f"{path} holds both {found[0][0].name} and {found[1][0].name}; name the files to read")
-    return found[0] or found[1], None
+    return next(filter(None, found)), None
 
 
 def _weight_map(index: Path) -> dict[str, Path]:
@@ -183,6 +189,8 @@ def _shards(file: Path) -> list[Path]:
     if match is None:
         return []
     width, count = len(match["number"]), int(match["count"])
+    if count > _MOST_SHARDS:
+        raise Refused(f"{file.name} says that it is one of {count} files; at most {_MOST_SHARDS} are read")
 
     def name(number: int) -> Path:
         return file.with_name(f"{match['stem']}{number:0{width}d}-of-{match['count']}{match['rest']}")

@@ -152,7 +152,8 @@ def _gains(opened: Opened) -> dict[int, float]:
 def clear_export(stage: Path, place: Path) -> None:
     """Delete what a killed export left; raises `Refused` where something else has that name."""
     own = stage.is_dir() and not stage.is_symlink() and all(
-        file.suffix in (".safetensors", ".json", ".jinja", ".model", ".tmp") for file in stage.iterdir())  # fmt: skip
+        file.suffix in (".safetensors", ".json", ".jinja", ".model", ".tmp", ".gt_jax-tmp")
+        for file in stage.iterdir())  # fmt: skip
     if own and (stage / CONFIG).is_file():
         shutil.rmtree(stage)
     else:

@@ -20,7 +20,6 @@ import numbers
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 import numpy as np
 
 from gt_jax.errors import Refused
-from gt_jax.files import sync
+from gt_jax.files import parse_json, write_atomically
 
 __all__ = ["Recorder", "format_value", "read_metrics", "seconds_of", "table", "to_json", "truncate_after"]
 
@@ -226,17 +225,7 @@ def truncate_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for record, line in _read_lines(path) if record["step"] <= step]
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, path.stat().st_mode)
-        os.replace(name, path)
-        sync(path.parent)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    write_atomically(path, "".join(line + "\n" for line in kept))
 
 
 def _read_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
@@ -247,7 +236,7 @@ def _read_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             whole = isinstance(record, dict) and isinstance(record.get("step"), int)
         except ValueError:
             whole = False

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gt_jax.configs.run import RunConfig, read_run_config
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, refuse_all
 from gt_jax.monitoring.alerts import Alert, Course, alerts, texts
 from gt_jax.monitoring.metrics import format_value, read_metrics, seconds_of
 from gt_jax.monitoring.run_plots import plot_runs
@@ -46,7 +46,27 @@ def read_run(path: Path) -> Run:
         raise Refused(f"{path} {there}; name a directory that gt_jax.train has written")
     config, metrics = read_run_config(path), path / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.exists() else []
+    refuse_all(_misfits(records)[:20], f"metrics file {str(metrics)!r} holds what no run writes:")
     return Run(str(path), config, records, alerts(records, config))
+
+
+def _misfits(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line for each value that is no number, or has another shape than its name has in the records before."""
+    shapes: dict[str, tuple[int, ...]] = {"loss": (), "gradient_norm": (), "price": ()}
+    wrong = []
+    for record in records:
+        for name, value in record.items():
+            said = f"step {record['step']} has {name} {json.dumps(value)[:40]}"
+            try:
+                shape = np.asarray(value, np.float64).shape
+            except (TypeError, ValueError):
+                wrong.append(f"{said}, no number")
+                continue
+            one = name.startswith(("time_", "held_out_loss"))
+            wanted = () if one else shapes.setdefault(name, shape)
+            if shape != wanted or 0 in shape:
+                wrong.append(f"{said}, {'no number' if not wanted else f'no numbers of shape {list(wanted)}'}")
+    return wrong
 
 
 def summary(run: Run) -> dict[str, str]:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.files import refuse_once
+from gt_jax.files import parse_json, refuse_once
 from gt_jax.text.encodings import plain
 from gt_jax.text.tokenizers import Tokenizer
 
@@ -76,8 +76,8 @@ class _Wrong(Exception):
 
 def _object(line: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or brackets beyond all measure
+        found = parse_json(line, once=True)
+    except ValueError as error:  # no JSON, no UTF-8, brackets beyond all measure, or a field twice
         raise _Wrong(f"it is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise _Wrong(f"it is no object, but {type(found).__name__}")

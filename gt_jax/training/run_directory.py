@@ -16,13 +16,14 @@ from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs.run import RunConfig, differences, read_run_config
 from gt_jax.configs.standing import longer, plateau_end
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.files import explain_full_disk, refuse_address, write_atomically
+from gt_jax.files import explain_full_disk, refuse_address, unfinished_name, write_atomically
 
 
 def config_to_train(run: Path, config: RunConfig, resume: bool) -> RunConfig:
     """The config that `run` is trained by; raises `Refused` for a directory that is taken, or for another config."""
     refuse_address(run)
-    left = ("config.json.tmp", lock_file(locked(run)).name)  # by a kill, before the directory was a run
+    left = {lock_file(locked(run)).name, unfinished_name(run / "config.json").name,
+            "config.json.tmp"}  # by a kill, before the directory was a run; the last one up to version 0.2.0
     if resume:
         stored = read_run_config(run)
         if config.train.steps > stored.train.steps:
@@ -48,12 +49,12 @@ def locked(run: Path) -> Path:
 
 def lock(stack: contextlib.ExitStack, run: Path) -> None:
     """Be the only job that writes this run."""
-    with explain_full_disk(run):
+    with explain_full_disk(run, "do it again"):
         stack.enter_context(only_writer(locked(run)))
 
 
 def mark(run: Path, config: RunConfig) -> None:
-    """Write RUN/config.json, the mark of a run directory, whole or not at all (a kill may leave config.json.tmp)."""
+    """Write RUN/config.json, the mark of a run directory, whole or not at all, as `write_atomically`."""
     file = run / "config.json"
     with explain_full_disk(run, "start it again"):
         checkpoint.prepare_parent(file)

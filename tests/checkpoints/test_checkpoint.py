@@ -178,9 +178,10 @@ def test_half_a_checkpoint_is_refused(saved: Path, removed: str) -> None:
 
 
 def test_damaged_files_are_refused_by_name(saved: Path) -> None:
-    (saved / "state" / "_METADATA").write_text("{")
-    with pytest.raises(Damaged, match=r"model is not usable: its metadata cannot be read"):
-        checkpoint.describe(saved)
+    for text in ("{", "[" * 100_000):
+        (saved / "state" / "_METADATA").write_text(text)
+        with pytest.raises(Damaged, match=r"model is not usable: its metadata cannot be read"):
+            checkpoint.describe(saved)
 
 
 def test_truncated_values_are_refused(saved: Path) -> None:

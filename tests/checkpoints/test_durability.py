@@ -17,7 +17,7 @@ from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs import presets
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
-from gt_jax.files import write_atomically
+from gt_jax.files import unfinished_name, write_atomically
 from gt_jax.training.run_directory import config_to_train
 
 TREE = {"params": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}}
@@ -91,7 +91,8 @@ def test_folders_that_are_made_are_on_the_disk(tmp_path: Path, monkeypatch: pyte
 def test_small_files_are_on_the_disk_before_they_have_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder, file = Recorder(monkeypatch), tmp_path / "config.json"
     write_atomically(file, "{}")
-    assert recorder.events == [("sync", f"{file}.tmp"), ("rename", f"{file}.tmp", str(file)), ("sync", str(tmp_path))]
+    unfinished = str(unfinished_name(file))
+    assert recorder.events == [("sync", unfinished), ("rename", unfinished, str(file)), ("sync", str(tmp_path))]
 
 
 def somebody(folder: Path) -> None:

@@ -164,3 +164,13 @@ def test_whether_a_target_is_held_is_told_without_taking_or_leaving_anything(tmp
     with only_writer(target):
         pass
     assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*rest: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"), only_writer(tmp_path / "target"):
+        pass
+    assert not any(tmp_path.iterdir())

@@ -142,6 +142,35 @@ def test_too_little_memory_is_said_in_a_line(capsys):
         run_command(mistaken)
 
 
+def test_a_full_disk_behind_standard_output_is_named(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            run_command(lambda argv: print("a result") or 0, [])
+    assert ended.value.code == 1 and "No space left on device: 'standard output'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("leaves", [ImportError, RuntimeError, KeyboardInterrupt])
+def test_ctrl_c_is_told_as_that_whatever_a_library_makes_of_it(capsys, monkeypatch, leaves):
+    """While jaxlib is being loaded, and where XLA calls back, the interrupt becomes an error of theirs.
+
+    After an interrupted compilation the interpreter's shutdown ends in a segmentation fault: there is to be none.
+    """
+    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(f"at once, {code}"))
+
+    def main(argv):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise leaves("Encountered an error while initializing the extension.") from error
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main, [])
+    assert (ended.value.code, capsys.readouterr().err) == ("at once, 130", "interrupted\n")
+    with pytest.raises(ImportError):
+        run_command(lambda argv: __import__("no_such_module"), [])
+
+
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_a_closed_pipe_leaves_no_trace_of_python(closed, tmp_path):
     """`describe tiny | head -0`: the output is larger than a buffer, so it fails while it is printed and at the end."""

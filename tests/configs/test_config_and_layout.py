@@ -87,7 +87,8 @@ def test_numbers_that_are_too_large_are_refused():
      ({"layout": "DB*2", "resolvent": {"heads": 48}}, r"resolvent.heads is 48; width 128 must be a multiple of it"),
      ({"resolvent": {"heads": 0, "bound": 0.0}}, r"heads is 0(.|\n)*bound is 0.0; it must be positive"),
      ({"gsa": {"heads": 4}}, "head_width"),
-     ({"layout": "DDA*2"}, "attention must be given"), ({"width": True}, "'width'")],
+     ({"layout": "DDA*2"}, "attention must be given"), ({"width": True}, "'width'"),
+     ({"width": 2**63, "init_std": 10**400}, r"'width': .*beyond 64 bits\n.*'init_std': .*beyond 64 bits")],
 )  # fmt: skip
 def test_json_that_does_not_fit_is_refused(change, says):
     data = {**presets.tiny().to_json(), **change}

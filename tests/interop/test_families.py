@@ -4,6 +4,7 @@ That the values mean the same there is held by tests/oracle.
 """
 
 import json
+import re
 import struct
 
 import ml_dtypes
@@ -15,7 +16,7 @@ from gt_jax.errors import Refused
 from gt_jax.interop.families.registry import FAMILIES, family_for, recognised
 from gt_jax.interop.families.rows import LINEAR, PLUS_ONE, TAPS, Part, Unit, flat_start
 from gt_jax.interop.from_hf import _lost_bits, with_bits
-from gt_jax.interop.hf_folder import HFFolder
+from gt_jax.interop.hf_folder import HFFolder, is_hf_folder
 from gt_jax.interop.safetensors import Writer
 from gt_jax.interop.tensor_files import Info
 
@@ -115,6 +116,30 @@ def test_configs_that_cannot_be_represented(change, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_field_of_a_config_breaks_the_reader(family):
+    """A field of another type, or a number that no tensor has, is refused by its name or has no meaning."""
+    linear = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+    names = [*FAMILIES[family].defaults, *linear, "layer_types", "rope_scaling", "head_dim", "num_key_value_heads"]
+    for name in names:
+        for value in ("x", ["x"], [[1]], {"a": 1}, {"rope_theta": 10**400}, -1, 0, 1e-320, float("nan"), 10**400):
+            try:
+                FAMILIES[family].config({name: value})
+            except Refused as error:
+                assert re.search(name.partition("rope_")[1] or name, str(error)) or "is not valid" in str(error)
+    with pytest.raises(Refused, match=r"num_hidden_layers is 1000000000000; .* at most 65536"):
+        FAMILIES[family].config({"num_hidden_layers": 10**12})  # they would be listed one by one
+    with pytest.raises(Refused, match=r"model_type \[\]; known are"):
+        recognised({"model_type": []}, "config.json")
+
+
+def test_olmo_has_its_own_sizes_where_none_are_given_and_no_others():
+    olmo = FAMILIES["olmo_hybrid"]
+    assert olmo.config({"linear_num_key_heads": None}) == olmo.config({})
+    with pytest.raises(Refused, match=r"linear_num_key_heads is 0(.|\n)*head_dim is '8'"):
+        olmo.config({"linear_num_key_heads": 0, "head_dim": "8"})
+
+
 def test_olmo_without_rotary_embedding_says_so_with_a_number_and_not_with_nothing():
     olmo = FAMILIES["olmo_hybrid"]
     assert olmo.config({"rope_parameters": {"rope_theta": None}}).attention.rope == "none"
@@ -178,6 +203,13 @@ def test_indices_that_do_not_fit(tmp_path, index, words):
     assert words in str(caught.value)
 
 
+def test_what_a_trainer_leaves_beside_the_tensors_is_not_read(tmp_path):
+    path = folder(tmp_path / "f", {"model.safetensors": ["model.norm.weight"]})
+    for name in ("training_args.bin", "optimizer.pt", "pytorch_model.bin.index.json"):
+        (path / name).write_bytes(b"PK")
+    assert list(HFFolder(path).places) == ["model.norm.weight"]
+
+
 def test_an_index_and_a_shard_that_disagree(tmp_path):
     found = HFFolder(folder(tmp_path / "f", {"a.safetensors": ["x"], "b.safetensors": ["x", "y"]},
                             index='{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'))
@@ -204,3 +236,7 @@ def test_a_config_that_is_none(tmp_path):
     (path / "config.json").write_text('{"model_type": "qwen3_5_text", "model_type": "llama"}')
     with pytest.raises(Refused, match="it has 'model_type' twice"):
         HFFolder(path)
+    for content, words in ((b"<html>", "an HTML page"), (b'{"a": 1e999}', "larger than any float"), (b"", "empty")):
+        (path / "config.json").write_bytes(content)
+        with pytest.raises(Refused, match=f"config.json cannot be read: it is {words}|{words}"):
+            is_hf_folder(path)  # not: it holds no tensors of the origin

@@ -95,6 +95,9 @@ def entry(shape, begin, end, dtype="F32"):
     ({"a": entry([True], 0, 4)}, b"0000", "does not parse"), ([1], b"", "no JSON object"),
     (b"{no", b"", "no JSON object"), (b'{"a": 1, "a": 2}', b"", "'a' twice"),
     ({"__metadata__": {"gt_jax.step": "x"}}, b"", "__metadata__ does not parse"),
+    ({"__metadata__": {"gt_jax.step": float("inf")}}, b"", "__metadata__ does not parse"),
+    ({"__metadata__": {"gt_jax.config": "[" * 100_000}}, b"", "__metadata__ does not parse .it is nested too deeply"),
+    ({"a": entry([1], 0, 4, [])}, b"0000", r"a has dtype \[\]; known are"), (b"[" * 100_000, b"", "nested too deeply"),
 ])  # fmt: skip
 def test_damaged_files(tmp_path, header, data, words):
     with pytest.raises(Unreadable, match=words):

@@ -84,6 +84,8 @@ def test_folders_that_are_not_clear(tmp_path):
     assert "2 indices" in refused(tmp_path)
     origin.write(tmp_path / "y-3-of-2.safetensors", {"a": A})
     assert "number outside of its set" in refused(tmp_path / "y-3-of-2.safetensors")
+    many = origin.write(tmp_path / "z-1-of-99999999999.safetensors", {"a": A})
+    assert "one of 99999999999 files; at most 100000" in refused(many)  # their names would not fit into memory
     (tmp_path / "_CHECKPOINT_METADATA").write_text("{}")
     assert "--to safetensors" in refused(tmp_path)
 

@@ -134,6 +134,7 @@ WRONG = [
     ('{"prompt": "", "answer": "b"}', "field 'prompt' has no token"),
     ('{"prompt": "a", "answer": ""}', "field 'answer' has no token"),
     ('{"text": "a", "id": 4}', "field 'id' is not known"), ("{}", "there is no field"),
+    ('{"text": "a", "text": "b"}', "it has 'text' twice"),
     ('{"question": "a"}', "the fields are 'question'"), ('{"text": "\\ud800"}', "field 'text' cannot be encoded"),
     ('{"text": "a", "difficulty": 2}', "field 'difficulty' stands beside a text"),
     ('{"tokens": [1, 2], "targets": [1]}', "'tokens' are 2 and 'targets' 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from gt_jax.interop.tensor_transforms import Shape
 Json = dict[str, Any]
 TYPES = {"linear_attention": "D", "full_attention": "A"}
 _NAMES = {letter: name for name, letter in TYPES.items()}
+_MOST_LAYERS = layouts.MOST
 _OURS_ALONE = ("layout", "init_std", "param_dtype", "compute_dtype", "remat", "deltanet.chunk_size",
                "deltanet.implementation", "attention.implementation", "moe.balance_loss", "moe.router_z_loss",
                "moe.null_loss")  # how a model is trained and computed, not what it computes
@@ -38,14 +40,20 @@ class Fields:
         """Whether the field is there and null."""
         return name in self._data and self._data[name] is None
 
-    def whole(self, name: str) -> int:
-        """A whole number of at least 1."""
-        return self._checked(name, lambda value: type(value) is int and value >= 1, "a whole number of at least 1", 1)
+    def whole(self, name: str, most: int = 2**31 - 1) -> int:
+        """A whole number of at least 1; what is above `most` is no size of a tensor, or no number of layers."""
+        return self._checked(name, lambda value: type(value) is int and 1 <= value <= most,
+                             f"a whole number of at least 1, at most {most}", 1)
 
-    def number(self, name: str) -> float:
-        """A positive number."""
-        return float(self._checked(
-            name, lambda value: type(value) in (int, float) and value > 0, "a positive number", 1.0))  # fmt: skip
+    def whole_or(self, name: str, instead: int) -> int:
+        """A whole number of at least 1, `instead` where the field is null or not there."""
+        return instead if self.get(name) is None else self.whole(name)
+
+    def number(self, name: str, zero: bool = False) -> float:
+        """A positive number; with `zero` 0 is one too."""
+        what = "0 or a positive number" if zero else "a positive number"
+        return float(self._checked(name, lambda value: _is_number(value) and (value > 0 or (zero and value == 0)),
+                                   what, 1.0))
 
     def flag(self, name: str) -> bool:
         """True or false."""
@@ -59,20 +67,20 @@ class Fields:
 
     def types(self) -> str:
         """The layer types as letters, from `layer_types`, else from the interval of full attention."""
-        count, given = self.whole("num_hidden_layers"), self.get("layer_types")
+        count, given = self.whole("num_hidden_layers", _MOST_LAYERS), self.get("layer_types")
         if given is None:
             every = self.whole("full_attention_interval")
             return "".join("D" if (layer + 1) % every else "A" for layer in range(count))
         if not isinstance(given, list) or not given:
             self.problems.append(f"layer_types is {given!r}; it must be a list of layer types")
             return "D"
-        unknown = sorted({str(name) for name in given if name not in TYPES})
+        unknown = sorted({str(name) for name in given if str(name) not in TYPES})
         if unknown:
             self.problems.append(f"layer_types has {', '.join(map(repr, unknown))}; known are {', '.join(TYPES)}")
         if len(given) != count:
             self.problems.append(f"num_hidden_layers is {count}, but layer_types has {len(given)} entries; "
                                  "one of the two is of another model")
-        return "".join(TYPES.get(name, "D") for name in given)
+        return "".join(TYPES.get(str(name), "D") for name in given)
 
     def rope(self, partial: bool) -> Json:
         """Fields of AttentionConfig from `rope_parameters`, or from the older rope_theta and rope_scaling.
@@ -93,7 +101,7 @@ class Fields:
         if theta is None:
             return {"rope": "none"}
         for name, value in (("rope_theta", theta), ("partial_rotary_factor", share)):
-            if type(value) not in (int, float) or value <= 0:
+            if not _is_number(value) or value <= 0:
                 self.problems.append(f"rope_parameters: {name} is {value!r}; it must be a positive number")
                 return {}
         return {"rope_base": float(theta), "rope_share": float(share)}
@@ -105,6 +113,10 @@ class Fields:
         is_there = name in self._data
         self.problems.append(f"{name} is {value!r}; it must be {what}" if is_there else f"{name} is missing; {what}")
         return instead
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 @dataclasses.dataclass(frozen=True)

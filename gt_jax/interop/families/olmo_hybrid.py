@@ -81,8 +81,8 @@ def variants(shapes: Mapping[str, Shape]) -> list[str]:
 def read(fields: Fields) -> ModelConfig:
     """Our config of theirs; what transformers derives from the width is derived here too."""
     width, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
-    key_heads = fields.get("linear_num_key_heads") or heads
-    key_width = fields.get("linear_key_head_dim") or int(0.75 * width / key_heads)
+    key_heads = fields.whole_or("linear_num_key_heads", heads)
+    key_width = fields.whole_or("linear_key_head_dim", int(0.75 * width / key_heads))
     turned = fields.rope(partial=False)
     if fields.is_null("rope_parameters"):
         fields.problems.append("rope_parameters is null, which transformers reads as theta 10000 and the models' "
@@ -91,13 +91,13 @@ def read(fields: Fields) -> ModelConfig:
         layout=layout_of(fields.types()), width=width, vocab=fields.whole("vocab_size"),
         mlp_width=fields.whole("intermediate_size"),
         deltanet=DeltaNetConfig(
-            heads=key_heads, value_heads=fields.get("linear_num_value_heads") or heads, key_width=key_width,
-            value_width=fields.get("linear_value_head_dim") or 2 * key_width,
+            heads=key_heads, value_heads=fields.whole_or("linear_num_value_heads", heads), key_width=key_width,
+            value_width=fields.whole_or("linear_value_head_dim", 2 * key_width),
             conv_width=fields.whole("linear_conv_kernel_dim"), head_gate_bias=False, output_epsilon=READ_EPSILON,
             beta_max=2.0 if fields.flag("linear_allow_neg_eigval") else 1.0),
         attention=AttentionConfig(
-            heads=heads, kv_heads=fields.get("num_key_value_heads") or heads,
-            head_width=fields.get("head_dim") or width // heads, qk_norm="all", post_norm=True, **turned),
+            heads=heads, kv_heads=fields.whole_or("num_key_value_heads", heads),
+            head_width=fields.whole_or("head_dim", width // heads), qk_norm="all", post_norm=True, **turned),
         embedding=EmbeddingConfig(tied=fields.flag("tie_word_embeddings")), norm_epsilon=fields.number("rms_norm_eps"),
         init_std=fields.number("initializer_range"), remat="layer",
     )  # fmt: skip

@@ -133,13 +133,13 @@ def read_moe(fields: Fields, normalise: bool) -> Json:
     """The MLP of a mixture: experts without null slots beside a gated shared one."""
     fields.must("mlp_only_layers", [], "layers without experts in a model with experts are not implemented")
     fields.must("decoder_sparse_step", 1, "layers without experts in a model with experts are not implemented")
-    coefficient = fields.get("router_aux_loss_coef")
     return {
         "mlp_width": fields.whole("shared_expert_intermediate_size"),
         "moe": MoEConfig(
             experts=fields.whole("num_experts"), expert_width=fields.whole("moe_intermediate_size"),
             top_k=fields.whole("num_experts_per_tok"), real_share=1.0, normalise=normalise, shared_gate=True,
-            router_bias=False, balance_loss=float(coefficient), router_z_loss=0.0, null_loss=0.0),
+            router_bias=False, router_z_loss=0.0, null_loss=0.0,
+            balance_loss=fields.number("router_aux_loss_coef", zero=True)),
     }  # fmt: skip
 
 

@@ -20,9 +20,9 @@ MODEL_TYPES: Mapping[str, Family] = {
 def recognised(data: Mapping[str, Any], where: object) -> tuple[Family, Json]:
     """The family and the text model's config of a config.json; raises `Refused` for what is not implemented."""
     kind = data.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise Refused(f"{where} has model_type {kind!r}; known are {', '.join(sorted(MODEL_TYPES))}")
-    family, text = MODEL_TYPES[str(kind)], dict(data)
+    family, text = MODEL_TYPES[kind], dict(data)
     problems = []
     if kind == family.wrapper:
         if isinstance(inner := data.get("text_config"), Mapping):

@@ -16,6 +16,7 @@ ponder_l = relu(mean_weight_l - 1)/(K - 1),  coupon = 2.0 relu(CE after pass 1 -
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -68,7 +69,7 @@ def phase(config: PriceConfig, step: Int[Array, ""], steps: int, passes: int) ->
         count = 1 + jnp.minimum((count - 1) * done / config.forced_ramp, count - 1).astype(jnp.int32)
     if not config.forced_passes:  # a function of the step alone
         count = jax.random.randint(jax.random.fold_in(jax.random.key(passes), step), (), 1, count + 1)
-    opens = jnp.where(warming, config.gates_opened / max(1.0, config.forced_until * steps), 0.0)
+    opens = jnp.where(warming, config.gates_opened / max(1, math.ceil(config.forced_until * steps - 1e-6)), 0.0)
     ouro = config.rule == "ouro"
     forced = jnp.where(warming | (audit & ouro), count, 0).astype(jnp.int32)
     p_max = jnp.where(done < config.clipped_until, config.p_max, 1.0).astype(jnp.float32)

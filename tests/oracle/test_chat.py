@@ -1,8 +1,14 @@
 """Chat templates are rendered, and their special tokens encoded, as transformers does."""
 
+import importlib.util
 import json
 
 import pytest
+
+MISSING = [name for name in ("jinja2", "transformers") if importlib.util.find_spec(name) is None]
+if MISSING:
+    pytest.skip(f"the oracle is not installed ({', '.join(MISSING)}); make test-oracle", allow_module_level=True)
+
 import transformers
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
@@ -12,6 +18,7 @@ from gt_jax.errors import Refused
 from gt_jax.text.chat_template import chat_template, rendered
 from gt_jax.text.tokenizers import open_tokenizer
 
+pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]  # warnings of libraries not ours
 CHATML = """{%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
 {%- endif %}

@@ -14,6 +14,7 @@ from gt_jax.errors import Refused, run_command
 COMMANDS = {
     "demo": "the whole idea in a few minutes: train shallow, measure, grow, train on",
     "train": "train a model, by default the adaptive `tiny` on the Python library's sources",
+    "retrofit": "an adaptive model from a plain checkpoint, which computes the same until it is trained",
     "measure": "how many passes does every layer want?",
     "grow": "turn an adaptive checkpoint into a deep feed-forward one, or show the plan",
     "verify": "did the growth keep what was learned? two checkpoints on the same batches",

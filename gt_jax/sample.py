@@ -4,6 +4,9 @@
     python -m gt_jax.sample runs/a --prompt "def " --prompt "class " --top-p 0.9 --stop "\n\n" --json
     python -m gt_jax.sample runs/a --task pointer_jumps:hardest=4 --instances 3
 
+- --chat puts each prompt into the chat template that came along with a converted model, as what its user says.
+- The stop tokens of the generation config that came along end a text; --stop-tokens names others, or none.
+- Prefill and decoding are timed apart, without their compilation; the rates are said on standard error.
 - Without --prompt a model that was trained on tasks or JSON lines alone answers held-out instances of these.
 - An empty prompt starts a document. Each prompt is continued as it would be alone, with a seed of its own, one more
   than the one before it has.
@@ -13,10 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from gt_jax.errors import Refused, deliver, refuse_all, run_command
+from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_name, local_path
 
 PROMPT = "def "
@@ -44,6 +48,10 @@ def parser() -> argparse.ArgumentParser:
                    "together a probability of P (1, all)")  # fmt: skip
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given "
                    "several times (the end of a document ends it always)")  # fmt: skip
+    p.add_argument("--stop-tokens", metavar="IDS|none", help="ids that end a text, for example 3,4 (default: those of "
+                   "the generation config that came along with the model)")  # fmt: skip
+    p.add_argument("--chat", action="store_true",
+                   help="each prompt is what a user says, in the model's chat template (needs jinja2)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return p
@@ -55,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = [] if not (arguments.prompt and arguments.task) else [
         "--prompt continues a text, --task shows answers; leave one out"]
     wrong += [] if arguments.instances >= 1 else [f"--instances is {arguments.instances}; at least one can be shown"]
+    wrong += ["--chat needs what the user says; give it by --prompt"] if arguments.chat and not arguments.prompt else []
+    if not re.fullmatch(r"none|\d{1,9}(,\d{1,9})*", arguments.stop_tokens or "none"):
+        wrong.append(f"--stop-tokens {arguments.stop_tokens!r} is neither none nor ids such as 3,4")
     wrong += ["--stop is empty; every text begins with it"] if "" in arguments.stop else []
     wrong += [f"--{name} cannot be encoded: {text!r} is not UTF-8; your terminal or its source has another encoding"
               for name, texts in (("prompt", arguments.prompt or ()), ("stop", arguments.stop)) for text in texts
@@ -77,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asks is not None:
             found, lines = _answers(config, variables, asks, arguments.instances)
         else:
-            found, lines = _continued(config, variables, tokenizer, arguments, settings)
+            found, lines = _continued(config, variables, tokenizer, metadata, arguments, settings)
     except Refused as error:
         raise Refused(f"{arguments.checkpoint}: {error}") from error
     about = {"checkpoint": str(arguments.checkpoint), "step": metadata.get("step")}
@@ -121,26 +132,76 @@ def _answers(config: Any, variables: Any, data: Any, count: int) -> tuple[dict[s
     return {"instances": shown}, lines
 
 
-def _continued(config: Any, variables: Any, tokenizer: Any, arguments: argparse.Namespace,
+def _continued(config: Any, variables: Any, tokenizer: Any, metadata: Any, arguments: argparse.Namespace,
                settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The continuation of every prompt, as JSON and as lines for a reader; prompts of one length go together."""
     import numpy as np
 
-    from gt_jax.evaluation.generation import sample
+    from gt_jax.evaluation.generation import sample_timed
     from gt_jax.monitoring.metrics import json_values
 
     given = [PROMPT] if arguments.prompt is None else arguments.prompt
-    prompts = [_tokens(text, tokenizer) for text in given]
+    beside = _beside(metadata)
+    prompts = [_chat(text, tokenizer, beside, arguments) if arguments.chat else _tokens(text, tokenizer)
+               for text in given]  # fmt: skip
+    ends = _stop_tokens(arguments, tokenizer, beside)
     samples: list[dict[str, Any]] = [{} for _ in given]
+    reading = decoding = 0.0
     for size in sorted({len(prompt) for prompt in prompts}):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) == size]
-        drawn = sample(config, variables, np.stack([prompts[row] for row in rows]), **settings,
-                       seed=[arguments.seed + row for row in rows], tokens=tokenizer.vocab_size)  # fmt: skip
-        for row, ids in zip(rows, drawn, strict=True):
-            samples[row] = {"prompt": given[row], **_ended(prompts[row], ids, tokenizer, arguments.stop)}
-    lines = [one["prompt"] + one["text"] for one in samples]
+        drawn = sample_timed(config, variables, np.stack([prompts[row] for row in rows]), **settings,
+                             seed=[arguments.seed + row for row in rows], tokens=tokenizer.vocab_size)  # fmt: skip
+        reading, decoding = reading + drawn.prefill_seconds, decoding + drawn.decode_seconds
+        for row, ids in zip(rows, drawn.tokens, strict=True):
+            samples[row] = {"prompt": given[row], **_ended(prompts[row], ids, tokenizer, arguments.stop, ends)}
+    read, written = sum(map(len, prompts)), len(prompts) * settings["length"]
+    rates = {"time_prefill_tokens_per_second": read / reading, "time_decode_tokens_per_second": written / decoding}
+    say(f"prefill: {read} tokens, {read / reading:,.0f} a second; decoding: {written} tokens, "
+        f"{written / decoding:,.0f} a second")  # fmt: skip
+    lines = [one["text"] if arguments.chat else one["prompt"] + one["text"] for one in samples]
     separated = [line for text in lines for line in (text, "")][:-1]
-    return json_values({**settings, "seed": arguments.seed, "samples": samples}), separated
+    found = {**settings, "seed": arguments.seed, "stop_tokens": list(ends), "samples": samples, **rates}
+    return json_values(found), separated
+
+
+def _beside(metadata: Any) -> dict[str, str]:
+    """The small texts that came along when the model, or what it was made from, was converted."""
+    from gt_jax.configs.lineage import newest
+
+    origin = newest(metadata, "converted_from")
+    return dict(origin.get("beside") or {}) if isinstance(origin, dict) else {}
+
+
+def _stop_tokens(arguments: argparse.Namespace, tokenizer: Any, beside: dict[str, str]) -> tuple[int, ...]:
+    """The ids that end a text beside the end of the document; those that nobody named are said."""
+    from gt_jax.text.chat_template import stop_tokens
+
+    if arguments.stop_tokens is not None:
+        return () if arguments.stop_tokens == "none" else tuple(map(int, arguments.stop_tokens.split(",")))
+    found = stop_tokens(beside)
+    if found:
+        name_of = getattr(tokenizer, "name_of", lambda token: None)
+        named = [f"{token}{'' if (name := name_of(token)) is None else f' {name}'}" for token in found]
+        say(f"a text ends at the tokens {', '.join(named)}, by the generation config that came along with the model")
+    return found
+
+
+def _chat(text: str, tokenizer: Any, beside: dict[str, str], arguments: argparse.Namespace) -> Any:
+    """The ids of what a user says in the model's chat template, int32 [n]."""
+    from gt_jax.text.chat_template import chat_template, rendered
+    from gt_jax.text.tokenizers import HuggingFaceTokenizer
+
+    template = chat_template(beside)
+    if template is None:
+        raise Refused("--chat: no chat template came along with this model; leave --chat out, and spell the prompt as "
+                      "the model knows it")  # fmt: skip
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise Refused("--chat spells special tokens, which are those of a tokenizer.json; this model's tokenizer is "
+                      "none")  # fmt: skip
+    try:
+        return tokenizer.encode_spelled(rendered(template, [{"role": "user", "content": text}]))
+    except ValueError as error:
+        raise Refused(f"--prompt cannot be encoded by the model's tokenizer, {text!r}: {error}") from error
 
 
 def _tokens(text: str, tokenizer: Any) -> Any:
@@ -158,15 +219,19 @@ def _tokens(text: str, tokenizer: Any) -> Any:
     return prompt
 
 
-def _ended(prompt: Any, drawn: Any, tokenizer: Any, stops: Sequence[str]) -> dict[str, Any]:
-    """{"text", "tokens", "ended"}: what was drawn up to the end of the document, the first stop, or the length.
+def _ended(prompt: Any, drawn: Any, tokenizer: Any, stops: Sequence[str], stop_tokens: Sequence[int] = ()
+           ) -> dict[str, Any]:  # fmt: skip
+    """{"text", "tokens", "ended"}: what was drawn up to the end of the document, a stop token, the first stop, or the
+    length.
 
     The tokens are those that the text came from: with a stop the last one may reach into it or beyond.
     """
     import numpy as np
 
-    ends = np.flatnonzero(drawn == tokenizer.end_of_document)
-    tokens, ended = (drawn[: ends[0]], "end of document") if len(ends) else (drawn, "length")
+    ends = np.flatnonzero(np.isin(drawn, [tokenizer.end_of_document, *stop_tokens]))
+    tokens, ended = (drawn[: ends[0]], "stop token") if len(ends) else (drawn, "length")
+    if len(ends) and drawn[ends[0]] == tokenizer.end_of_document:
+        ended = "end of document"
     text = _text(prompt, tokens, tokenizer)
     places = [text.index(stop.encode()) for stop in stops if stop.encode() in text]
     if places:

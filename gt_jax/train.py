@@ -146,6 +146,9 @@ def with_price(price: Any, optimizer: Any, arguments: argparse.Namespace) -> tup
     from gt_jax.configs.price import budget, fits_rule
 
     target, cost, rule = arguments.target, arguments.pass_price, arguments.price_rule or price.rule
+    if price.gates_opened and rule != price.rule:
+        raise Refused(f"--price-rule {rule}: what the model starts from opens its gates by a schedule of rule "
+                      f"{price.rule!r}; make it again with gt_jax.retrofit --price-rule {rule}")
     of = {} if arguments.target_of is None else {"target_of": arguments.target_of}
     refuse_all(fits_rule(rule, target, cost), "the price cannot be set so:")
     aim = {} if target is None else {"target": target}
@@ -164,6 +167,7 @@ def with_forced_passes(price: Any, passes: int | None, until: float | None, curr
     if until is not None:
         fields |= {"forced_until": until, "price_from": max(until, price.price_from if price.rule == "ouro" else 0.0)}
         fields["clipped_until"] = max(fields["price_from"], price.clipped_until if price.rule == "ouro" else 0.0)
+        fields["forced_ramp"] = min(until, price.forced_ramp)
     if passes is None:
         return price.replace(**fields)
     end = fields.get("forced_until", price.forced_until)
@@ -173,7 +177,7 @@ def with_forced_passes(price: Any, passes: int | None, until: float | None, curr
     if curriculum is not None and passes and curriculum > end:
         raise Refused(f"--curriculum {curriculum}: the difficulty rises for longer than passes are forced, which is "
                       f"until {end}; give --forced-until {curriculum} or more")
-    return price.replace(**fields, forced_ramp=curriculum or 0.0 if passes else 0.0)
+    return price.replace(**{**fields, "forced_ramp": curriculum or 0.0 if passes else 0.0})
 
 
 def with_curriculum(data: Any, fraction: float | None, steps: int) -> Any:
@@ -249,14 +253,28 @@ def default_config(arguments: argparse.Namespace) -> Any:
     moments: MomentsOf = "fresh" if lacking_moments(abstract(model)["params"], start.tensors) else "carried"
     moments = arguments.moments or moments
     if not runs:
-        train = TrainConfig(moments=moments)
+        train = with_opening(TrainConfig(moments=moments), start.metadata)
         return RunConfig(model=model, train=train, data=DataConfig(tokenizer=tokenizer), start=place)
     before, at = RunConfig.from_json(runs[0]["run"]), standing(start.metadata)
     train = TrainConfig(optimizer=before.train.optimizer, price=before.train.price, moments=moments)
     if at is not None:
         steps = TrainConfig.steps if arguments.steps is None else arguments.steps
         train = gone_on(before.train, at.step, steps, arguments.learning_rate, moments)
+    train = with_opening(train, start.metadata)
     return RunConfig(model=model, data=before.data.replace(tokenizer=tokenizer), train=train, start=place)
+
+
+def with_opening(train: Any, metadata: Any) -> Any:
+    """`train` (a TrainConfig) with the schedule that opens the gates of a checkpoint that was just retrofitted."""
+    from gt_jax.configs.lineage import chain
+    from gt_jax.configs.price import PriceConfig
+
+    made = chain(metadata)[-1].get("retrofitted_from")
+    if made is None:
+        return train
+    price = PriceConfig.from_json(made["price"])
+    scale = 10.0 if price.rule == "budget" else 1.0
+    return train.replace(price=price, optimizer=train.optimizer.replace(halting_scale=scale))
 
 
 def resumed(stored: Any, arguments: argparse.Namespace) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 COMMANDS = frozenset((
     "calibrate", "convert", "demo", "describe", "evaluate", "grow", "measure", "plan_pod", "prepare", "report",
-    "sample", "train", "verify",
+    "retrofit", "sample", "train", "verify",
 ))  # fmt: skip
 BASE = ("errors", "files", "typing")
 ROOMS = {  # from the ground up: every room stands on rooms above it in this table

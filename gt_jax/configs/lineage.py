@@ -1,7 +1,8 @@
 """How a model came to be, as the metadata of its checkpoint say: one record a step, oldest first.
 
 - A checkpoint's own step lies open in its metadata: `run`, `data`, `files`, ... of a training, `grown_from`,
-  `calibrated`, `converted_from`. The steps before it are the list `lineage`. No step is written twice.
+  `retrofitted_from`, `calibrated`, `converted_from`. The steps before it are the list `lineage`. No step is written
+  twice.
 - Every command that makes a checkpoint from another writes `carried(metadata of that one)` as its `lineage`; a file of
   another format holds `exported(...)`, with the export as its last step.
 - Metadata of earlier versions kept `grown_from` and `calibrated` beside a later `run`: they are read as the same steps.
@@ -17,8 +18,8 @@ TOKENIZER_FILE = "tokenizer_file"  # what a checkpoint carries (gt_jax/configs/t
 Record = dict[str, Any]
 
 _OWN = {  # what each kind of step writes, in the order in which they can follow each other in old metadata
-    "converted": ("converted_from",), "grown": ("grown_from",), "calibrated": ("calibrated",),
-    "train": ("run", "data", "files", "text", "price"),
+    "converted": ("converted_from",), "retrofitted": ("retrofitted_from",), "grown": ("grown_from",),
+    "calibrated": ("calibrated",), "train": ("run", "data", "files", "text", "price"),
 }  # fmt: skip
 _SHARED = ("step", "tokenizer", TOKENIZER_FILE)
 
@@ -102,6 +103,11 @@ def _told(record: Mapping[str, Any], step: str) -> tuple[str, list[str]]:
         if isinstance(counts, Mapping):
             by.append(f"counts: {counts.get('origin')}" + _hash("sha256", counts.get("sha256")))
         return f"grown from {grown.get('source')}" + _hash("content", grown.get("content_hash")), by + tokenizer
+    if "retrofitted_from" in found:
+        made = found["retrofitted_from"]
+        adaptive = made.get("adaptive") or {}
+        return f"retrofitted from {made.get('source')}" + _hash("content", made.get("content_hash")), [
+            f"strengths {', '.join(f'{one:g}' for one in adaptive.get('alpha', ()))}", *tokenizer]  # fmt: skip
     if "calibrated" in found:
         return f"calibrated{step}, from {found['calibrated'].get('grown')}", [
             f"on {found['calibrated'].get('text')}"]  # fmt: skip

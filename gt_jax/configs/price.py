@@ -19,9 +19,10 @@ class PriceConfig(Config):
     `passes_run`, the passes that it runs. `rule` "ouro" (origin): the price makes depth dear, less a coupon for what
     passes gain; every `audit_every`-th step forces passes. "budget": the price, in nats a pass, token and layer, goes
     up and down within `lowest` .. `highest` until depth is at the target, or stays at `value` where there is none
-    (null); every `audit_every`-th step no token is finished. `forced_passes` 0 draws their number for each step anew;
-    over the first `forced_ramp` of the run their number rises evenly from 1 to `forced_passes`, as a curriculum's
-    difficulty does.
+    (null); every `audit_every`-th step no token is finished. `forced_passes` 0 draws their number for each step anew,
+    a function of the step alone, from 1 to all there are; over the first `forced_ramp` of the run their number, or the
+    highest that is drawn, rises evenly from 1, as a curriculum's difficulty does. While passes are forced the last
+    bias of every halting head rises evenly, by `gates_opened` in all: so open closed gates (gt_jax.retrofit).
     `budget(...)` has the fields that suit this rule.
     """
 
@@ -39,6 +40,7 @@ class PriceConfig(Config):
     p_max: float = 0.95
     forced_passes: int = 2
     forced_ramp: float = 0.0
+    gates_opened: float = 0.0
     audit_every: int = 20
     settled_after: float = 0.005
 
@@ -59,8 +61,8 @@ class PriceConfig(Config):
             wrong.append(f"forced_passes is {self.forced_passes}; it must be at least 0, which draws their number")
         if not 0 <= self.forced_ramp <= self.forced_until:
             wrong.append(f"0 <= forced_ramp {self.forced_ramp} <= forced_until {self.forced_until} does not hold")
-        if self.forced_ramp and not self.forced_passes:
-            wrong.append("forced_passes is 0, which draws their number; forced_ramp needs the number it rises to")
+        if self.gates_opened and not self.forced_until:
+            wrong.append(f"gates_opened is {self.gates_opened} and forced_until 0; gates open while passes are forced")
         if not 0 <= self.forced_until <= self.price_from <= self.clipped_until <= 1:
             wrong.append(
                 f"0 <= forced_until {self.forced_until} <= price_from {self.price_from} <= "
@@ -74,11 +76,13 @@ class PriceConfig(Config):
         """The price of `steps` steps that follow step `done` of a run of `of` steps: what is over does not come again.
 
         Phases last as many steps as were left of them, and lambda moves as much in a step. A ramp that had begun is
-        over: all passes are forced from there on.
+        over: all passes are forced from there on. Gates go on opening by what was left of it.
         """
+        opening = self.forced_until * of
         left = {name: min(1.0, max(0.0, getattr(self, name) * of - done) / steps)
                 for name in ("forced_until", "price_from", "clipped_until")}
         left["forced_ramp"] = 0.0 if done else min(1.0, self.forced_ramp * of / steps)
+        left["gates_opened"] = self.gates_opened * max(0.0, opening - done) / opening if opening else 0.0
         return self.replace(**left, rate=self.rate * steps / of, settled_after=self.settled_after * of / steps)
 
 
@@ -101,3 +105,22 @@ def budget(target: float | None, **fields: object) -> PriceConfig:
     free = {"forced_until": 0.0, "price_from": 0.0, "clipped_until": 0.0, "audit_every": 10, "forced_passes": 0}
     bounds = {"lowest": -100.0, "highest": 100.0}
     return PriceConfig(rule="budget", target=target, **{**free, **bounds, **fields})  # type: ignore[arg-type]
+
+
+OPEN = 2.0  # the logit of a gate that has opened: 0.88
+
+
+def opening(closed: float, rule: Rule, target: float | None, **fields: object) -> PriceConfig:
+    """The price of a retrofitted model, whose gates start at the logit `closed` (gt_jax.retrofit).
+
+    Forced passes are drawn for each step over the first 40 % of the run, the highest number rising over the first 30 %,
+    while the gates open; the price is free from there on.
+
+    >>> opening(-3.0, "budget", 1.5, target_of="passes_run").gates_opened
+    5.0
+    """
+    until = {name: 0.4 for name in ("forced_until", "price_from", "clipped_until")}
+    schedule = {"forced_passes": 0, "forced_ramp": 0.3, "gates_opened": OPEN - closed, **until, **fields}
+    if rule == "budget":
+        return budget(target, **schedule)
+    return PriceConfig(rule=rule, target=target, **schedule)  # type: ignore[arg-type]

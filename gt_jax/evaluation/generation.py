@@ -7,7 +7,8 @@ it was trained: states start empty, the memory is handed on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +75,35 @@ def sample(
     >>> gt_jax.sample(config, variables, np.array([[100, 101, 102]]), length=3).shape
     (1, 3)
     """
+    return sample_timed(
+        config, variables, prompt, length, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, tokens=tokens,
+        rules=rules,
+    ).tokens  # fmt: skip
+
+
+class Drawn(NamedTuple):
+    """What `sample` draws, and the wall time of its two programs without their compilation: reading the prompt, all of
+    it at once, and decoding; what runs on the device is waited for."""
+
+    tokens: Int[np.ndarray, "b n"]
+    prefill_seconds: float
+    decode_seconds: float
+
+
+def sample_timed(
+    config: ModelConfig,
+    variables: Tree,
+    prompt: Int[np.ndarray, "b p"],
+    length: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = 40,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    tokens: int | None = None,
+    rules: Rules | None = None,
+) -> Drawn:
+    """`sample`, with how long it took."""
     tokens = config.vocab if tokens is None else tokens
     seeds = list(seed) if isinstance(seed, Sequence) else [seed + row for row in range(len(prompt))]
     wrong = [] if prompt.size else ["the prompt is empty; give at least one token"]
@@ -85,11 +115,14 @@ def sample(
     refuse_all(wrong + wrong_settings(length, temperature, top_k, top_p), "cannot sample:")
     model = LanguageModel(config, rules or Rules())
 
-    def run(variables: Tree, prompt: Array, keys: Array) -> tuple[Array, Array]:
-        chunk = prompt.shape[1] + length if config.memory is None else config.memory.chunk
-        state, filled = _prefill(model, variables, prompt, chunk, length)
+    chunk = prompt.shape[1] + length if config.memory is None else config.memory.chunk
+
+    def read(variables: Tree, prompt: Array) -> _State:
+        return _prefill(model, variables, prompt, chunk, length)
+
+    def decode(variables: Tree, state: _State, keys: Array) -> tuple[Array, Array]:
         by_row = jax.vmap(lambda key: jax.random.split(key, length), out_axes=1)(keys)
-        done, drawn = 0, []
+        done, drawn, filled = 0, [], (prompt.shape[1] - 1) % chunk + 1
 
         def step(state: _State, keys: Array) -> tuple[_State, tuple[Array, Array]]:
             logits = state.logits[:, :tokens]
@@ -110,10 +143,19 @@ def sample(
         return jnp.moveaxis(found, 0, 1), finite
 
     keys = jnp.stack([jax.random.key(one) for one in seeds])
-    found, finite = map(np.asarray, jax.jit(run)(variables, jnp.asarray(prompt, jnp.int32), keys))
-    if not finite.all():
+    state, reading = _timed(read, variables, jnp.asarray(prompt, jnp.int32))
+    (found, finite), decoding = _timed(decode, variables, state, keys)
+    if not np.asarray(finite).all():
         raise Refused(NOT_FINITE)
-    return found
+    return Drawn(np.asarray(found), reading, decoding)
+
+
+def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """The result of a compiled function, and the seconds that it ran."""
+    program = jax.jit(work).lower(*arguments).compile()
+    began = time.perf_counter()
+    made = jax.block_until_ready(program(*arguments))
+    return made, time.perf_counter() - began
 
 
 def wrong_settings(length: int, temperature: float, top_k: int | None, top_p: float) -> list[str]:
@@ -136,8 +178,8 @@ class _State(NamedTuple):
     left: Any
 
 
-def _prefill(model: LanguageModel, variables: Tree, prompt: Array, chunk: int, length: int) -> tuple[_State, int]:
-    """The state after the prompt and how many tokens of its last chunk it fills; chunks before leave their memory."""
+def _prefill(model: LanguageModel, variables: Tree, prompt: Array, chunk: int, length: int) -> _State:
+    """The state after the prompt, which is read in one pass; with a memory stream chunk by chunk, each in one."""
     c, start = model.config, 0
     memory = None if c.memory is None else no_memory(prompt.shape[0], c.width, c.compute_dtype)
     while prompt.shape[1] - start > chunk:
@@ -146,4 +188,4 @@ def _prefill(model: LanguageModel, variables: Tree, prompt: Array, chunk: int, l
     rest = prompt[:, start:]
     cache = empty_cache(model.config, prompt.shape[0], min(chunk, rest.shape[1] + length))
     output = apply_network(model, variables, rest, cache=cache, memory=memory)
-    return _State(output.cache, output.logits[:, -1], memory, output.memory), rest.shape[1]
+    return _State(output.cache, output.logits[:, -1], memory, output.memory)

@@ -67,7 +67,7 @@ def check_growth(
         if not alone:
             raise Refused("several processes grew it; python -m gt_jax.verify runs on a mesh of all of them")
         text = _own_text(before)
-        _refuse_no_room(before, after)
+        refuse_no_room(before, after)
         compared = _predictions(before, after, text, say)
     except (Refused, OSError, MemoryError) as reason:
         return {**found, "not_compared": str(reason)}
@@ -123,7 +123,8 @@ def _own_text(source: Checkpoint) -> Text | Data:
     return open_data(data_config(source.metadata, None, source.path))
 
 
-def _refuse_no_room(*models: Checkpoint) -> None:
+def refuse_no_room(*models: Checkpoint) -> None:
+    """Raise `Refused` where this machine does not hold these models at once."""
     need = ROOM * sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
                       for one in models for name, leaf in one.tensors.items() if name.startswith(checkpoint.MODEL))
     room = _room()

@@ -1,5 +1,7 @@
 """Checkpoint to checkpoint: a growth that needs little memory, runs at the disk's speed, and survives being killed.
 
+So does a retrofit (gt_jax.growth.retrofit), which copies every tensor and adds a few: `Target` is what they differ in.
+
 - The source is read once (gt_jax.growth.pipeline): every value is checked, hashed, grown and written in one pass; what
   differs from the source's checksums is refused. The target has checksums of its own, made while it is written.
 - TARGET is there when it is whole, not before: all is made in TARGET.unfinished and renamed at the end. A journal there
@@ -18,20 +20,21 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.arrays import ArrayFiles
-from gt_jax.checkpoints.checksums import changed_bytes, checked_files, note_checksums, sums_of_arrays
+from gt_jax.checkpoints.checksums import Written, changed_bytes, checked_files, note_checksums, sums_of_arrays
 from gt_jax.checkpoints.folders import Damaged, StrPath, note_files, prepare_parent, rename
 from gt_jax.checkpoints.lock import only_writer
-from gt_jax.checkpoints.opened import open_checkpoint
+from gt_jax.checkpoints.opened import Opened, open_checkpoint
 from gt_jax.checkpoints.slices import SliceReader
 from gt_jax.checkpoints.tree_paths import combine_digests
 from gt_jax.configs.lineage import LINEAGE, carried
+from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import explain_full_disk
@@ -42,8 +45,8 @@ from gt_jax.growth.plan import Plan
 from gt_jax.growth.provenance import counts_record, refuse_other_counts, standing_record
 from gt_jax.growth.repetition import Repetition
 from gt_jax.growth.rules import check_noise
-from gt_jax.growth.transform import child_abstract, match, target_config
-from gt_jax.growth.unfinished import UnfinishedGrowth, identity_of
+from gt_jax.growth.transform import Leaf, child_abstract, match, target_config
+from gt_jax.growth.unfinished import RECORDS, Kind, UnfinishedGrowth, identity_of
 
 MEMORY = 2 * 2**30
 SECONDS = 1.0  # between two lines of progress
@@ -80,9 +83,32 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
     >>> report["tensors"] == len(report["dropped"]) == 0, len(gt_jax.load(report["target"]).config.depth) >= 2
     (False, True)
     """
+    def grown(where: Path, opened: Opened) -> Target:
+        return _grown(where, opened, plan, Settings(carry, float(noise_std), seed), _known(dtype), counts, moments)
+
+    return write_target(source, target, "grown", grown, memory=memory, resume=resume, counts=counts, progress=progress)
+
+
+class Target(NamedTuple):
+    """What is to be written: the config; what the metadata say of how it was made; each tensor that is made of the
+    source's, with those of its second moments that come along; tensors that the source does not have, by path; and
+    those of the source that the target does not have."""
+
+    config: ModelConfig
+    record: dict[str, Any]
+    leaves: tuple[Leaf, ...]
+    moments: tuple[Leaf, ...]
+    new: Mapping[str, np.ndarray]
+    dropped: tuple[str, ...]
+    settings: Settings
+
+
+def write_target(source: StrPath, target: StrPath, kind: Kind, made: Callable[[Path, Opened], Target], *, memory: int,
+                 resume: bool, counts: Repetition | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """Write `made` of the checkpoint `source` into the new checkpoint `target`; returns the report of
+    `grow_checkpoint`, `kind`_from in place of "grown_from"."""
     group, started = ProcessGroup(), time.monotonic()
-    growth = group.agree(lambda: _Growth(source, target, plan, carry, float(noise_std), seed, dtype, memory, resume,
-                                         counts, moments))
+    growth = group.agree(lambda: _Growth(source, target, kind, made, memory, resume, counts))
     with contextlib.ExitStack() as stack:
         with explain_full_disk(growth.target):
             stack.enter_context(only_writer(growth.target))
@@ -91,44 +117,53 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
         kept, metadata = growth.work(group, progress or (lambda line: None))
         group.agree(lambda: growth.describe(metadata))
         group.on_first(growth.publish)
-    return {"source": str(growth.where), "target": str(growth.target), "tensors": len(growth.leaves),
-            "bytes": sum(leaf.nbytes for leaf in growth.leaves),
-            "moments": sum(leaf.nbytes for leaf in growth.moments), "kept": kept, "dropped": growth.dropped,
+    return {"source": str(growth.where), "target": str(growth.target), "tensors": len(growth.arrays),
+            "bytes": sum(map(_nbytes, growth.arrays.values())),
+            "moments": sum(leaf.nbytes for leaf in growth.made.moments), "kept": kept, "dropped": growth.dropped,
             "seconds": time.monotonic() - started, "config": metadata["config"],
-            "grown_from": metadata["grown_from"], "source_checksums": bool(growth.reader.noted.files)}
+            growth.record: metadata[growth.record], "source_checksums": bool(growth.reader.noted.files)}
+
+
+def _grown(where: Path, opened: Opened, plan: Plan, settings: Settings, dtype: str | None, counts: Repetition | None,
+           moments: bool) -> Target:
+    """The child of a source by a plan."""
+    config = target_config(opened.config, plan, dtype)
+    check_noise(settings.noise_std, settings.seed)
+    matched = match(opened.model, child_abstract(opened.config, plan, dtype), plan, settings.carry)
+    carried_along = moment_leaves(opened.tensors, matched.leaves) if moments else ()
+    record = {
+        "source": str(where), "step": opened.metadata.get("step"), "plan": plan.to_json(),
+        "coefficients": [entry.coefficient for entry in plan.entries], "k_exec": list(plan.k_exec),
+        "carry": settings.carry, "noise_std": settings.noise_std, "seed": settings.seed, "dtype": dtype,
+        "versions": versions(), "moments": bool(carried_along), **counts_record(counts),
+        **standing_record(opened.metadata)}
+    return Target(config, record, matched.leaves, carried_along, {}, matched.dropped, settings)
 
 
 class _Growth:
     """One growth, checked as far as that is possible without reading values, then its steps in order."""
 
-    def __init__(self, source: StrPath, target: StrPath, plan: Plan, carry: str, noise_std: float, seed: int,
-                 dtype: str | None, memory: int, resume: bool,
-                 counts: Repetition | None = None, moments: bool = True) -> None:
+    def __init__(self, source: StrPath, target: StrPath, kind: Kind, made: Callable[[Path, Opened], Target],
+                 memory: int, resume: bool, counts: Repetition | None = None) -> None:
         self.where, self.target = _paths(source, target)
-        self.counts = counts
-        self.unfinished = UnfinishedGrowth(self.target)
+        self.counts, self.record = counts, RECORDS[kind]
+        self.unfinished = UnfinishedGrowth(self.target, kind)
         self.unfinished.refuse_unless(resume)
-        _, _, source_config, source_metadata, stored = opened = open_checkpoint(self.where)
-        config = target_config(source_config, plan, _known(dtype))
-        check_noise(noise_std, seed)
-        self.model = opened.model
-        matched = match(self.model, child_abstract(source_config, plan, dtype), plan, carry)
-        self.moments = moment_leaves(stored, matched.leaves) if moments else ()
-        self.leaves = (*matched.leaves, *self.moments)
-        self.dropped = [*matched.dropped, *_not_carried(stored)]
-        more = {part.source for leaf in self.moments for part in leaf.parts}
+        opened = open_checkpoint(self.where)
+        stored, self.model = opened.tensors, opened.model
+        self.made = made(self.where, opened)
+        self.leaves = (*self.made.leaves, *self.made.moments)
+        self.dropped = [*self.made.dropped, *_not_carried(stored)]
+        self.arrays = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self.leaves} | {
+            path: jax.ShapeDtypeStruct(value.shape, value.dtype) for path, value in self.made.new.items()}
+        more = {part.source for leaf in self.made.moments for part in leaf.parts}
         self.sources = {name: leaf for name, leaf in stored.items() if name in self.model or name in more}
-        self.settings, self.budget = Settings(carry, noise_std, seed), Budget(memory)
+        self.settings, self.budget = self.made.settings, Budget(memory)
         self.reader = SliceReader(self.where, self.sources)
         self._refuse_small_budget()
-        grown_from = {
-            "source": str(self.where), "step": source_metadata.get("step"), "plan": plan.to_json(),
-            "coefficients": [entry.coefficient for entry in plan.entries], "k_exec": list(plan.k_exec),
-            "carry": carry, "noise_std": noise_std, "seed": seed, "dtype": dtype, "versions": _versions(),
-            "moments": bool(self.moments), **counts_record(counts), **standing_record(source_metadata)}
         self.metadata: dict[str, Any] = {
-            "config": config.to_json(), "kind": "grown", "step": 0, "grown_from": grown_from,
-            LINEAGE: carried(source_metadata)}
+            "config": self.made.config.to_json(), "kind": kind, "step": 0, self.record: self.made.record,
+            LINEAGE: carried(opened.metadata)}
         self.identity = identity_of(self.metadata)
         self.described = False  # whether the unfinished folder is a checkpoint already
         prepare_parent(self.target)
@@ -163,26 +198,31 @@ class _Growth:
         if digests.keys() != self.sources.keys():
             raise Failed(f"the journals in {self.unfinished.folder} lack source tensors; was it changed meanwhile?")
         content = combine_digests({name: digests[name] for name in self.model})
-        if whole is not None and (there := whole["grown_from"]["content_hash"]) != content:
+        if whole is not None and (there := whole[self.record]["content_hash"]) != content:
             self.unfinished.refuse_another_source([f"content_hash: {there} there, {content} now"])
         group.on_first(lambda: self._refuse_counts(content))
-        grown_from = {**self.metadata["grown_from"], "content_hash": content}
-        return len(kept), whole or {**self.metadata, "grown_from": grown_from}
+        return len(kept), whole or {**self.metadata, self.record: {**self.made.record, "content_hash": content}}
 
     def describe(self, metadata: Mapping[str, Any]) -> None:
         """On all processes: the arrays become a checkpoint."""
         if not self.described:
             with explain_full_disk(self.target):
-                checkpoint.write_metadata(self.unfinished.folder, [leaf.path for leaf in self.leaves], metadata)
+                checkpoint.write_metadata(self.unfinished.folder, list(self.arrays), metadata)
 
     def publish(self) -> None:
         """On process 0: the checkpoint gets its name."""
         with explain_full_disk(self.target):
             if not self.described:
                 folder = self.unfinished.folder
-                arrays = {leaf.path: ArrayFiles.of(folder / "state", leaf.path, leaf.shape, np.dtype(leaf.dtype))
-                          for leaf in self.leaves}
-                note_checksums(folder, *sums_of_arrays(folder, arrays, self.unfinished.pieces()))
+                arrays = {path: ArrayFiles.of(folder / "state", path, leaf.shape, np.dtype(leaf.dtype))
+                          for path, leaf in self.arrays.items()}
+                written = Written(folder)
+                for path, value in self.made.new.items():
+                    arrays[path].create()
+                    arrays[path].write(0, value, written)
+                    arrays[path].sync()
+                note_checksums(folder, *sums_of_arrays(folder, arrays, {**self.unfinished.pieces(),
+                                                                        **written.pieces()}))
                 note_files(folder)
                 self.unfinished.forget_journals()
             rename(self.unfinished.folder, self.target)
@@ -238,8 +278,8 @@ class _Growth:
         source, target = ([line for part in found for line in part[which]] for which in (0, 1))
         if (source or target) and group.first:
             self.unfinished.discard()
-        refuse_all(source, f"source {self.where} has values that are not finite; grow from an earlier step:")
-        refuse_all(target, "the target's values are not finite; nothing is left of this growth:")
+        refuse_all(source, f"source {self.where} has values that are not finite; take an earlier step:")
+        refuse_all(target, f"the target's values are not finite; nothing is left of this {self.unfinished.noun}:")
 
     def _journal(self, process: int) -> Journal:
         with explain_full_disk(self.target):
@@ -291,7 +331,8 @@ def _not_carried(stored: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
     return sorted({name.split("/")[0] for name in stored if not name.startswith(checkpoint.MODEL)})
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what the values may depend on, by package."""
     found = {}
     for name in ("gt-jax", "jax", "jaxlib", "numpy"):
         try:

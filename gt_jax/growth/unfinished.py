@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gt_jax.checkpoints.checksums import Pieces
 from gt_jax.checkpoints.folders import JOURNALS, UNFINISHED, damage, sync
@@ -21,20 +21,24 @@ from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import parse_json
 from gt_jax.growth.journal import gather_journals, read_journals
 
-_OUTSIDE = ("source", "content_hash", "counts", "stood")  # of grown_from: where things lay, not what came of them
+Kind = Literal["grown", "retrofitted"]
+RECORDS: dict[Kind, str] = {"grown": "grown_from", "retrofitted": "retrofitted_from"}
+"""Where the metadata say of each kind how it was made."""
+_NOUNS: dict[Kind, str] = {"grown": "growth", "retrofitted": "retrofit"}
+_OUTSIDE = ("source", "content_hash", "counts", "stood")  # of a record: where things lay, not what came of them
 
 
 class UnfinishedGrowth:
     """The unfinished growth of one target, as it is on disk."""
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
+    def __init__(self, target: Path, kind: Kind = "grown") -> None:
+        self.target, self.noun = target, _NOUNS[kind]
         self.folder = target.with_name(target.name + UNFINISHED)
 
     def refuse_unless(self, resume: bool) -> None:
         """Raise `Refused` when something is there and `resume` is not set."""
         if self.folder.exists() and not resume:
-            raise Refused(f"{self.folder.name} in {self.target.parent}: a growth of {self.target.name} was "
+            raise Refused(f"{self.folder.name} in {self.target.parent}: a {self.noun} of {self.target.name} was "
                           "interrupted (or is running); complete it with --resume, or delete this first")
 
     def whole(self) -> dict[str, Any] | None:
@@ -42,7 +46,7 @@ class UnfinishedGrowth:
         if not self.folder.is_dir() or any(self.folder.glob(JOURNALS)) or damage(self.folder) is not None:
             return None
         metadata = parse_json((self.folder / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
-        return metadata if "grown_from" in metadata else None
+        return metadata if _record(metadata) is not None else None
 
     def refuse_another(self, identity: Mapping[str, Any]) -> None:
         """Raise `Refused`, naming the fields, when what is there belongs to a growth with another identity."""
@@ -64,7 +68,7 @@ class UnfinishedGrowth:
         """
         found, finished = read_journals(self.folder)
         if found is None:
-            clear(self.folder, (GROWTH, ARRAYS, EMPTY), f"the growth of {self.target.name}")
+            clear(self.folder, (GROWTH, ARRAYS, EMPTY), f"the {self.noun} of {self.target.name}")
             self.folder.mkdir()
             sync(self.folder.parent)
             finished = {}
@@ -99,15 +103,22 @@ class UnfinishedGrowth:
         return identity_of(metadata)
 
     def _refuse(self, lines: list[str], heading: str) -> None:
-        refuse_all(lines, f"{self.folder.name} in {self.target.parent} belongs to another growth; repeat that one with "
-                   f"--resume, or delete this first. {heading}")
+        refuse_all(lines, f"{self.folder.name} in {self.target.parent} belongs to another {self.noun}; repeat that one "
+                   f"with --resume, or delete this first. {heading}")
 
 
 def identity_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """All that the target's values depend on, but for the source's: where that lies may change, its content may not."""
-    grown_from = {name: value for name, value in metadata["grown_from"].items() if name not in _OUTSIDE}
-    own = {name: value for name, value in to_store(metadata, None).items() if name != "grown_from"}
-    return json.loads(json.dumps({**own, **grown_from}))
+    record = _record(metadata)
+    assert record is not None
+    made_from = {name: value for name, value in metadata[record].items() if name not in _OUTSIDE}
+    own = {name: value for name, value in to_store(metadata, None).items() if name != record}
+    return json.loads(json.dumps({**own, **made_from}))
+
+
+def _record(metadata: Mapping[str, Any]) -> str | None:
+    """The name of the record that says how it was made, if it was made so."""
+    return next((name for name in RECORDS.values() if name in metadata), None)
 
 
 def _short(value: Any) -> str:

@@ -164,6 +164,21 @@ class HuggingFaceTokenizer(_Text):
         except Exception as error:  # the library raises no narrower one, for a word without a token for example
             raise ValueError(str(error)) from error
 
+    def encode_spelled(self, text: str) -> Int32[np.ndarray, " n"]:
+        """The ids of a text in which special tokens are spelled out, as a chat template does: those are meant."""
+        for mark, name in self._hidden.items():
+            text = text.replace(name, mark)
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text.encode())
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
+    def name_of(self, token: int) -> str | None:
+        """What an id is called in the file; None for one that it does not have."""
+        name = self._tokenizer.id_to_token(token)
+        return self._hidden.get(name, name)
+
     def decode(self, ids: np.ndarray) -> bytes:
         text: str = self._tokenizer.decode(self._own(ids), skip_special_tokens=False)
         for mark, name in self._hidden.items():

@@ -77,8 +77,12 @@ def with_gates_moved(params: Tree, config: PriceConfig, depth: Scalar, moves: Ar
     """The parameters with the last bias of every halting head moved by -0.2 times the excess."""
     if config.target is None:
         return params
-    step = jnp.where(moves, -_BIAS * (depth - config.target), 0.0)
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + step if _is_last_bias(path) else leaf, params)
+    return with_last_biases_moved(params, jnp.where(moves, -_BIAS * (depth - config.target), 0.0))
+
+
+def with_last_biases_moved(params: Tree, by: Array | float) -> Tree:
+    """The parameters with `by` added to the last bias of every halting head."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + by if _is_last_bias(path) else leaf, params)
 
 
 def last_biases(tree: Tree) -> list[Array]:

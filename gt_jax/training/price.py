@@ -16,6 +16,7 @@ ponder_l = relu(mean_weight_l - 1)/(K - 1),  coupon = 2.0 relu(CE after pass 1 -
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -43,35 +44,39 @@ def initial_price(config: PriceConfig) -> PriceState | BudgetState:
 
 
 class Phase(NamedTuple):
-    """What the schedule says of one step: pass control, whether the price is charged, whether lambda moves."""
+    """What the schedule says of one step: pass control, whether the price is charged, whether lambda moves, and by how
+    much the last bias of every halting head rises."""
 
     control: PassControl
     charged: Array
     moves: Array
+    opens: Array | float = 0.0
 
 
 def phase(config: PriceConfig, step: Int[Array, ""], steps: int, passes: int) -> Phase:
     """Forced passes first, then free ones with p capped, then the price; every `audit_every`-th step is an audit.
 
     An audit of rule "ouro" forces passes and charges nothing. One of rule "budget" runs every pass with its own weight,
-    however small, and is charged; the price moves by none. `passes` is K, of which forced ones are drawn.
+    however small, and is charged; the price moves by none. `passes` is K, the most that are forced where their number
+    is drawn.
     """
     done = step.astype(jnp.float32) / steps
     warming = done < config.forced_until
     audit = jnp.logical_not(warming) & (step % config.audit_every == config.audit_every - 1)
-    count: int | Array = config.forced_passes
+    count: int | Array = config.forced_passes or passes
     if config.forced_ramp:
         # 32-bit floats: a step at a stage's border may fall to either side, a step early or late
         count = 1 + jnp.minimum((count - 1) * done / config.forced_ramp, count - 1).astype(jnp.int32)
     if not config.forced_passes:  # a function of the step alone
-        count = jax.random.randint(jax.random.fold_in(jax.random.key(passes), step), (), 1, passes + 1)
+        count = jax.random.randint(jax.random.fold_in(jax.random.key(passes), step), (), 1, count + 1)
+    opens = jnp.where(warming, config.gates_opened / max(1, math.ceil(config.forced_until * steps - 1e-6)), 0.0)
     ouro = config.rule == "ouro"
     forced = jnp.where(warming | (audit & ouro), count, 0).astype(jnp.int32)
     p_max = jnp.where(done < config.clipped_until, config.p_max, 1.0).astype(jnp.float32)
     begun = done >= config.price_from
     moves = begun & jnp.logical_not(audit)
     uncut = jnp.where(audit & (not ouro), 1.0, 0.0)
-    return Phase(PassControl(forced, p_max, uncut), moves if ouro else begun, moves)
+    return Phase(PassControl(forced, p_max, uncut), moves if ouro else begun, moves, opens)
 
 
 def price_loss(

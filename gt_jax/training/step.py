@@ -23,7 +23,7 @@ from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.primitives import widen
 from gt_jax.models.memory_chunks import chunk_length, mean_over_chunks, over_chunks
 from gt_jax.training.accumulation import accumulate_gradients
-from gt_jax.training.budget import BudgetState, move_budget, with_gates_moved
+from gt_jax.training.budget import BudgetState, move_budget, with_gates_moved, with_last_biases_moved
 from gt_jax.training.loss import unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State, at_step
 from gt_jax.training.price import Phase, PriceState, move_price, phase, price_loss
@@ -200,6 +200,8 @@ def make_step(
             params = optax.apply_updates(state.params, updates)
         if by_budget:
             params = with_gates_moved(params, price, steered, now.moves)
+        if price.gates_opened and model.adaptive is not None:
+            params = with_last_biases_moved(params, now.opens)
         if thaw is not None:
             params = keep_frozen(thaw, model.depth, state.step, params, state.params)
             statistics = keep_frozen(thaw, model.depth, state.step, statistics, state.statistics)

@@ -1,6 +1,7 @@
 """Drawing tokens: what the settings mean at their ends; rows do not know of each other; NaN is no answer."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from gt_jax.errors import Refused
 from gt_jax.evaluation.generation import sample, sample_token
 from gt_jax.models.language_model import abstract
 from gt_jax.sample import _ended, main
+from gt_jax.text.chat_template import chat_template, rendered, stop_tokens
 from gt_jax.text.tokenizers import ByteTokenizer
 
 CONFIG = preset("tiny").replace(layout="D", width=16, mlp_width=16, adaptive=None)
@@ -84,6 +86,7 @@ def test_prompts_together_are_continued_as_each_alone(model, capsys):
     alone = [said("--prompt", prompt, "--seed", str(seed), "--temperature", "inf")["samples"][0]
              for seed, prompt in enumerate(("ab", ""))]  # fmt: skip
     assert alone == together["samples"][:2]
+    assert together["time_prefill_tokens_per_second"] > 0 and together["time_decode_tokens_per_second"] > 0
     for one in together["samples"]:
         assert bytes(one["tokens"]).decode("utf-8", "replace") == one["text"]
         assert one["ended"] == ("length" if len(one["tokens"]) == 6 else "end of document")
@@ -97,6 +100,33 @@ def test_a_stop_ends_the_text_before_it():
     assert ended("one\n\ntwo") == ("one\n\ntwo", [*b"one\n\ntwo"], "end of document")
     assert ended("one\n\ntwo", "tw", "\n\n") == ("one", [*b"one\n\n"], "stop")
     assert ended("one", "three") == ("one", [*b"one"], "end of document")
+    ids = np.array([*b"one", 7, *b"two", 256])
+    assert _ended(np.array([1]), ids, ByteTokenizer(), (), (9, 7))["ended"] == "stop token"
+    assert _ended(np.array([1]), ids, ByteTokenizer(), (), (9, 7))["text"] == "one"
+
+
+def test_what_came_along_names_stop_tokens_and_a_template():
+    said = {"generation_config.json": '{"eos_token_id": [4, 3, 4]}'}
+    assert stop_tokens(said) == (4, 3) and stop_tokens({"generation_config.json": '{"eos_token_id": 5}'}) == (5,)
+    assert stop_tokens({}) == () and chat_template(said) is None
+    with pytest.raises(Refused, match="has 'end'; ids are whole numbers"):
+        stop_tokens({"generation_config.json": '{"eos_token_id": "end"}'})
+    named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+    config = {"chat_template": named, "eos_token": {"content": "<end>"}, "pad_token": None}
+    beside = {"tokenizer_config.json": json.dumps(config), "special_tokens_map.json": '{"bos_token": "<s>"}'}
+    found = chat_template(beside)
+    assert found == ("d", {"eos_token": "<end>", "bos_token": "<s>"})
+    assert chat_template({"chat_template.jinja": "j", "tokenizer_config.json": json.dumps(config)}).source == "j"
+
+
+def test_chat_without_a_template_or_without_its_library_is_refused(model, monkeypatch):
+    with pytest.raises(Refused, match="no chat template came along with this model"):
+        main([str(model), "--chat", "--prompt", "hello"])
+    with pytest.raises(Refused, match=r"--chat needs what the user says(.|\n)*--stop-tokens '3,x' is neither"):
+        main([str(model), "--chat", "--stop-tokens", "3,x"])
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(Refused, match=r"pip install 'gt-jax\[chat\]'"):
+        rendered(chat_template({"chat_template.jinja": "j"}), [])
 
 
 def test_logits_that_are_not_finite_are_refused_with_the_checkpoint(weights, tmp_path, capsys):

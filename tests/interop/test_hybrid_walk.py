@@ -1,9 +1,12 @@
-"""The walk of docs/convert.md, command by command, on a folder of a tiny model; and gains that do not fold."""
+"""The walks of docs/convert.md, command by command, on a folder of a tiny model; gains that do not fold; experts."""
 
+import functools
+import importlib
 import json
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,12 +17,20 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from gt_jax import convert, describe, forward, initialise, load, save
-from gt_jax.checkpoints.tree_paths import flatten
+from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.arrays import ArrayFiles
+from gt_jax.checkpoints.opened import open_checkpoint
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.presets import preset
+from gt_jax.devices import sharding
 from gt_jax.errors import Refused
 from gt_jax.interop import expected_tensors, fold_cost, to_hf
+from gt_jax.interop.from_hf import from_hf
 from gt_jax.interop.hf_folder import HFFolder
+from gt_jax.interop.safetensors import Writer
+from gt_jax.interop.tensor_files import Info
 from gt_jax.models.language_model import abstract
+from tests.support import perturbed
 
 PAGE = Path(__file__).parents[2] / "docs" / "convert.md"
 HYBRID = preset("qwen3_5_9b")
@@ -46,10 +57,12 @@ def downloaded(tmp_path, monkeypatch):
     return tmp_path
 
 
-def walk():
-    """The commands of the walk, for two layers in place of 32."""
+def walk(block=0):
+    """The commands of the walk, for two layers in place of 32: the first ones, or those by way of a retrofit."""
     page = PAGE.read_text(encoding="utf-8").split("### A walk")[1]
-    commands = re.search(r"```\n(.*?)```", page, re.S)[1].replace("--target-layers 64", "--target-layers 4")
+    found = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", page, re.S | re.M) if not kind]
+    commands = next(text for text in found if ("gt_jax retrofit" in text) == bool(block))
+    commands = commands.replace("--target-layers 64", "--target-layers 4")
     made = re.search(r"```python\n(.*?)```", page, re.S)[1].replace("range(32)", "range(2)")
     return [shlex.split(line)[3:] for line in commands.splitlines()], made
 
@@ -79,9 +92,33 @@ def test_the_walk(downloaded, capsys):
 
 
 def grow_main():
-    import importlib
-
     return importlib.import_module("gt_jax.grow").main
+
+
+@pytest.mark.slow
+def test_the_walk_of_an_adaptive_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+    save("random", CONFIG.replace(layout="D"), initialise(CONFIG.replace(layout="D"), seed=0))
+    to_hf.to_hf("random", "Qwen3.5-9B")
+    Tokenizer(BPE(vocab={chr(97 + i): i for i in range(26)}, merges=[])).save("Qwen3.5-9B/tokenizer.json")
+    Path("story.txt").write_text("abcdefghij" * 40)
+    convert.main(["Qwen3.5-9B", "ours"])
+    small = {"train": ["--sequence-length", "16", "--batch-size", "2", "--steps", "4", "--evaluate-every", "0"],
+             "measure": ["--batches", "1"], "grow": ["--no-check"], "retrofit": ["--no-check"]}  # fmt: skip
+    commands, _ = walk(block=1)
+    assert [name for name, *_ in commands] == ["retrofit", "train", "measure", "grow", "convert"]
+    for name, *arguments in commands:
+        words = [*arguments, *small.get(name, ())]
+        if name == "train":
+            words = [word for word in words if word != "400"]
+            words.remove("--steps")
+        assert importlib.import_module(f"gt_jax.{name}").main(words) == 0
+    said = capsys.readouterr().out
+    assert "all gates closed" in said and "folded" in said
+    counts = json.loads(Path("counts.json").read_text())
+    assert counts["layer0"]["k_exec"] > 1, "the schedule has opened the gates"
+    assert len(HFFolder(Path("wanted")).config.depth) == counts["layer0"]["k_exec"]
 
 
 @pytest.mark.slow
@@ -107,3 +144,77 @@ def test_other_gains_go_out_only_when_asked_and_their_cost_is_said(tmp_path, mon
     assert cost["loss"] != cost["loss_folded"]
     assert fold_cost.carries_gain("params/segment0/layer0/mlp/experts/down/w", False)
     assert not fold_cost.carries_gain("params/segment0/layer0/mlp/down/w", True)
+
+
+EXPERTS = preset("qwen3_5_35b_a3b")
+MOE = EXPERTS.replace(
+    layout="A", width=16, vocab=40, mlp_width=12, param_dtype="float32", compute_dtype="float32",
+    attention=CONFIG.attention, moe=EXPERTS.moe.replace(experts=3, expert_width=4, top_k=2))  # fmt: skip
+
+
+def random_experts():
+    """Variables of the model with experts, their gains 1."""
+    return {path: np.ones_like(value) if path.endswith("/gain") else value
+            for path, value in flatten(perturbed(MOE)).items()}  # fmt: skip
+
+
+def downloaded_experts(place):
+    """A folder of that model whose experts' tensors are fused, as newer releases have them, and these tensors."""
+    save(place / "random", MOE, nest(random_experts()))
+    to_hf.to_hf(place / "random", place / "apart")
+    Tokenizer(BPE(vocab={chr(97 + i): i for i in range(26)}, merges=[])).save(str(place / "apart" / "tokenizer.json"))
+    apart = HFFolder(place / "apart")
+    tensors, of_experts = {}, {}
+    for name in apart.places:
+        found = re.fullmatch(r"(.*experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+        if found:
+            of_experts.setdefault(found[1], {})[found[3], int(found[2])] = apart.read(name)
+        else:
+            tensors[name] = apart.read(name)
+    for name, parts in of_experts.items():
+        gate, up, down = (np.stack([parts[kind, expert] for expert in range(3)]) for kind in ("gate", "up", "down"))
+        tensors |= {f"{name}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{name}.down_proj": down}
+    shutil.copytree(place / "apart", place / "fused", ignore=shutil.ignore_patterns("*.safetensors*"))
+    with Writer(place / "fused" / "model.safetensors",
+                {name: Info(value.shape, value.dtype) for name, value in tensors.items()}) as writer:  # fmt: skip
+        for name, value in tensors.items():
+            writer.put(name, value)
+    return place / "fused", tensors
+
+
+def test_fused_experts_come_in_as_single_ones_do_and_go_out_fused(tmp_path):
+    fused, tensors = downloaded_experts(tmp_path)
+    from_hf(fused, tmp_path / "ours")
+    got = flatten(checkpoint.load(tmp_path / "ours"))
+    for path, value in random_experts().items():
+        np.testing.assert_allclose(got[path], value, rtol=0, atol=1e-7 * path.endswith("/scale"), err_msg=path)  # 1 + w
+    to_hf.to_hf(tmp_path / "ours", tmp_path / "again")
+    again = HFFolder(tmp_path / "again")
+    assert set(again.places) == set(tensors)
+    assert all(np.array_equal(again.read(name), value) for name, value in tensors.items())
+
+
+def test_a_conversion_that_is_killed_or_meets_a_full_disk_leaves_no_checkpoint(tmp_path, monkeypatch):
+    fused, _ = downloaded_experts(tmp_path)
+    target, stage = tmp_path / "ours", tmp_path / "ours.converting"
+    write = ArrayFiles.write
+
+    def full(self, *arguments):
+        if self.folder.name.endswith("final_norm.scale"):
+            raise OSError(28, "No space left on device")
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArrayFiles, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            from_hf(fused, target)
+        assert not target.exists() and not stage.exists()
+        patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # a kill clears nothing away
+        with pytest.raises(OSError, match="No space left"):
+            from_hf(fused, target)
+    assert not target.exists() and stage.exists()
+    for place in (target, stage):
+        with pytest.raises(Refused):
+            open_checkpoint(place)
+    from_hf(fused, target)
+    assert not stage.exists() and open_checkpoint(target).config == MOE

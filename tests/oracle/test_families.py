@@ -15,15 +15,17 @@ import torch
 
 from gt_jax import forward, grow_checkpoint, load
 from gt_jax.configs import layout
+from gt_jax.configs.adaptive import AdaptiveConfig
 from gt_jax.configs.presets import preset
 from gt_jax.devices.sharding import Rules
 from gt_jax.evaluation.intermediates import hidden_with_intermediates
 from gt_jax.growth.plan_entries import Demand, Entry, Plan
+from gt_jax.growth.retrofit import retrofit
 from gt_jax.interop.expected_tensors import model_leaves
 from gt_jax.interop.from_hf import from_hf
 from gt_jax.interop.hf_folder import HFFolder
 from gt_jax.interop.to_hf import to_hf
-from gt_jax.models.language_model import LanguageModel, empty_cache, free_passes
+from gt_jax.models.language_model import LanguageModel, apply_network, empty_cache, free_passes
 from tests.oracle import models
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]  # warnings of libraries not ours
@@ -56,6 +58,20 @@ def test_logits_and_states_by_layer(case):
         LanguageModel(model.config, Rules()), model.variables, jnp.asarray(tokens), segments, free_passes(), 2)[-1]
     for mine, wanted in zip(seen.states[:, 0], states[:-1], strict=True):
         same_size(mine, wanted, 1e-4)
+
+
+def test_a_retrofitted_model_computes_the_same_bits(case):
+    """And so what transformers computes; with a cache too, where later passes run and weigh nothing."""
+    _, network, _, ours = case
+    model, tokens = load(ours), jnp.asarray(models.tokens_of(network))
+    made = retrofit(model.config, model.variables, AdaptiveConfig(alpha=(1.0, 0.7)).seeing_state)
+    plain = forward(model.config, model.variables, tokens).logits
+    adaptive = forward(made.config, made.variables, tokens)
+    np.testing.assert_array_equal(adaptive.logits, plain)
+    assert not np.asarray(adaptive.statistics.survival)[:, 1:].any()
+    cached = apply_network(LanguageModel(made.config, Rules()), made.variables, tokens,
+                           cache=empty_cache(made.config, *tokens.shape)).logits  # fmt: skip
+    same_size(cached, plain, 1e-5)
 
 
 def test_padding_before_a_row_changes_nothing(case):

@@ -114,7 +114,8 @@ def _loss_forward(
 
 def _loss_backward(plan: _Plan, kept: tuple[Array, Array], cotangents: tuple[Scalar, Scalar]) -> tuple[Any, ...]:
     scale = cotangents[0]
-    return *((scale * x).astype(x.dtype) for x in kept), None
+    with jax.named_scope("loss"):
+        return *((scale * x).astype(x.dtype) for x in kept), None
 
 
 _loss.defvjp(_loss_forward, _loss_backward)
@@ -127,7 +128,8 @@ def _run(plan: _Plan, matrix: Array, hidden: Array, targets: Array, gradients: b
     whole: Any = rules.spec()
     results = (whole, whole, stored, tokens) if gradients else (whole, whole)
     local = functools.partial(_local, plan, gradients)
-    return per_device(local, (stored, tokens, rows), results)(matrix, hidden, reshard(targets, rows))
+    with jax.named_scope("loss"):
+        return per_device(local, (stored, tokens, rows), results)(matrix, hidden, reshard(targets, rows))
 
 
 def _local(plan: _Plan, gradients: bool, matrix: Array, hidden: Array, targets: Array) -> tuple[Array, ...]:

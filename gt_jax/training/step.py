@@ -206,7 +206,8 @@ def make_step(
             if isinstance(moments, Float32State):
                 copies = keep_frozen(thaw, model.depth, state.step, moments.copies, state.optimizer.copies)
                 moments = moments._replace(copies=copies)
-        norm = optax.tree.norm(jax.tree.map(widen, grads))
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(jax.tree.map(widen, grads))
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         metrics = {
             "loss": report["cross_entropy"],
@@ -223,7 +224,8 @@ def make_step(
             "update_ratio": report["passes"].update_ratio[:, 0],
         }
         new = TrainState(params, statistics, moments, moved, state.step)
-        applied = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        with jax.named_scope("optimizer"):
+            applied = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         return applied._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -235,9 +235,10 @@ class MixtureOfExperts(nn.Module):
         config = self.config
         slots = self.router(x)
         sow(self, "slots", slots)
-        routing = route(slots, config.experts, config.top_k, config.normalise)
-        loss, *statistics = router_losses(config, slots, routing.experts, real)
-        sent = jnp.where(real[..., None] > 0, routing.experts, config.experts)
+        with jax.named_scope("route"):
+            routing = route(slots, config.experts, config.top_k, config.normalise)
+            loss, *statistics = router_losses(config, slots, routing.experts, real)
+            sent = jnp.where(real[..., None] > 0, routing.experts, config.experts)
         shared = self.shared(x)
         if config.shared_gate:
             shared = (widen(shared) * self.shared_gate(x)).astype(shared.dtype)

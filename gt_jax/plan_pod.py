@@ -1,8 +1,11 @@
 """`python -m gt_jax.plan_pod --preset 8b --topology v5p:4x4x4`: does the training step compile and fit on a pod?
 
+    python -m gt_jax.plan_pod --preset 8b --topology v5p:4x4x4 --json > plan.json
+    python -m gt_jax.plan_pod before.json after.json                                # part by part
+
 Compiles the real step (donated state, the kernels a TPU would run) for a topology, on a machine without a TPU, and
-prints memory, work and communication of one device. Without --mesh it tries the most sensible ones. Needs the TPU's
-compiler: pip install 'gt-jax[tpu]'.
+prints memory, work and communication of one device, by part of the model too. Without --mesh it tries those that seem
+fastest. Needs the TPU's compiler: pip install 'gt-jax[tpu]'. Stored plans are shown without it.
 
 Exit code 0 when it fits, 1 when it does not, 2 when the request makes no sense.
 """
@@ -15,13 +18,25 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
-from gt_jax.errors import Refused, refuse_all, run_command, say
+from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path
+from gt_jax.training.pod_plans import (
+    comparison_lines,
+    heading,
+    is_old,
+    least_by_part,
+    part_lines,
+    parts,
+    read_plan,
+    refuse_other,
+)
 
 GIB, MIB = 1 << 30, 1 << 20
+BOUNDS = {"flops": "arithmetic", "bytes": "HBM", "links": "links"}
 TOKENS = 1 << 19  # of a batch, where no --batch is given
 
 
@@ -33,13 +48,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--preset", default="8b", help="the model; see python -m gt_jax.describe --help")
     p.add_argument("--model", type=local_path, metavar="FILE", help="JSON of config fields that differ from the preset")
     p.add_argument("--remat", choices=get_args(Remat), help="what the backward pass computes again")
-    p.add_argument("--topology", required=True, help="v5e, v5p, v6e or tpu7x and its shape, for example v5p:4x4x4")
+    p.add_argument("plans", type=local_path, nargs="*", metavar="PLAN.json", help="show a stored plan, or compare two")
+    p.add_argument("--topology", help="v5e, v5p, v6e or tpu7x and its shape, for example v5p:4x4x4")
     p.add_argument("--mesh", help="sizes of the axes, for example data=1,fsdp=16,tensor=4; the others are 1")
     p.add_argument("--batch", type=int, help="rows a step (default: half a million tokens)")
     p.add_argument("--sequence-length", type=int, default=4096)
     p.add_argument("--accumulate", type=int, default=1, metavar="N", help="run each batch in N parts")
     p.add_argument("--tries", type=int, default=2, metavar="N", help="meshes to compile where none is given (2)")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    p.add_argument("--picture", type=local_path, metavar="FILE.png", help="draw the least times by part")
     return p
 
 
@@ -88,8 +105,13 @@ def job_of(arguments: argparse.Namespace) -> Any:
     return Job(model, batch, length, arguments.accumulate)
 
 
-def chosen(arguments: argparse.Namespace, job: Any, devices: int) -> list[tuple[dict[str, int], int]]:
-    """(sizes of the mesh, parts of the batch) to compile for; raises `Refused` where nothing divides."""
+def chosen(
+    arguments: argparse.Namespace, job: Any, devices: int, machine: Any
+) -> list[tuple[dict[str, int], int, dict[str, float]]]:
+    """(sizes of the mesh, parts of the batch, estimated seconds) to compile for; raises `Refused` where none divides.
+
+    No seconds are estimated of a mesh that is named.
+    """
     from gt_jax.devices.sharding import Rules
     from gt_jax.training import mesh_search
     from gt_jax.training.divisibility import refuse_indivisible
@@ -98,15 +120,32 @@ def chosen(arguments: argparse.Namespace, job: Any, devices: int) -> list[tuple[
         sizes = mesh_sizes(arguments.mesh, devices)
         heading = f"--mesh {arguments.mesh} does not cut the model evenly:"
         refuse_indivisible(job.model, job.batch // job.accumulate, sizes, heading, Rules())
-        return [(sizes, job.accumulate)]
-    found = mesh_search.candidates(job, devices, parameters_of(job.model))
+        return [(sizes, job.accumulate, {})]
+    found = mesh_search.candidates(job, devices, parameters_of(job.model), machine)
     if not found:
         whole = dataclasses.replace(job, batch=devices * job.accumulate)
-        divides = mesh_search.candidates(whole, devices, 1)
+        divides = mesh_search.candidates(whole, devices, 1, machine)
         other = f"--batch {whole.batch}, or a multiple of it, has one" if divides else \
             "neither does any other batch: name one with --mesh, to see what it does not divide"  # fmt: skip
         raise Refused(f"no mesh of {devices} devices divides batch {job.batch} and the model evenly; {other}")
-    return [(one.sizes, one.accumulate) for one in found[: arguments.tries]]
+    return [(one.sizes, one.accumulate, one.seconds) for one in found[: arguments.tries]]
+
+
+def machine_of(topology: Any, devices: Sequence[Any]) -> Any:
+    """What the search of a mesh has to know of a device of this pod."""
+    from gt_jax.devices.pods.links import axis_rates
+    from gt_jax.devices.sharding import make_mesh
+    from gt_jax.models.flops import peak_flops
+    from gt_jax.training.mesh_search import Machine
+
+    chip = topology.chip
+    peak = peak_flops(devices[0].device_kind)
+    assert peak is not None, devices[0].device_kind
+
+    def links(sizes: Mapping[str, int]) -> dict[str, tuple[float, int]]:
+        return axis_rates(topology.kind, topology.shape, make_mesh(**sizes, devices=devices))
+
+    return Machine(peak, chip.bandwidth / chip.devices, chip.device_memory, links)
 
 
 def parameters_of(model: Any) -> int:
@@ -120,7 +159,9 @@ def parameters_of(model: Any) -> int:
 
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compile for each mesh: {"topology", "devices", "parameters", "tried": [...]}, what fits first."""
+    from gt_jax.configs.json_config import read_object
     from gt_jax.devices.pods import topologies
+    from gt_jax.devices.pods.links import link_seconds
     from gt_jax.devices.sharding import make_mesh
     from gt_jax.training.ahead_of_time import Job, compile_step
 
@@ -128,19 +169,30 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     job = job_of(arguments)
     devices = topologies.devices_of(topology)
     tried = []
-    for sizes, parts in chosen(arguments, job, len(devices)):
+    for sizes, number, guess in chosen(arguments, job, len(devices), machine_of(topology, devices)):
         words = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-        say(f"compiling for {topology.name}: {words}, batch in {parts} part(s)")
+        say(f"compiling for {topology.name}: {words}, batch in {number} part(s){_estimated(guess)}")
         mesh = make_mesh(**sizes, devices=devices)
-        one = Job(job.model, job.batch, job.sequence, parts)
-        row = compile_step(one, mesh, topology.chip.device_memory)
+        one = Job(job.model, job.batch, job.sequence, number)
+        seconds = link_seconds(topology.kind, topology.shape, mesh.devices.flatten().tolist())
+        row = compile_step(one, mesh, topology.chip.device_memory, link_seconds=seconds)
+        row |= {"estimated_seconds": guess} if guess else {}
         tried.append(row | least_seconds(row, topology.chip, devices[0].device_kind))
-    tried.sort(key=lambda row: (not row["fits"], -_free(row)))
+    tried.sort(key=lambda row: (not row["fits"], _bound(row), -_free(row)))
     return {
+        "changed": {} if arguments.model is None else read_object(arguments.model, "--model"),
         "preset": arguments.preset, "topology": topology.name, "devices": len(devices),
         "devices_a_chip": topology.chip.devices, "parameters": parameters_of(job.model), "batch": job.batch,
         "sequence_length": job.sequence, "tried": tried,
     }  # fmt: skip
+
+
+def _estimated(seconds: Mapping[str, float]) -> str:
+    """Why a mesh was chosen, in words."""
+    if not seconds:
+        return ""
+    each = ", ".join(f"{BOUNDS[name]} {value:.2g}" for name, value in seconds.items())
+    return f"; estimated seconds: {each}: bound by {BOUNDS[max(seconds, key=lambda name: seconds[name])]}"
 
 
 def _free(row: dict[str, Any]) -> float:
@@ -149,17 +201,25 @@ def _free(row: dict[str, Any]) -> float:
     return -row.get("short_by", math.inf) if memory is None else memory["of"] - memory["total"]
 
 
-def least_seconds(row: dict[str, Any], chip: Any, device_kind: str) -> dict[str, Any]:
-    """{"least_seconds": of a step, by "flops" at the bfloat16 peak and by "bytes" at HBM's}, {} where it did not fit.
+def _bound(row: dict[str, Any]) -> float:
+    """The largest of the least times, infinite where there are none."""
+    return max(row.get("least_seconds", {"none": math.inf}).values())
 
-    What is sent between devices has no bound here: no published rate says what a collective gets of the links.
+
+def least_seconds(row: dict[str, Any], chip: Any, device_kind: str) -> dict[str, Any]:
+    """What a step takes at least: {"least_seconds": {"flops", "bytes", "links"}, "bound"}, {} where it did not fit.
+
+    `flops` at the bfloat16 peak, `bytes` at HBM's bandwidth, `links` as `devices.pods.links` has it; `bound` is the
+    largest of them. A step that hid two of them wholly behind the third would take so long.
     """
     from gt_jax.models.flops import peak_flops
 
     peak = peak_flops(device_kind)
     if "flops" not in row or peak is None:
         return {}
-    return {"least_seconds": {"flops": row["flops"] / peak, "bytes": row["bytes"] * chip.devices / chip.bandwidth}}
+    least = {"flops": row["flops"] / peak, "bytes": row["bytes"] * chip.devices / chip.bandwidth}
+    least |= {"links": row["link_seconds"]} if "link_seconds" in row else {}
+    return {"least_seconds": least, "bound": max(least, key=lambda name: least[name])}
 
 
 def report_lines(result: dict[str, Any]) -> list[str]:
@@ -184,8 +244,10 @@ def _mesh_lines(row: dict[str, Any]) -> list[str]:
                  f"of {memory['of'] / GIB:.0f}, {memory['free_share']:.0%} free")  # fmt: skip
     lines += _work_lines(row)
     for kind, sums in sorted(row["collectives"].items()):
-        lines.append(f"  {kind}: {sums['count']} a step, {sums['bytes'] / GIB:.2f} GiB")
-    lines += [f"  gathers all experts of a layer: {source}" for source in row["whole_expert_stacks"]]
+        lines.append(f"  {kind}: {sums['count']} a step, results {sums['bytes'] / GIB:.2f} GiB, received over links "
+                     f"{sums['received'] / GIB:.2f} GiB")  # fmt: skip
+    lines += [f"  gathers a weight of all layers at once: {source}" for source in row["whole_stacks"]]
+    lines += ["  by part:", *part_lines(row)]
     lines.append("  largest arrays:")
     lines += [f"    {one['bytes'] / MIB:7.0f} MiB {one['shape']}  {one['source'][-90:]}" for one in row["largest"][:6]]
     return lines + ([] if row["fits"] else advice(row))
@@ -193,11 +255,16 @@ def _mesh_lines(row: dict[str, Any]) -> list[str]:
 
 def _work_lines(row: dict[str, Any]) -> list[str]:
     """FLOPs and bytes of a step, the time that they take at least, and what they do not count."""
-    least = row.get("least_seconds")
-    by_flops, by_bytes = ("" if least is None else f", at least {least[name]:.3g} s" for name in ("flops", "bytes"))
+    from gt_jax.devices.pods.links import ASSUMED
+
+    least = row.get("least_seconds", {})
+    by_flops, by_bytes, by_links = (f", at least {least[name]:.3g} s" if name in least else ""
+                                    for name in ("flops", "bytes", "links"))  # fmt: skip
     lines = [
         f"  work of a device in a step: {row['flops']:.3g} FLOP of matrix products{by_flops}; "
         f"{row['bytes'] / GIB:.3g} GiB to and from HBM{by_bytes}",
+        f"  received over links: {row['links'] / GIB:.3g} GiB{by_links}",
+        *([f"  bound by {BOUNDS[row['bound']]}; assumed of links: {ASSUMED}"] if least else []),
         f"  {row['kernels']} kernels in the program, {row['flops_of_kernels']:.3g} of the FLOP",
     ]
     if row["loops_counted_once"]:
@@ -220,9 +287,46 @@ def advice(row: dict[str, Any]) -> list[str]:
     return lines
 
 
+def show(arguments: argparse.Namespace) -> int:
+    """A stored plan, or two side by side; raises `Refused` for other files, and for plans of different models."""
+    if len(arguments.plans) > 2:
+        raise Refused(f"{len(arguments.plans)} plans are named; one is shown, two are compared")
+    if arguments.topology is not None or arguments.json:
+        raise Refused("stored plans are shown as they are: leave out --topology and --json")
+    plans = {str(path): read_plan(path) for path in arguments.plans}
+    if len(plans) < len(arguments.plans):
+        raise Refused("a plan is compared with itself; name two")
+    if len(plans) == 1:
+        ((path, one),) = plans.items()
+        old = [f"{path} is an old plan: it has no parts, and its collectives are counted too often"]
+        lines = [heading(one), *(old if is_old(one) else part_lines(one["tried"][0]))]
+    else:
+        refuse_other(plans)
+        lines = comparison_lines(plans)
+    named = {} if arguments.picture is None else {
+        str(arguments.picture): lambda: draw(list(plans.values()), arguments.picture)}  # fmt: skip
+    deliver("\n".join(lines), named)
+    return 0
+
+
+def draw(plans: Sequence[dict[str, Any]], path: Path) -> None:
+    """The least times of plans by part, three bars each; raises `Refused` for plans without parts."""
+    from gt_jax.monitoring.plan_plots import plot_parts
+
+    if any(is_old(plan) for plan in plans):
+        raise Refused("there is nothing to draw: an old plan has no parts, and what does not fit has none")
+    bars = {f"{name}\n{plan['topology']}" + f" {'AB'[number]}" * (len(plans) > 1): least_by_part(plan["tried"][0], key)
+            for number, plan in enumerate(plans) for key, name in BOUNDS.items()}  # fmt: skip
+    plot_parts(bars, path, parts([plan["tried"][0] for plan in plans]), heading(plans[0]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile and report; 0 if a mesh fits, 1 if none does."""
+    """Compile and report; 0 if a mesh fits, 1 if none does. Plans that are named are shown, two compared."""
     arguments = parser().parse_args(argv)
+    if arguments.plans:
+        return show(arguments)
+    if arguments.topology is None:
+        raise Refused("--topology is missing, for example --topology v5p:4x4x4; or name a stored plan, or two")
     if importlib.util.find_spec("libtpu") is None:
         raise Refused("the TPU compiler is not installed: pip install 'gt-jax[tpu]'")
     from gt_jax.devices.pods.topologies import parse, use_compiler
@@ -230,7 +334,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parse(arguments.topology)
     use_compiler()  # before JAX is imported
     result = plan(arguments)
-    print(json.dumps(result) if arguments.json else "\n".join(report_lines(result)))
+    named = {} if arguments.picture is None else {str(arguments.picture): lambda: draw([result], arguments.picture)}
+    deliver(json.dumps(result) if arguments.json else "\n".join(report_lines(result)), named)
     return 0 if any(row["fits"] for row in result["tried"]) else 1
 
 

@@ -30,6 +30,8 @@ MeshAxes = str | tuple[str, ...] | None
 class Rules:
     """Logical axis -> mesh axes. Change a field to change the strategy of the whole model.
 
+    Raises `Refused` where tokens are cut over an axis that also cuts heads, hidden units, vocabulary or experts.
+
     >>> import gt_jax
     >>> tuple(gt_jax.Rules(embed=None).spec("embed", "heads"))
     (None, 'tensor')
@@ -41,6 +43,14 @@ class Rules:
     mlp: MeshAxes = "tensor"
     vocab: MeshAxes = "tensor"
     experts: MeshAxes = "expert"
+
+    def __post_init__(self) -> None:
+        batch, wrong = set(self.mesh_axes("batch")), []
+        for name in ("heads", "mlp", "vocab", "experts"):
+            both = [axis for axis in self.mesh_axes(name) if axis in batch]
+            wrong += [f"{name} and batch are both cut over {axis!r}; the devices of an axis that cuts {name} must hold "
+                      "the same tokens, whose shares they add up" for axis in both]  # fmt: skip
+        refuse_all(wrong, "these rules would give wrong outputs:")
 
     def spec(self, *axes: str | None) -> P:
         """The stored partition of an array whose axes have these logical names (None: not sharded)."""

@@ -41,15 +41,19 @@ def accumulate_gradients(
         def one(sums: Tree, part: tuple[Any, Array]) -> tuple[Tree, Any]:
             (total, extra), more = gradient(params, statistics, part[0], *rest, counts=shares, part=part[1])
             seen = (floats(extra["statistics"]), extra["tokens"])
-            return jax.tree.map(lambda a, b: a + widen(b), sums, more), (total, extra["report"], seen)
+            with jax.named_scope("accumulation"):
+                sums = jax.tree.map(lambda a, b: a + widen(b), sums, more)
+            return sums, (total, extra["report"], seen)
 
-        start = jax.tree.map(lambda p: jnp.zeros_like(widen(p)), params)
+        with jax.named_scope("accumulation"):
+            start = jax.tree.map(lambda p: jnp.zeros_like(widen(p)), params)
         pieces = {name: _rows(array, parts, rules) for name, array in batch.items()}
         numbers = jnp.arange(parts, dtype=jnp.int32)
         sums, (totals, reports, seen) = jax.lax.scan(one, start, (pieces, numbers))
         total = jnp.mean(totals, axis=0)
         extra = {"report": together(reports, seen[1]), "statistics": moved_once(statistics, *seen)}
-        return (total, extra), jax.tree.map(lambda s: s / parts, sums)
+        with jax.named_scope("accumulation"):
+            return (total, extra), jax.tree.map(lambda s: s / parts, sums)
 
     return run
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +16,14 @@ from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.pods import hlo
-from gt_jax.devices.pods.collectives import collectives, gathers, largest
+from gt_jax.devices.pods.collectives import Links, collectives, gathers, largest
 from gt_jax.devices.pods.hbm_traffic import hbm_traffic
 from gt_jax.devices.pods.program_flops import count_flops, is_kernel
 from gt_jax.devices.sharding import Rules, with_mesh_devices
 from gt_jax.models.language_model import abstract
 from gt_jax.training.loop import make_trainer
 from gt_jax.training.state import TrainState
+from gt_jax.training.step_parts import by_part
 from gt_jax.typing import Tree
 
 MIB = 1 << 20
@@ -53,11 +55,15 @@ def lower(job: Job, rules: Rules) -> tuple[TrainState, Any]:
     return state, step.lower(state, batch)
 
 
-def compile_step(job: Job, mesh: jax.sharding.Mesh, memory: int, rules: Rules | None = None) -> dict[str, Any]:
+def compile_step(
+    job: Job, mesh: jax.sharding.Mesh, memory: int, rules: Rules | None = None,
+    link_seconds: Callable[[Sequence[int]], float] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Compile the step for `mesh` and measure it: a JSON object; `fits` is False where a device has less `memory`.
 
     Bytes and FLOPs are those of one device and step, every loop counted as often as it runs; `bytes` are those to and
-    from HBM. Where it does not fit, `short_by` says by how much, if the compiler does. Raises
+    from HBM, `links` those received from other devices. `link_seconds(group)` is the time of a byte that each device
+    of a group receives. Where it does not fit, `short_by` says by how much, if the compiler does. Raises
     `jax.errors.JaxRuntimeError` for what the compiler refuses otherwise.
     """
     rules = rules or Rules()
@@ -76,13 +82,15 @@ def compile_step(job: Job, mesh: jax.sharding.Mesh, memory: int, rules: Rules | 
             compiled = None
         found |= {"seconds_lowering": round(middle - start, 1)}
         found |= {"seconds_compiling": round(time.monotonic() - middle, 1)}
-    return found if compiled is None else found | measured(compiled, job, memory)
+    return found if compiled is None else found | measured(compiled, job, memory, link_seconds)
 
 
-def measured(compiled: Any, job: Job, memory: int) -> dict[str, Any]:
+def measured(
+    compiled: Any, job: Job, memory: int, link_seconds: Callable[[Sequence[int]], float] | None = None
+) -> dict[str, Any]:
     """Memory, work and communication of a compiled step, of one device."""
     stats, program = compiled.memory_analysis(), hlo.read(compiled.as_text())
-    done = count_flops(program)
+    done, links = count_flops(program), Links(program, link_seconds)
     parts = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
@@ -97,12 +105,15 @@ def measured(compiled: Any, job: Job, memory: int) -> dict[str, Any]:
         "flops": done.flops,
         "flops_of_kernels": done.of_kernels,
         "bytes": hbm_traffic(program).bytes,
+        "links": links.received,
+        **({} if link_seconds is None else {"link_seconds": links.least_seconds}),
+        "parts": by_part(program, links),
         "kernels": sum(is_kernel(i) for i, _ in program.executed()),
         "silent_kernels": done.silent_kernels,
-        "collectives": collectives(program),
+        "collectives": collectives(links),
         "loops_counted_once": program.unknown_loops,
         "largest": largest(program),
-        "whole_expert_stacks": expert_gathers(program, job.model),
+        "whole_stacks": stack_gathers(program, job.model),
     }
 
 
@@ -135,10 +146,23 @@ def replicated(state: Tree) -> list[dict[str, Any]]:
     return rows
 
 
-def expert_gathers(program: hlo.Program, model: ModelConfig) -> list[str]:
-    """The all-gathers whose result is all experts of a layer, whole; there should be none."""
-    if model.moe is None:
-        return []
-    whole = sorted((model.moe.experts, model.width, model.moe.expert_width))
-    return sorted({i.source for i in gathers(program)
-                   if any(sorted(d for d in array.shape if d > 1) == whole for array in i.arrays)})  # fmt: skip
+def stack_gathers(program: hlo.Program, model: ModelConfig) -> list[str]:
+    """The all-gathers above `REPLICATED` bytes of a weight of all layers of a segment at once; there should be none.
+
+    A layer gathers its own weights where it uses them, its experts too.
+    """
+    leaves = flatten(abstract(model)["params"]).items()
+    stacks = [_without_ones(leaf.shape) for path, leaf in leaves if path.startswith("segment") and leaf.shape[0] > 1]
+    found = ((i.source, one) for i in gathers(program) for one in i.arrays)
+    large = [(source, _without_ones(one.shape)) for source, one in found if one.bytes > REPLICATED]
+    return sorted({source for source, shape in large if any(_is_stack(shape, stack) for stack in stacks)})
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(d for d in shape if d > 1)
+
+
+def _is_stack(shape: tuple[int, ...], stack: tuple[int, ...]) -> bool:
+    """Whether it is that stack, whole along the layers; other axes may be cut."""
+    alike = len(shape) == len(stack) and shape[0] == stack[0]
+    return alike and all(whole % part == 0 for part, whole in zip(shape, stack, strict=True))

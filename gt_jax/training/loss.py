@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gt_jax.devices.sharding import Rules, has_mesh, per_device, reshard
 from gt_jax.typing import Activations, Scalar
 
 LOGITS = 1 << 26  # of a piece on one device: 256 MiB in float32
+WHOLE_LOGITS = 1 << 28  # where a mesh leaves the vocabulary whole: a piece reads and writes all of dW, [d, v] float32
 
 
 def cross_entropy(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> tuple[Scalar, Scalar]:
@@ -62,7 +64,7 @@ def unembedded_cross_entropy(
         hidden: the state after the final norm.
         rules: where arrays live on the mesh.
         compute: the dtype of the products; sums, softmax and loss are float32.
-        piece: tokens of a row at a time; None takes as many as hold `LOGITS` logits a device.
+        piece: tokens of a row at a time; None takes as many as hold `LOGITS` logits a device, or `WHOLE_LOGITS`.
     """
     return _loss(_plan(matrix, hidden, rules, compute, tied, piece), matrix, hidden, targets)
 
@@ -94,9 +96,20 @@ def token_losses(
 def _plan(matrix: Array, hidden: Array, rules: Rules, compute: str, tied: bool, piece: int | None) -> _Plan:
     if piece is None:
         rows = hidden.shape[0] // rules.shards("batch")
-        columns = matrix.shape[1] // (1 if tied else rules.shards("vocab"))
-        piece = max(1, LOGITS // max(rows * columns, 1))
+        piece = piece_tokens(rows, matrix.shape[1], 1 if tied else rules.shards("vocab"))
     return _Plan(rules, compute, tied, min(piece, hidden.shape[1]))
+
+
+def piece_tokens(rows: int, vocab: int, cuts: int) -> int:
+    """Tokens of a row at a time, for so many rows on a device and a vocabulary cut in so many pieces."""
+    logits = WHOLE_LOGITS if cuts == 1 and has_mesh() else LOGITS
+    return max(1, logits // max(rows * vocab // cuts, 1))
+
+
+def loss_if(asked: Bool[Array, ""], loss: Callable[[], tuple[Scalar, Scalar]]) -> tuple[Scalar, Scalar]:
+    """`loss()` where `asked`, else (0, 0) without running it; for a loss without gradient."""
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.cond(asked, loss, lambda: (zero, zero))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -114,7 +127,8 @@ def _loss_forward(
 
 def _loss_backward(plan: _Plan, kept: tuple[Array, Array], cotangents: tuple[Scalar, Scalar]) -> tuple[Any, ...]:
     scale = cotangents[0]
-    return *((scale * x).astype(x.dtype) for x in kept), None
+    with jax.named_scope("loss"):
+        return *((scale * x).astype(x.dtype) for x in kept), None
 
 
 _loss.defvjp(_loss_forward, _loss_backward)
@@ -127,7 +141,8 @@ def _run(plan: _Plan, matrix: Array, hidden: Array, targets: Array, gradients: b
     whole: Any = rules.spec()
     results = (whole, whole, stored, tokens) if gradients else (whole, whole)
     local = functools.partial(_local, plan, gradients)
-    return per_device(local, (stored, tokens, rows), results)(matrix, hidden, reshard(targets, rows))
+    with jax.named_scope("loss"):
+        return per_device(local, (stored, tokens, rows), results)(matrix, hidden, reshard(targets, rows))
 
 
 def _local(plan: _Plan, gradients: bool, matrix: Array, hidden: Array, targets: Array) -> tuple[Array, ...]:

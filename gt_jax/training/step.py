@@ -24,7 +24,7 @@ from gt_jax.models.layers.primitives import widen
 from gt_jax.models.memory_chunks import chunk_length, mean_over_chunks, over_chunks
 from gt_jax.training.accumulation import accumulate_gradients
 from gt_jax.training.budget import BudgetState, move_budget, with_gates_moved, with_last_biases_moved
-from gt_jax.training.loss import unembedded_cross_entropy
+from gt_jax.training.loss import loss_if, unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State, at_step
 from gt_jax.training.price import Phase, PriceState, move_price, phase, price_loss
 from gt_jax.training.running_means import floats, moved_once
@@ -81,9 +81,12 @@ def losses(
 
 def chunk_sums(
     network: LanguageModel, variables: Tree, memory: Memory | None, batch: Batch, control: PassControl,
-    key: Array | None,
+    key: Array | None, charged: Array | None,
 ) -> tuple[tuple[Tree, Memory | None], Sums]:
-    """Run one chunk in training: ((moved statistics, memory for the next chunk), its sums)."""
+    """Run one chunk in training: ((moved statistics, memory for the next chunk), its sums).
+
+    The loss after the first pass is counted where `charged`, never for None: a price alone reads it.
+    """
     model, targets = network.config, batch["targets"]
     output: ModelOutput
     output, moved = network.apply(
@@ -93,8 +96,9 @@ def chunk_sums(
     measured = functools.partial(losses, network)
     first = ahead = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     auxiliary = jnp.sum(output.statistics.auxiliary_loss) + jnp.sum(output.statistics.router_loss)
-    if model.adaptive is not None:
-        first = measured(*jax.lax.stop_gradient((variables, output.first_pass_hidden)), targets)
+    if charged is not None:
+        states = jax.lax.stop_gradient((variables, output.first_pass_hidden))
+        first = loss_if(charged, functools.partial(measured, *states, targets))
     if output.mtp_hidden is not None and output.mtp_loss is not None:
         ahead = measured(variables, output.mtp_hidden, after_next_targets(targets))
         auxiliary += output.mtp_loss
@@ -113,6 +117,7 @@ def make_loss(
     """
     network = LanguageModel(model, rules)
     draws = model.sliding is not None
+    reads_first = model.adaptive is not None and price.rule == "ouro"
 
     def loss(
         params: Tree, statistics: Tree, batch: Batch, value: Scalar, now: Phase, step: Array,
@@ -125,7 +130,8 @@ def make_loss(
             start, memory = carry
             one = None if key is None else jax.random.fold_in(key, piece[1])
             given = {"params": params, "statistics": start}
-            (moved, memory), sums = chunk_sums(network, given, memory, piece[0], now.control, one)
+            charged = now.charged if reads_first else None
+            (moved, memory), sums = chunk_sums(network, given, memory, piece[0], now.control, one, charged)
             return (start, memory), (sums, floats(moved), jnp.sum(real_tokens(piece[0]["segment_ids"])))
 
         _, (sums, moved, seen) = over_chunks(chunk, model, rules, statistics, batch)
@@ -208,7 +214,8 @@ def make_step(
             if isinstance(moments, Float32State):
                 copies = keep_frozen(thaw, model.depth, state.step, moments.copies, state.optimizer.copies)
                 moments = moments._replace(copies=copies)
-        norm = optax.tree.norm(jax.tree.map(widen, grads))
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(jax.tree.map(widen, grads))
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         metrics = {
             "loss": report["cross_entropy"],
@@ -225,7 +232,8 @@ def make_step(
             "update_ratio": report["passes"].update_ratio[:, 0],
         }
         new = TrainState(params, statistics, moments, moved, state.step)
-        applied = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        with jax.named_scope("optimizer"):
+            applied = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         return applied._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)

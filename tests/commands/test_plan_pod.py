@@ -16,12 +16,13 @@ from gt_jax.configs.presets import preset
 from gt_jax.configs.resolvent import ResolventConfig
 from gt_jax.devices.pods import topologies
 from gt_jax.devices.sharding import Rules, make_mesh
-from gt_jax.errors import Refused
+from gt_jax.errors import Failed, Refused
 from gt_jax.models.flops import model_flops
-from gt_jax.plan_pod import advice, chosen, least_seconds, mesh_sizes, parser, report_lines
+from gt_jax.plan_pod import advice, chosen, least_seconds, main, mesh_sizes, parser, report_lines
 from gt_jax.training import mesh_search
 from gt_jax.training.ahead_of_time import OUT_OF_MEMORY, Job, compile_step, replicated, shortage
 from gt_jax.training.divisibility import indivisible_fields, indivisible_tensors, refuse_indivisible
+from gt_jax.training.pod_plans import least_by_part
 from tests.support import small_model
 
 ROOT = Path(__file__).parents[2]
@@ -35,16 +36,31 @@ def test_topologies_by_name():
             topologies.parse(name)
 
 
-def test_meshes_divide_what_they_cut_and_come_in_the_order_of_their_cost():
+def machine(memory=95 << 30, link=9e10):
+    """As v5p, each axis of a mesh on two links of its own."""
+    every = lambda sizes: {axis: (2 * link if size > 1 else np.inf, size > 1) for axis, size in sizes.items()}  # noqa: E731
+    return mesh_search.Machine(459e12, 2765e9, memory, every)
+
+
+def test_meshes_divide_what_they_cut_and_those_that_fit_come_in_the_order_of_their_largest_time():
     job = Job(preset("8b"), 128, 4096)
-    found = mesh_search.candidates(job, 64, 8_309_921_685)
+    found = mesh_search.candidates(job, 64, 8_309_921_685, machine())
     assert found and [c.cost for c in found] == sorted(c.cost for c in found)
     for one in found:
-        assert np.prod(list(one.sizes.values())) == 64 and one.sizes["tensor"] * one.sizes["expert"] > 1
+        assert np.prod(list(one.sizes.values())) == 64 and one.cost == max(one.seconds.values())
+        assert one.seconds[one.bound] == one.cost and one.memory < 95 << 30
         rows = 128 // one.accumulate
         assert not indivisible_fields(job.model, rows, one.sizes, Rules())
         assert rows % (one.sizes["data"] * one.sizes["fsdp"]) == 0
-    assert not mesh_search.candidates(Job(preset("8b"), 7, 4096), 64, 1)
+    assert not mesh_search.candidates(Job(preset("8b"), 7, 4096), 64, 1, machine())
+    # a layer's experts may be gathered whole: no stream is held by several devices, none is summed
+    assert found[0].sizes["tensor"] == found[0].sizes["expert"] == 1 and found[0].bound == "bytes"
+    slow = mesh_search.candidates(job, 64, 8_309_921_685, machine(link=2e9))
+    assert slow[0].bound == "links" and slow[0].cost > found[0].cost
+    small = mesh_search.candidates(job, 64, 8_309_921_685, machine(memory=20 << 30))
+    assert small[0].memory < 20 << 30 < found[0].memory and small[0].accumulate > found[0].accumulate
+    fit = [one.memory < 20 << 30 for one in small]
+    assert fit == sorted(fit, reverse=True) and not fit[-1]  # those that seem too large come last
 
 
 def test_what_does_not_divide_names_the_field_the_tensors_and_the_axis():
@@ -82,9 +98,9 @@ def test_a_mesh_in_words():
 def test_a_batch_that_no_mesh_divides_is_refused_with_one_that_has_a_mesh():
     model, arguments = small_model("D", adaptive=False), parser().parse_args(["--topology", "v5p:2x2x1"])
     with pytest.raises(Refused, match="no mesh of 4 devices divides batch 7 and the model evenly; --batch 4, or a mul"):
-        chosen(arguments, Job(model, 7, 128), 4)
+        chosen(arguments, Job(model, 7, 128), 4, machine())
     with pytest.raises(Refused, match="neither does any other batch"):
-        chosen(arguments, Job(preset("tiny_3b").plain.replace(layout="D"), 9, 128), 9)  # all experts on one device
+        chosen(arguments, Job(model.replace(width=24), 64, 128), 64, machine())  # nor 24 by 16, nor 2 heads by 8
 
 
 @pytest.mark.slow
@@ -92,8 +108,8 @@ def test_a_step_is_measured_where_it_is_compiled():
     """On the CPU's devices, as it would be for a pod."""
     job = Job(small_model("D", adaptive=False), 8, 16, accumulate=2)
     mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
-    row = compile_step(job, mesh, memory=1 << 30)
-    assert row["fits"] and row["replicated"] == [] and row["whole_expert_stacks"] == []
+    row = compile_step(job, mesh, memory=1 << 30, link_seconds=lambda group: 1e-12 * len(group))
+    assert row["fits"] and row["replicated"] == [] and row["whole_stacks"] == []
     memory = row["memory"]
     assert memory["total"] == sum(memory[name] for name in ("arguments", "outputs", "temporaries", "program"))
     assert row["collectives"]["all-gather"]["bytes"] > 0 and row["largest"][0]["bytes"] > 0
@@ -103,7 +119,14 @@ def test_a_step_is_measured_where_it_is_compiled():
     counted = model_flops(job.model, 16).training() * 8 * 16 / 4
     assert counted < row["flops"] < 4 * counted and row["bytes"] > memory["arguments"]
     row |= least_seconds(row, topologies.CHIPS["v5p"], "TPU v5")
-    assert row["least_seconds"] == {"flops": row["flops"] / 459e12, "bytes": row["bytes"] / 2765e9}
+    assert row["least_seconds"] == {"flops": row["flops"] / 459e12, "bytes": row["bytes"] / 2765e9,
+                                    "links": row["link_seconds"]}  # fmt: skip
+    assert row["bound"] == max(row["least_seconds"], key=row["least_seconds"].get)
+    assert row["links"] == sum(one["received"] for one in row["collectives"].values()) > 0
+    for what in ("bytes", "flops", "links"):
+        assert sum(one[what] for one in row["parts"]) == row[what]
+    named = {one["part"] for one in row["parts"]}
+    assert {"D mixers", "loss", "optimizer", "embedding", "norms", "gradients summed"} <= named
     result = {"preset": "small", "parameters": 1, "topology": "cpu", "devices": 4, "batch": 8, "sequence_length": 16,
               "tried": [row, row | {"fits": False}]}  # fmt: skip
     text = "\n".join(report_lines(json.loads(json.dumps(result))))
@@ -197,3 +220,71 @@ def test_a_tiny_model_for_a_real_topology():
 def test_without_the_compiler_it_says_what_to_install():
     done = command("--topology", "v5p:4x4x4")
     assert done.returncode == 2 and "pip install 'gt-jax[tpu]'" in done.stderr
+
+
+def stored(**changes):
+    """A plan as plan_pod --json has it, as far as a reader asks."""
+    numbers = (("experts", "forward", 600, 50, 30, 0.3), ("experts", "backward", 200, 50, 10, 0.1),
+               ("loss", "forward", 200, 100, 0, 0.0))  # fmt: skip
+    names = ("part", "phase", "bytes", "flops", "links", "link_seconds")
+    parts = [dict(zip(names, one, strict=True)) for one in numbers]
+    row = {"mesh": {"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}, "accumulate": 1, "fits": True, "bytes": 1000,
+           "flops": 200, "links": 40, "collectives": {}, "parts": parts, "memory": {"total": 1 << 30},
+           "least_seconds": {"flops": 0.1, "bytes": 2.0, "links": 0.4}, "bound": "bytes"}  # fmt: skip
+    plan = {"preset": "8b", "topology": "v5p:2x2x1", "devices": 4, "parameters": 10, "changed": {}, "batch": 8,
+            "sequence_length": 16, "tried": [row]}  # fmt: skip
+    return plan | changes
+
+
+def written(folder, **plans):
+    for name, plan in plans.items():
+        (folder / f"{name}.json").write_text(json.dumps(plan))
+    return [str(folder / f"{name}.json") for name in plans]
+
+
+def test_two_plans_are_compared_part_by_part(tmp_path, capsys):
+    half = stored()
+    half["tried"] = [half["tried"][0] | {"bytes": 400, "parts": half["tried"][0]["parts"][1:]}]
+    assert main(written(tmp_path, before=stored(), after=half)) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["experts", "8e-07", "2e-07", "0.25"] in lines and ["loss", "2e-07", "2e-07", "1.00"] in lines
+    assert ["least", "s", "by", "bytes", "2", "2", "1.00"] in lines
+    picture = tmp_path / "parts.png"
+    assert main([*written(tmp_path, before=stored()), "--picture", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and "together" in capsys.readouterr().out
+    assert least_by_part(stored()["tried"][0], "bytes") == {"experts": pytest.approx(1.6), "loss": pytest.approx(0.4)}
+    assert least_by_part(stored()["tried"][0], "links") == {"experts": pytest.approx(0.4), "loss": 0.0}
+
+
+def test_an_old_plan_is_read_and_said_to_be_old(tmp_path, capsys):
+    plan = json.loads((ROOT / "experiments/results/plan_pod_tpu7x_4x4x4.json").read_text())
+    old = written(tmp_path, old=stored(**{key: plan[key] for key in plan if key != "topology"}))[0]
+    assert main([str(ROOT / "experiments/results/plan_pod_v6e_16x16.json"), old]) == 0
+    said = capsys.readouterr().out
+    assert said.count("is an old plan: it has no parts") == 2 and "least s by links" in said
+    assert main([old]) == 0 and "old plan" in capsys.readouterr().out
+    with pytest.raises(Failed, match="an old plan has no parts"):
+        main([old, "--picture", str(tmp_path / "no.png")])
+
+
+def test_what_is_no_plan_or_of_another_model_is_refused(tmp_path):
+    row = stored()["tried"][0]
+    bad = written(tmp_path, list=[1], empty=stored(tried=[]), unfit=stored(tried=[row | {"fits": False}]),
+                  config={"width": 3}, words=stored(devices="4"), part=stored(tried=[row | {"parts": [{"part": 1}]}]))
+    for path, words in zip(bad, ("is no JSON object", "has no mesh in tried", "none of its meshes fits",
+                                 "lacks preset", "has a devices of another type",
+                                 r"tried\[0\] parts\[0\] has a part of another type"), strict=True):  # fmt: skip
+        with pytest.raises(Refused, match=words):
+            main([path])
+    (tmp_path / "text.json").write_text("fsdp=4")
+    with pytest.raises(Refused, match="cannot be read as JSON"):
+        main([str(tmp_path / "text.json")])
+    one, other = written(tmp_path, one=stored(), other=stored(preset="3b", parameters=11, batch=16))
+    with pytest.raises(Refused) as error:
+        main([one, other])
+    assert all(part in str(error.value) for part in ("preset: 8b in", "3b in", "parameters: 10", "rows of a batch: 8"))
+    for words, why in (([one, one, one], "3 plans are named"), ([one, one], "compared with itself"),
+                       ([one, "--topology", "v5p:2x2x1"], "leave out --topology"),
+                       ([], "--topology is missing")):  # fmt: skip
+        with pytest.raises(Refused, match=why):
+            main(words)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gt_jax.devices.pods import hlo
+from gt_jax.devices.pods.program_flops import count_flops, flops_of
 from gt_jax.devices.sharding import Rules, make_mesh, reshard
-from gt_jax.training.loss import cross_entropy, token_losses, unembedded_cross_entropy
+from gt_jax.training.loss import cross_entropy, loss_if, piece_tokens, token_losses, unembedded_cross_entropy
 
 B, T, D, V = 4, 7, 8, 24
 RULES = Rules()
@@ -77,6 +79,30 @@ def test_cut_over_rows_width_and_vocabulary_the_loss_is_the_same(tied):
         stored = jax.sharding.NamedSharding(jax.sharding.get_mesh(), RULES.spec("embed", None if tied else "vocab"))
         assert found[2].sharding.is_equivalent_to(stored, 2)
     assert_same(found, wanted, 1e-6)
+
+
+def test_a_loss_that_nobody_asks_for_is_not_run():
+    """It is one branch of a conditional, over a mesh too; where it is asked for it is the same."""
+    x = material()
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        either = jax.jit(lambda asked, *x: loss_if(asked, lambda: pieces(*x)))
+        compiled = either.lower(jnp.asarray(True), *x).compile()
+        found, nothing = compiled(jnp.asarray(True), *x), compiled(jnp.asarray(False), *x)
+    assert_same(found, dense(*x), 1e-6)
+    assert [float(one) for one in nothing] == [0.0, 0.0]
+    program = hlo.read(compiled.as_text())
+    branches = [x for name in program.times for x in program.computations[name] if x.opcode == "conditional"]
+    assert len(branches) == 1 and count_flops(program).flops > 0
+    inside = program.shares(flops_of, lambda here, x: here.name, through=("fusion",))
+    assert program.entry not in inside
+
+
+def test_where_a_mesh_leaves_the_vocabulary_whole_pieces_are_four_times_as_long():
+    """The gradient of the matrix, [d, v] float32, is read and written once a piece."""
+    assert piece_tokens(2, 1 << 17, 1) == (1 << 26) // (2 << 17) == 256
+    with jax.set_mesh(make_mesh(fsdp=8)):
+        assert piece_tokens(2, 1 << 17, 1) == 1024 and piece_tokens(2, 1 << 17, 4) == 1024
+    assert piece_tokens(1 << 30, 1 << 17, 1) == 1
 
 
 def test_weights_in_bfloat16_collect_their_gradient_in_float32():

@@ -15,7 +15,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from gt_jax.devices.pods.collectives import COLLECTIVES
-from gt_jax.devices.pods.hlo import Computation, Instruction, Program, array_bytes
+from gt_jax.devices.pods.hlo import Computation, Cost, Instruction, Program, array_bytes
 from gt_jax.devices.pods.program_flops import estimated
 
 _FREE = {
@@ -51,6 +51,12 @@ def hbm_traffic(program: Program, leave_out: Collection[str] = (), loop_length: 
         return round(program.total(cost, loop_length))
 
     return Traffic(moved(False), moved(True), program.unknown_loops)
+
+
+def traffic_of(program: Program) -> Cost:
+    """What one instruction of the program moves to and from HBM, for `Program.shares`; a fusion as one."""
+    count = _Count(program)
+    return lambda here, x: count.of(here, x) + count.again(here, x)
 
 
 def called_bytes(program: Program, kernel: str) -> int:

@@ -3,7 +3,7 @@
 - A loop runs as often as the compiler says (`known_trip_count`), else as the constant that its condition compares
   its counter with lets it; its body counts as often. Of other loops the body counts once, and they are counted.
 - `executed` gives every instruction with the number of its runs, all branches of a conditional among them; `total` adds
-  a cost up and takes the costlier branch.
+  a cost up and takes the costlier branch; `shares` splits that sum by what someone says of each instruction.
 - Every line is read once, and what a computation costs is computed once: a text of tens of megabytes takes seconds.
 """
 
@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 CALLS = ("call", "call-start", "async-start")
 _BITS = {"token": 0, "opaque": 0, "pred": 8}  # of other types in their name: f32, bf16, f8e4m3fn
@@ -29,6 +29,7 @@ _SOURCE = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _SPREAD = re.compile(r"kernel_metadata=\{\n.*?\n\}", re.DOTALL)  # JSON on lines of its own, amid an instruction
 _NUMBER = re.compile(r"constant\((-?\d+)\)")
+_DEVICES = re.compile(r"\b(?:num_partitions|replica_count)=(\d+)")
 
 
 class Array(NamedTuple):
@@ -168,15 +169,17 @@ class Computation:
         return found
 
 
-Cost = Callable[[Computation, Instruction], int]
+Cost = Callable[[Computation, Instruction], float | int]
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Program:
-    """Computations by name, and the name of the first."""
+    """Computations by name, the name of the first, and on how many devices it runs."""
 
     computations: dict[str, Computation]
     entry: str
+    devices: int = 1
 
     def executed(self) -> Iterator[tuple[Instruction, int]]:
         """Every instruction that runs, those inside fusions too, and how often."""
@@ -217,23 +220,51 @@ class Program:
         Loops count as often as they run, those of unknown length `loop_length` times; a conditional is its costlier
         branch.
         """
+        return sum(self.shares(cost, lambda here, x: None, loop_length, through).values())
+
+    def shares(
+        self, cost: Cost, key: Callable[[Computation, Instruction], K], loop_length: float | int = 1,
+        through: tuple[str, ...] = (),
+    ) -> dict[K, float | int]:  # fmt: skip
+        """`total`, by what `key(computation, instruction)` says of each instruction that costs something."""
 
         @functools.cache
-        def of(name: str) -> float | int:
+        def of(name: str) -> dict[K, float | int]:
+            sums: dict[K, float | int] = {}
             here = self.computations[name]
-            return sum(one(here, x) for x in here)
+            for x in here:
+                for times, inner in inside(x):
+                    for one, value in of(inner).items():
+                        sums[one] = sums.get(one, 0) + times * value
+                if not descends(x) and (own := cost(here, x)):
+                    one = key(here, x)
+                    sums[one] = sums.get(one, 0) + own
+            return sums
 
-        def one(here: Computation, x: Instruction) -> float | int:
+        def descends(x: Instruction) -> bool:
+            return x.opcode in ("while", "conditional", *CALLS, *through)
+
+        def inside(x: Instruction) -> list[tuple[float | int, str]]:
             if x.opcode == "while":
                 length = self.length(x)
-                return (loop_length if length is None else length) * of(x.named("body") or "")
+                return [(loop_length if length is None else length, x.named("body") or "")]
             if x.opcode == "conditional":
-                return max((of(name) for name in x.called), default=0)
-            if x.opcode in CALLS or x.opcode in through:
-                return sum(of(name) for name in x.called)
-            return cost(here, x)
+                dearest = max(x.called, key=lambda name: sum(of(name).values()), default=None)
+                return [] if dearest is None else [(1, dearest)]
+            return [(1, name) for name in x.called] if descends(x) else []
 
         return of(self.entry)
+
+    @functools.cached_property
+    def callers(self) -> dict[str, tuple[str, Instruction]]:
+        """Of each computation that runs, (computation, instruction) of one that calls it; the entry has none."""
+        found: dict[str, tuple[str, Instruction]] = {}
+        for name in self.times:
+            for x in self.computations[name]:
+                for called in (*x.called, x.named("body") if x.opcode == "while" else None):
+                    if called is not None:
+                        found.setdefault(called, (name, x))
+        return found
 
     def _calls(self, name: str) -> Iterator[tuple[str, int]]:
         """(computation, how often one run of `name` runs it)."""
@@ -261,9 +292,11 @@ class Program:
 def read(text: str) -> Program:
     """Parse the optimised HLO of a program; raises ValueError for a text without entry."""
     computations: dict[str, Computation] = {}
-    entry, current = "", None
+    entry, current, devices = "", None, 1
     for line in _SPREAD.sub("kernel_metadata={}", text).splitlines():
-        if not line.startswith(" "):
+        if line.startswith("HloModule "):
+            devices = math.prod(int(count) for count in _DEVICES.findall(line))
+        elif not line.startswith(" "):
             head = _HEAD.match(line)
             current = computations.setdefault(head[2], Computation(head[2], {})) if head else None
             entry = head[2] if head and head[1] else entry
@@ -271,7 +304,7 @@ def read(text: str) -> Program:
             current.instructions[instruction.name] = instruction
     if not entry:
         raise ValueError("this is no HLO module: it has no ENTRY")
-    return Program(computations, entry)
+    return Program(computations, entry, devices)
 
 
 def parse_instruction(line: str) -> Instruction | None:

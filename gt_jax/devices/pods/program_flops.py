@@ -46,6 +46,11 @@ def count_flops(program: Program, loop_length: float | int = 1) -> Work:
     return Work(products + kernels, kernels, silent)
 
 
+def flops_of(here: Computation, x: Instruction) -> int:
+    """Of one product or one kernel, for `Program.shares` through fusions; 0 for other instructions."""
+    return product_flops(here, x) + kernel_flops(here, x)
+
+
 def is_kernel(x: Instruction) -> bool:
     """Whether it runs a Pallas kernel for TPUs."""
     return x.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in x.attributes

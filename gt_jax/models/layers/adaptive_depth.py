@@ -187,8 +187,7 @@ class HaltingHead(nn.Module):
             embedding = jnp.sum(jax.nn.one_hot(k, c.max_passes)[:, None] * table, axis=0)
         else:
             embedding = self.param("embedding", INIT, (c.embedding,), jnp.float32, on_mesh(spec(None)))
-        tiled = jnp.broadcast_to(embedding[None, None], (*features.shape[:2], c.embedding))
-        seen = [features, tiled + jnp.zeros_like(features[..., :1])]  # takes the rows' sharding
+        seen = [features]
         if c.state_width:
             assert state is not None
             h = widen(jax.lax.stop_gradient(state))
@@ -196,23 +195,33 @@ class HaltingHead(nn.Module):
             seen.append(Affine((h.shape[-1], c.state_width), 0.0, self.rules, name="state")(h))
         hidden = Affine((FEATURES + c.embedding + c.state_width, c.hidden), 0.0, self.rules, name="hidden")
         output = Affine((c.hidden, 1), c.initial_bias, self.rules, name="output")
-        inner = jax.nn.gelu(hidden(jnp.concatenate(seen, axis=-1)))
+        inner = jax.nn.gelu(hidden(jnp.concatenate(seen, axis=-1), embedding, FEATURES))
         return jax.nn.sigmoid(bounded_logit(output(inner)[..., 0], c))
 
 
 class Affine(nn.Module):
-    """x W + b in float32, whole on every device (the halting heads are tiny)."""
+    """x W + b in float32, whole on every device (the halting heads are tiny).
+
+    With `common` [c], numbers that every token has, it is [x_1 … x_at, common, the rest of x] W + b; their share of the
+    product is computed once, and its gradient is a sum over tokens before devices add theirs up.
+    """
 
     shape: tuple[int, int]
     bias: float
     rules: Rules
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t f"]) -> Float[Array, "b t g"]:
+    def __call__(
+        self, x: Float[Array, "b t f"], common: Float[Array, " c"] | None = None, at: int = 0
+    ) -> Float[Array, "b t g"]:
         init = nn.initializers.lecun_normal()
         w = self.param("w", init, self.shape, jnp.float32, on_mesh(self.rules.spec(None, None)))
         bias = nn.initializers.constant(self.bias)
         b = self.param("b", bias, self.shape[1:], jnp.float32, on_mesh(self.rules.spec(None)))
+        if common is not None:
+            after = at + common.shape[0]
+            b = b + float32_einsum("f,fg->g", common, w[at:after])
+            w = jnp.concatenate([w[:at], w[after:]])
         out = on_mesh(self.rules.spec("batch", None, None))
         return float32_einsum("btf,fg->btg", x, w, out_sharding=out) + b[None, None]
 

@@ -144,8 +144,11 @@ class Router(nn.Module):
             return logits
         b = self.param("b", nn.initializers.zeros, shape[1:], jnp.float32, whole)
         null_logit = self.param("null_logit", nn.initializers.zeros, (), jnp.float32, on_mesh(self.rules.spec()))
-        nulls = jnp.broadcast_to(null_logit, (*x.shape[:2], self.config.null_experts))
-        return jnp.concatenate([logits + b[None, None], reshard(nulls, place)], axis=-1)
+        # added to zeros that lie where the tokens do: the gradient of a number that is spread out first, and then laid
+        # out over the mesh, is gathered whole, every token of the batch on every device
+        null = jnp.zeros_like(logits[..., :1]) + null_logit
+        nulls = jnp.broadcast_to(null, (*x.shape[:2], self.config.null_experts))
+        return jnp.concatenate([logits + b[None, None], nulls], axis=-1)
 
 
 class ExpertWeight(nn.Module):
@@ -235,9 +238,10 @@ class MixtureOfExperts(nn.Module):
         config = self.config
         slots = self.router(x)
         sow(self, "slots", slots)
-        routing = route(slots, config.experts, config.top_k, config.normalise)
-        loss, *statistics = router_losses(config, slots, routing.experts, real)
-        sent = jnp.where(real[..., None] > 0, routing.experts, config.experts)
+        with jax.named_scope("route"):
+            routing = route(slots, config.experts, config.top_k, config.normalise)
+            loss, *statistics = router_losses(config, slots, routing.experts, real)
+            sent = jnp.where(real[..., None] > 0, routing.experts, config.experts)
         shared = self.shared(x)
         if config.shared_gate:
             shared = (widen(shared) * self.shared_gate(x)).astype(shared.dtype)

@@ -117,7 +117,9 @@ class Layer(nn.Module):
 
         def attend(u: Activations) -> tuple[Activations, MixerOutput]:
             arguments = (link,) if self.kind == "S" else ()
-            mixed = self.mixer(u if post else self.mixer_norm(u), place, cache, *arguments)
+            normed = u if post else self.mixer_norm(u)
+            with jax.named_scope(f"mixer_{self.kind}"):
+                mixed = self.mixer(normed, place, cache, *arguments)
             y = self.mixer_post_norm(mixed.y) if post else mixed.y
             return y.astype(u.dtype), mixed
 

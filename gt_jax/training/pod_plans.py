@@ -1,0 +1,140 @@
+"""Plans of pods as files: read, told as a table by part, and compared part by part. JSON alone, no JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import read_json
+
+Json = Mapping[str, Any]
+PHASES = ("forward", "again", "backward", "update")
+GB, TFLOP = 1e9, 1e12
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "preset": str, "topology": str, "devices": int, "parameters": int, "batch": int, "sequence_length": int,
+    "tried": list,
+}  # fmt: skip
+_ROW = {"mesh": dict, "accumulate": int, "fits": bool, "bytes": int, "flops": int, "collectives": dict}
+_PART = {"part": str, "phase": str, "bytes": (int, float), "flops": (int, float), "links": (int, float)}
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plan in a file that `plan_pod --json` wrote; raises `Refused` for what is none, or fits on no mesh."""
+    try:
+        plan = read_json(path)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} cannot be read as JSON: {error}") from error
+    wrong = _mistyped(plan, _FIELDS)
+    rows = plan["tried"] if not wrong else []
+    if not wrong and not rows:
+        wrong = ["has no mesh in tried"]
+    for number, row in enumerate(rows):
+        wanted = _ROW if isinstance(row, dict) and row.get("fits") is True else {"fits": bool}
+        wrong += [f"tried[{number}] {line}" for line in _mistyped(row, wanted)]
+        parts = row.get("parts", []) if isinstance(row, dict) else []
+        each = enumerate(parts if isinstance(parts, list) else [parts])
+        wrong += [f"tried[{number}] parts[{at}] {line}" for at, one in each for line in _mistyped(one, _PART)]
+    refuse_all(wrong, f"{path} is no plan that plan_pod --json wrote; it")
+    if best(plan) is None:
+        raise Refused(f"{path}: none of its meshes fits, so there is nothing to show")
+    return plan
+
+
+def _mistyped(found: Any, wanted: Mapping[str, Any]) -> list[str]:
+    if not isinstance(found, Mapping):
+        return ["is no JSON object"]
+    return [f"lacks {name}" if name not in found else f"has a {name} of another type"
+            for name, kind in wanted.items() if not isinstance(found.get(name), kind)]  # fmt: skip
+
+
+def best(plan: Json) -> Json | None:
+    """The first of its meshes, which are in order, if that fits."""
+    return plan["tried"][0] if plan["tried"] and plan["tried"][0].get("fits") else None
+
+
+def is_old(plan: Json) -> bool:
+    """Whether it was made before plans told their parts; its collectives are then counted too often."""
+    row = best(plan)
+    return row is None or "parts" not in row
+
+
+def refuse_other(plans: Mapping[str, Json]) -> None:
+    """Raise `Refused` where two plans are not of the same model and the same tokens a step."""
+    (first, one), *rest = plans.items()
+    what = {"preset": "preset", "parameters": "parameters", "changed": "fields that differ from the preset",
+            "batch": "rows of a batch", "sequence_length": "tokens of a row"}  # fmt: skip
+    wrong = [f"{words}: {one.get(name)} in {first}, {other.get(name)} in {path}" for path, other in rest
+             for name, words in what.items() if (one.get(name) or 0) != (other.get(name) or 0)]  # fmt: skip
+    refuse_all(wrong, "these plans cannot be compared; they must be of one model and as many tokens a step:")
+
+
+def heading(plan: Json) -> str:
+    """One line: model, pod, mesh."""
+    row = best(plan)
+    assert row is not None
+    sizes = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1)
+    return f"{plan['preset']} on {plan['topology']}, --mesh {sizes or 'data=1'} --accumulate {row['accumulate']}"
+
+
+def sums(row: Json, what: str, part: str | None = None, phase: str | None = None) -> float:
+    """`bytes`, `flops`, `links` or `link_seconds` of a part in a phase; None: of all."""
+    return float(sum(one.get(what, 0) for one in row.get("parts", ())
+                     if part in (None, one["part"]) and phase in (None, one["phase"])))  # fmt: skip
+
+
+def parts(rows: Sequence[Json]) -> list[str]:
+    """The parts of all rows, those that move most HBM bytes first."""
+    names = {one["part"] for row in rows for one in row.get("parts", ())}
+    return sorted(names, key=lambda name: (-max(sums(row, "bytes", name) for row in rows), name))
+
+
+def part_lines(row: Json) -> list[str]:
+    """A table: HBM bytes by phase, their share, FLOPs and bytes over links, by part; the last line is the sum."""
+    header = [*PHASES, "HBM GB", "%", "TFLOP", "links GB"]
+    lines = [f"    {'part':26s}" + "".join(f"{name:>10s}" for name in header)]
+    for part in (*parts([row]), None):
+        of: Callable[..., float] = lambda what, phase=None, part=part: sums(row, what, part, phase)  # noqa: E731
+        share = 100 * of("bytes") / max(sums(row, "bytes"), 1)
+        numbers = [*(of("bytes", phase) / GB for phase in PHASES), of("bytes") / GB, share, of("flops") / TFLOP,
+                   of("links") / GB]  # fmt: skip
+        lines.append(f"    {part or 'together':26s}" + "".join(f"{number:10.3g}" for number in numbers))
+    return lines
+
+
+def least_by_part(row: Json, bound: str) -> dict[str, float]:
+    """Of the least seconds by `flops`, `bytes` or `links`, what each part takes."""
+    total = row.get("least_seconds", {}).get(bound, 0.0)
+    what = "link_seconds" if bound == "links" else bound
+    whole = sums(row, what)
+    return {part: total * sums(row, what, part) / whole if whole else 0.0 for part in parts([row])}
+
+
+def comparison_lines(plans: Mapping[str, Json]) -> list[str]:
+    """Two plans side by side: totals and least times, then HBM, FLOPs and links by part where both have parts."""
+    lines = [f"{letter}: {path}: {heading(plan)}" for letter, (path, plan) in zip("AB", plans.items(), strict=True)]
+    rows = [row for row in map(best, plans.values()) if row is not None]
+    old = [path for path, plan in plans.items() if is_old(plan)]
+    lines += [f"{path} is an old plan: it has no parts, and its collectives are counted too often" for path in old]
+    lines += ["", f"    {'':26s}{'A':>12s}{'B':>12s}{'B / A':>9s}"]
+    totals = [("HBM, GB", "bytes", GB), ("TFLOP", "flops", TFLOP), ("links, GB received", "links", GB)]
+    for words, name, unit in totals:
+        lines.append(_pair(words, *(row[name] / unit if name in row else None for row in rows)))
+    for name in ("flops", "bytes", "links"):
+        lines.append(_pair(f"least s by {name}", *(row.get("least_seconds", {}).get(name) for row in rows)))
+    lines.append(_pair("GiB of memory", *(row["memory"]["total"] / 2**30 if "memory" in row else None for row in rows)))
+    if old:
+        return lines
+    for words, name, unit in totals:
+        lines += ["", f"    {words}, by part"]
+        for part in parts(rows):
+            pair = [sums(row, name, part) / unit for row in rows]
+            lines += [_pair(part, *pair)] if any(pair) else []
+    return lines
+
+
+def _pair(words: str, a: float | None, b: float | None) -> str:
+    shown = "".join(f"{'-' if x is None else format(x, '.4g'):>12s}" for x in (a, b))
+    ratio = format(b / a, ".2f") if a and b is not None else "-"
+    return f"    {words:26s}{shown}{ratio:>9s}"

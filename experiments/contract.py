@@ -21,10 +21,16 @@ KEYS = ("command", "config", "machine", "seconds", "rows", "summary", "content")
 ORDER = ("task", "model", "seed")
 
 
+PLACES = ("--work", "--output")
+
+
 def command_line(module: str, words: Sequence[str], files: Iterable[str] = ()) -> str:
-    """What was typed, `files` by their names alone: a stored file says nothing of the machine's folders."""
+    """What was typed, without `PLACES`, which no figure depends on, and `files` by their names alone: a stored file
+    says nothing of the machine's folders."""
     names = {file: Path(file).name for file in files}
-    return shlex.join(["python", "-m", module, *(names.get(word, word) for word in words)])
+    kept = [word for before, word in zip(["", *words], words, strict=False)
+            if word.partition("=")[0] not in PLACES and before not in PLACES]  # fmt: skip
+    return shlex.join(["python", "-m", module, *(names.get(word, word) for word in kept)])
 
 
 def stored(

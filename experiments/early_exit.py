@@ -98,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.jobs == 1 and study.scale != "accelerator":
         hold_to_one_core(0)  # as a worker does, so that times mean the same
     work = arguments.work or Path(f"runs/{NAME}_{study.scale}")
-    words = command_line(MODULE, sys.argv[1:] if argv is None else argv,
-                         (*arguments.text, str(work), str(arguments.output)))  # fmt: skip
+    words = command_line(MODULE, sys.argv[1:] if argv is None else argv, arguments.text)
     print(study_and_report(study, work, arguments.output, arguments.jobs, words))
     return 0
 

@@ -67,7 +67,7 @@ def run(
     with Workers(units, make, arguments.jobs, say) as workers:
         made = rows_of(study, workers)
     rows = [{key: value for key, value in row.items() if key not in UNSTORED} for row in made]
-    command = contract.command_line(f"experiments.{name}", words, (*files, str(arguments.work), str(output)))
+    command = contract.command_line(f"experiments.{name}", words, files)
     stored = contract.stored(command=command, config=study, machine=machine(), seconds=units.seconds, rows=rows,
                              summary=summary(rows), content=content)  # fmt: skip
     contract.write(output / f"{name}.json", stored)

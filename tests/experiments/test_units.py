@@ -169,7 +169,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 def test_a_command_says_nothing_of_folders():
-    words = ["--text", "texts/far/my stories.txt", "--jobs", "2"]
+    words = ["--text", "texts/far/my stories.txt", "--work", "far/work", "--jobs", "2", "--output=far"]
     assert contract.command_line("experiments.any", words, words[1:2]) == (
         "python -m experiments.any --text 'my stories.txt' --jobs 2")  # fmt: skip
 

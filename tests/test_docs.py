@@ -158,17 +158,19 @@ def numbers(match):
     return {(mean, low, high), (-mean, -high, -low)}
 
 
-@pytest.mark.parametrize(("page", "start", "end", "report"), [
+@pytest.mark.parametrize(("page", "start", "end", "reports"), [
     ("docs/studies.md", "## Is depth used?", "## Which way of growing", "depth_tasks"),
     ("docs/studies.md", "## Which way of growing", "## Does leaving", "growth_operators"),
+    ("docs/studies.md", "## Does growth pay?", "## Does bfloat16", "growth_pays"),
     ("docs/depth.md", "Not shown:", "## What makes depth used", "growth_operators"),
     ("docs/growing.md", "### The identity of growth", "## The commands", "growth_operators"),
     ("docs/growing.md", "### calibrate", "### Lineage", "growth_operators"),
-    ("README.md", "Not shown yet", "## Licence", "growth_operators"),
+    ("README.md", "Not shown yet", "## Licence", "growth_operators, growth_pays"),
 ])  # fmt: skip
-def test_every_interval_of_a_study_in_the_docs_stands_in_its_report(page, start, end, report):
+def test_every_interval_of_a_study_in_the_docs_stands_in_its_report(page, start, end, reports):
     """To the digits that the page gives; a page may turn a comparison round."""
-    told = [numbers(match) for match in INTERVAL.findall(text_of(RESULTS / f"{report}.md"))]
+    pages = "\n".join(text_of(RESULTS / f"{report}.md") for report in reports.split(", "))
+    told = [numbers(match) for match in INTERVAL.findall(pages)]
     known = set().union(*told)
     text = " ".join(text_of(ROOT / page).split(start)[1].split(end)[0].split())
     found = INTERVAL.findall(text)

@@ -201,8 +201,9 @@ def test_grows_under_eval_shape_into_what_the_model_declares():
     assert shapes["params/segment0/layer0/gain"] == ShapeDtypeStruct((5,), jnp.float32)
 
 
-@pytest.mark.parametrize("wrap", [pytest.param(jax.jit, id="jit"),
-                                  pytest.param(lambda f: f, id="eager", marks=pytest.mark.exhaustive)])
+# in one program: ten seconds of compiling noise, which the test above does on one device
+@pytest.mark.parametrize("wrap", [pytest.param(lambda f: f, id="op by op"),
+                                  pytest.param(jax.jit, id="jit", marks=pytest.mark.exhaustive)])
 def test_sharding_of_the_other_axes_is_kept_and_changes_no_bit(wrap):
     source, plan = few(), few_plan()
     options = {"carry": "weights", "noise_std": 1e-3}

@@ -22,9 +22,8 @@ from tests.interop.origin import BF16, CONFIG, OVERRIDES
 PLAIN = CONFIG.plain
 CONFIGS = {
     "everything": CONFIG,
-    "plain, 20 layers": PLAIN.replace(layout="DDDG*5", mtp=None, memory=None),
-    "table and code, without streams": PLAIN.replace(
-        layout="DDDG", hyper=None, memory=None, embedding=EmbeddingConfig("kronecker+table")),
+    "plain, 20 layers, table and code, without streams": PLAIN.replace(
+        layout="DDDG*5", hyper=None, mtp=None, memory=None, embedding=EmbeddingConfig("kronecker+table")),
     "table, another pattern": PLAIN.replace(layout="D*2,G,D", embedding=EmbeddingConfig("table")),
     "G alone": CONFIG.replace(layout="G*2", deltanet=None),
 }  # fmt: skip

@@ -23,14 +23,13 @@ from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, read_run_config
 from gt_jax.configs.standing import longer
 from gt_jax.errors import Refused
-from gt_jax.models.language_model import initialise
 from gt_jax.monitoring.metrics import read_metrics
 from gt_jax.training import loop
 from gt_jax.training.loop import Diverged, Patience, Trainer, fit, make_trainer, train_run
 from gt_jax.training.price import initial_price
 from gt_jax.training.state import TrainState
 from gt_jax.training.stopping import Interrupted, Termination
-from tests.support import small_model
+from tests.support import perturbed, small_model
 
 CONFIG = small_model("D", adaptive=False)
 BATCH = {name: np.ones((2, 8), np.int32) for name in ("tokens", "targets", "segment_ids")}
@@ -42,7 +41,7 @@ def trainer():
 
 
 def start(poison=None):
-    variables = initialise(CONFIG, seed=0)
+    variables = jax.tree.map(jnp.copy, perturbed(CONFIG))  # the step donates its state
     if poison is not None:
         variables["params"]["final_norm"]["scale"] = variables["params"]["final_norm"]["scale"].at[0].set(poison)
     return trainer().new_state(variables)

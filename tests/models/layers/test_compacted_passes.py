@@ -100,7 +100,7 @@ def loss(kind: str, lengths, x, v):
     return jnp.sum(jnp.sin(out) * real) + jnp.sum(seen.survival) + jnp.sum(seen.auxiliary_loss), (out * real, seen)
 
 
-@pytest.mark.parametrize("kind", ["D", "G"])
+@pytest.mark.parametrize("kind", [pytest.param("D", marks=pytest.mark.exhaustive), "G"])  # a G layer has statistics too
 def test_buckets_change_what_is_computed_and_nothing_else(kind):
     """Values, statistics and gradients: those of a bucket are those of whole rows."""
     ladder = compacted_passes.pass_lengths(TOKENS, ALIVE.lengths)

@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.options import at_least
 from experiments.training_measured import sizes
 from experiments.training_measured.report import add_common, common_problems, keep, note, seconds, spread
 from gt_jax.errors import refuse_all, run_command
@@ -64,9 +65,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(p)
-    p.add_argument("--every", type=int, default=50, help="steps from save to save that the overhead is of (50)")
-    p.add_argument("--steps", type=int, default=5, help="of a stretch (5); the writing should end within them")
-    p.add_argument("--rounds", type=int, default=3, help="stretches with and without a save (3)")
+    p.add_argument("--every", type=at_least(0), default=50, help="steps from save to save that the overhead is of (50)")
+    p.add_argument("--steps", type=at_least(0), default=5, help="of a stretch (5); the writing should end within them")
+    p.add_argument("--rounds", type=at_least(0), default=3, help="stretches with and without a save (3)")
     p.add_argument("--workdir", type=local_path, help="folder to save in")
     return p
 

@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.machine import machine
+from experiments.options import at_least
+from gt_jax.errors import run_command
 from gt_jax.files import local_name
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 
@@ -134,8 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write the rows where `--json` says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--chunks", nargs="+", type=int, default=[16, 32, 64])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--chunks", nargs="+", type=at_least(1), default=[16, 32, 64])
+    parser.add_argument("--rounds", type=at_least(1), default=10)
     parser.add_argument("--json", type=local_name, metavar="FILE")
     options = parser.parse_args(argv)
     about = machine()
@@ -152,4 +154,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

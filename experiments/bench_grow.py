@@ -25,8 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.options import at_least, positives
 from gt_jax.configs import presets
-from gt_jax.errors import Failed, Refused, run_command
+from gt_jax.errors import Failed, run_command
 from gt_jax.files import local_path
 
 BLOCK = 16 * 2**20
@@ -153,15 +154,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset-source", default="3b", choices=sorted(presets.PRESETS))
-    parser.add_argument("--scales", default="1", help="sizes of the source, for example 0.5,1,2 (1)")
+    parser.add_argument("--scales", type=positives, default=[1.0], help="sizes of the source, for example 0.5,1,2 (1)")
     parser.add_argument("--source", type=local_path, help="a checkpoint that is there, instead of presets")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=at_least(1), default=3)
     parser.add_argument("--workdir", type=local_path, help="where to make sources and targets (a temporary folder)")
     parser.add_argument("--json", type=local_path)
     parser.add_argument("extra", nargs="*", help="after --: arguments for gt_jax.grow")
     arguments = parser.parse_args(argv)
-    if arguments.repeats < 1:
-        raise Refused(f"--repeats {arguments.repeats}: at least 1 is needed")
     own = arguments.workdir is None
     workdir = Path(tempfile.mkdtemp(prefix="bench_grow")) if own else arguments.workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
@@ -169,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cold caches by {forget(workdir)}, {os.cpu_count()} cores, "
               f"{shutil.disk_usage(workdir).free / 1e9:.0f} GB free", flush=True)
         results, repeats = [], arguments.repeats
-        for scale in (None,) if arguments.source else map(float, arguments.scales.split(",")):
+        for scale in (None,) if arguments.source else arguments.scales:
             results.append(one_scale(arguments.preset_source, scale, workdir, repeats, arguments.extra)
                            if scale else measure(arguments.source.resolve(), workdir, repeats, arguments.extra))
             print(line(results[-1]), flush=True)

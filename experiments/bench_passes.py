@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.options import at_least
 from experiments.pages import markdown_table
 from experiments.training_measured.report import note
 from gt_jax.configs.model import AdaptiveConfig, DeltaNetConfig, GSAConfig, ModelConfig
@@ -71,12 +72,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lengths", nargs="+", type=float, default=list(AdaptiveConfig().lengths),
                    help="shares of a row that a pass is compiled for (the default of a model)")
     p.add_argument("--even", action="store_true", help="as many living tokens in every row")
-    p.add_argument("--width", type=int, default=64)
-    p.add_argument("--rows", type=int, default=4)
-    p.add_argument("--tokens", type=int, default=675, help="of a row (675)")
-    p.add_argument("--decoded", type=int, default=64)
-    p.add_argument("--decoding-rows", type=int, default=1)
-    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--width", type=at_least(0), default=64)
+    p.add_argument("--rows", type=at_least(0), default=4)
+    p.add_argument("--tokens", type=at_least(0), default=675, help="of a row (675)")
+    p.add_argument("--decoded", type=at_least(0), default=64)
+    p.add_argument("--decoding-rows", type=at_least(0), default=1)
+    p.add_argument("--rounds", type=at_least(0), default=5)
     p.add_argument("--remat", default="pass", choices=("none", "pass", "layer", "block"))
     p.add_argument("--json", action="store_true", help="a JSON list instead of a table")
     return p

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.machine import machine
+from experiments.options import at_least
+from gt_jax.errors import run_command
 from gt_jax.files import local_name
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
 
@@ -113,13 +115,13 @@ def line(row: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write the rows where `--json` says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048])
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--indexer-heads", type=int, default=2)
-    parser.add_argument("--indexer-width", type=int, default=32)
+    parser.add_argument("--lengths", nargs="+", type=at_least(1), default=[256, 512, 1024, 2048])
+    parser.add_argument("--heads", type=at_least(1), default=8)
+    parser.add_argument("--width", type=at_least(1), default=64)
+    parser.add_argument("--indexer-heads", type=at_least(1), default=2)
+    parser.add_argument("--indexer-width", type=at_least(1), default=32)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--only-memory", action="store_true")
     parser.add_argument("--json", type=local_name, metavar="FILE")
     options = parser.parse_args(argv)
@@ -134,4 +136,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

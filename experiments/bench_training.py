@@ -25,6 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.options import at_least
 from experiments.pages import markdown_table
 from experiments.training_measured import sizes
 from experiments.training_measured.report import add_common, common_problems, keep, note, spread
@@ -56,13 +57,13 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(p)
     p.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which comparisons (all)")
-    p.add_argument("--experts", type=int, default=4, help="of the model with experts, top-2 (4)")
+    p.add_argument("--experts", type=at_least(0), default=4, help="of the model with experts, top-2 (4)")
     p.add_argument("--theirs", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"),
                    help="how PyTorch runs (both)")
     p.add_argument("--theirs-experts", metavar="NAME", help="transformers' way to run experts (its own choice)")
-    p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--steps", type=int, default=2, help="of a contestant in a round (2)")
-    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--rounds", type=at_least(0), default=3)
+    p.add_argument("--steps", type=at_least(0), default=2, help="of a contestant in a round (2)")
+    p.add_argument("--threads", type=at_least(0), default=2)
     p.add_argument("--limit", type=float, default=240.0, help="seconds that torch.compile may take (240)")
     return p
 

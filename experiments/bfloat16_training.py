@@ -16,10 +16,12 @@ from typing import Any
 
 import jax
 
+from experiments.options import at_least
 from gt_jax.configs import presets
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.sharding import mesh_for_rows
+from gt_jax.errors import run_command
 from gt_jax.files import local_path
 from gt_jax.models.language_model import initialise
 from gt_jax.text.batches import open_text
@@ -42,12 +44,12 @@ def train(preset: str, compute_dtype: str, steps: int, seed: int) -> tuple[float
         return evaluate(trainer.evaluation, variables, text.held_out(8)), seconds
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Train twice and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny_3b", choices=["tiny", "small", "tiny_3b", "tiny_8b"])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=at_least(1), default=200)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--json", type=local_path)
     arguments = parser.parse_args(argv)
     result: dict[str, Any] = {}
@@ -60,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"bfloat16 over float32: {result['ratio']:.4f}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.options import at_least
 from gt_jax.files import local_name, local_path
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
                    help="text files (the sources of Python's standard library)")
     p.add_argument("--task", nargs="*", default=None, help="tasks beside the text (the scale's: at small none)")
     p.add_argument("--seeds", default=None, help="whole numbers such as 0,1,2 (the scale's)")
-    p.add_argument("--jobs", type=int, default=1, help="processes, each held to a core (1)")
+    p.add_argument("--jobs", type=at_least(0), default=1, help="processes, each held to a core (1)")
     p.add_argument("--work", type=local_path, default=None, help="folder of the finished units (runs/early_exit_SCALE)")
     p.add_argument("--output", type=local_path, default=Path("experiments/results"))
     p.add_argument("--render", action="store_true", help="train nothing: make figures, tables and picture anew from "

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.options import at_least
 from gt_jax.files import local_name, local_path
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
                       "their tables and picture anew")
     p.add_argument("--seeds", default="0,1,2", help="one source each")
     p.add_argument("--scale", type=float, default=1.0, help="times the steps of source and training on")
-    p.add_argument("--width", type=int, default=96, help="of the models")
+    p.add_argument("--width", type=at_least(1), default=96, help="of the models")
     p.add_argument("--work", type=local_path, default=Path("runs/growth_operators"),
                    help="folder of the finished units")
     p.add_argument("--output", type=local_path, default=Path("experiments/results"))

@@ -25,6 +25,7 @@ from typing import Any
 
 from experiments.kernels_measured.chips import CHIPS
 from experiments.kernels_measured.compiler import set_up
+from gt_jax.errors import run_command
 from gt_jax.files import local_path
 
 
@@ -92,7 +93,12 @@ def _keep(folder: Path, report: dict[str, Any], names: Sequence[str]) -> None:
     (folder / "kernels.md").write_text(markdown(reports))
 
 
-if __name__ == "__main__":
+def command(arguments: Sequence[str] | None = None) -> int:
+    """`main` with a folder for the compiler's dumps."""
     with tempfile.TemporaryDirectory(prefix="kernel-report-") as folder:
         set_up(Path(folder))
-        sys.exit(main(Path(folder)))
+        return main(Path(folder), arguments)
+
+
+if __name__ == "__main__":
+    run_command(command)

@@ -27,11 +27,13 @@ from typing import Any
 
 import jax
 
+from experiments.options import at_least
 from gt_jax.configs import presets
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.sharding import mesh_for_rows
+from gt_jax.errors import run_command
 from gt_jax.files import local_path
 from gt_jax.models.language_model import initialise
 from gt_jax.monitoring.metrics import table
@@ -164,20 +166,21 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny_3b", choices=["tiny", "small", "tiny_3b", "tiny_8b"])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch", type=at_least(1), default=8)
+    parser.add_argument("--tokens", type=at_least(2), default=128)
+    parser.add_argument("--steps", type=at_least(1), default=10)
     parser.add_argument("--json", type=local_path)
     arguments = parser.parse_args(argv)
     result = run(presets.preset(arguments.preset), arguments.batch, arguments.tokens, arguments.steps)
     print("\n".join(lines(result)))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

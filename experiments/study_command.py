@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import contract
+from experiments.options import at_least
 from experiments.units import Units
 from experiments.workers import Make, Workers
 from gt_jax.configs.json_config import Config
@@ -23,7 +24,8 @@ Rows = Sequence[Mapping[str, Any]]
 def add_study_flags(p: argparse.ArgumentParser, name: str, seeds: str) -> None:
     """--seeds, --jobs, --work, --output and --render on a parser; `seeds` is their default."""
     p.add_argument("--seeds", default=seeds, help="one of every model each")
-    p.add_argument("--jobs", type=int, default=1, help="models trained at once, each on a core of its own")
+    p.add_argument("--jobs", type=at_least(1, 1024), default=1,
+                   help="models trained at once, each on a core of its own")
     p.add_argument("--work", type=local_path, default=Path(f"runs/{name}"), help="folder of the finished units")
     p.add_argument("--output", type=local_path, default=Path("experiments/results"))
     p.add_argument("--render", action="store_true", help="train nothing: the page anew from the figures in --output")
@@ -32,9 +34,9 @@ def add_study_flags(p: argparse.ArgumentParser, name: str, seeds: str) -> None:
 def read_seeds(words: str) -> tuple[int, ...]:
     """The seeds of `0,1,2`; raises `Refused` for what is no such list."""
     try:
-        return tuple(int(word) for word in words.split(","))
-    except ValueError as error:
-        raise Refused(f"--seeds {words!r} is no list of whole numbers such as 0,1,2") from error
+        return tuple(at_least(0)(word) for word in words.split(","))
+    except argparse.ArgumentTypeError as error:
+        raise Refused(f"--seeds {words!r} is no list of whole numbers such as 0,1,2: {error}") from error
 
 
 def say(line: str) -> None:

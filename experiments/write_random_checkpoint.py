@@ -22,6 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from experiments.options import at_least, positive
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.arrays import ArrayFiles
 from gt_jax.checkpoints.checksums import Written, note_checksums, sums_of_arrays
@@ -119,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=local_path)
     parser.add_argument("--preset", default="3b", choices=sorted(presets.PRESETS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="parameters times about this (1)")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--scale", type=positive, default=1.0, help="parameters times about this (1)")
     arguments = parser.parse_args(argv)
     config = scaled(presets.preset(arguments.preset), arguments.scale)
     size = write(arguments.path, config, arguments.seed)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.options import at_least
 from experiments.training_measured import sizes
 from gt_jax.files import local_path
 
@@ -17,8 +18,8 @@ from gt_jax.files import local_path
 def add_common(p: argparse.ArgumentParser) -> None:
     """The flags of both benchmarks."""
     p.add_argument("--size", choices=tuple(sizes.SIZES), default="small")
-    p.add_argument("--batch", type=int, default=4, help="rows a step (4)")
-    p.add_argument("--tokens", type=int, default=256, help="of a row (256)")
+    p.add_argument("--batch", type=at_least(0), default=4, help="rows a step (4)")
+    p.add_argument("--tokens", type=at_least(0), default=256, help="of a row (256)")
     p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     p.add_argument("--output", type=local_path, help="folder to keep the results in")
 

@@ -12,11 +12,14 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import jax
@@ -91,18 +94,45 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The Ctrl-Cs that come meanwhile: Orbax may swallow one, and find nothing then where a whole checkpoint lies.
+
+    Where somebody else listens for them, as a run does, or off the main thread, none is noted.
+    """
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        signal.default_int_handler(number, frame)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield heard
+        return
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _with_orbax(work: Callable[[], T], failed: Callable[[Exception], Exception],
                 database: bool = True) -> T:
     """`work()` in Orbax's context; what it raises for a broken file or disk is raised as `failed` says it.
 
-    After an error, other reads and writes of the same call find their event loop closed, and futures and coroutines go
-    unheard; Python prints each of them when the error is forgotten. So that happens here, where it is quiet.
+    A Ctrl-C that comes meanwhile is raised as that, whatever became of it within. After an error, other reads and
+    writes of the same call find their event loop closed, and futures and coroutines go unheard; Python prints each of
+    them when the error is forgotten. So that happens here, where it is quiet.
     """
-    with _quiet(), _context(database):
+    with _quiet(), _context(database), _interrupts() as heard:
         try:
-            return work()
+            result = work()
+            if not heard:
+                return result
+            failure: BaseException = KeyboardInterrupt()
         except _BROKEN as error:
-            failure = failed(error)
+            failure = KeyboardInterrupt() if heard else failed(error)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             time.sleep(_MOMENT)

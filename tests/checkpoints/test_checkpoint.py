@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back exactly, half of one is never taken for one, and nothing is overwritten."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -291,6 +292,34 @@ def test_run_passes_over_damaged_steps(tmp_path: Path) -> None:
     assert len(warnings) == 2 and "bytes instead of" in warnings[1] and "2.damaged" in warnings[1]
     run.save(2, model_tree(2), METADATA)  # the resumed run comes past again
     assert run.steps() == [1, 2] and not (tmp_path / "9.unfinished").exists()
+
+
+@pytest.mark.parametrize("then", [None, ValueError("the values are not where its metadata says"), OSError(5, "?")])
+def test_ctrl_c_while_a_step_is_read_makes_no_damaged_step_of_it(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: Exception | None) -> None:
+    """Orbax swallows the interrupt of its event loop, and finds nothing: the step is whole, and stays the newest."""
+    run = RunCheckpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        run.save(step, {"x": np.zeros(2, np.float32)}, METADATA)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored
+
+    def swallows(path: Path) -> Any:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        if then is not None:
+            raise then
+        return found(path)
+
+    found = ocp.metadata
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ocp, "metadata", swallows)
+            run.restore_latest({"x": np.zeros(2, np.float32)})
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert run.steps() == [1, 2] and sorted(os.listdir(tmp_path)) == ["1", "2"]
 
 
 def test_a_run_of_damaged_steps_only_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""Types of numeric options: what argparse refuses by the option's name, with what would be right."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+_MOST = 2**31 - 1  # sizes and counts lie in int32
+
+
+def at_least(least: int, most: int = _MOST) -> Callable[[str], int]:
+    """A whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        value = int(text) if text.isascii() and text.isdigit() and len(text) < 12 else -1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number in {least} … {most}")
+        return value
+
+    return read
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+def positives(text: str) -> list[float]:
+    """Numbers as `positive`, between commas."""
+    return [positive(one) for one in text.split(",")]

@@ -60,10 +60,12 @@ def test_logits_and_states_by_layer(case):
         same_size(mine, wanted, 1e-4)
 
 
-def test_a_retrofitted_model_computes_the_same_bits(case):
+def test_a_retrofitted_model_computes_the_same_bits(tmp_path):
     """And so what transformers computes; with a cache too, where later passes run and weigh nothing."""
-    _, network, _, ours = case
-    model, tokens = load(ours), jnp.asarray(models.tokens_of(network))
+    network = models.made("qwen3_5 1:1")
+    from_hf(models.saved(network, tmp_path / "theirs"), tmp_path / "ours")
+    model, tokens = load(tmp_path / "ours"), jnp.asarray(models.tokens_of(network))
+    same_size(forward(model.config, model.variables, tokens).logits, models.outputs(network, tokens)[0], 1e-4)
     made = retrofit(model.config, model.variables, AdaptiveConfig(alpha=(1.0, 0.7)).seeing_state)
     plain = forward(model.config, model.variables, tokens).logits
     adaptive = forward(made.config, made.variables, tokens)

@@ -34,7 +34,7 @@ ROOMS = {  # from the ground up: every room stands on rooms above it in this tab
 }
 # The commands, the list of them and the public face import from any room; from no command.
 TOP = (*COMMANDS, "__init__", "__main__")
-OPERATIONS = ("causal_attention", "gated_delta_rule", "sparse_attention")
+OPERATIONS = ("causal_attention", "gated_delta_rule", "hyper_connections", "sparse_attention")
 
 
 def python_files(package):

@@ -149,12 +149,16 @@ class SlidingConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class HyperConfig(Config):
-    """Hyper-connections (arXiv 2512.24880): `streams` residual streams, mixed by a doubly stochastic matrix a layer."""
+    """Hyper-connections (arXiv 2512.24880): `streams` residual streams, mixed by a doubly stochastic matrix a layer.
+
+    `implementation` None is the best one of `pallas_kernels.hyper_connections` for the platform.
+    """
 
     streams: int = 4
     sinkhorn_rounds: int = 20
     sinkhorn_floor: float = 1e-6
     initial_scale: float = 0.1
+    implementation: str | None = None
 
     def problems(self) -> list[str]:
         wrong = below(self, 1, "sinkhorn_rounds")
@@ -371,4 +375,6 @@ class ModelConfig(Config):
             changes["deltanet"] = self.deltanet.replace(implementation="xla")
         if self.attention is not None and self.attention.implementation != "reference":
             changes["attention"] = self.attention.replace(implementation="reference")
+        if self.hyper is not None and self.hyper.implementation != "xla":
+            changes["hyper"] = self.hyper.replace(implementation="xla")
         return self.replace(**changes) if changes else self

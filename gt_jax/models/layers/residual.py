@@ -7,7 +7,6 @@ H_res X + H_post (outer) F(norm(sum_n H_pre X)), and the norm likewise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -33,7 +32,7 @@ from gt_jax.models.layers.deltanet import GatedDeltaNet
 from gt_jax.models.layers.gated_copies import Gate, run_copy
 from gt_jax.models.layers.groundthink import GroundThinkDeltaNet
 from gt_jax.models.layers.gsa import GatedSparseAttention
-from gt_jax.models.layers.hyper_connections import HyperConnection, read, write
+from gt_jax.models.layers.hyper_connections import HyperConnection
 from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
 from gt_jax.models.layers.moe import MixtureOfExperts, MLPOutput
 from gt_jax.models.layers.primitives import RMSNorm, SwiGLU, WeightSpec, add_scaled, scaled, widen
@@ -136,8 +135,11 @@ class Layer(nn.Module):
             inner, mixed = attend(x)
             outer, thought = think(x + inner)
             return inner + outer, LayerOutput(self._seen(x, mixed), thought)
-        middle, mixed = _connected(self.mixer_hyper, x, attend)
-        last, thought = _connected(self.mlp_hyper, middle, think)
+        u, opened = self.mixer_hyper.enter(x)
+        y, mixed = attend(u)
+        u, opened = self.mlp_hyper.between(opened, y)
+        y, thought = think(u)
+        last = self.mlp_hyper.leave(opened, y)
         return last - x, LayerOutput(self._seen(x, mixed), thought)
 
     def _seen(self, x: State, mixed: MixerOutput) -> MixerOutput:
@@ -218,18 +220,6 @@ def moved_variance(old: Array, score_variance: Array, keep: float) -> Array:
     """The running variance one step on: keep * old + (1 - keep) * new; the first sets it, 0 says nothing was seen."""
     moved = jnp.where(old > 0, keep * old + (1 - keep) * score_variance, score_variance)
     return jax.lax.stop_gradient(jnp.where(score_variance > 0, moved, old))
-
-
-def _connected(
-    hyper: HyperConnection, x: State, branch: Callable[[Activations], tuple[Activations, Any]]
-) -> tuple[State, Any]:
-    """H_res X + H_post (outer) F(sum_n H_pre X), and what F says beside its value."""
-    coefficients = hyper(x)
-    with jax.named_scope("hyper_read"):
-        u = read(x, coefficients.pre)
-    y, seen = branch(u)
-    with jax.named_scope("hyper_write"):
-        return write(x, coefficients, y), seen
 
 
 def _dense(x: Activations) -> MLPOutput:

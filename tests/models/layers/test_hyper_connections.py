@@ -12,16 +12,10 @@ import pytest
 
 from gt_jax.configs.model import HyperConfig
 from gt_jax.devices.sharding import Rules, make_mesh, put_like, reshard, with_mesh_devices
-from gt_jax.models.layers.hyper_connections import (
-    Coefficients,
-    HyperConnection,
-    from_streams,
-    read,
-    sinkhorn,
-    to_streams,
-    write,
-)
+from gt_jax.models.layers.hyper_connections import HyperConnection, from_streams, to_streams
 from gt_jax.models.layers.primitives import WeightSpec
+from pallas_kernels.hyper_connections.api import Coefficients
+from pallas_kernels.hyper_connections.xla import read, sinkhorn, write
 from tests.support import random_tree
 
 WIDTH, EPSILON = 16, 1e-6
@@ -50,9 +44,8 @@ def coefficients(streams: int = 4, dtype: str = "float32"):
 
 def sublayer(v, x: jax.Array, module: HyperConnection) -> jax.Array:
     """X' with F(y) = y^2 - y, something that is not linear."""
-    got = module.apply(v, x)
-    y = read(x, got.pre)
-    return write(x, got, y * y - y)
+    y, opened = module.apply(v, x, method="enter")
+    return module.apply(v, opened, y * y - y, method="leave")
 
 
 def naive_sinkhorn(logits: np.ndarray, rounds: int, floor: float) -> np.ndarray:
@@ -200,3 +193,25 @@ def test_every_mesh_gives_the_same_values_and_gradients():
         got = jax.jit(step)(put_like(variables(), shapes), x)
         assert got[1][0]["params"]["res"]["w"].sharding.spec == Rules().spec(None, "embed", None)
     chex.assert_trees_all_close(jax.device_get(got), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_kernels_give_the_same_on_a_mesh_and_computed_again():
+    """Interpreted, each device its own rows, the gradients of the weights summed over them, as without either."""
+    shape, run = (8, 5, 2, 128), {}
+    x = jax.random.normal(jax.random.key(3), shape)
+    for name in ("xla", "pallas_tpu_interpreted"):
+        config = HyperConfig(streams=2, sinkhorn_rounds=2, implementation=name)
+        run[name] = HyperConnection(config, 128, Rules(), WeightSpec(), EPSILON)
+    weights = random_tree(jax.jit(run["xla"].init)(jax.random.key(0), x)["params"], 2)
+
+    def loss(module, v, x):
+        x = reshard(x, Rules().spec("batch", None, None, None))
+        y, opened = module.apply(v, x, method="enter")
+        y, opened = module.apply(v, opened, y * y, method="between")
+        return jnp.sum(jnp.square(module.apply(v, opened, y - y * y, method="leave")))
+
+    wanted = jax.jit(jax.grad(functools.partial(loss, run["xla"]), (0, 1)))({"params": weights}, x)
+    again = jax.checkpoint(functools.partial(loss, run["pallas_tpu_interpreted"]))
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        got = jax.jit(jax.grad(again, (0, 1)))({"params": weights}, x)
+    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(wanted), atol=1e-4, rtol=1e-4)

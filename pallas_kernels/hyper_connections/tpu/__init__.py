@@ -1,0 +1,1 @@
+"""The parts of the TPU kernels: plan, Sinkhorn, bodies, launches, costs."""

@@ -29,11 +29,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.options import at_least
 from experiments.training_measured import sizes
 from experiments.training_measured.report import add_common, common_problems, keep, note, seconds, spread
 from gt_jax.errors import refuse_all, run_command
 from gt_jax.files import local_path
+from gt_jax.options import at_least
 
 ASKED = 0.03
 

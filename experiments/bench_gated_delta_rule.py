@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.machine import machine
-from experiments.options import at_least
 from gt_jax.errors import run_command
 from gt_jax.files import local_name
+from gt_jax.options import at_least
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 
 SHAPES = {"long": (1, 2048, 8, 64), "demo": (8, 256, 4, 32)}

@@ -25,10 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.options import at_least, positives
 from gt_jax.configs import presets
 from gt_jax.errors import Failed, run_command
 from gt_jax.files import local_path
+from gt_jax.options import at_least, positives
 
 BLOCK = 16 * 2**20
 

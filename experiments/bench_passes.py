@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.options import at_least
 from experiments.pages import markdown_table
 from experiments.training_measured.report import note
 from gt_jax.configs.model import AdaptiveConfig, DeltaNetConfig, GSAConfig, ModelConfig
@@ -41,6 +40,7 @@ from gt_jax.models.language_model import (
     free_passes,
     initialise,
 )
+from gt_jax.options import at_least
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.state import new_state
 from gt_jax.training.step import make_step

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.machine import machine
-from experiments.options import at_least
 from gt_jax.errors import run_command
 from gt_jax.files import local_name
+from gt_jax.options import at_least
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
 
 SIDES = {"dense": "reference", "tiled": "xla"}

@@ -25,12 +25,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.options import at_least
 from experiments.pages import markdown_table
 from experiments.training_measured import sizes
 from experiments.training_measured.report import add_common, common_problems, keep, note, spread
 from experiments.training_measured.turns import Contestant, Job, Turn
 from gt_jax.errors import Failed, refuse_all, run_command
+from gt_jax.options import at_least
 
 NEEDED = ("torch", "transformers")
 MODELS = ("dense", "experts", "as it is")

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.options import at_least
 from gt_jax.files import local_name, local_path
+from gt_jax.options import at_least
 
 if TYPE_CHECKING:
     from experiments.growth_study.study import StudyConfig

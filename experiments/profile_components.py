@@ -27,7 +27,6 @@ from typing import Any
 
 import jax
 
-from experiments.options import at_least
 from gt_jax.configs import presets
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
@@ -37,6 +36,7 @@ from gt_jax.errors import run_command
 from gt_jax.files import local_path
 from gt_jax.models.language_model import initialise
 from gt_jax.monitoring.metrics import table
+from gt_jax.options import at_least
 from gt_jax.text.batches import open_text
 from gt_jax.training.loop import make_trainer
 from gt_jax.training.step import DEPTH

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments import contract
-from experiments.options import at_least
 from experiments.units import Units
 from experiments.workers import Make, Workers
 from gt_jax.configs.json_config import Config
 from gt_jax.errors import Refused
 from gt_jax.files import local_path
+from gt_jax.options import at_least
 
 UNSTORED = ("line", "measured")
 """Of a unit: what was said while it was made, and what other units are made from."""

@@ -22,7 +22,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.options import at_least, positive
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.arrays import ArrayFiles
 from gt_jax.checkpoints.checksums import Written, note_checksums, sums_of_arrays
@@ -36,6 +35,7 @@ from gt_jax.growth import noise
 from gt_jax.growth.bounded_work import BoundedExecutor
 from gt_jax.growth.pipeline import pieces, throttled
 from gt_jax.models import language_model
+from gt_jax.options import at_least, positive
 from gt_jax.text.token_bytes import default_texts, token_table
 
 WAITING = 2**26  # bytes

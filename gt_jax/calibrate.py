@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path
+from gt_jax.options import whole
 
 if TYPE_CHECKING:
     from gt_jax.configs.data import Weight
@@ -177,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--objective", choices=OBJECTIVES, default=OBJECTIVE,
                    help="kl: predictions; blocks: hidden states where all copies of the layers so far are done; final: "
                    f"hidden state at the end ({OBJECTIVE})")
-    p.add_argument("--iterations", type=int, default=ITERATIONS, metavar="N",
+    p.add_argument("--iterations", type=whole, default=ITERATIONS, metavar="N",
                    help=f"Gauss-Newton steps at most ({ITERATIONS})")
     p.add_argument("--ridge", type=float, default=RIDGE, metavar="R", help=f"damping of a step ({RIDGE})")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -23,6 +23,7 @@ from typing import Any
 
 from gt_jax.errors import Refused, refuse_all, run_command, say
 from gt_jax.files import local_name, local_path
+from gt_jax.options import whole
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--approximate", type=local_path, metavar="TEXT",
                       help="with --to hf: fold gains that are neither 0 nor 1, and measure on this text what it costs")
     made.add_argument("--config", type=local_path, metavar="FILE", help="config fields that the tensors do not tell")
-    made.add_argument("--step", type=int, metavar="N", help="the step to note (what SRC says, else 0)")
+    made.add_argument("--step", type=whole, metavar="N", help="the step to note (what SRC says, else 0)")
     made.add_argument("--tokens", type=local_path, metavar="FILE",
                       help="the tokens' texts for a Kronecker embedding: a JSON list, or a tokenizer.json")
     made.add_argument("--tokenizer", type=local_name, metavar="NAME",

@@ -46,6 +46,7 @@ from gt_jax.models.language_model import abstract, initialise
 from gt_jax.monitoring.answer_plots import panel_of, plot_by_difficulty
 from gt_jax.monitoring.metrics import Recorder, read_metrics, seconds_of, table
 from gt_jax.monitoring.plots import plot_growth
+from gt_jax.options import whole
 from gt_jax.tasks.registry import read_task
 from gt_jax.text.batches import Batch
 from gt_jax.text.data import open_data
@@ -282,7 +283,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m gt_jax.demo", description=(__doc__ or "").partition("\n")[0])
     p.add_argument("--output", type=local_path, default=Path("demo"),
                    help="folder for the run, the counts and the pictures")
-    p.add_argument("--steps", type=int, default=STEPS, help=f"of each training ({STEPS})")
+    p.add_argument("--steps", type=whole, default=STEPS, help=f"of each training ({STEPS})")
     return p
 
 

@@ -8,14 +8,18 @@ said along the way (`say`) ends nothing when nobody listens.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import io
 import os
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 INTERRUPTED = 130  # as a shell has it for a program that Ctrl-C ended
+_MOMENT = 0.02  # seconds
 
 
 class Refused(ValueError):
@@ -81,7 +85,8 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         if isinstance(stream, io.TextIOWrapper):  # ascii, a Windows code page, or names of files that are no UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = main(argv)
+        with _no_interrupt_lost():
+            code = main(argv)
         if sys.stdout is not None:
             _flush_output()  # a closed pipe shows here, not in the interpreter's shutdown
     except BrokenPipeError:
@@ -96,6 +101,30 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     if code == INTERRUPTED:
         _end_at_once(code)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Ctrl-C again where Python ignores what is raised: JAX has a callback in each collection of garbage."""
+    hook, again = sys.unraisablehook, list[threading.Timer]()
+
+    def heed(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            hook(unraisable)
+            return
+        again.append(threading.Timer(_MOMENT, _thread.interrupt_main))  # not from here, where it would be ignored too
+        again[-1].daemon = True
+        again[-1].start()
+
+    sys.unraisablehook = heed
+    try:
+        yield
+        if any(one.is_alive() for one in again):
+            raise KeyboardInterrupt
+    finally:
+        for one in again:
+            one.cancel()
+        sys.unraisablehook = hook
 
 
 def say_error(error: BaseException) -> int:

@@ -42,6 +42,7 @@ from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, 
 from gt_jax.growth.rounding import ROUNDS
 from gt_jax.growth.rules import CARRIES, check_noise
 from gt_jax.growth.spread import spread_line
+from gt_jax.options import whole
 
 if TYPE_CHECKING:
     import jax
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
                       help="what a layer asks for: k_exec, the passes that nearly all tokens need, passes_run, their "
                       "mean over tokens, or mean_weight, what they weigh together (k_exec)")
     made.add_argument("--round", choices=ROUNDS, help="when the passes make no whole copies (up)")
-    made.add_argument("--target-layers", type=int, metavar="N", help="the depth that must come out")
+    made.add_argument("--target-layers", type=whole, metavar="N", help="the depth that must come out")
     made.add_argument("--target-layout", metavar="LAYOUT", help="the layout that must come out, for example DDDG*5")
     made.add_argument("--coefficient", choices=COEFFICIENTS,
                       help="schedule: alpha of the pass; expected: alpha times the pass's mean survival (expected)")
@@ -85,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
                       help="copies keep their halting gates: each token's own weight, not the mean (--plan layer)")
     made.add_argument("--recipe", choices=sorted(RECIPES), help="readme: block, schedule, none, weights")
     made.add_argument("--noise-std", type=float, default=1e-4, metavar="SIGMA", help="noise for diversity (1e-4)")
-    made.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
+    made.add_argument("--seed", type=whole, default=0, help="seed of the noise (0)")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the child's weights (the source's)")
     made.add_argument("--memory", default="2GiB", metavar="SIZE", help="memory budget (2GiB)")
     add_process_flags(made)

@@ -24,6 +24,7 @@ from typing import Any, get_args
 
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path
+from gt_jax.options import whole
 from gt_jax.training.pod_plans import (
     comparison_lines,
     heading,
@@ -51,10 +52,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("plans", type=local_path, nargs="*", metavar="PLAN.json", help="show a stored plan, or compare two")
     p.add_argument("--topology", help="v5e, v5p, v6e or tpu7x and its shape, for example v5p:4x4x4")
     p.add_argument("--mesh", help="sizes of the axes, for example data=1,fsdp=16,tensor=4; the others are 1")
-    p.add_argument("--batch", type=int, help="rows a step (default: half a million tokens)")
-    p.add_argument("--sequence-length", type=int, default=4096)
-    p.add_argument("--accumulate", type=int, default=1, metavar="N", help="run each batch in N parts")
-    p.add_argument("--tries", type=int, default=2, metavar="N", help="meshes to compile where none is given (2)")
+    p.add_argument("--batch", type=whole, help="rows a step (default: half a million tokens)")
+    p.add_argument("--sequence-length", type=whole, default=4096)
+    p.add_argument("--accumulate", type=whole, default=1, metavar="N", help="run each batch in N parts")
+    p.add_argument("--tries", type=whole, default=2, metavar="N", help="meshes to compile where none is given (2)")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     p.add_argument("--picture", type=local_path, metavar="FILE.png", help="draw the least times by part")
     return p

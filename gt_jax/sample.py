@@ -22,6 +22,7 @@ from typing import Any
 
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_name, local_path
+from gt_jax.options import whole
 
 PROMPT = "def "
 
@@ -36,13 +37,13 @@ def parser() -> argparse.ArgumentParser:
                    "several times")  # fmt: skip
     p.add_argument("--task", action="append", metavar="NAME[:OPTION=VALUE,…]", help="show answers to held-out "
                    "instances of this task; may be given several times")  # fmt: skip
-    p.add_argument("--instances", type=int, default=3, metavar="N", help="of each task (3)")
+    p.add_argument("--instances", type=whole, default=3, metavar="N", help="of each task (3)")
     p.add_argument("--tokenizer", type=local_name,
                    help="bytes, a file or a folder (default: what the checkpoint was trained with)")
-    p.add_argument("--length", type=int, default=200, help="tokens to write")
+    p.add_argument("--length", type=whole, default=200, help="tokens to write")
     p.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token, inf any of those "
                    "that --top-k and --top-p leave")  # fmt: skip
-    p.add_argument("--top-k", type=int, default=40, metavar="K", help="draw from the K most likely tokens (40); a K "
+    p.add_argument("--top-k", type=whole, default=40, metavar="K", help="draw from the K most likely tokens (40); a K "
                    "above the vocabulary is all of it")  # fmt: skip
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that have "
                    "together a probability of P (1, all)")  # fmt: skip
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
                    "the generation config that came along with the model)")  # fmt: skip
     p.add_argument("--chat", action="store_true",
                    help="each prompt is what a user says, in the model's chat template (needs jinja2)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=whole, default=0)
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return p
 

@@ -20,6 +20,7 @@ from typing import Any, get_args
 from gt_jax.devices.flags import add_mesh_flags, add_process_flags, wrong_process_flags
 from gt_jax.errors import Refused, refuse_all, run_command, say
 from gt_jax.files import local_name, local_path
+from gt_jax.options import whole
 
 UNDER_SERVED = "under-served"
 
@@ -57,12 +58,12 @@ def parser() -> argparse.ArgumentParser:
                       "this fraction of the run (0: all difficulties from the start)")  # fmt: skip
     data.add_argument("--tokenizer", type=local_name, help="bytes, a tokenizer.json, a SentencePiece .model or their "
                       "folder (default: what --start was trained with, else bytes)")  # fmt: skip
-    data.add_argument("--sequence-length", type=int)
-    data.add_argument("--batch-size", type=int, help="rows a step")
+    data.add_argument("--sequence-length", type=whole)
+    data.add_argument("--batch-size", type=whole, help="rows a step")
     data.add_argument("--held-out", type=float, help="share of the text that is only evaluated on")
     train = p.add_argument_group("training")
-    train.add_argument("--steps", type=int)
-    train.add_argument("--seed", type=int, help="of initial weights and data order")
+    train.add_argument("--steps", type=whole)
+    train.add_argument("--seed", type=whole, help="of initial weights and data order")
     train.add_argument("--learning-rate", type=float)
     train.add_argument("--schedule", choices=("cosine", "wsd"))
     train.add_argument("--warmup", type=float, help="fraction of the run")
@@ -76,17 +77,17 @@ def parser() -> argparse.ArgumentParser:
                        "both signs that brings the depth to the target and holds it (budget)")
     train.add_argument("--pass-price", type=float, metavar="NATS",
                        help="instead of a target: what one more pass of a token in a layer costs (--price-rule budget)")
-    train.add_argument("--forced-passes", type=int, metavar="N", help="passes that every token runs at first, before "
+    train.add_argument("--forced-passes", type=whole, metavar="N", help="passes that every token runs at first, before "
                        "its gates decide; under --curriculum their number rises from 1, as the difficulty does")
     train.add_argument("--forced-until", type=float, metavar="F", help="until this fraction of the run")
     train.add_argument("--thaw", metavar=f"{UNDER_SERVED}|LAYERS",
                        help="at first only these layers train, counted from 0, for example 3,7,11; under-served: the "
                        "copies of the layers to which the growth gave less than they asked for")
-    train.add_argument("--thaw-steps", type=int, metavar="N", help="how long; then everything trains (200)")
-    train.add_argument("--evaluate-every", type=int)
-    train.add_argument("--checkpoint-every", type=int)
-    train.add_argument("--keep", type=int, help="checkpoints kept")
-    train.add_argument("--accumulate", type=int, metavar="N", help="run each batch in N parts, for less memory")
+    train.add_argument("--thaw-steps", type=whole, metavar="N", help="how long; then everything trains (200)")
+    train.add_argument("--evaluate-every", type=whole)
+    train.add_argument("--checkpoint-every", type=whole)
+    train.add_argument("--keep", type=whole, help="checkpoints kept")
+    train.add_argument("--accumulate", type=whole, metavar="N", help="run each batch in N parts, for less memory")
     train.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard too (needs tensorboardX)")
     add_process_flags(p.add_argument_group("several processes, each with its own devices"))
     add_mesh_flags(p.add_argument_group("mesh (default: all devices on data)"))

@@ -25,6 +25,7 @@ from gt_jax.errors import deliver, refuse_all, run_command, say
 from gt_jax.evaluation.loading import add_text_arguments, text_config
 from gt_jax.files import local_path
 from gt_jax.monitoring.picture_file import refuse_picture
+from gt_jax.options import whole
 
 if TYPE_CHECKING:
     from gt_jax.devices.processes import ProcessGroup
@@ -38,11 +39,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", type=local_path, help="the adaptive checkpoint")
     p.add_argument("target", type=local_path, help="the checkpoint grown from it, or any of the same vocabulary")
     add_text_arguments(p)
-    p.add_argument("--jacobian-rows", type=int, metavar="N",
+    p.add_argument("--jacobian-rows", type=whole, metavar="N",
                    help="rows of text for the singular values of the layers (as few as the mesh can cut, 1 on one "
                    "device); 0 leaves them out")  # fmt: skip
-    p.add_argument("--jacobian-iterations", type=int, default=20, metavar="N", help="of Lanczos' iteration (20)")
-    p.add_argument("--curve", type=int, default=0, metavar="STEPS",
+    p.add_argument("--jacobian-iterations", type=whole, default=20, metavar="N", help="of Lanczos' iteration (20)")
+    p.add_argument("--curve", type=whole, default=0, metavar="STEPS",
                    help="train the target so many steps more, in memory, and report the losses")  # fmt: skip
     p.add_argument("--picture", type=local_path, metavar="FILE.png", help="draw the figures by layer")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")

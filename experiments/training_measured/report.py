@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.options import at_least
 from experiments.training_measured import sizes
 from gt_jax.files import local_path
+from gt_jax.options import at_least
 
 
 def add_common(p: argparse.ArgumentParser) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 from gt_jax.devices.meeting import split_address
 from gt_jax.errors import Refused
+from gt_jax.options import whole
 
 
 def add_process_flags(group: argparse._ActionsContainer) -> None:
     """--coordinator, --processes and --process by hand, or --distributed."""
     group.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are; all see the same disk")
-    group.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
+    group.add_argument("--processes", type=whole, metavar="N", help="how many there are; all see the same disk")
+    group.add_argument("--process", type=whole, metavar="I", help="which of them this one is, from 0")
     group.add_argument("--process-timeout", type=float, default=60.0, metavar="SECONDS", help="how long processes wait "
                        "for one that does not come, does not answer or has failed (60)")  # fmt: skip
     group.add_argument("--distributed", action="store_true",
@@ -23,7 +24,7 @@ def add_process_flags(group: argparse._ActionsContainer) -> None:
 def add_mesh_flags(group: argparse._ActionsContainer) -> None:
     """--data, --fsdp, --expert and --tensor, as mesh_data and so on; None where they are not given."""
     for axis in ("data", "fsdp", "expert", "tensor"):
-        group.add_argument(f"--{axis}", type=int, dest=f"mesh_{axis}", help=f"size of the mesh axis {axis}")
+        group.add_argument(f"--{axis}", type=whole, dest=f"mesh_{axis}", help=f"size of the mesh axis {axis}")
 
 
 def is_distributed(args: argparse.Namespace) -> bool:

@@ -161,6 +161,7 @@ def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 def wrong_settings(length: int, temperature: float, top_k: int | None, top_p: float) -> list[str]:
     """What is wrong with the settings of `sample`, one line each."""
     wrong = [] if length >= 1 else [f"length is {length}; it must be at least 1"]
+    wrong += [] if length < 2**31 else [f"length is {length}; it must be below 2**31"]  # positions are int32
     wrong += [] if temperature >= 0 else [f"temperature is {temperature}; it must be 0 or more"]
     wrong += [] if top_k is None or top_k >= 1 else [f"top_k is {top_k}; it must be at least 1, or None for all"]
     return wrong + ([] if 0 <= top_p <= 1 else [f"top_p is {top_p}; it must lie in 0 … 1"])

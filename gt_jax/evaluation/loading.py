@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from gt_jax.configs.lineage import fits, trainings
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import local_name
+from gt_jax.options import whole
 from gt_jax.text.flags import NOTHING, add_source_flags, source_fields
 
 # what decides what is held out, beside the tokenizer, which is the checkpoint's own wherever it lies
@@ -40,7 +41,7 @@ def add_text_arguments(p: argparse.ArgumentParser, part: str = "their held-out p
     add_source_flags(p, f"text files, or JSON lines in *.jsonl; {part} (default: the data trained on)")
     p.add_argument("--tokenizer", type=local_name,
                    help="bytes, a file or a folder (default: what the checkpoint was trained with)")
-    p.add_argument("--batches", type=int, default=HELD_OUT_BATCHES, help=f"{batches} ({HELD_OUT_BATCHES})")
+    p.add_argument("--batches", type=whole, default=HELD_OUT_BATCHES, help=f"{batches} ({HELD_OUT_BATCHES})")
 
 
 def text_config(arguments: argparse.Namespace) -> dict[str, Any] | None:

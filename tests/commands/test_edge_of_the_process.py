@@ -7,8 +7,10 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,30 @@ def test_too_little_memory_is_said_in_a_line(capsys):
 
     with pytest.raises(RuntimeError, match="a bug"):
         run_command(mistaken)
+
+
+def test_ctrl_c_is_not_lost_where_python_ignores_what_is_raised(capsys, monkeypatch):
+    """JAX has a callback in each collection of garbage; what it raises is printed, and the command went on."""
+    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored
+    hook = sys.unraisablehook
+
+    class Collected:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def main(argv):
+        Collected()
+        for _ in range(1000):
+            time.sleep(0.001)
+        return 0
+
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_command(main, [])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n") and sys.unraisablehook is hook
 
 
 def test_a_full_disk_behind_standard_output_is_named(capsys, monkeypatch):

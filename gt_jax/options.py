@@ -9,6 +9,14 @@ from collections.abc import Callable
 _MOST = 2**31 - 1  # sizes and counts lie in int32
 
 
+def whole(text: str) -> int:
+    """A whole number that 64 bits hold: what commands check further, all of it at once."""
+    value = int(text)  # argparse says it of what is none
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:24]!r} is beyond 64 bits")
+    return value
+
+
 def at_least(least: int, most: int = _MOST) -> Callable[[str], int]:
     """A whole number from `least` to `most`."""
 

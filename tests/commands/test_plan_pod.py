@@ -14,13 +14,13 @@ import pytest
 
 from gt_jax.configs.presets import preset
 from gt_jax.configs.resolvent import ResolventConfig
-from gt_jax.devices.pods import topologies
+from gt_jax.devices.pods import hlo, topologies
 from gt_jax.devices.sharding import Rules, make_mesh
 from gt_jax.errors import Failed, Refused
 from gt_jax.models.flops import model_flops
 from gt_jax.plan_pod import advice, chosen, least_seconds, main, mesh_sizes, parser, report_lines
 from gt_jax.training import mesh_search
-from gt_jax.training.ahead_of_time import OUT_OF_MEMORY, Job, compile_step, replicated, shortage
+from gt_jax.training.ahead_of_time import OUT_OF_MEMORY, Job, compile_step, replicated, shortage, stack_gathers
 from gt_jax.training.divisibility import indivisible_fields, indivisible_tensors, refuse_indivisible
 from gt_jax.training.pod_plans import least_by_part
 from tests.support import small_model
@@ -298,3 +298,14 @@ def test_what_is_no_plan_or_of_another_model_is_refused(tmp_path):
                        ([], "--topology is missing")):  # fmt: skip
         with pytest.raises(Refused, match=why):
             main(words)
+
+
+def test_a_gather_of_all_layers_at_once_is_named_one_of_a_layers_experts_is_not(monkeypatch):
+    leaf = jax.ShapeDtypeStruct((5, 20, 4096, 1024), "bfloat16")
+    shapes = {"params": {"segment0": {"layer0": {"w": leaf}}, "embedding": {"w": leaf}}}
+    monkeypatch.setattr("gt_jax.training.ahead_of_time.abstract", lambda model: shapes)
+    lines = [f'  %g{n} = bf16[{shape}]{{0}} all-gather(%x), dimensions={{1}}, metadata={{op_name="{name}"}}\n'
+             for n, (name, shape) in enumerate((("layer", "1,20,4096,1024"), ("all", "5,20,4096,1024"),
+                                                ("all, cut", "5,20,4096,256"), ("small", "5,20,4096,4")))]  # fmt: skip
+    text = f"ENTRY %main (x: bf16[4]) -> bf16[4] {{\n  %x = bf16[4]{{0}} parameter(0)\n{''.join(lines)}}}\n"
+    assert stack_gathers(hlo.read(text), preset("8b")) == ["all", "all, cut"]

@@ -15,7 +15,8 @@ class Kernel:
 
     in_dump: its `name=` in `pallas_call`, by which the compiler's files and the HLO call it.
     steps: of its grid; the static cycles are those of one.
-    units_per_step: of work in a grid step, in `Case.unit`; a loop inside the kernel is in its schedule once.
+    units_per_step: of work in a grid step, in `Case.unit`; a loop inside the kernel is in its schedule once, unless
+        `counted_loops` says that all of them but the grid's have constant counts: then it is in it that often.
     flops: useful ones of the whole call, from the equations.
     least_bytes: to and from HBM: arguments, results and what is kept for the backward pass, once each.
     moved_bytes: by the blocks of all steps; None where the kernel takes every operand and result once.
@@ -28,6 +29,7 @@ class Kernel:
     flops: float
     least_bytes: float
     moved_bytes: float | None = None
+    counted_loops: bool = False
 
 
 @dataclass(frozen=True)

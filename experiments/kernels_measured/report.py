@@ -59,7 +59,7 @@ def _kernel_rows(case: Case, chip: Chip, dump: Path) -> tuple[list[Row], Row]:
 
 def kernel_row(case: Case, chip: Chip, kernel: Kernel, dump: Path, passed_bytes: int) -> Row:
     """What the schedule says of a kernel, and what follows for one core with its share of the HBM."""
-    schedule = read_schedule(dump, kernel.in_dump)
+    schedule = read_schedule(dump, kernel.in_dump, kernel.counted_loops)
     moved = passed_bytes if kernel.moved_bytes is None else round(kernel.moved_bytes)
     cycles = schedule.cycles * kernel.steps
     times = {"compute": cycles / chip.clock, "memory": moved / chip.bandwidth}

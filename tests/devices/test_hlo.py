@@ -266,6 +266,25 @@ def test_products_and_kernels_of_a_tpu_program():
     assert count_flops(hlo.read(told)).of_kernels == 9 * 1000
 
 
+FUSED_KERNEL = """
+HloModule m
+
+%kernel (x: f32[8,128]) -> (f32[8,128], f32[16,128]) {
+  %x = f32[8,128]{1,0} parameter(0)
+  ROOT %rule.1 = (f32[8,128]{1,0}, f32[16,128]{1,0}) custom-call(%x), custom_call_target="tpu_custom_call"
+}
+
+ENTRY %main (x: f32[8,128]) -> (f32[8,128], f32[16,128]) {
+  %x = f32[8,128]{1,0} parameter(0)
+  ROOT %fused = (f32[8,128]{1,0}, f32[16,128]{1,0}) fusion(%x), kind=kCustom, calls=%kernel
+}
+"""
+
+
+def test_a_kernel_with_several_results_may_be_the_root_of_a_fusion():
+    assert hbm_traffic(hlo.read(FUSED_KERNEL)).bytes == 4 * 128 * (8 + 8 + 16)
+
+
 def test_splash_attention_counts_by_its_shapes():
     """Which gives no estimate, and tells of itself on lines amid an instruction."""
     attend = """  %splash_mha_dq.1 = f32[4,128,64]{2,1,0} custom-call(%m, %m, %q, %k, %k), \

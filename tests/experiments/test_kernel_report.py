@@ -13,10 +13,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from experiments import kernel_report
 from experiments.kernels_measured import gated_delta_rule as rule
+from experiments.kernels_measured import hyper_connections as hyper
 from experiments.kernels_measured import report, schedule, tables
 from experiments.kernels_measured.chips import CHIPS
 from experiments.kernels_measured.compiler import CompileError
 from experiments.kernels_measured.registry import all_cases
+from pallas_kernels.hyper_connections.pallas_tpu import KERNELS
 
 STORED = Path(__file__).parents[2] / "experiments" / "results"
 RECURRENCE = {"plain", "grouped", "segments", "chunk 128"}
@@ -64,6 +66,27 @@ def test_a_schedule_is_read_from_the_files_of_its_kernel_alone(tmp_path):
         schedule.read_units("")
 
 
+LOOPS = """
+2: 0x1   LB: > { %s1 = sphi %s0, %s2 }
+3: 0x2   LB: >> { %v1 = vld [vmem:[%s3]] }
+4: 0x3   LB: >>> { %p1 = scmp.ge.s32.totalorder %s4, 5 /* loop exit test */ }
+5: 0x4     : >>> { %9 = sbr.rel (!%p1) target bundleno = 3 (0x3), region = 9 }
+6: 0x5     : >> { %p2 = scmp.ge.s32.totalorder (%p1), %s5, 8 /* loop exit test */ }
+7: 0x6     : >> { %8 = sbr.rel (!%p2) target bundleno = 2 (0x2), region = 8 }
+8: 0x7     : > { %p3 = scmp.ge.s32.totalorder %s1, 18 /* loop exit test */ }
+9: 0x8     : > { %10 = sbr.rel (!%p3) target bundleno = 1 (0x1), region = 10 }
+"""
+
+
+def test_rounds_of_loops_with_a_constant_count_are_counted():
+    """The loop of the grid, the longest, apart; one inside another multiplies."""
+    assert schedule.read_rounds(LOOPS, 10) == [1, 1, 8, 40, 40, 8, 8, 1, 1, 1]
+    table = UNITS.split("== UTILIZATION:")[0] + "== UTILIZATION:\n" + "1 0 0 0 0 0 0 0 0 0\n" * 10
+    assert schedule.read_units(table, schedule.read_rounds(LOOPS, 10))[0]["MXU"] == 2 * 40 + 3 * 8 + 5
+    with pytest.raises(ValueError, match="from bundle 3 to 4 has no constant count"):
+        schedule.read_rounds(LOOPS.replace("%s4, 5", "%s4, %s9"), 10)
+
+
 def test_least_bytes_are_those_of_the_arrays():
     """Of arguments, results and what is kept: the arrays themselves, added up."""
     for shape in rule.SHAPES.values():
@@ -78,6 +101,18 @@ def test_least_bytes_are_those_of_the_arrays():
         assert rule.least(shape, backward=False) == q + k + v + g + beta + state + ids + results + kept
         gradients = q + k + v + g + beta + state
         assert rule.least(shape, backward=True) == q + k + v + g + beta + ids + kept + results + gradients
+
+
+def test_least_bytes_of_hyper_connections():
+    """Two sublayers pass over the streams 6 times forward and 8.5 times backward, at four streams of one width."""
+    shape = hyper.Shape()
+    tokens = hyper.BATCH * hyper.TOKENS
+    numbers = 4 * tokens * 2 * shape.numbers + 2 * 4 * shape.streams * shape.width * shape.numbers
+    states = [hyper.least(shape, kernel) / (2 * tokens * shape.streams * shape.width) for kernel in KERNELS]
+    share = numbers / (2 * tokens * shape.streams * shape.width)
+    for got, wanted in zip(states, (1.25, 2.25, 2.5, 3.25, 1.5, 3.75), strict=True):
+        assert wanted < got < wanted + 2.5 * share
+    assert share < 0.02
 
 
 def test_useful_flops():

@@ -130,7 +130,8 @@ class _Count:
         if x.opcode == "fusion":
             inside = self.program.computations[x.called[0]]
             root = inside.root
-            results = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
+            # a root that is no tuple may still have several results: a kernel that its operand is fused into
+            results = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root] * len(x.arrays)
         else:
             inside, results = here, [x] * len(x.arrays)
         made = zip(x.arrays, results, strict=True)

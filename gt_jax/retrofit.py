@@ -22,6 +22,7 @@ from gt_jax.configs.price import PriceConfig, Rule, TargetOf, fits_rule, opening
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path
 from gt_jax.growth.memory_size import memory_size
+from gt_jax.options import whole
 
 TARGET = 1.5  # passes a token and layer
 
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
                    "the passes that a token runs, or their summed weights (passes_run)")
     p.add_argument("--pass-price", type=float, metavar="NATS", help="instead of a target: what one more pass of a "
                    "token in a layer costs (--price-rule budget)")
-    p.add_argument("--seed", type=int, default=0, help="of what the heads see at first (0)")
+    p.add_argument("--seed", type=whole, default=0, help="of what the heads see at first (0)")
     p.add_argument("--memory", default="2GiB", metavar="SIZE", help="memory budget (2GiB)")
     p.add_argument("--dry-run", action="store_true", help="print what would be written; write nothing")
     p.add_argument("--resume", action="store_true", help="finish an interrupted retrofit with the same options")

@@ -64,13 +64,14 @@ def test_meshes_divide_what_they_cut_and_those_that_fit_come_in_the_order_of_the
 
 
 def test_public_hybrids_have_a_mesh_of_a_pod():
-    """That which docs/pods.md names comes first."""
+    """Among them that which docs/pods.md names; the first one fits."""
     for name, parameters, sizes in (("qwen3_5_9b", 8_953_803_296, (1, 32, 1, 2)),
                                     ("olmo_hybrid_7b", 7_430_870_720, (1, 64, 1, 1)),
                                     ("qwen3_5_35b_a3b", 34_660_610_728, (1, 32, 1, 2)),
                                     ("qwen3_next_80b_a3b", 79_674_391_344, (1, 32, 1, 2))):  # fmt: skip
-        first = mesh_search.candidates(Job(preset(name), 128, 4096), 64, parameters)[0]
-        assert (*first.sizes.values(), first.accumulate) == (*sizes, 1), name
+        found = mesh_search.candidates(Job(preset(name), 128, 4096), 64, parameters, machine())
+        assert (*sizes, 1) in [(*one.sizes.values(), one.accumulate) for one in found], name
+        assert found[0].memory < machine().memory, name
 
 
 def test_what_does_not_divide_names_the_field_the_tensors_and_the_axis():

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import errno
 import json
-import math
 import os
 import re
 import stat
@@ -150,13 +149,9 @@ def read_json(path: Path, finite: bool = True, once: bool = False) -> Any:
 
 
 def parse_json(text: str | bytes, finite: bool = False, once: bool = False) -> Any:
-    """The JSON value of a text, as `read_json`; raises ValueError, and nothing else, for what is no JSON.
-
-    With `finite` a number is an error too that no float holds: 1e999, or a whole one of 400 digits.
-    """
+    """The JSON value of a text, as `read_json`; raises ValueError, and nothing else, for what is no JSON."""
     try:
         return json.loads(text, parse_constant=_no_number if finite else None,
-                          parse_float=_float if finite else None, parse_int=_whole if finite else None,
                           object_pairs_hook=object_of_different_names if once else None)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -173,15 +168,3 @@ def object_of_different_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(word: str) -> None:
     raise ValueError(f"{word} is no JSON number; give a finite one, or null where a field takes that")
-
-
-def _float(word: str) -> float:
-    value = float(word)
-    if math.isinf(value):
-        raise ValueError(f"{word[:20]} is larger than any float; give a smaller number")
-    return value
-
-
-def _whole(word: str) -> int:
-    _float(word)
-    return int(word)

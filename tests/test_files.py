@@ -102,15 +102,14 @@ def test_tokenizers_that_are_something_else_are_named(tmp_path: Path, content: b
         read_tokens(tmp_path / "tokenizer.json")
 
 
-def test_numbers_that_no_float_holds_and_brackets_without_end_are_no_json(tmp_path: Path) -> None:
-    for text, words in (("1e999", "larger than any float"), ("-1e999", "larger"), ("9" * 400, "larger"),
-                        ("NaN", "no JSON number"), ("[" * 100_000, "nested too deeply")):  # fmt: skip
+def test_what_is_no_json_is_a_value_error_and_nothing_else(tmp_path: Path) -> None:
+    for text, words in (("NaN", "no JSON number"), ("[" * 100_000, "nested too deeply"), ("9" * 5000, "digits")):
         (tmp_path / "a.json").write_text(f'{{"width": {text}')
         with pytest.raises(ValueError, match=words):
             read_json(tmp_path / "a.json")
-    assert parse_json('{"a": 1e308, "b": -12, "c": 1e-400}', finite=True) == {"a": 1e308, "b": -12, "c": 0.0}
-    with pytest.raises(ValueError, match="nested too deeply"):
-        parse_json("[" * 100_000)
+    for text in ("[" * 100_000, '{"a":' * 100_000, b"\xff", "", '{"a": 1, "a": 2}'):
+        with pytest.raises(ValueError, match=r"."):
+            parse_json(text, once=True)
 
 
 def test_a_pipe_gives_json_once_and_no_text(tmp_path: Path) -> None:

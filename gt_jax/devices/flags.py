@@ -9,6 +9,8 @@ from gt_jax.devices.meeting import split_address
 from gt_jax.errors import Refused
 from gt_jax.options import whole
 
+_MOST = 2**16 - 1  # processes that meet: each has a port of process 0's machine
+
 
 def add_process_flags(group: argparse._ActionsContainer) -> None:
     """--coordinator, --processes and --process by hand, or --distributed."""
@@ -43,6 +45,8 @@ def wrong_process_flags(args: argparse.Namespace) -> list[str]:
     if args.processes is not None and not 0 <= args.process < args.processes:
         wrong.append(f"--process {args.process}: with --processes {args.processes} it is one of 0 to "
                      f"{args.processes - 1}")  # fmt: skip
+    if args.processes is not None and args.processes > _MOST:
+        wrong.append(f"--processes is {args.processes}; at most {_MOST} meet")
     if args.coordinator is not None:
         try:
             split_address(args.coordinator)

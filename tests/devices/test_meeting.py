@@ -171,3 +171,5 @@ def test_an_address_that_cannot_be_is_refused_with_the_flags(address):
     assert split_address("[::1]:8476") == ("::1", 8476) and split_address("node0:8476") == ("node0", 8476)
     given.coordinator, given.process_timeout = "node0:8476", 0.0
     assert any("--process-timeout is 0" in line for line in wrong_process_flags(given))
+    given.processes = 2**40  # to listen for as many is an OverflowError
+    assert any(f"--processes is {2**40}; at most 65535" in line for line in wrong_process_flags(given))

@@ -236,7 +236,7 @@ def test_a_config_that_is_none(tmp_path):
     (path / "config.json").write_text('{"model_type": "qwen3_5_text", "model_type": "llama"}')
     with pytest.raises(Refused, match="it has 'model_type' twice"):
         HFFolder(path)
-    for content, words in ((b"<html>", "an HTML page"), (b'{"a": 1e999}', "larger than any float"), (b"", "empty")):
+    for content, words in ((b"<html>", "an HTML page"), (b"{", "Expecting"), (b"", "empty")):
         (path / "config.json").write_bytes(content)
         with pytest.raises(Refused, match=f"config.json cannot be read: it is {words}|{words}"):
             is_hf_folder(path)  # not: it holds no tensors of the origin

@@ -51,9 +51,12 @@ def two_sublayers(operation, x, weights, settings):
 
 @functools.partial(jax.jit, static_argnames=("operation", "settings"))
 def run(operation, settings, x, weights, gradient):
-    """X' and the gradients of x and of all weights."""
+    """X' and the gradients of x and of all weights.
+
+    Backward only after forward: XLA may run independent kernels at once, and the interpreter has one memory for all.
+    """
     after, pull = jax.vjp(lambda x, weights: two_sublayers(operation, x, weights, settings), x, weights)
-    return after, pull(gradient)
+    return after, pull(gradient + 0 * after)
 
 
 class Interpreted:
@@ -115,6 +118,7 @@ def test_any_number_of_streams(streams, dtype):
     assert_close(run(KERNELS, settings, *inputs), truth(inputs, settings), dtype)
 
 
+@pytest.mark.exhaustive  # tests/models/layers/test_hyper_connections.py holds it to the equations in float64
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_xla_agrees_with_the_definition(dtype):
     settings, inputs = Settings(rounds=ROUNDS), make_inputs((2, 9, 4, 12), dtype)

@@ -37,7 +37,6 @@ class Shape:
 
 SHAPES = {
     "streams 4": Shape(),
-    "streams float32": Shape(width=1024, dtype="float32"),
 }
 
 

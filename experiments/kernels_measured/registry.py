@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from experiments.kernels_measured import gated_delta_rule, gated_delta_rule_decode, sparse_attention
+from experiments.kernels_measured import (
+    gated_delta_rule,
+    gated_delta_rule_decode,
+    hyper_connections,
+    sparse_attention,
+)
 from experiments.kernels_measured.cases import Case
 
-OPERATIONS = (gated_delta_rule, gated_delta_rule_decode, sparse_attention)
+OPERATIONS = (gated_delta_rule, gated_delta_rule_decode, sparse_attention, hyper_connections)
 
 
 def all_cases() -> dict[str, Case]:

@@ -161,6 +161,7 @@ def numbers(match):
 @pytest.mark.parametrize(("page", "start", "end", "reports"), [
     ("docs/studies.md", "## Is depth used?", "## Which way of growing", "depth_tasks"),
     ("docs/studies.md", "## Which way of growing", "## Does leaving", "growth_operators"),
+    ("docs/studies.md", "## Does leaving", "## Does growth pay?", "early_exit"),
     ("docs/studies.md", "## Does growth pay?", "## Does bfloat16", "growth_pays"),
     ("docs/depth.md", "Not shown:", "## What makes depth used", "growth_operators"),
     ("docs/growing.md", "### The identity of growth", "## The commands", "growth_operators"),

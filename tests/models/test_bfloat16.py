@@ -51,9 +51,10 @@ MODELS = {
     "lambda": small_model("DG", False, stack=StackConfig("lambda", skips=((0, 1),))),
     "reversible": small_model("DG", False, stack=StackConfig("midpoint", mixing=1.0)),
 }
-# Gates and coefficients of each model: beta and decay of D, two layers of the halting heads, the router and the two
-# hyper-connections of D, G and the G layer of multi-token prediction, the memory's gate; for "stream_mean" beta again.
-FLOAT32_PRODUCTS = {"all components": 17, "exit": 6, "groundthink": 3, "lambda": 2, "reversible": 2}
+# Gates and coefficients of each model: beta and decay of D, the three products of a halting head (the embedding's share of
+# its first layer is one of its own), the router and the two hyper-connections of D, G and the G layer of multi-token
+# prediction, the memory's gate; for "stream_mean" beta again.
+FLOAT32_PRODUCTS = {"all components": 19, "exit": 6, "groundthink": 3, "lambda": 2, "reversible": 2}
 
 
 def equations(jaxpr):

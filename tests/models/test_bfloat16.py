@@ -51,8 +51,8 @@ MODELS = {
     "lambda": small_model("DG", False, stack=StackConfig("lambda", skips=((0, 1),))),
     "reversible": small_model("DG", False, stack=StackConfig("midpoint", mixing=1.0)),
 }
-# Gates and coefficients of each model: beta and decay of D, three products of the halting heads (the embedding's part of the
-# first is one of its own), the router and the two hyper-connections of D, G and the G layer of multi-token
+# Gates and coefficients of each model: beta and decay of D, three products of halting heads (the embedding's part of
+# the first is one of its own), the router and the two hyper-connections of D, G and the G layer of multi-token
 # prediction, the memory's gate; for "stream_mean" beta again.
 FLOAT32_PRODUCTS = {"all components": 19, "exit": 6, "groundthink": 3, "lambda": 2, "reversible": 2}
 

@@ -19,7 +19,7 @@ from gt_jax.checkpoints.folders import prepare_parent
 from gt_jax.configs.json_config import Config, read_object
 from gt_jax.configs.run import differences
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.files import write_atomically
+from gt_jax.files import unfinished_name, write_atomically
 
 Unit = Mapping[str, Any]
 
@@ -40,7 +40,7 @@ class Units:
             if self._spent.exists():
                 self._before = float(read_object(self._spent, "wall time of the study")["seconds"])
             return
-        if root.exists() and (not root.is_dir() or any(path.name != "study.json.tmp" for path in root.iterdir())):
+        if root.exists() and (not root.is_dir() or any(path != unfinished_name(file) for path in root.iterdir())):
             raise Refused(f"--work {root} exists and is not this study's; give an empty or a new directory")
         prepare_parent(file)
         write_atomically(file, json.dumps({"config": study.to_json(), "content": content}, indent=1) + "\n")

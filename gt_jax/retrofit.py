@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from gt_jax.configs.adaptive import AdaptiveConfig
@@ -72,7 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                                     progress=say)  # fmt: skip
         lines = _lines(shown, price)
         if not args.no_check:
-            from pathlib import Path
             shown["check"] = check_retrofit(Path(shown["source"]), args.destination, say)
             lines += check_lines(shown["check"])
     deliver(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines))

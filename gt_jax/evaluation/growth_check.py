@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from gt_jax.checkpoints import checkpoint
-from gt_jax.checkpoints.check import check
+from gt_jax.checkpoints.check import Checked, check
 from gt_jax.configs.lineage import trainings
 from gt_jax.devices.sharding import Rules, mesh_for_rows
 from gt_jax.errors import Failed, Refused
@@ -53,11 +53,7 @@ def check_growth(
     disk is not what was written, or not what its plan says.
     """
     say("reading the child back")
-    read = check(target)
-    if read.damaged:
-        raise Failed(f"{target} was written, but does not read back: "
-                     + "; ".join(f"{one['file']} differs" for one in read.damaged)
-                     + "; test memory and disk, remove it and grow again")  # fmt: skip
+    read = read_back(target, "grow")
     before, after = open_checkpoint(source), open_checkpoint(target)
     plan = stored_plan(after.metadata, target)
     if wrong := _wrong_blocks(before, after, plan):
@@ -76,6 +72,16 @@ def check_growth(
             raise
         return {**found, "not_compared": f"memory does not suffice ({error})"}
     return json_values({**found, "text": text.summary(), "predictions": compared})
+
+
+def read_back(target: Path, command: str) -> Checked:
+    """Every byte of what `command` wrote, compared with its checksums; raises `Failed` where one differs."""
+    read = check(target)
+    if read.damaged:
+        raise Failed(f"{target} was written, but does not read back: "
+                     + "; ".join(f"{one['file']} differs" for one in read.damaged)
+                     + f"; test memory and disk, remove it and {command} again")  # fmt: skip
+    return read
 
 
 def _predictions(before: Checkpoint, after: Checkpoint, text: Text | Data, say: Say) -> dict[str, Any]:

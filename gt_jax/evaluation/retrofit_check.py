@@ -6,7 +6,7 @@ nothing, so the logits have the same bits, or where the two programs sum in anot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gt_jax.checkpoints import checkpoint
-from gt_jax.checkpoints.check import check
 from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Failed, Refused
-from gt_jax.evaluation.growth_check import refuse_no_room
+from gt_jax.evaluation.growth_check import Say, read_back, refuse_no_room
 from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
 from gt_jax.models.language_model import LanguageModel, abstract, apply_network
 
 TOKENS = (2, 32)
 BOUND = {"float32": 1e-3, "bfloat16": 0.1}  # of the largest logit; what is above it is no rounding of sums
-
-Say = Callable[[str], None]
 
 
 def check_retrofit(source: Path, target: Path, say: Say = lambda line: None) -> dict[str, Any]:
@@ -35,11 +32,7 @@ def check_retrofit(source: Path, target: Path, say: Say = lambda line: None) -> 
     "not_compared", the reason. Raises `Failed` where the model on the disk is not what was written, or says otherwise.
     """
     say("reading the model back")
-    read = check(target)
-    if read.damaged:
-        raise Failed(f"{target} was written, but does not read back: "
-                     + "; ".join(f"{one['file']} differs" for one in read.damaged)
-                     + "; test memory and disk, remove it and retrofit again")  # fmt: skip
+    read = read_back(target, "retrofit")
     before, after = open_checkpoint(source), open_checkpoint(target)
     found: dict[str, Any] = {"files": read.checked, "bytes": read.bytes}
     try:

@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import Any, NamedTuple, NoReturn
 
 from gt_jax.errors import Refused
+from gt_jax.files import parse_json
 
 _FILE, _JSON, _TOKENIZER, _SPECIAL = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json",
                                       "special_tokens_map.json")  # fmt: skip
@@ -90,7 +91,7 @@ def _object(beside: Mapping[str, str], name: str) -> Mapping[str, Any]:
     if name not in beside:
         return {}
     try:
-        found = json.loads(beside[name])
+        found = parse_json(beside[name])
     except ValueError as error:
         raise Refused(f"the {name} that came along is no JSON: {error}") from error
     return found if isinstance(found, Mapping) else {}

@@ -23,7 +23,7 @@ _SCOPES = (  # the first that fits; the scopes are those of gt_jax.models and gt
     ("optimizer", r"/optimizer/"),
     ("gradients summed", r"/accumulation/"),
     ("loss", r"[/(]loss[/)]"),
-    ("hyper-connections", r"/(mixer_hyper|mlp_hyper|hyper_read|hyper_write|hyper)/"),
+    ("hyper-connections", r"/(mixer|mlp)_hyper[./]|/hyper_(read|write)"),
     ("halting", r"/halting/"),
     ("mixer", r"/mixer_([A-Z])/"),  # with its letter
     ("router", r"/mlp/(router|route)/"),
@@ -32,7 +32,7 @@ _SCOPES = (  # the first that fits; the scopes are those of gt_jax.models and gt
     ("embedding", r"/embedding/"),
     ("norms", r"/\w*norm/"),
     ("memory", r"[/(]memory[/)]"),
-    ("MTP", r"/mtp/\w+$|/mtp/(project|combine)"),
+    ("MTP", r"/mtp/\w+$|/mtp/fusion/"),
 )
 _PARTS = [(name, re.compile(pattern)) for name, pattern in _SCOPES]
 _STACKS = re.compile(

@@ -1,16 +1,23 @@
 """What collectives move over links, by hand: kinds, groups, fused and asynchronous ones, parts, least times."""
 
+import re
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gt_jax.configs.model import HyperConfig
 from gt_jax.devices.pods import hlo
 from gt_jax.devices.pods.collectives import Links, collectives
 from gt_jax.devices.pods.hbm_traffic import hbm_traffic
 from gt_jax.devices.pods.links import RATES, axis_rates, first_group, link_seconds, links_of
 from gt_jax.devices.pods.program_flops import count_flops
+from gt_jax.devices.sharding import Rules
+from gt_jax.models.language_model import LanguageModel, abstract, apply_network
 from gt_jax.training.step_parts import by_part, part_of, phase_of
+from tests.support import small_model
 
 PATH = "jit(step)/transpose(jvp(LanguageModel))/while/body/checkpoint/layer0.move/layer0/layer0.delta"
 # Eight devices, cut 4 (fsdp) x 2 (tensor). As the compiler for TPU writes them: a gather in a loop of 3 that starts in
@@ -122,6 +129,8 @@ def test_parts_and_phases_by_the_scopes_of_the_model():
         (f"{again}/layer3.delta/mlp/route/top_k", "router", "again"),
         (f"{again}/layer3.delta/mlp/shared/up/dot_general", "MLP", "again"),
         (f"{PATH}/hyper_write/mul", "hyper-connections", "backward"),
+        (f"{again}/layer3.delta/mlp_hyper.between/hyper_write_read/mul", "hyper-connections", "again"),
+        ("jit(step)/jvp(LanguageModel)/mtp/fusion/btcd,cde->bte/dot_general", "MTP", "forward"),
         (f"{PATH}/mixer_norm/mul", "norms", "backward"),
         (f"{PATH}/halting/hidden/dot_general", "halting", "backward"),
         (f"{PATH}/add", "rest of a layer", "backward"),
@@ -175,3 +184,15 @@ def test_links_of_a_group_are_those_of_the_axes_it_spans():
                            axis_names=("data", "fsdp", "expert", "tensor"))  # fmt: skip
     assert axis_rates("v5p", (4, 4, 4), mesh) == {
         "data": (np.inf, 0), "fsdp": (4 * 9e10, 2), "expert": (np.inf, 0), "tensor": (2 * 9e10, 1)}  # fmt: skip
+
+
+def test_what_hyper_connections_do_is_found_by_the_names_that_the_model_gives():
+    """Names are made in gt_jax.models; a method or scope that is called otherwise would hide what it costs."""
+    config = small_model("G", False, hyper=HyperConfig())
+    tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)
+    network = LanguageModel(config, Rules())
+    traced = jax.jit(lambda v, ids: apply_network(network, v, ids).hidden).lower(abstract(config), tokens)
+    names = set(re.findall(r'"([^"]*/[^"]*hyper[^".]*\.[^"]*/[^"]*)"', traced.as_text(debug_info=True)))
+    scopes = {scope for name in names for scope in name.split("/")}
+    assert {"mixer_hyper.enter", "mlp_hyper.between", "mlp_hyper.leave"} <= scopes
+    assert {part_of(name) for name in names} == {"hyper-connections"}

@@ -20,6 +20,7 @@ from experiments.units import Units
 from experiments.workers import Workers
 from gt_jax.configs.json_config import Config
 from gt_jax.errors import Failed, Refused
+from gt_jax.files import unfinished_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ def test_a_unit_is_made_once_and_found_by_the_same_study_alone(tmp_path):
         made.append(1)
         return {"loss": (1, 2)}
 
+    (tmp_path / "work").mkdir()
+    unfinished_name(tmp_path / "work" / "study.json").touch()  # what a kill leaves
     units = Units(tmp_path / "work", Study(), "hash")
     assert units.found("seed0/Dense at 0.003") is None
     assert units.unit("seed0/Dense at 0.003", make) == ({"loss": [1, 2]}, False)

@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 INTERRUPTED = 130  # as a shell has it for a program that Ctrl-C ended
 _MOMENT = 0.02  # seconds
@@ -90,7 +90,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         if sys.stdout is not None:
             _flush_output()  # a closed pipe shows here, not in the interpreter's shutdown
     except BrokenPipeError:
-        _leave_closed_pipes()
+        _leave(sys.stdout)
         code = 1
     except (Refused, Failed, OSError, KeyboardInterrupt) as error:
         code = say_error(error)
@@ -98,6 +98,11 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         if not (_lacks_memory(error) or _comes_of_interrupt(error)):
             raise
         code = say_error(error)
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()  # what `say` could not write is still in it, and would make the exit code 120
+    except (OSError, ValueError):
+        _leave(sys.stderr)
     if code == INTERRUPTED:
         _end_at_once(code)
     sys.exit(code)
@@ -149,7 +154,7 @@ def _flush_output() -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _leave_closed_pipes()
+        _leave(sys.stdout)
         raise OSError(error.errno, error.strerror, "standard output") from error
 
 
@@ -176,9 +181,9 @@ def _lacks_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in f"{error}"[:200]
 
 
-def _leave_closed_pipes() -> None:
-    """What standard output still holds goes nowhere: else the interpreter fails on it once more when it ends."""
+def _leave(stream: TextIO | None) -> None:
+    """What a closed pipe or a full disk left in a stream goes nowhere: else the interpreter fails on it at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: there is no standard output
-        os.dup2(nowhere, sys.stdout.fileno())
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: there is no such stream
+        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
     os.close(nowhere)

@@ -22,6 +22,7 @@ from gt_jax.measure import _refuse_not_finite
 from gt_jax.monitoring.metrics import Recorder, read_metrics
 
 ROOT = str(Path(__file__).parents[2])
+BUFFERED = {**os.environ, "PYTHONPATH": ROOT, "PYTHONUNBUFFERED": ""}  # as a user's streams are, whoever runs the suite
 
 
 class Gone(io.StringIO):
@@ -197,6 +198,16 @@ def test_ctrl_c_is_told_as_that_whatever_a_library_makes_of_it(capsys, monkeypat
         run_command(lambda argv: __import__("no_such_module"), [])
 
 
+def test_what_a_command_says_to_a_closed_pipe_changes_no_exit_code():
+    """It stayed in the stream, where the interpreter found it at its end, and made the code 120."""
+    read, write = os.pipe()
+    os.close(read)
+    code = "from gt_jax.errors import run_command, say; run_command(lambda argv: say('line') or 0, [])"
+    done = subprocess.run([sys.executable, "-c", code], env=BUFFERED, stderr=write)
+    os.close(write)
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_a_closed_pipe_leaves_no_trace_of_python(closed, tmp_path):
     """`describe tiny | head -0`: the output is larger than a buffer, so it fails while it is printed and at the end."""
@@ -204,7 +215,7 @@ def test_a_closed_pipe_leaves_no_trace_of_python(closed, tmp_path):
     os.close(read)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, closed: write}
     done = subprocess.run([sys.executable, "-m", "gt_jax.grow", "--dry-run", "--json", "--plan-out", "plan.json"],
-                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, **streams)  # fmt: skip
+                          cwd=tmp_path, env=BUFFERED, **streams)  # fmt: skip
     os.close(write)
     assert done.returncode == (1 if closed != "stderr" else 0)
     assert not done.stderr or (b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr), done.stderr

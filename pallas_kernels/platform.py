@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jax
 
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+
 
 def target_device() -> tuple[str, str]:
     """(platform, kind) of the devices that the function being traced will run on, as `("tpu", "TPU v6 lite")`.
@@ -25,3 +27,8 @@ def target_device() -> tuple[str, str]:
 def matrix_unit_width(kind: str) -> int:
     """128 up to the fifth generation of TPUs, 256 after it."""
     return 128 if any(kind.startswith(f"TPU v{generation}") for generation in range(2, 6)) else 256
+
+
+def is_hopper(platform: str, kind: str) -> bool:
+    """Whether the device is a GPU of compute capability 9.0, by its name: no device of a mesh says more of itself."""
+    return platform == "gpu" and any(name in kind for name in HOPPER)

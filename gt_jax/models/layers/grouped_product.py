@@ -1,4 +1,4 @@
-"""Rows sorted by expert, and the product of each expert's rows with its matrix: three ways, one derivative rule.
+"""Rows sorted by expert, and the product of each expert's rows with its matrix: four ways, one derivative rule.
 
 Letters: e experts, m picks in all, r rows, d and f widths.
 """
@@ -16,11 +16,13 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
 from gt_jax.models.layers.primitives import widen
-from pallas_kernels.platform import target_device
+from pallas_kernels.grouped_product import pallas_gpu
+from pallas_kernels.platform import is_hopper, target_device
 
 LARGEST_BLOCK = 128  # rows: enough that a product is bound by arithmetic, not by reading the expert's weights
 TILE = 512  # rows of a TPU's tile, for the same reason: its arithmetic is that much faster than its memory
 LANES = 128
+BLOCKED = ("cpu", "cuda", "rocm")  # platforms of the lowering whose `ragged_dot` is a masked product over all experts
 
 
 class Dispatch(NamedTuple):
@@ -40,6 +42,17 @@ def block_size(picks: int, experts: int) -> int:
     """Rows of a block: a power of two, at most half an expert's fair share, so that at most half as many are empty."""
     share = max(picks // (2 * experts), 1)
     return min(1 << (share.bit_length() - 1), LARGEST_BLOCK)
+
+
+def block_for(picks: int, x: Float[Array, "*n d"], w: Float[Array, "e d f"]) -> int:
+    """`block_size`; where a Hopper GPU's kernels multiply, theirs: the larger one if that fills up by a fifth at most.
+
+    They skip blocks that are empty, so few picks cost no more for it.
+    """
+    count = w.shape[0]
+    small, large = pallas_gpu.BLOCKS
+    wanted = large if 5 * count * (large - 1) <= picks else small
+    return wanted if _by_warpgroups(x, w, wanted) else block_size(picks, count)
 
 
 def row_count(picks: int, count: int, block: int) -> int:
@@ -176,19 +189,27 @@ def grouped_product(
 ) -> Float[Array, "r f"]:
     """Each expert's run of rows times its matrix; runs are multiples of `block`.
 
-    `tiled_product` on a TPU where the shape allows; `blocked_product` on a CPU, where `ragged_dot` multiplies every row
-    by every expert; else `ragged_product`. Its own derivative rule, for what is kept: x and w as they are, not what any
-    of the ways makes of them.
+    `tiled_product` on a TPU and `pallas_gpu.product` on a Hopper GPU where the shape allows; else `blocked_product` on
+    CPUs and GPUs, where `ragged_dot` multiplies every row by every expert; else `ragged_product`. Its own derivative
+    rule, for what is kept: x and w as they are, not what any of the ways makes of them.
     """
     if _tiled(x, w):
         return tiled_product(x, w, sizes)
+    if _by_warpgroups(x, w, block):
+        return pallas_gpu.product(x, w, sizes, block=block)
     blocked = functools.partial(blocked_product, block=block)
-    return jax.lax.platform_dependent(x, w, sizes, cpu=blocked, default=ragged_product)
+    ways = dict.fromkeys(BLOCKED, blocked)
+    return jax.lax.platform_dependent(x, w, sizes, **ways, default=ragged_product)
 
 
 def _tiled(x: Array, w: Array) -> bool:
     """Known when tracing, so that on other machines the kernel is not even traced."""
     return target_device()[0] == "tpu" and takes_tiles(x.shape[0], *w.shape[1:])
+
+
+def _by_warpgroups(x: Array, w: Array, block: int) -> bool:
+    """As `_tiled`."""
+    return is_hopper(*target_device()) and not pallas_gpu.unsupported(x, w, block)
 
 
 def _grouped_forward(x: Array, w: Array, sizes: Array, block: int) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -198,13 +219,17 @@ def _grouped_forward(x: Array, w: Array, sizes: Array, block: int) -> tuple[Arra
 def _grouped_backward(block: int, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, None]:
     if _tiled(*kept[:2]):
         return *tiled_gradients(*kept, gradient), None
+    if _by_warpgroups(*kept[:2], block):
+        x, w, sizes = kept
+        dx = pallas_gpu.product(gradient, w, sizes, block=block, transposed=True)
+        return dx, pallas_gpu.matrix_gradient(x, gradient, sizes, block=block), None
 
     def ragged(x: Array, w: Array, sizes: Array, gradient: Array) -> tuple[Array, Array]:
         dx, dw = jax.vjp(lambda x, w: ragged_product(x, w, sizes), x, w)[1](gradient)
         return dx, dw
 
     blocked = functools.partial(blocked_gradients, block=block)
-    return *jax.lax.platform_dependent(*kept, gradient, cpu=blocked, default=ragged), None
+    return *jax.lax.platform_dependent(*kept, gradient, **dict.fromkeys(BLOCKED, blocked), default=ragged), None
 
 
 grouped_product.defvjp(_grouped_forward, _grouped_backward)

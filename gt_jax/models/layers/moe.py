@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.model import MoEConfig
 from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, per_device, reshard
-from gt_jax.models.layers.grouped_product import block_size, collect, dispatch, grouped_product, spread
+from gt_jax.models.layers.grouped_product import block_for, collect, dispatch, grouped_product, spread
 from gt_jax.models.layers.mixer import masked_mean
 from gt_jax.models.layers.primitives import SwiGLU, WeightSpec, float32_einsum, widen
 from gt_jax.models.layers.sow import sow
@@ -111,7 +111,7 @@ def mix_experts(
     The products run in x's dtype, the weighted sum in float32.
     """
     tokens, picks, count = x.shape[0] * x.shape[1], routing.experts.shape[-1], gate.shape[0]
-    block = block_size(tokens * picks, count)
+    block = block_for(tokens * picks, x, gate)
     rows = dispatch(routing.experts.reshape(-1), count, block)
     token, of_token = rows.pick // picks, rows.row.reshape(tokens, picks)  # an empty row: one past the last token
     inner = spread(x.reshape(tokens, -1), token, of_token)

@@ -75,7 +75,7 @@ def product(
             @pl.when(owner < groups)
             def _() -> None:
                 pipeline = plgpu.emit_pipeline(
-                    lambda _, *tiles: step(*tiles, sums),
+                    lambda _, left, right: step(left, right, sums),
                     grid=(summed // DEPTH,), in_specs=specs, max_concurrent_steps=min(STAGES, summed // DEPTH),
                 )  # fmt: skip
                 pipeline(x_ref, w_ref.at[owner])
@@ -127,7 +127,7 @@ def matrix_gradient(
             @pl.when(count > 0)
             def _() -> None:
                 pipeline = plgpu.emit_pipeline(
-                    lambda _, *tiles: step(*tiles, sums),
+                    lambda _, left, right: step(left, right, sums),
                     grid=(count,), in_specs=specs, max_concurrent_steps=STAGES if block == 64 else STAGES - 1,
                 )  # fmt: skip
                 pipeline(x_ref, gradient_ref)

@@ -16,10 +16,10 @@ class AttentionConfig(Config):
 
     Query head j reads key head j // (heads / kv_heads) (arXiv 2305.13245). `gate` multiplies the output by
     sigmoid(W x), a number a channel (arXiv 2505.06708). `qk_norm` is an RMSNorm of queries and keys, of each head or
-    of all heads together. Rotary embedding turns the first `rope_share` of a head, its halves against each other. With
-    `window` a token sees that many tokens, itself the last. `post_norm`: x + norm(F(x)) for mixer and MLP of these
-    layers, with no norm before. `implementation` None is the best one of `pallas_kernels.causal_attention` for the
-    length of the row.
+    of all heads together. With `bias` every projection has one. Rotary embedding turns the first `rope_share` of a
+    head, its halves against each other. With `window` a token sees that many tokens, itself the last. `post_norm`:
+    x + norm(F(x)) for mixer and MLP of these layers, with no norm before. `implementation` None is the best one of
+    `pallas_kernels.causal_attention` for the length of the row.
     """
 
     heads: int
@@ -32,6 +32,7 @@ class AttentionConfig(Config):
     rope_share: float = 1.0
     window: int | None = None
     post_norm: bool = False
+    bias: bool = False
     implementation: str | None = None
 
     @property

@@ -20,7 +20,7 @@ from gt_jax.errors import Refused
 from gt_jax.models.language_model import forward
 from gt_jax.text.tokenizers import chosen_tokenizer, open_tokenizer
 
-OUTPUT = re.compile(r".*/(mixer/output|mlp/((shared|experts)/)?down)/w")
+OUTPUT = re.compile(r".*/(mixer/output|mlp/((shared|experts)/)?down)/(w|b)")
 LAST_NORM = re.compile(r".*/(mixer|mlp)_post_norm/scale")
 ROWS, LENGTH = 4, 256
 

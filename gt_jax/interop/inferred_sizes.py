@@ -39,8 +39,10 @@ def layer_types(names: Iterable[str]) -> tuple[str, list[str]]:
             votes[int(match[2])][1] += within in _G - _D
     if not any(map(any, votes.values())):
         first = ", ".join(list(names)[:4]) or "none"
+        hybrid = any(".self_attn." in name or ".linear_attn." in name for name in names)
+        hint = "; these are names of transformers, whose folder is known by the model_type in its config.json" * hybrid
         raise Refused(f"no layer has tensors of a mixer, such as layers.0.{_MIXER}q_proj.weight; is this a checkpoint "
-                      f"of the origin system? Its first tensors are {first}")
+                      f"of the origin system? Its first tensors are {first}{hint}")
     last = max(votes)
     if last >= _MOST_LAYERS:
         raise Refused(f"layers.{last} cannot be a layer; at most {_MOST_LAYERS} are read")

@@ -101,9 +101,11 @@ def test_what_a_family_cannot_express_is_told_field_by_field():
 
 @pytest.mark.parametrize("change,words", [
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'; only 'default'"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling has rope_type 'linear'"),
+    ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_theta": 1e7}}, "rope_scaling has rope_type 'yarn'"),
+    ({"rope_scaling": "yarn", "rope_parameters": {"rope_theta": 1e7}}, "rope_scaling is 'yarn'; it must be an object"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu"),
-    ({"attention_bias": True}, "attention_bias is True"),
+    ({"attention_bias": "yes"}, "attention_bias is 'yes'; it must be true or false"),
     ({"attn_output_gate": False}, "attn_output_gate is False"),
     ({"layer_types": ["linear_attention", "sliding_attention"]}, "'sliding_attention'; known are"),
     ({"layer_types": ["linear_attention"] * 3}, "num_hidden_layers is 4, but layer_types has 3"),

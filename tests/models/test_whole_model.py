@@ -64,7 +64,7 @@ OWN = presets.tiny().replace(
 )  # fmt: skip
 GATED = OWN.replace(  # as Qwen3-Next is made
     layout="DA*2", deltanet=OWN.deltanet.replace(beta_max=1.0, head_gate_bias=False),
-    attention=AttentionConfig(4, 2, 8, gate=True, qk_norm="head", rope_base=1e4, rope_share=0.25),
+    attention=AttentionConfig(4, 2, 8, gate=True, qk_norm="head", rope_base=1e4, rope_share=0.25, bias=True),
     moe=MoEConfig(4, 8, real_share=1.0, shared_gate=True, normalise=False, router_bias=False),
 )  # fmt: skip
 POST = OWN.replace(  # as Olmo Hybrid is made, with streams

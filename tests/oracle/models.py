@@ -16,22 +16,33 @@ EXPERTS = {**SHAPES, "head_dim": 16, "moe_intermediate_size": 8, "shared_expert_
 OLMO = {**SHAPES, "intermediate_size": 40, "pad_token_id": 0, "eos_token_id": 1, "linear_value_head_dim": 12}
 NO_ROPE = {"rope_theta": None, "rope_type": "default"}
 TURNED = {"rope_theta": 1e7, "rope_type": "default", "partial_rotary_factor": 0.5}
-CASES = {  # by name: config class, model class, what differs from the family's shapes
+ONE_TO_ONE = {"num_key_value_heads": 4, "linear_num_key_heads": 4}
+ONE_TO_FOUR = {"num_key_value_heads": 1, "linear_num_key_heads": 1}
+TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+TIED, BIASED = {"tie_word_embeddings": True}, {"attention_bias": True}
+CASES = {  # by name: config class, model class, what differs from the family's shapes, whose heads are 1:2
     "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", DENSE),
     "qwen3_5 tied 1:4": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM",
-                         {**DENSE, "tie_word_embeddings": True, "num_key_value_heads": 1, "linear_num_key_heads": 1,
-                          "rope_parameters": TURNED}),
+                         {**DENSE, **ONE_TO_FOUR, **TIED, "rope_parameters": TURNED}),
     "qwen3_5 1:1": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM",
-                    {**DENSE, "num_key_value_heads": 4, "linear_num_key_heads": 4, "linear_value_head_dim": 12,
-                     "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}),
+                    {**DENSE, **ONE_TO_ONE, **TWO_LAYERS, "linear_value_head_dim": 12}),
+    "qwen3_5 biased": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", {**DENSE, **TWO_LAYERS, **BIASED}),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", EXPERTS),
+    "qwen3_5_moe tied 1:1": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM",
+                             {**EXPERTS, **ONE_TO_ONE, **TWO_LAYERS, **TIED}),
+    "qwen3_5_moe biased 1:4": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM",
+                               {**EXPERTS, **ONE_TO_FOUR, **TWO_LAYERS, **BIASED}),
     "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", EXPERTS),
-    "qwen3_next not normalised": ("Qwen3NextConfig", "Qwen3NextForCausalLM",
-                                  {**EXPERTS, "norm_topk_prob": False, "num_experts_per_tok": 3}),
+    "qwen3_next not normalised tied 1:1": ("Qwen3NextConfig", "Qwen3NextForCausalLM",
+                                           {**EXPERTS, **ONE_TO_ONE, **TIED, "norm_topk_prob": False,
+                                            "num_experts_per_tok": 3}),
+    "qwen3_next biased 1:4": ("Qwen3NextConfig", "Qwen3NextForCausalLM",
+                              {**EXPERTS, **ONE_TO_FOUR, **TWO_LAYERS, **BIASED, "linear_value_head_dim": 12}),
     "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", OLMO),
-    "olmo_hybrid no rope": ("OlmoHybridConfig", "OlmoHybridForCausalLM",
-                            {**OLMO, "rope_parameters": NO_ROPE, "linear_allow_neg_eigval": False,
-                             "num_key_value_heads": 4}),
+    "olmo_hybrid no rope 1:1": ("OlmoHybridConfig", "OlmoHybridForCausalLM",
+                                {**OLMO, **ONE_TO_ONE, "rope_parameters": NO_ROPE, "linear_allow_neg_eigval": False}),
+    "olmo_hybrid tied biased 1:4": ("OlmoHybridConfig", "OlmoHybridForCausalLM",
+                                    {**OLMO, **ONE_TO_FOUR, **TWO_LAYERS, **TIED, **BIASED}),
 }
 
 
@@ -42,7 +53,7 @@ def made(case, dtype=torch.float32, seed=0):
     network = getattr(transformers, model)(getattr(transformers, config)(**changes))
     with torch.no_grad():
         for name, value in network.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):
                 value += 0.3 * torch.randn_like(value)
             elif value.dim() > 1:
                 value.copy_(0.2 * torch.randn_like(value))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gt_jax import forward, grow_checkpoint, load
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import layout
 from gt_jax.configs.adaptive import AdaptiveConfig
 from gt_jax.configs.presets import preset
@@ -22,6 +23,8 @@ from gt_jax.evaluation.intermediates import hidden_with_intermediates
 from gt_jax.growth.plan_entries import Demand, Entry, Plan
 from gt_jax.growth.retrofit import retrofit
 from gt_jax.interop.expected_tensors import model_leaves
+from gt_jax.interop.families.registry import FAMILIES
+from gt_jax.interop.families.rows import PlusOne, units
 from gt_jax.interop.from_hf import from_hf
 from gt_jax.interop.hf_folder import HFFolder
 from gt_jax.interop.to_hf import to_hf
@@ -48,9 +51,10 @@ def same_size(got, wanted, bound):
     assert np.max(np.abs(np.asarray(got) - np.asarray(wanted))) <= bound * np.max(np.abs(wanted))
 
 
-def test_logits_and_states_by_layer(case):
+@pytest.mark.parametrize("rows, length", [(2, 13), (1, 1), (1, 67)])  # past the chunks of the delta rule, of 64 tokens
+def test_logits_and_states_by_layer(case, rows, length):
     _, network, _, ours = case
-    model, tokens = load(ours), models.tokens_of(network)
+    model, tokens = load(ours), models.tokens_of(network, rows, length)
     logits, states = models.outputs(network, tokens)
     same_size(forward(model.config, model.variables, jnp.asarray(tokens)).logits, logits, 1e-4)
     segments = jnp.ones(tokens.shape, jnp.int32)
@@ -76,11 +80,12 @@ def test_a_retrofitted_model_computes_the_same_bits(tmp_path):
     same_size(cached, plain, 1e-5)
 
 
-def test_padding_before_a_row_changes_nothing(case):
+def test_padding_changes_nothing(case):
+    """A row that begins later than the batch, and one that ends earlier."""
     _, network, _, ours = case
     model, tokens = load(ours), models.tokens_of(network)
     mask = np.ones(tokens.shape, np.int64)
-    mask[1, :5] = 0
+    mask[1, :5] = mask[0, -3:] = 0
     logits, _ = models.outputs(network, tokens, attention_mask=torch.tensor(mask))
     got = forward(model.config, model.variables, jnp.asarray(tokens), jnp.asarray(mask, jnp.int32)).logits
     same_size(np.asarray(got)[mask > 0], logits[mask > 0], 1e-4)
@@ -98,6 +103,7 @@ def test_decoding_with_a_cache_is_the_prefill(case):
 
 
 def test_gradients(case):
+    """Of every tensor, each to 1e-3 of its own size."""
     _, network, _, ours = case
     model, tokens = load(ours), models.tokens_of(network)
 
@@ -105,21 +111,25 @@ def test_gradients(case):
         logits = forward(model.config, {**model.variables, "params": params}, jnp.asarray(tokens)).logits[:, :-1]
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(tokens)[:, 1:, None], -1))
 
-    found = jax.grad(loss)(model.variables["params"])
+    found = flatten({"params": jax.grad(loss)(model.variables["params"])})
     network.zero_grad()
     theirs = network(torch.tensor(tokens), use_cache=False).logits[:, :-1]
     torch.nn.functional.cross_entropy(theirs.reshape(-1, theirs.shape[-1]), torch.tensor(tokens)[:, 1:].reshape(-1)
                                       ).backward()
-    embedding = network.get_input_embeddings().weight.grad.numpy()
-    same_size(found["embedding"]["table"], embedding, 1e-3)
-    layers = network.model.layers
-    kinds = model.config.depth.types
-    for layer, kind in enumerate(kinds):
-        segment, block, slot = model.config.depth.position(layer)
-        mine = found[f"segment{segment}"][f"layer{slot}"]["mixer"]["output"]["w"][block]
-        mixer = layers[layer].linear_attn if kind == "D" else layers[layer].self_attn
-        projection = getattr(mixer, "out_proj", None) or mixer.o_proj
-        same_size(np.asarray(mine).reshape(-1, mine.shape[-1]).T, projection.weight.grad.numpy(), 1e-3)
+    wanted = {key: value.grad.numpy() for key, value in network.named_parameters() if value.grad is not None}
+    largest = max(np.max(np.abs(value)) for value in wanted.values())
+    family = FAMILIES[model.metadata["converted_from"]["family"]]
+    table = family.table(model.config, family.variants({key: value.shape for key, value in wanted.items()}))
+    compared = set()
+    for unit in units(model.config, table):
+        held = [np.asarray(found[part.path], np.float64)[part.place] for part in unit.parts]
+        plus = isinstance(unit.parts[0].transform, PlusOne)  # of 1 + w the gradient is that of w
+        mine = unit.to_theirs([one + plus for one in held])
+        theirs = wanted[unit.name] if unit.expert is None else wanted[unit.name][unit.expert]
+        bound = 1e-3 * max(np.max(np.abs(theirs)), 1e-4 * largest)  # some are 0 but for rounding: of keys' biases
+        assert np.max(np.abs(mine.reshape(theirs.shape) - theirs)) <= bound, unit.name
+        compared.add(unit.name)
+    assert compared == set(wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -85,16 +85,20 @@ class Fields:
     def rope(self, partial: bool) -> Json:
         """Fields of AttentionConfig from `rope_parameters`, or from the older rope_theta and rope_scaling.
 
-        Every kind but the plain table is refused by name; `partial` families turn a part of each head.
+        Where both are there the older one counts, as in transformers. Every kind but the plain table is refused by
+        name; `partial` families turn a part of each head.
         """
         data, default = self._data, self._defaults["rope_parameters"]
-        found = data.get("rope_parameters") or data.get("rope_scaling") or {}
-        if not isinstance(found, Mapping):
-            self.problems.append(f"rope_parameters is {found!r}; it must be an object")
-            found = {}
-        kind = found.get("rope_type", found.get("type", "default"))
-        if kind not in ("default", "mrope"):
-            self.problems.append(f"rope_parameters has rope_type {kind!r}; only 'default' is implemented")
+        found: Mapping[str, Any] = {}
+        for name in ("rope_parameters", "rope_scaling"):
+            if not (one := data.get(name)):
+                continue
+            if not isinstance(one, Mapping):
+                self.problems.append(f"{name} is {one!r}; it must be an object")
+                continue
+            found, kind = one, one.get("rope_type", one.get("type", "default"))
+            if kind not in ("default", "mrope"):
+                self.problems.append(f"{name} has rope_type {kind!r}; only 'default' is implemented")
         theta = found.get("rope_theta", data.get("rope_theta", default["rope_theta"]))
         share = found.get("partial_rotary_factor", data.get("partial_rotary_factor",
                                                             default["partial_rotary_factor"])) if partial else 1.0
@@ -140,7 +144,6 @@ class Family:
         """Our config of a text model's config.json; raises `Refused` that lists what cannot be represented."""
         fields = Fields(data, self.defaults)
         fields.must("hidden_act", "silu", "only silu is implemented")
-        fields.must("attention_bias", False, "projections with a bias are not implemented")
         made, wrong = None, []
         try:
             made = self.read(fields)

@@ -8,14 +8,14 @@ from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.model import DeltaNetConfig, EmbeddingConfig, ModelConfig
 from gt_jax.interop.families.family import Family, Fields, Json, layout_of
 from gt_jax.interop.families.qwen import DENSE
-from gt_jax.interop.families.rows import FLAT, MERGED, SAME, TAPS, Row, Table, row
+from gt_jax.interop.families.rows import FLAT, MERGED, SAME, TAPS, Row, Table, biases, row
 from gt_jax.interop.tensor_transforms import Shape
 
 READ_EPSILON = 1e-5  # of the norm of the read, whatever rms_norm_eps is
 DEFAULTS: Json = {
     "hidden_size": 3840, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 30,
     "vocab_size": 100352, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False,
-    "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_allow_neg_eigval": True,
+    "attention_bias": False, "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_allow_neg_eigval": True,
     "rope_parameters": {"rope_theta": 10000.0},
 }  # fmt: skip
 # Shards call the norms of D layers by names of their own; models in memory have the names of other families.
@@ -35,14 +35,16 @@ _DELTANET = (
     row("linear_attn.o_norm.weight", "mixer/output_norm/scale", SAME),
     row("linear_attn.o_proj.weight", "mixer/output/w", MERGED),
 )
-_ATTENTION = (
-    row("post_feedforward_layernorm.weight", "mlp_post_norm/scale", SAME),
+_PROJECTIONS = (
     row("self_attn.q_proj.weight", "mixer/query/w"),
     row("self_attn.k_proj.weight", "mixer/key/w"),
     row("self_attn.v_proj.weight", "mixer/value/w"),
+    row("self_attn.o_proj.weight", "mixer/output/w", MERGED),
+)
+_NORMS = (
+    row("post_feedforward_layernorm.weight", "mlp_post_norm/scale", SAME),
     row("self_attn.q_norm.weight", "mixer/query_norm/scale", FLAT),
     row("self_attn.k_norm.weight", "mixer/key_norm/scale", FLAT),
-    row("self_attn.o_proj.weight", "mixer/output/w", MERGED),
 )
 
 
@@ -61,10 +63,12 @@ def table(config: ModelConfig, variants: Collection[str] = ()) -> Table:
         taps: tuple[Row, ...] = (Row("linear_attn.conv1d.weight", _CONVOLUTIONS, 1, cut),)
     else:
         taps = tuple(row(name, *tensor) for name, tensor in zip(names, _CONVOLUTIONS, strict=True))
+    assert config.attention is not None
+    attention = (*_PROJECTIONS, *(biases(*_PROJECTIONS) if config.attention.bias else ()))
     norms = (row(f"{before}.weight", "mixer_norm/scale", SAME), row(f"{middle}.weight", "mlp_norm/scale", SAME))
     return Table(tuple(top), {
         "D": (*norms, *taps, *_DELTANET, *DENSE),
-        "A": (row(f"{after}.weight", "mixer_post_norm/scale", SAME), *_ATTENTION, *DENSE)})  # fmt: skip
+        "A": (row(f"{after}.weight", "mixer_post_norm/scale", SAME), *_NORMS, *attention, *DENSE)})  # fmt: skip
 
 
 def variants(shapes: Mapping[str, Shape]) -> list[str]:
@@ -97,7 +101,8 @@ def read(fields: Fields) -> ModelConfig:
             beta_max=2.0 if fields.flag("linear_allow_neg_eigval") else 1.0),
         attention=AttentionConfig(
             heads=heads, kv_heads=fields.whole_or("num_key_value_heads", heads),
-            head_width=fields.whole_or("head_dim", width // heads), qk_norm="all", post_norm=True, **turned),
+            head_width=fields.whole_or("head_dim", width // heads), qk_norm="all", post_norm=True,
+            bias=fields.flag("attention_bias"), **turned),
         embedding=EmbeddingConfig(tied=fields.flag("tie_word_embeddings")), norm_epsilon=fields.number("rms_norm_eps"),
         init_std=fields.number("initializer_range"), remat="layer",
     )  # fmt: skip
@@ -112,7 +117,7 @@ def write(config: ModelConfig) -> Json:
         "hidden_size": config.width, "vocab_size": config.vocab, "intermediate_size": config.mlp_width,
         "num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads, "rms_norm_eps": config.norm_epsilon,
         "initializer_range": config.init_std, "tie_word_embeddings": config.embedding.tied, "hidden_act": "silu",
-        "attention_bias": False, **own_width,
+        "attention_bias": a.bias, **own_width,
         "linear_num_key_heads": d.heads, "linear_num_value_heads": d.value_heads, "linear_key_head_dim": d.key_width,
         "linear_value_head_dim": d.value_width, "linear_conv_kernel_dim": d.conv_width,
         "linear_allow_neg_eigval": d.beta_max == 2,

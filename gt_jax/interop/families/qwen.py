@@ -9,13 +9,13 @@ from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.model import DeltaNetConfig, EmbeddingConfig, ModelConfig
 from gt_jax.configs.moe import MoEConfig
 from gt_jax.interop.families.family import Fields, Json, layout_of
-from gt_jax.interop.families.rows import LINEAR, MERGED, PLUS_ONE, SAME, TAPS, Row, Table, row
+from gt_jax.interop.families.rows import LINEAR, MERGED, PLUS_ONE, SAME, TAPS, Row, Table, biases, row
 from gt_jax.interop.tensor_transforms import Shape
 
 DEFAULTS: Json = {
     "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "num_attention_heads": 16,
     "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 248320, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
-    "tie_word_embeddings": False, "full_attention_interval": 4, "linear_conv_kernel_dim": 4,
+    "tie_word_embeddings": False, "attention_bias": False, "full_attention_interval": 4, "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
     "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.25},
 }  # fmt: skip
@@ -72,16 +72,19 @@ def experts(found: Collection[str]) -> tuple[Row, ...]:
     return (*_SHARED, *(_FUSED if FUSED in found else _SEPARATE))
 
 
-def attention(heads: int) -> tuple[Row, ...]:
+def attention(config: AttentionConfig) -> tuple[Row, ...]:
     """A layer's full attention; each head's queries are followed by its output gate."""
-    return (
-        Row("self_attn.q_proj.weight", (("mixer/query/w", LINEAR), ("mixer/output_gate/w", LINEAR)), heads),
+    projections = (
+        Row("self_attn.q_proj.weight", (("mixer/query/w", LINEAR), ("mixer/output_gate/w", LINEAR)), config.heads),
         row("self_attn.k_proj.weight", "mixer/key/w"),
         row("self_attn.v_proj.weight", "mixer/value/w"),
-        row("self_attn.q_norm.weight", "mixer/query_norm/scale", PLUS_ONE),
-        row("self_attn.k_norm.weight", "mixer/key_norm/scale", PLUS_ONE),
         row("self_attn.o_proj.weight", "mixer/output/w", MERGED),
     )
+    return (
+        *projections, *(biases(*projections) if config.bias else ()),
+        row("self_attn.q_norm.weight", "mixer/query_norm/scale", PLUS_ONE),
+        row("self_attn.k_norm.weight", "mixer/key_norm/scale", PLUS_ONE),
+    )  # fmt: skip
 
 
 def table(config: ModelConfig, projections: tuple[Row, ...], mlp: tuple[Row, ...]) -> Table:
@@ -92,7 +95,7 @@ def table(config: ModelConfig, projections: tuple[Row, ...], mlp: tuple[Row, ...
     if not config.embedding.tied:
         top.append(row("lm_head.weight", "unembedding/w"))
     return Table(tuple(top), {"D": (*NORMS, *projections, *DELTANET, *mlp),
-                              "A": (*NORMS, *attention(config.attention.heads), *mlp)})  # fmt: skip
+                              "A": (*NORMS, *attention(config.attention), *mlp)})  # fmt: skip
 
 
 def read(fields: Fields, **more: Any) -> ModelConfig:
@@ -107,7 +110,8 @@ def read(fields: Fields, **more: Any) -> ModelConfig:
             conv_width=fields.whole("linear_conv_kernel_dim"), head_gate_bias=False),
         attention=AttentionConfig(
             heads=fields.whole("num_attention_heads"), kv_heads=fields.whole("num_key_value_heads"),
-            head_width=fields.whole("head_dim"), gate=True, qk_norm="head", **turned),
+            head_width=fields.whole("head_dim"), gate=True, qk_norm="head", bias=fields.flag("attention_bias"),
+            **turned),
         embedding=EmbeddingConfig(tied=fields.flag("tie_word_embeddings")), norm_epsilon=fields.number("rms_norm_eps"),
         init_std=fields.number("initializer_range"), remat="layer", **more,
     )  # fmt: skip
@@ -121,7 +125,7 @@ def write(config: ModelConfig) -> Json:
         "hidden_size": config.width, "vocab_size": config.vocab, "num_attention_heads": a.heads,
         "num_key_value_heads": a.kv_heads, "head_dim": a.head_width, "rms_norm_eps": config.norm_epsilon,
         "initializer_range": config.init_std, "tie_word_embeddings": config.embedding.tied, "hidden_act": "silu",
-        "attention_bias": False,
+        "attention_bias": a.bias,
         "linear_num_key_heads": d.heads, "linear_num_value_heads": d.value_heads, "linear_key_head_dim": d.key_width,
         "linear_value_head_dim": d.value_width, "linear_conv_kernel_dim": d.conv_width,
         "rope_parameters": {"rope_type": "default", "rope_theta": None if a.rope == "none" else a.rope_base,

@@ -31,7 +31,7 @@ def recognised(data: Mapping[str, Any], where: object) -> tuple[Family, Json]:
                 text["tie_word_embeddings"] = data["tie_word_embeddings"]
         else:
             problems.append("text_config is not there, in which the text model's fields are")
-    for part, name in ((data, ""), *(((text, "text_config."),) if text is not data else ())):
+    for part, name in ((data, ""), *(((text, "text_config."),) if kind == family.wrapper else ())):
         if "auto_map" in part:
             problems.append(f"{name}auto_map names code of the model's own ({_short(part['auto_map'])}); nothing in a "
                             "checkpoint is run, and what such code computes is not known")

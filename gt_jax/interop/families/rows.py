@@ -46,6 +46,13 @@ class Row(NamedTuple):
     cut: tuple[str, ...] = ()
 
 
+def biases(*rows: Row) -> tuple[Row, ...]:
+    """The rows of the biases of projections: `.weight` and `/w` are `.bias` and `/b`, which are vectors there."""
+    return tuple(Row(one.theirs.replace(".weight", ".bias"),
+                     tuple((path.removesuffix("/w") + "/b", FLAT) for path, _ in one.ours), one.groups)
+                 for one in rows)  # fmt: skip
+
+
 def row(theirs: str, ours: str, transform: Transform = LINEAR) -> Row:
     """A row of one tensor on both sides."""
     return Row(theirs, ((ours, transform),))

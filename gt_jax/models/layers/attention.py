@@ -2,6 +2,7 @@
 
 - Queries and keys may be normed, of each head or over all heads, before the rotary embedding.
 - The rotary embedding may turn a part of each head alone; the channels after it carry no position.
+- With `bias` all projections have one.
 - Every token is written at full strength: to the halting head the write gate is 1, without a gate the output gate too.
 - The attention itself is `pallas_kernels.causal_attention`, run on each device's own heads.
 """
@@ -65,14 +66,15 @@ class FullAttention(nn.Module):
 
     def setup(self) -> None:
         c, d, rules = self.config, self.width, self.rules
-        queries = ((d, c.heads, c.head_width), ("embed", "heads", None), rules, self.weights)
-        keys = ((d, c.kv_heads, c.head_width), ("embed", "heads", None), rules, self.weights)
+        inward, outward = (1, 2) if c.bias else (None, None)
+        queries = ((d, c.heads, c.head_width), ("embed", "heads", None), rules, self.weights, inward)
+        keys = ((d, c.kv_heads, c.head_width), ("embed", "heads", None), rules, self.weights, inward)
         self.query, self.key, self.value = Einsum(*queries), Einsum(*keys), Einsum(*keys)
         if c.gate:
             self.output_gate = Einsum(*queries)
         if c.qk_norm != "none":
             self.query_norm, self.key_norm = self._norm(c.heads), self._norm(c.kv_heads)
-        self.output = Einsum((c.heads, c.head_width, d), ("heads", None, "embed"), rules, self.weights)
+        self.output = Einsum((c.heads, c.head_width, d), ("heads", None, "embed"), rules, self.weights, outward)
 
     def __call__(self, x: Activations, place: Place, cache: Tree | None = None) -> MixerOutput:
         """Attend within each segment; with a cache, write the new keys at their positions and attend to all of it."""

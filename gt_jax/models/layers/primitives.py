@@ -185,18 +185,27 @@ def _turn_lanes(x: Float[Array, "b t h k"], cos: Array, sin: Array) -> Float[Arr
 
 
 class Einsum(nn.Module):
-    """A weight of `shape` with one logical axis name each, applied by an einsum whose output sharding is stated."""
+    """A weight of `shape` with one logical axis name each, applied by an einsum whose output sharding is stated.
+
+    With `bias_from` i a bias of shape[i:], 0 at init, is added: i is how many axes of the weight are the input's.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     rules: Rules
     weights: WeightSpec
+    bias_from: int | None = None
 
-    @nn.compact
+    def setup(self) -> None:
+        dtype, first = jnp.dtype(self.weights.param), self.bias_from
+        self.w = self.param("w", self.weights.init, self.shape, dtype, on_mesh(self.rules.spec(*self.axes)))
+        if first is not None:
+            spec = on_mesh(self.rules.spec(*self.axes[first:]))
+            self.b = self.param("b", nn.initializers.zeros, self.shape[first:], dtype, spec)
+
     def stored(self) -> Array:
         """The weight."""
-        spec = on_mesh(self.rules.spec(*self.axes))
-        return self.param("w", self.weights.init, self.shape, jnp.dtype(self.weights.param), spec)
+        return self.w
 
     def __call__(self, equation: str, x: Array, out: tuple[str | None, ...], accumulate: bool = False) -> Array:
         """einsum(equation, x, w) with the logical axes `out`; `accumulate` keeps the sums in float32 at least."""
@@ -204,7 +213,12 @@ class Einsum(nn.Module):
         weight = reshard(self.stored().astype(dtype), self.rules.gathered(*self.axes))
         sums = jnp.promote_types(dtype, jnp.float32) if accumulate else None
         place = on_mesh(self.rules.spec(*out))
-        return jnp.einsum(equation, x.astype(dtype), weight, out_sharding=place, preferred_element_type=sums)
+        y = jnp.einsum(equation, x.astype(dtype), weight, out_sharding=place, preferred_element_type=sums)
+        if self.bias_from is None:
+            return y
+        before = len(out) - self.b.ndim
+        bias = reshard(self.b.astype(y.dtype), self.rules.spec(*out[before:]))
+        return y + jnp.expand_dims(bias, tuple(range(before)))
 
 
 class RMSNorm(nn.Module):

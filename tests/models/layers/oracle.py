@@ -112,7 +112,7 @@ def attention(p, config, x, segment_ids, epsilon=1e-6):
     t, turned = x.shape[0], 0 if config.rope == "none" else int(config.head_width * config.rope_share)
 
     def heads(name):
-        values = np.einsum("td,dhk->thk", x, p[name]["w"])
+        values = np.einsum("td,dhk->thk", x, p[name]["w"]) + p[name].get("b", 0.0)
         axes = {"head": (2,), "all": (1, 2), "none": None}[config.qk_norm]
         if axes:
             mean = (values**2).mean(axes, keepdims=True)
@@ -120,8 +120,9 @@ def attention(p, config, x, segment_ids, epsilon=1e-6):
         rows = [rotate(row[:, :turned], i, "standard", config.rope_base) for i, row in enumerate(values)]
         return np.concatenate([np.stack(rows), values[:, :, turned:]], axis=-1)
 
-    q, k, v = heads("query"), heads("key"), np.einsum("td,dhk->thk", x, p["value"]["w"])
-    out = np.zeros_like(x)
+    q, k, v = heads("query"), heads("key"), np.einsum("td,dhk->thk", x, p["value"]["w"]) + p["value"].get("b", 0.0)
+    out = np.zeros_like(x) + p["output"].get("b", 0.0)
+    gate_bias = p["output_gate"].get("b", np.zeros(config.heads)) if config.gate else None
     for i in range(t):
         first = 0 if config.window is None else max(0, i - config.window + 1)
         keys = [s for s in range(first, i + 1) if segment_ids[s] == segment_ids[i]]
@@ -130,7 +131,7 @@ def attention(p, config, x, segment_ids, epsilon=1e-6):
             weight = np.exp(k[keys, n] @ q[i, h] / np.sqrt(config.head_width))
             read = weight / weight.sum() @ v[keys, n]
             if config.gate:
-                read = read * sigmoid(x[i] @ p["output_gate"]["w"][:, h])
+                read = read * sigmoid(x[i] @ p["output_gate"]["w"][:, h] + gate_bias[h])
             out[i] += read @ p["output"]["w"][h]
     return out
 

@@ -36,7 +36,7 @@ D_VARIANTS = [
 G_VARIANTS = [{"rope": "none"}, {"rope": "origin"}, {"score_scale": 1.0}, {"variance": "row"}]
 A_VARIANTS = [
     {"gate": False}, {"qk_norm": "none"}, {"qk_norm": "all"}, {"rope": "none"}, {"rope_share": 1.0}, {"rope_base": 1e7},
-    {"kv_heads": 1}, {"kv_heads": 4}, {"window": 3},
+    {"kv_heads": 1, "bias": True}, {"kv_heads": 4}, {"window": 3},
 ]  # fmt: skip
 D_ORIGIN = DELTANET.replace(
     rope="origin", conv_bias=True, read_scale=1.0, skip=True, activation_on="output", decay_floor=FLOOR

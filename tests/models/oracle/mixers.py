@@ -20,7 +20,7 @@ class Gates(NamedTuple):
 
 def project(p, name, x):
     """x [t, d] by the weight [d, h, k] of that name: [t, h, k]."""
-    return np.einsum("td,dhk->thk", x, p[name]["w"])
+    return np.einsum("td,dhk->thk", x, p[name]["w"]) + p[name].get("b", 0.0)
 
 
 def head_spread(queries):
@@ -169,9 +169,9 @@ def attention(config, p, x, segment_ids, epsilon):
         logits = np.where(seen, q[:, h] @ k[:, own].T / np.sqrt(config.head_width), -np.inf)
         read = softmax(logits) @ v[:, own]
         if config.gate:
-            read = read * sigmoid(x @ p["output_gate"]["w"][:, h])
+            read = read * sigmoid(project(p, "output_gate", x)[:, h])
         out += read @ p["output"]["w"][h]
-    return out
+    return out + p["output"].get("b", 0.0)
 
 
 def attention_gates(config, p, x):

@@ -62,9 +62,9 @@ class Draw:
     def weight(self, *shape, bias=()):
         return {"w": self.noise(*shape)} | ({"b": self.noise(*bias)} if bias else {})
 
-    def output(self, *shape):
+    def output(self, *shape, bias=()):
         """What enters the stream is small, so that rounding does not grow from pass to pass."""
-        return {"w": self.noise(*shape, scale=0.1)}
+        return {"w": self.noise(*shape, scale=0.1)} | ({"b": self.noise(*bias, scale=0.1)} if bias else {})
 
     def embedding(self):
         c, out = self.config, {}
@@ -148,12 +148,16 @@ class Draw:
     def attention(self):
         c, d = self.config.attention, self.config.width
         heads, keys = (c.heads, c.head_width), (c.kv_heads, c.head_width)
-        out = {"query": self.weight(d, *heads), "key": self.weight(d, *keys), "value": self.weight(d, *keys),
-               "output": self.output(*heads, d)}  # fmt: skip
+
+        def inward(shape):
+            return self.weight(d, *shape, bias=shape if c.bias else ())
+
+        out = {"query": inward(heads), "key": inward(keys), "value": inward(keys),
+               "output": self.output(*heads, d, bias=(d,) if c.bias else ())}  # fmt: skip
         for name, shape in (("query_norm", heads), ("key_norm", keys)):
             if c.qk_norm != "none":
                 out[name] = {"scale": self.noise(*(shape if c.qk_norm == "all" else shape[1:]), around=1.0)}
-        return out | ({"output_gate": self.weight(d, *heads)} if c.gate else {})
+        return out | ({"output_gate": inward(heads)} if c.gate else {})
 
     def resolvent(self):
         c, d = self.config.resolvent, self.config.width

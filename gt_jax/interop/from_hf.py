@@ -1,7 +1,7 @@
 """From a folder as transformers writes it to a checkpoint of ours, tensor by tensor.
 
 - Everything is checked before anything is written: config, names, shapes, dtypes, tokenizer; one refusal lists it all.
-- Held at a time: `SLAB` bytes of our values; the sources are mapped.
+- Held at a time: `SLAB` bytes of our values, and of the mapped sources about as many.
 - Norms that multiply by 1 + w are stored as 1 + w in float32, the number that both systems compute with. Where w does
   not come back from that bit for bit, the bits that differ are kept in the metadata (`forms`): the way back is exact.
 - TARGET is there when it is whole; a kill leaves TARGET.converting, which the next try clears.
@@ -33,7 +33,7 @@ from gt_jax.interop import expected_tensors
 from gt_jax.interop.expected_tensors import exact
 from gt_jax.interop.families.rows import PlusOne, Unit, flat_start, units, whole_shapes
 from gt_jax.interop.hf_folder import HFFolder, counted
-from gt_jax.interop.tensor_files import same_bytes
+from gt_jax.interop.tensor_files import in_order, let_go, same_bytes
 from gt_jax.interop.to_orbax import Progress, refuse_existing
 from gt_jax.text.tokenizers import chosen_tokenizer
 
@@ -189,12 +189,14 @@ def _write(folder: HFFolder, place: Path, found: Sequence[Unit], leaves: Mapping
 def _slabs(value: np.ndarray, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
     """A tensor's values in C order, about `SLAB` bytes at a time, with where they begin."""
     if value.ndim == 0 or value.size * dtype.itemsize <= SLAB:
-        yield 0, value.astype(dtype, copy=False)
+        yield 0, in_order(value).astype(dtype, copy=False)
+        let_go(value)
         return
     row = math.prod(value.shape[1:])
     rows = max(1, SLAB // (row * dtype.itemsize))
     for begin in range(0, len(value), rows):
-        yield begin * row, np.ascontiguousarray(value[begin : begin + rows]).astype(dtype, copy=False)
+        yield begin * row, in_order(value[begin : begin + rows]).astype(dtype, copy=False)
+        let_go(value)
 
 
 def _nbytes(leaf: Any) -> int:

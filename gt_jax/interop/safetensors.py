@@ -25,7 +25,7 @@ import numpy as np
 
 from gt_jax.configs.lineage import is_lineage
 from gt_jax.files import parse_json
-from gt_jax.interop.tensor_files import Info, TensorFile, Unreadable, pieces
+from gt_jax.interop.tensor_files import Info, TensorFile, Unreadable, checksum, pieces
 
 DTYPES = {name: np.dtype(dtype) for name, dtype in {
     "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64, "BOOL": np.bool_,
@@ -68,7 +68,7 @@ class SafetensorsFile(TensorFile):
         return [name for name in self.tensors if not self._is_as_written(name, self._mapped(name))]
 
     def _is_as_written(self, name: str, value: np.ndarray) -> bool:
-        return self._sums.get(name) in (None, f"{zlib.crc32(value.reshape(-1).view(np.uint8).data):08x}")
+        return self._sums.get(name) in (None, f"{checksum(value):08x}")
 
     def _mapped(self, name: str) -> np.ndarray:
         shape, dtype = self.tensors[name]

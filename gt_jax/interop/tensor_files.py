@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import mmap
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -13,6 +15,7 @@ from gt_jax.errors import Refused
 
 CHUNK = 64 * 2**20  # bytes copied or compared at a time
 GROUP = 256 * 2**20  # bytes of leaves that are held together; a larger leaf stands alone
+_BLOCK = 64  # rows of a turned matrix that are copied at a time: that many lines of the cache are written in turn
 
 T = TypeVar("T")
 
@@ -51,9 +54,11 @@ class TensorFile(abc.ABC):
 
 
 def pieces(value: np.ndarray) -> Iterator[np.ndarray]:
-    """The bytes of an array in C order, about `CHUNK` at a time, whatever its strides."""
+    """The bytes of an array in C order, about `CHUNK` at a time, whatever its strides; of a mapped one as many are
+    held."""
     if value.ndim == 0 or value.nbytes <= CHUNK:
-        yield np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        yield in_order(value).reshape(-1).view(np.uint8)
+        let_go(value)
         return
     rows = max(1, CHUNK * len(value) // value.nbytes)
     for start in range(0, len(value), rows):
@@ -61,7 +66,43 @@ def pieces(value: np.ndarray) -> Iterator[np.ndarray]:
         if len(part) == 1 and part.nbytes > CHUNK:
             yield from pieces(part[0])
         else:
-            yield np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+            yield in_order(part).reshape(-1).view(np.uint8)
+            let_go(value)
+
+
+def in_order(value: np.ndarray) -> np.ndarray:
+    """An array in C order, itself where it is so. A turned one is copied block by block, three times as fast as row by
+    row; of a mapped one about `CHUNK` bytes are held."""
+    turned = value.ndim > 1 and value.strides[0] == value.itemsize < min(value.strides[1:])
+    if not turned or value.itemsize > 8:
+        return np.ascontiguousarray(value)
+    matrix = value.view(f"u{value.itemsize}").reshape(len(value), -1)  # numpy has no fast copy of bfloat16
+    made = np.empty(matrix.shape, matrix.dtype)
+    held = 0
+    for start in range(0, matrix.shape[1], _BLOCK):
+        made[:, start : start + _BLOCK] = matrix[:, start : start + _BLOCK]
+        held += _BLOCK * max(matrix.strides[1], mmap.PAGESIZE)
+        if held >= CHUNK:
+            let_go(value)
+            held = 0
+    return made.view(value.dtype).reshape(value.shape)
+
+
+def let_go(value: np.ndarray) -> None:
+    """Give back the memory of an array mapped for reading; what is used again is read again. Others stay."""
+    base: Any = value
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and not value.flags.writeable and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def checksum(value: np.ndarray) -> int:
+    """CRC-32 of an array's bytes in C order; of a mapped one a part at a time is held."""
+    found = 0
+    for piece in pieces(value):
+        found = zlib.crc32(piece.data, found)
+    return found
 
 
 def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:

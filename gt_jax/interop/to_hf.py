@@ -5,18 +5,19 @@
 - A gain of 1 needs nothing. A gain of 0 is exact: the layer's projections back to the stream, or the norms that come
   after them, are zeros. Others do not fold, since the MLP reads the mixer's output; with `approximate` each of the two
   is scaled by the gain (gt_jax/interop/fold_cost.py).
-- Held at a time: one tensor, of experts one expert's.
+- Held at a time: one tensor, of experts one expert's; of those that lie as they lie here a part.
 - TARGET is there when it is whole; a kill leaves TARGET.unfinished, which the next try clears.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ from gt_jax.files import write_atomically
 from gt_jax.interop import expected_tensors
 from gt_jax.interop.families.family import Family, Json, depth_fields
 from gt_jax.interop.families.registry import family_for
-from gt_jax.interop.families.rows import Part, Unit, units, whole_shapes
+from gt_jax.interop.families.rows import SAME, Part, Unit, units, whole_shapes
 from gt_jax.interop.fold_cost import carries_gain, fold_cost, scaled_by
 from gt_jax.interop.from_hf import with_bits
 from gt_jax.interop.hf_folder import BESIDE, CONFIG
@@ -160,7 +161,7 @@ def clear_export(stage: Path, place: Path) -> None:
         clear(stage, (EMPTY,), f"the export to {place.name}")
 
 
-def _shards(tensors: Mapping[str, Info], limit: int) -> list[list[str]]:
+def shards_of(tensors: Mapping[str, Info], limit: int) -> list[list[str]]:
     """The names of each shard, in order, each up to `limit` bytes."""
     made: list[list[str]] = [[]]
     held = 0
@@ -181,7 +182,7 @@ def _write(opened: Opened, export: Export, stage: Path, limit: int, say: Progres
     for unit in export.found:
         for name in unit.cut or (unit.name,):
             by_name.setdefault(name, []).append(unit)
-    shards = _shards(export.tensors, limit)
+    shards = shards_of(export.tensors, limit)
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]  # fmt: skip
     lineage = packed(exported(opened.metadata, str(opened.folder)), None)
@@ -190,7 +191,8 @@ def _write(opened: Opened, export: Export, stage: Path, limit: int, say: Progres
         first = lineage if file == names[0] else None
         with Writer(stage / file, {name: export.tensors[name] for name in held}, lineage=first) as writer:
             for name in held:
-                writer.put_parts(name, map(functools.partial(reader.theirs, name, export.tensors[name]), by_name[name]))
+                of = functools.partial(reader.theirs, name, export.tensors[name])
+                writer.put_parts(name, itertools.chain.from_iterable(map(of, by_name[name])))
         done += sum(_nbytes(export.tensors[name]) for name in held)
         rate = done / max(time.monotonic() - started, 1e-9) / 2**20
         say(f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB, {rate:.0f} MiB/s")
@@ -224,16 +226,20 @@ class _Reader:
         self._shapes = {path: tuple(leaf.shape) for path, leaf in opened.model.items()}
         self._sums: dict[str, dict[tuple[int, ...], tuple[int, int]]] = {}
 
-    def theirs(self, name: str, info: Info, unit: Unit) -> np.ndarray:
-        """One unit, or its part of that name, in the dtype it goes out in."""
+    def theirs(self, name: str, info: Info, unit: Unit) -> Iterator[np.ndarray]:
+        """One unit, or its part of that name, in the dtype it goes out in: whole, or in parts where it lies alike."""
+        kept = self._export.bits.get(name)
+        part = unit.parts[0]
+        if part.transform == SAME and not part.place and kept is None:
+            yield from (self._folded(unit, part, values).astype(info.dtype, copy=False) for values in self._flat(part))
+            return
         ours = [self._folded(unit, part, self._read(part)) for part in unit.parts]
         value = unit.to_theirs(ours)
         value = value.reshape(unit.shape(self._shapes)).astype(info.dtype, copy=False)
         if unit.cut:
             rows = -(-len(value) // len(unit.cut))
             value = value[rows * unit.cut.index(name) :][:rows]
-        kept = self._export.bits.get(name)
-        return with_bits(value, kept) if kept is not None else value
+        yield with_bits(value, kept) if kept is not None else value
 
     def compare(self) -> None:
         """Raise `Damaged` where what was read is not what was written."""
@@ -247,9 +253,24 @@ class _Reader:
 
     def _read(self, part: Part) -> np.ndarray:
         shape = self._shapes[part.path][len(part.place) :]
-        value = self._reader.read(Slice(part.path, 0, math.prod(shape), part.place))().reshape(shape)
-        self._sums.setdefault(part.path, {})[part.place] = of_values(value), value.nbytes
-        return value
+        made = np.empty(math.prod(shape), self._opened.model[part.path].dtype)
+        done = 0
+        for values in self._flat(part):
+            made[done : done + values.size] = values
+            done += values.size
+        return made.reshape(shape)
+
+    def _flat(self, part: Part) -> Iterator[np.ndarray]:
+        """The values of a part in C order: those of a whole tensor a piece at a time, a block's or an expert's at
+        once."""
+        shape = self._shapes[part.path][len(part.place) :]
+        whole = (Slice(part.path, 0, math.prod(shape), part.place),)
+        summed, size = 0, 0
+        for one in whole if part.place else self._reader.slices(part.path):
+            values = self._reader.read(one)()
+            summed, size = combined(summed, of_values(values), values.nbytes), size + values.nbytes
+            self._sums.setdefault(part.path, {})[part.place] = summed, size
+            yield values
 
     def _folded(self, unit: Unit, part: Part, value: np.ndarray) -> np.ndarray:
         """`value` with the layer's gain in it, where it is what the layer gives back to the stream."""

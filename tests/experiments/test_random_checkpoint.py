@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import bench_grow, write_random_checkpoint
+from experiments import bench_grow, disk_floor, write_random_checkpoint
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
@@ -48,8 +48,8 @@ def test_scale_is_about_the_share_of_parameters() -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_reports_ratio_and_memory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_grow, "forget", lambda folder: "nothing")  # other tests use the same caches
-    monkeypatch.setattr(bench_grow, "touch_memory", lambda: None)
+    monkeypatch.setattr(disk_floor, "forget", lambda folder: "nothing")  # other tests use the same caches
+    monkeypatch.setattr(disk_floor, "touch_memory", lambda: None)
     words = ["--source", str(source), "--repeats", "1", "--workdir", str(tmp_path), "--json", str(tmp_path / "j")]
     bench_grow.main(words)
     found, = json.loads((tmp_path / "j").read_text())

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import struct
+import zlib
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from gt_jax.interop import tensor_files
 from gt_jax.interop.safetensors import SafetensorsFile, Writer
-from gt_jax.interop.tensor_files import Info, Unreadable, groups, pieces, same_bytes
+from gt_jax.interop.tensor_files import Info, Unreadable, checksum, groups, in_order, let_go, pieces, same_bytes
 from tests.interop import origin
 
 VALUES = {
@@ -137,3 +138,30 @@ def test_a_changed_bit_anywhere_in_a_file_of_ours_is_found(tmp_path):
         path.write_bytes(data)
         with contextlib.suppress(Unreadable):
             assert SafetensorsFile(path).damaged(), bit
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.complex128])
+def test_turned_arrays_are_copied_as_they_are(dtype):
+    for shape in ((130, 66), (3, 5, 7), (9, 1), (1, 9), (4, 200)):
+        value = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
+        flat = value.reshape(shape[0], -1)
+        joined = flat.T.reshape(*flat.shape[1:], shape[0], 1)
+        for one in (value, value.T, flat.T, joined, flat[:, ::2].T, value[::-1].T):
+            made = in_order(one)
+            assert made.flags.c_contiguous and (made.shape, made.dtype) == (one.shape, one.dtype)
+            assert made.tobytes() == one.tobytes()
+
+
+def test_a_mapped_array_is_let_go_and_still_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "CHUNK", 2**14)
+    value = np.random.default_rng(0).integers(0, 2**16, (300, 200), np.uint16)
+    with Writer(tmp_path / "x.safetensors", {"x": Info(value.shape, value.dtype)}) as writer:
+        writer.put("x", value)
+    mapped = SafetensorsFile(tmp_path / "x.safetensors").read("x")
+    assert checksum(mapped) == zlib.crc32(value.tobytes()) and np.array_equal(mapped, value)
+    assert np.array_equal(in_order(mapped.T), value.T) and same_bytes(mapped.T, value.T)
+    private = np.memmap(tmp_path / "x.safetensors", np.uint8, "c")
+    private[-1] ^= 255
+    before = private[-1]
+    let_go(private)  # of a copy of its own nothing may be lost
+    assert private[-1] == before

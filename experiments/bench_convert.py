@@ -143,15 +143,18 @@ def page(report: Mapping[str, Any]) -> list[str]:
     names = {"in": "in, `convert FOLDER OURS`", "out": "out, `convert OURS BACK --to hf`"}
     rows = [[words, f"{statistics.median(one[name] for one in found['rounds']):.1f}",
              f"{statistics.median(one['read'] + one['write'] for one in found['rounds']):.1f}",
-             "{median:.2f} ({least:.2f} to {most:.2f})".format(**found["ratio"]), f"{found['peak_gib']:.2f}"]
+             "{median:.2f} ({least:.2f} to {most:.2f})".format(**found["ratio"]),
+             f"{statistics.median(one['processor'] for one in found['rounds']):.1f}", f"{found['peak_gib']:.2f}"]
             for name, words in names.items() for found in (report[name],)]  # fmt: skip
     one = report["machine"]
+    load = statistics.median(each["load"] for name in names for each in report[name]["rounds"])
     return ["# Bringing a public hybrid in and out", "",
             f"`python -m experiments.bench_convert --size {report['size']}`: {report['tensor_bytes'] / 1e9:.2f} GB of "
             f"random bfloat16, caches cold by {report['cold']}, medians of {len(report['in']['rounds'])} rounds; at "
             f"most {FLOORS} times the floor and {HELD} GiB are asked. {report['identical']} tensors came back bit for "
-            f"bit. {one['processor']}, {one['cores']} cores.", "",
-            *markdown_table(rows, ["way", "seconds", "floor, seconds", "times the floor", "GiB held"])]  # fmt: skip
+            f"bit. {one['processor']}, {one['cores']} cores, on which {load:.1f} programs ran.", "",
+            *markdown_table(rows, ["way", "seconds", "floor, seconds", "times the floor", "seconds of processor",
+                                   "GiB held"])]  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,13 +2,15 @@
 
 * The floor: `cat SOURCE/* > /dev/null`, then `dd if=/dev/zero conv=fsync` of the target's bytes, on the same disk.
 * The command: a process of its own, wall time with a final `sync`; its peak resident memory as the system counts it
-  (VmHWM). Floor and command take turns, each from a cold cache.
+  (VmHWM), and its processor time. Floor and command take turns, each from a cold cache.
+* Where other programs want the processors, the command waits for them and the floor hardly does: the load is said.
 * Cold: /proc/sys/vm/drop_caches where that may be written, else posix_fadvise(DONTNEED) on every file; it says which.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -17,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gt_jax.errors import Failed
 
@@ -48,9 +50,17 @@ def forget(folder: Path) -> str:
         return "fadvise"
 
 
-def timed(command: Sequence[str]) -> tuple[float, float]:
-    """(seconds, peak resident GiB) of one command; raises `Failed` with what it said when it fails."""
-    started = time.monotonic()
+class Timed(NamedTuple):
+    """Wall and processor seconds of a command, and the GiB that it held."""
+
+    seconds: float
+    peak: float
+    processor: float
+
+
+def timed(command: Sequence[str]) -> Timed:
+    """Run one command; raises `Failed` with what it said when it fails."""
+    started, before = time.monotonic(), processor_seconds()
     with tempfile.TemporaryFile("w+") as said:
         process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said), 0
         while process.poll() is None:
@@ -60,7 +70,13 @@ def timed(command: Sequence[str]) -> tuple[float, float]:
         if process.returncode:
             said.seek(0)
             raise Failed(f"{' '.join(command[:4])} ended with {process.returncode}: {said.read()[-1000:]}")
-    return seconds, peak / 2**20
+    return Timed(seconds, peak / 2**20, processor_seconds() - before)
+
+
+def processor_seconds() -> float:
+    """Of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def high_water(process: int) -> int:
@@ -79,21 +95,21 @@ def floor(source: Path, workdir: Path, target_bytes: int) -> tuple[float, float]
     """Seconds to read the source, and to write as many zeros as the target has bytes."""
     forget(source)
     names = [str(file) for file in files(source)]
-    reading, _ = timed(["bash", "-c", 'cat "$@" > /dev/null', "cat", *names])
+    reading = timed(["bash", "-c", 'cat "$@" > /dev/null', "cat", *names]).seconds
     zeros = workdir / "zeros"
-    writing, _ = timed(["dd", "if=/dev/zero", f"of={zeros}", f"bs={BLOCK}", f"count={-(-target_bytes // BLOCK)}",
-                     "conv=fsync", "status=none"])
+    writing = timed(["dd", "if=/dev/zero", f"of={zeros}", f"bs={BLOCK}", f"count={-(-target_bytes // BLOCK)}",
+                     "conv=fsync", "status=none"]).seconds  # fmt: skip
     zeros.unlink()
     return reading, writing
 
 
-def run(command: Sequence[str], source: Path) -> tuple[float, float]:
-    """Seconds of a command that reads `source`, from a cold cache and with its final sync; its peak resident GiB."""
+def run(command: Sequence[str], source: Path) -> Timed:
+    """A command that reads `source`, from a cold cache and with its final sync."""
     forget(source)
     started = time.monotonic()
-    _, peak = timed(command)
+    found = timed(command)
     os.sync()
-    return time.monotonic() - started, peak
+    return found._replace(seconds=time.monotonic() - started)
 
 
 def touch_memory() -> None:
@@ -113,11 +129,12 @@ def measure(name: str, command: Sequence[str], source: Path, target: Path, repea
     for repeat in range(repeats):
         shutil.rmtree(target)
         reading, writing = floor(source, target.parent, target_bytes)
-        seconds, peak = run(command, source)
-        rounds.append({"read": reading, "write": writing, name: seconds, "ratio": seconds / (reading + writing),
-                       "peak_gib": peak})
-        print(f"  {repeat + 1}: floor {reading:.1f} + {writing:.1f} s, {name} {seconds:.1f} s, ratio "
-              f"{rounds[-1]['ratio']:.2f}, peak {peak:.2f} GiB", flush=True)
+        done = run(command, source)
+        ratio, load = done.seconds / (reading + writing), os.getloadavg()[0]
+        rounds.append({"read": reading, "write": writing, name: done.seconds, "ratio": ratio, "peak_gib": done.peak,
+                       "processor": done.processor, "load": load})
+        print(f"  {repeat + 1}: floor {reading:.1f} + {writing:.1f} s, {name} {done.seconds:.1f} s, ratio {ratio:.2f}, "
+              f"{done.processor:.1f} s of processor, load {load:.1f}, peak {done.peak:.2f} GiB", flush=True)
     ratios = [one["ratio"] for one in rounds]
     return {"source_bytes": size(source), "target_bytes": target_bytes, "rounds": rounds,
             "ratio": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},

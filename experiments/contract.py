@@ -22,6 +22,9 @@ ORDER = ("task", "model", "seed")
 
 
 PLACES = ("--work", "--output")
+RUN = ("command", "machine", "seconds")
+KEPT = "kept_from"
+"""Of a row that an earlier run made: what that run says of itself, `RUN`."""
 
 
 def command_line(module: str, words: Sequence[str], files: Iterable[str] = ()) -> str:
@@ -61,6 +64,12 @@ def read(file: Path) -> dict[str, Any]:
     if missing := [key for key in KEYS if key not in found]:
         raise Refused(f"{file} is no stored result of a study: it has no {', '.join(missing)}")
     return found
+
+
+def lent(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a stored file, each with what made it under `KEPT`: this file's run, or the one before it."""
+    own = {key: found[key] for key in RUN}
+    return [{KEPT: own, **row} for row in found["rows"]]
 
 
 def check_output(output: Path, name: str, study: Config, content: str) -> None:

@@ -2,6 +2,7 @@
 good?
 
     python -m experiments.depth_tasks [--scale small] [--seeds 0,1,2] [--jobs 2] [--work runs/depth_tasks]
+    python -m experiments.depth_tasks --keep                 # what a changed setting changes; other rows are kept
     python -m experiments.depth_tasks --render               # page and picture anew from OUTPUT/depth_tasks.json
 
 - By task: the plain shallow model, the adaptive one, plain ones as deep as its mean and its most passes, each at its
@@ -16,9 +17,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments import contract
 from experiments.study_command import add_study_flags, read_seeds, run
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0].replace("\n", " "))
     p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; accelerator (default small)")
+    p.add_argument("--keep", action="store_true",
+                   help="keep the rows of OUTPUT/depth_tasks.json whose model, data, training and rates are the same")
     add_study_flags(p, "depth_tasks", "0,1,2")
     return p
 
@@ -41,26 +45,39 @@ def configured(arguments: argparse.Namespace) -> Study:
     return scaled(arguments.scale, read_seeds(arguments.seeds))
 
 
-def all_rows(study: Study, workers: Workers) -> list[dict[str, Any]]:
-    """The rows of every model at its best rate, at every seed; rates and mean depth are those of the first seed."""
+def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """The rows of every model at its best rate, at every seed; rates and mean depth are those of the first seed.
+
+    `lent` are rows of an earlier run that this study would make the same; none of their models is trained.
+    """
     from experiments.depth_study.study import ADAPTIVE, MEAN, MOST, SHALLOW, Wanted
 
     first, *others = study.seeds
     chosen: list[Wanted] = []
+    kept = [dict(row) for row in lent if row["model"] != MEAN]
 
     def tried(models: Sequence[tuple[Any, str, int]]) -> dict[str, dict[str, Any]]:
-        wanted = {(setting, model): [Wanted(setting, model, times, first, rate) for rate in study.rates]
+        wanted = {(setting, model): [Wanted(setting, model, times, first, rate)
+                                     for rate in study.rates_of(setting, model)]
                   for setting, model, times in models}  # fmt: skip
         made = workers.all({one.name: one for each in wanted.values() for one in each})
         best = [min(each, key=lambda one: made[one.name]["tuning_nats"]) for each in wanted.values()]
         chosen.extend(best)
-        return {one.setting.task: made[one.name] for one in best if one.model == ADAPTIVE}
+        return {one.setting.name: made[one.name] for one in best if one.model == ADAPTIVE}
 
+    there = {(row["task"], row["model"]) for row in kept}
     adaptive = tried([(setting, *one) for setting in study.settings
-                      for one in ((ADAPTIVE, 1), (MOST, setting.passes), (SHALLOW, 1))])  # fmt: skip
-    tried([(setting, MEAN, mean_depth(adaptive[setting.task])) for setting in study.settings])
+                      for one in ((ADAPTIVE, 1), (MOST, setting.passes), (SHALLOW, 1))
+                      if (setting.name, one[0]) not in there])  # fmt: skip
+    adaptive |= {row["task"]: row for row in kept if row["model"] == ADAPTIVE and row["seed"] == first}
+    depths = [(setting, mean_depth(adaptive[setting.name])) for setting in study.settings]
+    for setting, times in depths:
+        kept += [dict(row) for row in lent if (row["task"], row["model"]) == (setting.name, MEAN)
+                 and row["layers"] == setting.plain(times).layout]  # fmt: skip
+    there = {row["task"] for row in kept if row["model"] == MEAN}
+    tried([(setting, MEAN, times) for setting, times in depths if setting.name not in there])
     wanted = [one._replace(seed=seed) for one in chosen for seed in (first, *others)]
-    return list(workers.all({one.name: one for one in wanted}).values())
+    return [*workers.all({one.name: one for one in wanted}).values(), *kept]
 
 
 def mean_depth(row: dict[str, Any]) -> int:
@@ -74,11 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from experiments.depth_study import report
     from experiments.depth_study.engine import make
     from experiments.depth_study.findings import summary
+    from experiments.depth_study.study import unchanged
 
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
-    return run(report.NAME, arguments, words, lambda: (configured(arguments), ""), make, all_rows, summary,
-               report.write)  # fmt: skip
+
+    def rows(study: Study, workers: Workers) -> list[dict[str, Any]]:
+        stored = arguments.output / f"{report.NAME}.json"
+        return all_rows(study, workers, unchanged(contract.read(stored), study) if arguments.keep else ())
+
+    return run(report.NAME, arguments, words, lambda: (configured(arguments), ""), make, rows, summary, report.write,
+               keeps=arguments.keep)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -47,12 +47,13 @@ def say(line: str) -> None:
 def run(
     name: str, arguments: argparse.Namespace, words: Sequence[str], configured: Callable[[], tuple[Config, str]],
     make: Make, rows_of: Callable[[Any, Workers], Rows], summary: Callable[[Rows], dict[str, Any]],
-    write: Callable[[Path, Mapping[str, Any]], str], files: Sequence[str] = (),
+    write: Callable[[Path, Mapping[str, Any]], str], files: Sequence[str] = (), keeps: bool = False,
 ) -> int:  # fmt: skip
     """Run the study `name`, or with --render only its page anew, and print the page.
 
     `configured` gives the config and a hash of what is read, `rows_of` every unit by the workers that call `make`;
-    `write` makes page and picture of a stored file. `files` stand in the stored command by their names alone.
+    `write` makes page and picture of a stored file. `files` stand in the stored command by their names alone. A study
+    that `keeps` rows of an earlier run looks itself whether those in --output are its own; else all must be.
     """
     from experiments.machine import machine  # loads JAX, which --help and refusals do without
 
@@ -64,7 +65,8 @@ def run(
     if arguments.jobs < 1:
         raise Refused(f"--jobs {arguments.jobs}: at least one model is trained at a time")
     study, content = configured()
-    contract.check_output(output, name, study, content)
+    if not keeps:
+        contract.check_output(output, name, study, content)
     units = Units(arguments.work, study, content)
     with Workers(units, make, arguments.jobs, say) as workers:
         made = rows_of(study, workers)

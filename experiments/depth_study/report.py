@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.contract import KEPT
 from experiments.depth_study.findings import BOUNDS, FIGURES
 from experiments.depth_study.study import ADAPTIVE, MODELS
 from experiments.growth_study.inference import text_of
@@ -52,9 +54,21 @@ def markdown(stored: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     for setting in stored["config"]["settings"]:
         found = stored["summary"][setting["task"].partition(":")[0]]
-        lines += [f"## {setting['task']}", "", *_claims(found), "", *_models(found["models"]), "",
-                  *_forced(found["models"][ADAPTIVE]), "", *_cuts(found["models"][ADAPTIVE]), ""]  # fmt: skip
+        lines += [f"## {setting['task']}", "", *_kept(stored["rows"], setting["task"].partition(":")[0]),
+                  *_claims(found), "", *_models(found["models"]), "", *_forced(found["models"][ADAPTIVE]), "",
+                  *_cuts(found["models"][ADAPTIVE]), ""]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _kept(rows: Sequence[Mapping[str, Any]], task: str) -> list[str]:
+    """Which rows of a task are an earlier run's, and what that was."""
+    runs: dict[str, tuple[Mapping[str, Any], dict[str, None]]] = {}
+    for row in rows:
+        if row["task"] == task and KEPT in row:
+            runs.setdefault(json.dumps(row[KEPT]), (row[KEPT], {}))[1][row["model"]] = None
+    return [line for run, models in runs.values() for line in (
+        f"Rows of an earlier run, with the times of its machine: {'; '.join(models)}. `{run['command']}`, "
+        f"{run['seconds'] / 60:.0f} minutes on {run['machine']['cores']} cores ({run['machine']['processor']}).", "")]
 
 
 def _claims(found: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,8 @@ class Setting(Config):
 
     The hardest difficulty rises over the first `curriculum` of the steps, and with it the passes that are forced, from
     1 to `passes`; all are forced until `opened` of the steps, and the gates decide from then on, at `pass_price` nats a
-    pass. Embeddings have unit size.
+    pass. Embeddings have unit size. The adaptive model is tried at `adaptive_rates`, where there are none at those of
+    the others.
     """
 
     task: str
@@ -35,6 +36,7 @@ class Setting(Config):
     opened: float = 0.7
     pass_price: float = 0.02
     held_out_batches: int = 12
+    adaptive_rates: tuple[float, ...] = ()
 
     def problems(self) -> list[str]:
         wrong = below(self, 1, "rows", "held_out_batches") + below(self, 2, "passes", "steps")

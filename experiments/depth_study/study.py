@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+from experiments import contract
 from experiments.depth_study.setting import Setting
 from gt_jax.configs.json_config import Config
 from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.price import PriceConfig
 from gt_jax.errors import Refused
 
 SHALLOW, ADAPTIVE, MEAN, MOST = "plain, shallow", "adaptive", "plain, mean depth", "plain, most depth"
 MODELS = (SHALLOW, ADAPTIVE, MEAN, MOST)
 
-CHAINS = Setting(task="variable_chains:hardest=4,chains=4,letters=20,order=backward", steps=1400)
+CHAINS = Setting(task="variable_chains:hardest=4,chains=4,letters=20,order=backward", steps=1400, pass_price=0.1,
+                 adaptive_rates=(2e-3, 3e-3))  # fmt: skip
 JUMPS = Setting(task="pointer_jumps:hardest=4,symbols=8,queries=4", steps=1200)
 WIDER = {"layout": "DDDG", "width": 256, "rows": 256, "held_out_batches": 8}
 SCALES: dict[str, tuple[Setting, ...]] = {
@@ -30,7 +34,8 @@ SCALES: dict[str, tuple[Setting, ...]] = {
 class Study(Config):
     """Every model of every setting is trained at each of `rates` with the first seed; the best goes on with the others.
 
-    The best has the least loss on the tuning part, which nothing trains on; figures are of the held-out part.
+    The best has the least loss on the tuning part, which nothing trains on; figures are of the held-out part. A setting
+    may have other rates for its adaptive model.
     """
 
     settings: tuple[Setting, ...] = SCALES["small"]
@@ -46,6 +51,10 @@ class Study(Config):
         if not self.rates or min(self.rates) <= 0:
             wrong.append(f"rates are {list(self.rates)}; one or more positive learning rates are needed")
         return wrong
+
+    def rates_of(self, setting: Setting, model: str) -> tuple[float, ...]:
+        """The rates at which a model is tried."""
+        return (setting.adaptive_rates or self.rates) if model == ADAPTIVE else self.rates
 
 
 class Wanted(NamedTuple):
@@ -73,3 +82,33 @@ def scaled(scale: str, seeds: tuple[int, ...]) -> Study:
     if scale not in SCALES:
         raise Refused(f"--scale {scale} is not known; the scales are {', '.join(SCALES)}")
     return Study(settings=SCALES[scale], seeds=seeds)
+
+
+def unchanged(found: Mapping[str, Any], study: Study) -> list[dict[str, Any]]:
+    """The rows of a stored file that `study` would make the same, each with what made it.
+
+    Those of a task and model whose data, training, rates tried and questions are what they were; a price is no part of
+    the training of a model that has no passes to pay for. Raises `Refused` for a study of other seeds.
+    """
+    there = Study.from_json(found["config"])
+    if there.seeds != study.seeds:
+        raise Refused(f"the stored rows are of seeds {list(there.seeds)}; this study has {list(study.seeds)}")
+    then = {one.name: one for one in there.settings}
+
+    def same(setting: Setting, model: str) -> bool:
+        mine, before = setting, then.get(setting.name)
+        if before is None or there.rates_of(before, model) != study.rates_of(mine, model):
+            return False
+        return _making(before, model) == _making(mine, model)
+
+    kept = {(setting.name, model) for setting in study.settings for model in MODELS if same(setting, model)}
+    return [row for row in contract.lent(found) if (row["task"], row["model"]) in kept]
+
+
+def _making(setting: Setting, model: str) -> tuple[Any, ...]:
+    """All that a row follows from but its seed, its rate and how often the layout stands."""
+    train, wanted = setting.train(0, 1.0), Wanted(setting, model, 1, 0, 1.0)
+    if model != ADAPTIVE:
+        train = train.replace(price=PriceConfig())
+    most = setting.passes if model == MOST else 0
+    return wanted.config, setting.data(0), train, setting.held_out_batches, most

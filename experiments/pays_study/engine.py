@@ -29,6 +29,7 @@ from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
+from gt_jax.errors import Failed
 from gt_jax.evaluation.measurement import pass_counts
 from gt_jax.growth import repetition
 from gt_jax.growth.stream import grow_checkpoint
@@ -289,3 +290,20 @@ def grown(at: _Place, recipe: Recipe, target: Path) -> tuple[ModelConfig, Tree]:
     if recipe.new:
         variables = with_random_layers(config, variables, plan, initialise(config, seed))
     return config, variables
+
+
+def child_at_growth(work: Path, text: tuple[str, ...], wanted: Wanted, recipe: Recipe) -> dict[str, Any]:
+    """A source, trained, and its child by `recipe` before any training of its own: both losses, passes and spread."""
+    at = _Place(work, text, wanted)
+    source = _source(at)
+    if source["diverged"] is not None:
+        raise Failed(f"{wanted.name} has no child: {source['diverged']}")
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        child = figures(*grown(at, recipe, Path(folder) / "child"), at.held_out())
+    layers = [one for name, one in source["measured"].items() if name != "_meta"]
+    means = {name: float(np.mean([one[name] for one in layers]))
+             for name in ("passes_run", "passes_computed", "mean_weight")}  # fmt: skip
+    nats = source["final"]["nats"]
+    return {"steps": source["steps"], "nats": nats, "child_nats": child["nats"], "recipe": recipe.name,
+            "gap_percent": 100 * (child["nats"] / nats - 1), **means, "k_exec": source["k_exec"],
+            "spread_percent": 100 * source["measured"]["_meta"]["spread"], "flops": source["flops"]}  # fmt: skip

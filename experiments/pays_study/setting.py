@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import Literal
 
 from experiments.depth_study.setting import TUNING
 from experiments.depth_study.setting import Setting as DepthSetting
@@ -236,8 +237,8 @@ class TaskSetting(Setting):
 class TextSetting(Setting):
     """Text, of which a source of `layout` runs `depth` passes a layer in the mean, and grows to `target_layers`.
 
-    Living tokens alone are computed in later passes, so that a step costs about what its passes do: `planned` passes
-    a layer, buckets of rows and audits among them.
+    A step of it is planned to cost `planned` passes a layer, buckets of rows and audits among them: under `context`
+    "alive" living tokens alone are computed in later passes, so that a step costs about what its passes do.
     """
 
     layout: str = "DDDG"
@@ -247,6 +248,7 @@ class TextSetting(Setting):
     tokens: int = 128
     depth: float = 1.3
     planned: float = 2.0
+    context: Literal["all", "alive"] = "alive"
 
     @property
     def length(self) -> int:
@@ -259,7 +261,7 @@ class TextSetting(Setting):
     @property
     def source(self) -> ModelConfig:
         head = self.width // 4
-        gates = AdaptiveConfig(initial_bias=0.0, context="alive").seeing_state
+        gates = AdaptiveConfig(initial_bias=0.0, context=self.context).seeing_state
         return tiny().replace(
             layout=self.layout, width=self.width, mlp_width=2 * self.width, remat="none", adaptive=gates,
             deltanet=DeltaNetConfig(heads=4, value_heads=4, key_width=head, value_width=head, chunk_size=32),

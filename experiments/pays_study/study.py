@@ -17,7 +17,8 @@ from gt_jax.errors import Refused
 SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "control", "from scratch"
 
 JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=1200)
-CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF, budget=1500, points=(0.75,), rates=(2e-3, 3e-3),
+CHEAP = CHAINS_OF.replace(pass_price=0.02, adaptive_rates=())  # the price at which the stored run was made
+CHAINS = TaskSetting(name="variable_chains", of=CHEAP, budget=1500, points=(0.75,), rates=(2e-3, 3e-3),
                      curricula=(0.6,))  # fmt: skip
 DEEPER = TaskSetting(
     name="deeper_jumps", of=JUMPS_OF.replace(task="pointer_jumps:hardest=4,symbols=10,queries=4"),

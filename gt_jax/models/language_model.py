@@ -39,7 +39,7 @@ from gt_jax.models.layers.stack import coefficients, empty_buffer
 from gt_jax.typing import Activations, Scalar, State, Tokens, Tree
 from pallas_kernels.platform import target_device
 
-UNROLLED = 4  # blocks; compiling takes longer with each
+UNROLLED = 16  # layers; compiling takes longer with each
 
 
 class ModelOutput(NamedTuple):
@@ -88,7 +88,7 @@ class LanguageModel(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
                 length=segment.repeats,
-                unroll=scan_unroll(c, segment.repeats),
+                unroll=scan_unroll(c, segment.repeats, len(segment.pattern)),
             )
             setattr(self, f"segment{index}", scanned(segment.pattern, c, rules))
         self.final_norm = RMSNorm(c.width, rules, c.norm_epsilon)
@@ -216,13 +216,14 @@ class LanguageModel(nn.Module):
         return self.unembedding("btd,dv->btv", hidden, ("batch", None, "vocab"), accumulate=True)
 
 
-def scan_unroll(config: ModelConfig, blocks: int) -> int:
-    """How many blocks the compiler sees at once: all of a few on a CPU where nothing is computed again, else one.
+def scan_unroll(config: ModelConfig, blocks: int, layers: int = 1) -> int:
+    """How many blocks of so many layers the compiler sees at once: all of a few on a CPU where nothing is computed
+    again, else one.
 
     A loop stacks what its backward pass needs and cuts it out again. Where that is every activation, the copies were a
-    fifth of a CPU's step.
+    fifth of a CPU's step. Forward it cuts the weights of its layers out, for each token that is decoded anew.
     """
-    few = blocks <= UNROLLED and config.remat == "none" and config.adaptive is None
+    few = blocks * layers <= UNROLLED and config.remat == "none" and config.adaptive is None
     return blocks if few and target_device()[0] == "cpu" else 1
 
 

@@ -9,7 +9,19 @@ import pytest
 from experiments import contract, depth_gates, depth_tasks
 from experiments.depth_study import report
 from experiments.depth_study.findings import summary
-from experiments.depth_study.study import ADAPTIVE, JUMPS, MEAN, MODELS, MOST, SCALES, SHALLOW, Study, Wanted, scaled
+from experiments.depth_study.study import (
+    ADAPTIVE,
+    JUMPS,
+    MEAN,
+    MODELS,
+    MOST,
+    SCALES,
+    SHALLOW,
+    Study,
+    Wanted,
+    scaled,
+    unchanged,
+)
 from experiments.depth_study.variants import RECIPE, VARIANTS, GatesStudy
 from experiments.depth_study.variants import Wanted as Variant
 from gt_jax.errors import Refused
@@ -87,6 +99,39 @@ def test_rates_are_tuned_at_the_first_seed_and_the_mean_depth_is_the_adaptive_mo
     assert {name for name in last if ADAPTIVE in name} == {Wanted(JUMPS, ADAPTIVE, 1, seed, 4e-3).name
                                                            for seed in STUDY.seeds}  # fmt: skip
     assert {one.partition(" at ")[2] for one in last if MOST in one} == {"0.002"}
+
+
+def test_rows_are_kept_whose_models_are_trained_and_asked_as_they_were(tmp_path):
+    stored = contract.stored(command="python -m x", config=STUDY, machine={"cores": 2, "processor": "P"}, seconds=60.0,
+                             rows=rows(), summary={}, content="")  # fmt: skip
+    dearer = STUDY.replace(settings=(JUMPS.replace(pass_price=0.1, adaptive_rates=(3e-3,)),))
+    kept = unchanged(stored, dearer)
+    assert {row["model"] for row in kept} == {SHALLOW, MEAN, MOST}, "a plain model has no passes to pay for"
+    assert len(unchanged(stored, STUDY)) == len(stored["rows"])
+    assert not unchanged(stored, STUDY.replace(settings=(JUMPS.replace(steps=JUMPS.steps + 1),)))
+    assert not unchanged(stored, STUDY.replace(rates=(3e-3,)))
+    with pytest.raises(Refused, match="of seeds"):
+        unchanged(stored, STUDY.replace(seeds=(0,)))
+    for row in kept:
+        row["layers"] = "D*2"
+
+    def made(deepest):
+        asked: list[str] = []
+
+        class Made:
+            def all(self, wanted):
+                asked.extend(wanted)
+                return {name: {"tuning_nats": 0.0, "passes": {"1": deepest}, "task": "pointer_jumps",
+                               "model": one.model, "seed": one.seed} for name, one in wanted.items()}  # fmt: skip
+
+        return depth_tasks.all_rows(dearer, Made(), kept), {name.partition("/")[2].partition("/")[2] for name in asked}
+
+    found, asked = made(2.0)
+    assert asked == {f"{ADAPTIVE} at 0.003"} and len(found) == 12
+    found, asked = made(3.0)
+    assert asked == {f"{ADAPTIVE} at 0.003", *(f"{MEAN} at {rate:g}" for rate in STUDY.rates)} and len(found) == 12
+    told = "\n".join(report._kept([*kept, *contract.lent({**stored, "rows": kept})], "pointer_jumps"))
+    assert told.count("earlier run") == 1 and "`python -m x`, 1 minutes on 2 cores (P)" in told
 
 
 def test_every_scale_and_every_variant_is_valid():

@@ -1,0 +1,102 @@
+"""What do gates give on text? The rules that steer depth, and a plain model at equal steps and at equal FLOPs.
+
+    python -m experiments.text_gates [--scale small] [--text FILE …] [--seeds 0,1,2] [--jobs 2] [--work DIR]
+    python -m experiments.text_gates --render                # page anew from OUTPUT/text_gates.json
+
+- Compared (text_study/study.py): every layer once; the gates and the rule of the presets `tiny` and `small`; gates that
+  see the state, under rule `budget` with a target and with a price of a pass. Each at its own learning rate.
+- Asked of each: held-out loss, passes and weight, what every layer run once costs, FLOPs and processor time a step.
+- Writes text_gates.json and .md to --output; those of the same study are rewritten, others refused. Interrupted, the
+  same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.study_command import add_study_flags, read_seeds, run
+from gt_jax.files import local_name, write_atomically
+
+if TYPE_CHECKING:
+    from experiments.text_study.study import TextGates
+    from experiments.workers import Workers
+
+NAME = "text_gates"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; accelerator (default small)")
+    p.add_argument("--text", nargs="+", type=local_name, default=(),
+                   help="text files instead of the Python library's sources")
+    add_study_flags(p, NAME, "0,1,2")
+    return p
+
+
+def configured(arguments: argparse.Namespace) -> tuple[TextGates, str]:
+    """The study that the words name, and a hash of its text; raises `Refused` for words that make none."""
+    from experiments.text_study.study import scaled
+    from gt_jax.text.data import open_data
+
+    study = scaled(arguments.scale, read_seeds(arguments.seeds), tuple(arguments.text))
+    return study, open_data(study.data(0)).content_hash()
+
+
+def all_rows(study: TextGates, workers: Workers) -> list[dict[str, Any]]:
+    """The rows of every model at every seed, at the rate that is best at the first.
+
+    The plain model of equal FLOPs has as many steps as cost what the presets' rule did at the first seed.
+    """
+    from experiments.text_study.engine import step_flops
+    from experiments.text_study.study import ADAPTIVE, DEFAULT, EQUAL, PLAIN, Wanted
+
+    first, *others = study.seeds
+
+    def made(wanted: Sequence[Wanted]) -> dict[Wanted, dict[str, Any]]:
+        found = workers.all({one.name: one for one in wanted})
+        return {one: found[one.name] for one in wanted}
+
+    def best(model: str, found: Mapping[Wanted, dict[str, Any]]) -> float:
+        return min((one for one in found if one.model == model), key=lambda one: found[one]["tuning_nats"]).rate
+
+    tried = made([Wanted(study, model, first, rate, study.steps) for model in (PLAIN, *ADAPTIVE)
+                  for rate in study.rates])  # fmt: skip
+    chosen = made([Wanted(study, model, seed, best(model, tried), study.steps) for model in (PLAIN, *ADAPTIVE)
+                   for seed in (first, *others)])  # fmt: skip
+    plain = study.model(PLAIN)
+    step = step_flops(study, plain, [1.0] * len(plain.depth))
+    spent = next(row["flops"] for one, row in chosen.items() if (one.model, one.seed) == (DEFAULT, first))
+    steps = max(2, round(spent / step))
+    longer = made([Wanted(study, EQUAL, first, rate, steps) for rate in study.rates])
+    longer = made([Wanted(study, EQUAL, seed, best(EQUAL, longer), steps) for seed in study.seeds])
+    return [*chosen.values(), *longer.values()]
+
+
+def write(output: Path, stored: Mapping[str, Any]) -> str:
+    """OUTPUT/text_gates.md of a stored file; returns its text."""
+    from experiments.text_study.findings import markdown
+
+    text = markdown(stored)
+    write_atomically(output / f"{NAME}.md", text)
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the study, or only render it, and print its page."""
+    from experiments.text_study.engine import make
+    from experiments.text_study.findings import summary
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(words)
+    return run(NAME, arguments, words, lambda: configured(arguments), make, all_rows, summary, write, arguments.text)
+
+
+if __name__ == "__main__":
+    from gt_jax.errors import run_command
+
+    run_command(main)

@@ -16,6 +16,7 @@ good?
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,8 @@ def configured(arguments: argparse.Namespace) -> Study:
 
 
 def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
-    """The rows of every model at its best rate, at every seed; rates and mean depth are those of the first seed.
+    """The rows of every model at its best rate, at every seed; rates are chosen by the first seed or few, and the mean
+    depth is the first one's.
 
     `lent` are rows of an earlier run that this study would make the same; none of their models is trained.
     """
@@ -57,11 +59,14 @@ def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] =
     kept = [dict(row) for row in lent if row["model"] != MEAN]
 
     def tried(models: Sequence[tuple[Any, str, int]]) -> dict[str, dict[str, Any]]:
-        wanted = {(setting, model): [Wanted(setting, model, times, first, rate)
-                                     for rate in study.rates_of(setting, model)]
-                  for setting, model, times in models}  # fmt: skip
-        made = workers.all({one.name: one for each in wanted.values() for one in each})
-        best = [min(each, key=lambda one: made[one.name]["tuning_nats"]) for each in wanted.values()]
+        wanted = [[[Wanted(setting, model, times, seed, rate) for seed in study.tuned_at(setting, model)]
+                   for rate in study.rates_of(setting, model)] for setting, model, times in models]  # fmt: skip
+        made = workers.all({one.name: one for of_model in wanted for at_rate in of_model for one in at_rate})
+
+        def loss(at_rate: Sequence[Wanted]) -> float:
+            return statistics.fmean(made[one.name]["tuning_nats"] for one in at_rate)
+
+        best = [min(of_model, key=loss)[0] for of_model in wanted]
         chosen.extend(best)
         return {one.setting.name: made[one.name] for one in best if one.model == ADAPTIVE}
 

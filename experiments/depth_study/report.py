@@ -53,11 +53,20 @@ def markdown(stored: Mapping[str, Any]) -> str:
         f"instances. ![by difficulty]({NAME}.png)", "",
     ]  # fmt: skip
     for setting in stored["config"]["settings"]:
-        found = stored["summary"][setting["task"].partition(":")[0]]
-        lines += [f"## {setting['task']}", "", *_kept(stored["rows"], setting["task"].partition(":")[0]),
-                  *_claims(found), "", *_models(found["models"]), "", *_forced(found["models"][ADAPTIVE]), "",
-                  *_cuts(found["models"][ADAPTIVE]), ""]  # fmt: skip
+        name = setting["task"].partition(":")[0]
+        found = stored["summary"][name]
+        lines += [f"## {setting['task']}", "", *_rates(setting), *_kept(stored["rows"], name), *_claims(found), "",
+                  *_models(found["models"]), "", *_forced(found["models"][ADAPTIVE]), "", *_cuts(found["models"][ADAPTIVE]), ""]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _rates(setting: Mapping[str, Any]) -> list[str]:
+    """How the adaptive model's rate was chosen, where that is another way than the others'."""
+    rates, seeds = setting.get("adaptive_rates"), setting.get("adaptive_tuned_at", 1)
+    if not rates:
+        return []
+    by = f"its mean loss on the tuning part over the first {seeds} seeds" if seeds > 1 else "its loss at the first seed"
+    return [f"The adaptive model's rate is the better of {', '.join(f'{rate:g}' for rate in rates)} by {by}.", ""]
 
 
 def _kept(rows: Sequence[Mapping[str, Any]], task: str) -> list[str]:

@@ -23,7 +23,7 @@ class Setting(Config):
     The hardest difficulty rises over the first `curriculum` of the steps, and with it the passes that are forced, from
     1 to `passes`; all are forced until `opened` of the steps, and the gates decide from then on, at `pass_price` nats a
     pass. Embeddings have unit size. The adaptive model is tried at `adaptive_rates`, where there are none at those of
-    the others.
+    the others, with as many of the study's first seeds as `adaptive_tuned_at` says.
     """
 
     task: str
@@ -37,9 +37,10 @@ class Setting(Config):
     pass_price: float = 0.02
     held_out_batches: int = 12
     adaptive_rates: tuple[float, ...] = ()
+    adaptive_tuned_at: int = 1
 
     def problems(self) -> list[str]:
-        wrong = below(self, 1, "rows", "held_out_batches") + below(self, 2, "passes", "steps")
+        wrong = below(self, 1, "rows", "held_out_batches", "adaptive_tuned_at") + below(self, 2, "passes", "steps")
         if "*" in self.layout or "," in self.layout:
             wrong.append(f"layout is {self.layout}; it must be one pattern, which plain models repeat")
         if self.width < 8 or self.width % 8:

@@ -17,7 +17,7 @@ SHALLOW, ADAPTIVE, MEAN, MOST = "plain, shallow", "adaptive", "plain, mean depth
 MODELS = (SHALLOW, ADAPTIVE, MEAN, MOST)
 
 CHAINS = Setting(task="variable_chains:hardest=4,chains=4,letters=20,order=backward", steps=1400, pass_price=0.1,
-                 adaptive_rates=(2e-3, 3e-3))  # fmt: skip
+                 adaptive_rates=(2e-3, 3e-3), adaptive_tuned_at=2)  # fmt: skip
 JUMPS = Setting(task="pointer_jumps:hardest=4,symbols=8,queries=4", steps=1200)
 WIDER = {"layout": "DDDG", "width": 256, "rows": 256, "held_out_batches": 8}
 SCALES: dict[str, tuple[Setting, ...]] = {
@@ -35,7 +35,7 @@ class Study(Config):
     """Every model of every setting is trained at each of `rates` with the first seed; the best goes on with the others.
 
     The best has the least loss on the tuning part, which nothing trains on; figures are of the held-out part. A setting
-    may have other rates for its adaptive model.
+    may have other rates for its adaptive model, and several seeds whose mean loss decides.
     """
 
     settings: tuple[Setting, ...] = SCALES["small"]
@@ -55,6 +55,10 @@ class Study(Config):
     def rates_of(self, setting: Setting, model: str) -> tuple[float, ...]:
         """The rates at which a model is tried."""
         return (setting.adaptive_rates or self.rates) if model == ADAPTIVE else self.rates
+
+    def tuned_at(self, setting: Setting, model: str) -> tuple[int, ...]:
+        """The seeds whose mean loss chooses a model's rate."""
+        return self.seeds[: setting.adaptive_tuned_at if model == ADAPTIVE else 1]
 
 
 class Wanted(NamedTuple):
@@ -97,9 +101,10 @@ def unchanged(found: Mapping[str, Any], study: Study) -> list[dict[str, Any]]:
 
     def same(setting: Setting, model: str) -> bool:
         mine, before = setting, then.get(setting.name)
-        if before is None or there.rates_of(before, model) != study.rates_of(mine, model):
+        if before is None:
             return False
-        return _making(before, model) == _making(mine, model)
+        tried = [(one.rates_of(of, model), one.tuned_at(of, model)) for one, of in ((there, before), (study, mine))]
+        return tried[0] == tried[1] and _making(before, model) == _making(mine, model)
 
     kept = {(setting.name, model) for setting in study.settings for model in MODELS if same(setting, model)}
     return [row for row in contract.lent(found) if (row["task"], row["model"]) in kept]

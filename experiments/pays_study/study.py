@@ -17,7 +17,7 @@ from gt_jax.errors import Refused
 SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "control", "from scratch"
 
 JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=1200)
-CHEAP = CHAINS_OF.replace(pass_price=0.02, adaptive_rates=())  # the price at which the stored run was made
+CHEAP = CHAINS_OF.replace(pass_price=0.02, adaptive_rates=(), adaptive_tuned_at=1)  # as the stored run had it
 CHAINS = TaskSetting(name="variable_chains", of=CHEAP, budget=1500, points=(0.75,), rates=(2e-3, 3e-3),
                      curricula=(0.6,))  # fmt: skip
 DEEPER = TaskSetting(

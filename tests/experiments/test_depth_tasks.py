@@ -101,6 +101,23 @@ def test_rates_are_tuned_at_the_first_seed_and_the_mean_depth_is_the_adaptive_mo
     assert {one.partition(" at ")[2] for one in last if MOST in one} == {"0.002"}
 
 
+def test_a_rate_may_be_chosen_by_the_mean_over_several_seeds():
+    losses = {(0, 2e-3): 0.2, (1, 2e-3): 0.3, (0, 3e-3): 0.1, (1, 3e-3): 0.9, (0, 4e-3): 1.0}
+    setting = JUMPS.replace(adaptive_rates=(2e-3, 3e-3), adaptive_tuned_at=2)
+
+    class Made:
+        def all(self, wanted):
+            return {name: {"tuning_nats": losses.get((one.seed if one.model == ADAPTIVE else 0, one.rate), 0.0),
+                           "name": name, "passes": {"1": 2.0}} for name, one in wanted.items()}  # fmt: skip
+
+    found = depth_tasks.all_rows(STUDY.replace(settings=(setting,)), Made())
+    rates = {name: {one["name"].partition(" at ")[2] for one in found if f"/{name} at" in one["name"]}
+             for name in MODELS}  # fmt: skip
+    assert rates[ADAPTIVE] == {"0.002"}, "0.25 and 0.5 in the mean, though the first seed says otherwise"
+    told = " ".join(report._rates(setting.to_json()))
+    assert "the better of 0.002, 0.003 by its mean loss" in told and "first 2 seeds" in told
+
+
 def test_rows_are_kept_whose_models_are_trained_and_asked_as_they_were(tmp_path):
     stored = contract.stored(command="python -m x", config=STUDY, machine={"cores": 2, "processor": "P"}, seconds=60.0,
                              rows=rows(), summary={}, content="")  # fmt: skip

@@ -55,8 +55,9 @@ def markdown(stored: Mapping[str, Any]) -> str:
     for setting in stored["config"]["settings"]:
         name = setting["task"].partition(":")[0]
         found = stored["summary"][name]
+        mine = found["models"][ADAPTIVE]
         lines += [f"## {setting['task']}", "", *_rates(setting), *_kept(stored["rows"], name), *_claims(found), "",
-                  *_models(found["models"]), "", *_forced(found["models"][ADAPTIVE]), "", *_cuts(found["models"][ADAPTIVE]), ""]  # fmt: skip
+                  *_models(found["models"]), "", *_forced(mine), "", *_cuts(mine), ""]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -53,7 +53,7 @@ def all_rows(study: TextGates, workers: Workers) -> list[dict[str, Any]]:
     The plain model of equal FLOPs has as many steps as cost what the presets' rule did at the first seed.
     """
     from experiments.text_study.engine import step_flops
-    from experiments.text_study.study import ADAPTIVE, DEFAULT, EQUAL, PLAIN, Wanted
+    from experiments.text_study.study import DEFAULT, EQUAL, PLAIN, Wanted
 
     first, *others = study.seeds
 
@@ -64,9 +64,9 @@ def all_rows(study: TextGates, workers: Workers) -> list[dict[str, Any]]:
     def best(model: str, found: Mapping[Wanted, dict[str, Any]]) -> float:
         return min((one for one in found if one.model == model), key=lambda one: found[one]["tuning_nats"]).rate
 
-    tried = made([Wanted(study, model, first, rate, study.steps) for model in (PLAIN, *ADAPTIVE)
+    tried = made([Wanted(study, model, first, rate, study.steps) for model in (PLAIN, *study.adaptive)
                   for rate in study.rates])  # fmt: skip
-    chosen = made([Wanted(study, model, seed, best(model, tried), study.steps) for model in (PLAIN, *ADAPTIVE)
+    chosen = made([Wanted(study, model, seed, best(model, tried), study.steps) for model in (PLAIN, *study.adaptive)
                    for seed in (first, *others)])  # fmt: skip
     plain = study.model(PLAIN)
     step = step_flops(study, plain, [1.0] * len(plain.depth))

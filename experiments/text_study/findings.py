@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.growth_study.inference import mean, read, text_of, verdict
 from experiments.pages import markdown_table
-from experiments.text_study.study import ADAPTIVE, DEFAULT, EQUAL, MODELS, PLAIN, PRICED, TARGET
+from experiments.text_study.study import ADAPTIVE, DEFAULT, EQUAL, PLAIN, PRICED, TARGET
 
 Row = Mapping[str, Any]
 MEANS = ("nats", "flops", "steps", "processor_seconds_a_step")
@@ -20,8 +21,10 @@ PAIRS = ((DEFAULT, PLAIN), (TARGET, PLAIN), (PRICED, PLAIN), (EQUAL, PLAIN), (DE
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """`models`: means over seeds; `pairs`: differences of losses, seed by seed."""
     by = {model: sorted((row for row in rows if row["model"] == model), key=lambda row: row["seed"])
-          for model in MODELS}  # fmt: skip
-    pairs = [{"model": one, "other": other, **_less(by[one], by[other])} for one, other in PAIRS]
+          for model in (PLAIN, EQUAL, *ADAPTIVE)}  # fmt: skip
+    by = {model: found for model, found in by.items() if found}
+    pairs = [{"model": one, "other": other, **_less(by[one], by[other])} for one, other in PAIRS
+             if one in by and other in by]  # fmt: skip
     return {"models": {model: _of_model(found) for model, found in by.items()}, "pairs": pairs}
 
 
@@ -42,8 +45,11 @@ def markdown(stored: Mapping[str, Any]) -> str:
     """The page."""
     config, found = stored["config"], stored["summary"]
     seeds = len(config["seeds"])
-    text = (", ".join(name.rpartition("/")[2] for name in config["text"])
-                                                      or "the Python library's sources")  # fmt: skip
+    text = ", ".join(Path(name).name for name in config["text"]) or "the Python library's sources"
+    rates = config["rates"]
+    tuned = f"{rates[0]:g} for all, not tuned"
+    if len(rates) > 1:
+        tuned = f"the better of {', '.join(f'{rate:g}' for rate in rates)} on the tuning part at the first seed"
     models = [[name, f"{one['rate']:g}", f"{one['steps']['mean']:,.0f}", f"{one['flops']['mean'] / 1e12:.3f}",
                text_of(one["nats"], "{:.4f}"), *_depth(one), f"{1e3 * one['processor_seconds_a_step']['mean']:.0f}"]
               for name, one in found["models"].items()]  # fmt: skip
@@ -55,7 +61,7 @@ def markdown(stored: Mapping[str, Any]) -> str:
         "# What do gates give on text?", "", f"`{stored['command']}`", "",
         f"{config['layout']} of width {config['width']} on {text}: {config['steps']} steps of {config['rows']} x "
         f"{config['tokens']} tokens; a target of {config['target']:g} passes, a price of {config['pass_price']:g} nats "
-        f"a pass. {seeds} seed{'s' * (seeds != 1)}, {stored['seconds'] / 60:.0f} minutes on "
+        f"a pass. The rate: {tuned}. {seeds} seed{'s' * (seeds != 1)}, {stored['seconds'] / 60:.0f} minutes on "
         f"{stored['machine']['cores']} cores; means over seeds, in brackets the 95 % interval by Student's t; losses "
         f"in nats a byte. `{DEFAULT}` is what `tiny` and `small` have; `{EQUAL}` has the steps that cost what it did. "
         "Passes are means over layers: run by a token, and computed for a batch.", "",

@@ -22,15 +22,15 @@ from gt_jax.errors import Refused
 PLAIN, EQUAL = "plain", "plain, as many FLOPs"
 DEFAULT, TARGET, PRICED = "ouro, features", "budget, state, a target", "budget, state, a price"
 ADAPTIVE = (DEFAULT, TARGET, PRICED)
-MODELS = (PLAIN, EQUAL, *ADAPTIVE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextGates(Config):
     """Sizes, steps, rates and seeds; `text` are files, none for the Python library's sources.
 
-    `target` are the passes a layer that a token is held at, `pass_price` what a pass costs in nats. Each model is
-    trained at each of `rates` with the first seed; the best on the tuning part goes on with the others.
+    `adaptive` are those of `ADAPTIVE` that are trained, `DEFAULT` among them. `target` are the passes a layer that a
+    token is held at, `pass_price` what a pass costs in nats. Each model is trained at each of `rates` with the first
+    seed; the best on the tuning part goes on with the others.
     """
 
     layout: str = "DDDG"
@@ -42,11 +42,14 @@ class TextGates(Config):
     pass_price: float = 0.002
     held_out_batches: int = 12
     rates: tuple[float, ...] = (2e-3, 4e-3)
+    adaptive: tuple[str, ...] = ADAPTIVE
     seeds: tuple[int, ...] = (0, 1, 2)
     text: tuple[str, ...] = ()
 
     def problems(self) -> list[str]:
         wrong = below(self, 1, "rows", "held_out_batches") + below(self, 2, "steps", "tokens")
+        if not {DEFAULT} <= set(self.adaptive) <= set(ADAPTIVE):
+            wrong.append(f"adaptive is {list(self.adaptive)}; {DEFAULT!r} and others of {list(ADAPTIVE)} are needed")
         if self.width < 8 or self.width % 8:
             wrong.append(f"width is {self.width}; it must be a multiple of 8")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -54,6 +57,11 @@ class TextGates(Config):
         if not self.rates or min(self.rates) <= 0:
             wrong.append(f"rates are {list(self.rates)}; one or more positive learning rates are needed")
         return wrong
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All that are compared."""
+        return PLAIN, EQUAL, *self.adaptive
 
     def data(self, seed: int) -> DataConfig:
         """The text, in batches of a seed."""
@@ -99,7 +107,7 @@ class Wanted(NamedTuple):
 
 SCALES: dict[str, TextGates] = {
     "minutes": TextGates(width=16, rows=2, tokens=32, steps=40, held_out_batches=2, rates=(4e-3,)),
-    "small": TextGates(),
+    "small": TextGates(rates=(4e-3,), adaptive=(DEFAULT, TARGET)),
     "accelerator": TextGates(layout="DDDG*2", width=256, rows=64, tokens=256, steps=8000),
 }
 

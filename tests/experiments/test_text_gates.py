@@ -14,7 +14,6 @@ from experiments.text_study.study import (
     ADAPTIVE,
     DEFAULT,
     EQUAL,
-    MODELS,
     PLAIN,
     PRICED,
     SCALES,
@@ -27,7 +26,8 @@ from gt_jax.configs.model import AdaptiveConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.errors import Refused
 
-STUDY = SCALES["small"]
+STUDY = TextGates()
+MODELS = STUDY.models
 NATS = {PLAIN: 2.0, EQUAL: 1.8, DEFAULT: 1.9, TARGET: 1.95, PRICED: 1.99}
 
 
@@ -81,6 +81,9 @@ def test_the_models_are_the_presets_rule_and_rule_budget():
     assert STUDY.train(PRICED, 9).price.target is None and STUDY.train(TARGET, 9).price.target == STUDY.target
     with pytest.raises(Refused, match="the scales are minutes, small, accelerator"):
         scaled("large", (0,), ())
+    assert SCALES["small"].models == (PLAIN, EQUAL, DEFAULT, TARGET)
+    with pytest.raises(Refused, match="adaptive is"):
+        STUDY.replace(adaptive=(TARGET,))
     with pytest.raises(Refused, match="seeds are"):
         scaled("small", (0, 0), ())
 

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,8 @@ def configured(arguments: argparse.Namespace) -> tuple[TextGates, str]:
 def all_rows(study: TextGates, workers: Workers) -> list[dict[str, Any]]:
     """The rows of every model at every seed, at the rate that is best at the first.
 
-    The plain model of equal FLOPs has as many steps as cost what the presets' rule did at the first seed.
+    The plain model of equal FLOPs has as many steps as cost what the presets' rule did at the first seed. It is trained
+    where an adaptive model has the lower mean loss at equal steps; else more steps need not be asked.
     """
     from experiments.text_study.engine import step_flops
     from experiments.text_study.study import DEFAULT, EQUAL, PLAIN, Wanted
@@ -68,6 +70,12 @@ def all_rows(study: TextGates, workers: Workers) -> list[dict[str, Any]]:
                   for rate in study.rates])  # fmt: skip
     chosen = made([Wanted(study, model, seed, best(model, tried), study.steps) for model in (PLAIN, *study.adaptive)
                    for seed in (first, *others)])  # fmt: skip
+
+    def loss(model: str) -> float:
+        return statistics.fmean(row["nats"] for one, row in chosen.items() if one.model == model)
+
+    if loss(PLAIN) <= min(map(loss, study.adaptive)):
+        return list(chosen.values())
     plain = study.model(PLAIN)
     step = step_flops(study, plain, [1.0] * len(plain.depth))
     spent = next(row["flops"] for one, row in chosen.items() if (one.model, one.seed) == (DEFAULT, first))

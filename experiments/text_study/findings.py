@@ -63,11 +63,17 @@ def markdown(stored: Mapping[str, Any]) -> str:
         f"{config['tokens']} tokens; a target of {config['target']:g} passes, a price of {config['pass_price']:g} nats "
         f"a pass. The rate: {tuned}. {seeds} seed{'s' * (seeds != 1)}, {stored['seconds'] / 60:.0f} minutes on "
         f"{stored['machine']['cores']} cores; means over seeds, in brackets the 95 % interval by Student's t; losses "
-        f"in nats a byte. `{DEFAULT}` is what `tiny` and `small` have; `{EQUAL}` has the steps that cost what it did. "
+        f"in nats a byte. `{DEFAULT}` is what `tiny` and `small` have. {_equal(found)} "
         "Passes are means over layers: run by a token, and computed for a batch.", "",
         *markdown_table(models, head), "",
         f"{len(told)} comparisons of losses, {apart} of which leave out 0:", "", *told,
     ]) + "\n"  # fmt: skip
+
+
+def _equal(found: Mapping[str, Any]) -> str:
+    if EQUAL in found["models"]:
+        return f"`{EQUAL}` has the steps that cost what it did."
+    return "No adaptive model ends below the plain one at equal steps, so the plain one was not given more."
 
 
 def _depth(one: Mapping[str, Any]) -> list[str]:

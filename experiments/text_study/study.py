@@ -1,7 +1,7 @@
 """The study of gates on text as one frozen config: a small text model, its prices of depth, and the plain model.
 
-All read the same text at the same batches. A plain model is trained twice: for as many steps as the adaptive ones, and
-for as many as cost what the adaptive one of the presets did, whose rule is `DEFAULT`.
+All read the same text at the same batches. A plain model is trained for as many steps as the adaptive ones, and where
+that does not decide for as many as cost what the adaptive one of the presets did, whose rule is `DEFAULT`.
 """
 
 from __future__ import annotations

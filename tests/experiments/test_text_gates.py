@@ -8,6 +8,7 @@ import math
 import pytest
 
 from experiments import contract, text_gates
+from experiments.text_study import findings
 from experiments.text_study.engine import make, step_flops
 from experiments.text_study.findings import summary
 from experiments.text_study.study import (
@@ -64,13 +65,20 @@ def test_the_longer_plain_model_costs_what_the_presets_rule_did():
     class Made:
         def all(self, wanted):
             asked.extend(wanted.values())
-            return {name: {"tuning_nats": one.rate, "flops": 2.5 * step * one.steps, "name": name}
+            return {name: {"tuning_nats": one.rate, "nats": nats[one.model], "name": name,
+                           "flops": 2.5 * step * one.steps}
                     for name, one in wanted.items()}  # fmt: skip
 
+    nats = NATS
     found = text_gates.all_rows(STUDY, Made())
     assert len(found) == len(MODELS) * len(STUDY.seeds) and all("at 0.002" in one["name"] for one in found)
     assert {one.steps for one in asked if one.model == EQUAL} == {750}
     assert {one.steps for one in asked if one.model != EQUAL} == {300}
+    nats = {**NATS, PLAIN: 1.0}
+    asked.clear()
+    found = text_gates.all_rows(STUDY, Made())
+    assert not any(one.model == EQUAL for one in asked), "plain is ahead with as many steps, and so with more"
+    assert "was not given more" in findings._equal(summary([row(m, s) for m in MODELS if m != EQUAL for s in (0, 1)]))
 
 
 def test_the_models_are_the_presets_rule_and_rule_budget():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
+from gt_jax.devices.precision import add_precision_flag, computing
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path
 from gt_jax.options import whole
@@ -182,6 +183,7 @@ def parser() -> argparse.ArgumentParser:
                    help=f"Gauss-Newton steps at most ({ITERATIONS})")
     p.add_argument("--ridge", type=float, default=RIDGE, metavar="R", help=f"damping of a step ({RIDGE})")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_precision_flag(p)
     add_device_flags(p)
     return p
 
@@ -192,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
     from gt_jax.devices.processes import process_group
 
-    with process_group(arguments) as group:
+    with process_group(arguments) as group, computing(arguments.matmul_precision, group.first):
         _calibrate(arguments, group)
     return 0
 

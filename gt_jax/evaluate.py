@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
+from gt_jax.devices.precision import add_precision_flag, computing
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.evaluation.loading import HELD_OUT_BATCHES, add_text_arguments, text_config
 from gt_jax.files import local_name, local_path
@@ -119,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
                    help="fixed passes of adaptive models, or a file of measure")
     p.add_argument("--picture", type=local_path, metavar="FILE.png", help="draw right answers and passes by difficulty")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_precision_flag(p)
     add_device_flags(p)
     return p
 
@@ -133,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gt_jax.evaluation.held_out import evaluate_checkpoints
 
     batches = None if arguments.all else HELD_OUT_BATCHES if arguments.batches is None else arguments.batches
-    with process_group(arguments) as group:
+    with process_group(arguments) as group, computing(arguments.matmul_precision, group.first):
         group.agree(lambda: refuse_picture(arguments.picture))
         passes, mesh = group.agree(lambda: (read_passes(arguments.passes, arguments.checkpoint), mesh_of(arguments)))
         result = evaluate_checkpoints(

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from gt_jax.configs.layout import Layout, parse
 from gt_jax.configs.standing import standing
 from gt_jax.devices.flags import add_process_flags, is_distributed, wrong_process_flags
+from gt_jax.devices.precision import add_precision_flag, computing, products
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_name, local_path, write_atomically
 from gt_jax.growth import plan_table
@@ -100,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
                       help="do not read the child back, nor compare it with its source on the source's own text")
     made.add_argument("--no-moments", action="store_true",
                       help="leave out the second moments of the source's optimizer, which training on begins with")
+    add_precision_flag(made)
     made.add_argument("--plan-out", type=local_path, metavar="FILE", help="write the plan as JSON")
     made.add_argument("--picture", type=local_path, metavar="FILE.png",
                       help="draw the plan: its order, passes asked for and granted, coefficient mass kept")
@@ -399,7 +401,8 @@ def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition
     if not args.no_check:
         from gt_jax.evaluation.growth_check import check_growth, check_lines
         alone = not is_distributed(args)
-        found = agree(lambda: check_growth(source, args.target, say, alone=alone) if first else None)
+        with computing(args.matmul_precision, first):
+            found = agree(lambda: check_growth(source, args.target, say, alone=alone) if first else None)
         shown["check"], more = (found, check_lines(found)) if first else (None, [])
         lines += ["", *more]
     if args.verify_text:
@@ -407,8 +410,9 @@ def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition
         from gt_jax.evaluation.verification_table import report_lines
         from gt_jax.text.flags import file_fields
         files = file_fields([str(path) for path in args.verify_text])
-        shown["verify"] = verify(source, args.target, text=files["text"], json_lines=files["json_lines"],
-                                 tokenizer=args.tokenizer)
+        with products(args.matmul_precision):
+            shown["verify"] = verify(source, args.target, text=files["text"], json_lines=files["json_lines"],
+                                     tokenizer=args.tokenizer)
         lines += ["", *report_lines(shown["verify"])]
     return shown, lines
 

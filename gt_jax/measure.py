@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gt_jax.devices.precision import add_precision_flag, computing
 from gt_jax.errors import Failed, Refused, deliver, run_command, say
 from gt_jax.files import local_path, write_atomically
 
@@ -28,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("checkpoint", type=local_path, help="checkpoint or run directory of an adaptive model")
     p.add_argument("-o", "--output", type=local_path, help="JSON file to write (default: standard output)")
     add_text_arguments(p)
+    add_precision_flag(p)
     return p
 
 
@@ -53,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.output.exists():
             raise Refused(f"{arguments.output} exists; choose another -o")
         prepare_parent(arguments.output)
-    result = measure_checkpoint(arguments.checkpoint, text_config(arguments), arguments.batches)
+    with computing(arguments.matmul_precision):
+        result = measure_checkpoint(arguments.checkpoint, text_config(arguments), arguments.batches)
     _refuse_not_finite(arguments.checkpoint, result)
     for note in result["_meta"]["notes"]:
         say(f"note: {note}")

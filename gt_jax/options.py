@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from typing import Literal
+
+MatmulPrecision = Literal["default", "high", "highest"]  # JAX's names
 
 _MOST = 2**31 - 1  # sizes and counts lie in int32
 

@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 from gt_jax.configs.adaptive import AdaptiveConfig
 from gt_jax.configs.price import PriceConfig, Rule, TargetOf, fits_rule, opening
+from gt_jax.devices.precision import add_precision_flag, computing
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path
 from gt_jax.growth.memory_size import memory_size
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-check", action="store_true", help="do not read the model back, nor compare its logits")
     p.add_argument("--no-moments", action="store_true",
                    help="leave out the second moments of the source's optimizer, which training on begins with")
+    add_precision_flag(p)
     p.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return p
 
@@ -73,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                                     progress=say)  # fmt: skip
         lines = _lines(shown, price)
         if not args.no_check:
-            shown["check"] = check_retrofit(Path(shown["source"]), args.destination, say)
+            with computing(args.matmul_precision):
+                shown["check"] = check_retrofit(Path(shown["source"]), args.destination, say)
             lines += check_lines(shown["check"])
     deliver(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines))
     return 0

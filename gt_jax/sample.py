@@ -20,6 +20,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from gt_jax.devices.precision import add_precision_flag, computing
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_name, local_path
 from gt_jax.options import whole
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--chat", action="store_true",
                    help="each prompt is what a user says, in the model's chat template (needs jinja2)")
     p.add_argument("--seed", type=whole, default=0)
+    add_precision_flag(p)
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return p
 
@@ -86,10 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Refused(f"the tokenizer has {tokenizer.vocab_size} ids, {arguments.checkpoint} a vocabulary of "
                       f"{config.vocab}; name the one it was trained with by --tokenizer")  # fmt: skip
     try:
-        if asks is not None:
-            found, lines = _answers(config, variables, asks, arguments.instances)
-        else:
-            found, lines = _continued(config, variables, tokenizer, metadata, arguments, settings)
+        with computing(arguments.matmul_precision):
+            if asks is not None:
+                found, lines = _answers(config, variables, asks, arguments.instances)
+            else:
+                found, lines = _continued(config, variables, tokenizer, metadata, arguments, settings)
     except Refused as error:
         raise Refused(f"{arguments.checkpoint}: {error}") from error
     about = {"checkpoint": str(arguments.checkpoint), "step": metadata.get("step")}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from gt_jax.devices.flags import add_mesh_flags, add_process_flags, wrong_process_flags
+from gt_jax.devices.precision import add_precision_flag
 from gt_jax.errors import Refused, refuse_all, run_command, say
 from gt_jax.files import local_name, local_path
 from gt_jax.options import whole
@@ -88,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--checkpoint-every", type=whole)
     train.add_argument("--keep", type=whole, help="checkpoints kept")
     train.add_argument("--accumulate", type=whole, metavar="N", help="run each batch in N parts, for less memory")
+    add_precision_flag(train, None)
     train.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard too (needs tensorboardX)")
     add_process_flags(p.add_argument_group("several processes, each with its own devices"))
     add_mesh_flags(p.add_argument_group("mesh (default: all devices on data)"))
@@ -113,7 +115,8 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
     price, optimizer = with_price(train.price, optimizer, arguments)
     price = with_forced_passes(price, arguments.forced_passes, arguments.forced_until, arguments.curriculum)
-    own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep", "accumulate", "moments")
+    own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep", "accumulate", "moments",
+               "matmul_precision")  # fmt: skip
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
     thaw = thaw_config(arguments, train.thaw, start.get("start", base.start))
     train = train.replace(**own, optimizer=optimizer, price=price, thaw=thaw)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
+from gt_jax.devices.precision import add_precision_flag, computing
 from gt_jax.errors import deliver, refuse_all, run_command, say
 from gt_jax.evaluation.loading import add_text_arguments, text_config
 from gt_jax.files import local_path
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
                    help="train the target so many steps more, in memory, and report the losses")  # fmt: skip
     p.add_argument("--picture", type=local_path, metavar="FILE.png", help="draw the figures by layer")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_precision_flag(p)
     add_device_flags(p)
     return p
 
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
     from gt_jax.devices.processes import process_group
 
-    with process_group(arguments) as group:
+    with process_group(arguments) as group, computing(arguments.matmul_precision, group.first):
         _verify(arguments, group)
     return 0
 

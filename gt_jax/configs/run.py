@@ -14,6 +14,7 @@ from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.thaw import ThawConfig
 from gt_jax.errors import Refused
 from gt_jax.files import addresses, read_json
+from gt_jax.options import MatmulPrecision
 
 MomentsOf = Literal["fresh", "carried"]
 
@@ -24,7 +25,8 @@ class TrainConfig(Config):
 
     So many `max_nonfinite_steps` in a row, whose loss or gradient is not finite, end the run. With `accumulate` a batch
     runs in so many parts, one after the other. With `thaw` only a few layers train at first. A run that starts from a
-    checkpoint begins with the optimizer's `moments` of there, or with fresh ones.
+    checkpoint begins with the optimizer's `moments` of there, or with fresh ones. `matmul_precision` is JAX's name for
+    that of float32 products which name none themselves.
     """
 
     steps: int = 400
@@ -39,6 +41,7 @@ class TrainConfig(Config):
     price: PriceConfig = dataclasses.field(default_factory=PriceConfig)
     thaw: ThawConfig | None = None
     moments: MomentsOf = "fresh"
+    matmul_precision: MatmulPrecision = "default"
 
     def problems(self) -> list[str]:
         wrong = below(self, 1, "steps", "evaluation_batches", "keep", "accumulate", "max_nonfinite_steps")

@@ -25,6 +25,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, read_run_config
 from gt_jax.configs.standing import Standing, going_on, plateau_end, standing
+from gt_jax.devices.precision import products, rounding
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import Rules, current_sizes, global_batch, with_mesh_devices
 from gt_jax.errors import Failed, Refused
@@ -157,7 +158,7 @@ def train_run(
     `resume`), is none (with it), was of another config but for fewer steps, or is being trained by another job, OSError
     when the disk is full: the last checkpoint stays. Ctrl-C is heard as SIGTERM is, and then raises `Interrupted`.
     """
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, products(config.train.matmul_precision):
         return _train_run(stack, run, config, resume, show, rules or Rules(), group or ProcessGroup(), tensorboard)
 
 
@@ -210,7 +211,8 @@ def _train_run(
         also=TensorBoard(run / "tensorboard", resumed) if tensorboard and group.first else None,
     )  # fmt: skip
     with explain_full_disk(run), recorder:
-        for note in [*notes, *told, text.summary()]:
+        rounded = rounding(config.train.matmul_precision) if config.model.compute_dtype == "float32" else None
+        for note in [*notes, *told, text.summary(), *([] if rounded is None else [rounded])]:
             recorder.message(note)
         train = config.train
         places: dict[int, Any] = {}

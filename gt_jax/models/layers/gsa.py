@@ -81,7 +81,7 @@ class GatedSparseAttention(nn.Module):
         frozen = jax.lax.stop_gradient(x)
         index_q = self.indexer_query("btd,dhk->bthk", frozen, heads)
         index_k = self.indexer_key("btd,dhk->bthk", frozen, heads)
-        logits = self.indexer_weight("btd,dh->bth", frozen, ("batch", None, "heads"), accumulate=True)
+        logits = self.indexer_weight("btd,dh->bth", frozen, ("batch", None, "heads"), accumulate=True, exact=True)
         weight = jax.nn.sigmoid(logits)
         new_cache, key_positions, key_segments = None, positions, segment_ids
         if cache is not None:
@@ -107,7 +107,7 @@ class GatedSparseAttention(nn.Module):
     def gates(self, h: Activations) -> tuple[PerToken, PerToken, PerToken]:
         """`gate_statistics` of the indexer's weight, W_go h and W_q h."""
         h, heads = jax.lax.stop_gradient(h), ("batch", None, "heads", None)
-        weight = self.indexer_weight("btd,dh->bth", h, ("batch", None, "heads"), accumulate=True)
+        weight = self.indexer_weight("btd,dh->bth", h, ("batch", None, "heads"), accumulate=True, exact=True)
         logits = self.output_gate("btd,dhk->bthk", h, heads)
         return gate_statistics(jax.nn.sigmoid(weight), logits, self.query("btd,dhk->bthk", h, heads))
 

@@ -207,13 +207,21 @@ class Einsum(nn.Module):
         """The weight."""
         return self.w
 
-    def __call__(self, equation: str, x: Array, out: tuple[str | None, ...], accumulate: bool = False) -> Array:
-        """einsum(equation, x, w) with the logical axes `out`; `accumulate` keeps the sums in float32 at least."""
+    def __call__(
+        self, equation: str, x: Array, out: tuple[str | None, ...], accumulate: bool = False, exact: bool = False
+    ) -> Array:
+        """einsum(equation, x, w) with the logical axes `out`; `accumulate` keeps the sums in float32 at least.
+
+        `exact` rounds no factor, whatever a device does to those of float32 products by default.
+        """
         dtype = jnp.dtype(self.weights.compute)
         weight = reshard(self.stored().astype(dtype), self.rules.gathered(*self.axes))
         sums = jnp.promote_types(dtype, jnp.float32) if accumulate else None
         place = on_mesh(self.rules.spec(*out))
-        y = jnp.einsum(equation, x.astype(dtype), weight, out_sharding=place, preferred_element_type=sums)
+        precision = jax.lax.Precision.HIGHEST if exact else None
+        y = jnp.einsum(
+            equation, x.astype(dtype), weight, out_sharding=place, precision=precision, preferred_element_type=sums
+        )
         if self.bias_from is None:
             return y
         before = len(out) - self.b.ndim

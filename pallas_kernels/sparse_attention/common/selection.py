@@ -33,7 +33,9 @@ def indexer_scores(
     """
     wide = accumulator(query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = jnp.einsum("btni,bsni->bnts", query, key, preferred_element_type=wide) * scale
+    # what is selected must not hang on how a device rounds the factors of a float32 product by default
+    precision = jax.lax.Precision.HIGHEST
+    logits = jnp.einsum("btni,bsni->bnts", query, key, precision=precision, preferred_element_type=wide) * scale
     gate = jnp.moveaxis(weight.astype(wide), 2, 1)[..., None]
     return gate * jax.nn.sigmoid(logits + bias.astype(wide)[None, :, None, None])
 

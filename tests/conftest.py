@@ -20,6 +20,15 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+import pytest
+
+from tests import on_a_gpu
+
+try:
+    ON_A_GPU = on_a_gpu.platform() == "gpu"
+except ValueError as error:
+    raise pytest.UsageError(str(error)) from None
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Level 0 so takes half the time of 2, the older emitter a third less, one part a seventh; an XLA that no longer knows
 # a flag ends the process, and after 0.10 it refuses that of the emitter.
@@ -32,13 +41,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers and commands under test inherit it
     given = os.environ.get("XLA_FLAGS", "")  # for example --xla_cpu_max_isa=AVX2, to run as an older processor would
     ours = f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level={_LEVEL}"
+    ours = on_a_gpu.prepare() if ON_A_GPU else ours
     os.environ["XLA_FLAGS"] = f"{given} {ours}".strip()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gt_jax-compiled-")
 
 import jax  # noqa: E402 - reads the environment
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
-import pytest  # noqa: E402
 from flax.core.scope import Scope  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -127,6 +136,12 @@ QUICK = (
 )  # fmt: skip
 
 
+def pytest_configure() -> None:
+    """Nothing is run on a CPU where a GPU was asked for."""
+    if ON_A_GPU and (problem := on_a_gpu.no_gpu()) is not None:
+        raise pytest.UsageError(problem)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="the part of the suite that `make quick` runs")
 
@@ -141,6 +156,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--quick"):
         config.hook.pytest_deselected(items=[item for item in items if not _is_quick(item)])
         items[:] = [item for item in items if _is_quick(item)]
+    if ON_A_GPU:
+        names = [item.nodeid.removeprefix("tests/") for item in items]
+        for place, reason in on_a_gpu.left_out(names, jax.device_count()):
+            items[place].add_marker(pytest.mark.skip(reason=reason))
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
 

@@ -16,7 +16,7 @@ from gt_jax.errors import Failed
 
 
 class Job(NamedTuple):
-    """What a contestant trains and how: `by` is "ours", "eager" or "compiled" (PyTorch)."""
+    """What a contestant trains and how: `by` is "ours", or PyTorch: "eager", "compiled", "fla" on a card."""
 
     by: str
     config: ModelConfig
@@ -106,6 +106,10 @@ def make(job: Job) -> Any:
         from experiments.training_measured.ours import Ours
 
         return Ours(job.config)
+    if job.by == "fla":
+        from experiments.training_measured.theirs_on_a_card import OnACard
+
+        return OnACard(job.config, job.tokens, job.threads)
     from experiments.training_measured.theirs import Theirs
 
     return Theirs(job.config, job.tokens, job.threads, job.by == "compiled", job.experts_by)

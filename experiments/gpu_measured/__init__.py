@@ -1,0 +1,1 @@
+"""What `experiments.bench_gpu` measures, and with what."""

@@ -161,7 +161,8 @@ def numbers(match):
 
 
 @pytest.mark.parametrize(("page", "start", "end", "reports"), [
-    ("docs/studies.md", "## Is depth used?", "## Which way of growing", "depth_tasks"),
+    ("docs/studies.md", "## Is depth used?", "## What do gates give", "depth_tasks"),
+    ("docs/studies.md", "## What do gates give", "## Which way of growing", "text_gates"),
     ("docs/studies.md", "## Which way of growing", "## Does leaving", "growth_operators"),
     ("docs/studies.md", "## Does leaving", "## Does growth pay?", "early_exit"),
     ("docs/studies.md", "## Does growth pay?", "## Does bfloat16", "growth_pays"),

@@ -29,7 +29,7 @@ try:
 except ValueError as error:
     raise pytest.UsageError(str(error)) from None
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = on_a_gpu.JAX_PLATFORMS if ON_A_GPU else "cpu"  # each worker sets it anew
 # Level 0 so takes half the time of 2, the older emitter a third less, one part a seventh; an XLA that no longer knows
 # a flag ends the process, and after 0.10 it refuses that of the emitter.
 _CHEAP = "0 --xla_backend_extra_options=-fast-isel=false --xla_cpu_use_fusion_emitters=false"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 SWITCH = "GT_JAX_TEST_PLATFORM"
 PLATFORMS = ("cpu", "gpu")
+JAX_PLATFORMS = "cuda,cpu"  # what JAX calls them; a CPU beside, for what is put there
 DEVICES = 8  # of the meshes under test
 
 MESH = f"a mesh of up to {DEVICES} devices; run where there are as many cards"
@@ -65,7 +66,6 @@ def prepare() -> str:
     Bounds are those of float32 and equal bits are asked for, so nothing is rounded to TensorFloat-32, and no sum is
     taken in an order that changes. Several workers share the card's memory.
     """
-    os.environ["JAX_PLATFORMS"] = "cuda,cpu"
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return f"--xla_force_host_platform_device_count={DEVICES} --xla_gpu_deterministic_ops=true"

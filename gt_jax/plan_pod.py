@@ -1,11 +1,12 @@
 """`python -m gt_jax.plan_pod --preset 8b --topology v5p:4x4x4`: does the training step compile and fit on a pod?
 
     python -m gt_jax.plan_pod --preset 8b --topology v5p:4x4x4 --json > plan.json
+    python -m gt_jax.plan_pod --preset small --topology h100:8
     python -m gt_jax.plan_pod before.json after.json                                # part by part
 
-Compiles the real step (donated state, the kernels a TPU would run) for a topology, on a machine without a TPU, and
+Compiles the real step (donated state, the kernels that would run there) for a topology, on a machine without it, and
 prints memory, work and communication of one device, by part of the model too. Without --mesh it tries those that seem
-fastest. Needs the TPU's compiler: pip install 'gt-jax[tpu]'. Stored plans are shown without it.
+fastest. Needs that compiler: pip install 'gt-jax[tpu]' or 'gt-jax[cuda]'. Stored plans are shown without it.
 
 Exit code 0 when it fits, 1 when it does not, 2 when the request makes no sense.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import math
 import re
@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from gt_jax.devices.pods.gpus import PREALLOCATED
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path
 from gt_jax.options import whole
@@ -50,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", type=local_path, metavar="FILE", help="JSON of config fields that differ from the preset")
     p.add_argument("--remat", choices=get_args(Remat), help="what the backward pass computes again")
     p.add_argument("plans", type=local_path, nargs="*", metavar="PLAN.json", help="show a stored plan, or compare two")
-    p.add_argument("--topology", help="v5e, v5p, v6e or tpu7x and its shape, for example v5p:4x4x4")
+    p.add_argument("--topology", help="v5e, v5p, v6e or tpu7x and its shape, for example v5p:4x4x4; h100 or "
+                   "h200 and how many, for example h100:8")
     p.add_argument("--mesh", help="sizes of the axes, for example data=1,fsdp=16,tensor=4; the others are 1")
     p.add_argument("--batch", type=whole, help="rows a step (default: half a million tokens)")
     p.add_argument("--sequence-length", type=whole, default=4096)
@@ -134,19 +136,17 @@ def chosen(
 
 def machine_of(topology: Any, devices: Sequence[Any]) -> Any:
     """What the search of a mesh has to know of a device of this pod."""
-    from gt_jax.devices.pods.links import axis_rates
     from gt_jax.devices.sharding import make_mesh
     from gt_jax.models.flops import peak_flops
     from gt_jax.training.mesh_search import Machine
 
-    chip = topology.chip
     peak = peak_flops(devices[0].device_kind)
     assert peak is not None, devices[0].device_kind
 
     def links(sizes: Mapping[str, int]) -> dict[str, tuple[float, int]]:
-        return axis_rates(topology.kind, topology.shape, make_mesh(**sizes, devices=devices))
+        return topology.axis_rates(make_mesh(**sizes, devices=devices))
 
-    return Machine(peak, chip.bandwidth / chip.devices, chip.device_memory, links)
+    return Machine(peak, topology.bandwidth, topology.device_memory, links)
 
 
 def parameters_of(model: Any) -> int:
@@ -162,28 +162,28 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compile for each mesh: {"topology", "devices", "parameters", "tried": [...]}, what fits first."""
     from gt_jax.configs.json_config import read_object
     from gt_jax.devices.pods import topologies
-    from gt_jax.devices.pods.links import link_seconds
     from gt_jax.devices.sharding import make_mesh
     from gt_jax.training.ahead_of_time import Job, compile_step
 
     topology = topologies.parse(arguments.topology)
     job = job_of(arguments)
-    devices = topologies.devices_of(topology)
+    devices = topology.stand_ins()
     tried = []
     for sizes, number, guess in chosen(arguments, job, len(devices), machine_of(topology, devices)):
         words = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
         say(f"compiling for {topology.name}: {words}, batch in {number} part(s){_estimated(guess)}")
         mesh = make_mesh(**sizes, devices=devices)
         one = Job(job.model, job.batch, job.sequence, number)
-        seconds = link_seconds(topology.kind, topology.shape, mesh.devices.flatten().tolist())
-        row = compile_step(one, mesh, topology.chip.device_memory, link_seconds=seconds)
+        seconds = topology.link_seconds(mesh.devices.flatten().tolist())
+        row = compile_step(one, mesh, topology.device_memory, link_seconds=seconds)
         row |= {"estimated_seconds": guess} if guess else {}
-        tried.append(row | least_seconds(row, topology.chip, devices[0].device_kind))
+        row |= {"assumed": topology.assumed}
+        tried.append(row | least_seconds(row, topology.bandwidth, devices[0].device_kind))
     tried.sort(key=lambda row: (not row["fits"], _bound(row), -_free(row)))
     return {
         "changed": {} if arguments.model is None else read_object(arguments.model, "--model"),
         "preset": arguments.preset, "topology": topology.name, "devices": len(devices),
-        "devices_a_chip": topology.chip.devices, "parameters": parameters_of(job.model), "batch": job.batch,
+        "devices_a_chip": topology.a_chip, "parameters": parameters_of(job.model), "batch": job.batch,
         "sequence_length": job.sequence, "tried": tried,
     }  # fmt: skip
 
@@ -207,10 +207,10 @@ def _bound(row: dict[str, Any]) -> float:
     return max(row.get("least_seconds", {"none": math.inf}).values())
 
 
-def least_seconds(row: dict[str, Any], chip: Any, device_kind: str) -> dict[str, Any]:
+def least_seconds(row: dict[str, Any], bandwidth: float, device_kind: str) -> dict[str, Any]:
     """What a step takes at least: {"least_seconds": {"flops", "bytes", "links"}, "bound"}, {} where it did not fit.
 
-    `flops` at the bfloat16 peak, `bytes` at HBM's bandwidth, `links` as `devices.pods.links` has it; `bound` is the
+    `flops` at the bfloat16 peak, `bytes` at HBM's `bandwidth`, `links` as the topology has it; `bound` is the
     largest of them. A step that hid two of them wholly behind the third would take so long.
     """
     from gt_jax.models.flops import peak_flops
@@ -218,7 +218,7 @@ def least_seconds(row: dict[str, Any], chip: Any, device_kind: str) -> dict[str,
     peak = peak_flops(device_kind)
     if "flops" not in row or peak is None:
         return {}
-    least = {"flops": row["flops"] / peak, "bytes": row["bytes"] * chip.devices / chip.bandwidth}
+    least = {"flops": row["flops"] / peak, "bytes": row["bytes"] / bandwidth}
     least |= {"links": row["link_seconds"]} if "link_seconds" in row else {}
     return {"least_seconds": least, "bound": max(least, key=lambda name: least[name])}
 
@@ -243,6 +243,9 @@ def _mesh_lines(row: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{name} {memory[name] / GIB:.2f}" for name in ("arguments", "temporaries", "outputs", "program"))
     lines.append(f"  memory of a device, GiB: {parts}; together {memory['total'] / GIB:.2f} "
                  f"of {memory['of'] / GIB:.0f}, {memory['free_share']:.0%} free")  # fmt: skip
+    if "launches" in row and memory["total"] > PREALLOCATED * memory["of"]:
+        lines.append(f"  more than the {PREALLOCATED:.0%} of a GPU that JAX takes by itself: "
+                     "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95")  # fmt: skip
     lines += _work_lines(row)
     for kind, sums in sorted(row["collectives"].items()):
         lines.append(f"  {kind}: {sums['count']} a step, results {sums['bytes'] / GIB:.2f} GiB, received over links "
@@ -265,9 +268,12 @@ def _work_lines(row: dict[str, Any]) -> list[str]:
         f"  work of a device in a step: {row['flops']:.3g} FLOP of matrix products{by_flops}; "
         f"{row['bytes'] / GIB:.3g} GiB to and from HBM{by_bytes}",
         f"  received over links: {row['links'] / GIB:.3g} GiB{by_links}",
-        *([f"  bound by {BOUNDS[row['bound']]}; assumed of links: {ASSUMED}"] if least else []),
+        *([f"  bound by {BOUNDS[row['bound']]}; assumed of links: {row.get('assumed', ASSUMED)}"] if least else []),
         f"  {row['kernels']} kernels in the program, {row['flops_of_kernels']:.3g} of the FLOP",
     ]
+    if launches := row.get("launches"):
+        lines[-1] = (f"  executed in a step: {launches['kernels']:,} kernels, {launches['copies']:,} of them copies; "
+                     f"{launches['conditionals']:,} conditionals, {launches['loops']:,} loops")  # fmt: skip
     if row["loops_counted_once"]:
         lines.append(f"  {row['loops_counted_once']} loops of unknown length are counted as if they ran once")
     return lines
@@ -328,12 +334,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return show(arguments)
     if arguments.topology is None:
         raise Refused("--topology is missing, for example --topology v5p:4x4x4; or name a stored plan, or two")
-    if importlib.util.find_spec("libtpu") is None:
-        raise Refused("the TPU compiler is not installed: pip install 'gt-jax[tpu]'")
-    from gt_jax.devices.pods.topologies import parse, use_compiler
+    from gt_jax.devices.pods.topologies import parse
 
-    parse(arguments.topology)
-    use_compiler()  # before JAX is imported
+    parse(arguments.topology).use_compiler()  # before JAX is imported
     result = plan(arguments)
     named = {} if arguments.picture is None else {str(arguments.picture): lambda: draw([result], arguments.picture)}
     deliver(json.dumps(result) if arguments.json else "\n".join(report_lines(result)), named)

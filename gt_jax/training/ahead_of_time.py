@@ -18,6 +18,7 @@ from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.pods import hlo
 from gt_jax.devices.pods.collectives import Links, collectives, gathers, largest
 from gt_jax.devices.pods.hbm_traffic import hbm_traffic
+from gt_jax.devices.pods.launches import count_launches
 from gt_jax.devices.pods.program_flops import count_flops, is_kernel
 from gt_jax.devices.sharding import Rules, with_mesh_devices
 from gt_jax.models.language_model import abstract
@@ -62,9 +63,9 @@ def compile_step(
     """Compile the step for `mesh` and measure it: a JSON object; `fits` is False where a device has less `memory`.
 
     Bytes and FLOPs are those of one device and step, every loop counted as often as it runs; `bytes` are those to and
-    from HBM, `links` those received from other devices. `link_seconds(group)` is the time of a byte that each device
-    of a group receives. Where it does not fit, `short_by` says by how much, if the compiler does. Raises
-    `jax.errors.JaxRuntimeError` for what the compiler refuses otherwise.
+    from HBM, `links` those received from other devices, `launches` what a GPU executes. `link_seconds(group)` is the
+    time of a byte that each device of a group receives. Where it does not fit, `short_by` says by how much, if the
+    compiler does. Raises `jax.errors.JaxRuntimeError` for what the compiler refuses otherwise.
     """
     rules = rules or Rules()
     with jax.set_mesh(mesh):
@@ -82,12 +83,14 @@ def compile_step(
             compiled = None
         found |= {"seconds_lowering": round(middle - start, 1)}
         found |= {"seconds_compiling": round(time.monotonic() - middle, 1)}
-    return found if compiled is None else found | measured(compiled, job, memory, link_seconds)
+    gpu = mesh.devices.flat[0].platform == "gpu"
+    return found if compiled is None else found | measured(compiled, job, memory, link_seconds, gpu)
 
 
 def measured(
-    compiled: Any, job: Job, memory: int, link_seconds: Callable[[Sequence[int]], float] | None = None
-) -> dict[str, Any]:
+    compiled: Any, job: Job, memory: int, link_seconds: Callable[[Sequence[int]], float] | None = None,
+    gpu: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Memory, work and communication of a compiled step, of one device."""
     stats, program = compiled.memory_analysis(), hlo.read(compiled.as_text())
     done, links = count_flops(program), Links(program, link_seconds)
@@ -107,7 +110,8 @@ def measured(
         "bytes": hbm_traffic(program).bytes,
         "links": links.received,
         **({} if link_seconds is None else {"link_seconds": links.least_seconds}),
-        "parts": by_part(program, links),
+        "parts": by_part(program, links, gpu),
+        **({"launches": count_launches(program)} if gpu else {}),
         "kernels": sum(is_kernel(i) for i, _ in program.executed()),
         "silent_kernels": done.silent_kernels,
         "collectives": collectives(links),

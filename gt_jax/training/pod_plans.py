@@ -91,15 +91,16 @@ def parts(rows: Sequence[Json]) -> list[str]:
 
 
 def part_lines(row: Json) -> list[str]:
-    """A table: HBM bytes by phase, their share, FLOPs and bytes over links, by part; the last line is the sum."""
-    header = [*PHASES, "HBM GB", "%", "TFLOP", "links GB"]
+    """A table by part: HBM bytes by phase, their share, FLOPs, bytes over links, a GPU's kernels; the sum is last."""
+    header = [*PHASES, "HBM GB", "%", "TFLOP", "links GB", *(["kernels"] if "launches" in row else [])]
     lines = [f"    {'part':26s}" + "".join(f"{name:>10s}" for name in header)]
     for part in (*parts([row]), None):
         of: Callable[..., float] = lambda what, phase=None, part=part: sums(row, what, part, phase)  # noqa: E731
         share = 100 * of("bytes") / max(sums(row, "bytes"), 1)
         numbers = [*(of("bytes", phase) / GB for phase in PHASES), of("bytes") / GB, share, of("flops") / TFLOP,
                    of("links") / GB]  # fmt: skip
-        lines.append(f"    {part or 'together':26s}" + "".join(f"{number:10.3g}" for number in numbers))
+        counted = f"{of('kernels'):10.0f}" if "launches" in row else ""
+        lines.append(f"    {part or 'together':26s}" + "".join(f"{number:10.3g}" for number in numbers) + counted)
     return lines
 
 
@@ -119,13 +120,16 @@ def comparison_lines(plans: Mapping[str, Json]) -> list[str]:
     lines += [f"{path} is an old plan: it has no parts, and its collectives are counted too often" for path in old]
     lines += ["", f"    {'':26s}{'A':>12s}{'B':>12s}{'B / A':>9s}"]
     totals = [("HBM, GB", "bytes", GB), ("TFLOP", "flops", TFLOP), ("links, GB received", "links", GB)]
+    launches = [row.get("launches", {}).get("kernels") for row in rows]
     for words, name, unit in totals:
         lines.append(_pair(words, *(row[name] / unit if name in row else None for row in rows)))
     for name in ("flops", "bytes", "links"):
         lines.append(_pair(f"least s by {name}", *(row.get("least_seconds", {}).get(name) for row in rows)))
     lines.append(_pair("GiB of memory", *(row["memory"]["total"] / 2**30 if "memory" in row else None for row in rows)))
+    lines += [_pair("kernels executed", *launches)] if any(launches) else []
     if old:
         return lines
+    totals += [("kernels executed", "kernels", 1)] if all(launches) else []
     for words, name, unit in totals:
         lines += ["", f"    {words}, by part"]
         for part in parts(rows):

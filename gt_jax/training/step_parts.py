@@ -16,6 +16,7 @@ from typing import Any
 from gt_jax.devices.pods.collectives import Links
 from gt_jax.devices.pods.hbm_traffic import traffic_of
 from gt_jax.devices.pods.hlo import Computation, Instruction, Program
+from gt_jax.devices.pods.launches import launched
 from gt_jax.devices.pods.program_flops import flops_of
 
 COPIES, LAYER, OTHER = "saved states and copies", "rest of a layer", "other"
@@ -44,8 +45,11 @@ STEPS = 4  # from an instruction without a name to one that has one
 _COPY_OPCODES = ("copy", "dynamic-update-slice", "dynamic-slice")  # a copy-start fetches for whom it is near
 
 
-def by_part(program: Program, links: Links) -> list[dict[str, Any]]:
-    """Rows {"part", "phase", "bytes", "flops", "links", "link_seconds"} of one device and step, most bytes first."""
+def by_part(program: Program, links: Links, gpu: bool = False) -> list[dict[str, Any]]:
+    """Rows {"part", "phase", "bytes", "flops", "links", "link_seconds"} of one device and step, most bytes first.
+
+    For a GPU "kernels" too, those that it executes.
+    """
     places = _Places(program)
     costs = {
         "bytes": program.shares(traffic_of(program), places.of),
@@ -53,6 +57,7 @@ def by_part(program: Program, links: Links) -> list[dict[str, Any]]:
         "links": program.shares(links.cost, places.of, through=("fusion",)),
         "link_seconds": program.shares(links.time, places.of, through=("fusion",)),
     }
+    costs |= {"kernels": program.shares(launched, places.of)} if gpu else {}
     found = {place for sums in costs.values() for place in sums}
     rows = [{"part": part, "phase": phase, **{name: sums.get((part, phase), 0) for name, sums in costs.items()}}
             for part, phase in found]  # fmt: skip

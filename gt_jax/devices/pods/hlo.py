@@ -4,6 +4,7 @@
   its counter with lets it; its body counts as often. Of other loops the body counts once, and they are counted.
 - `executed` gives every instruction with the number of its runs, all branches of a conditional among them; `total` adds
   a cost up and takes the costlier branch; `shares` splits that sum by what someone says of each instruction.
+- XLA for GPU starts some fusions as it starts collectives: `fusion-start` is read as the fusion that it is.
 - Every line is read once, and what a computation costs is computed once: a text of tens of megabytes takes seconds.
 """
 
@@ -320,6 +321,8 @@ def parse_instruction(line: str) -> Instruction | None:
         return Instruction(name, kind, opcode, (), rest, bool(root))
     inside = rest[len(opcode) :]
     end = _closing(inside) + 1
+    if opcode == "fusion-start":
+        opcode, kind = "fusion", _started(kind)
     return Instruction(name, kind, opcode, tuple(_OPERAND.findall(inside[:end])), inside[end:], bool(root))
 
 
@@ -331,6 +334,12 @@ def _closing(text: str) -> int:
         if depth == 0:
             return found.start()
     return len(text) - 1
+
+
+def _started(kind: str) -> str:
+    """The results in the type `((operands), results, context)` of what was started."""
+    inside = kind[1:-1]
+    return inside[_closing(inside) + 1 :].lstrip(", ").rpartition(", ")[0]
 
 
 def _compared(program: Program, condition: Computation) -> int | None:

@@ -3,6 +3,7 @@
 * A product is 2 (a multiply and an add) times the elements of its result times those that each of them sums over, also
   inside fusions. XLA for TPU writes products as convolutions, batched ones as convolutions with holes between the
   elements, so of a window only the positions count that meet an element: neither padding nor holes.
+* XLA for GPU leaves large products to NVIDIA's library: custom calls that say what they sum over.
 * A kernel counts by the estimate that it gave the compiler (`pl.CostEstimate`). JAX's splash attention gives none; it
   counts by its shapes, the keys before each query.
 * What is computed element by element and reductions are not counted, as nowhere in `gt_jax.models.flops`.
@@ -17,6 +18,8 @@ from typing import NamedTuple
 from gt_jax.devices.pods.hlo import Computation, Instruction, Program
 
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_LIBRARY = re.compile(r'custom_call_target="__cublas\$(?:lt\$)?(?:gemm|matmul)[^"]*"')
+_SUMMED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _WINDOW_DEFAULTS = (("size", 1), ("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
@@ -74,9 +77,10 @@ def estimated(x: Instruction, what: str) -> int:
 
 
 def product_flops(here: Computation, x: Instruction) -> int:
-    """Of a `dot` or a `convolution`; 0 for other instructions."""
-    if x.opcode == "dot":
-        contracted = _CONTRACTED.search(x.attributes)
+    """Of a `dot`, a library's product or a `convolution`; 0 for other instructions."""
+    library = x.opcode == "custom-call" and _LIBRARY.search(x.attributes) is not None
+    if x.opcode == "dot" or library:
+        contracted = (_SUMMED if library else _CONTRACTED).search(x.attributes)
         shape = here.operand(x, 0).arrays[0].shape
         summed = math.prod(shape[int(d)] for d in re.findall(r"\d+", contracted[1] if contracted else ""))
         return 2 * x.arrays[0].elements * summed

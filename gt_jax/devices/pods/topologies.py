@@ -1,13 +1,19 @@
-"""TPU pods by name, `v5p:4x4x4`: which there are, how many devices they have, what each device's memory holds."""
+"""TPU pods by name, `v5p:4x4x4`: which there are, how many devices they have, what each device's memory holds.
+
+`parse` knows GPUs too, which are in `gpus`.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gt_jax.devices.pods import gpus, links
 from gt_jax.errors import Failed, Refused
 
 GIB = 1 << 30
@@ -63,6 +69,8 @@ class Topology:
     kind: str
     shape: tuple[int, ...]
 
+    assumed = links.ASSUMED
+
     @property
     def name(self) -> str:
         return f"{self.kind}:{'x'.join(map(str, self.shape))}"
@@ -75,13 +83,48 @@ class Topology:
     def devices(self) -> int:
         return math.prod(self.shape) * self.chip.devices
 
+    @property
+    def a_chip(self) -> int:
+        """Devices of a chip."""
+        return self.chip.devices
 
-def parse(text: str) -> Topology:
-    """`v5p:4x4x4` as a `Topology`; raises `Refused` with the names there are."""
+    @property
+    def device_memory(self) -> int:
+        """Bytes of one device."""
+        return self.chip.device_memory
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second between a device and its HBM."""
+        return self.chip.bandwidth / self.chip.devices
+
+    def use_compiler(self) -> None:
+        """`use_compiler`, refused where there is none."""
+        if importlib.util.find_spec("libtpu") is None:
+            raise Refused("the TPU compiler is not installed: pip install 'gt-jax[tpu]'")
+        use_compiler()
+
+    def stand_ins(self) -> list[Any]:
+        """Stand-ins for the devices, good for compiling; raises `Failed` where the compiler refuses the name."""
+        return devices_of(self)
+
+    def axis_rates(self, mesh: Any) -> dict[str, tuple[float, int]]:
+        """Of each axis of a mesh: bytes/s that one device receives along it, axes of the torus that it spans."""
+        return links.axis_rates(self.kind, self.shape, mesh)
+
+    def link_seconds(self, devices: Sequence[Any]) -> Callable[[Sequence[int]], float]:
+        """seconds(group) a byte that each device of a group, by number, receives; `devices` in the program's order."""
+        return links.link_seconds(self.kind, self.shape, devices)
+
+
+def parse(text: str) -> Topology | gpus.Cluster:
+    """`v5p:4x4x4` or `h100:8`, as what it names; raises `Refused` with the names there are."""
+    if (cluster := gpus.parse(text)) is not None:
+        return cluster
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
     if not found or found[1] not in CHIPS:
         every = "; ".join(f"{kind}:SHAPE with {shapes(kind)}" for kind in CHIPS)
-        raise Refused(f"--topology {text!r} does not exist; there are {every}")
+        raise Refused(f"--topology {text!r} does not exist; there are {every}; {gpus.names()}")
     kind, shape = found[1], tuple(map(int, found[2].split("x")))
     if not _exists(CHIPS[kind], shape):
         raise Refused(f"--topology {text!r} does not exist; {kind} comes as {shapes(kind)}")

@@ -30,6 +30,7 @@ from gt_jax.configs.presets import one_layer
 from gt_jax.configs.price import budget
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.configs.standing import plateau_end
+from gt_jax.devices.program_cache import add_cache_flag, keep_programs
 from gt_jax.devices.sharding import mesh_for_rows, put_like
 from gt_jax.errors import Refused, deliver, run_command, say
 from gt_jax.evaluation.answer_table import answer_table
@@ -284,6 +285,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=local_path, default=Path("demo"),
                    help="folder for the run, the counts and the pictures")
     p.add_argument("--steps", type=whole, default=STEPS, help=f"of each training ({STEPS})")
+    add_cache_flag(p)
     return p
 
 
@@ -292,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.steps < 20:
         raise Refused(f"--steps {arguments.steps} must be at least 20")
+    keep_programs(arguments)
     with jax.set_mesh(mesh_for_rows(ROWS)):
         deliver(*run(arguments.output, arguments.steps))
     return 0

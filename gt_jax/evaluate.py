@@ -31,6 +31,7 @@ from typing import Any
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
 from gt_jax.devices.precision import add_precision_flag, computing
+from gt_jax.devices.program_cache import add_cache_flag, keep_programs
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.evaluation.loading import HELD_OUT_BATCHES, add_text_arguments, text_config
 from gt_jax.files import local_name, local_path
@@ -122,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     add_precision_flag(p)
     add_device_flags(p)
+    add_cache_flag(p)
     return p
 
 
@@ -131,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.all and arguments.batches is not None:
         raise Refused(f"--all and --batches {arguments.batches} exclude each other; leave one out")
     refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
+    keep_programs(arguments)
     from gt_jax.devices.processes import process_group
     from gt_jax.evaluation.held_out import evaluate_checkpoints
 

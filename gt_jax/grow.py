@@ -29,6 +29,7 @@ from gt_jax.configs.layout import Layout, parse
 from gt_jax.configs.standing import standing
 from gt_jax.devices.flags import add_process_flags, is_distributed, wrong_process_flags
 from gt_jax.devices.precision import add_precision_flag, computing, products
+from gt_jax.devices.program_cache import add_cache_flag, keep_programs
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_name, local_path, write_atomically
 from gt_jax.growth import plan_table
@@ -91,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the child's weights (the source's)")
     made.add_argument("--memory", default="2GiB", metavar="SIZE", help="memory budget (2GiB)")
     add_process_flags(made)
+    add_cache_flag(made)
     made.add_argument("--dry-run", action="store_true", help="print the plan, with SRC every tensor; write nothing")
     made.add_argument("--resume", action="store_true", help="finish an interrupted growth of the same plan")
     made.add_argument("--verify-text", type=local_path, action="append", metavar="FILE",
@@ -113,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or raises `Refused` with what would be right."""
     args = parser().parse_intermixed_args(argv)
     refuse_all(_wrong_processes(args), "these arguments do not go together:")
+    if not args.dry_run:
+        keep_programs(args)
     if not is_distributed(args):
         return _run(args, lambda work: work())
     from gt_jax.checkpoints.folders import resolve

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax.devices.precision import add_precision_flag, computing
+from gt_jax.devices.program_cache import add_cache_flag, keep_programs
 from gt_jax.errors import Failed, Refused, deliver, run_command, say
 from gt_jax.files import local_path, write_atomically
 
@@ -30,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", type=local_path, help="JSON file to write (default: standard output)")
     add_text_arguments(p)
     add_precision_flag(p)
+    add_cache_flag(p)
     return p
 
 
@@ -45,6 +47,7 @@ def _refuse_not_finite(checkpoint: Path, result: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; an existing output is refused."""
     arguments = parser().parse_args(argv)
+    keep_programs(arguments)
     from gt_jax.evaluation.loading import text_config
     from gt_jax.evaluation.measurement import measure_checkpoint
     from gt_jax.monitoring.metrics import json_values

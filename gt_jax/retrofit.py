@@ -21,6 +21,7 @@ from typing import Any, get_args
 from gt_jax.configs.adaptive import AdaptiveConfig
 from gt_jax.configs.price import PriceConfig, Rule, TargetOf, fits_rule, opening
 from gt_jax.devices.precision import add_precision_flag, computing
+from gt_jax.devices.program_cache import add_cache_flag, keep_programs
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path
 from gt_jax.growth.memory_size import memory_size
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
                    help="leave out the second moments of the source's optimizer, which training on begins with")
     add_precision_flag(p)
     p.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add_cache_flag(p)
     return p
 
 
@@ -71,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from gt_jax.evaluation.retrofit_check import check_lines, check_retrofit
         from gt_jax.growth.retrofit import retrofit_checkpoint
+        keep_programs(args)
         shown = retrofit_checkpoint(args.source, args.destination, **options, memory=memory, resume=args.resume,
                                     progress=say)  # fmt: skip
         lines = _lines(shown, price)

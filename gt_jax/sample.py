@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gt_jax.devices.precision import add_precision_flag, computing
+from gt_jax.devices.program_cache import add_cache_flag, keep_programs
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_name, local_path
 from gt_jax.options import whole
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=whole, default=0)
     add_precision_flag(p)
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_cache_flag(p)
     return p
 
 
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
               for name, texts in (("prompt", arguments.prompt or ()), ("stop", arguments.stop)) for text in texts
               if not _is_text(text)]
     refuse_all(wrong, "nothing can be sampled so:")
+    keep_programs(arguments)
     from gt_jax.evaluation.generation import wrong_settings
     from gt_jax.evaluation.model_files import load, open_checkpoint
     from gt_jax.text.tokenizers import chosen_tokenizer, open_tokenizer

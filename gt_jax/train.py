@@ -19,6 +19,7 @@ from typing import Any, get_args
 
 from gt_jax.devices.flags import add_mesh_flags, add_process_flags, wrong_process_flags
 from gt_jax.devices.precision import add_precision_flag
+from gt_jax.devices.program_cache import add_cache_flag, keep_programs
 from gt_jax.errors import Refused, refuse_all, run_command, say
 from gt_jax.files import local_name, local_path
 from gt_jax.options import whole
@@ -93,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard too (needs tensorboardX)")
     add_process_flags(p.add_argument_group("several processes, each with its own devices"))
     add_mesh_flags(p.add_argument_group("mesh (default: all devices on data)"))
+    add_cache_flag(p)
     return p
 
 
@@ -338,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; 0 when the last step is done and saved."""
     arguments = parser().parse_args(argv)
     refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
+    keep_programs(arguments)
     from gt_jax.devices.processes import process_group
 
     with process_group(arguments) as group:

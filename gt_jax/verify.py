@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
 from gt_jax.devices.precision import add_precision_flag, computing
+from gt_jax.devices.program_cache import add_cache_flag, keep_programs
 from gt_jax.errors import deliver, refuse_all, run_command, say
 from gt_jax.evaluation.loading import add_text_arguments, text_config
 from gt_jax.files import local_path
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     add_precision_flag(p)
     add_device_flags(p)
+    add_cache_flag(p)
     return p
 
 
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare and print; 0 whatever the verdict."""
     arguments = parser().parse_args(argv)
     refuse_all(wrong_process_flags(arguments), "these arguments do not go together:")
+    keep_programs(arguments)
     from gt_jax.devices.processes import process_group
 
     with process_group(arguments) as group, computing(arguments.matmul_precision, group.first):

@@ -16,6 +16,7 @@ from pallas_kernels.sparse_attention import api, reference, xla
 from pallas_kernels.sparse_attention.api import Indexer, Positions, sparse_attention
 
 TILED = functools.partial(xla.sparse_attention, query_tile=8, key_tile=16)
+STRIPS = functools.partial(xla.sparse_attention, query_tile=16, together=True)  # as for a GPU
 DENSE = reference.sparse_attention
 OPTIONS = {"k_base": 6, "k_min": 3, "k_max": 9, "sinks": 2}
 EMA = 0.01  # about the variance of the scores times the squared importance: budgets lie between their bounds
@@ -72,8 +73,8 @@ NAMES = (
 )  # fmt: skip
 
 
-def both(x, positions, dtype=np.float64, **options):
-    """Results by name of the tiled path in the dtype, and of the dense definition in float64 for the same values."""
+def both(x, positions, dtype=np.float64, attend=TILED, **options):
+    """Results by name of `attend` in the dtype, and of the dense definition in float64 for the same values."""
     options, least = tuple({**OPTIONS, **options}.items()), np.promote_types(dtype, np.float32)
     x = [a.astype(dtype if j < 5 else least) for j, a in enumerate(x)]
     incoming = [d.astype(least) for d in cotangents(x)]
@@ -81,7 +82,7 @@ def both(x, positions, dtype=np.float64, **options):
         wide = [[a.astype(np.float64) for a in arrays] for arrays in (x, incoming)]
         wanted = run(wide[0], positions, *wide[1], attend=DENSE, options=options)
     with jax.enable_x64(dtype == np.float64):
-        got = run(x, positions, *incoming, attend=TILED, options=options)
+        got = run(x, positions, *incoming, attend=attend, options=options)
     named = lambda values: dict(zip(NAMES, (np.asarray(a, np.float64) for a in values), strict=True))  # noqa: E731
     return named(got), named(wanted)
 
@@ -96,10 +97,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_float64_values_and_gradients_equal_autodiff_of_the_dense_definition(case):
+@pytest.mark.parametrize(("case", "attend"), [(case, attend) for case in CASES for attend in (TILED, STRIPS)])
+def test_float64_values_and_gradients_equal_autodiff_of_the_dense_definition(case, attend):
     positions, sizes, options = CASES[case]
-    got, wanted = both(draw(positions, **sizes), positions, **options)
+    got, wanted = both(draw(positions, **sizes), positions, attend=attend, **options)
     np.testing.assert_array_equal(got["selected"], wanted["selected"])
     assert len(np.unique(got["selected"])) > 3  # budgets differ, or the case would say little
     for name in NAMES:
@@ -180,8 +181,10 @@ def test_exactly_the_keys_of_the_dense_definition_are_selected(tied):
     if tied:  # few distinct scores, exact in every order of summation: the index decides
         x[3:5] = [jnp.round(a) for a in x[3:5]]
         x[5:] = [jnp.full_like(a, 0.5) for a in x[5:]]
-    (got, count), (wanted, _) = (selected_keys(x, positions, attend, 2) for attend in (TILED, DENSE))
+    (got, count), (wanted, _), (strips, _) = (selected_keys(x, positions, attend, 2)
+                                              for attend in (TILED, DENSE, STRIPS))  # fmt: skip
     np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_array_equal(strips, wanted)
     np.testing.assert_array_equal(np.asarray(got).sum(-1).mean(-1), count)
     of_indexer = np.asarray(got).reshape(*got.shape[:2], 2, 2, -1)
     assert tied or np.any(of_indexer[:, :, :, 0] != of_indexer[:, :, :, 1])  # each head has its own budget

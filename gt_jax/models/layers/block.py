@@ -187,13 +187,13 @@ class Block(nn.Module):
 
 
 def compiled_once(config: ModelConfig) -> bool:
-    """Whether neighbours of kind D are one program: where a layer is computed again, and on a TPU a pass.
+    """Whether neighbours of kind D are one program: where a layer is computed again, and on a TPU or GPU a pass.
 
     The step of the 8B model then compiles in half the time. A loop stacks what the backward pass needs and cuts it out
     again: cheap for what a layer starts from, a fifth of the step's traffic for all that it computes. The passes of an
     adaptive model on a CPU gain nothing from it. The groundthink variant has a link from layer to layer.
     """
-    again = config.remat == "layer" or (config.remat == "pass" and target_device()[0] == "tpu")
+    again = config.remat == "layer" or (config.remat == "pass" and target_device()[0] != "cpu")
     return again and config.deltanet is not None and config.deltanet.variant == "gated"
 
 

@@ -127,14 +127,16 @@ def ordered(
 
 
 def thresholds(
-    counted: Callable[[Callable[[Array, Array], Array]], Array], count: Int[Array, "b n r t"], length: int
-) -> tuple[Int[Array, "b n r t"], Int[Array, "b n r t"]]:
+    counted: Callable[[Callable[[Array, Array], Array]], Array], count: Int[Array, "b n r t"], length: int,
+    digit: int = 1,
+) -> tuple[Int[Array, "b n r t"], Int[Array, "b n r t"]]:  # fmt: skip
     """(threshold, end): the `count` largest keys are those above the threshold, and those equal to it before `end`.
 
     `counted(holds)` is the number of keys of each row with `holds(key, index)`, by which these are seen; their indices
-    are below `length`.
+    are below `length`. `digit` bits are found at once.
     """
-    threshold = largest(KEY_BITS, count.shape, lambda c: counted(lambda key, _: key >= c[..., None]) >= count)
+    enough = lambda c: counted(lambda key, _: key >= c[..., None]) >= count  # noqa: E731
+    threshold = largest(KEY_BITS, count.shape, enough, digit)
     missing = count - counted(lambda key, _: key > threshold[..., None])
     tied = counted(lambda key, _: key == threshold[..., None])
 
@@ -144,7 +146,7 @@ def thresholds(
     end = jax.lax.cond(  # ties beyond the budget are rare, and a third of the work
         jnp.all(tied == missing),
         lambda: jnp.full(count.shape, length, jnp.int32),
-        lambda: largest(length.bit_length(), count.shape, before),
+        lambda: largest(length.bit_length(), count.shape, before, digit),
     )
     return threshold, end
 
@@ -165,11 +167,22 @@ def entries(mask: Bool[Array, "*rest s"]) -> Int[Array, "*rest"]:
     return jnp.sum(mask, axis=-1, dtype=jnp.int32)
 
 
-def largest(bits: int, shape: tuple[int, ...], holds: Callable[[Array], Array]) -> Int[Array, "..."]:
-    """The largest c below 2^bits at which `holds(c)`, a predicate true up to some c; bisection bit by bit."""
+def largest(
+    bits: int, shape: tuple[int, ...], holds: Callable[[Array], Array], digit: int = 1
+) -> Int[Array, "..."]:
+    """The largest c below 2^bits at which `holds(c)`, a predicate true up to some c; `digit` bits at a time.
+
+    With one bit that is bisection. With more, 2^digit - 1 candidates are tried at once, which a GPU counts in one
+    kernel; `bits` are then rounded up to whole digits.
+    """
+    rounds = -(-bits // digit)
 
     def body(i: Array | int, found: Array) -> Array:
-        candidate = found | (1 << (bits - 1 - i))
-        return jnp.where(holds(candidate), candidate, found)
+        shift = digit * (rounds - 1 - i)
+        if digit == 1:
+            candidate = found | (1 << shift)
+            return jnp.where(holds(candidate), candidate, found)
+        taken = [holds(found | (jnp.int32(one) << shift)) for one in range(1, 1 << digit)]
+        return found | (sum(one.astype(jnp.int32) for one in taken) << shift)
 
-    return jax.lax.fori_loop(0, bits, body, jnp.zeros(shape, jnp.int32))
+    return jax.lax.fori_loop(0, rounds, body, jnp.zeros(shape, jnp.int32))

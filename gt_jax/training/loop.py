@@ -7,9 +7,10 @@ data position; resuming drops the metric lines after it, so a killed run ends wi
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,9 @@ from gt_jax.training.state import TrainState, new_state
 from gt_jax.training.step import Batch, held_out_losses, make_evaluation, make_step
 from gt_jax.training.stopping import Interrupted, Termination
 from gt_jax.typing import Tree
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Diverged(Failed):
@@ -113,6 +117,23 @@ def fit(
             break
     report()
     return state
+
+
+def telling(step: Callable[P, R], tell: Callable[[str], None]) -> Callable[P, R]:
+    """`step`, which says before its first call that it compiles, and after it how long that took."""
+    first = [True]
+
+    def told(*args: P.args, **options: P.kwargs) -> R:
+        if not first:
+            return step(*args, **options)
+        first.clear()
+        tell("compiling the first step")
+        start = time.monotonic()
+        result = step(*args, **options)
+        tell(f"compiled in {time.monotonic() - start:.0f} s")
+        return result
+
+    return told
 
 
 class Patience:
@@ -255,7 +276,8 @@ def _train_run(
 
         with Termination() as termination:
             try:
-                state = fit(trainer, state, batches(), train.steps, record=record, due=due, after=after,
+                aloud = trainer._replace(step=telling(trainer.step, recorder.message))
+                state = fit(aloud, state, batches(), train.steps, record=record, due=due, after=after,
                             stop=termination.asked, patience=patience)  # fmt: skip
             finally:
                 steps.wait()

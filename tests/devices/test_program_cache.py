@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -64,7 +65,10 @@ def test_what_a_killed_process_left_is_removed_and_what_was_checked_is_not_read_
     (folder / "short-cache").write_bytes(ENTRY[:-3])
     (folder / "empty-cache").write_bytes(b"")
     (folder / "old-cache").write_bytes(ENTRY[:-3])
-    os.utime(folder / "old-cache", (1, 1))  # before the last look
+    now = time.time()
+    for path in folder.iterdir():  # the last look was between the old one and the others, all a while ago
+        at = now - {"old-cache": 300, program_cache._CHECKED: 200}.get(path.name, 100)
+        os.utime(path, (at, at))
     keep_programs(words())
     assert {path.name for path in folder.glob("*-cache")} == {"whole-cache", "old-cache"}
 

@@ -25,7 +25,7 @@ from gt_jax.configs.standing import longer
 from gt_jax.errors import Refused
 from gt_jax.monitoring.metrics import read_metrics
 from gt_jax.training import loop
-from gt_jax.training.loop import Diverged, Patience, Trainer, fit, make_trainer, train_run
+from gt_jax.training.loop import Diverged, Patience, Trainer, fit, make_trainer, telling, train_run
 from gt_jax.training.price import initial_price
 from gt_jax.training.state import TrainState
 from gt_jax.training.stopping import Interrupted, Termination
@@ -45,6 +45,13 @@ def start(poison=None):
     if poison is not None:
         variables["params"]["final_norm"]["scale"] = variables["params"]["final_norm"]["scale"].at[0].set(poison)
     return trainer().new_state(variables)
+
+
+def test_the_first_step_alone_says_that_it_compiles():
+    said = []
+    step = telling(lambda a, b: a + b, said.append)
+    assert [step(1, b) for b in (1, 2, 3)] == [2, 3, 4]
+    assert said == ["compiling the first step", "compiled in 0 s"]
 
 
 @pytest.mark.parametrize("poison", [np.inf, np.nan])

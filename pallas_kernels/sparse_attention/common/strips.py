@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,6 @@ from pallas_kernels.sparse_attention.reference import Statistics
 
 STRIP_BYTES = 256 << 20
 DIGIT = 3  # bits of a threshold that one kernel finds: seven counts of the same scores
-Tree = TypeVar("Tree")
 
 
 def queries_at_once(q: Array, keys: int) -> int:
@@ -57,9 +56,8 @@ def queries_at_once(q: Array, keys: int) -> int:
 def forward(plan: Plan, queries: Queries, keys: Keys, shared: Shared) -> tuple[tuple[Array, Statistics], tuple]:
     """Outputs and statistics, and what the backward pass keeps."""
     length = jnp.max(queries.position, axis=-1) + 1
-    o, statistics, selection, softmax = _over_strips(
-        plan, lambda _, part: ((), _strip(plan, part, keys, shared, length)), (), queries
-    )[1]
+    each = lambda nothing, part: (nothing, _strip(plan, part, keys, shared, length))  # noqa: E731
+    o, statistics, selection, softmax = _over_strips(plan, each, (), queries)[1]
     return (o, statistics), (queries, keys, shared, o, selection, softmax)
 
 
@@ -68,8 +66,13 @@ def backward(
 ) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
     """Gradients of (q, indexer query, weight), (k, v, indexer key), (bias, importance); sums of strips in float32."""
 
-    def step(sums: tuple, part: tuple) -> tuple[tuple, tuple[Array, ...]]:
-        d_queries, *more = block_gradients(plan, *part, keys, shared, jnp.int32(0))
+    def step(
+        sums: tuple, part: tuple[Queries, Selection, Softmax, Incoming]
+    ) -> tuple[tuple, tuple[Array, ...]]:
+        queries, selection, softmax, incoming = part
+        d_queries, *more = block_gradients(
+            plan, queries, selection, softmax, incoming, keys, shared, jnp.int32(0)
+        )
         return jax.tree.map(jnp.add, sums, tuple(more)), d_queries
 
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, accumulator(x)), (tuple(keys[:3]), tuple(shared[:2])))
@@ -77,13 +80,13 @@ def backward(
     return d_queries, d_keys, d_shared
 
 
-def _over_strips(plan: Plan, step: Callable[..., tuple[Tree, Tree]], carry: Tree, rows: Tree) -> tuple[Tree, Tree]:
+def _over_strips(plan: Plan, step: Callable[..., tuple[Any, Any]], carry: Any, rows: Any) -> tuple[Any, Any]:
     """`step(carry, strip)` of each strip of arrays [b, t, …] in turn: the last carry, results joined along t."""
     length = jax.tree.leaves(rows)[0].shape[1]
     if length == plan.query_tile:
         return step(carry, rows)
 
-    def one(carry: Tree, start: Array) -> tuple[Tree, Tree]:
+    def one(carry: Any, start: Array) -> tuple[Any, Any]:
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, plan.query_tile, axis=1)  # noqa: E731
         return step(carry, jax.tree.map(cut, rows))
 

@@ -274,6 +274,8 @@ def _work_lines(row: dict[str, Any]) -> list[str]:
     if launches := row.get("launches"):
         lines[-1] = (f"  executed in a step: {launches['kernels']:,} kernels, {launches['copies']:,} of them copies; "
                      f"{launches['conditionals']:,} conditionals, {launches['loops']:,} loops")  # fmt: skip
+        silent = f"  {row['silent_kernels']} of our own kernels give no estimate, and are not in the FLOP"
+        lines += [silent] if row["silent_kernels"] else []
     if row["loops_counted_once"]:
         lines.append(f"  {row['loops_counted_once']} loops of unknown length are counted as if they ran once")
     return lines

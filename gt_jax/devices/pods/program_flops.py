@@ -26,6 +26,7 @@ _WINDOW_DEFAULTS = (("size", 1), ("stride", 1), ("pad", 0), ("lhs_dilate", 1), (
 _GROUPS = re.compile(r"batch_group_count=(\d+)")
 _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # of queries or their gradients with keys or values
+_PALLAS = re.compile(r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*)"')
 _ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
 
 
@@ -55,8 +56,8 @@ def flops_of(here: Computation, x: Instruction) -> int:
 
 
 def is_kernel(x: Instruction) -> bool:
-    """Whether it runs a Pallas kernel for TPUs."""
-    return x.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in x.attributes
+    """Whether it runs a Pallas kernel, for a TPU or of Mosaic for a GPU."""
+    return x.opcode == "custom-call" and _PALLAS.search(x.attributes) is not None
 
 
 def kernel_flops(here: Computation, x: Instruction) -> int:

@@ -16,12 +16,28 @@ def target_device() -> tuple[str, str]:
     `jax.set_mesh` of a mesh of its devices, if only of one. (`jax.lax.platform_dependent` chooses when lowering, but
     traces the kernels on every machine, 13 times as long as the XLA path, and does not tell the matrix unit's width.)
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.platform, device.device_kind
-    chosen = getattr(jax.config, "jax_default_device")  # noqa: B009 — mypy does not see the attribute
-    device = jax.devices(chosen)[0] if isinstance(chosen, str) else chosen or jax.devices()[0]
+    device = jax.sharding.get_abstract_mesh().abstract_device or _default_device()
     return device.platform, device.device_kind
+
+
+def _default_device() -> jax.Device:
+    chosen = getattr(jax.config, "jax_default_device")  # noqa: B009 — mypy does not see the attribute
+    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen or jax.devices()[0]
+
+
+def compute_capability() -> str | None:
+    """That of the GPU of `target_device`, as "9.0"; None for no GPU, or for one that is not here and no Hopper.
+
+    A mesh tells its devices' kind and not their capability: of those that are not here only Hopper's names are known.
+    """
+    if target_device()[0] != "gpu":
+        return None
+    if jax.sharding.get_abstract_mesh().abstract_device is None:
+        return _default_device().compute_capability
+    here = [device for device in jax.devices() if device.device_kind == target_device()[1]]
+    if here:
+        return here[0].compute_capability
+    return "9.0" if is_hopper(*target_device()) else None
 
 
 def matrix_unit_width(kind: str) -> int:

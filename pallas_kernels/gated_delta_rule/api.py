@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 
 import jax
@@ -11,20 +12,23 @@ import numpy as np
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gated_delta_rule import pallas_tpu, reference, xla
+from pallas_kernels.gated_delta_rule import pallas_gpu, pallas_tpu, reference, xla
 from pallas_kernels.gated_delta_rule.reference import gated_delta_rule_step as _step
 from pallas_kernels.gated_delta_rule.tpu import decode
-from pallas_kernels.platform import target_device
+from pallas_kernels.platform import compute_capability, target_device
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "reference": reference.gated_delta_rule,
     "xla": xla.gated_delta_rule,
     "pallas_tpu": pallas_tpu.gated_delta_rule,
     "pallas_tpu_decode": decode.gated_delta_rule,
+    "pallas_gpu": pallas_gpu.gated_delta_rule,
     "pallas_tpu_interpreted": functools.partial(pallas_tpu.gated_delta_rule, interpret=True),  # as plain JAX, slowly
     "pallas_tpu_decode_interpreted": functools.partial(decode.gated_delta_rule, interpret=True),
+    "pallas_gpu_interpreted": functools.partial(pallas_gpu.gated_delta_rule, interpret=True),
 }
-_TPU_ONLY = ("pallas_tpu", "pallas_tpu_decode")
+_ONLY = {"pallas_tpu": "tpu", "pallas_tpu_decode": "tpu", "pallas_gpu": "gpu"}
+_HOPPER = "9.0"
 MOST_BETA = 2.0  # I - beta k k^T turns no unit key into a longer one
 
 
@@ -41,6 +45,7 @@ def gated_delta_rule(
     chunk_size: int = 64,
     return_state: bool = False,
     implementation: str | None = None,
+    most_beta: float = MOST_BETA,
     debug: bool = False,
 ) -> Float[Array, "b t hv v"] | tuple[Float[Array, "b t hv v"], Float[Array, "b hv k v"]]:
     """Gated delta rule over a whole sequence: a linear-attention state that decays and corrects itself.
@@ -60,9 +65,12 @@ def gated_delta_rule(
         chunk_size: tokens a chunk of the chunked implementations, a power of two; 32 is as fast for heads of 32.
         return_state: also return the float32 state after the last token.
         implementation: a name out of `IMPLEMENTATIONS`; None is the best one for the platform and the length: when
-            compiling for a TPU the Pallas kernels, if they take these arguments, and XLA otherwise. For a topology that
-            is not here the trace must stand in `shard_map` or under `jax.set_mesh` of its devices. The one for up to
-            8 tokens writes the state where `initial_state` was: donate it, or carry it through the loop.
+            compiling for a TPU, or in bfloat16 for a GPU of compute capability 9.0, the Pallas kernels, if they take
+            these arguments, and XLA otherwise. For a topology that is not here the trace must stand in `shard_map` or
+            under `jax.set_mesh` of its devices. The one for up to 8 tokens on a TPU writes the state where
+            `initial_state` was: donate it, or carry it through the loop.
+        most_beta: what beta never exceeds, by the caller's word; at most 1 spares a GPU's kernels the passes that keep
+            a cancelling inverse exact.
         debug: also look at the values, of g and beta, as `check_values` does.
 
     Returns:
@@ -86,6 +94,8 @@ def gated_delta_rule(
         output = token[:, None]
     else:
         run = IMPLEMENTATIONS[chosen]
+        if chosen.startswith("pallas_gpu"):
+            run = functools.partial(run, most_beta=most_beta)
         output, state = run(q, k, v, g, beta, initial_state, segment_ids, scale, chunk_size)
     return (output, state) if return_state else output
 
@@ -96,7 +106,27 @@ def _best(q: Array, k: Array, v: Array, chunk_size: int) -> str:
             return "pallas_tpu_decode"
         if not pallas_tpu.unsupported(q, k, v, chunk_size):
             return "pallas_tpu"
+    if target_device()[0] == "gpu" and q.shape[1] > 1:
+        problems = _of_the_card() + pallas_gpu.missing() + pallas_gpu.unsupported(q, k, v, chunk_size)
+        if any(x.dtype == jnp.float32 for x in (q, k, v)):
+            problems.append("float32 tokens, which XLA multiplies in full; bfloat16 ones have a kernel")
+        if not problems:
+            return "pallas_gpu"
+        _say_once("; ".join(problems))
     return "xla"
+
+
+def _of_the_card() -> list[str]:
+    found = compute_capability()
+    if found == _HOPPER:
+        return []
+    card = f"{target_device()[1]}{'' if found is None else f' of compute capability {found}'}"
+    return [f"this is for {card}, the kernels are for {_HOPPER} (H100, H200, GH200)"]
+
+
+@functools.cache
+def _say_once(reasons: str) -> None:
+    logging.getLogger(__name__).warning("gated_delta_rule takes the XLA path on this GPU: %s", reasons)
 
 
 def gated_delta_rule_step(
@@ -133,11 +163,8 @@ def check_arguments(
     problems = []
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         problems.append(f"implementation {implementation!r} is not available, there are {', '.join(IMPLEMENTATIONS)}")
-    elif implementation in _TPU_ONLY and target_device()[0] != "tpu":
-        problems.append(
-            f"implementation {implementation!r} needs a TPU, this is for {target_device()[0]}, where there are "
-            f"{', '.join(name for name in IMPLEMENTATIONS if name not in _TPU_ONLY)}"
-        )
+    elif implementation is not None:
+        problems += _platform_problems(implementation)
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         problems.append(f"chunk_size {chunk_size} must be a power of two")
     if q.ndim != 4 or v.ndim != 4:
@@ -148,7 +175,20 @@ def check_arguments(
             problems += pallas_tpu.unsupported(q, k, v, chunk_size)
         elif implementation in ("pallas_tpu_decode", "pallas_tpu_decode_interpreted"):
             problems += decode.unsupported(q, k, v)
+        elif implementation in ("pallas_gpu", "pallas_gpu_interpreted"):
+            problems += pallas_gpu.unsupported(q, k, v, chunk_size)
     _raise(problems)
+
+
+def _platform_problems(implementation: str) -> list[str]:
+    platform, needed = target_device()[0], _ONLY.get(implementation)
+    if needed in (None, platform):
+        if implementation == "pallas_gpu":
+            return _of_the_card() + pallas_gpu.missing()
+        return pallas_gpu.missing(interpret=True) if implementation == "pallas_gpu_interpreted" else []
+    others = ", ".join(name for name in IMPLEMENTATIONS if _ONLY.get(name) in (None, platform))
+    return [f"implementation {implementation!r} needs a {needed.upper()}, this is for {platform}, where there are "
+            f"{others}"]  # fmt: skip
 
 
 def check_values(g: Float[Array, "b t hv"], beta: Float[Array, "b t hv"]) -> None:

@@ -131,7 +131,7 @@ def _forward(
     return output, state, saved
 
 
-def _backward(
+def backward(
     scale: float,
     chunk: int,
     arguments: tuple[Array, ...],
@@ -233,7 +233,7 @@ def _rule_backward(
     scale: float, chunk: int, residuals: tuple, cotangents: tuple[Array, Array]
 ) -> tuple[tuple[Array, ...], Array, None]:
     arguments, run, saved = residuals
-    gradients, d_initial = _backward(scale, chunk, arguments, run, saved, *cotangents)
+    gradients, d_initial = backward(scale, chunk, arguments, run, saved, *cotangents)
     return tuple(gradients), d_initial, None
 
 

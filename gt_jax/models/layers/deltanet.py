@@ -226,6 +226,7 @@ class GatedDeltaNet(nn.Module):
             o, new_state = gated_delta_rule(
                 q, k, v, g, beta, initial_state=state, segment_ids=segments, scale=config.read_scale,
                 chunk_size=config.chunk_size, return_state=True, implementation=config.implementation,
+                most_beta=config.beta_max,
             )  # fmt: skip
             if strength:
                 o = widen(o) + skip_read(q, k, v, *strength)

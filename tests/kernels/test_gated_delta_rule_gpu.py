@@ -6,12 +6,12 @@ They need a JAX that has that interpreter, and more threads of XLA than a block 
 
 import functools
 import os
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from pallas_kernels.gated_delta_rule import pallas_gpu
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
@@ -112,16 +112,26 @@ def test_agrees_with_xla_through_the_interface():
         np.testing.assert_allclose(a, b, atol=5e-5)
 
 
+def calls(jaxpr, name):
+    """How often a jitted function of that name stands in a program and what it calls."""
+    found = 0
+    for equation in jaxpr.eqns:
+        found += equation.params.get("name") == name
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr)):
+            if isinstance(inner, core.Jaxpr | core.ClosedJaxpr):
+                found += calls(getattr(inner, "jaxpr", inner), name)
+    return found
+
+
 def test_saved_names_spare_the_second_forward_pass():
     """Traced as for the card: `jax.checkpoint` does not take what the interpreter does on the way."""
     inputs, _ = cast(*make_inputs(HARD_SHAPE), "bfloat16")
 
-    def kernels(policy):
+    def passes(policy):
         rule = jax.checkpoint(lambda *x: pallas_gpu.gated_delta_rule(*x, None, 1.0, 64)[0], policy=policy)
-        traced = str(jax.make_jaxpr(jax.grad(lambda *x: jnp.sin(rule(*x).astype(jnp.float32)).sum()))(*inputs))
-        return [len(re.findall(rf"name=gated_delta_rule_{name}\b", traced))
-                for name in ("inside", "across", "back", "gradients")]  # fmt: skip
+        traced = jax.make_jaxpr(jax.grad(lambda *x: jnp.sin(rule(*x).astype(jnp.float32)).sum()))(*inputs)
+        return calls(traced.jaxpr, "_forward"), calls(traced.jaxpr, "_backward")
 
     names = ("delta_rule_output", "delta_rule_states", "delta_rule_inverse")
-    assert kernels(jax.checkpoint_policies.nothing_saveable) == [2, 2, 1, 1]
-    assert kernels(jax.checkpoint_policies.save_only_these_names(*names)) == [1, 1, 1, 1]
+    assert passes(jax.checkpoint_policies.nothing_saveable) == (2, 1)
+    assert passes(jax.checkpoint_policies.save_only_these_names(*names)) == (1, 1)

@@ -32,7 +32,7 @@ test-oracle: $(STAMP)
 test-gpu-compile: $(GPU_VENV)/.installed
 	NPROC=16 PJRT_NPROC=16 timeout 5400 $(GPU_VENV)/bin/python -m pytest -rs -o timeout=1800 \
 	  tests/kernels/test_gated_delta_rule_choice.py tests/kernels/test_gated_delta_rule_gpu.py \
-	  tests/kernels/test_gpu_compile.py
+	  tests/kernels/test_gpu_compile.py tests/kernels/test_grouped_product_gpu.py
 
 $(GPU_VENV)/.installed: pyproject.toml
 	$(GPU_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "the JAX of the GPU kernels needs Python 3.12 or newer; name one with: make GPU_PYTHON=python3.12 test-gpu-compile")'

@@ -102,10 +102,11 @@ def _report(dump: Path, name: str) -> dict[str, Any]:
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=CARD.read_text()
     )
-    report: dict[str, Any] = {"card": topology.devices[0].device_kind, "jax": jax.__version__}
+    device: Any = topology.devices[0]
+    report: dict[str, Any] = {"card": device.device_kind, "jax": jax.__version__}
     report |= {"ptxas": _ptxas_version(), "rows": [], "launched": {}, "failed": {}}
     try:
-        text = _compiled(CASES[name], topology.devices[0])
+        text = _compiled(CASES[name], device)
     except jax.errors.JaxRuntimeError as error:
         return report | {"failed": {name: str(error)}}
     return report | {"launched": {name: launched(text)}, "rows": [{"case": name, **row} for row in _kernels(dump)]}
@@ -148,7 +149,7 @@ def _compiled(case: Case, device: Any) -> str:
             lowered = jax.jit(both_ways).lower(inputs, (inputs[2], inputs[5]), segments)
         else:
             lowered = jax.jit(rule).lower(*inputs, segment_ids=segments)
-    return lowered.compile().as_text()
+    return lowered.compile().as_text() or ""
 
 
 def launched(text: str) -> int:

@@ -71,7 +71,7 @@ def test_agrees_with_token_scan(shape):
     assert_close(results, token_scan(inputs, cotangents), TOLERANCE["bfloat16"])
 
 
-@pytest.mark.parametrize("width", [16, 100])  # of 100 the backward pass is that of XLA
+@pytest.mark.parametrize("width", [16, 100])
 def test_float32_in_two_parts(width):
     inputs, cotangents = cast(*make_inputs((1, 75, 1, 2, width, 16)), "float32")
     results = run(inputs, cotangents)

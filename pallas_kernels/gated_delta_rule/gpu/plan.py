@@ -124,8 +124,9 @@ def with_stages(plan: Plan) -> Plan:
 
 
 def has_backward(plan: Plan) -> bool:
-    """Whether the kernels of the backward pass fit; else XLA goes back from what the forward kernels saved."""
-    return max(back_bytes(plan), gradient_bytes(plan)) <= SHARED_MEMORY
+    """Whether there are kernels for the backward pass; else XLA goes back from what the forward kernels saved."""
+    compiles = plan.parts == 1 and len(plan.slabs) == 1
+    return compiles and max(back_bytes(plan), gradient_bytes(plan)) <= SHARED_MEMORY
 
 
 def too_large(plan: Plan) -> list[str]:

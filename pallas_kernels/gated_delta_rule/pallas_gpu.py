@@ -1,8 +1,8 @@
 """The gated delta rule on Hopper (compute capability 9.0): Mosaic GPU kernels under one `custom_vjp`.
 
 * Forward: `gpu.inside` makes each chunk's inverse and scores, all chunks at once; `gpu.across` walks over the chunks.
-* Backward: `gpu.back` walks back, `gpu.gradients` makes the rest, all chunks at once; where these are not for the widths
-  or the precision (`gpu.plan.has_backward`), XLA goes back from what the forward pass saved.
+* Backward: `gpu.back` walks back, `gpu.gradients` makes the rest, all chunks at once; where these are not for the
+  widths or the precision (`gpu.plan.has_backward`), XLA goes back from what the forward pass saved.
 * Saved, by name for checkpoint policies: the states before the chunks, the inverses and scores.
 * `gpu.plan` says what the products round, and what fits.
 """

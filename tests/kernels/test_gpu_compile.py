@@ -35,7 +35,7 @@ def outside(*command):
 
 @pytest.mark.timeout(1600)
 def test_takes_no_more_of_the_card_than_last_time():
-    """Within 5 % of the stored figures where the same versions made them; the walks spill nothing up to heads of 128."""
+    """Within 5 % of the stored figures of the same versions; but `gradients` nothing spills up to heads of 128."""
     found = json.loads(outside("-m", "experiments.gpu_kernel_report", "--json"))
     assert {row["kernel"] for row in found["rows"]} == {"inside", "across", "back", "gradients"}
     narrow = [row for row in found["rows"] if row["case"] in ("forward 128", "64", "128", "128, segments")]

@@ -12,6 +12,7 @@ DEVICES = 8  # of the meshes under test
 
 MESH = f"a mesh of up to {DEVICES} devices; run where there are as many cards"
 INTERPRETED = "TPU kernels, by an interpreter that runs on a CPU"
+OF_A_CPU = "GPU kernels, by an interpreter that runs on a CPU, and what is said where there is no GPU"
 PROCESSES = "several processes with devices of their own, which a CPU gives each of them"
 
 LEFT_OUT = {  # by the beginning of a test's name under tests/
@@ -41,6 +42,8 @@ LEFT_OUT = {  # by the beginning of a test's name under tests/
     "training/test_loss.py": MESH,
     "training/test_thaw.py::test_masks_work_on_sharded_leaves": MESH,
     "kernels/test_gated_delta_rule_decode.py": INTERPRETED,
+    "kernels/test_gated_delta_rule_choice.py::test_a_cpu": OF_A_CPU,
+    "kernels/test_gated_delta_rule_gpu.py": OF_A_CPU,
     "kernels/test_gated_delta_rule_tpu.py": INTERPRETED,
     "kernels/test_hyper_connections.py": INTERPRETED,
     "kernels/test_sparse_attention.py::test_heads_split_over_devices": MESH,

@@ -128,6 +128,36 @@ def reshard(x: Array, spec: P) -> Array:
     return jax.sharding.reshard(x, spec) if has_mesh() else x
 
 
+def gather_weight(w: Array, x: Array, rules: Rules, *axes: str | None) -> Array:
+    """A weight with these logical axes as a product with `x` needs it: whole along "embed".
+
+    Each device's share of its gradient is added up and scattered over the axes that cut the weight, then added up over
+    the other axes of the batch. Two steps, which the types of the two layouts ask for: a gradient that is added up over
+    all axes of the batch at once is an all-reduce of the whole weight, twice the bytes. For operations with a sharding
+    rule that know reduced operands, as `einsum` does; in `per_device` use `gather_own`.
+    """
+    cut = {name for axis in axes if axis is not None for name in rules.mesh_axes(axis)}
+    if not has_mesh():
+        return w
+    # tied to x: JAX moves out of a loop what does not depend on what the loop carries, so a loop over parts of a row
+    # would keep the weights of all layers, gathered
+    w, _ = jax.lax.optimization_barrier((w, jax.lax.stop_gradient(x)))
+    batch = set(rules.mesh_axes("batch"))
+    once = jax.sharding.reshard(w, P(*rules.spec(*axes), reduced=batch - cut))
+    return jax.sharding.reshard(once, P(*rules.gathered(*axes), reduced=batch))
+
+
+def gather_own(w: Array, rules: Rules, *axes: str | None) -> Array:
+    """`gather_weight` on one device, inside `per_device`: its piece of a weight, laid out as `Rules.spec`, made whole.
+
+    The transpose scatters the gradient back over the same devices; `per_device` adds it up over all others.
+    """
+    for dimension, axis in enumerate(axes):
+        names = rules.mesh_axes(axis) if axis == "embed" and has_mesh() else ()
+        w = jax.lax.all_gather(w, names, axis=dimension, tiled=True) if names else w
+    return w
+
+
 def with_mesh_devices(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """`shape` laid out over the devices of the current mesh: a restore needs devices, tracing gives axes only."""
     if not has_mesh():

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.configs.model import DeltaNetConfig
-from gt_jax.devices.sharding import Rules, on_mesh, per_device, reshard
+from gt_jax.devices.sharding import Rules, gather_weight, on_mesh, per_device, reshard
 from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics, last_real, without_padding
 from gt_jax.models.layers.primitives import (
     INIT,
@@ -105,7 +105,7 @@ class HeadGate(nn.Module):
         spec = self.rules.spec("embed", "heads")
         w = self.param("w", INIT, (self.width, self.heads), jnp.float32, on_mesh(spec))
         out = on_mesh(self.rules.spec("batch", None, "heads"))
-        w = reshard(w, self.rules.gathered("embed", "heads"))
+        w = gather_weight(w, x, self.rules, "embed", "heads")
         logits = float32_einsum("btd,dh->bth", x, w, out_sharding=out)
         if not self.biased:
             return logits

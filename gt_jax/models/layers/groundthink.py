@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.configs.model import DeltaNetConfig
-from gt_jax.devices.sharding import Rules, on_mesh, per_device, reshard
+from gt_jax.devices.sharding import Rules, gather_weight, on_mesh, per_device, reshard
 from gt_jax.models.layers.deltanet import HeadGate, l2_normalise
 from gt_jax.models.layers.mixer import MixerOutput, Place, gate_statistics, last_real, without_padding
 from gt_jax.models.layers.primitives import Einsum, WeightSpec, widen
@@ -87,7 +87,7 @@ def project_keys(
 ) -> Float[Array, "b t h k"]:
     """W_k x in the compute dtype; `weight` as it is stored."""
     dtype = jnp.dtype(weights.compute)
-    weight = reshard(weight.astype(dtype), rules.gathered("embed", "heads", None))
+    weight = gather_weight(weight.astype(dtype), x, rules, "embed", "heads", None)
     out = on_mesh(rules.spec("batch", None, "heads", None))
     return jnp.einsum("btd,dhk->bthk", x.astype(dtype), weight, out_sharding=out)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.model import MoEConfig
-from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, per_device, reshard
+from gt_jax.devices.sharding import Rules, gather_own, gather_weight, has_mesh, on_mesh, per_device
 from gt_jax.models.layers.grouped_product import block_for, collect, dispatch, grouped_product, spread
 from gt_jax.models.layers.mixer import masked_mean
 from gt_jax.models.layers.primitives import SwiGLU, WeightSpec, float32_einsum, widen
@@ -137,7 +137,7 @@ class Router(nn.Module):
     def __call__(self, x: Activations) -> Float[Array, "b t s"]:
         shape, axes, whole = (self.width, self.config.experts), ("embed", None), on_mesh(self.rules.spec(None))
         w = self.param("w", self.weights.init, shape, jnp.float32, on_mesh(self.rules.spec(*axes)))
-        w = reshard(w, self.rules.gathered(*axes))
+        w = gather_weight(w, x, self.rules, *axes)
         place = self.rules.spec("batch", None, None)
         logits = float32_einsum("btd,de->bte", x, w, out_sharding=on_mesh(place))
         if not self.config.router_bias:
@@ -152,7 +152,7 @@ class Router(nn.Module):
 
 
 class ExpertWeight(nn.Module):
-    """One matrix an expert, in the compute dtype, whole along "embed" and still cut along the other axes."""
+    """One matrix an expert, in the compute dtype, as it is stored."""
 
     shape: tuple[int, int, int]
     axes: tuple[str, str, str]
@@ -163,7 +163,7 @@ class ExpertWeight(nn.Module):
     def __call__(self) -> Float[Array, "e _ _"]:
         spec = on_mesh(self.rules.spec(*self.axes))
         w = self.param("w", self.weights.init, self.shape, jnp.dtype(self.weights.param), spec)
-        return reshard(w.astype(jnp.dtype(self.weights.compute)), self.rules.gathered(*self.axes))
+        return w.astype(jnp.dtype(self.weights.compute))
 
 
 class Experts(nn.Module):
@@ -181,11 +181,13 @@ class Experts(nn.Module):
         self.down = ExpertWeight((e, f, d), ("experts", "mlp", "embed"), self.rules, self.weights)
 
     def __call__(self, x: Activations, routing: Routing) -> Activations:
-        rules = self.rules
+        rules, inward, outward = self.rules, ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         expert_axes = rules.mesh_axes("experts") if has_mesh() else ()
         summed = (*expert_axes, *rules.mesh_axes("mlp")) if has_mesh() else ()
 
         def local(x: Array, routing: Routing, gate: Array, up: Array, down: Array) -> Array:
+            gate, up = (gather_own(w, rules, *inward) for w in (gate, up))
+            down = gather_own(down, rules, *outward)
             own = gate.shape[0]
             mine = routing.experts - (jax.lax.axis_index(expert_axes) * own if expert_axes else 0)
             mine = jnp.where((mine >= 0) & (mine < own), mine, own)
@@ -193,8 +195,8 @@ class Experts(nn.Module):
             return jax.lax.psum(y, summed) if summed else y
 
         tokens: Any = rules.spec("batch", None, None)
-        inward, outward = rules.gathered("experts", "embed", "mlp"), rules.gathered("experts", "mlp", "embed")
-        run = per_device(local, (tokens, Routing(tokens, tokens), inward, inward, outward), tokens)
+        stored = (rules.spec(*inward), rules.spec(*inward), rules.spec(*outward))
+        run = per_device(local, (tokens, Routing(tokens, tokens), *stored), tokens)
         return run(x.astype(jnp.dtype(self.weights.compute)), routing, self.gate(), self.up(), self.down())
 
 
@@ -208,7 +210,7 @@ class SharedGate(nn.Module):
     @nn.compact
     def __call__(self, x: Activations) -> Float[Array, "b t 1"]:
         w = self.param("w", self.weights.init, (self.width, 1), jnp.float32, on_mesh(self.rules.spec("embed", None)))
-        w = reshard(w, self.rules.gathered("embed", None))
+        w = gather_weight(w, x, self.rules, "embed", None)
         place = on_mesh(self.rules.spec("batch", None, None))
         return jax.nn.sigmoid(float32_einsum("btd,de->bte", x, w, out_sharding=place))
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.model import Rope
-from gt_jax.devices.sharding import Rules, on_mesh, reshard
+from gt_jax.devices.sharding import Rules, gather_weight, on_mesh
 from gt_jax.typing import Activations
 from pallas_kernels.platform import target_device
 
@@ -215,7 +215,7 @@ class Einsum(nn.Module):
         `exact` rounds no factor, whatever a device does to those of float32 products by default.
         """
         dtype = jnp.dtype(self.weights.compute)
-        weight = reshard(self.stored().astype(dtype), self.rules.gathered(*self.axes))
+        weight = gather_weight(self.stored().astype(dtype), x, self.rules, *self.axes)
         sums = jnp.promote_types(dtype, jnp.float32) if accumulate else None
         place = on_mesh(self.rules.spec(*out))
         precision = jax.lax.Precision.HIGHEST if exact else None

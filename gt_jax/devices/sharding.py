@@ -136,26 +136,30 @@ def gather_weight(w: Array, x: Array, rules: Rules, *axes: str | None) -> Array:
     all axes of the batch at once is an all-reduce of the whole weight, twice the bytes. For operations with a sharding
     rule that know reduced operands, as `einsum` does; in `per_device` use `gather_own`.
     """
-    cut = {name for axis in axes if axis is not None for name in rules.mesh_axes(axis)}
     if not has_mesh():
         return w
-    # tied to x: JAX moves out of a loop what does not depend on what the loop carries, so a loop over parts of a row
-    # would keep the weights of all layers, gathered
-    w, _ = jax.lax.optimization_barrier((w, jax.lax.stop_gradient(x)))
     batch = set(rules.mesh_axes("batch"))
-    once = jax.sharding.reshard(w, P(*rules.spec(*axes), reduced=batch - cut))
+    cut = {name for axis in axes if axis is not None for name in rules.mesh_axes(axis)}
+    once = jax.sharding.reshard(_tied(w, x), P(*rules.spec(*axes), reduced=batch - cut))
     return jax.sharding.reshard(once, P(*rules.gathered(*axes), reduced=batch))
 
 
-def gather_own(w: Array, rules: Rules, *axes: str | None) -> Array:
+def gather_own(w: Array, x: Array, rules: Rules, *axes: str | None) -> Array:
     """`gather_weight` on one device, inside `per_device`: its piece of a weight, laid out as `Rules.spec`, made whole.
 
     The transpose scatters the gradient back over the same devices; `per_device` adds it up over all others.
     """
-    for dimension, axis in enumerate(axes):
-        names = rules.mesh_axes(axis) if axis == "embed" and has_mesh() else ()
-        w = jax.lax.all_gather(w, names, axis=dimension, tiled=True) if names else w
-    return w
+    cut = rules.mesh_axes("embed") if "embed" in axes and has_mesh() else ()
+    return jax.lax.all_gather(_tied(w, x), cut, axis=axes.index("embed"), tiled=True) if cut else w
+
+
+def _tied(w: Array, x: Array) -> Array:
+    """`w`, no sooner than `x`.
+
+    JAX moves out of a loop what does not depend on what the loop carries: a loop over the parts of a row would keep the
+    weights of all layers, gathered.
+    """
+    return jax.lax.optimization_barrier((w, jax.lax.stop_gradient(x)))[0]
 
 
 def with_mesh_devices(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -186,8 +186,8 @@ class Experts(nn.Module):
         summed = (*expert_axes, *rules.mesh_axes("mlp")) if has_mesh() else ()
 
         def local(x: Array, routing: Routing, gate: Array, up: Array, down: Array) -> Array:
-            gate, up = (gather_own(w, rules, *inward) for w in (gate, up))
-            down = gather_own(down, rules, *outward)
+            gate, up = (gather_own(w, x, rules, *inward) for w in (gate, up))
+            down = gather_own(down, x, rules, *outward)
             own = gate.shape[0]
             mine = routing.experts - (jax.lax.axis_index(expert_axes) * own if expert_axes else 0)
             mine = jnp.where((mine >= 0) & (mine < own), mine, own)

@@ -32,6 +32,7 @@ def plot_parts(
     for place, height in zip(places, below, strict=True):
         axes.annotate(f"{height:.3g} s", (place, height), xytext=(0, 3), textcoords="offset points", ha="center",
                       fontsize=9)  # fmt: skip
+    axes.set_ylim(top=1.08 * max(below) or 1.0)  # a height stands above its bar, below the title
     axes.set_xticks(places, [plain_text(name) for name in bars], fontsize=9)
     axes.set_ylabel("least seconds a step")
     handles, labels = axes.get_legend_handles_labels()

@@ -1,18 +1,20 @@
 """Which meshes are worth a try: those that cut the model evenly, ranked by the largest of three estimated times.
 
 With D parameters outside the experts and E in them, A and B of these that a token meets, T tokens a device and step, n
-parts, L layers of width d with s streams, W = D / tensor + E / (tensor expert), bytes and FLOP of a device and step:
+parts, c chunks of the memory stream in a row, L layers of width d with s streams, W = D / tensor + E / (tensor expert),
+bytes and FLOP of a device and step:
 
     products, again in the backward pass       8 T (A / tensor + B / (tensor expert))
-    HBM: weights written and read a pass       3 n 4 W
+    HBM: weights written and read a pass       3 n c 4 W
          streams and activations               2 T L s d (WHOLE + CUT / tensor)
-    links: weights gathered, gradients back    3 n 2 W (1 - 1 / fsdp), twice over three axes of the torus
-           gradients over `data`               4 W / fsdp (1 - 1 / data)
+    links: weights gathered, gradients back    3 n c 2 W (1 - 1 / fsdp), twice over three axes of the torus
+           gradients over `data`               n c 4 W / fsdp (1 - 1 / data)
            sums over `tensor` and `expert`     4 SUMS L T d (1 - 1 / (tensor expert))
 
 - Tokens are not cut over `expert`: what is outside the experts is computed again on each of its devices.
 - A layer's weights are gathered whole where it uses them, its experts too: 0.5 GB of the 8B model's.
-- WHOLE, CUT, SUMS and SPACE are read from compiled plans of `8b` (experiments/results): guesses for other models.
+- WHOLE + CUT is read from the plan of `8b` for v5p:4x4x4 (experiments/results); how much of it a tensor axis cuts, SUMS
+  and SPACE are of earlier plans. For other models they are guesses.
 - The compiler for TPU writes a gather over three axes of the torus as an all-reduce of zeros.
 """
 
@@ -28,7 +30,7 @@ from gt_jax.training.ahead_of_time import Job
 from gt_jax.training.divisibility import indivisible_fields
 
 TOKENS = 16384  # of a part on one device, at most: more only adds memory, fewer send weights more often
-WHOLE, CUT = 170, 160  # times that a layer reads or writes all streams' bytes: whatever the mesh, and cut over `tensor`
+WHOLE, CUT = 126, 118  # times that a layer reads or writes all streams' bytes: whatever the mesh, and cut over `tensor`
 SUMS = 18  # all-reduces of [T, d] a layer
 SPACE = 70  # streams of a part that are held at once, beside two of each layer
 
@@ -107,16 +109,17 @@ def estimate(job: Job, sizes: dict[str, int], parts: int, parameters: int, machi
     weights = (parameters - experts) / tensor + experts / (tensor * expert)
     stream = 2 * tokens * width * (1 if model.hyper is None else model.hyper.streams)
     links = machine.links(sizes)
+    runs = parts * (1 if model.memory is None else max(1, job.sequence // model.memory.chunk))
     twice = 2 if links["fsdp"][1] > 2 else 1
     received = {
-        "fsdp": 6 * parts * weights * (1 - 1 / fsdp) * twice,
-        "data": 4 * weights / fsdp * (1 - 1 / data),
+        "fsdp": 6 * runs * weights * (1 - 1 / fsdp) * twice,
+        "data": 4 * runs * weights / fsdp * (1 - 1 / data),
         "tensor": 4 * SUMS * layers * tokens * width * (1 - 1 / tensor),
         "expert": 4 * SUMS / 2 * layers * tokens * width * (1 - 1 / expert),
     }
     seconds = {
         "flops": 8 * tokens * ((parameters - experts) / tensor + met / (tensor * expert)) / machine.flops,
-        "bytes": (12 * parts * weights + layers * stream * (WHOLE + CUT / tensor)) / machine.bandwidth,
+        "bytes": (12 * runs * weights + layers * stream * (WHOLE + CUT / tensor)) / machine.bandwidth,
         "links": sum(size / links[axis][0] for axis, size in received.items()),
     }
     held = stream / parts * (2 * layers + SPACE) + 2 * weights / layers

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.model import Rope
-from gt_jax.devices.sharding import Rules, gather_weight, on_mesh
+from gt_jax.devices.sharding import Rules, gather_weight, on_mesh, reshard
 from gt_jax.typing import Activations
 from pallas_kernels.platform import target_device
 

@@ -48,12 +48,14 @@ def run(
     name: str, arguments: argparse.Namespace, words: Sequence[str], configured: Callable[[], tuple[Config, str]],
     make: Make, rows_of: Callable[[Any, Workers], Rows], summary: Callable[[Rows], dict[str, Any]],
     write: Callable[[Path, Mapping[str, Any]], str], files: Sequence[str] = (), keeps: bool = False,
+    module: str | None = None,
 ) -> int:  # fmt: skip
     """Run the study `name`, or with --render only its page anew, and print the page.
 
     `configured` gives the config and a hash of what is read, `rows_of` every unit by the workers that call `make`;
     `write` makes page and picture of a stored file. `files` stand in the stored command by their names alone. A study
-    that `keeps` rows of an earlier run looks itself whether those in --output are its own; else all must be.
+    that `keeps` rows of an earlier run looks itself whether those in --output are its own; else all must be. `module`
+    is that of the command where it is not called as the study is.
     """
     from experiments.machine import machine  # loads JAX, which --help and refusals do without
 
@@ -71,7 +73,7 @@ def run(
     with Workers(units, make, arguments.jobs, say) as workers:
         made = rows_of(study, workers)
     rows = [{key: value for key, value in row.items() if key not in UNSTORED} for row in made]
-    command = contract.command_line(f"experiments.{name}", words, files)
+    command = contract.command_line(f"experiments.{module or name}", words, files)
     stored = contract.stored(command=command, config=study, machine=machine(), seconds=units.seconds, rows=rows,
                              summary=summary(rows), content=content)  # fmt: skip
     contract.write(output / f"{name}.json", stored)

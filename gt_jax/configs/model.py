@@ -193,8 +193,8 @@ class StackConfig(Config):
     """How a layer's update enters the stream.
 
     residual: x + gain Delta(x). lambda: first x <- a x + b x0, and the output of layer i is added before layer j for
-    every (i, j) of `skips`. midpoint: p_{l+1} = mixing p_{l-1} + (1 - mixing) p_l + 2 step Delta_l(p_l), reversible at
-    mixing 1.
+    every (i, j) of `skips`; j one past the last layer is behind it, before the final norm. midpoint: p_{l+1} = mixing
+    p_{l-1} + (1 - mixing) p_l + 2 step Delta_l(p_l), reversible at mixing 1.
     """
 
     kind: Literal["residual", "lambda", "midpoint"] = "residual"
@@ -340,7 +340,7 @@ class ModelConfig(Config):
         if self.memory is not None and self.memory.stream >= streams:
             wrong.append(f"memory.stream is {self.memory.stream}; there are {streams} streams")
         wrong += [f"stack.skips has {list(pair)}; the layout has {len(types)} layers"
-                  for pair in self.stack.skips if pair[1] >= len(types)]
+                  for pair in self.stack.skips if pair[1] > len(types)]
         return wrong
 
     def has_post_norm(self, kind: str) -> bool:

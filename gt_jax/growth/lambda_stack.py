@@ -12,10 +12,11 @@ has the source's a and b, and every other copy a = 1 and b = 0:
   is of first order in Delta, where with the first copy alone it is 0. (b / n instead of the second is not even exact
   without updates, but where a is 1.)
 
-A skip (i, j) adds the output of layer i before the mixing of layer j, also once: in the child before the first copy of
-j. Where nothing stands between the copies of i, its output is that of the last of them. Where layers are copied
-together as a group and the skip stays in it, the first copies keep it: exact where the others add nothing. A skip that
-leaves such a group is refused, but from its last layer: nowhere in the child is layer i done and the others not.
+A skip (i, j) adds the output of layer i before the mixing of layer j, or behind the last layer, also once: in the
+child before the first copy of j, or behind the last. Where nothing stands between the copies of i, its output is that
+of the last of them. Where layers are copied together as a group and the skip stays in it, the first copies keep it:
+exact where the others add nothing. A skip that leaves such a group is refused, but from its last layer: nowhere in the
+child is layer i done and the others not.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def _place(skip: Sequence[int], plan: Plan) -> tuple[int, int, str]:
     """(from, to) of a skip in the child, and what is in the way or ""."""
     source, target = skip
     first = {entry.source: at for at, entry in enumerate(plan.entries) if entry.copy == 1}
+    first[len(plan.source_layout)] = len(plan.entries)  # behind the last layer
     if absent := [layer for layer in (source, target) if layer not in first]:
         return 0, 0, f"layer {' and layer '.join(map(str, absent))} has no first copy in the plan"
     group = _group(source, plan)

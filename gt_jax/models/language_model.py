@@ -35,7 +35,7 @@ from gt_jax.models.layers.primitives import Einsum, RMSNorm, WeightSpec
 from gt_jax.models.layers.reversible import reversible_stack
 from gt_jax.models.layers.reversible import start as start_pair
 from gt_jax.models.layers.sow import INTERMEDIATES, PASSES
-from gt_jax.models.layers.stack import coefficients, empty_buffer
+from gt_jax.models.layers.stack import coefficients, empty_buffer, enter
 from gt_jax.typing import Activations, Scalar, State, Tokens, Tree
 from pallas_kernels.platform import target_device
 
@@ -167,10 +167,19 @@ class LanguageModel(nn.Module):
             statistics.append(jax.tree.map(_by_layer, seen))
             layer += len(segment)
         together = jax.tree.map(lambda *a: jnp.concatenate(a), *statistics)
+        if any(end == depth for _, end in c.stack.skips):
+            stream = self._with_last_skips(stream)
         if stream.exit is not None:
             left = stream.exit.output.astype(x.dtype)
             stream = stream._replace(x=left, first=stream_mean(left))
         return stream, together, None if cache is None else new_cache
+
+    def _with_last_skips(self, stream: Stream) -> Stream:
+        """The skips that end after the last layer, before the final norm."""
+        skips, depth = self.config.stack.skips, len(self.config.depth)
+        means = {source: stream_mean(kept) for source, kept in stream.skips.items()}
+        return stream._replace(x=enter(stream.x, stream.skips, self.skips, depth, skips),
+                               first=enter(stream.first, means, self.skips, depth, skips))  # fmt: skip
 
     def _reversible(self, cache: Tree) -> bool:
         """Whether the backward pass reconstructs the stack: decoding has none, nor has who looks inside."""

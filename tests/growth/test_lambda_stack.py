@@ -20,7 +20,7 @@ from gt_jax.models.language_model import LanguageModel, apply_network, fixed_pas
 from tests.support import RESOLVENT, perturbed, small_model
 
 K_EXEC = (2, 1, 3)
-SKIPS = ((0, 1), (0, 2))
+SKIPS = ((0, 1), (0, 2), (2, 3))
 SOURCE = small_model("B*3", resolvent=RESOLVENT, stack=StackConfig("lambda", skips=SKIPS))
 
 
@@ -43,7 +43,8 @@ def logits(config, variables, passes):
 
 
 @pytest.mark.parametrize(("plan", "passes", "skips"), [
-    (plan_of("layer"), K_EXEC, ((1, 2), (1, 3))), (silenced(plan_of("stack", (2, 2, 2))), (1, 1, 1), SKIPS),
+    (plan_of("layer"), K_EXEC, ((1, 2), (1, 3), (5, 6))),
+    (silenced(plan_of("stack", (2, 2, 2))), (1, 1, 1), ((0, 1), (0, 2), (5, 6))),
 ], ids=["the recurrence", "copies of strength 0"])  # fmt: skip
 def test_the_child_equals_its_source(plan, passes, skips):
     variables, child = perturbed(SOURCE), target_config(SOURCE, plan)

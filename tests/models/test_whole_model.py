@@ -75,7 +75,7 @@ RESOLVENT = OWN.replace(layout="DB*2", resolvent=ResolventConfig(4, coupling="le
 PLAIN = ORIGIN.plain.replace(memory=None, mtp=None)
 STACKS = {
     "residual": StackConfig(),
-    "lambda": StackConfig("lambda", skips=((0, 2), (1, 3), (0, 3))),
+    "lambda": StackConfig("lambda", skips=((0, 2), (1, 3), (0, 3), (1, 4))),
     "midpoint": StackConfig("midpoint", mixing=0.5),
     "midpoint, reversible": StackConfig("midpoint", mixing=1.0),
 }

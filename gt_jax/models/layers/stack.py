@@ -4,6 +4,8 @@ Lambda stack (modded-nanogpt), for layer l with x0 the embedding and skips (i, j
 
     x <- x + sum_{(i, j): j = l} w_ij out_i,    x <- a_l x + b_l x0,    out_l = x = layer_l(x)
 
+A skip to the number of layers is added behind the last of them, to what the final norm reads.
+
 Midpoint stack (leapfrog, arXiv 2512.02056), with mixing a and step h:
 
     p_1 = p_0 + h/2 Delta_0(p_0),    p_{l+1} = a p_{l-1} + (1 - a) p_l + 2 h Delta_l(p_l)
@@ -47,9 +49,14 @@ def empty_buffer(x: Float[Array, "*x"], skips: Skips) -> SkipBuffer:
 
 
 def enter(
-    x: Float[Array, "*x"], buffer: SkipBuffer, weights: Float[Array, " s"], layer: LayerIndex, skips: Skips
+    x: Float[Array, "*x"], buffer: SkipBuffer, weights: Float[Array, " s"] | None, layer: LayerIndex, skips: Skips
 ) -> Float[Array, "*x"]:
-    """x + sum of weights[i] buffer[source of skip i] over the skips that end at `layer`, before `mix`."""
+    """x + sum of weights[i] buffer[source of skip i] over the skips that end at `layer`, before `mix`.
+
+    `weights` are None where there are no skips.
+    """
+    if weights is None:
+        return x
     for index, (source, target) in enumerate(skips):
         added = (widen(x) + weights[index] * widen(buffer[source])).astype(x.dtype)
         x = jnp.where(layer == target, added, x)
@@ -70,16 +77,19 @@ def contributions(
 ) -> Float[Array | np.ndarray, " l"]:
     """The factor with which each layer's update reaches the output on the direct path: prod_{j>l} a_j.
 
-    With skips also along them: c_l = a_{l+1} c_{l+1} + sum_{(l, j)} w a_j c_j. numpy in, numpy out.
+    With skips also along them: c_l = a_{l+1} c_{l+1} + sum_{(l, j)} w a_j c_j, where for the end of the stack, j = l's
+    number, a_j c_j is 1. numpy in, numpy out.
     """
     xp: ModuleType = np if isinstance(residual_scales, np.ndarray) else jnp
     depth = len(residual_scales)
     shares: list[Any] = [xp.ones_like(residual_scales[0])] * depth
-    for layer in reversed(range(depth - 1)):
-        shares[layer] = residual_scales[layer + 1] * shares[layer + 1]
+    for layer in reversed(range(depth)):
+        if layer + 1 < depth:
+            shares[layer] = residual_scales[layer + 1] * shares[layer + 1]
         for index, (source, target) in enumerate(skips):
             if source == layer and weights is not None:
-                shares[layer] = shares[layer] + weights[index] * residual_scales[target] * shares[target]
+                reach = 1.0 if target == depth else residual_scales[target] * shares[target]
+                shares[layer] = shares[layer] + weights[index] * reach
     return xp.stack(shares)
 
 

@@ -113,7 +113,7 @@ def test_scales_act_in_float32_on_a_bfloat16_stream():
     assert enter(x, buffer, jnp.asarray([0.3]), 1, ((0, 1),)).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("skips", [(), SKIPS], ids=["plain", "skips"])
+@pytest.mark.parametrize("skips", [(), SKIPS, (*SKIPS, (2, DEPTH), (5, DEPTH))], ids=["plain", "skips", "to the end"])
 def test_contributions_are_the_slope_of_the_output_in_each_update(skips):
     """Measured by moving one update at a time in a stack of constant updates."""
     rng = np.random.default_rng(2)
@@ -125,7 +125,7 @@ def test_contributions_are_the_slope_of_the_output_in_each_update(skips):
         for layer in range(DEPTH):
             x += sum(w * outputs[i] for w, (i, j) in zip(weights, skips, strict=True) if j == layer)
             outputs[layer] = x = scales[layer] * x + x0_scales[layer] + updates[layer]
-        return x
+        return x + sum(w * outputs[i] for w, (i, j) in zip(weights, skips, strict=True) if j == DEPTH)
 
     slopes = [output(updates + one) - output(updates) for one in np.eye(DEPTH)]
     report = contributions(scales, weights, skips)

@@ -135,6 +135,8 @@ def run_stack(config, layers, params, x, skip_enters):
             x = depth.x
         outputs.append(x)
         depths.append(depth)
+    if config.kind == "lambda":
+        x = x + sum(params["skips"][i] * outputs[a] for i, (a, to) in enumerate(config.skips) if to == len(outputs))
     return x, depths
 
 

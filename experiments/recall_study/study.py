@@ -1,0 +1,162 @@
+"""The study of recall as frozen configs: hybrids, their size and what they are trained on; a unit is an arm, all seeds.
+
+    text        the next token of text
+    needles     the answers of needle questions, their distractors rising over the first part of the run
+    mixed       both: as many rows of text as "text" has, and as many needles as "needles"
+
+So what recall costs in text is read off models that saw the same text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from experiments.recall_study.needles import prompt_length
+from gt_jax.configs.attention import AttentionConfig
+from gt_jax.configs.data import BYTES
+from gt_jax.configs.json_config import Config, below
+from gt_jax.configs.model import DeltaNetConfig, GSAConfig, ModelConfig
+from gt_jax.configs.presets import groundthink
+from gt_jax.configs.resolvent import ResolventConfig
+from gt_jax.errors import Refused
+
+TEXT, NEEDLES, MIXED = "text", "needles", "mixed"
+TRAININGS = (TEXT, NEEDLES, MIXED)
+PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Arm(NamedTuple):
+    """A layout, the share of rows whose local path is dropped in training (0 without S layers), and the training."""
+
+    layout: str
+    drop: float
+    training: str
+
+    @property
+    def name(self) -> str:
+        """What pages call it."""
+        drop = f", local path dropped for {100 * self.drop:.0f} %" if "S" in self.layout else ""
+        return f"{self.layout}{drop}, trained on {self.training}"
+
+
+def arms(layout: str, drops: Sequence[float] = (0.0,), trainings: Sequence[str] = TRAININGS) -> tuple[Arm, ...]:
+    """An arm of each."""
+    return tuple(Arm(layout, drop, training) for training in trainings for drop in drops)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecallStudy(Config):
+    """Arms at one size. `stages` are numbers of distractors, the last the hardest; `prompts` are tested at each place.
+
+    `length` is the row's, 0: as long as the longest prompt. The curriculum ends after `curriculum` of the steps.
+    """
+
+    layouts: tuple[str, ...] = ()
+    drops: tuple[float, ...] = ()
+    trainings: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    tokenizer: str = BYTES
+    seeds: tuple[int, ...] = (0, 1)
+    width: int = 32
+    heads: int = 2
+    window: int = 65
+    facts: int = 4
+    stages: tuple[int, ...] = (0, 10, 30, 50, 57)
+    length: int = 0
+    rows: int = 4
+    steps: int = 600
+    curriculum: float = 0.5
+    rate: float = 6e-3
+    prompts: int = 48
+    held_out_batches: int = 24
+
+    def problems(self) -> list[str]:
+        wrong = below(self, 1, "width", "heads", "window", "rows", "prompts", "held_out_batches")
+        wrong += below(self, 2, "steps")
+        if not len(self.layouts) == len(self.drops) == len(self.trainings):
+            wrong.append("layouts, drops and trainings name the arms together; they must be as long")
+        wrong += [f"trainings has {name!r}; it must be one of {', '.join(TRAININGS)}"
+                  for name in self.trainings if name not in TRAININGS]
+        if not 1 <= self.facts <= 8:
+            wrong.append(f"facts is {self.facts}; there are 8 names, it must lie in 1 to 8")
+        if not self.stages or min(self.stages) < 0:
+            wrong.append(f"stages is {list(self.stages)}; it must name one or more numbers of distractors")
+        if self.heads >= 1 and self.width % (2 * self.heads):
+            wrong.append(f"width is {self.width}; it must be a multiple of 2 * heads {2 * self.heads}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
+        if not wrong and self.row < (needed := prompt_length(self.facts, max(self.stages))):
+            wrong.append(f"length is {self.length}; prompts of {max(self.stages)} distractors are {needed} tokens and "
+                         "would be cut")
+        return wrong
+
+    @property
+    def row(self) -> int:
+        """Tokens of a row."""
+        return self.length or -(-prompt_length(self.facts, max(self.stages)) // 8) * 8
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The arms."""
+        return tuple(map(Arm, self.layouts, self.drops, self.trainings))
+
+    def of(self, arms: Sequence[Arm]) -> RecallStudy:
+        """The study of other arms."""
+        layouts, drops, trainings = zip(*arms, strict=True)
+        return self.replace(layouts=layouts, drops=drops, trainings=trainings)
+
+    def model(self, arm: Arm, vocab: int) -> ModelConfig:
+        """The model: with S layers one of the GroundThink hybrids, else D layers of our own between the others.
+
+        All have a tied and normed table, and none differs in anything but its mixers.
+        """
+        width, each = self.width, self.width // self.heads
+        base = groundthink("DS", vocab, width, self.heads, each)
+        assert base.deltanet is not None and base.sliding is not None
+        common = base.replace(mlp_width=2 * width, init_std=width**-0.5)
+        if "S" in arm.layout:
+            sliding = base.sliding.replace(window=self.window, drop=arm.drop, evaluation_scale=1 - arm.drop)
+            return common.replace(layout=arm.layout, sliding=sliding, deltanet=base.deltanet.replace(chunk_size=32))
+        most = min(64, self.row)
+        return common.replace(
+            layout=arm.layout, sliding=None,
+            deltanet=DeltaNetConfig(self.heads, self.heads, each, each, chunk_size=32),
+            gsa=GSAConfig(self.heads, each, self.heads, 8, k_base=most, k_min=most // 4, k_max=most),
+            attention=AttentionConfig(self.heads, self.heads, each), resolvent=ResolventConfig(heads=self.width // 4),
+        )  # fmt: skip
+
+
+class Wanted(NamedTuple):
+    """One unit: an arm trained with all seeds at once."""
+
+    study: RecallStudy
+    arm: Arm
+
+    @property
+    def name(self) -> str:
+        """Where the unit is kept."""
+        return f"{self.arm.layout}/{self.arm.training} drop {self.arm.drop:g}"
+
+
+STATE_ARMS = (*arms("DS*2", (0.0, 0.3, 0.7)), *arms("DA*2"), *arms("DG*2"))
+FEW_ARMS = (*arms("DS*2", (0.0, 0.7)), Arm("DS*2", 0.3, MIXED), Arm("DA*2", 0.0, MIXED), Arm("DG*2", 0.0, MIXED))
+MIXER_ARMS = tuple(Arm(layout, 0.0, training) for layout in ("D*4", "DS*2", "A*4", "B*4")
+                   for training in (TEXT, NEEDLES))  # fmt: skip
+LARGE = {"width": 256, "heads": 4, "rows": 32, "steps": 6000, "rate": 2e-3, "prompts": 200, "held_out_batches": 64}
+_TRY = RecallStudy(width=16, rows=2, steps=6, prompts=4, held_out_batches=2, stages=(0, 2), window=9)
+SCALES: dict[str, dict[str, RecallStudy]] = {
+    "state": {"minutes": _TRY.of((*arms("DS*2", (0.7,)), Arm("DA*2", 0.0, MIXED))),
+              "small": RecallStudy().of(FEW_ARMS),
+              "accelerator": RecallStudy(**LARGE).of(STATE_ARMS)},  # type: ignore[arg-type]
+    "mixers": {"minutes": _TRY.of(MIXER_ARMS[::2]), "small": RecallStudy().of(MIXER_ARMS),
+               "accelerator": RecallStudy(**LARGE).of(MIXER_ARMS)},  # type: ignore[arg-type]
+}  # fmt: skip
+
+
+def scaled(part: str, scale: str, seeds: tuple[int, ...], text: tuple[str, ...], tokenizer: str) -> RecallStudy:
+    """The study of a part and a scale; raises `Refused` for one that is not known."""
+    if scale not in SCALES[part]:
+        raise Refused(f"--scale {scale} is not known; the scales are {', '.join(SCALES[part])}")
+    return SCALES[part][scale].replace(seeds=seeds, text=text, tokenizer=tokenizer)

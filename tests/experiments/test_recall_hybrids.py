@@ -27,6 +27,7 @@ from experiments.recall_study.states import (
     without_local_path,
 )
 from experiments.recall_study.study import MIXED, NEEDLES, TEXT, Arm, RecallStudy
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.errors import Refused
 from gt_jax.text.tokenizers import ByteTokenizer
 from tests.support import perturbed
@@ -94,7 +95,9 @@ def read():
     found = {}
     for layout in ("D", "A"):
         config = SMALL.model(Arm(layout, 0.0, TEXT), VOCABULARY.size)
-        variables = jax.tree.map(lambda a: a[None], perturbed(config, 0.4))
+        drawn = flatten(perturbed(config, 0.4))
+        slow = {path: leaf - 6.0 if path.endswith("a_log") else leaf for path, leaf in drawn.items()}
+        variables = jax.tree.map(lambda a: a[None], nest(slow))  # states that last from the fact to the question
         reader = Reader(config, SMALL.row)
         logits = reader.by_mode(variables, test, test.prompts.shape[1], modes_of(config))
         twins = reader.remembered(variables, test.twins)

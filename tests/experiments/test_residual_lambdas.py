@@ -53,7 +53,7 @@ def test_lanes_are_models_of_their_own_and_what_is_frozen_stays():
     assert 1e-3 < np.abs(first[x0]).max() < 3 * 3 * 1e-2 * 1.01
     held = {name: array[0] for name, array in batches(0).items()}
     nats = held_out_nats(config, trained.variables, [held, held])
-    assert nats[0] == nats[1] != nats[2] and abs(nats[0] - trained.curve[0, 0]) < 0.5
+    assert nats[0] == nats[1] != nats[2] and nats[0] < trained.curve[0, 0], "it was trained on these rows"
 
 
 def test_variants_are_what_they_are_called():

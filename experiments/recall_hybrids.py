@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ def make(wanted: Any) -> dict[str, Any]:
     """A unit of whichever part it is."""
     from experiments.recall_study import engine, machine, scaling
 
-    kinds = {machine.Check: machine.make, scaling.Size: scaling.make}
+    kinds: dict[type, Callable[[Any], dict[str, Any]]] = {machine.Check: machine.make, scaling.Size: scaling.make}
     return kinds.get(type(wanted), engine.make)(wanted)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from experiments.growth_study.engine import NO_LOSS, paced
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
-from gt_jax.models.language_model import LanguageModel
+from gt_jax.models.language_model import LanguageModel, apply_network
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.step import losses
 from gt_jax.typing import Tree
@@ -97,8 +97,9 @@ def programs(config: ModelConfig, parts: int, scales: Scales) -> tuple[Callable[
         for hidden, targets in zip(jnp.split(output.hidden, parts), jnp.split(batch["targets"], parts), strict=True):
             total, count = losses(network, variables, hidden, targets)
             means.append(total / jnp.maximum(count, 1.0))
-        found = sum(means) / parts
-        return found + jnp.sum(output.statistics.auxiliary_loss), (found, moved.get("statistics", state.statistics))
+        found = jnp.asarray(sum(means) / parts)
+        kept = cast(Tree, moved.get("statistics", state.statistics))
+        return found + jnp.sum(output.statistics.auxiliary_loss), (found, kept)
 
     def step(state: State, batch: Batch) -> tuple[State, Array]:
         (_, (found, statistics)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, state, batch)
@@ -136,7 +137,7 @@ def _evaluation(config: ModelConfig) -> Callable[..., Any]:
     network = LanguageModel(config)
 
     def run(variables: Tree, batch: Batch) -> tuple[Array, Array]:
-        output = network.apply(variables, batch["tokens"], batch["segment_ids"])
+        output = apply_network(network, variables, jnp.asarray(batch["tokens"]), jnp.asarray(batch["segment_ids"]))
         return losses(network, variables, output.hidden, batch["targets"])
 
     return jax.jit(jax.vmap(run, in_axes=(0, None)))

@@ -102,9 +102,9 @@ def draw(stored: Mapping[str, Any], path: Path) -> None:
     band, least, most = PUBLISHED
     a.fill_between([layer + 1 for layer in band], least, most, color="#dddddd", label="published, layers 2 to 8")
     for number, name in enumerate((LAMBDAS, FROM_ONE, FREE, X0)):
-        look = {"color": COLOURS[number + 1], "marker": ".", "label": name}
         for axes, what in ((a, "a"), (b, "b")):
-            axes.plot(layers, [one["mean"] for one in found[name][what]], **look)
+            axes.plot(layers, [one["mean"] for one in found[name][what]], color=COLOURS[number + 1], marker=".",
+                      label=name)  # fmt: skip
     for number, name in enumerate((LAMBDAS, FREE, U_SKIPS, "skip 4 to 7", "backout")):
         reach.plot(layers, [one["mean"] for one in found[name]["contributions"]], color=COLOURS[number + 1], marker=".",
                    label=name)  # fmt: skip

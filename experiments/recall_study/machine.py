@@ -23,7 +23,7 @@ from experiments.several_seeds import fit, stacked
 from gt_jax.configs.json_config import Config, below
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused
-from gt_jax.models.language_model import LanguageModel
+from gt_jax.models.language_model import LanguageModel, apply_network
 from gt_jax.tasks.draws import Draws
 
 RECALL, NOISY, MEMORISATION, PARITY = "recall", "noisy_recall", "memorisation", "parity"
@@ -141,7 +141,7 @@ def make(wanted: Check) -> dict[str, Any]:
     network = LanguageModel(config)
 
     def logits(variables: Any) -> Any:
-        return network.apply(variables, jnp.asarray(batch["tokens"]), jnp.asarray(batch["segment_ids"])).logits
+        return apply_network(network, variables, jnp.asarray(batch["tokens"]), jnp.asarray(batch["segment_ids"])).logits
 
     picked = np.asarray(jax.jit(jax.vmap(logits))(trained.variables)).argmax(axis=-1)
     late = np.arange(batch["targets"].shape[1]) >= (3 * study.length // 4 if task == PARITY else 0)

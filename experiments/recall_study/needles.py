@@ -150,9 +150,9 @@ class Needles:
     def test(self, place: float, distractors: int, count: int) -> Test:
         """`count` prompts with `distractors` of them, the asked fact at `place`; their random numbers are their own."""
         made = [self._pair(place, distractors, number) for number in range(count)]
-        columns = [np.stack([one[index] for one in made]) for index in range(5)]
+        prompts, twins, questions, answers, others = (np.stack([one[index] for one in made]) for index in range(5))
         before = round(place * distractors) * DISTRACTOR + round(place * (self._facts - 1)) * FACT
-        return Test(place, distractors, *columns, told=before + FACT)
+        return Test(place, distractors, prompts, twins, questions, answers, others, before + FACT)
 
     def _pair(self, place: float, distractors: int, number: int) -> tuple[np.ndarray, ...]:
         draws = Draws(self._seed, _STREAM + 1 + round(1000 * place) + 2000 * distractors, number)

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int32
 
 from experiments.recall_study.needles import ANSWER_AFTER, Test
 from gt_jax.configs.model import ModelConfig
-from gt_jax.models.language_model import LanguageModel, empty_cache
+from gt_jax.models.language_model import LanguageModel, apply_network, empty_cache
 from gt_jax.typing import Tree
 
 STATES = ("state", "resolvent")
@@ -127,7 +127,7 @@ def _reader(config: ModelConfig, length: int) -> Callable[..., Tree]:
 
     def read(variables: Tree, tokens: Array, segments: Array) -> Tree:
         start = empty_cache(config, tokens.shape[0], 2 * length)
-        return network.apply(variables, tokens, segments, cache=start).cache
+        return apply_network(network, variables, tokens, segments, cache=start).cache
 
     return jax.jit(jax.vmap(read, in_axes=(0, None, None)))
 
@@ -137,6 +137,6 @@ def _follower(config: ModelConfig) -> Callable[..., Array]:
     network = LanguageModel(config)
 
     def follow(variables: Tree, cache: Tree, tokens: Array, segments: Array, last: Array) -> Array:
-        return network.apply(variables, tokens, segments, cache=cache).logits[:, last]
+        return apply_network(network, variables, tokens, segments, cache=cache).logits[:, last]
 
     return jax.jit(jax.vmap(follow, in_axes=(0, 0, None, None, None)))

@@ -92,8 +92,9 @@ def times(study: LambdaStudy) -> dict[str, Any]:
             spent[name] = time.monotonic() - began
             running[name] = [step, state, loss]
         rounds.append(spent)
-    rows: list[dict[str, Any]] = [{"task": TIMES, "model": name, "seed": 0, "ratios": [one[name] / one[PLAIN] for one in rounds],
-             "milliseconds": 1e3 * statistics.median(one[name] for one in rounds)} for name in VARIANTS]  # fmt: skip
+    rows: list[dict[str, Any]] = [
+        {"task": TIMES, "model": name, "seed": 0, "ratios": [one[name] / one[PLAIN] for one in rounds],
+         "milliseconds": 1e3 * statistics.median(one[name] for one in rounds)} for name in VARIANTS]  # fmt: skip
     said = ", ".join(f"{row['model']} {statistics.median(row['ratios']):.2f}" for row in rows)
     return {"rows": rows, "line": said}
 

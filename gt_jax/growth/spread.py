@@ -26,7 +26,7 @@ def spread_line(counts: Repetition | None, plan: Plan) -> str | None:
     if plan.keeps_gates:
         return f"{said}; the gates keep it"
     if whole < SMALL:
-        return f"{said}; mean strengths lose next to nothing"
+        return f"{said}; mean strengths miss that little, --keep-gates nothing"
     _, layer, index = max(
         (share * size, layer, index) for layer, one in enumerate(counts.layers)
         for index, (share, size) in enumerate(zip(one.spread or (), one.update_square or (), strict=True)))

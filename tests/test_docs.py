@@ -165,7 +165,7 @@ def numbers(match):
     ("docs/studies.md", "## What do gates give", "## Which way of growing", "text_gates"),
     ("docs/studies.md", "## Which way of growing", "## Does leaving", "growth_operators"),
     ("docs/studies.md", "## Does leaving", "## Does growth pay?", "early_exit"),
-    ("docs/studies.md", "## Does growth pay?", "## Does bfloat16", "growth_pays"),
+    ("docs/studies.md", "## Does growth pay?", "## Is the state of a hybrid", "growth_pays, kept_gates_on_text"),
     ("docs/depth.md", "Not shown:", "## What makes depth used", "growth_operators"),
     ("docs/growing.md", "### The identity of growth", "## The commands", "growth_operators"),
     ("docs/growing.md", "### calibrate", "### Lineage", "growth_operators"),

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 from gt_jax.errors import Failed, run_command
 from gt_jax.files import local_path
 
-CARD = Path(__file__).parent / "kernels_measured" / "h100.txtpb"
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "copy-done", "partition-id")
 COLUMNS = ("case", "kernel", "registers", "spilled_bytes", "shared_bytes")
 
@@ -97,12 +96,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report(dump: Path, name: str) -> dict[str, Any]:
     import jax
-    from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=CARD.read_text()
-    )
-    device: Any = topology.devices[0]
+    from gt_jax.devices.pods.gpus import Cluster
+
+    (device,) = Cluster("h100", 1).stand_ins()
     report: dict[str, Any] = {"card": device.device_kind, "jax": jax.__version__}
     report |= {"ptxas": _ptxas_version(), "rows": [], "launched": {}, "failed": {}}
     try:
@@ -182,7 +179,7 @@ def _first(pattern: str, text: str) -> str:
 
 
 def _ptxas_version() -> str:
-    from pallas_kernels.gated_delta_rule.pallas_gpu import find_ptxas
+    from pallas_kernels.ptxas import find_ptxas
 
     path = find_ptxas()
     if path is None:

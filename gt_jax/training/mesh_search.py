@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from gt_jax.devices.sharding import MESH_AXES, Rules
+from gt_jax.models.memory_chunks import chunk_length
 from gt_jax.training.ahead_of_time import Job
 from gt_jax.training.divisibility import indivisible_fields
 
@@ -109,7 +110,7 @@ def estimate(job: Job, sizes: dict[str, int], parts: int, parameters: int, machi
     weights = (parameters - experts) / tensor + experts / (tensor * expert)
     stream = 2 * tokens * width * (1 if model.hyper is None else model.hyper.streams)
     links = machine.links(sizes)
-    runs = parts * (1 if model.memory is None else max(1, job.sequence // model.memory.chunk))
+    runs = parts * (job.sequence // chunk_length(model, job.sequence))
     twice = 2 if links["fsdp"][1] > 2 else 1
     received = {
         "fsdp": 6 * runs * weights * (1 - 1 / fsdp) * twice,

@@ -10,10 +10,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import os
-import shutil
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -34,6 +30,7 @@ from pallas_kernels.gated_delta_rule.gpu.plan import (
     too_large,
     with_stages,
 )
+from pallas_kernels.ptxas import find_ptxas
 
 LEAST_JAX = (0, 12)
 _SAVED = ("delta_rule_states", "delta_rule_inverse", "delta_rule_inverse")
@@ -101,19 +98,6 @@ def missing(interpret: bool = False) -> list[str]:
     if not interpret and not find_ptxas():
         problems.append("there is no ptxas: install nvidia-cuda-nvcc, as jax[cuda13] does, or put CUDA's on the PATH")
     return problems
-
-
-def find_ptxas() -> str | None:
-    """The assembler that compiles kernels: on the PATH, in CUDA's folder, or in the wheel of NVIDIA."""
-    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
-    for name in ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12"):
-        try:
-            files = importlib.metadata.files(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        folders += [Path(str(file.locate())).parent for file in files if file.name == "ptxas"]
-    found = (shutil.which("ptxas", path=path) for path in (None, *map(str, folders)))
-    return next((path for path in found if path), None)
 
 
 class _Laid(NamedTuple):

@@ -53,7 +53,7 @@ def test_what_to_install_is_said(monkeypatch):
         (lambda name: name == "jax_cuda12_plugin", False, "pip install nvidia-cuda-nvcc-cu12$"),
     ):
         monkeypatch.setattr(gpus, "_found", missing)
-        monkeypatch.setattr(gpus, "_ptxas", lambda there=there: there)
+        monkeypatch.setattr(gpus, "find_ptxas", lambda there=there: there)
         with pytest.raises(Refused, match=said):
             topologies.parse("h100:8").use_compiler()
 

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import ptxas
 from pallas_kernels.gated_delta_rule import api, pallas_gpu
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 
@@ -68,13 +69,13 @@ def test_what_the_installation_lacks_is_said(on_card, monkeypatch, caplog):
 def test_ptxas_is_found_where_cuda_is(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(pallas_gpu.importlib.metadata, "files", lambda name: [])
-    assert pallas_gpu.find_ptxas() is None
+    monkeypatch.setattr(ptxas.importlib.metadata, "files", lambda name: [])
+    assert ptxas.find_ptxas() is None
     program = tmp_path / "bin" / "ptxas"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    assert pallas_gpu.find_ptxas() == str(program)
+    assert ptxas.find_ptxas() == str(program)
 
 
 def test_a_cpu_has_no_kernels_of_a_gpu():

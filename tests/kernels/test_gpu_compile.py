@@ -56,9 +56,10 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from gt_jax.devices.pods.gpus import CARDS, target_config
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 
-text = open("experiments/kernels_measured/h100.txtpb").read()
+text = target_config(CARDS["h100"])
 if sys.argv[1] != "H100":
     text = text.replace("H100 80GB HBM3", sys.argv[1])
     text = text.replace("major: 9 feature_extension: ACCELERATED_FEATURES", "major: 8")

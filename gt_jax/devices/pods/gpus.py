@@ -19,14 +19,13 @@ import importlib.util
 import math
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import Failed, Refused
+from pallas_kernels.ptxas import find_ptxas
 
 BOX = 8  # cards that NVLink joins, all to all
 NVLINK = 4.5e11  # bytes/s of one card in one direction
@@ -180,7 +179,7 @@ def refuse_without_compiler() -> None:
     plugin = next((name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if _found(name)), None)
     if plugin is None:
         raise Refused("the compiler for GPUs is not installed: pip install 'gt-jax[cuda]'; no GPU is needed")
-    if not _ptxas():
+    if not find_ptxas():
         version = plugin[len("jax_cuda") :][:2]
         package = "nvidia-cuda-nvcc" if version == "13" else f"nvidia-cuda-nvcc-cu{version}"
         raise Refused(f"ptxas, which makes machine code for GPUs, is not installed: pip install {package}")
@@ -188,12 +187,3 @@ def refuse_without_compiler() -> None:
 
 def _found(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def _ptxas() -> bool:
-    """Whether ptxas is where XLA looks for it: CUDA's own place, PATH, or NVIDIA's wheels."""
-    if shutil.which("ptxas") or Path("/usr/local/cuda/bin/ptxas").is_file():
-        return True
-    nvidia = importlib.util.find_spec("nvidia")
-    places = () if nvidia is None else nvidia.submodule_search_locations or ()
-    return any(next(Path(place).glob("*/bin/ptxas"), None) is not None for place in places)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from gt_jax.configs.model import EmbeddingConfig
 from gt_jax.devices.sharding import Rules, on_mesh, per_device, reshard
 from gt_jax.models.layers.primitives import RMSNorm, WeightSpec, widen
+from gt_jax.models.layers.table_rows import look_up, table_rows
 from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.typing import Activations, Tokens
 
@@ -68,10 +69,10 @@ class Embedding(nn.Module):
         return jnp.einsum("btd,vd->btv", hidden, table, out_sharding=place, preferred_element_type=sums)
 
     def _rows(self, table: Float[Array, "vocab d"], tokens: Tokens) -> Activations:
-        return table_rows(reshard(table, self.rules.gathered(None, "embed")), tokens, self.rules)
+        return table_rows(table, tokens, self.rules)
 
     def _look_up(self, table: Array, tokens: Tokens) -> Array:
-        return _look_up(table, tokens, self.rules)
+        return look_up(table, tokens, self.rules)
 
     def _whole(self, table: np.ndarray) -> Array:
         return reshard(jnp.asarray(table), self.rules.spec(*(None,) * table.ndim))
@@ -106,30 +107,6 @@ class Kronecker(nn.Module):
         column_sum = jnp.sum(widen(w), axis=(0, 1))
         centred = each[..., None] * summed - mean[..., None] * column_sum[None, None]
         return centred / (deviation + DEVIATION_EPSILON)[..., None]
-
-
-def _look_up(table: Array, tokens: Tokens, rules: Rules) -> Array:
-    axes = ("batch", None) + (None,) * (table.ndim - 1)
-    return table.at[tokens].get(out_sharding=on_mesh(rules.spec(*axes)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def table_rows(table: Float[Array, "vocab d"], tokens: Tokens, rules: Rules) -> Activations:
-    """table[token] in the table's own dtype; the gradients of a frequent token are summed in float32, rounded once."""
-    return _look_up(table, tokens, rules)
-
-
-def _table_rows_forward(table: Array, tokens: Tokens, rules: Rules) -> tuple[Array, tuple[Array, Array]]:
-    return table_rows(table, tokens, rules), (table, tokens)
-
-
-def _table_rows_backward(rules: Rules, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
-    table, tokens = saved
-    _, pull = jax.vjp(lambda wide: _look_up(wide, tokens, rules), widen(table))  # for its shape and place alone
-    return pull(widen(gradient))[0].astype(table.dtype), None
-
-
-table_rows.defvjp(_table_rows_forward, _table_rows_backward)
 
 
 @jax.custom_vjp

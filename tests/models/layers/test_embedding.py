@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from gt_jax.configs.model import EmbeddingConfig
+from gt_jax.devices.pods import hlo
+from gt_jax.devices.pods.collectives import Links
 from gt_jax.devices.sharding import Rules, make_mesh, put_like, reshard, with_mesh_devices
-from gt_jax.models.layers.embedding import Embedding, Kronecker, byte_rows, table_rows
+from gt_jax.models.layers.embedding import Embedding, Kronecker, byte_rows
 from gt_jax.models.layers.primitives import WeightSpec
+from gt_jax.models.layers.table_rows import table_rows
 from gt_jax.text.token_bytes import default_texts, token_table
 from tests.support import random_tree
 
@@ -187,3 +190,31 @@ def test_the_default_texts_of_a_large_vocabulary_differ_and_are_quick():
     assert time.process_time() - began < 1
     assert len(set(texts)) == 131072 and table.shape == (131072, 32) and length.max() == 8
     assert table[131071, :8].tobytes() == b"<131071>" and length[0] == 1 and table[0, 0] == 0
+
+
+@pytest.mark.parametrize(("vocab", "moved"), [(300, "tokens"), (20, "table")])
+def test_the_fewer_of_tokens_and_table_are_moved_to_the_other(vocab, moved):
+    """The values to the bit, a gradient added up in float32, and no device that receives what is larger."""
+    random, width = np.random.default_rng(0), 16
+    tokens = jnp.asarray(random.integers(0, vocab, (8, 24)), jnp.int32)
+    table = jnp.asarray(random.standard_normal((vocab, width)), jnp.bfloat16)
+    shares = random.standard_normal((8, 24, width)).astype("float32")
+
+    def weighed(table, tokens, shares):
+        rows = table_rows(table, tokens, Rules())
+        return jnp.sum(rows * shares), rows
+
+    with jax.set_mesh(make_mesh(data=2, fsdp=4)):
+        placed = (reshard(table, Rules().spec(None, "embed")), reshard(tokens, Rules().spec("batch", None)),
+                  reshard(jnp.asarray(shares), Rules().spec("batch", None, None)))
+        compiled = jax.jit(jax.grad(weighed, has_aux=True)).lower(*placed).compile()
+        gradient, rows = compiled(*placed)
+    assert gradient.sharding.spec == Rules().spec(None, "embed") and gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(rows, np.float32), np.asarray(table, np.float32)[tokens])
+    wanted = np.zeros((vocab, width))
+    np.add.at(wanted, np.asarray(tokens), np.asarray(jnp.asarray(shares, jnp.bfloat16), np.float64))
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), wanted, rtol=2**-8, atol=1e-6)
+    sent = [one for all_of_it in Links(hlo.read(compiled.as_text())).sent.values() for one in all_of_it]
+    assert any(one.kind == "all-to-all" for one in sent) == (moved == "tokens"), sent
+    largest = {"tokens": 2 * vocab * width, "table": 8 * vocab * width}[moved]  # a quarter of it in float32, or half
+    assert all(one.bytes <= largest for one in sent), sent

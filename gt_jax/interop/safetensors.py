@@ -16,6 +16,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -84,7 +85,9 @@ class SafetensorsFile(TensorFile):
 class Writer:
     """Writes a .safetensors file whose tensors come in any order, one at a time: `with Writer(...) as w: w.put(...)`.
 
-    Leaving the block without an error demands that every tensor came; the bytes are then on disk.
+    Leaving the block without an error demands that every tensor came; the bytes are then on disk. A piece is written by
+    a thread while its caller makes the next, since either takes a core: it must stay as it is until then. An error of
+    that is raised with the next piece, or at the end.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, Info], config: Mapping[str, Any] | None = None,
@@ -95,7 +98,7 @@ class Writer:
         about |= {_LINEAGE: json.dumps(lineage)} if lineage is not None else {}
         self._about: dict[str, str] = {"format": "pt", **about}
         header: dict[str, Any] = {"__metadata__": self._about}
-        self._header, self._sums = header, {name: f"{0:08x}" for name in order}
+        self._header, self._crcs = header, dict.fromkeys(order, 0)
         self._left: dict[str, tuple[int, Info]] = {}
         end = 0
         for name in order:
@@ -106,6 +109,8 @@ class Writer:
         text = self._text()
         self._start, self.nbytes = len(text), end
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        self._thread, self._under_way = ThreadPoolExecutor(1, "safetensors"), Future[None]()
+        self._under_way.set_result(None)
         self._write_all(0, np.frombuffer(text, np.uint8))
 
     def put(self, name: str, value: np.ndarray) -> None:
@@ -118,17 +123,22 @@ class Writer:
     def put_parts(self, name: str, parts: Iterable[np.ndarray]) -> None:
         """Write one tensor whose values come in parts, in C order; one part is held at a time."""
         begin, info = self._left.pop(name)
-        place, checksum = self._start + begin, 0
+        place = self._start + begin
         for piece in itertools.chain.from_iterable(map(pieces, parts)):
-            self._write_all(place, piece)
-            place, checksum = place + piece.nbytes, zlib.crc32(piece.data, checksum)
+            self._under_way.result()
+            self._under_way = self._thread.submit(self._add, name, place, piece)
+            place += piece.nbytes
         if place - self._start - begin != math.prod(info.shape) * info.dtype.itemsize:
             raise ValueError(f"{name} came as {place - self._start - begin} bytes; the header says {info}")
-        self._sums[name] = f"{checksum:08x}"
+
+    def _add(self, name: str, place: int, piece: np.ndarray) -> None:
+        self._write_all(place, piece)
+        self._crcs[name] = zlib.crc32(piece.data, self._crcs[name])
 
     def _text(self) -> bytes:
         """Length and header; as long at the end, with the checksums, as at the start, with zeros for them."""
-        self._about |= {_SUMS: json.dumps(self._sums), _OWN: f"{0:08x}"}
+        sums = {name: f"{crc:08x}" for name, crc in self._crcs.items()}
+        self._about |= {_SUMS: json.dumps(sums), _OWN: f"{0:08x}"}
         text = json.dumps(self._header).encode()
         text += b" " * (-len(text) % 8)
         return _LENGTH.pack(len(text)) + _OWN_STORED.sub(f"{zlib.crc32(text):08x}".encode(), text)
@@ -144,8 +154,9 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        with self._file:
+        with self._file, self._thread:
             if kind is None:
+                self._under_way.result()
                 if self._left:
                     raise ValueError(f"not written: {', '.join(self._left)}")
                 self._write_all(0, np.frombuffer(self._text(), np.uint8))

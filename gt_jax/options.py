@@ -14,9 +14,12 @@ _MOST = 2**31 - 1  # sizes and counts lie in int32
 
 def whole(text: str) -> int:
     """A whole number that 64 bits hold: what commands check further, all of it at once."""
+    beyond = argparse.ArgumentTypeError(f"{text[:24]!r} is beyond 64 bits")
+    if len(text) > 40 and text.strip("+-").isdigit():  # Python makes no number of thousands of digits
+        raise beyond
     value = int(text)  # argparse says it of what is none
     if not -(2**63) <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text[:24]!r} is beyond 64 bits")
+        raise beyond
     return value
 
 

@@ -110,4 +110,7 @@ def read_run_config(run: Path) -> RunConfig:
         raise Refused(f"{file} cannot be read as a run's config: {error}") from error
     if not isinstance(data, dict):
         raise Refused(f"{file} cannot be read as a run's config: it is no JSON object")
-    return RunConfig.from_json(data)
+    try:
+        return RunConfig.from_json(data)
+    except Refused as error:
+        raise Refused(f"{file} cannot be read as a run's config: {error}") from error

@@ -22,6 +22,7 @@ from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.monitoring import layer_alerts
 from gt_jax.monitoring.layer_alerts import PATIENCE, Found, Record
+from gt_jax.monitoring.metrics import measured
 from gt_jax.tasks.rows import rises
 
 READ = ("loss", "gradient_norm", "price", *layer_alerts.READ)
@@ -89,7 +90,7 @@ class Watch:
             return []
         config, step = self._course.config, record["step"]
         try:
-            record = {name: np.asarray(record[name], np.float64) for name in READ if name in record} | {"step": step}
+            record = {name: measured(record[name]) for name in READ if name in record} | {"step": step}
         except (TypeError, ValueError) as error:
             raise Refused(f"the metrics of step {step} hold what is no number: {error}") from error
         if config.train.thaw is not None and step == config.train.thaw.steps + 1:

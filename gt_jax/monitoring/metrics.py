@@ -255,6 +255,13 @@ def _numbers(value: Any) -> Any:
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
+def measured(value: Any) -> np.ndarray:
+    """Numbers of a record, float64; raises ValueError or TypeError for what is none. NumPy takes None for NaN."""
+    if any(one is None for one in np.asarray(value, object).flat):
+        raise ValueError("null is no number")
+    return np.asarray(value, np.float64)
+
+
 def seconds_of(lines: Sequence[dict[str, Any]]) -> float:
     """The time a run took, its clock starting anew at every resume."""
     times = [line["time_elapsed"] for line in lines if "time_elapsed" in line]

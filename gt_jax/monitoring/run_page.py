@@ -19,7 +19,7 @@ import numpy as np
 from gt_jax.configs.run import RunConfig, read_run_config
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.monitoring.alerts import Alert, Course, alerts, texts
-from gt_jax.monitoring.metrics import format_value, read_metrics, seconds_of
+from gt_jax.monitoring.metrics import format_value, measured, read_metrics, seconds_of
 from gt_jax.monitoring.run_plots import plot_runs
 
 LAST = 20  # records that the table's figures are a mean of
@@ -58,7 +58,7 @@ def _misfits(records: Sequence[Mapping[str, Any]]) -> list[str]:
         for name, value in record.items():
             said = f"step {record['step']} has {name} {json.dumps(value)[:40]}"
             try:
-                shape = np.asarray(value, np.float64).shape
+                shape = measured(value).shape
             except (TypeError, ValueError):
                 wrong.append(f"{said}, no number")
                 continue

@@ -17,6 +17,9 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "tried": list,
 }  # fmt: skip
 _ROW = {"mesh": dict, "accumulate": int, "fits": bool, "bytes": int, "flops": int, "collectives": dict}
+_NUMBERS: dict[str, type | tuple[type, ...]] = {
+    "mesh": int, "memory": (int, float), "least_seconds": (int, float), "launches": int,
+}  # fmt: skip
 _PART = {"part": str, "phase": str, "bytes": (int, float), "flops": (int, float), "links": (int, float)}
 
 
@@ -33,6 +36,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     for number, row in enumerate(rows):
         wanted = _ROW if isinstance(row, dict) and row.get("fits") is True else {"fits": bool}
         wrong += [f"tried[{number}] {line}" for line in _mistyped(row, wanted)]
+        wrong += [f"tried[{number}] {line}" for line in _not_numbers(row)]
         parts = row.get("parts", []) if isinstance(row, dict) else []
         each = enumerate(parts if isinstance(parts, list) else [parts])
         wrong += [f"tried[{number}] parts[{at}] {line}" for at, one in each for line in _mistyped(one, _PART)]
@@ -47,6 +51,15 @@ def _mistyped(found: Any, wanted: Mapping[str, Any]) -> list[str]:
         return ["is no JSON object"]
     return [f"lacks {name}" if name not in found else f"has a {name} of another type"
             for name, kind in wanted.items() if not isinstance(found.get(name), kind)]  # fmt: skip
+
+
+def _not_numbers(row: Any) -> list[str]:
+    """What a mesh tells by name, and a plan that has it: sizes of axes, bytes of memory, seconds, kernels."""
+    given = {name: row[name] for name in _NUMBERS if name in row} if isinstance(row, Mapping) else {}
+    wrong = [f"has a {name} that is no JSON object" for name, value in given.items() if not isinstance(value, Mapping)]
+    return wrong + [f"{name} has a {key} that is no number: {one!r:.40}" for name, value in given.items()
+                    if isinstance(value, Mapping) for key, one in value.items()
+                    if isinstance(one, bool) or not isinstance(one, _NUMBERS[name])]  # fmt: skip
 
 
 def best(plan: Json) -> Json | None:
@@ -125,7 +138,8 @@ def comparison_lines(plans: Mapping[str, Json]) -> list[str]:
         lines.append(_pair(words, *(row[name] / unit if name in row else None for row in rows)))
     for name in ("flops", "bytes", "links"):
         lines.append(_pair(f"least s by {name}", *(row.get("least_seconds", {}).get(name) for row in rows)))
-    lines.append(_pair("GiB of memory", *(row["memory"]["total"] / 2**30 if "memory" in row else None for row in rows)))
+    held = [row.get("memory", {}).get("total") for row in rows]
+    lines.append(_pair("GiB of memory", *(None if size is None else size / 2**30 for size in held)))
     lines += [_pair("kernels executed", *launches)] if any(launches) else []
     if old:
         return lines

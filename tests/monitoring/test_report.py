@@ -137,6 +137,8 @@ def test_nothing_is_overwritten_unasked(folder, tmp_path):
     (("new", "-o", "gone/x.html"), "gone is not a folder"),
     (("broken",), "metrics.jsonl', line 1: not a JSON object"),
     (("strange",), "strange.config.json cannot be read"),
+    (("edited",), r"(?s)edited.config.json cannot be read as a run's config: .*'init_std'"),
+    (("null",), r"(?s)null.metrics.jsonl' holds what no run writes:.*has delta_ratio \[null"),
 ])  # fmt: skip
 def test_what_cannot_be_reported_is_refused(folder, monkeypatch, words, says):
     monkeypatch.chdir(folder)
@@ -144,6 +146,10 @@ def test_what_cannot_be_reported_is_refused(folder, monkeypatch, words, says):
         write_run(folder / "broken", RUN, [], tail=b"rubbish\n{}\n")
         write_run(folder / "strange", RUN, [])
         (folder / "strange" / "config.json").write_text("{")
+        made = RUN.to_json()
+        write_run(folder / "edited", RUN, [])
+        (folder / "edited" / "config.json").write_text(json.dumps({**made, "model": {**made["model"], "init_std": []}}))
+        write_run(folder / "null", RUN, changed(healthy(steps=3), 2, 2, delta_ratio=[None] * 8))
     before = sorted(folder.rglob("*"))
     with pytest.raises(Refused, match=says):
         report.main([*words, *([] if "-o" in words else ["-o", "page.html"])])

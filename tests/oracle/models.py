@@ -76,6 +76,18 @@ def opened(folder: Path):
     return network.eval()
 
 
+def decoded_beside_prefill(network, tokens):
+    """By transformers alone: the largest difference of logits, in units of the largest logit."""
+    ids, past, parts = torch.tensor(tokens), None, []
+    with torch.no_grad():
+        whole = network(ids, use_cache=False).logits
+        for begin, end in ((0, 6), (6, 7), (7, 8), (8, 9)):
+            output = network(ids[:, begin:end], past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            parts.append(output.logits)
+    return float((torch.cat(parts, 1) - whole).abs().max() / whole.abs().max())
+
+
 def tokens_of(network, rows=2, length=13):
     """Random tokens."""
     return np.random.default_rng(0).integers(2, network.config.vocab_size, (rows, length))

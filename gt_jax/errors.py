@@ -138,13 +138,24 @@ def say_error(error: BaseException) -> int:
         say("interrupted")
         return INTERRUPTED
     if isinstance(error, (Refused, Failed, OSError)):
-        say(f"{'refused' if isinstance(error, Refused) else 'failed'}: {error}")
+        gone = "; the folder that this was started in is gone: change to one that exists" if (
+            isinstance(error, FileNotFoundError) and _folder_is_gone()) else ""  # fmt: skip
+        say(f"{'refused' if isinstance(error, Refused) else 'failed'}: {error}{gone}")
         return 2 if isinstance(error, Refused) else 1
     if _lacks_memory(error):
         say(f"failed: not enough memory ({first_line(error)}); take fewer or shorter rows, or --accumulate in training")
         return 1
     say("".join(traceback.format_exception(error)).rstrip())
     return 1
+
+
+def _folder_is_gone() -> bool:
+    """Whether no relative path can be found, since the current folder was deleted."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _flush_output() -> None:

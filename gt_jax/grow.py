@@ -39,7 +39,7 @@ from gt_jax.growth.layer_map import EXAMPLE, read_map
 from gt_jax.growth.memory_size import memory_size
 from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, fitted, identity_plan, make_plan
 from gt_jax.growth.plan_entries import Plan
-from gt_jax.growth.plan_file import plan_for, plan_json
+from gt_jax.growth.plan_file import plan_for, plan_json, unread
 from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, reference
 from gt_jax.growth.rounding import ROUNDS
 from gt_jax.growth.rules import CARRIES, check_noise
@@ -298,7 +298,8 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
     wanted = _target_layout(args.target_layout)
     if kind == "file":
         plan, counts = plan_for(args.plan_file, source.config.depth if source else None)
-        warnings += _assumed(plan, counts, source)
+        used = {name: getattr(args, name) for name in ("noise_std", "seed", "dtype", "recipe")}
+        warnings += [*_assumed(plan, counts, source), *unread(args.plan_file, {**used, "carry": options["carry"]})]
     elif kind == "identity":
         plan = identity_plan(source.config.depth if source else default_layout(reference()))
     else:

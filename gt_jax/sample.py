@@ -151,7 +151,7 @@ def _continued(config: Any, variables: Any, tokenizer: Any, metadata: Any, argum
     beside = _beside(metadata)
     prompts = [_chat(text, tokenizer, beside, arguments) if arguments.chat else _tokens(text, tokenizer)
                for text in given]  # fmt: skip
-    ends = _stop_tokens(arguments, tokenizer, beside)
+    ends = _stop_tokens(arguments, tokenizer, beside, config.vocab)
     samples: list[dict[str, Any]] = [{} for _ in given]
     reading = decoding = 0.0
     for size in sorted({len(prompt) for prompt in prompts}):
@@ -179,12 +179,19 @@ def _beside(metadata: Any) -> dict[str, str]:
     return dict(origin.get("beside") or {}) if isinstance(origin, dict) else {}
 
 
-def _stop_tokens(arguments: argparse.Namespace, tokenizer: Any, beside: dict[str, str]) -> tuple[int, ...]:
-    """The ids that end a text beside the end of the document; those that nobody named are said."""
+def _stop_tokens(arguments: argparse.Namespace, tokenizer: Any, beside: dict[str, str], vocab: int
+                 ) -> tuple[int, ...]:  # fmt: skip
+    """The ids that end a text beside the end of the document; those that nobody named are said.
+
+    Raises `Refused` for a named one that the model does not have.
+    """
     from gt_jax.text.chat_template import stop_tokens
 
     if arguments.stop_tokens is not None:
-        return () if arguments.stop_tokens == "none" else tuple(map(int, arguments.stop_tokens.split(",")))
+        given = () if arguments.stop_tokens == "none" else tuple(map(int, arguments.stop_tokens.split(",")))
+        refuse_all([f"{token} is no token of the model, whose ids are 0 to {vocab - 1}" for token in given
+                    if token >= vocab], f"--stop-tokens {arguments.stop_tokens}:")  # fmt: skip
+        return given
     found = stop_tokens(beside)
     if found:
         name_of = getattr(tokenizer, "name_of", lambda token: None)

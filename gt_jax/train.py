@@ -123,6 +123,9 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     thaw = thaw_config(arguments, train.thaw, start.get("start", base.start))
     train = train.replace(**own, optimizer=optimizer, price=price, thaw=thaw)
     sources = {name: _from_anywhere(name, value) for name, value in source_fields(arguments).items()}
+    if arguments.resume and not (arguments.task or arguments.tfds):  # --text alone says where the files lie now
+        sources = {name: value for name, value in sources.items() if name in ("text", "json_lines")
+                   or (name == "mix" and arguments.mix is not None)}  # fmt: skip
     shape = pick("sequence_length", "batch_size", "held_out", "seed")
     shape |= {"tokenizer": _from_anywhere("tokenizer", given["tokenizer"])} if "tokenizer" in given else {}
     data = with_curriculum(base.data.replace(**sources, **shape), arguments.curriculum, train.steps)

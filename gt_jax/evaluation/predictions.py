@@ -27,6 +27,7 @@ from gt_jax.evaluation.confidence_intervals import Interval, ratio_interval
 from gt_jax.evaluation.held_out_rows import HeldOutRows
 from gt_jax.evaluation.intermediates import hidden_rows
 from gt_jax.evaluation.pieces import in_pieces
+from gt_jax.evaluation.proportions import proportion_interval
 from gt_jax.models.language_model import LanguageModel, free_passes
 from gt_jax.training.step import Batch, shard_batch
 from gt_jax.typing import Activations, PerToken, Tree
@@ -122,8 +123,9 @@ def summary(sums: Float64[np.ndarray, "fields units"], kind: str, confidence: fl
     nothing = Interval(float("nan"), None, None)
     gap = ratio_interval(by["target_loss"] - by["source_loss"], by["source_loss"], confidence) if (
         by["source_loss"].sum() > 0) else nothing  # fmt: skip
-    between = {"gap": gap, **{name: ratio_interval(by[name], tokens, confidence) if total else nothing
-                              for name in ("kl", "same_top1", "cosine")}}  # fmt: skip
+    between = {"gap": gap}
+    for name, interval in (("kl", ratio_interval), ("same_top1", proportion_interval), ("cosine", ratio_interval)):
+        between[name] = interval(by[name], tokens, confidence) if total else nothing
     return {
         **mean, "tokens": int(total), "gap": gap.value, "verdict": verdict(gap, kind),
         "cosine_verdict": said(between["cosine"], (COSINE,), ("below", "good"), kind),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,6 +207,9 @@ def _problems(plan: Plan) -> list[str]:
         if not math.isfinite(entry.coefficient) or entry.copy < 0 or (entry.copy == 0 and entry.coefficient != 0):
             wrong.append(f"target layer {index}: copy {entry.copy} at coefficient {entry.coefficient}; a copy from 1 "
                          "with a finite coefficient is needed, or copy 0 at coefficient 0 for the identity")
+        elif entry.copy > len(target):
+            wrong.append(f"target layer {index}: copy {entry.copy}; there are {len(target)} layers in all, so copies "
+                         "are numbered from 1 to that")
     return wrong
 
 
@@ -223,6 +226,18 @@ def _whole(value: Any) -> bool:
     return _is(value, int) and _finite(value)
 
 
+def _text_or_none(value: Any) -> bool:
+    return value is None or _is(value, str)
+
+
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{name: (_text_or_none, "a text") for name in ("round", "coefficient", "correct", "from")},
+    "target_layers": (lambda value: value is None or _whole(value), "a whole number"),
+    "alpha": (lambda value: value is None or (isinstance(value, list) and all(map(_finite, value))),
+              "a list of finite numbers"),
+}  # fmt: skip
+
+
 def _json_problems(data: Mapping[str, Any]) -> list[str]:
     wrong = [f"key {key!r} is {data.get(key)!r}; a text is needed" for key in ("kind", "source_layout", "layout")
              if not _is(data.get(key), str)]
@@ -236,8 +251,10 @@ def _json_problems(data: Mapping[str, Any]) -> list[str]:
     if not isinstance(options, Mapping):
         wrong.append("key 'options' is not an object")
     else:
+        wrong += [f"key 'options.{name}' is {options[name]!r:.60}; {words} is needed"
+                  for name, (fits, words) in _OPTIONS.items() if not fits(options.get(name))]
         wrong += [f"key 'options.{name}' is {value}; a finite number is needed" for name, value in options.items()
-                  if isinstance(value, float) and not math.isfinite(value)]
+                  if name not in _OPTIONS and isinstance(value, float) and not math.isfinite(value)]
     if not isinstance(layers, list):
         return [*wrong, "key 'layers' is not a list, one object a target layer"]
     fields = {"source": _whole, "copy": _whole, "coefficient": _finite}

@@ -63,3 +63,10 @@ def plan_for(path: Path, depth: Layout | None) -> tuple[Plan, Repetition | None]
         refuse_all(disorder(plan), f"plan file {path}: its {plan.kind} plan loses the source's order; make the plan "
                                    'anew, or where this order is meant, write "kind": "map" into the file:')
     return plan, counts
+
+
+def unread(path: Path, used: Mapping[str, Any]) -> list[str]:
+    """One line for each option of the growth that the file names, as a dry run's JSON does, and `used` has else."""
+    there = read_object(path)
+    return [f"plan file {path} says {name} {there[name]!r:.40}; the command line says it, and {value} is used"
+            for name, value in used.items() if name in there and there[name] != value]

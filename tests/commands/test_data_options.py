@@ -72,6 +72,8 @@ def test_a_source_that_is_named_replaces_all_that_the_run_had():
     base = config_of("--task", CHAINS, "--mix", "text=0.5,variable_chains=0.5", "--curriculum", "0.5")
     assert config_of("--text", "a.txt", base=base).data == config_of("--text", "a.txt").data
     assert config_of("--task", "addition", base=base).data == config_of("--task", "addition").data
+    moved = config_of("--resume", "--text", "a.txt", base=base).data  # of a run that goes on it is where the text lies
+    assert moved == base.data.replace(text=config_of("--text", "a.txt").data.text)
     kept = config_of("--steps", "7", "--batch-size", "2", base=base).data
     assert kept == base.data.replace(batch_size=2), "a curriculum is so many rows, however many steps are added"
     weighed = config_of("--mix", "text=0.9,variable_chains=0.1", base=base).data

@@ -177,6 +177,13 @@ def test_a_full_disk_behind_standard_output_is_named(capsys, monkeypatch):
     assert ended.value.code == 1 and "No space left on device: 'standard output'" in capsys.readouterr().err
 
 
+def test_a_folder_that_was_deleted_under_a_command_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(os, "getcwd", lambda: os.stat("no such folder"))
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda argv: open("relative.json").close() or 0, [])
+    assert ended.value.code == 1 and "is gone: change to one that exists" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("leaves", [ImportError, RuntimeError, KeyboardInterrupt])
 def test_ctrl_c_is_told_as_that_whatever_a_library_makes_of_it(capsys, monkeypatch, leaves):
     """While jaxlib is being loaded, and where XLA calls back, the interrupt becomes an error of theirs.

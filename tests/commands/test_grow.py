@@ -238,6 +238,8 @@ def test_every_plan_goes_out_as_json_and_picture_and_comes_in_again(tmp_path, ca
     dry = tmp_path / "dry.json"  # the whole object of a dry run is a plan file too
     dry.write_text(json.dumps(found))
     assert Plan.from_json(found) == read_plan_file(dry)[0]
+    main(["--dry-run", "--json", "--plan-file", str(dry), "--seed", "5"])  # said: it is not read
+    assert any("says seed 0; the command line" in one for one in json.loads(capsys.readouterr().out)["warnings"])
 
 
 def test_a_plan_file_that_lost_the_order_is_refused_unless_it_is_a_map(tmp_path, capsys):

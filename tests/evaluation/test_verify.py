@@ -229,6 +229,8 @@ def test_pieces_of_the_rows_give_what_whole_rows_do(grown, monkeypatch):
     assert found["source_fixed_loss"] is None and found["units"] == {"kind": "document", "count": 4}
     limits = found["intervals"]["gap"]
     assert limits["low"] <= found["gap"] <= limits["high"] and found["verdict"] == "good"
+    share = found["intervals"]["same_top1"]
+    assert 0 <= share["low"] <= found["same_top1"] <= share["high"] <= 1
     assert found["tokens"] == sum(int((one["targets"] >= 0).sum()) for one in BATCHES)
 
 

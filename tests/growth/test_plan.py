@@ -255,6 +255,8 @@ def test_a_plan_that_does_not_fit_names_every_entry():
     (("layers", 1, "coefficient"), None, "layers[1].coefficient"),
     (("layers", 1, "target"), 7, "layers[1].target"), (("layers",), 3, "'layers'"), (("kind",), None, "'kind'"),
     (("requested",), [1.5], "'requested'"), (("mass",), [], "'mass.requested'"), (("options",), 1, "'options'"),
+    (("options",), {"from": 3}, "'options.from' is 3; a text"), (("options",), {"alpha": [1.0, "x"]}, "list of finite"),
+    (("layers", 1, "copy"), 10**12, "copy 1000000000000; there are 2 layers"),
     (("layout",), "DG*3", "2 entries for the 6 layers"), (("source_layout",), "DXG", "unknown layer type"),
 ], ids=str)
 def test_json_that_is_no_plan(path, value, what):

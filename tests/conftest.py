@@ -4,7 +4,8 @@ Tracing and compiling are nearly all that a test costs, so LLVM does not optimis
 selection: the fast one, which goes with level 0, makes code that returns NaN in places) nor cuts a program into parts
 for threads that are not there, fusions are emitted the older, quicker way where XLA still has it, operations do not
 carry the Python lines that they come from (a fifth of the time), a function inside a function is checked for types the
-first times that it is made and not for each layer of each model anew (a quarter of tracing), no initializer is traced
+first times that it is made and not for each layer of each model anew (a quarter of tracing), any other at its first
+calls in each file of tests (a tenth of the time), no initializer is traced
 for the shape of a parameter that is there (a tenth of tracing), and what took long to compile is kept for the rest of
 the run, for every process of it.
 """
@@ -54,13 +55,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 CHECKED = 4  # times that a function inside a function is made with its types checked; each further time it stands bare
+CALLS = 8  # calls of any other function that are checked in each file of tests
+called: collections.Counter[types.CodeType] = collections.Counter()
+_file = [""]  # of the test that runs
 
 
 def _checked_at_first(decorate: Callable[..., Any]) -> Callable[..., Any]:
-    """`jaxtyping.jaxtyped`, which the hook of `--jaxtyping-packages` puts over every function; closures at first alone.
+    """`jaxtyping.jaxtyped`, which the hook of `--jaxtyping-packages` puts over every function, where it is likely to
+    see something new.
 
     It writes and compiles two functions for each one that it decorates: once for those of a module, but for those
-    inside others at every call, thousands of times for one model. Counted in each process, by code object.
+    inside others at every call, thousands of times for one model; and it compares the shapes of each call's arrays
+    with the names of those before. Counted in each process, by code object.
     """
     made: collections.Counter[types.CodeType] = collections.Counter()
 
@@ -68,11 +74,20 @@ def _checked_at_first(decorate: Callable[..., Any]) -> Callable[..., Any]:
     def decorated(fn: Any = None, **options: Any) -> Any:
         if fn is None:
             return functools.partial(decorated, **options)
-        if isinstance(fn, types.FunctionType) and "<locals>" in fn.__qualname__:
-            made[fn.__code__] += 1
-            if made[fn.__code__] > CHECKED:
-                return fn
-        return decorate(fn, **options)
+        if not isinstance(fn, types.FunctionType):
+            return decorate(fn, **options)
+        code = fn.__code__
+        if "<locals>" in fn.__qualname__:
+            made[code] += 1
+            return decorate(fn, **options) if made[code] <= CHECKED else fn
+        checked = decorate(fn, **options)
+
+        @functools.wraps(fn)
+        def either(*args: Any, **keywords: Any) -> Any:
+            called[code] += 1
+            return (checked if called[code] <= CALLS else fn)(*args, **keywords)
+
+        return either
 
     return decorated
 
@@ -101,6 +116,13 @@ def _of_the_shape_asked_for(param: Callable[..., Any]) -> Callable[..., Any]:
 Scope.param = _of_the_shape_asked_for(Scope.param)
 
 
+def pytest_runtest_logstart(nodeid: str, location: tuple[str, int | None, str]) -> None:
+    """Every file of tests has calls of its own that are checked."""
+    if location[0] != _file[0]:
+        called.clear()
+        _file[0] = location[0]
+
+
 def pytest_unconfigure() -> None:
     """The process that made the folder of compiled programs removes it; the others have ended by then."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -113,11 +135,13 @@ def key() -> jax.Array:
     return jax.random.key(0)
 
 
-LONGEST = (  # from 80 CPU seconds down to 20
-    "test_components", "test_commands", "test_demo", "test_several_processes", "test_verify", "test_goes_on",
-    "test_mixers", "test_round_trip", "test_bfloat16", "test_whole_model", "test_gates_closed_loop",
-    "test_calibration", "test_compacted_passes", "test_singular_values", "test_stream_resume", "test_stream",
-    "test_sliding", "test_gated_delta_rule_tpu", "test_token_passes", "test_presets",
+LONGEST = (  # from 90 CPU seconds down to 20
+    "test_components", "test_round_trip", "test_mixers", "test_commands", "test_demo", "test_several_processes",
+    "test_calibration", "test_compacted_passes", "test_hyper_connections", "test_whole_or_not",
+    "test_gates_closed_loop", "test_stream_resume", "test_data_options", "test_sliding", "test_gated_delta_rule_tpu",
+    "test_bfloat16",
+    "test_hybrid_walk", "test_verify", "test_whole_model", "test_singular_values", "test_lineage", "test_checkpoint",
+    "test_goes_on", "test_sparse_attention_tpu",
 )  # fmt: skip
 
 

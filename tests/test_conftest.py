@@ -27,6 +27,19 @@ def test_a_function_inside_a_function_is_checked_the_first_times_that_it_is_made
     assert made()(*wrong) is wrong[0]
 
 
+@jaxtyping.jaxtyped(typechecker=beartype)
+def outer(x: Float[Array, " n"], y: Float[Array, " n"]) -> Float[Array, " n"]:
+    return x
+
+
+def test_a_function_of_a_module_is_checked_at_its_first_calls_in_a_file():
+    wrong = jnp.zeros(2), jnp.zeros(3)
+    for _ in range(8):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            outer(*wrong)
+    assert outer(*wrong) is wrong[0]
+
+
 class One(nn.Module):
     @nn.compact
     def __call__(self):

@@ -294,7 +294,10 @@ def test_run_passes_over_damaged_steps(tmp_path: Path) -> None:
     assert run.steps() == [1, 2] and not (tmp_path / "9.unfinished").exists()
 
 
-@pytest.mark.parametrize("then", [None, ValueError("the values are not where its metadata says"), OSError(5, "?")])
+@pytest.mark.parametrize("then", [
+    None, ValueError("the values are not where its metadata says"),
+    pytest.param(OSError(5, "?"), marks=pytest.mark.exhaustive),
+])  # fmt: skip
 def test_ctrl_c_while_a_step_is_read_makes_no_damaged_step_of_it(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: Exception | None) -> None:
     """Orbax swallows the interrupt of its event loop, and finds nothing: the step is whole, and stays the newest."""

@@ -90,7 +90,7 @@ def with_spectrum(values):
     return lambda x: (x.reshape(1, size) @ matrix).reshape(x.shape)
 
 
-@pytest.mark.parametrize("iterations", [5, 20])
+@pytest.mark.parametrize("iterations", [5, pytest.param(20, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("name", "values"), [
     ("all near one", 1 + 1e-3 * np.linspace(0, 1, 400)[::-1]),
     ("one above many", np.concatenate([[1.3], np.linspace(1.2, 1.0, 399)])),

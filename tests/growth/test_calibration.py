@@ -257,6 +257,7 @@ def test_the_command_refuses_before_it_writes(folder):
     assert {path.name for path in folder.iterdir()} == there
 
 
+@pytest.mark.exhaustive  # what it runs on a mesh, tests of verify, training and evaluation run there too
 def test_a_mesh_gives_the_gains_of_one_device(grown, recovered):
     """Weights cut over fsdp and tensor, rows over data and fsdp: the same fit, up to the order of sums."""
     _, child, _ = grown

@@ -45,7 +45,11 @@ def overrides(config: ModelConfig) -> dict:
     return {name: value for name, value in OVERRIDES.items() if getattr(config, name) is not None}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+RARE = ("table, another pattern", "plain, 20 layers, table and code, without streams")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.exhaustive] if name in RARE else []) for name in CONFIGS])  # fmt: skip
 def test_there_and_back(tmp_path, name):
     config = CONFIGS[name]
     source = origin.write(tmp_path / "a.safetensors", origin.state(config))

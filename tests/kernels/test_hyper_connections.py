@@ -88,7 +88,7 @@ def assert_close(got, wanted, dtype):
         assert np.sqrt(np.mean(error**2)) <= bound * size, (path, np.sqrt(np.mean(error**2)) / size)
 
 
-@pytest.mark.parametrize("kind", ["plain", "hard", "tied"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.exhaustive), "hard", "tied"])
 def test_kernels_agree_with_the_definition_in_float32(kind):
     """Values and all gradients, Sinkhorn's too, with entries at the floor and equal ones. A row shorter than a tile."""
     settings, inputs = Settings(rounds=ROUNDS), make_inputs((1, 20, 3, 128), "float32", kind)

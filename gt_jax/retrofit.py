@@ -104,7 +104,8 @@ def _settings(args: argparse.Namespace) -> tuple[AdaptiveConfig, PriceConfig, in
     priced = args.pass_price is not None
     more = {"value": args.pass_price} if priced else {"target_of": args.target_of}
     target = None if priced else TARGET if args.target is None else args.target
-    return adaptive, opening(adaptive.initial_bias, args.price_rule, target, **more), memory_size(args.memory)
+    price = opening(adaptive.initial_bias, len(adaptive.alpha), args.price_rule, target, **more)
+    return adaptive, price, memory_size(args.memory)
 
 
 def _dry_run(args: argparse.Namespace, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,8 @@ class Study(Config):
         train = gone_on(self.source_train(seed), self.source_steps, steps).replace(seed=seed)
         if not opens:
             return train
-        price = opening(self.adaptive.initial_bias, "budget", None, value=self.setting.pass_price)
+        adaptive, value = self.adaptive, self.setting.pass_price
+        price = opening(adaptive.initial_bias, len(adaptive.alpha), "budget", None, value=value)
         return train.replace(price=price)
 
 

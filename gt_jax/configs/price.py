@@ -110,17 +110,18 @@ def budget(target: float | None, **fields: object) -> PriceConfig:
 OPEN = 2.0  # the logit of a gate that has opened: 0.88
 
 
-def opening(closed: float, rule: Rule, target: float | None, **fields: object) -> PriceConfig:
-    """The price of a retrofitted model, whose gates start at the logit `closed` (gt_jax.retrofit).
+def opening(closed: float, passes: int, rule: Rule, target: float | None, **fields: object) -> PriceConfig:
+    """The price of a retrofitted model of so many `passes`, whose gates start at the logit `closed` (gt_jax.retrofit).
 
-    Forced passes are drawn for each step over the first 40 % of the run, the highest number rising over the first 30 %,
-    while the gates open; the price is free from there on.
+    All passes are forced over the first 70 % of the run, while the gates open: as a pass's weight is that of the gates
+    before it, what it adds grows with them. The gates choose, and the price moves, from there on. Drawing the number of
+    passes for each step, over 40 %, taught no pass but the first (experiments.retrofit).
 
-    >>> opening(-3.0, "budget", 1.5, target_of="passes_run").gates_opened
+    >>> opening(-3.0, 4, "budget", 1.5, target_of="passes_run").gates_opened
     5.0
     """
-    until = {name: 0.4 for name in ("forced_until", "price_from", "clipped_until")}
-    schedule = {"forced_passes": 0, "forced_ramp": 0.3, "gates_opened": OPEN - closed, **until, **fields}
+    until = {name: 0.7 for name in ("forced_until", "price_from", "clipped_until")}
+    schedule = {"forced_passes": passes, "gates_opened": OPEN - closed, **until, **fields}
     if rule == "budget":
         return budget(target, **schedule)
     return PriceConfig(rule=rule, target=target, **schedule)  # type: ignore[arg-type]

@@ -56,7 +56,7 @@ def test_contenders_go_on_from_the_plateau_and_a_pass_is_charged_when_it_is_comp
     assert source.optimizer.boundaries(source.steps)[1] >= STUDY.source_steps, "its rate has not fallen"
     opened, on = STUDY.further(1, STUDY.steps, True), STUDY.further(1, 3000, False)
     assert opened.optimizer == on.optimizer.replace(warmup=opened.optimizer.warmup)
-    assert opened.optimizer.learning_rate == STUDY.rate and opened.price.forced_passes == 0 and opened.seed == 1
+    assert opened.optimizer.learning_rate == STUDY.rate and opened.price.forced_passes == 4 and opened.seed == 1
     assert STUDY.adaptive.initial_bias + opened.price.gates_opened == pytest.approx(2.0)
     adaptive = retrofitted_config(STUDY.plain, STUDY.adaptive)
     once, twice = (step_flops(STUDY, adaptive, np.array([passes])) for passes in (1.0, 2.0))

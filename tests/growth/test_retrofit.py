@@ -25,7 +25,7 @@ from tests.support import perturbed, small_model
 
 PLAIN = small_model("D*2", adaptive=False)
 STATE = closed(AdaptiveConfig(alpha=(1.0, 0.5)).seeing_state)
-PRICE = opening(STATE.initial_bias, "budget", 1.5, target_of="passes_run")
+PRICE = opening(STATE.initial_bias, 2, "budget", 1.5, target_of="passes_run")
 OPTIONS = {"adaptive": STATE, "price": PRICE, "seed": 3}
 
 
@@ -121,15 +121,14 @@ def test_what_cannot_be_retrofitted_is_said():
         command.main(["nowhere", "there"])
 
 
-def test_the_schedule_opens_closed_gates_while_passes_are_drawn():
+def test_the_schedule_opens_closed_gates_while_all_passes_are_forced():
     steps = 100
-    now = jax.vmap(lambda step: phase(PRICE, step, steps, 4))(jnp.arange(steps))
+    now = jax.vmap(lambda step: phase(PRICE, step, steps, 2))(jnp.arange(steps))
     counts = now.control.forced.tolist()
-    assert max(counts[:10]) == 1 and max(counts[10:20]) == 2 and set(counts[25:40]) == {1, 2, 3, 4}
-    assert not any(counts[41:]) and not now.opens[41:].any()
+    assert set(counts[:70]) == {2} and not any(counts[71:]) and not now.opens[71:].any()
     assert STATE.initial_bias + float(now.opens.sum()) == pytest.approx(2.0, abs=0.15)
-    left = PRICE.after(20, steps, 80)
-    assert left.gates_opened == pytest.approx(PRICE.gates_opened / 2) and left.forced_until == pytest.approx(0.25)
-    assert PRICE.after(60, steps, 80).gates_opened == 0.0
+    left = PRICE.after(35, steps, 65)
+    assert left.gates_opened == pytest.approx(PRICE.gates_opened / 2) and left.forced_until == pytest.approx(35 / 65)
+    assert PRICE.after(75, steps, 25).gates_opened == 0.0
     with pytest.raises(Refused, match="gates open while passes are forced"):
-        PRICE.replace(forced_until=0.0, forced_ramp=0.0, price_from=0.0, clipped_until=0.0)
+        PRICE.replace(forced_until=0.0, price_from=0.0, clipped_until=0.0)

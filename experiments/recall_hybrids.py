@@ -76,7 +76,7 @@ def all_rows(study: Any, workers: Workers) -> list[dict[str, Any]]:
         return _sizes(study, workers)
     wanted = ([Check(study, task, model) for model in MODELS for task in study.tasks]
               if isinstance(study, MachineStudy) else [Wanted(study, arm) for arm in study.arms])  # fmt: skip
-    shared = lambda name: (name.partition("/")[0], name.rpartition(" ")[2])  # noqa: E731 - layout and drop: a program
+    shared = lambda name: (name.partition("/")[0], name.partition(" ")[2])  # noqa: E731 - one program
     made = workers.all({one.name: one for one in wanted}, alike=shared)
     return [row for one in made.values() for row in one["rows"]]
 

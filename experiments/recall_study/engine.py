@@ -47,7 +47,7 @@ def make(wanted: Wanted) -> dict[str, Any]:
     seconds = time.monotonic() - began
     every = max(1, study.steps // CURVE)
     rows = [{"task": arm.training, "model": arm.name, "seed": seed, "layout": arm.layout, "drop": arm.drop,
-             "rate": study.rate, "steps": study.steps, "bits_per_byte": bits[index],
+             "window": arm.window, "rate": study.rate, "steps": study.steps, "bits_per_byte": bits[index],
              "accuracy": {stage: {place: found[index] for place, found in places.items()}
                           for stage, places in by_stage.items()},
              "state": {cut: {mode: found[index] for mode, found in modes.items()} for cut, modes in tests.items()},

@@ -26,7 +26,7 @@ def arms_summary(rows: Sequence[Row]) -> dict[str, Any]:
 def _arm(rows: Sequence[Row], by: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     first = rows[0]
     plain = [each for each in by.values() if each[0]["task"] == TEXT
-             and (each[0]["layout"], each[0]["drop"]) == (first["layout"], first["drop"])]  # fmt: skip
+             and all(each[0][name] == first[name] for name in ("layout", "drop", "window"))]  # fmt: skip
     stages = {stage: {place: mean([100 * row["accuracy"][stage][place] for row in rows]) for place in places}
               for stage, places in first["accuracy"].items()}  # fmt: skip
     state = {cut: {mode: {what: mean([100 * row["state"][cut][mode][what]["value"] for row in rows])

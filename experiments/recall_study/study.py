@@ -28,22 +28,26 @@ PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class Arm(NamedTuple):
-    """A layout, the share of rows whose local path is dropped in training (0 without S layers), and the training."""
+    """A layout, the share of rows whose local path is dropped in training (0 without S layers), the training, and the
+    tokens that the local path sees, 0: the study's `window`."""
 
     layout: str
     drop: float
     training: str
+    window: int = 0
 
     @property
     def name(self) -> str:
         """What pages call it."""
-        drop = f", local path dropped for {100 * self.drop:.0f} %" if "S" in self.layout else ""
+        window = f", window {self.window}" if self.window else ""
+        drop = f"{window}, local path dropped for {100 * self.drop:.0f} %" if "S" in self.layout else ""
         return f"{self.layout}{drop}, trained on {self.training}"
 
 
-def arms(layout: str, drops: Sequence[float] = (0.0,), trainings: Sequence[str] = TRAININGS) -> tuple[Arm, ...]:
+def arms(layout: str, drops: Sequence[float] = (0.0,), trainings: Sequence[str] = TRAININGS, window: int = 0
+         ) -> tuple[Arm, ...]:  # fmt: skip
     """An arm of each."""
-    return tuple(Arm(layout, drop, training) for training in trainings for drop in drops)
+    return tuple(Arm(layout, drop, training, window) for training in trainings for drop in drops)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,7 @@ class RecallStudy(Config):
     layouts: tuple[str, ...] = ()
     drops: tuple[float, ...] = ()
     trainings: tuple[str, ...] = ()
+    windows: tuple[int, ...] = ()
     text: tuple[str, ...] = ()
     tokenizer: str = BYTES
     seeds: tuple[int, ...] = (0, 1)
@@ -75,8 +80,8 @@ class RecallStudy(Config):
     def problems(self) -> list[str]:
         wrong = below(self, 1, "width", "heads", "window", "rows", "prompts", "held_out_batches")
         wrong += below(self, 2, "steps")
-        if not len(self.layouts) == len(self.drops) == len(self.trainings):
-            wrong.append("layouts, drops and trainings name the arms together; they must be as long")
+        if not len(self.layouts) == len(self.drops) == len(self.trainings) == len(self.windows):
+            wrong.append("layouts, drops, trainings and windows name the arms together; they must be as long")
         wrong += [f"trainings has {name!r}; it must be one of {', '.join(TRAININGS)}"
                   for name in self.trainings if name not in TRAININGS]
         if not 1 <= self.facts <= 8:
@@ -100,12 +105,12 @@ class RecallStudy(Config):
     @property
     def arms(self) -> tuple[Arm, ...]:
         """The arms."""
-        return tuple(map(Arm, self.layouts, self.drops, self.trainings))
+        return tuple(map(Arm, self.layouts, self.drops, self.trainings, self.windows))
 
     def of(self, arms: Sequence[Arm]) -> RecallStudy:
         """The study of other arms."""
-        layouts, drops, trainings = zip(*arms, strict=True)
-        return self.replace(layouts=layouts, drops=drops, trainings=trainings)
+        layouts, drops, trainings, windows = zip(*arms, strict=True)
+        return self.replace(layouts=layouts, drops=drops, trainings=trainings, windows=windows)
 
     def model(self, arm: Arm, vocab: int) -> ModelConfig:
         """The model: with S layers one of the GroundThink hybrids, else D layers of our own between the others.
@@ -117,7 +122,8 @@ class RecallStudy(Config):
         assert base.deltanet is not None and base.sliding is not None
         common = base.replace(mlp_width=2 * width, init_std=width**-0.5)
         if "S" in arm.layout:
-            sliding = base.sliding.replace(window=self.window, drop=arm.drop, evaluation_scale=1 - arm.drop)
+            seen, left = arm.window or self.window, 1 - arm.drop
+            sliding = base.sliding.replace(window=seen, drop=arm.drop, evaluation_scale=left)
             return common.replace(layout=arm.layout, sliding=sliding, deltanet=base.deltanet.replace(chunk_size=32))
         most = min(64, self.row)
         return common.replace(
@@ -137,18 +143,21 @@ class Wanted(NamedTuple):
     @property
     def name(self) -> str:
         """Where the unit is kept."""
-        return f"{self.arm.layout}/{self.arm.training} drop {self.arm.drop:g}"
+        window = f"window {self.arm.window} " if self.arm.window else ""
+        return f"{self.arm.layout}/{self.arm.training} {window}drop {self.arm.drop:g}"
 
 
-STATE_ARMS = (*arms("DS*2", (0.0, 0.3, 0.7)), *arms("DA*2"), *arms("DG*2"))
-FEW_ARMS = (*arms("DS*2", (0.0, 0.7)), Arm("DS*2", 0.3, MIXED), Arm("DA*2", 0.0, MIXED), Arm("DG*2", 0.0, MIXED))
+NEAR = 5  # a window that holds "Tom has a" and no other name
+STATE_ARMS = (*arms("DS*2", (0.0, 0.3, 0.7)), *arms("DS*2", (0.0, 0.3, 0.7), window=NEAR), *arms("DA*2"), *arms("DG*2"))
+FEW_ARMS = (Arm("DA*2", 0.0, MIXED), Arm("DS*2", 0.0, MIXED, NEAR), Arm("DS*2", 0.7, MIXED, NEAR),
+            Arm("DS*2", 0.7, MIXED), Arm("DA*2", 0.0, TEXT), Arm("DS*2", 0.0, TEXT, NEAR))
 MIXER_ARMS = tuple(Arm(layout, 0.0, training) for layout in ("D*4", "DS*2", "A*4", "B*4")
                    for training in (TEXT, NEEDLES))  # fmt: skip
 LARGE = {"width": 256, "heads": 4, "rows": 32, "steps": 6000, "rate": 2e-3, "prompts": 200, "held_out_batches": 64}
 _TRY = RecallStudy(width=16, rows=2, steps=6, prompts=4, held_out_batches=2, stages=(0, 2), window=9)
 SCALES: dict[str, dict[str, RecallStudy]] = {
     "state": {"minutes": _TRY.of((*arms("DS*2", (0.7,)), Arm("DA*2", 0.0, MIXED))),
-              "small": RecallStudy().of(FEW_ARMS),
+              "small": RecallStudy(width=64, steps=1000, rate=4e-3).of(FEW_ARMS),
               "accelerator": RecallStudy(**LARGE).of(STATE_ARMS)},  # type: ignore[arg-type]
     "mixers": {"minutes": _TRY.of(MIXER_ARMS[::2]), "small": RecallStudy().of(MIXER_ARMS),
                "accelerator": RecallStudy(**LARGE).of(MIXER_ARMS)},  # type: ignore[arg-type]

@@ -181,8 +181,9 @@ def test_the_fit_finds_a_law_and_three_sizes_find_another():
 def row(arm, seed, bits, stays, follows):
     figure = {"value": 0.0, "low": None, "high": None}
     mode = {"stays": {**figure, "value": stays}, "follows": {**figure, "value": follows}, "costs": figure}
-    return {"task": arm.training, "model": arm.name, "seed": seed, "layout": arm.layout, "drop": arm.drop, "rate": 1e-3,
-            "steps": 5, "bits_per_byte": bits, "accuracy": {"0": {"0": 1.0}, "3": {"0": stays}}, "curve": [],
+    return {"task": arm.training, "model": arm.name, "seed": seed, "layout": arm.layout, "drop": arm.drop,
+            "window": arm.window, "rate": 1e-3, "steps": 5, "bits_per_byte": bits, "curve": [],
+            "accuracy": {"0": {"0": 1.0}, "3": {"0": stays}},
             "state": {cut: {name: mode if name == SWAPPED else {**mode, "stays": {**figure, "value": 0.9}}
                             for name in MODES} for cut in ("question", "fact")}}  # fmt: skip
 
@@ -222,7 +223,7 @@ def test_every_scale_is_valid_and_words_that_make_no_study_are_refused():
             assert all(one.model(arm, 300).vocab == 300 for arm in one.arms) and one.row % 8 == 0
     for scale in scaling.SCALES.values():
         assert [scale.model(width, 300).width for width in scale.widths] == list(scale.widths)
-    assert {NEEDLES, TEXT, MIXED} == {arm.training for arm in study.SCALES["state"]["small"].arms}
+    assert {NEEDLES, TEXT, MIXED} == {arm.training for arm in study.SCALES["state"]["accelerator"].arms}
     with pytest.raises(Refused, match="the scales are minutes, small, accelerator"):
         recall_hybrids.configured(recall_hybrids.parser().parse_args(["--part", "machine", "--scale", "large"]))
     with pytest.raises(Refused, match="trainings has 'words'"):

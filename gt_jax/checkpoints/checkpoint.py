@@ -46,6 +46,7 @@ from gt_jax.checkpoints.folders import (
 )
 from gt_jax.checkpoints.leftovers import clear_save
 from gt_jax.checkpoints.lock import is_held, only_writer
+from gt_jax.checkpoints.moments import stored_moments
 from gt_jax.checkpoints.slices import SliceReader
 from gt_jax.checkpoints.tree_paths import combine_digests, differences, flatten, nest, storable
 from gt_jax.configs.model import ModelConfig
@@ -77,7 +78,7 @@ def save(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> None:
 
     def work() -> None:
         orbax_store.save(unfinished, leaves, metadata)
-        on_primary(functools.partial(_publish, unfinished, target, _model_shapes(leaves), tokenizer))
+        on_primary(functools.partial(_publish, unfinished, target, _carried_shapes(leaves), tokenizer))
 
     with only_writer(target):
         on_primary(functools.partial(_make_room, unfinished, target))
@@ -97,7 +98,7 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
     if jax.default_backend() == "cpu":  # there "from the devices" copies nothing, and the caller may donate its arrays
         leaves = {name: np.array(leaf) if _is_local(leaf) else leaf.copy() for name, leaf in leaves.items()}
     errors: list[Exception] = []
-    model = _model_shapes(leaves)
+    model = _carried_shapes(leaves)
     response = orbax_store.save_async(unfinished, leaves, metadata)
 
     def finish() -> None:
@@ -161,15 +162,18 @@ def _publish_alone(
         _publish(unfinished, target, model, tokenizer)
 
 
-def _model_shapes(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()
-            if name.startswith(MODEL)}
+def _carried_shapes(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of what others read, too, and not only the run that goes on: the model, second moments and copies of weights."""
+    names = [name for name in leaves if name.startswith(MODEL)]
+    if (moments := stored_moments(leaves)) is not None:
+        names += [*moments.second.values(), *moments.copies.values(), moments.updates]
+    return {name: jax.ShapeDtypeStruct(leaves[name].shape, leaves[name].dtype) for name in dict.fromkeys(names)}
 
 
 def _publish(
     unfinished: Path, target: Path, model: Mapping[str, jax.ShapeDtypeStruct], tokenizer: TokenizerFile | None
 ) -> None:
-    """Put the tokenizer beside, note what every file and every tensor of the model holds, then `publish`."""
+    """Put the tokenizer beside, note what every file and every tensor that is carried on holds, then `publish`."""
     if tokenizer is not None:
         (unfinished / tokenizer.name).write_bytes(tokenizer.content)
     reader = SliceReader(unfinished, model)
@@ -239,10 +243,10 @@ def load_paths(path: StrPath, paths: Collection[str]) -> dict[str, np.ndarray]:
     missing = [f"{name} is not in the checkpoint" for name in paths if name not in stored]
     refuse_all(missing, f"checkpoint {where}:")
     reader = SliceReader(where, stored)
-    if reader.noted.by_file_alone:
-        refuse_changed_files(where)
     values = {name: reader.whole(name) for name in paths}
     refuse_changed_values(where, {name: of_values(value) for name, value in values.items()}, reader.noted)
+    if reader.noted.lacks(paths):
+        refuse_changed_files(where)
     return values
 
 
@@ -327,7 +331,7 @@ def content_hash(path: StrPath, under: Collection[str] | None = None) -> str:
     leaves, _ = describe(where)
     chosen = [name for name in leaves if under is None or name.split("/")[0] in under]
     reader = SliceReader(where, leaves)
-    if reader.noted.by_file_alone:
+    if reader.noted.lacks(chosen):
         refuse_changed_files(where)
     return combine_digests({name: reader.digest(name) for name in chosen})
 
@@ -336,11 +340,9 @@ def _read_compared(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """`orbax_store.read`, refused where values differ from their checksums.
 
     Numpy arrays are compared as they are, what lies on devices as it lies on the disk: each process reads a share.
-    Where files alone have checksums, all files are compared first; other tensors of which nothing was noted pass.
+    Where a tensor has no checksum but its files have, all files are compared too.
     """
     sums, group = noted(path), ProcessGroup()
-    if sums.by_file_alone:
-        group.agree(lambda: refuse_changed_files(path, group.share(checked_files(path))))
     values = orbax_store.read(path, abstract)
     known = {name: value for name, value in values.items() if name in sums.tensors}
     here = {name: of_values(value) for name, value in known.items() if isinstance(value, np.ndarray)}
@@ -353,7 +355,9 @@ def _read_compared(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
             sums_read = group.agree(lambda: dict(zip(share, pool.map(reader.checksum, share), strict=True)))
         for part in group.gather(sums_read):
             here |= part
-    refuse_changed_values(path, here, sums)
+    refuse_changed_values(path, here, sums)  # before the files: it names the tensor
+    if sums.lacks(abstract):
+        group.agree(lambda: refuse_changed_files(path, group.share(checked_files(path))))
     return values
 
 

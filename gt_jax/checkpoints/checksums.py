@@ -50,6 +50,10 @@ class Noted(NamedTuple):
         """Whether a reader of tensors has nothing to compare with, but files can be compared before."""
         return bool(self.files) and not self.tensors
 
+    def lacks(self, tensors: Iterable[str]) -> bool:
+        """Whether of one of these tensors nothing was noted, while files can be compared before."""
+        return bool(self.files) and not self.tensors.keys() >= set(tensors)
+
 
 def _own(sums: Noted) -> int:
     """CRC-32 of the checksums themselves: a changed name would take a tensor out of the comparison."""

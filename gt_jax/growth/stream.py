@@ -169,10 +169,10 @@ class _Growth:
         prepare_parent(self.target)
 
     def check_files(self, group: ProcessGroup, say: Progress) -> None:
-        """Compare the source's files first, where no checksum of a tensor was noted that reading could compare with."""
+        """Compare the files first, where of a tensor no checksum was noted that reading could compare with."""
         if not self.reader.noted.files:
             say(f"{self.where} has no checksums; its values are taken as they are")
-        if self.reader.noted.by_file_alone:
+        if self.reader.noted.lacks(self.sources):
             problem = group.agree(lambda: changed_bytes(self.where, group.share(checked_files(self.where))))
             if found := [one for one in group.gather(problem) if one is not None]:
                 raise Damaged(f"checkpoint {self.where} is not usable: {found[0]}")

@@ -61,6 +61,27 @@ def test_a_flipped_bit_in_the_source_is_refused_by_tensor_and_file(
     assert report["source_checksums"] and check(tmp_path / "target").damaged == []
 
 
+@pytest.mark.parametrize("noted", [True, False], ids=["by tensor", "by file, as before"])
+def test_a_flipped_bit_in_a_second_moment_is_refused_too(
+        case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: bool) -> None:
+    monkeypatch.setattr(orbax_store, "CHUNK", 2**24)
+    if not noted:
+        monkeypatch.setattr(checkpoint, "stored_moments", lambda leaves: None)
+    source, random, config = tmp_path / "source", np.random.default_rng(4), CONFIG.replace(vocab=512)
+    params = {**case.tree["params"], "embedding": {"table": random.normal(size=(512, 8)).astype(np.float32)},
+              "unembedding": {"w": random.normal(size=(8, 512)).astype(np.float32)}}  # fmt: skip
+    second = jax.tree.map(lambda leaf: np.abs(random.normal(size=np.shape(leaf))).astype(np.float32), params)
+    saved(source, {**case.tree, "params": params, "optimizer": {"all": {"nu": second, "count": np.int32(7)}}}, config,
+          "run")  # fmt: skip
+    file, place = where_stored(source, second["embedding"]["table"])
+    flip(file, place + 400)
+    with pytest.raises(Damaged, match=f"{source} is not usable"):
+        grow(source, tmp_path / "target")
+    flip(file, place + 400)
+    report = grow(source, tmp_path / "again")
+    assert report["moments"] > 0 and report["source_checksums"]
+
+
 def test_a_source_without_checksums_is_taken_and_the_report_says_so(case: Case, tmp_path: Path) -> None:
     source, said = tmp_path / "source", list[str]()
     shutil.copytree(case.source, source)

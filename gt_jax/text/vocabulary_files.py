@@ -150,7 +150,12 @@ def _undoing(
     spaces += [model["end_of_word_suffix"]] if model.get("end_of_word_suffix") else []
     found = [_replaced({"String": mark}, " ") for mark in spaces if mark]
     prefix = model.get("continuing_subword_prefix")
+    if not spaces and model.get("type") == "WordLevel" and any(_has(split, kind) for kind in _DROPS_SPACES):
+        found.append(lambda text: " " + text)  # the library joins words so that were cut at spaces
     return [*found, _unmarked(prefix)] if prefix else found
+
+
+_DROPS_SPACES = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")
 
 
 def _unmarked(prefix: str) -> Step:

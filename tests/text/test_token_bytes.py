@@ -75,6 +75,14 @@ def word_piece():
     return made
 
 
+def joined_words():
+    """Words that were cut at spaces, and no decoder: the library joins them with spaces."""
+    made = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, **{word: 1 + index for index, word in enumerate(
+        sorted({*WORDS.split()}))}}, unk_token="<unk>"))  # fmt: skip
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
 def sentence_piece(folder):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -88,7 +96,7 @@ def sentence_piece(folder):
     (byte_level, TEXT, TEXT), (llama, TEXT, " " + TEXT), (unigram, TEXT, " " + TEXT),
     (with_word_ends, WORDS, WORDS + " "),  # a space after each word, where a file says so
     (word_piece, WORDS, " " + WORDS),  # a space before each: its text has single ones
-    (sentence_piece, TEXT, " " + TEXT),
+    (joined_words, WORDS, " " + WORDS), (sentence_piece, TEXT, " " + TEXT),
 ])  # fmt: skip
 def test_the_bytes_of_a_texts_tokens_are_the_text(make, text, words, tmp_path):
     """At most a space before or after it is not there: bits per byte and Kronecker codes are of these bytes."""

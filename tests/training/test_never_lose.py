@@ -330,12 +330,12 @@ def test_a_full_disk_ends_a_run_in_words_and_costs_it_nothing(whole, room, tmp_p
         save(self, step, *rest)
 
     monkeypatch.setattr(RunCheckpoints, "save_beside", and_then_no_room)
-    with pytest.raises(OSError, match=f"too large while writing {run}; make room, then finish with --resume"), full:
+    with pytest.raises(OSError, match=f"while writing {run}; raise the limit .*, then finish with --resume"), full:
         train_run(run, config, show=False)
     assert RunCheckpoints(run).steps() == [2, 4] and not any(run.glob("*.unfinished*"))
     for step in ("2", "4"):
         assert checkpoint.content_hash(run / step) == checkpoint.content_hash(place / step)
-    with pytest.raises(OSError, match="make room"), files_up_to(0):  # still none
+    with pytest.raises(OSError, match="raise the limit"), files_up_to(0):  # still none
         train_run(run, config, resume=True, show=False)
     monkeypatch.undo()
     train_run(run, config, resume=True, show=False)

@@ -85,11 +85,11 @@ def _verdict(label: str, arm: Mapping[str, Any]) -> str:
     """One line of the list: whether there is something to follow, and what it follows."""
     right, follows = right_at(arm), follows_at(arm)
     if right < 50:
-        return (f"- *{label}*: {right:.0f} % right with nothing changed: the arm has not learned the task and says "
+        return (f"- `{label}`: {right:.0f} % right with nothing changed: the arm has not learned the task and says "
                 "nothing.")
     rest = arm["state"]["question"][REST]["follows"]["mean"]
     met = "at least" if follows >= FOLLOWS_BOUND else "below"
-    return (f"- *{label}*: {right:.0f} % right; {follows:.0f} % follow the swapped state ({met} the "
+    return (f"- `{label}`: {right:.0f} % right; {follows:.0f} % follow the swapped state ({met} the "
             f"{FOLLOWS_BOUND:.0f} asked for), {rest:.0f} % follow the rest.")  # fmt: skip
 
 

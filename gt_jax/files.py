@@ -105,8 +105,8 @@ def explain_full_disk(place: Path, then: str = "finish with --resume") -> Iterat
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         reason = os.strerror(error.errno)
-        help = "raise the limit of a file's size (ulimit -f)" if error.errno == errno.EFBIG else "make room"
-        raise OSError(error.errno, f"{reason} while writing {place}; {help}, then {then}") from error
+        remedy = "raise the limit of a file's size (ulimit -f)" if error.errno == errno.EFBIG else "make room"
+        raise OSError(error.errno, f"{reason} while writing {place}; {remedy}, then {then}") from error
 
 
 _START = 512

@@ -98,13 +98,13 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
     if jax.default_backend() == "cpu":  # there "from the devices" copies nothing, and the caller may donate its arrays
         leaves = {name: np.array(leaf) if _is_local(leaf) else leaf.copy() for name, leaf in leaves.items()}
     errors: list[Exception] = []
-    model = _carried_shapes(leaves)
+    carried = _carried_shapes(leaves)
     response = orbax_store.save_async(unfinished, leaves, metadata)
 
     def finish() -> None:
         try:
             orbax_store.write(
-                target, unfinished, lambda: _publish_alone(response, unfinished, target, model, tokenizer))
+                target, unfinished, lambda: _publish_alone(response, unfinished, target, carried, tokenizer))
         except Exception as error:  # noqa: BLE001 — raised again, where the caller waits
             errors.append(error)
             end_together(error)  # the others would wait for this one's files
@@ -154,12 +154,12 @@ def _make_room(unfinished: Path, target: Path) -> None:
 
 
 def _publish_alone(
-    response: Any, unfinished: Path, target: Path, model: Mapping[str, Any], tokenizer: TokenizerFile | None
+    response: Any, unfinished: Path, target: Path, carried: Mapping[str, Any], tokenizer: TokenizerFile | None
 ) -> None:
     """When all processes have written, one publishes; in a thread, where processes cannot wait for each other."""
     response.result()
     if jax.process_index() == 0:
-        _publish(unfinished, target, model, tokenizer)
+        _publish(unfinished, target, carried, tokenizer)
 
 
 def _carried_shapes(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -171,14 +171,14 @@ def _carried_shapes(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct
 
 
 def _publish(
-    unfinished: Path, target: Path, model: Mapping[str, jax.ShapeDtypeStruct], tokenizer: TokenizerFile | None
+    unfinished: Path, target: Path, carried: Mapping[str, jax.ShapeDtypeStruct], tokenizer: TokenizerFile | None
 ) -> None:
     """Put the tokenizer beside, note what every file and every tensor that is carried on holds, then `publish`."""
     if tokenizer is not None:
         (unfinished / tokenizer.name).write_bytes(tokenizer.content)
-    reader = SliceReader(unfinished, model)
+    reader = SliceReader(unfinished, carried)
     with ThreadPoolExecutor(THREADS) as pool:
-        note_checksums(unfinished, dict(zip(model, pool.map(reader.checksum, model), strict=True)))
+        note_checksums(unfinished, dict(zip(carried, pool.map(reader.checksum, carried), strict=True)))
     publish(unfinished, target)
 
 

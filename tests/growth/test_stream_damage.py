@@ -14,7 +14,7 @@ from gt_jax.checkpoints.arrays import ArrayFiles
 from gt_jax.checkpoints.check import check
 from gt_jax.checkpoints.checksums import note_checksums, sums_of_arrays
 from gt_jax.checkpoints.folders import Damaged, publish
-from gt_jax.checkpoints.tree_paths import flatten
+from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.errors import Refused
 from tests.growth.stream_case import CONFIG, QUIET, Case, files, flip, grow, where_stored
 
@@ -77,6 +77,9 @@ def test_a_flipped_bit_in_a_second_moment_is_refused_too(
     flip(file, place + 400)
     with pytest.raises(Damaged, match=f"{source} is not usable"):
         grow(source, tmp_path / "target")
+    name = "optimizer/all/nu/embedding/table"  # as a training that starts there reads it
+    with pytest.raises(Damaged, match=f"{source} is not usable"):
+        checkpoint.load(source, nest({name: checkpoint.describe(source)[0][name]}))
     flip(file, place + 400)
     report = grow(source, tmp_path / "again")
     assert report["moments"] > 0 and report["source_checksums"]

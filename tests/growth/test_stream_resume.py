@@ -164,8 +164,8 @@ def test_full_disk_says_so_and_resume_finishes(case: Case, changes: int, tmp_pat
     for scenario, end in zip(scenarios, driver(case, tmp_path, scenarios), strict=True):
         target = Path(str(scenario["target"]))
         assert not target.exists()
-        help = "raise the limit of a file's size (ulimit -f), then finish with --resume"
-        message = f"File too large while writing {target}; {help}"
+        remedy = "raise the limit of a file's size (ulimit -f), then finish with --resume"
+        message = f"File too large while writing {target}; {remedy}"
         assert (end["status"], end["stderr"]) == (1, f"failed: [Errno 27] {message}\n")
         finish(case, target)
     assert files(case.source) == before

@@ -1,6 +1,7 @@
 """Does growth pay? A source grown and trained on, against going on with the source and against starting deep.
 
     python -m experiments.growth_pays [--scale small] [--text FILE …] [--seeds 0,1,2] [--jobs 2] [--work DIR]
+    python -m experiments.growth_pays --keep                 # what a changed setting changes; other rows are kept
     python -m experiments.growth_pays --render               # page and picture anew from OUTPUT/growth_pays.json
 
 - By setting, all at equal total FLOPs, the source's and the growth's included (pays_study/budget.py): the source
@@ -16,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments import contract
 from experiments.study_command import add_study_flags, read_seeds, run
 from gt_jax.files import local_name
 
@@ -35,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--text", nargs="+", type=local_name, default=(),
                    help="text files instead of the Python library's sources")
     p.add_argument("--only", default="", help="names of settings, separated by commas; all where none is given")
+    p.add_argument("--keep", action="store_true",
+                   help="keep the rows of OUTPUT/growth_pays.json whose setting, seeds and text are the same")
     add_study_flags(p, "growth_pays", "0,1,2")
     return p
 
@@ -54,20 +59,29 @@ def content_hash(study: Study) -> str:
     return "".join(open_data(one.data(0, 1, study.text)).content_hash() for one in study.texts[:1])
 
 
-def all_rows(study: Study, workers: Workers) -> list[dict[str, Any]]:
-    """The rows of every model at its best rate, at every seed; rates, and curricula, are those of the first seed."""
+def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """The rows of every model at its best rate, at every seed; rates, and curricula, are chosen by the first or few.
+
+    `lent` are rows of an earlier run that this study would make the same; nothing of their settings is trained.
+    """
     from experiments.pays_study.study import first_round, second_round, tries
+
+    settings = [one for one in study.settings if one.name not in {row["task"] for row in lent}]
 
     def made(units: Sequence[Any]) -> dict[str, dict[str, Any]]:
         return workers.all({one.name: one for one in units})
 
-    tried = {setting.name: tries(setting, study.seeds[0]) for setting in study.settings}
-    found = made([one for of_setting in tried.values() for units in of_setting.values() for one in units])
-    best = {name: {kind: min(units, key=lambda one: found[one.name]["tuning_nats"])
-                   for kind, units in of_setting.items()} for name, of_setting in tried.items()}  # fmt: skip
-    first = made([one for setting in study.settings for one in first_round(setting, study.seeds, best[setting.name])])
-    then = made([one for setting in study.settings for one in second_round(setting, study.seeds, best[setting.name])])
-    return [*first.values(), *then.values()]
+    tried = {setting.name: tries(setting, study.seeds) for setting in settings}
+    found = made([one for of_setting in tried.values() for units in of_setting.values() for at in units for one in at])
+
+    def loss(units: Sequence[Any]) -> float:
+        return statistics.fmean(found[one.name]["tuning_nats"] for one in units)
+
+    best = {name: {kind: min(units, key=loss)[0] for kind, units in of_setting.items()}
+            for name, of_setting in tried.items()}  # fmt: skip
+    first = made([one for setting in settings for one in first_round(setting, study.seeds, best[setting.name])])
+    then = made([one for setting in settings for one in second_round(setting, study.seeds, best[setting.name])])
+    return [*first.values(), *then.values(), *map(dict, lent)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,16 +89,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from experiments.pays_study import report
     from experiments.pays_study.engine import make
     from experiments.pays_study.findings import summary
+    from experiments.pays_study.study import unchanged
 
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
 
-    def config() -> tuple[Study, str]:
-        study = configured(arguments)
-        return study, content_hash(study)
+    study = functools.cache(lambda: configured(arguments))
+    content = functools.cache(lambda: content_hash(study()))
 
-    return run(report.NAME, arguments, words, config, functools.partial(make, arguments.work, tuple(arguments.text)),
-               all_rows, summary, report.write, arguments.text)  # fmt: skip
+    def rows(of: Study, workers: Workers) -> list[dict[str, Any]]:
+        stored = arguments.output / f"{report.NAME}.json"
+        return all_rows(of, workers, unchanged(contract.read(stored), of, content()) if arguments.keep else ())
+
+    return run(report.NAME, arguments, words, lambda: (study(), content()),
+               functools.partial(make, arguments.work, tuple(arguments.text)), rows, summary, report.write,
+               arguments.text, keeps=arguments.keep)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from experiments.contract import KEPT
 from gt_jax.errors import Failed
 
 
@@ -12,3 +15,14 @@ def markdown_table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> list[s
     if any(len(row) != len(head) for row in rows):
         raise Failed(f"a row of the table {', '.join(head)} has another number of cells")
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def earlier_runs(rows: Sequence[Mapping[str, Any]], task: str) -> list[str]:
+    """Which rows of a task are an earlier run's, and what that was."""
+    runs: dict[str, tuple[Mapping[str, Any], dict[str, None]]] = {}
+    for row in rows:
+        if row["task"] == task and KEPT in row:
+            runs.setdefault(json.dumps(row[KEPT]), (row[KEPT], {}))[1][row["model"]] = None
+    return [line for run, models in runs.values() for line in (
+        f"Rows of an earlier run, with the times of its machine: {'; '.join(models)}. `{run['command']}`, "
+        f"{run['seconds'] / 60:.0f} minutes on {run['machine']['cores']} cores ({run['machine']['processor']}).", "")]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.contract import KEPT
 from experiments.depth_study.findings import BOUNDS, FIGURES
 from experiments.depth_study.study import ADAPTIVE, MODELS
 from experiments.growth_study.inference import text_of
-from experiments.pages import markdown_table
+from experiments.pages import earlier_runs, markdown_table
 from gt_jax.files import write_atomically
 from gt_jax.monitoring.answer_plots import Curve, Panel, plot_by_difficulty
 
@@ -56,8 +54,8 @@ def markdown(stored: Mapping[str, Any]) -> str:
         name = setting["task"].partition(":")[0]
         found = stored["summary"][name]
         mine = found["models"][ADAPTIVE]
-        lines += [f"## {setting['task']}", "", *_rates(setting), *_kept(stored["rows"], name), *_claims(found), "",
-                  *_models(found["models"]), "", *_forced(mine), "", *_cuts(mine), ""]  # fmt: skip
+        lines += [f"## {setting['task']}", "", *_rates(setting), *earlier_runs(stored["rows"], name),
+                  *_claims(found), "", *_models(found["models"]), "", *_forced(mine), "", *_cuts(mine), ""]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -68,17 +66,6 @@ def _rates(setting: Mapping[str, Any]) -> list[str]:
         return []
     by = f"its mean loss on the tuning part over the first {seeds} seeds" if seeds > 1 else "its loss at the first seed"
     return [f"The adaptive model's rate is the better of {', '.join(f'{rate:g}' for rate in rates)} by {by}.", ""]
-
-
-def _kept(rows: Sequence[Mapping[str, Any]], task: str) -> list[str]:
-    """Which rows of a task are an earlier run's, and what that was."""
-    runs: dict[str, tuple[Mapping[str, Any], dict[str, None]]] = {}
-    for row in rows:
-        if row["task"] == task and KEPT in row:
-            runs.setdefault(json.dumps(row[KEPT]), (row[KEPT], {}))[1][row["model"]] = None
-    return [line for run, models in runs.values() for line in (
-        f"Rows of an earlier run, with the times of its machine: {'; '.join(models)}. `{run['command']}`, "
-        f"{run['seconds'] / 60:.0f} minutes on {run['machine']['cores']} cores ({run['machine']['processor']}).", "")]
 
 
 def _claims(found: Mapping[str, Any]) -> list[str]:

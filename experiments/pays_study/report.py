@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.growth_study.inference import Times, read, text_of, verdict
-from experiments.pages import markdown_table
+from experiments.pages import earlier_runs, markdown_table
 from experiments.pays_study.findings import comparisons
 from experiments.pays_study.picture import draw
 from experiments.pays_study.study import CONTROL, GROWN
@@ -39,19 +39,27 @@ def markdown(stored: Mapping[str, Any]) -> str:
         f"{len(seeds)} seed{'s' * (len(seeds) != 1)}, {stored['seconds'] / 60:.0f} minutes on "
         f"{stored['machine']['cores']} cores ({stored['machine']['device']}). Figures are means over seeds, in "
         "brackets the 95 % interval by Student's t; differences are seed by seed. Every model trained at the better of "
-        "its rates, by the loss on the tuning part at the first seed, the one from scratch also with the better "
+        "its rates, by the loss on the tuning part at the first seed or few, the one from scratch also with the better "
         "curriculum; children go on at their source's rate. Figures are of the held-out part. FLOPs and tokens are all "
         "that led to a model, its source's among them. "
         f"{count} differences are judged: without any, {0.05 * count:.1f} would lie outside their interval by chance. "
         f"![curves]({NAME}.png)", "",
     ]  # fmt: skip
     lines += [*_overview(found), ""]
+    config = stored["config"]
+    tuned = {one["name"]: _tuned(one) for one in (*config.get("tasks", ()), *config.get("texts", ()))}
     for name, one in found.items():
-        lines += [f"## {name}", "", *_models(one), ""]
+        lines += [f"## {name}", "", *tuned.get(name, []), *earlier_runs(stored["rows"], name), *_models(one), ""]
         if one["task"]:
             lines += [*_by_difficulty(one), ""]
         lines += [*(f"- {line}" for line in sentences(one)), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _tuned(setting: Mapping[str, Any]) -> list[str]:
+    """How rates were chosen, where it was not by the first seed alone."""
+    seeds = setting.get("tuned_at", 1)
+    return [f"Rates are the best by the mean loss of the first {seeds} seeds.", ""] if seeds > 1 else []
 
 
 def _overview(found: Mapping[str, Any]) -> list[str]:

@@ -34,20 +34,21 @@ from gt_jax.tasks.registry import read_task
 class Setting(Config, abc.ABC):
     """`budget` are the steps of the deep model that cost B; `points` the shares of B after which sources are grown.
 
-    Sources and the model from scratch are tried at `rates`; curves have about `evaluations` points; `decay` is the
-    share of B over which the rate falls.
+    Sources and the model from scratch are tried at `rates`, with as many of the study's first seeds as `tuned_at` says;
+    curves have about `evaluations` points; `decay` is the share of B over which the rate falls.
     """
 
     name: str
     budget: int
     points: tuple[float, ...] = (0.25, 0.5, 0.75)
     rates: tuple[float, ...] = (2e-3, 4e-3)
+    tuned_at: int = 1
     decay: float = 0.2
     evaluations: int = 6
     held_out_batches: int = 6
 
     def problems(self) -> list[str]:
-        wrong = below(self, 10, "budget") + below(self, 1, "evaluations", "held_out_batches")
+        wrong = below(self, 10, "budget") + below(self, 1, "evaluations", "held_out_batches", "tuned_at")
         rising = list(self.points) == sorted(set(self.points))
         if not self.points or not rising or min(self.points) <= 0 or max(self.points) >= 1:
             wrong.append(f"points are {list(self.points)}; rising shares of the budget are needed, above 0 and below 1")

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from experiments import contract
 from experiments.depth_study.study import CHAINS as CHAINS_OF
 from experiments.depth_study.study import JUMPS as JUMPS_OF
 from experiments.depth_study.study import SCALES as DEPTH_SCALES
 from experiments.pays_study.setting import Setting, TaskSetting, TextSetting
 from experiments.units import slug
 from gt_jax.configs.json_config import Config
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, refuse_all
 
 SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "control", "from scratch"
 
 JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=1200)
-CHEAP = CHAINS_OF.replace(pass_price=0.02, adaptive_rates=(), adaptive_tuned_at=1)  # as the stored run had it
-CHAINS = TaskSetting(name="variable_chains", of=CHEAP, budget=1500, points=(0.75,), rates=(2e-3, 3e-3),
-                     curricula=(0.6,))  # fmt: skip
+CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF.replace(adaptive_rates=(), adaptive_tuned_at=1), budget=1500,
+                     points=(0.75,), rates=(2e-3, 3e-3), tuned_at=2, curricula=(0.6,))  # fmt: skip
 DEEPER = TaskSetting(
     name="deeper_jumps", of=JUMPS_OF.replace(task="pointer_jumps:hardest=4,symbols=10,queries=4"),
     deeper="pointer_jumps:hardest=8,symbols=10,queries=4", times=8, budget=900, points=(0.5,),
@@ -51,8 +52,8 @@ SCALES: dict[str, tuple[tuple[TaskSetting, ...], tuple[TextSetting, ...]]] = {
 class Study(Config):
     """Settings and seeds; `text` are files, none for the Python library's sources.
 
-    Each model is trained at each rate of its setting with the first seed; the best on the tuning part, which nothing
-    trains on, goes on with the others. Figures are of the held-out part.
+    Each model is trained at each rate of its setting with the first seed or few; the best on the tuning part, which
+    nothing trains on, goes on with the others. Figures are of the held-out part.
     """
 
     tasks: tuple[TaskSetting, ...] = SCALES["small"][0]
@@ -125,12 +126,14 @@ def scaled(scale: str, seeds: tuple[int, ...], text: tuple[str, ...], only: tupl
                  texts=tuple(one for one in texts if one.name in chosen), text=text, seeds=seeds)  # fmt: skip
 
 
-def tries(setting: Setting, seed: int) -> dict[str, list[Wanted]]:
-    """What is trained at every rate with the first seed: the source of the middle, and the model from scratch, that
-    also with every curriculum."""
-    return {SCRATCH: [Wanted(setting, SCRATCH, seed, rate, curriculum=eased) for eased in setting.scratch_curricula()
-                      for rate in setting.rates],
-            SOURCE: [Wanted(setting, SOURCE, seed, rate, setting.middle) for rate in setting.rates]}  # fmt: skip
+def tries(setting: Setting, seeds: tuple[int, ...]) -> dict[str, list[list[Wanted]]]:
+    """What is trained at every rate, each with the first `tuned_at` of the seeds: the source of the middle, and the
+    model from scratch, that also with every curriculum."""
+    found = {SCRATCH: [Wanted(setting, SCRATCH, 0, rate, curriculum=eased) for eased in setting.scratch_curricula()
+                       for rate in setting.rates],
+             SOURCE: [Wanted(setting, SOURCE, 0, rate, setting.middle) for rate in setting.rates]}  # fmt: skip
+    return {kind: [[one._replace(seed=seed) for seed in seeds[: setting.tuned_at]] for one in units]
+            for kind, units in found.items()}  # fmt: skip
 
 
 def first_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted]) -> list[Wanted]:
@@ -146,3 +149,18 @@ def second_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wante
              for seed in seeds]  # fmt: skip
     return found + [Wanted(setting, CONTROL, seed, rate, setting.middle, one.name) for one in setting.controls
                     for seed in seeds]  # fmt: skip
+
+
+def unchanged(found: Mapping[str, Any], study: Study, content: str) -> list[dict[str, Any]]:
+    """The rows of a stored file whose whole setting `study` has too, each with what made it.
+
+    Raises `Refused` for a file of other seeds or, where rows of a text are among them, of another text.
+    """
+    there = Study.from_json(found["config"])
+    kept = {one.name for one in study.settings if one in there.settings}
+    wrong = [f"the stored rows are of seeds {list(there.seeds)}; this study has {list(study.seeds)}"]
+    wrong = wrong if there.seeds != study.seeds else []
+    if found["content"] != content and kept & {one.name for one in study.texts}:
+        wrong.append("the stored rows of text were made of another text; give that, or go without --keep")
+    refuse_all(wrong, "--keep:")
+    return [row for row in contract.lent(found) if row["task"] in kept]

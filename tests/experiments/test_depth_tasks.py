@@ -24,6 +24,7 @@ from experiments.depth_study.study import (
 )
 from experiments.depth_study.variants import RECIPE, VARIANTS, GatesStudy
 from experiments.depth_study.variants import Wanted as Variant
+from experiments.pages import earlier_runs
 from gt_jax.errors import Refused
 
 STUDY = Study(settings=(JUMPS,), seeds=(0, 1, 2))
@@ -147,7 +148,7 @@ def test_rows_are_kept_whose_models_are_trained_and_asked_as_they_were(tmp_path)
     assert asked == {f"{ADAPTIVE} at 0.003"} and len(found) == 12
     found, asked = made(3.0)
     assert asked == {f"{ADAPTIVE} at 0.003", *(f"{MEAN} at {rate:g}" for rate in STUDY.rates)} and len(found) == 12
-    told = "\n".join(report._kept([*kept, *contract.lent({**stored, "rows": kept})], "pointer_jumps"))
+    told = "\n".join(earlier_runs([*kept, *contract.lent({**stored, "rows": kept})], "pointer_jumps"))
     assert told.count("earlier run") == 1 and "`python -m x`, 1 minutes on 2 cores (P)" in told
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import growth_pays
+from experiments import contract, growth_pays
 from experiments.growth_study.flops import training_flops
 from experiments.pays_study import budget, report
 from experiments.pays_study.budget import Spent
@@ -31,6 +31,7 @@ from experiments.pays_study.study import (
     scaled,
     second_round,
     tries,
+    unchanged,
 )
 from gt_jax.errors import Refused
 from gt_jax.growth import repetition
@@ -129,13 +130,13 @@ def test_text_grows_to_the_deep_model_by_each_recipe():
 def test_units_have_names_of_their_own_and_the_config_reads_back():
     study = scaled("small", (0, 1), (), ())
     assert Study.from_json(json.loads(json.dumps(study.to_json()))) == study
-    tried = tries(JUMPS, 0)[SCRATCH]
-    assert [(one.rate, one.curriculum) for one in tried] == [(2e-3, None), (4e-3, None), (2e-3, 0.3), (4e-3, 0.3)]
+    tried = tries(JUMPS, study.seeds)[SCRATCH]
+    assert [(one.rate, one.curriculum) for (one,) in tried] == [(2e-3, None), (4e-3, None), (2e-3, 0.3), (4e-3, 0.3)]
     assert JUMPS.scratch_data(0, (), None) == JUMPS.data(0, JUMPS.budget, (), deep=True)
     assert JUMPS.scratch_data(0, (), 0.3).curriculum_rows == 360 * JUMPS.batch
     units = []
     for setting in study.settings:
-        best = {kind: found[-1] for kind, found in tries(setting, 0).items()}
+        best = {kind: found[-1][0] for kind, found in tries(setting, study.seeds).items()}
         units += [*first_round(setting, study.seeds, best), *second_round(setting, study.seeds, best)]
     assert len({one.name for one in units}) == len(units)
     assert len({one.source.name for one in units if one.kind == GROWN}) == sum(one.kind == GROWN for one in units)
@@ -182,6 +183,32 @@ def rows_of(right, step0, finals, on_final=0.30, scratch=0.40):
             row(SCRATCH, seed, scratch + shift, right=right and 0.8, curve=((500, 0.9), (1000, 0.4))),
         ]  # fmt: skip
     return found
+
+
+def test_rates_are_chosen_by_as_many_seeds_as_the_setting_says_and_kept_rows_are_not_trained_again():
+    losses = {(0, 2e-3): 0.2, (1, 2e-3): 0.3, (0, 4e-3): 0.1, (1, 4e-3): 0.9}
+    asked: list[Wanted] = []
+
+    class Made:
+        def all(self, wanted):
+            asked.extend(wanted.values())
+            return {name: {"tuning_nats": losses.get((one.seed, one.rate), 0.0), "task": one.setting.name,
+                           "rate": one.rate, "kind": one.kind} for name, one in wanted.items()}  # fmt: skip
+
+    other = SMALL.replace(name="other")
+    study = Study(tasks=(SMALL.replace(tuned_at=2, curricula=(0.6,)), other), texts=())
+    assert {one["rate"] for one in growth_pays.all_rows(study, Made()) if one["task"] == SMALL.name} == {2e-3}
+    assert {one.rate for one in asked if one.setting is other and one.kind == GROWN} == {4e-3}, "first seed"
+    asked.clear()
+    stored = contract.stored(command="python -m x", config=study.replace(tasks=(other,)), machine={}, seconds=60.0,
+                             rows=[{"task": "other"}], summary={}, content="")  # fmt: skip
+    kept = unchanged(stored, study, "")
+    assert [one["task"] for one in kept] == ["other"] and not unchanged(stored, study.replace(tasks=(SMALL,)), "")
+    assert kept[0] in growth_pays.all_rows(study, Made(), kept) and not any(one.setting is other for one in asked)
+    with_text = study.replace(texts=(TEXT,))
+    text = {**stored, "config": with_text.to_json()}
+    with pytest.raises(Refused, match=r"(?s)of seeds \[0, 1, 2\].*of another text"):
+        unchanged(text, with_text.replace(seeds=(0,)), "else")
 
 
 def test_claims_are_made_where_every_seed_says_so():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from gt_jax.models.layers import grouped_product, moe
 from pallas_kernels.grouped_product import pallas_gpu
@@ -24,7 +24,8 @@ TRANSPOSES = not jax.__version__.startswith("0.10.")
 def hopper():
     """As if an H100 were compiled for."""
     kind = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=kind))
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=kind)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 INTERPRETED = """

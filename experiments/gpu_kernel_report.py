@@ -4,7 +4,8 @@
 
 * Needs Python 3.12, JAX 0.12 with jax-cuda13-plugin, and a ptxas (`make test-gpu-compile` installs them); no GPU.
 * registers, spills and shared memory are what ptxas and Mosaic say of each kernel, the same at every run of the same
-  versions. `launched` counts what the whole compiled function starts, XLA's own kernels among them.
+  versions. `launched` counts what the whole compiled function executes, XLA's own kernels among them, a loop's as
+  often as it runs.
 * Nothing here is a time. What did not compile prints its error, and the exit code is 1.
 """
 
@@ -25,7 +26,6 @@ from typing import Any, NamedTuple
 from gt_jax.errors import Failed, run_command
 from gt_jax.files import local_path
 
-_FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "copy-done", "partition-id")
 COLUMNS = ("case", "kernel", "registers", "spilled_bytes", "shared_bytes")
 
 
@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
 def _report(dump: Path, name: str) -> dict[str, Any]:
     import jax
 
+    from gt_jax.devices.pods import hlo
     from gt_jax.devices.pods.gpus import Cluster
+    from gt_jax.devices.pods.launches import count_launches
 
     (device,) = Cluster("h100", 1).stand_ins()
     report: dict[str, Any] = {"card": device.device_kind, "jax": jax.__version__}
@@ -106,7 +108,8 @@ def _report(dump: Path, name: str) -> dict[str, Any]:
         text = _compiled(CASES[name], device)
     except jax.errors.JaxRuntimeError as error:
         return report | {"failed": {name: str(error)}}
-    return report | {"launched": {name: launched(text)}, "rows": [{"case": name, **row} for row in _kernels(dump)]}
+    kernels = count_launches(hlo.read(text))["kernels"]
+    return report | {"launched": {name: kernels}, "rows": [{"case": name, **row} for row in _kernels(dump)]}
 
 
 def _compiled(case: Case, device: Any) -> str:
@@ -147,13 +150,6 @@ def _compiled(case: Case, device: Any) -> str:
         else:
             lowered = jax.jit(rule).lower(*inputs, segment_ids=segments)
     return lowered.compile().as_text() or ""
-
-
-def launched(text: str) -> int:
-    """Instructions of the entry computation that start something on the card: kernels, copies, library calls."""
-    entry = text[text.index("\nENTRY ") :]
-    found = re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = .*? ([\w-]+)\(", entry[: entry.index("\n}")], re.M)
-    return sum(name not in _FREE for name in found)
 
 
 def _kernels(dump: Path) -> list[dict[str, Any]]:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.units import check_same
 from gt_jax.configs.json_config import Config, read_object
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import write_atomically
 
 KEYS = ("command", "config", "machine", "seconds", "rows", "summary", "content")
 ORDER = ("task", "model", "seed")
 
 
+Rows = Sequence[Mapping[str, Any]]
 PLACES = ("--work", "--output")
 RUN = ("command", "machine", "seconds")
 KEPT = "kept_from"
@@ -70,6 +71,15 @@ def lent(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of a stored file, each with what made it under `KEPT`: this file's run, or the one before it."""
     own = {key: found[key] for key in RUN}
     return [{KEPT: own, **row} for row in found["rows"]]
+
+
+def check_kept(file: Path, found: Mapping[str, Any], kept: Rows, tasks: Collection[str]) -> None:
+    """Refuse to write over `file` where rows of it would be lost: those of no task of the study, or all of them."""
+    wrong = [f"it has rows of {task}, which this study leaves out; they would be lost"
+             for task in sorted({str(row["task"]) for row in found["rows"]} - set(tasks))]  # fmt: skip
+    if not kept:
+        wrong.append("none of its rows would be the same in this study; it is of another scale, or all has changed")
+    refuse_all(wrong, f"--keep does not go with {file}; name another --output, where an old file is not needed:")
 
 
 def check_output(output: Path, name: str, study: Config, content: str) -> None:

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments import contract
 from experiments.study_command import add_study_flags, read_seeds, run
 
 if TYPE_CHECKING:
@@ -101,12 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
 
-    def rows(study: Study, workers: Workers) -> list[dict[str, Any]]:
-        stored = arguments.output / f"{report.NAME}.json"
-        return all_rows(study, workers, unchanged(contract.read(stored), study) if arguments.keep else ())
-
-    return run(report.NAME, arguments, words, lambda: (configured(arguments), ""), make, rows, summary, report.write,
-               keeps=arguments.keep)  # fmt: skip
+    return run(report.NAME, arguments, words, lambda: (configured(arguments), ""), make, all_rows, summary,
+               report.write, keeps=unchanged if arguments.keep else None)  # fmt: skip
 
 
 if __name__ == "__main__":

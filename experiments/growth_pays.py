@@ -22,7 +22,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments import contract
 from experiments.study_command import add_study_flags, read_seeds, run
 from gt_jax.files import local_name
 
@@ -94,16 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
 
-    study = functools.cache(lambda: configured(arguments))
-    content = functools.cache(lambda: content_hash(study()))
+    def config() -> tuple[Study, str]:
+        study = configured(arguments)
+        return study, content_hash(study)
 
-    def rows(of: Study, workers: Workers) -> list[dict[str, Any]]:
-        stored = arguments.output / f"{report.NAME}.json"
-        return all_rows(of, workers, unchanged(contract.read(stored), of, content()) if arguments.keep else ())
-
-    return run(report.NAME, arguments, words, lambda: (study(), content()),
-               functools.partial(make, arguments.work, tuple(arguments.text)), rows, summary, report.write,
-               arguments.text, keeps=arguments.keep)  # fmt: skip
+    return run(report.NAME, arguments, words, config, functools.partial(make, arguments.work, tuple(arguments.text)),
+               all_rows, summary, report.write, arguments.text, unchanged if arguments.keep else None)  # fmt: skip
 
 
 if __name__ == "__main__":

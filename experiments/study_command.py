@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import contract
+from experiments.contract import Rows
 from experiments.units import Units
 from experiments.workers import Make, Workers
 from gt_jax.configs.json_config import Config
@@ -16,9 +17,10 @@ from gt_jax.errors import Refused
 from gt_jax.files import local_path
 from gt_jax.options import at_least
 
+Keeps = Callable[[Any, Mapping[str, Any], str], Rows]
+"""(study, stored file, hash of what is read) -> rows of the file that the study would make the same."""
 UNSTORED = ("line", "measured")
 """Of a unit: what was said while it was made, and what other units are made from."""
-Rows = Sequence[Mapping[str, Any]]
 
 
 def add_study_flags(p: argparse.ArgumentParser, name: str, seeds: str) -> None:
@@ -46,16 +48,16 @@ def say(line: str) -> None:
 
 def run(
     name: str, arguments: argparse.Namespace, words: Sequence[str], configured: Callable[[], tuple[Config, str]],
-    make: Make, rows_of: Callable[[Any, Workers], Rows], summary: Callable[[Rows], dict[str, Any]],
-    write: Callable[[Path, Mapping[str, Any]], str], files: Sequence[str] = (), keeps: bool = False,
+    make: Make, rows_of: Callable[..., Rows], summary: Callable[[Rows], dict[str, Any]],
+    write: Callable[[Path, Mapping[str, Any]], str], files: Sequence[str] = (), keeps: Keeps | None = None,
     module: str | None = None,
 ) -> int:  # fmt: skip
     """Run the study `name`, or with --render only its page anew, and print the page.
 
     `configured` gives the config and a hash of what is read, `rows_of` every unit by the workers that call `make`;
-    `write` makes page and picture of a stored file. `files` stand in the stored command by their names alone. A study
-    that `keeps` rows of an earlier run looks itself whether those in --output are its own; else all must be. `module`
-    is that of the command where it is not called as the study is.
+    `write` makes page and picture of a stored file. `files` stand in the stored command by their names alone. `keeps`
+    gives the rows of the earlier run in --output that stay, which `rows_of` gets too; without it the file there must be
+    of this very study. `module` is that of the command where it is not called as the study is.
     """
     from experiments.machine import machine  # loads JAX, which --help and refusals do without
 
@@ -67,11 +69,12 @@ def run(
     if arguments.jobs < 1:
         raise Refused(f"--jobs {arguments.jobs}: at least one model is trained at a time")
     study, content = configured()
-    if not keeps:
+    if keeps is None:
         contract.check_output(output, name, study, content)
+    lent = () if keeps is None else (_kept(output / f"{name}.json", study, content, keeps),)
     units = Units(arguments.work, study, content)
     with Workers(units, make, arguments.jobs, say) as workers:
-        made = rows_of(study, workers)
+        made = rows_of(study, workers, *lent)
     rows = [{key: value for key, value in row.items() if key not in UNSTORED} for row in made]
     command = contract.command_line(f"experiments.{module or name}", words, files)
     stored = contract.stored(command=command, config=study, machine=machine(), seconds=units.seconds, rows=rows,
@@ -79,3 +82,11 @@ def run(
     contract.write(output / f"{name}.json", stored)
     print(write(output, stored))
     return 0
+
+
+def _kept(file: Path, study: Any, content: str, keeps: Keeps) -> Rows:
+    """The rows of `file` that stay; raises `Refused` where others would be lost."""
+    found = contract.read(file)
+    rows = keeps(study, found, content)
+    contract.check_kept(file, found, rows, [one.name for one in study.settings])
+    return rows

@@ -63,7 +63,8 @@ def calibrate(
                              "tasks": tuple(tasks), "mix": tuple(mix), "tokenizer": tokenizer}
 
     def prepare() -> Text | Data:
-        data = data_config(source_metadata, named, source)
+        # all that the source was asked in the end: a curriculum begins with what it has long known
+        data = data_config(source_metadata, named, source).replace(curriculum_rows=0)
         chosen_tokenizer(metadata, data.tokenizer, grown)
         reading = open_data(data)
         _refuse_mesh(reading.config.batch_size, *places)
@@ -88,6 +89,9 @@ def calibrate(
         (run_source, shallow_variables), (run_target, deep_variables), (run_target, result)))  # fmt: skip
     losses = {"source": loss, "before": before, "after": after, "gap_before": before / loss - 1,
               "gap_after": after / loss - 1}  # fmt: skip
+    if after > before:
+        say(f"note: the held-out loss rises from {before:.4f} to {after:.4f}; the {len(fitted)} batches of the fit "
+            "say too little of the held-out part: give more --batches, or keep GROWN as it is")
     calibrated = {"source": str(of_source), "grown": str(of_grown),
                   "text": reading.summary(), "files": reading.files(), "data": stream.state(), "batches": batches,
                   "losses": losses, **report}  # fmt: skip

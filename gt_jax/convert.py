@@ -89,12 +89,14 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     from gt_jax.interop.to_hf import to_hf
+    from gt_jax.text.encodings import plain
     text = None
     if args.approximate is not None:
         try:
-            text = args.approximate.read_bytes()
-        except OSError as error:
-            raise Refused(f"--approximate {args.approximate} cannot be read: {error.strerror or error}") from error
+            text = plain(args.approximate.read_bytes())[0]
+        except (OSError, ValueError) as error:  # ValueError: what is no text
+            reason = getattr(error, "strerror", None) or error
+            raise Refused(f"--approximate {args.approximate} cannot be read: {reason}") from error
     return to_hf(args.source[0], args.target, approximate=text, progress=say)
 
 

@@ -5,7 +5,7 @@
     python -m gt_jax.retrofit SRC DST --dry-run
 
 - DST computes what SRC does: no token runs a second pass. `python -m gt_jax.train RUN --start DST` opens the gates: it
-  forces passes, as many as are drawn for each step, while the gates rise; then the price decides.
+  forces all passes while the gates rise; then the price decides.
 - SRC is a plain checkpoint or run: a converted, a trained or a grown one. Then measure and grow as always.
 - The model is read back at the end, and its logits are compared with the source's; --no-check leaves that out.
 """
@@ -135,7 +135,7 @@ def _lines(shown: Mapping[str, Any], price: PriceConfig) -> list[str]:
             f"{', '.join(f'{one:g}' for one in alpha)}, all gates closed",
             f"{shown['tensors']} tensors, {size(shown['bytes'])}{carried}{took}",
             f"train --start {shown['target']} opens the gates over the first {100 * price.forced_until:.0f} % of its "
-            f"steps, with passes forced at random; then rule {price.rule}: {aim}"]  # fmt: skip
+            f"steps, with all passes forced; then rule {price.rule}: {aim}"]  # fmt: skip
 
 
 if __name__ == "__main__":

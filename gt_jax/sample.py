@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--prompt continues a text, --task shows answers; leave one out"]
     wrong += [] if arguments.instances >= 1 else [f"--instances is {arguments.instances}; at least one can be shown"]
     wrong += ["--chat needs what the user says; give it by --prompt"] if arguments.chat and not arguments.prompt else []
-    if not re.fullmatch(r"none|\d{1,9}(,\d{1,9})*", arguments.stop_tokens or "none"):
+    stop_tokens = "none" if arguments.stop_tokens is None else arguments.stop_tokens
+    if not re.fullmatch(r"none|\d{1,9}(,\d{1,9})*", stop_tokens):
         wrong.append(f"--stop-tokens {arguments.stop_tokens!r} is neither none nor ids such as 3,4")
     wrong += ["--stop is empty; every text begins with it"] if "" in arguments.stop else []
     wrong += [f"--{name} cannot be encoded: {text!r} is not UTF-8; your terminal or its source has another encoding"
@@ -222,6 +223,8 @@ def _tokens(text: str, tokenizer: Any) -> Any:
     """The ids of a prompt, int32 [n]; of an empty one the end of the document before it, which starts the next."""
     import numpy as np
 
+    from gt_jax.text.round_trip import lost
+
     if not text:
         return np.array([tokenizer.end_of_document], np.int32)
     try:
@@ -230,6 +233,9 @@ def _tokens(text: str, tokenizer: Any) -> Any:
         raise Refused(f"--prompt cannot be encoded by the model's tokenizer, {text!r}: {error}") from error
     if not prompt.size:
         raise Refused(f"--prompt {text!r} has no token in the model's tokenizer; give other words, or an empty prompt")
+    if lost(tokenizer, [text.encode()], [prompt]):
+        read = tokenizer.decode(prompt).decode("utf-8", "replace")
+        say(f"note: the model's tokenizer has no token for all of --prompt {text!r}; the model reads {read!r}")
     return prompt
 
 

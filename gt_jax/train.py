@@ -117,6 +117,7 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
     price, optimizer = with_price(train.price, optimizer, arguments)
     price = with_forced_passes(price, arguments.forced_passes, arguments.forced_until, arguments.curriculum)
+    refuse_all(depth_misfits(model.adaptive, arguments), "the model's depth cannot be steered so:")
     own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep", "accumulate", "moments",
                "matmul_precision")  # fmt: skip
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
@@ -148,6 +149,17 @@ def with_gates(model: Any, sees: str | None) -> Any:
     if model.adaptive is None:
         raise Refused(f"--gates {sees}: the model has no adaptive depth, so there are no gates")
     return model.replace(adaptive=model.adaptive.seeing_state if sees == "state" else model.adaptive.seeing_features)
+
+
+def depth_misfits(adaptive: Any, arguments: argparse.Namespace) -> list[str]:
+    """What the flags that steer depth ask for and a model of this AdaptiveConfig, or of none, cannot do."""
+    flags = ("target", "target_of", "price_rule", "pass_price", "forced_passes", "forced_until")
+    given = {name: value for name in flags if (value := getattr(arguments, name)) is not None}
+    if adaptive is None:
+        return [f"--{name.replace('_', '-')} {value}: the model has no adaptive depth, every layer runs once; leave it "
+                "out" for name, value in given.items()]  # fmt: skip
+    return [f"--{name.replace('_', '-')} is {given[name]}; a layer runs {adaptive.max_passes} times at most"
+            for name in ("target", "forced_passes") if given.get(name, 0) > adaptive.max_passes]
 
 
 def with_price(price: Any, optimizer: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -249,12 +261,12 @@ def default_config(arguments: argparse.Namespace) -> Any:
 
     if arguments.resume:
         stored = read_run_config(arguments.run)
-        if arguments.preset and preset(arguments.preset) != stored.model:
+        if arguments.preset is not None and preset(arguments.preset) != stored.model:
             raise Refused(f"{arguments.run} does not train preset {arguments.preset}; leave --preset out to resume it")
         return resumed(stored, arguments)
     if arguments.start is None:
-        return RunConfig(model=preset(arguments.preset or "tiny"))
-    if arguments.preset or arguments.layout or arguments.plain or arguments.model or arguments.gates:
+        return RunConfig(model=preset("tiny" if arguments.preset is None else arguments.preset))
+    if arguments.preset is not None or arguments.layout or arguments.plain or arguments.model or arguments.gates:
         raise Refused("--start brings its own model; leave out --preset, --model, --layout, --gates and --plain")
     place, start = str(arguments.start), open_checkpoint(arguments.start)
     tokenizer = chosen_tokenizer(start.metadata, arguments.tokenizer, f"--start {arguments.start}")

@@ -88,8 +88,8 @@ def scaled(scale: str, seeds: tuple[int, ...]) -> Study:
     return Study(settings=SCALES[scale], seeds=seeds)
 
 
-def unchanged(found: Mapping[str, Any], study: Study) -> list[dict[str, Any]]:
-    """The rows of a stored file that `study` would make the same, each with what made it.
+def unchanged(study: Study, found: Mapping[str, Any], content: str = "") -> list[dict[str, Any]]:
+    """The rows of a stored file that `study` would make the same, each with what made it; it reads nothing.
 
     Those of a task and model whose data, training, rates tried and questions are what they were; a price is no part of
     the training of a model that has no passes to pay for. Raises `Refused` for a study of other seeds.

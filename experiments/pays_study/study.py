@@ -151,7 +151,7 @@ def second_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wante
                     for seed in seeds]  # fmt: skip
 
 
-def unchanged(found: Mapping[str, Any], study: Study, content: str) -> list[dict[str, Any]]:
+def unchanged(study: Study, found: Mapping[str, Any], content: str) -> list[dict[str, Any]]:
     """The rows of a stored file whose whole setting `study` has too, each with what made it.
 
     Raises `Refused` for a file of other seeds or, where rows of a text are among them, of another text.

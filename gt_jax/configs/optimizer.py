@@ -39,6 +39,10 @@ class OptimizerConfig(Config):
                 wrong.append(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
         if self.clip <= 0:
             wrong.append(f"clip is {self.clip}; it must be positive")
+        wrong += [f"{name} is {getattr(self, name)}; it must be at least 0"
+                  for name in ("weight_decay", "scalar_scale", "halting_scale") if getattr(self, name) < 0]
+        wrong += [f"{name} is {getattr(self, name)}; it must lie in [0, 1)"
+                  for name in ("b1", "b2") if not 0 <= getattr(self, name) < 1]
         return wrong
 
     def boundaries(self, steps: int) -> tuple[int, int, int]:

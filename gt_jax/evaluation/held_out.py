@@ -93,7 +93,7 @@ def evaluate_checkpoints(
         "rows": int(sum((batch["targets"] >= 0).any(axis=1).sum() for batch in rows)),
         "tokens": int(covered.tokens.sum()), "bytes": int(covered.bytes.sum()), "ends": covered.ends,
         "confidence": CONFIDENCE, "units": {"kind": covered.kind, "count": len(covered.tokens)},
-        "notes": _notes(opened, text, named),
+        "notes": [*_notes(opened, text, named), *_unmixed(text, batches)],
         "models": [{**_figures(one, nats, covered, passes), "answers": {name: of.to_json() for name, of in own.items()}}
                    for one, nats, own in zip(opened, sums, tables, strict=True)],
         "differences": [{**_difference(first, one, nats - sums[0], covered), "answers": _gains(own, tables[0])}
@@ -197,10 +197,23 @@ def _notes(opened: Sequence[Checkpoint], text: Text | Data, named: Mapping[str, 
     return [note for note in found if note is not None]
 
 
+def _unmixed(text: Text | Data, batches: int | None) -> list[str]:
+    """What all batches of data of several parts are: as many of each as there are, and not as the data is mixed."""
+    if batches is not None or len(text.parts) < 2:
+        return []
+    tokens = {name: sum(int((batch["targets"] >= 0).sum()) for batch in rows)
+              for name, rows in text.held_out_by_part(None).items()}  # fmt: skip
+    shares = ", ".join(f"{100 * count / sum(tokens.values()):.3g} % {name}" for name, count in tokens.items())
+    return [f"--all takes each part whole, so these figures are of {shares} by tokens, whatever the parts' weights in "
+            "the data; --batches N takes rows as the weights say"]  # fmt: skip
+
+
 def _intervals(nats: Any, covered: Covered) -> tuple[Interval, Interval]:
-    """Nats a token and bits a byte."""
-    return (ratio_interval(nats, covered.tokens, CONFIDENCE),
-            ratio_interval(nats / math.log(2), covered.bytes, CONFIDENCE))
+    """Nats a token and bits a byte; these are no number where the targets stand for no byte, as ends of documents."""
+    bits = Interval(math.nan, None, None)
+    if covered.bytes.sum() > 0:
+        bits = ratio_interval(nats / math.log(2), covered.bytes, CONFIDENCE)
+    return ratio_interval(nats, covered.tokens, CONFIDENCE), bits
 
 
 def _figures(one: Checkpoint, nats: Any, covered: Covered, passes: Passes) -> dict[str, Any]:

@@ -6,9 +6,9 @@
 - No second pass runs, forward or backward. Logits are the source's bit for bit where the compiler sums both programs
   alike, as it does wherever that was tried, and to rounding everywhere else. With a cache later passes have states of
   their own, which pass 1 never reads; what they add has weight 0.
-- A closed gate is far below the threshold, where the loss has no gradient to open it. So training forces passes, as
-  many as are drawn for each step, and lets the last bias of every head rise meanwhile (`PriceConfig.gates_opened`);
-  then gates and price are free. The schedule lies in the metadata: `train --start` goes by it.
+- A closed gate is far below the threshold, where the loss has no gradient to open it. So training forces
+  all passes, and lets the last bias of every head rise meanwhile (`PriceConfig.gates_opened`); then gates and price are
+  free. The schedule lies in the metadata: `train --start` goes by it.
 - Second moments of the source's optimizer come along; those of the heads are 0: Adam's first steps are short so.
 
 Source: recurrence retrofitted into pretrained models, arXiv 2511.07384.

@@ -6,6 +6,7 @@ x + g Delta(x), Delta(x) = A(x) + M(x + A(x)), goes out as x + g A(x) + g M(x + 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused
 from gt_jax.models.language_model import forward
+from gt_jax.text.round_trip import lost
 from gt_jax.text.tokenizers import chosen_tokenizer, open_tokenizer
 
 OUTPUT = re.compile(r".*/(mixer/output|mlp/((shared|experts)/)?down)/(w|b)")
@@ -35,13 +37,21 @@ def scaled_by(value: np.ndarray, gain: np.ndarray) -> np.ndarray:
     return (value.astype(np.float32) * gain.astype(np.float32)).astype(value.dtype)
 
 
-def fold_cost(opened: Opened, text: bytes) -> dict[str, Any]:
+def fold_cost(opened: Opened, text: bytes, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """{"logits": largest difference by largest logit, "loss": nats a token, "loss_folded", "tokens"} on a text.
 
-    The whole model is held twice. Raises `Refused` for a text of fewer than two tokens.
+    The whole model is held twice. Raises `Refused` for a text that the tokenizer does not take, or of fewer than two
+    tokens.
     """
-    tokenizer = open_tokenizer(chosen_tokenizer(opened.metadata, None, opened.folder))
-    ids = tokenizer.encode(text)[: ROWS * LENGTH]
+    name = chosen_tokenizer(opened.metadata, None, opened.folder)
+    tokenizer = open_tokenizer(name)
+    try:
+        ids = tokenizer.encode(text)
+    except ValueError as error:  # no UTF-8, or nothing that the tokenizer has a token for
+        raise Refused(f"the text of --approximate cannot be encoded by tokenizer {name}: {error}") from error
+    if missing := lost(tokenizer, [text], [ids]):
+        say(f"note: the text of --approximate{missing}")
+    ids = ids[: ROWS * LENGTH]
     if len(ids) < 2:
         raise Refused(f"the text has {len(ids)} tokens; at least 2 are needed to measure a loss on")
     length = min(LENGTH, len(ids))

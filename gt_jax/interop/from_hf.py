@@ -29,6 +29,7 @@ from gt_jax.checkpoints.leftovers import ARRAYS, EMPTY, clear
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.configs.lineage import LINEAGE
 from gt_jax.errors import refuse_all
+from gt_jax.files import explain_full_disk
 from gt_jax.interop import expected_tensors
 from gt_jax.interop.expected_tensors import exact
 from gt_jax.interop.families.rows import PlusOne, Unit, flat_start, units, whole_shapes
@@ -73,7 +74,7 @@ def from_hf(source: StrPath, target: StrPath, *, step: int | None = None, tokeni
     named = folder.tokenizer() if tokenizer is None else tokenizer
     metadata["tokenizer"] = chosen_tokenizer(metadata, named, folder.path)
     prepare_parent(place)
-    with only_writer(place):
+    with only_writer(place), explain_full_disk(place, "do it again"):
         refuse_existing(place)  # another process may have finished it meanwhile
         _write(folder, place, found, leaves, metadata, say)
     return {"source": [str(folder.path)], "target": str(place), "step": metadata["step"],

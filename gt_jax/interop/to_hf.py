@@ -35,7 +35,7 @@ from gt_jax.configs.lineage import exported, newest
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.tokenizer_file import carried_tokenizer, packed
 from gt_jax.errors import refuse_all
-from gt_jax.files import write_atomically
+from gt_jax.files import explain_full_disk, write_atomically
 from gt_jax.interop import expected_tensors
 from gt_jax.interop.families.family import Family, Json, depth_fields
 from gt_jax.interop.families.registry import family_for
@@ -77,9 +77,9 @@ def to_hf(source: StrPath, target: StrPath, *, approximate: bytes | None = None,
     opened = open_checkpoint(source)
     export = plan_export(opened, approximate is not None)
     folded = {layer: gain for layer, gain in export.gains.items() if gain not in (0, 1)}
-    cost = fold_cost(opened, approximate) if folded and approximate is not None else None
+    cost = fold_cost(opened, approximate, say) if folded and approximate is not None else None
     prepare_parent(place)
-    with only_writer(place):
+    with only_writer(place), explain_full_disk(place, "do it again"):
         refuse_existing(place)  # another process may have finished it meanwhile
         checksums = usable(opened.folder, say)
         stage = place.with_name(place.name + UNFINISHED)

@@ -26,6 +26,7 @@ from gt_jax.checkpoints.lock import only_writer
 from gt_jax.configs.lineage import LINEAGE
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import explain_full_disk
 from gt_jax.interop.expected_tensors import (
     TOKENS,
     Expected,
@@ -75,7 +76,7 @@ def to_orbax(sources: Sequence[StrPath], target: StrPath, *, overrides: Mapping[
     if not checksums:
         say("the source has no checksums; its values are taken as they are")
     prepare_parent(place)
-    with only_writer(place):
+    with only_writer(place), explain_full_disk(place, "do it again"):
         refuse_existing(place)  # another process may have finished it meanwhile
         _write(source, place, expected, own, metadata, say)
     return {"source": [str(path) for path in sources], "target": str(place), "step": metadata["step"],

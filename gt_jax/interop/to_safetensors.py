@@ -32,6 +32,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.presets import preset
 from gt_jax.configs.tokenizer_file import carried_tokenizer, packed
 from gt_jax.errors import Failed, Refused, refuse_all
+from gt_jax.files import explain_full_disk
 from gt_jax.interop.expected_tensors import Expected, expect, origin_infos
 from gt_jax.interop.inferred_config import DEFAULTS
 from gt_jax.interop.safetensors import Writer, is_ours
@@ -62,7 +63,7 @@ def to_safetensors(source: StrPath, target: StrPath, *, progress: Progress | Non
     step = metadata.get("step")
     unfinished = place.with_name(place.name + UNFINISHED)
     prepare_parent(place)
-    with only_writer(place):
+    with only_writer(place), explain_full_disk(place, "do it again"):
         refuse_existing(place)  # another process may have finished it meanwhile
         _refuse_foreign(unfinished, place)
         checksums = usable(where, say)

@@ -76,6 +76,7 @@ class Recorder:
         self._step = max(0, resume_step or 0)
         self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=20)
         self._file: TextIO | None = None
+        self._begun = False
         stream = sys.stderr if stream is None else stream
         self._stream = stream if show else None
         self._on_terminal = show and stream is not None and stream.isatty()
@@ -116,6 +117,9 @@ class Recorder:
         self._recent.append((now, step))
         line = {"step": step, **{key: to_json(value) for key, value in values.items()},
                 "time_elapsed": round(now - self._start, 3)}
+        if not self._begun:  # of a run that is resumed the clock starts anew here
+            line["time_begun"] = 0.0
+            self._begun = True
         rate = self._steps_per_second()
         if rate and self._tokens_per_step:
             line["time_tokens_per_second"] = round(rate * self._tokens_per_step, 1)
@@ -263,10 +267,17 @@ def measured(value: Any) -> np.ndarray:
 
 
 def seconds_of(lines: Sequence[dict[str, Any]]) -> float:
-    """The time a run took, its clock starting anew at every resume."""
-    times = [line["time_elapsed"] for line in lines if "time_elapsed" in line]
-    steps = zip([0.0, *times], times, strict=False)
-    return sum((now - before if now >= before else now for before, now in steps), 0.0)
+    """The time a run took, its clock starting anew at every resume: at a line with `time_begun`.
+
+    Older files do not have it; there a resume is seen where the clock goes back.
+    """
+    total = before = 0.0
+    for line in lines:
+        if "time_elapsed" in line:
+            now = line["time_elapsed"]
+            total += now - (before if now >= before and "time_begun" not in line else 0.0)
+            before = now
+    return total
 
 
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:

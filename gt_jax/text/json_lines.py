@@ -4,7 +4,8 @@
     {"prompt": "…", "answer": "…"}                   the tokens of the answer, and the end of the document behind it
     {"tokens": [5, 9, 2], "targets": [-1, 7, -1]}    ids as they are: behind 9 a 7 is expected, nothing elsewhere
 
-"difficulty" may stand beside an answer, a whole number for all of it or one a token of "tokens". Prompt and answer are
+"difficulty" may stand beside an answer, a whole number for all of it or one a token of "tokens". Each token of an
+answer counts by itself as right or not; the end of the document behind an answer does not count. Prompt and answer are
 encoded by themselves, so that the prompt has the tokens that it has when the answer is not known.
 """
 
@@ -115,7 +116,9 @@ def _answer(fields: dict[str, Any], tokenizer: Tokenizer) -> Document:
     tokens = np.concatenate([prompt, answer, [tokenizer.end_of_document]]).astype(np.int32)
     targets = np.append(tokens[1:], np.int32(-1))
     targets[: prompt.size - 1] = -1
-    return Document(tokens, targets, _difficulty(fields, targets), True, prompt.tobytes())
+    difficulty = _difficulty(fields, targets)
+    difficulty[-2] = 0  # the end of the document is learned and no part of the answer
+    return Document(tokens, targets, difficulty, True, prompt.tobytes())
 
 
 def _after(

@@ -216,6 +216,27 @@ def test_answers_of_a_task_by_difficulty(folder, capsys, monkeypatch):
         evaluate.main(["a", "--picture", "other.png"])
 
 
+def test_targets_that_stand_for_no_byte_have_no_bits_a_byte(folder, capsys):
+    """Ends of documents are legal targets."""
+    ends = folder / "ends.jsonl"
+    ends.write_text("".join(json.dumps({"tokens": [n, 66], "targets": [-1, END]}) + "\n" for n in range(20)))
+    assert evaluate.main([str(folder / "a"), str(folder / "b"), "--text", str(ends), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes"] == 0 and found["ends"] == found["tokens"] > 0
+    assert found["models"][0]["bits_per_byte"] == {"value": "NaN", "low": None, "high": None}
+    assert found["models"][0]["nats_per_token"]["value"] > 0 and evaluate.report_lines(found)
+
+
+def test_all_rows_of_several_parts_are_said_to_be_no_mix(folder, capsys):
+    mixed = ["--text", str(folder / "text.bin"), "--task", TASK, "--mix", "text=0.9,pointer_jumps=0.1"]
+    notes = []
+    for rows in ("--all", "--batches=4"):
+        assert evaluate.main([str(folder / "a"), *mixed, rows, "--json"]) == 0
+        notes.append(" ".join(json.loads(capsys.readouterr().out)["notes"]))
+    assert "--all takes each part whole" in notes[0] and "% pointer_jumps by tokens" in notes[0]
+    assert "--all" not in notes[1]
+
+
 def test_a_model_that_diverged_is_shown_as_that(folder, capsys, monkeypatch):
     """Its losses are not a number: no verdict comes of them, and what is printed is JSON."""
     nats = iter([1.0, float("nan")] * 2)

@@ -124,6 +124,8 @@ def test_chat_without_a_template_or_without_its_library_is_refused(model, monkey
         main([str(model), "--chat", "--prompt", "hello"])
     with pytest.raises(Refused, match=r"--chat needs what the user says(.|\n)*--stop-tokens '3,x' is neither"):
         main([str(model), "--chat", "--stop-tokens", "3,x"])
+    with pytest.raises(Refused, match=r"--stop-tokens '' is neither none nor ids"):
+        main([str(model), "--prompt", "a", "--stop-tokens", ""])
     with pytest.raises(Refused, match=r"--stop-tokens 3,99999:\n.*99999 is no token of the model, whose ids are 0 to"):
         main([str(model), "--prompt", "a", "--stop-tokens", "3,99999"])
     monkeypatch.setitem(sys.modules, "jinja2", None)

@@ -123,13 +123,13 @@ def test_rows_are_kept_whose_models_are_trained_and_asked_as_they_were(tmp_path)
     stored = contract.stored(command="python -m x", config=STUDY, machine={"cores": 2, "processor": "P"}, seconds=60.0,
                              rows=rows(), summary={}, content="")  # fmt: skip
     dearer = STUDY.replace(settings=(JUMPS.replace(pass_price=0.1, adaptive_rates=(3e-3,)),))
-    kept = unchanged(stored, dearer)
+    kept = unchanged(dearer, stored)
     assert {row["model"] for row in kept} == {SHALLOW, MEAN, MOST}, "a plain model has no passes to pay for"
-    assert len(unchanged(stored, STUDY)) == len(stored["rows"])
-    assert not unchanged(stored, STUDY.replace(settings=(JUMPS.replace(steps=JUMPS.steps + 1),)))
-    assert not unchanged(stored, STUDY.replace(rates=(3e-3,)))
+    assert len(unchanged(STUDY, stored)) == len(stored["rows"])
+    assert not unchanged(STUDY.replace(settings=(JUMPS.replace(steps=JUMPS.steps + 1),)), stored)
+    assert not unchanged(STUDY.replace(rates=(3e-3,)), stored)
     with pytest.raises(Refused, match="of seeds"):
-        unchanged(stored, STUDY.replace(seeds=(0,)))
+        unchanged(STUDY.replace(seeds=(0,)), stored)
     for row in kept:
         row["layers"] = "D*2"
 
@@ -150,6 +150,23 @@ def test_rows_are_kept_whose_models_are_trained_and_asked_as_they_were(tmp_path)
     assert asked == {f"{ADAPTIVE} at 0.003", *(f"{MEAN} at {rate:g}" for rate in STUDY.rates)} and len(found) == 12
     told = "\n".join(earlier_runs([*kept, *contract.lent({**stored, "rows": kept})], "pointer_jumps"))
     assert told.count("earlier run") == 1 and "`python -m x`, 1 minutes on 2 cores (P)" in told
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--scale", "minutes"], "none of its rows would be the same"), (["--seeds", "0"], "are of seeds"),
+])
+def test_rows_that_would_not_be_kept_are_not_written_over(tmp_path, words, said):
+    """Nothing is trained either."""
+    contract.write(tmp_path / "depth_tasks.json", contract.stored(
+        command="python -m x", config=scaled("small", (0, 1, 2)), machine={}, seconds=60.0, rows=rows(), summary={},
+        content=""))  # fmt: skip
+    there = (tmp_path / "depth_tasks.json").read_bytes()
+    with pytest.raises(Refused, match=said):
+        depth_tasks.main(["--keep", *words, "--output", str(tmp_path), "--work", str(tmp_path / "work")])
+    assert [path.name for path in tmp_path.iterdir()] == ["depth_tasks.json"]
+    assert (tmp_path / "depth_tasks.json").read_bytes() == there
+    with pytest.raises(Refused, match="rows of pointer_jumps, which this study leaves out"):
+        contract.check_kept(tmp_path / "depth_tasks.json", {"rows": rows()}, rows()[:1], ["variable_chains"])
 
 
 def test_every_scale_and_every_variant_is_valid():

@@ -202,13 +202,13 @@ def test_rates_are_chosen_by_as_many_seeds_as_the_setting_says_and_kept_rows_are
     asked.clear()
     stored = contract.stored(command="python -m x", config=study.replace(tasks=(other,)), machine={}, seconds=60.0,
                              rows=[{"task": "other"}], summary={}, content="")  # fmt: skip
-    kept = unchanged(stored, study, "")
-    assert [one["task"] for one in kept] == ["other"] and not unchanged(stored, study.replace(tasks=(SMALL,)), "")
+    kept = unchanged(study, stored, "")
+    assert [one["task"] for one in kept] == ["other"] and not unchanged(study.replace(tasks=(SMALL,)), stored, "")
     assert kept[0] in growth_pays.all_rows(study, Made(), kept) and not any(one.setting is other for one in asked)
     with_text = study.replace(texts=(TEXT,))
     text = {**stored, "config": with_text.to_json()}
     with pytest.raises(Refused, match=r"(?s)of seeds \[0, 1, 2\].*of another text"):
-        unchanged(text, with_text.replace(seeds=(0,)), "else")
+        unchanged(with_text.replace(seeds=(0,)), text, "else")
 
 
 def test_claims_are_made_where_every_seed_says_so():

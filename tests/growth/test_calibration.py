@@ -19,7 +19,7 @@ from gt_jax.configs.lineage import newest
 from gt_jax.configs.model import HyperConfig, MemoryConfig
 from gt_jax.devices.sharding import Rules, make_mesh, mesh_for_rows, put_like
 from gt_jax.errors import Refused
-from gt_jax.growth import layer_states
+from gt_jax.growth import calibration, layer_states
 from gt_jax.growth.calibration import Sync, calibrate_gains, sync_points
 from gt_jax.growth.plan import block_plan, identity_plan, make_plan
 from gt_jax.growth.plan_entries import Demand, Entry, Plan
@@ -27,6 +27,7 @@ from gt_jax.growth.repetition import from_json
 from gt_jax.growth.transform import grow, target_config
 from gt_jax.models.language_model import LanguageModel, abstract, fixed_passes, free_passes
 from gt_jax.models.memory_chunks import forward_rows
+from gt_jax.text.data import open_data
 from tests.support import perturbed, small_model
 
 SOURCE = small_model("D*2")
@@ -238,6 +239,25 @@ def test_the_command_writes_a_checkpoint_that_differs_in_gains_only(folder, caps
     assert newest(new, "grown_from") == old["grown_from"] and new["config"] == old["config"]
     assert new["calibrated"] == {name: value for name, value in result.items() if name != "target"}
     assert "written to" in calibrate.report_lines(new["calibrated"], folder / "calibrated")[-1]
+
+
+def test_gains_are_fitted_on_all_difficulties_though_the_source_began_with_the_least(folder, monkeypatch):
+    data = DataConfig(tasks=("pointer_jumps:hardest=3,symbols=8,queries=4",), batch_size=2, sequence_length=40)
+    metadata = checkpoint.describe(folder / "source")[1]
+    run = {**metadata["run"], "data": data.replace(curriculum_rows=10_000).to_json()}
+    checkpoint.save(folder / "of_a_task", checkpoint.load(folder / "source"), {**metadata, "run": run})
+
+    class Seen(Exception):
+        pass
+
+    def seen(*arguments, **options):
+        raise Seen(np.concatenate([np.asarray(batch["tokens"]) for batch in arguments[5]]))
+
+    monkeypatch.setattr(calibration, "calibrate_gains", seen)
+    with pytest.raises(Seen) as error:
+        calibrate.main([str(folder / name) for name in ("of_a_task", "grown", "fitted")] + ["--batches", "4"])
+    stream = open_data(data).train()
+    np.testing.assert_array_equal(error.value.args[0], np.concatenate([next(stream)["tokens"] for _ in range(4)]))
 
 
 def test_the_command_refuses_before_it_writes(folder):

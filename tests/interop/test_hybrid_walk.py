@@ -1,6 +1,7 @@
 """The walks of docs/convert.md, command by command, on a folder of a tiny model; gains that do not fold; experts."""
 
 import functools
+import gzip
 import importlib
 import json
 import os
@@ -30,6 +31,7 @@ from gt_jax.interop.hf_folder import HFFolder
 from gt_jax.interop.safetensors import Writer
 from gt_jax.interop.tensor_files import Info
 from gt_jax.models.language_model import abstract
+from gt_jax.text.tokenizers import open_tokenizer
 from tests.support import perturbed
 
 PAGE = Path(__file__).parents[2] / "docs" / "convert.md"
@@ -132,6 +134,16 @@ def test_other_gains_go_out_only_when_asked_and_their_cost_is_said(tmp_path, mon
     Path("text").write_text("abcdefghij" * 3)
     with pytest.raises(Refused, match=r"layer 0 has gain 0.5, which qwen3_5_text has no place for"):
         convert.main(["model", "out", "--to", "hf"])
+    sample = importlib.import_module("gt_jax.sample")  # the module: gt_jax has a function of this name
+    assert sample._tokens("aB", open_tokenizer("tokenizer.json")).tolist() == [0]
+    assert "has no token for all of --prompt 'aB'; the model reads 'a'" in capsys.readouterr().err
+    Path("latin").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(Refused, match=r"the text of --approximate cannot be encoded by .*tokenizer.json: 'utf-8'"):
+        convert.main(["model", "out", "--to", "hf", "--approximate", "latin"])
+    Path("packed").write_bytes(gzip.compress(("ABC" + "abcdefghij" * 3).encode("utf-16")))
+    assert convert.main(["model", "packed_out", "--to", "hf", "--approximate", "packed", "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["cost"]["tokens"] == 30 and "do not come back from their tokens" in output.err
     assert convert.main(["model", "out", "--to", "hf", "--approximate", "text", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     cost, tokens = report["cost"], jnp.asarray([[ord(letter) - 97 for letter in "abcdefghij" * 3]])
@@ -206,7 +218,7 @@ def test_a_conversion_that_is_killed_or_meets_a_full_disk_leaves_no_checkpoint(t
 
     with monkeypatch.context() as patch:
         patch.setattr(ArrayFiles, "write", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=r"No space left on device while writing .*ours; make room, then do it again"):
             from_hf(fused, target)
         assert not target.exists() and not stage.exists()
         patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # a kill clears nothing away

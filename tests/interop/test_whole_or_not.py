@@ -71,6 +71,7 @@ def test_killed_anywhere_the_target_is_not_there_and_the_next_try_succeeds(case,
 def test_a_full_disk_is_one_line_and_leaves_nothing(ended, to):
     full = ended[1][to]["full"]
     assert full["status"] == 1 and full["stderr"].startswith("failed: ") and "File too large" in full["stderr"]
+    assert "do it again" in full["stderr"]
     assert full["stderr"].count("\n") == 1 and not any(name.startswith(to) for name in full["left"])
 
 

@@ -57,6 +57,7 @@ def test_every_kind_of_value_becomes_strict_json_and_comes_back(tmp_path):
     assert line["nan"] == "NaN" and line["inf"] == "Infinity" and line["mixed"] == [1.0, "-Infinity"]
     (back,) = metrics.read_metrics(path)
     elapsed = back.pop("time_elapsed")
+    assert back.pop("time_begun") == 0.0
     assert isinstance(elapsed, float) and np.isnan(back.pop("nan"))
     assert back == {"step": 7, "loss": float(np.float32(0.1)), "half": 1.5, "count": 3, "flag": True, "note": "held",
                     "gone": None, "layers": [0.0, 1.0, 2.0], "matrix": [[1, 0], [0, 1]], "empty": [], "inf": np.inf,
@@ -91,8 +92,19 @@ def test_several_lines_of_the_last_step_are_kept(tmp_path):
         for step, values in [(1, {"loss": 3.0}), (1, {"held_out": 3.5}), (2, {"loss": 2.0})]:
             recorder.log(step, **values)
     record(path, range(0), resume_step=1)
-    assert [sorted(set(line) - {"time_elapsed"}) for line in metrics.read_metrics(path)] == [
+    assert [sorted(set(line) - {"time_elapsed", "time_begun"}) for line in metrics.read_metrics(path)] == [
         ["loss", "step"], ["held_out", "step"]]
+
+
+@pytest.mark.parametrize("first", [90, 5])
+def test_the_time_of_a_run_counts_every_start_from_its_beginning(tmp_path, first):
+    """Whether the first line after a resume is later by its own clock than the last one before, or not."""
+    path = tmp_path / "metrics.jsonl"
+    for resume, at in ((None, (0, 10, 50)), (2, (0, first, 100))):
+        record(path, range(1, 3) if resume is None else range(3, 5), resume_step=resume, clock=iter(at).__next__)
+    assert metrics.seconds_of(metrics.read_metrics(path)) == 50 + 100
+    older = [{key: value for key, value in line.items() if key != "time_begun"} for line in metrics.read_metrics(path)]
+    assert metrics.seconds_of(older) == (100 if first == 90 else 150)
 
 
 def test_what_cannot_be_read_is_refused_and_kept(tmp_path):

@@ -54,7 +54,8 @@ def test_the_loss_is_on_what_each_form_asks(tmp_path):
     ])  # fmt: skip
     answer, text, ids, bare = read_documents(path, BYTES, ROW)
     assert answer.tokens.tolist() == [*b"abcd", END] and answer.targets.tolist() == [-1, *b"cd", END, -1]
-    assert answer.difficulty.tolist() == [0, 4, 4, 4, 0] and answer.whole
+    assert answer.difficulty.tolist() == [0, 4, 4, 0, 0] and answer.whole
+    assert answer.targets[3] == END, "the end is learned, and is no answer that is right or not"
     assert text.tokens.tolist() == [*b"abc", END] and text.targets.tolist() == [*b"bc", END, -1] and not text.whole
     assert ids.tokens.tolist() == [5, 9, 256] and ids.targets.tolist() == [-1, 7, 0]
     assert ids.difficulty.tolist() == [0, 2, 1], "nothing is asked where there is no target"

@@ -223,6 +223,20 @@ def test_forced_passes_rise_with_the_curriculum_and_hold_until_the_gates_are_fre
     assert [max(counts[at : at + 60]) for at in (0, 60, 120)] == [1, 2, 3] and set(counts[180:]) == {1, 2, 3, 4}
 
 
+@pytest.mark.parametrize(("words", "said"), [
+    (("--plain", "--target", "2", "--forced-passes", "3"), r"--target 2.0: .*once(.|\n)*--forced-passes 3: .*once"),
+    (("--target", "40"), "--target is 40.0; a layer runs 4 times at most"),
+    (("--forced-passes", "5"), "--forced-passes is 5; a layer runs 4 times at most"),
+    (("--weight-decay", "-5"), "weight_decay is -5.0; it must be at least 0"), (("--preset", ""), "preset"),
+])  # fmt: skip
+def test_what_a_model_cannot_be_steered_to_is_refused(words, said):
+    with pytest.raises(Refused, match=said):
+        arguments = train.parser().parse_args(["run", *words])
+        train.run_config(arguments, train.default_config(arguments))
+    with pytest.raises(Refused, match=r"b1 is 1.0; it must lie in \[0, 1\)"):
+        OptimizerConfig(b1=1.0)
+
+
 def test_the_options_of_forced_passes():
     words = ("--price-rule", "budget", "--forced-passes", "4")
     jumps = ("--task", "pointer_jumps:hardest=2,symbols=4", "--curriculum", "0.6")

@@ -32,7 +32,7 @@ def variables():
     return perturbed(CONFIG)
 
 
-@pytest.mark.parametrize("name", ["evaluation", "hidden_rows"])
+@pytest.mark.parametrize("name", ["evaluation", pytest.param("hidden_rows", marks=pytest.mark.exhaustive)])
 def test_a_chunk_of_padding_weighs_nothing(variables, name):
     network = LanguageModel(CONFIG, Rules())
 

@@ -45,11 +45,14 @@ def block_size(picks: int, experts: int) -> int:
 
 
 def block_for(picks: int, x: Float[Array, "*n d"], w: Float[Array, "e d f"]) -> int:
-    """`block_size`; where a Hopper GPU's kernels multiply, theirs: the larger one if that fills up by a fifth at most.
+    """`block_size`; 1 where a TPU's kernel multiplies, whose runs may begin anywhere; where a Hopper GPU's do, theirs.
 
-    They skip blocks that are empty, so few picks cost no more for it.
+    Of these two the larger one if that fills up by a fifth at most: they skip blocks that are empty, so few picks cost
+    no more for it.
     """
     count = w.shape[0]
+    if _tiled(row_count(picks, count, 1), w):
+        return 1
     small, large = pallas_gpu.BLOCKS
     wanted = large if 5 * count * (large - 1) <= picks else small
     return wanted if _by_warpgroups(x, w, wanted) else block_size(picks, count)
@@ -78,18 +81,24 @@ def dispatch(experts: Int[Array, " m"], count: int, block: int) -> Dispatch:
 
 @jax.custom_vjp
 def spread(x: Float[Array, "n d"], source: Int[Array, " r"], rows: Int[Array, "n k"]) -> Float[Array, "r d"]:
-    """y_r = x[source_r], 0 where source_r is n. `rows` says the same the other way: those that came from each of x.
+    """y_r = x[source_r]; where source_r is n, a row that is nobody's, any row of x. `rows` says the same the other way:
+    those that came from each of x.
 
     The transpose of a gather is a sum of scattered rows, which a TPU sorts first and then writes one by one; as the
-    rows are known, it is `collect`, a gather again.
+    rows are known, it is `collect`, a gather again. Zeros in nobody's rows would be one more write of them all.
     """
-    return x.at[source].get(mode="fill", fill_value=0)
+    return x.at[jnp.minimum(source, x.shape[0] - 1)].get(mode="promise_in_bounds")
 
 
 @jax.custom_vjp
 def collect(y: Float[Array, "r d"], source: Int[Array, " r"], rows: Int[Array, "n k"]) -> Float[Array, "n d"]:
-    """x_n = sum_k y[rows_nk], where rows_nk is r nothing: the transpose of `spread`."""
-    return jnp.sum(y.at[rows].get(mode="fill", fill_value=0), axis=1)
+    """x_n = sum_k y[rows_nk], where rows_nk is r nothing: the transpose of `spread`. Summed in float32 at least.
+
+    What is nothing is left out in the sum, where it costs nothing; a gather that fills it in writes its result twice.
+    """
+    there = rows < y.shape[0]
+    picked = y.at[jnp.minimum(rows, y.shape[0] - 1)].get(mode="promise_in_bounds")
+    return jnp.sum(jnp.where(there[..., None], widen(picked), 0.0), axis=1).astype(y.dtype)
 
 
 def _kept(function: Callable[..., Array]) -> Callable[..., tuple[Array, tuple[Array, Array]]]:
@@ -147,16 +156,18 @@ def _owners(x: Array, w: Array, sizes: Array, block: int) -> tuple[Array, Array]
 def tiled_product(
     x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"], *, interpret: bool = False
 ) -> Float[Array, "r f"]:
-    """`ragged_product` by megablox, the TPU kernel that comes with JAX; its derivative is `tiled_gradients`."""
-    product = gmm(x, w, sizes, x.dtype, _tiles(x.shape[0], w.shape[1], w.shape[2]), interpret=interpret)
-    return _inside(product, sizes)
+    """`ragged_product` by megablox, the TPU kernel that comes with JAX; its derivative is `tiled_gradients`.
+
+    After the last run stands what the kernel found there, which may be no number: zeros would be one more write of all.
+    """
+    return gmm(x, w, sizes, x.dtype, _tiles(x.shape[0], w.shape[1], w.shape[2]), interpret=interpret)
 
 
 def tiled_gradients(
     x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"], gradient: Float[Array, "r f"],
     *, interpret: bool = False,
 ) -> tuple[Float[Array, "r d"], Float[Array, "e d f"]]:
-    """dx = gradient w^T by runs, dw_i = x_i^T gradient_i, both by megablox.
+    """dx = gradient w^T by runs, dw_i = x_i^T gradient_i, both by megablox; after the last run dx is anything.
 
     XLA's own derivative of `ragged_dot` multiplies, on a TPU too, every row by every expert, from an array [e, r, d].
     """
@@ -164,7 +175,7 @@ def tiled_gradients(
     tiles = _tiles(rows, outer, inner)
     dx = gmm(gradient, w, sizes, x.dtype, tiles, transpose_rhs=True, interpret=interpret)
     dw = tgmm(x.T, gradient, sizes, w.dtype, _tiles(rows, inner, outer), interpret=interpret)
-    return _inside(dx, sizes), dw
+    return dx, dw
 
 
 def _tiles(rows: int, inner: int, outer: int) -> tuple[int, int, int]:
@@ -178,7 +189,7 @@ def takes_tiles(rows: int, inner: int, outer: int) -> bool:
 
 
 def _inside(product: Float[Array, "r f"], sizes: Int[Array, " e"]) -> Float[Array, "r f"]:
-    """0 after the last run, where a kernel may leave what it finds."""
+    """0 after the last run."""
     inside = jnp.arange(product.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
     return jnp.where(inside[:, None], product, 0.0)
 
@@ -187,13 +198,13 @@ def _inside(product: Float[Array, "r f"], sizes: Int[Array, " e"]) -> Float[Arra
 def grouped_product(
     x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"], block: int
 ) -> Float[Array, "r f"]:
-    """Each expert's run of rows times its matrix; runs are multiples of `block`.
+    """Each expert's run of rows times its matrix; runs are multiples of `block`, rows after the last are nobody's.
 
     `tiled_product` on a TPU and `pallas_gpu.product` on a Hopper GPU where the shape allows; else `blocked_product` on
     CPUs and GPUs, where `ragged_dot` multiplies every row by every expert; else `ragged_product`. Its own derivative
     rule, for what is kept: x and w as they are, not what any of the ways makes of them.
     """
-    if _tiled(x, w):
+    if _tiled(x.shape[0], w):
         return tiled_product(x, w, sizes)
     if _by_warpgroups(x, w, block):
         return pallas_gpu.product(x, w, sizes, block=block)
@@ -202,9 +213,9 @@ def grouped_product(
     return jax.lax.platform_dependent(x, w, sizes, **ways, default=ragged_product)
 
 
-def _tiled(x: Array, w: Array) -> bool:
+def _tiled(rows: int, w: Array) -> bool:
     """Known when tracing, so that on other machines the kernel is not even traced."""
-    return target_device()[0] == "tpu" and takes_tiles(x.shape[0], *w.shape[1:])
+    return target_device()[0] == "tpu" and takes_tiles(rows, *w.shape[1:])
 
 
 def _by_warpgroups(x: Array, w: Array, block: int) -> bool:
@@ -217,7 +228,7 @@ def _grouped_forward(x: Array, w: Array, sizes: Array, block: int) -> tuple[Arra
 
 
 def _grouped_backward(block: int, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, None]:
-    if _tiled(*kept[:2]):
+    if _tiled(kept[0].shape[0], kept[1]):
         return *tiled_gradients(*kept, gradient), None
     if _by_warpgroups(*kept[:2], block):
         x, w, sizes = kept

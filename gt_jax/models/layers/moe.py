@@ -108,18 +108,19 @@ def mix_experts(
 ) -> Activations:
     """sum_i w_i SwiGLU_i(x) over the picks of experts 0 … e-1; picks of any other number add nothing.
 
-    The products run in x's dtype, the weighted sum in float32.
+    The products run in x's dtype, what is between them and the sum in float32. Hidden units are weighed, not what comes
+    of them: they are narrower, rounded once for it, and so is the gradient of the weights.
     """
     tokens, picks, count = x.shape[0] * x.shape[1], routing.experts.shape[-1], gate.shape[0]
     block = block_for(tokens * picks, x, gate)
     rows = dispatch(routing.experts.reshape(-1), count, block)
     token, of_token = rows.pick // picks, rows.row.reshape(tokens, picks)  # an empty row: one past the last token
     inner = spread(x.reshape(tokens, -1), token, of_token)
-    hidden = jax.nn.silu(grouped_product(inner, gate, rows.sizes, block))
-    hidden = hidden * grouped_product(inner, up, rows.sizes, block)
-    outer = widen(grouped_product(hidden, down, rows.sizes, block))
-    weight = spread(routing.weights.reshape(-1, 1), rows.pick, rows.row[:, None])
-    return collect(outer * weight, token, of_token).astype(x.dtype).reshape(x.shape)
+    own = spread(routing.weights.reshape(-1, 1), rows.pick, rows.row[:, None])
+    weight = jnp.where((rows.pick < tokens * picks)[:, None], own, 0.0)  # a row that is nobody's adds nothing anywhere
+    gated, linear = (widen(grouped_product(inner, w, rows.sizes, block)) for w in (gate, up))
+    hidden = (jax.nn.silu(gated) * linear * weight).astype(x.dtype)
+    return collect(grouped_product(hidden, down, rows.sizes, block), token, of_token).reshape(x.shape)
 
 
 class Router(nn.Module):

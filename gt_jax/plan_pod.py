@@ -300,8 +300,11 @@ def show(arguments: argparse.Namespace) -> int:
     """A stored plan, or two side by side; raises `Refused` for other files, and for plans of different models."""
     if len(arguments.plans) > 2:
         raise Refused(f"{len(arguments.plans)} plans are named; one is shown, two are compared")
-    if arguments.topology is not None or arguments.json:
-        raise Refused("stored plans are shown as they are: leave out --topology and --json")
+    asked = ("preset", "model", "remat", "topology", "mesh", "batch", "sequence_length", "accumulate", "tries", "json")
+    defaults = parser()
+    if given := [name for name in asked if getattr(arguments, name) != defaults.get_default(name)]:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise Refused(f"stored plans are shown as they are: leave out {flags}")
     plans = {str(path): read_plan(path) for path in arguments.plans}
     if len(plans) < len(arguments.plans):
         raise Refused("a plan is compared with itself; name two")

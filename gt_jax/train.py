@@ -286,11 +286,13 @@ def default_config(arguments: argparse.Namespace) -> Any:
 
 
 def with_opening(train: Any, metadata: Any) -> Any:
-    """`train` (a TrainConfig) with the schedule that opens the gates of a checkpoint that was just retrofitted."""
+    """`train` (a TrainConfig) with the schedule that opens the gates of a checkpoint that was retrofitted last, whatever
+    files it has lain in since."""
     from gt_jax.configs.lineage import chain
     from gt_jax.configs.price import PriceConfig
 
-    made = chain(metadata)[-1].get("retrofitted_from")
+    steps = [step for step in chain(metadata) if step["kind"] not in ("exported", "converted")]
+    made = steps[-1].get("retrofitted_from") if steps else None
     if made is None:
         return train
     price = PriceConfig.from_json(made["price"])
@@ -375,7 +377,7 @@ def _train(arguments: argparse.Namespace, group: Any) -> int:
     asked = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_AXES}
     given = {axis: size for axis, size in asked.items() if size is not None}
     mesh = group.agree(lambda: make_mesh(**given))
-    with jax.set_mesh(mesh), contextlib.suppress(Interrupted):  # asked to stop, and saved: as after SIGTERM
+    with jax.set_mesh(mesh), contextlib.suppress(Interrupted):  # asked to stop, and saved: that is done, too
         train_run(
             arguments.run, config, resume=arguments.resume, group=group, tensorboard=arguments.tensorboard
         )

@@ -177,7 +177,8 @@ def train_run(
     Every process of the `group` calls it, on a mesh of the devices of all; the first one writes and shows. With
     `tensorboard` the metrics go to RUN/tensorboard too. Raises `Refused` when `run` is already a run (without
     `resume`), is none (with it), was of another config but for fewer steps, or is being trained by another job, OSError
-    when the disk is full: the last checkpoint stays. Ctrl-C is heard as SIGTERM is, and then raises `Interrupted`.
+    when the disk is full: the last checkpoint stays. Asked to stop, by SIGTERM or Ctrl-C, it saves and
+    raises `Interrupted`.
     """
     with contextlib.ExitStack() as stack, products(config.train.matmul_precision):
         return _train_run(stack, run, config, resume, show, rules or Rules(), group or ProcessGroup(), tensorboard)
@@ -255,8 +256,8 @@ def _train_run(
             if step == top:
                 recorder.message(f"step {step}: from here on the learning rate falls; {run / str(step)} stays, to grow "
                                  "or to train on from")  # fmt: skip
-            if last:
-                recorder.message(f"asked to stop: saved after step {step}; go on with --resume")
+            if last and step < train.steps:
+                recorder.message(f"asked to stop: saved after step {step}; the run goes on from there (train --resume)")
 
         def due(step: int) -> bool:
             often = train.evaluate_every, train.checkpoint_every
@@ -281,7 +282,7 @@ def _train_run(
                             stop=termination.asked, patience=patience)  # fmt: skip
             finally:
                 steps.wait()
-        if termination.interrupted:
+        if termination.interrupted or int(state.step) < train.steps:
             raise Interrupted
         return state
 

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C was heard, and the step is saved: who called the training is not to go on as if it were done."""
+    """SIGTERM or Ctrl-C was heard, and the step is saved: who called the training must not go on as if it were done."""
 
 
 class Termination:

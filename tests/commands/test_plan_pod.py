@@ -298,7 +298,8 @@ def test_what_is_no_plan_or_of_another_model_is_refused(tmp_path):
         main([one, other])
     assert all(part in str(error.value) for part in ("preset: 8b in", "3b in", "parameters: 10", "rows of a batch: 8"))
     for words, why in (([one, one, one], "3 plans are named"), ([one, one], "compared with itself"),
-                       ([one, "--topology", "v5p:2x2x1"], "leave out --topology"),
+                       ([one, "--topology", "v5p:2x2x1"], "leave out --topology$"),
+                       ([one, "--mesh", "fsdp=7", "--tries", "0", "--remat", "none"], "--remat and --mesh and --tries"),
                        ([], "--topology is missing")):  # fmt: skip
         with pytest.raises(Refused, match=why):
             main(words)

@@ -13,7 +13,7 @@ from gt_jax.checkpoints import checkpoint, orbax_store
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.adaptive import AdaptiveConfig
 from gt_jax.configs.data import DataConfig
-from gt_jax.configs.lineage import tree_lines
+from gt_jax.configs.lineage import LINEAGE, exported, tree_lines
 from gt_jax.configs.price import opening
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.errors import Refused
@@ -69,6 +69,10 @@ def test_the_command_writes_a_model_of_the_same_bits_that_training_knows_how_to_
     assert config.train.price == PRICE and config.train.moments == "carried"
     assert config.train.optimizer.halting_scale == 10.0
     assert config.model == retrofitted_config(PLAIN, STATE)
+    moved = {"kind": "converted", "converted_from": {"source": "x"}, LINEAGE: exported(metadata, str(target))}
+    assert train.with_opening(TrainConfig(), moved).price == PRICE, "however often it was written out and read back"
+    trained = {"kind": "train", "run": {}, LINEAGE: exported(metadata, str(target))}
+    assert train.with_opening(TrainConfig(), trained) == TrainConfig()
     again = train.parser().parse_args(["run", "--start", str(target), "--price-rule", "ouro"])
     with pytest.raises(Refused, match="make it again with"):
         train.run_config(again, config)

@@ -256,18 +256,21 @@ def test_the_checkpoint_that_ends_the_plateau_stays(whole, every, left, tmp_path
     assert ("from here on the learning rate falls" in capsys.readouterr().err) == (every > 0)
 
 
-def test_ctrl_c_saves_the_step_and_whoever_called_does_not_go_on(keyboard, whole, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_asked_to_stop_saves_the_step_and_whoever_called_does_not_go_on(
+    keyboard, whole, tmp_path, monkeypatch, capsys, number
+):
     run, log = tmp_path / "run", loop.Recorder.log
 
     def and_ctrl_c(self, step, **values):
         log(self, step, **values)
         if step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(loop.Recorder, "log", and_ctrl_c)
     with pytest.raises(Interrupted):
         train_run(run, whole[0])
-    assert RunCheckpoints(run).latest() in (6, 7) and "go on with --resume" in capsys.readouterr().err
+    assert RunCheckpoints(run).latest() in (6, 7) and "goes on from there (train --resume)" in capsys.readouterr().err
     monkeypatch.undo()
 
 

@@ -286,8 +286,10 @@ def default_config(arguments: argparse.Namespace) -> Any:
 
 
 def with_opening(train: Any, metadata: Any) -> Any:
-    """`train` (a TrainConfig) with the schedule that opens the gates of a checkpoint that was retrofitted last, whatever
-    files it has lain in since."""
+    """`train` (a TrainConfig) with the schedule that opens the gates of a checkpoint that was retrofitted last.
+
+    It may have been written out and read back since.
+    """
     from gt_jax.configs.lineage import chain
     from gt_jax.configs.price import PriceConfig
 

@@ -32,12 +32,14 @@ def write(name: str) -> Callable[[Path, Stored], str]:
     return page
 
 
-def _head(title: str, stored: Stored) -> list[str]:
+MEANS = " Means over seeds, in brackets the 95 % interval by Student's t over seeds."
+
+
+def _head(title: str, stored: Stored, figures: str = MEANS) -> list[str]:
     seeds = len(stored["config"]["seeds"])
     return [f"# {title}", "", f"`{stored['command']}`", "",
             f"{seeds} seed{'s' * (seeds != 1)}, {stored['seconds'] / 60:.0f} minutes of wall time in all calls, on "
-            f"{stored['machine']['cores']} cores. Means over seeds, in brackets the 95 % interval by Student's t over "
-            "seeds."]  # fmt: skip
+            f"{stored['machine']['cores']} cores.{figures}"]
 
 
 def arms_page(name: str, stored: Stored) -> str:
@@ -102,7 +104,7 @@ def machine_page(name: str, stored: Stored) -> str:
         right.setdefault((row["task"], row["model"]), []).append(f"{100 * row['accuracy']:.0f}")
     rows = [[task, *(", ".join(right[task, model]) for model in models)] for task in found["models"]]
     return "\n".join([
-        *_head("Checks of the machine", stored), "",
+        *_head("Checks of the machine", stored, figures=""), "",
         f"Two layers of width {stored['config']['width']}, {stored['config']['steps']} steps at rate "
         f"{stored['config']['rate']:g}, one rate for all. Right answers of 100, by seed; chance is 6 in recall and "
         "memorisation, 50 in parity, which is asked of in the last quarter of a row.", "",

@@ -262,12 +262,12 @@ def test_who_is_asked_to_stop_saves_the_step_and_whoever_called_does_not_go_on(
 ):
     run, log = tmp_path / "run", loop.Recorder.log
 
-    def and_ctrl_c(self, step, **values):
+    def and_signal(self, step, **values):
         log(self, step, **values)
         if step == 5:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(loop.Recorder, "log", and_ctrl_c)
+    monkeypatch.setattr(loop.Recorder, "log", and_signal)
     with pytest.raises(Interrupted):
         train_run(run, whole[0])
     assert RunCheckpoints(run).latest() in (6, 7) and "goes on from there (train --resume)" in capsys.readouterr().err

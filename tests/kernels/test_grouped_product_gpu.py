@@ -67,7 +67,8 @@ def traced(tokens, dtype, experts=20, width=4096, hidden=1024):
     picked = [jax.ShapeDtypeStruct((1, tokens, 2), kind) for kind in (jnp.int32, jnp.float32)]
 
     def loss(x, weights, matrices, experts):
-        return jnp.sum(moe.mix_experts(x, moe.Routing(experts, weights), *matrices).astype(jnp.float32))
+        y = moe.mix_experts(x, moe.Routing(experts, weights), matrices[:2], matrices[2])
+        return jnp.sum(y.astype(jnp.float32))
 
     return jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, picked[1], matrices, picked[0])
 

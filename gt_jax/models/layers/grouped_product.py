@@ -44,7 +44,7 @@ def block_size(picks: int, experts: int) -> int:
     return min(1 << (share.bit_length() - 1), LARGEST_BLOCK)
 
 
-def block_for(picks: int, x: Float[Array, "*n d"], w: Float[Array, "e d f"]) -> int:
+def block_for(picks: int, x: Float[Array, "*n d"], w: Float[Array, "e _ _"]) -> int:
     """`block_size`; 1 where a TPU's kernel multiplies, whose runs may begin anywhere; where a Hopper GPU's do, theirs.
 
     Of these two the larger one if that fills up by a fifth at most: they skip blocks that are empty, so few picks cost
@@ -109,13 +109,15 @@ spread.defvjp(_kept(spread), lambda kept, gradient: (collect(gradient, *kept), N
 collect.defvjp(_kept(collect), lambda kept, gradient: (spread(gradient, *kept), None, None))
 
 
-def ragged_product(x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"]) -> Float[Array, "r f"]:
+def ragged_product(
+    x: Float[Array, "r d"], w: Float[Array, "e _ _"], sizes: Int[Array, " e"], *, transposed: bool = False
+) -> Float[Array, "r f"]:
     """Each expert's run of rows times its matrix by `jax.lax.ragged_dot`; 0 after the last run."""
-    return _inside(jax.lax.ragged_dot(x, w, sizes), sizes)
+    return _inside(jax.lax.ragged_dot(x, jnp.swapaxes(w, 1, 2) if transposed else w, sizes), sizes)
 
 
 def blocked_product(
-    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"], block: int
+    x: Float[Array, "r d"], w: Float[Array, "e _ _"], sizes: Int[Array, " e"], *, block: int, transposed: bool = False
 ) -> Float[Array, "r f"]:
     """`ragged_product` for runs that are multiples of `block`: each block of rows times its expert's matrix.
 
@@ -124,22 +126,24 @@ def blocked_product(
 
     def one(_: None, piece: tuple[Array, Array, Array]) -> tuple[None, Array]:
         rows, real, owner = piece
-        return None, jnp.where(real, rows @ w[owner], 0.0)
+        return None, jnp.where(real, rows @ (w[owner].T if transposed else w[owner]), 0.0)
 
     _, product = jax.lax.scan(one, None, (x.reshape(-1, block, x.shape[1]), *_owners(x, w, sizes, block)))
     return product.reshape(x.shape[0], -1)
 
 
 def blocked_gradients(
-    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"], gradient: Float[Array, "r f"], block: int
-) -> tuple[Float[Array, "r d"], Float[Array, "e d f"]]:
+    x: Float[Array, "r d"], w: Float[Array, "e _ _"], sizes: Int[Array, " e"], gradient: Float[Array, "r f"],
+    *, block: int, transposed: bool = False,
+) -> tuple[Float[Array, "r d"], Float[Array, "e _ _"]]:
     """dx = gradient w^T and dw_i = x_i^T gradient_i, block after block; dw is added to in place, in float32."""
 
     def one(dw: Array, piece: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
         rows, pulled, real, owner = piece
         pulled = jnp.where(real, pulled, 0.0)
-        more = jnp.matmul(rows.T, pulled, preferred_element_type=dw.dtype)
-        return dw.at[owner].add(more), pulled @ w[owner].T
+        left, right = (pulled, rows) if transposed else (rows, pulled)
+        more = jnp.matmul(left.T, right, preferred_element_type=dw.dtype)
+        return dw.at[owner].add(more), pulled @ (w[owner] if transposed else w[owner].T)
 
     pieces = (x.reshape(-1, block, x.shape[1]), gradient.reshape(-1, block, gradient.shape[1]))
     dw, dx = jax.lax.scan(one, jnp.zeros_like(widen(w)), (*pieces, *_owners(x, w, sizes, block)))
@@ -154,28 +158,30 @@ def _owners(x: Array, w: Array, sizes: Array, block: int) -> tuple[Array, Array]
 
 
 def tiled_product(
-    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"], *, interpret: bool = False
+    x: Float[Array, "r d"], w: Float[Array, "e _ _"], sizes: Int[Array, " e"],
+    *, transposed: bool = False, interpret: bool = False,
 ) -> Float[Array, "r f"]:
     """`ragged_product` by megablox, the TPU kernel that comes with JAX; its derivative is `tiled_gradients`.
 
     After the last run stands what the kernel found there, which may be no number: zeros would be one more write of all.
     """
-    return gmm(x, w, sizes, x.dtype, _tiles(x.shape[0], w.shape[1], w.shape[2]), interpret=interpret)
+    inner, outer = reversed(w.shape[1:]) if transposed else w.shape[1:]
+    tiles = _tiles(x.shape[0], inner, outer)
+    return gmm(x, w, sizes, x.dtype, tiles, transpose_rhs=transposed, interpret=interpret)
 
 
 def tiled_gradients(
-    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"], gradient: Float[Array, "r f"],
-    *, interpret: bool = False,
-) -> tuple[Float[Array, "r d"], Float[Array, "e d f"]]:
+    x: Float[Array, "r d"], w: Float[Array, "e _ _"], sizes: Int[Array, " e"], gradient: Float[Array, "r f"],
+    *, transposed: bool = False, interpret: bool = False,
+) -> tuple[Float[Array, "r d"], Float[Array, "e _ _"]]:
     """dx = gradient w^T by runs, dw_i = x_i^T gradient_i, both by megablox; after the last run dx is anything.
 
     XLA's own derivative of `ragged_dot` multiplies, on a TPU too, every row by every expert, from an array [e, r, d].
     """
-    (rows, inner), outer = x.shape, w.shape[2]
-    tiles = _tiles(rows, outer, inner)
-    dx = gmm(gradient, w, sizes, x.dtype, tiles, transpose_rhs=True, interpret=interpret)
-    dw = tgmm(x.T, gradient, sizes, w.dtype, _tiles(rows, inner, outer), interpret=interpret)
-    return dx, dw
+    dx = tiled_product(gradient, w, sizes, transposed=not transposed, interpret=interpret)
+    left, right = (gradient, x) if transposed else (x, gradient)
+    tiles = _tiles(x.shape[0], *w.shape[1:])
+    return dx, tgmm(left.T, right, sizes, w.dtype, tiles, interpret=interpret)
 
 
 def _tiles(rows: int, inner: int, outer: int) -> tuple[int, int, int]:
@@ -194,23 +200,24 @@ def _inside(product: Float[Array, "r f"], sizes: Int[Array, " e"]) -> Float[Arra
     return jnp.where(inside[:, None], product, 0.0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_product(
-    x: Float[Array, "r d"], w: Float[Array, "e d f"], sizes: Int[Array, " e"], block: int
+    x: Float[Array, "r d"], w: Float[Array, "e _ _"], sizes: Int[Array, " e"], block: int, transposed: bool = False
 ) -> Float[Array, "r f"]:
     """Each expert's run of rows times its matrix; runs are multiples of `block`, rows after the last are nobody's.
 
-    `tiled_product` on a TPU and `pallas_gpu.product` on a Hopper GPU where the shape allows; else `blocked_product` on
-    CPUs and GPUs, where `ragged_dot` multiplies every row by every expert; else `ragged_product`. Its own derivative
-    rule, for what is kept: x and w as they are, not what any of the ways makes of them.
+    Matrices are [e, d, f], or with `transposed` [e, f, d]. `tiled_product` on a TPU and `pallas_gpu.product` on a
+    Hopper GPU where the shape allows; else `blocked_product` on CPUs and GPUs, where `ragged_dot` multiplies every row
+    by every expert; else `ragged_product`. Its own derivative rule, for what is kept: x and w as they are, not what any
+    of the ways makes of them.
     """
     if _tiled(x.shape[0], w):
-        return tiled_product(x, w, sizes)
+        return tiled_product(x, w, sizes, transposed=transposed)
     if _by_warpgroups(x, w, block):
-        return pallas_gpu.product(x, w, sizes, block=block)
-    blocked = functools.partial(blocked_product, block=block)
-    ways = dict.fromkeys(BLOCKED, blocked)
-    return jax.lax.platform_dependent(x, w, sizes, **ways, default=ragged_product)
+        return pallas_gpu.product(x, w, sizes, block=block, transposed=transposed)
+    blocked = functools.partial(blocked_product, block=block, transposed=transposed)
+    ragged = functools.partial(ragged_product, transposed=transposed)
+    return jax.lax.platform_dependent(x, w, sizes, **dict.fromkeys(BLOCKED, blocked), default=ragged)
 
 
 def _tiled(rows: int, w: Array) -> bool:
@@ -223,23 +230,28 @@ def _by_warpgroups(x: Array, w: Array, block: int) -> bool:
     return is_hopper(*target_device()) and not pallas_gpu.unsupported(x, w, block)
 
 
-def _grouped_forward(x: Array, w: Array, sizes: Array, block: int) -> tuple[Array, tuple[Array, Array, Array]]:
-    return grouped_product(x, w, sizes, block), (x, w, sizes)
+def _grouped_forward(
+    x: Array, w: Array, sizes: Array, block: int, transposed: bool
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return grouped_product(x, w, sizes, block, transposed), (x, w, sizes)
 
 
-def _grouped_backward(block: int, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, None]:
-    if _tiled(kept[0].shape[0], kept[1]):
-        return *tiled_gradients(*kept, gradient), None
-    if _by_warpgroups(*kept[:2], block):
-        x, w, sizes = kept
-        dx = pallas_gpu.product(gradient, w, sizes, block=block, transposed=True)
-        return dx, pallas_gpu.matrix_gradient(x, gradient, sizes, block=block), None
+def _grouped_backward(
+    block: int, transposed: bool, kept: tuple[Array, Array, Array], gradient: Array
+) -> tuple[Array, Array, None]:
+    x, w, sizes = kept
+    if _tiled(x.shape[0], w):
+        return *tiled_gradients(*kept, gradient, transposed=transposed), None
+    if _by_warpgroups(x, w, block):
+        dx = pallas_gpu.product(gradient, w, sizes, block=block, transposed=not transposed)
+        left, right = (gradient, x) if transposed else (x, gradient)
+        return dx, pallas_gpu.matrix_gradient(left, right, sizes, block=block), None
 
     def ragged(x: Array, w: Array, sizes: Array, gradient: Array) -> tuple[Array, Array]:
-        dx, dw = jax.vjp(lambda x, w: ragged_product(x, w, sizes), x, w)[1](gradient)
+        dx, dw = jax.vjp(lambda x, w: ragged_product(x, w, sizes, transposed=transposed), x, w)[1](gradient)
         return dx, dw
 
-    blocked = functools.partial(blocked_gradients, block=block)
+    blocked = functools.partial(blocked_gradients, block=block, transposed=transposed)
     return *jax.lax.platform_dependent(*kept, gradient, **dict.fromkeys(BLOCKED, blocked), default=ragged), None
 
 

@@ -12,6 +12,7 @@ Letters: e experts, s slots (experts and null experts), k picks of a token.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -102,25 +103,27 @@ def router_losses(
 def mix_experts(
     x: Activations,
     routing: Routing,
-    gate: Float[Array, "e d f"],
-    up: Float[Array, "e d f"],
-    down: Float[Array, "e f d"],
+    inward: Sequence[Float[Array, "e d _"]],
+    down: Float[Array, "e _ _"],
+    transposed: bool = False,
 ) -> Activations:
     """sum_i w_i SwiGLU_i(x) over the picks of experts 0 … e-1; picks of any other number add nothing.
 
-    The products run in x's dtype, what is between them and the sum in float32. Hidden units are weighed, not what comes
-    of them: they are narrower, rounded once for it, and so is the gradient of the weights.
+    `inward` is gate and up [e, d, f], or the two side by side in one, [e, d, 2 f]; `down` is [e, f, d], or with
+    `transposed` [e, d, f]. The products run in x's dtype, what is between them and the sum in float32. Hidden units are
+    weighed, not what comes of them: they are narrower, rounded once for it, and so is the gradient of the weights.
     """
-    tokens, picks, count = x.shape[0] * x.shape[1], routing.experts.shape[-1], gate.shape[0]
-    block = block_for(tokens * picks, x, gate)
+    tokens, picks, count = x.shape[0] * x.shape[1], routing.experts.shape[-1], down.shape[0]
+    block = block_for(tokens * picks, x, down)
     rows = dispatch(routing.experts.reshape(-1), count, block)
     token, of_token = rows.pick // picks, rows.row.reshape(tokens, picks)  # an empty row: one past the last token
     inner = spread(x.reshape(tokens, -1), token, of_token)
     own = spread(routing.weights.reshape(-1, 1), rows.pick, rows.row[:, None])
     weight = jnp.where((rows.pick < tokens * picks)[:, None], own, 0.0)  # a row that is nobody's adds nothing anywhere
-    gated, linear = (widen(grouped_product(inner, w, rows.sizes, block)) for w in (gate, up))
+    products = [grouped_product(inner, w, rows.sizes, block) for w in inward]
+    gated, linear = map(widen, products if len(products) == 2 else jnp.split(products[0], 2, axis=-1))
     hidden = (jax.nn.silu(gated) * linear * weight).astype(x.dtype)
-    return collect(grouped_product(hidden, down, rows.sizes, block), token, of_token).reshape(x.shape)
+    return collect(grouped_product(hidden, down, rows.sizes, block, transposed), token, of_token).reshape(x.shape)
 
 
 class Router(nn.Module):
@@ -185,14 +188,21 @@ class Experts(nn.Module):
         rules, inward, outward = self.rules, ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         expert_axes = rules.mesh_axes("experts") if has_mesh() else ()
         summed = (*expert_axes, *rules.mesh_axes("mlp")) if has_mesh() else ()
+        turned = has_mesh() and rules.shards("embed") > 1
 
         def local(x: Array, routing: Routing, gate: Array, up: Array, down: Array) -> Array:
-            gate, up = (gather_own(w, x, rules, *inward) for w in (gate, up))
-            down = gather_own(down, x, rules, *outward)
-            own = gate.shape[0]
+            # side by side the rows are read once and come back as one gradient, and one gather is one fewer; but the
+            # stored pieces are copied for it, which for the few rows of decoding is more than there is to read
+            many = x.size * routing.experts.shape[-1] >= 2 * gate.size
+            sides = [jnp.concatenate([gate, up], axis=2)] if many else [gate, up]
+            sides = [gather_own(w, x, rules, *inward) for w in sides]
+            # a gather over the last axis is laid out in another way than a product reads, and would be copied for it
+            down, axes = (jnp.swapaxes(down, 1, 2), inward) if turned else (down, outward)
+            down = gather_own(down, x, rules, *axes)
+            own = down.shape[0]
             mine = routing.experts - (jax.lax.axis_index(expert_axes) * own if expert_axes else 0)
             mine = jnp.where((mine >= 0) & (mine < own), mine, own)
-            y = mix_experts(x, Routing(mine, routing.weights), gate, up, down)
+            y = mix_experts(x, Routing(mine, routing.weights), sides, down, turned)
             return jax.lax.psum(y, summed) if summed else y
 
         tokens: Any = rules.spec("batch", None, None)

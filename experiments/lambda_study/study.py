@@ -48,7 +48,7 @@ class LambdaStudy(Config):
     rows: int = 8
     steps: int = 400
     longer: float = 1.25
-    rates: tuple[float, ...] = (4e-3, 8e-3)
+    rates: tuple[float, ...] = (8e-3, 1.6e-2, 3.2e-2)
     rounds: int = 9
     held_out_batches: int = 48
 

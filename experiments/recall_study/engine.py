@@ -11,7 +11,7 @@ import numpy as np
 from experiments.recall_study.material import material, training_rows
 from experiments.recall_study.needles import Needles, Test, Vocabulary
 from experiments.recall_study.states import INTACT, REST, SWAPPED, ZEROED, Reader, modes_of
-from experiments.recall_study.study import MIXED, NEEDLES, PLACES, TEXT, RecallStudy, Wanted
+from experiments.recall_study.study import MIXED, NEEDLES, PLACES, TEXT, RecallStudy, Wanted, parameters
 from experiments.several_seeds import fit, stacked
 from gt_jax.evaluation.confidence_intervals import ratio_interval
 from gt_jax.evaluation.proportions import proportion_interval
@@ -47,7 +47,8 @@ def make(wanted: Wanted) -> dict[str, Any]:
     seconds = time.monotonic() - began
     every = max(1, study.steps // CURVE)
     rows = [{"task": arm.training, "model": arm.name, "seed": seed, "layout": arm.layout, "drop": arm.drop,
-             "window": arm.window, "rate": study.rate, "steps": study.steps, "bits_per_byte": bits[index],
+             "window": arm.window, "parameters": parameters(config), "mlp_width": config.mlp_width,
+             "rate": study.rate, "steps": study.steps, "bits_per_byte": bits[index],
              "accuracy": {stage: {place: found[index] for place, found in places.items()}
                           for stage, places in by_stage.items()},
              "state": {cut: {mode: found[index] for mode, found in modes.items()} for cut, modes in tests.items()},

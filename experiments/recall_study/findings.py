@@ -35,6 +35,8 @@ def _arm(rows: Sequence[Row], by: Mapping[str, Sequence[Row]]) -> dict[str, Any]
     found = {"training": first["task"], "layout": first["layout"], "drop": first["drop"], "rate": first["rate"],
              "steps": first["steps"], "seeds": len(rows), "bits_per_byte": mean([row["bits_per_byte"] for row in rows]),
              "accuracy": stages, "state": state}  # fmt: skip
+    if "parameters" in first:
+        found["parameters"] = first["parameters"]
     if plain and first["task"] != TEXT:
         found["costs_in_text"] = mean([row["bits_per_byte"] - other["bits_per_byte"]
                                        for row, other in zip(rows, plain[0], strict=True)])  # fmt: skip

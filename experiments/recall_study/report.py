@@ -47,18 +47,21 @@ def arms_page(name: str, stored: Stored) -> str:
     config, arms = stored["config"], stored["summary"]
     hardest = str(max(config["stages"]))
     places = list(next(iter(arms.values()))["accuracy"][hardest])
+    equal = config.get("as_large_as", "")
+    title = f"Token mixers with as many parameters as {equal}" if equal else "Does the state carry the answer?"
+    made = " The width of an arm's MLPs makes up for what its mixers take." if equal else ""
     tokens = "bytes" if config["tokenizer"] == "bytes" else Path(config["tokenizer"]).name
     lines = [
-        *_head("Does the state carry the answer?", stored), "",
+        *_head(title, stored), "",
         f"Text is {', '.join(Path(file).name for file in config['text']) or 'the standard library'} in {tokens}. Width "
         f"{config['width']}, {config['steps']} steps, rate {config['rate']:g}. {config['facts']} facts among up to "
         f"{hardest} distractors, in rows of {config['length'] or 'as many tokens as the longest prompt'}; the answer "
-        f"is the likeliest of 8 colours. {CHANCE} {len(places) * config['prompts']} prompts at {hardest} distractors. "
-        f"![the state test]({name}.png)", "",
+        f"is the likeliest of 8 colours. {CHANCE} {len(places) * config['prompts']} prompts at {hardest} "
+        f"distractors.{made} ![the state test]({name}.png)", "",
         "## Right answers and text", "",
-        *markdown_table([_accuracy_row(label, arm, hardest, places) for label, arm in arms.items()],
+        *markdown_table([_accuracy_row(label, arm, hardest, places, equal) for label, arm in arms.items()],
                         ["arm", *(f"fact at {100 * float(place):.0f} %" for place in places), "without distractors",
-                         "bits per byte", "above text alone"]), "",
+                         "bits per byte", "above text alone", *(["parameters beside the table"] if equal else [])]), "",
         f"## The state test, {hardest} distractors", "",
         "Of 100 answers: that stay with the prompt's colour / that follow the twin's. Cut before the question:", "",
         *markdown_table([_state_row(label, arm, "question") for label, arm in arms.items()], ["arm", *MODES]), "",
@@ -69,12 +72,13 @@ def arms_page(name: str, stored: Stored) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _accuracy_row(label: str, arm: Mapping[str, Any], hardest: str, places: list[str]) -> list[str]:
+def _accuracy_row(label: str, arm: Mapping[str, Any], hardest: str, places: list[str], equal: str) -> list[str]:
     easiest = min(arm["accuracy"], key=int)
     right = [f"{arm['accuracy'][hardest][place]['mean']:.0f}" for place in places]
     easy = [figure["mean"] for figure in arm["accuracy"][easiest].values()]
     cost = text_of(arm["costs_in_text"], "{:+.3f}") if "costs_in_text" in arm else "-"
-    return [label, *right, f"{sum(easy) / len(easy):.0f}", text_of(arm["bits_per_byte"], "{:.3f}"), cost]
+    size = [f"{arm['parameters']:,}"] if equal else []
+    return [label, *right, f"{sum(easy) / len(easy):.0f}", text_of(arm["bits_per_byte"], "{:.3f}"), cost, *size]
 
 
 def _state_row(label: str, arm: Mapping[str, Any], cut: str) -> list[str]:

@@ -18,14 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.recall_study.material import material, training_rows
-from experiments.recall_study.study import TEXT, Arm, RecallStudy
+from experiments.recall_study.study import TEXT, Arm, RecallStudy, parameters
 from experiments.several_seeds import fit, held_out_nats, stacked
-from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.data import BYTES
 from gt_jax.configs.json_config import Config, below
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused
-from gt_jax.models.language_model import abstract
 
 ALPHAS = np.linspace(0.01, 2.0, 400)
 DRAWS = 1000
@@ -114,12 +112,6 @@ def make(wanted: Size) -> dict[str, Any]:
             for index, (seed, rate) in enumerate(zip(wanted.seeds, wanted.rates, strict=True))]  # fmt: skip
     said = ", ".join(f"{row['nats']:.3f} at {row['rate']:g}" for row in made)
     return {"rows": made, "line": f"{said}, in {time.monotonic() - began:.0f} s"}
-
-
-def parameters(config: ModelConfig) -> int:
-    """How many numbers the model has beside the token table."""
-    leaves = flatten(abstract(config)["params"])
-    return sum(int(np.prod(leaf.shape)) for path, leaf in leaves.items() if not path.startswith("embedding/table"))
 
 
 class Fit(NamedTuple):

@@ -13,7 +13,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from experiments.recall_study.needles import prompt_length
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.data import BYTES
 from gt_jax.configs.json_config import Config, below
@@ -21,6 +24,7 @@ from gt_jax.configs.model import DeltaNetConfig, GSAConfig, ModelConfig
 from gt_jax.configs.presets import groundthink
 from gt_jax.configs.resolvent import ResolventConfig
 from gt_jax.errors import Refused
+from gt_jax.models.language_model import abstract
 
 TEXT, NEEDLES, MIXED = "text", "needles", "mixed"
 TRAININGS = (TEXT, NEEDLES, MIXED)
@@ -55,12 +59,14 @@ class RecallStudy(Config):
     """Arms at one size. `stages` are numbers of distractors, the last the hardest; `prompts` are tested at each place.
 
     `length` is the row's, 0: as long as the longest prompt. The curriculum ends after `curriculum` of the steps.
+    `as_large_as`: the layout whose number of parameters all arms have, by the width of their MLPs; "": MLPs are alike.
     """
 
     layouts: tuple[str, ...] = ()
     drops: tuple[float, ...] = ()
     trainings: tuple[str, ...] = ()
     windows: tuple[int, ...] = ()
+    as_large_as: str = ""
     text: tuple[str, ...] = ()
     tokenizer: str = BYTES
     seeds: tuple[int, ...] = (0, 1)
@@ -115,8 +121,18 @@ class RecallStudy(Config):
     def model(self, arm: Arm, vocab: int) -> ModelConfig:
         """The model: with S layers one of the GroundThink hybrids, else D layers of our own between the others.
 
-        All have a tied and normed table, and none differs in anything but its mixers.
+        All have a tied and normed table, and none differs in anything but its mixers, and the MLPs that make up for
+        them where `as_large_as` asks for it.
         """
+        plain = self._plain(arm, vocab)
+        if not self.as_large_as or arm.layout == self.as_large_as:
+            return plain
+        wanted, have, more = map(parameters, (
+            self._plain(Arm(self.as_large_as, 0.0, TEXT), vocab), plain,
+            plain.replace(mlp_width=plain.mlp_width + 1)))  # fmt: skip
+        return plain.replace(mlp_width=plain.mlp_width + round((wanted - have) / (more - have)))
+
+    def _plain(self, arm: Arm, vocab: int) -> ModelConfig:
         width, each = self.width, self.width // self.heads
         base = groundthink("DS", vocab, width, self.heads, each)
         assert base.deltanet is not None and base.sliding is not None
@@ -132,6 +148,12 @@ class RecallStudy(Config):
             gsa=GSAConfig(self.heads, each, self.heads, 8, k_base=most, k_min=most // 4, k_max=most),
             attention=AttentionConfig(self.heads, self.heads, each), resolvent=ResolventConfig(heads=self.width // 4),
         )  # fmt: skip
+
+
+def parameters(config: ModelConfig) -> int:
+    """How many numbers the model has beside the token table."""
+    leaves = flatten(abstract(config)["params"])
+    return sum(int(np.prod(leaf.shape)) for path, leaf in leaves.items() if not path.startswith("embedding/table"))
 
 
 class Wanted(NamedTuple):
@@ -152,15 +174,17 @@ STATE_ARMS = (*arms("DS*2", (0.0, 0.3, 0.7)), *arms("DS*2", (0.0, 0.3, 0.7), win
 FEW_ARMS = (Arm("DA*2", 0.0, MIXED), Arm("DS*2", 0.0, MIXED, NEAR), Arm("DS*2", 0.7, MIXED, NEAR),
             Arm("DS*2", 0.7, MIXED), Arm("DA*2", 0.0, TEXT), Arm("DS*2", 0.0, TEXT, NEAR))
 MIXER_ARMS = tuple(Arm(layout, 0.0, training) for layout in ("D*4", "DS*2", "A*4", "B*4")
-                   for training in (TEXT, NEEDLES))  # fmt: skip
+                   for training in (TEXT, NEEDLES))  # fmt: skip - an S layer reads the D layer before it
+EQUAL = {"as_large_as": "D*4"}
 LARGE = {"width": 256, "heads": 4, "rows": 32, "steps": 6000, "rate": 2e-3, "prompts": 200, "held_out_batches": 64}
 _TRY = RecallStudy(width=16, rows=2, steps=6, prompts=4, held_out_batches=2, stages=(0, 2), window=9)
 SCALES: dict[str, dict[str, RecallStudy]] = {
     "state": {"minutes": _TRY.of((*arms("DS*2", (0.7,)), Arm("DA*2", 0.0, MIXED))),
               "small": RecallStudy(width=64, steps=1000, rate=4e-3).of(FEW_ARMS),
               "accelerator": RecallStudy(**LARGE).of(STATE_ARMS)},  # type: ignore[arg-type]
-    "mixers": {"minutes": _TRY.of(MIXER_ARMS[::2]), "small": RecallStudy().of(MIXER_ARMS),
-               "accelerator": RecallStudy(**LARGE).of(MIXER_ARMS)},  # type: ignore[arg-type]
+    "mixers": {"minutes": _TRY.replace(**EQUAL).of(MIXER_ARMS[::2]),
+               "small": RecallStudy(width=64, steps=1000, rate=4e-3, **EQUAL).of(MIXER_ARMS),  # type: ignore[arg-type]
+               "accelerator": RecallStudy(**LARGE, **EQUAL).of(MIXER_ARMS)},  # type: ignore[arg-type]
 }  # fmt: skip
 
 

@@ -221,6 +221,9 @@ def test_every_scale_is_valid_and_words_that_make_no_study_are_refused():
     for scales in study.SCALES.values():
         for one in scales.values():
             assert all(one.model(arm, 300).vocab == 300 for arm in one.arms) and one.row % 8 == 0
+    for one in study.SCALES["mixers"].values():  # to within half of what one unit more in each MLP adds
+        sizes = [study.parameters(one.model(arm, 300)) for arm in one.arms]
+        assert max(abs(size - sizes[0]) for size in sizes) <= 1.5 * 4 * one.width and len(set(sizes)) > 1
     for scale in scaling.SCALES.values():
         assert [scale.model(width, 300).width for width in scale.widths] == list(scale.widths)
     assert {NEEDLES, TEXT, MIXED} == {arm.training for arm in study.SCALES["state"]["accelerator"].arms}

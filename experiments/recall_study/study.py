@@ -183,7 +183,8 @@ SCALES: dict[str, dict[str, RecallStudy]] = {
               "small": RecallStudy(width=64, steps=1000, rate=4e-3).of(FEW_ARMS),
               "accelerator": RecallStudy(**LARGE).of(STATE_ARMS)},  # type: ignore[arg-type]
     "mixers": {"minutes": _TRY.replace(**EQUAL).of(MIXER_ARMS[::2]),
-               "small": RecallStudy(width=64, steps=1000, rate=4e-3, **EQUAL).of(MIXER_ARMS),  # type: ignore[arg-type]
+               "small": RecallStudy(width=64, steps=1000, rate=4e-3, stages=(0, 10, 30),
+                                    **EQUAL).of(MIXER_ARMS),  # type: ignore[arg-type]
                "accelerator": RecallStudy(**LARGE, **EQUAL).of(MIXER_ARMS)},  # type: ignore[arg-type]
 }  # fmt: skip
 

@@ -95,10 +95,11 @@ def collect(y: Float[Array, "r d"], source: Int[Array, " r"], rows: Int[Array, "
     """x_n = sum_k y[rows_nk], where rows_nk is r nothing: the transpose of `spread`. Summed in float32 at least.
 
     What is nothing is left out in the sum, where it costs nothing; a gather that fills it in writes its result twice.
+    A gather for each pick: two beside each other are laid out anew by a TPU, and written once more, in float32.
     """
-    there = rows < y.shape[0]
-    picked = y.at[jnp.minimum(rows, y.shape[0] - 1)].get(mode="promise_in_bounds")
-    return jnp.sum(jnp.where(there[..., None], widen(picked), 0.0), axis=1).astype(y.dtype)
+    picked = [y.at[jnp.minimum(one, y.shape[0] - 1)].get(mode="promise_in_bounds") for one in rows.T]
+    there = [jnp.where((one < y.shape[0])[:, None], widen(row), 0.0) for one, row in zip(rows.T, picked, strict=True)]
+    return functools.reduce(jnp.add, there).astype(y.dtype)
 
 
 def _kept(function: Callable[..., Array]) -> Callable[..., tuple[Array, tuple[Array, Array]]]:

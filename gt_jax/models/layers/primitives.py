@@ -6,6 +6,8 @@ Pure functions first, a thin Linen module after. No `nn.Dense`: shape, sharding 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -120,18 +122,56 @@ def short_convolution(
 
     `window` holds the r = W-1 inputs before the row with their segment ids; an input of another segment counts as 0.
     """
-    taps = weight.shape[0]
-    tokens = x.shape[1]
-    padded = widen(jnp.concatenate([window.astype(x.dtype), x], axis=1))
-    segments = jnp.concatenate([window_segments, segment_ids], axis=1)
-    trailing = (1,) * (x.ndim - 2)
-    total = jnp.zeros_like(padded[:, taps - 1 :])
-    for j in range(taps):
-        same = (segments[:, j : j + tokens] == segment_ids).reshape(*segment_ids.shape, *trailing)
-        total += jnp.where(same, padded[:, j : j + tokens], 0.0) * widen(weight[j])[None, None]
-    if bias is not None:
-        total += widen(bias)[None, None]
-    return total.astype(x.dtype)
+    return _convolved(x, window.astype(x.dtype), weight, bias, window_segments, segment_ids)
+
+
+@jax.custom_vjp
+def _convolved(
+    x: Float[Array, "b t *c"], window: Float[Array, "b r *c"], weight: Float[Array, " w *c"],
+    bias: Float[Array, "*c"] | None, window_segments: Int[Array, "b r"], segment_ids: Int[Array, "b t"],
+) -> Float[Array, "b t *c"]:
+    """`short_convolution`; its own derivative, since JAX's writes a gradient a tap, in float32."""
+    inputs, of = jnp.concatenate([window, x], axis=1), jnp.concatenate([window_segments, segment_ids], axis=1)
+    total = _by_taps(inputs, of, segment_ids, weight)
+    return (total if bias is None else total + widen(bias)[None, None]).astype(x.dtype)
+
+
+def _by_taps(inputs: Array, of: Array, to: Array, weight: Array) -> Array:
+    """sum_j w_j inputs_{t+j} in float32, inputs of another segment than `to` left out."""
+    taps = enumerate(weight)
+    return functools.reduce(jnp.add, (_of_tap(inputs, of, to, tap) * widen(w)[None, None] for tap, w in taps))
+
+
+def _of_tap(inputs: Array, of: Array, to: Array, tap: int) -> Array:
+    here = slice(tap, tap + to.shape[1])
+    same = (of[:, here] == to).reshape(*to.shape, *(1,) * (inputs.ndim - 2))
+    return jnp.where(same, widen(inputs[:, here]), 0.0)
+
+
+def _convolved_forward(*inputs: Any) -> tuple[Array, Any]:
+    return _convolved(*inputs), inputs
+
+
+def _convolved_backward(kept: Any, gradient: Array) -> tuple[Array, Array, Array, Array | None, None, None]:
+    """An input gets what a convolution with the taps in reverse makes of the gradients after it."""
+    x, window, weight, bias, window_segments, segment_ids = kept
+    before = weight.shape[0] - 1
+
+    def pulled(gradient: Array, of: Array, to: Array, front: int) -> Array:
+        ends = [(0, 0), (front, before)]
+        later = jnp.pad(gradient, ends + [(0, 0)] * (x.ndim - 2))
+        return _by_taps(later, jnp.pad(of, ends, constant_values=-2), to, weight[::-1]).astype(x.dtype)
+
+    of_x = pulled(gradient, segment_ids, segment_ids, 0)
+    of_window = pulled(gradient[:, :before], segment_ids[:, :before], window_segments, before)
+    inputs, of = jnp.concatenate([window, x], axis=1), jnp.concatenate([window_segments, segment_ids], axis=1)
+    wide = widen(gradient)
+    of_weight = [jnp.sum(_of_tap(inputs, of, segment_ids, tap) * wide, axis=(0, 1)) for tap in range(before + 1)]
+    of_bias = None if bias is None else jnp.sum(wide, axis=(0, 1)).astype(bias.dtype)
+    return of_x, of_window, jnp.stack(of_weight).astype(weight.dtype), of_bias, None, None
+
+
+_convolved.defvjp(_convolved_forward, _convolved_backward)
 
 
 def rotary_frequencies(width: int, base: float, table: Rope, dtype: jnp.dtype) -> Float[Array, " half"]:
@@ -162,26 +202,32 @@ def rope(
     elif table == "origin":
         turn = _turn_adjacent
     angle = positions.astype(frequency.dtype)[..., None, None] * frequency[None, None, None]
-    return turn(widen(x), jnp.cos(angle), jnp.sin(angle)).astype(x.dtype)
+    return turn(x, jnp.cos(angle), jnp.sin(angle)).astype(x.dtype)
 
 
 def _turn_halves(x: Float[Array, "b t h k"], cos: Array, sin: Array) -> Float[Array, "b t h k"]:
-    a, b = jnp.split(x, 2, axis=-1)
+    a, b = jnp.split(widen(x), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
 def _turn_adjacent(x: Float[Array, "b t h k"], cos: Array, sin: Array) -> Float[Array, "b t h k"]:
     # one pass over x: taking the pairs apart and weaving them together again was 10 % of a tiny_3b step on a CPU
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    pairs = widen(x).reshape(*x.shape[:-1], -1, 2)
     signed = jnp.stack([-sin, sin], axis=-1)
     return (pairs * cos[..., None] + jnp.flip(pairs, axis=-1) * signed).reshape(x.shape)
 
 
 def _turn_lanes(x: Float[Array, "b t h k"], cos: Array, sin: Array) -> Float[Array, "b t h k"]:
-    """`_turn_adjacent` for a TPU, cos and sin [b, t, 1, k]: an axis of two would fill a sixty-fourth of its lanes."""
-    first = (jnp.arange(x.shape[-1]) % 2 == 0)[None, None, None]
-    other = jnp.where(first, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
-    return x * cos + other * jnp.where(first, -sin, sin)
+    """`_turn_adjacent` for a TPU, cos and sin [b, t, 1, k].
+
+    An axis of two would fill a sixty-fourth of its lanes, and lanes moved by one are written out in float32 and read
+    again. So the other of each pair, with its sign, comes from a product with a matrix of 0, 1 and -1, which is exact.
+    """
+    place = jnp.arange(x.shape[-1])
+    partner = jnp.where(place % 2 == 0, -1, 1)[None] * (place[:, None] == (place ^ 1)[None])
+    precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    other = jnp.einsum("bthk,kl->bthl", x, partner.astype(x.dtype), precision=precision)
+    return widen(x) * cos + widen(other) * sin
 
 
 class Einsum(nn.Module):

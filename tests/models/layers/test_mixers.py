@@ -305,11 +305,37 @@ def test_rotary_embedding_knows_only_distances(table):
 
 
 def test_the_turn_of_a_tpu_is_the_turn_of_neighbours(monkeypatch):
-    """Lanes rolled and chosen from, against pairs taken apart: values and gradients."""
+    """A product with a matrix of signs, against pairs taken apart: values, of bfloat16 bit for bit, and gradients."""
     x, weight = jax.random.normal(jax.random.key(6), (2, 2, 9, 3, 16))
     positions = jnp.arange(18, dtype=jnp.int32).reshape(2, 9)
     turned = jax.value_and_grad(lambda x: jnp.sum(rope(x, positions, 100.0, "origin") * weight))
-    here = turned(x)
+    half = x.astype(jnp.bfloat16)
+    here, of_half = turned(x), rope(half, positions, 100.0, "origin")
     monkeypatch.setattr(primitives, "target_device", lambda: ("tpu", "TPU v5"))
     chex.assert_trees_all_close(turned(x), here, rtol=1e-5, atol=1e-5)
-    assert "concatenate" in str(jax.make_jaxpr(turned)(x))
+    np.testing.assert_array_equal(rope(half, positions, 100.0, "origin"), of_half)
+    assert "dot_general" in str(jax.make_jaxpr(turned)(x))  # moved lanes are written out in float32
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_the_short_convolution_has_the_gradients_of_its_definition(count):
+    """Of a sum over the taps, token by token, in float64: also where the row is shorter than the taps."""
+    with jax.enable_x64(True):
+        shapes = {"x": (2, count, 3, 2), "window": (2, 3, 3, 2), "weight": (4, 3, 2), "bias": (3, 2)}
+        keys = jax.random.split(jax.random.key(7), 5)
+        inputs = {name: jax.random.normal(key, shape, jnp.float64)
+                  for key, (name, shape) in zip(keys[:4], shapes.items(), strict=True)}  # fmt: skip
+        pull = jax.random.normal(keys[4], shapes["x"], jnp.float64)
+        own = jnp.asarray(np.repeat([[1, 2, 4], [3, 3, 5]], [2, 3, 4], axis=1)[:, :count], jnp.int32)
+        before = jnp.asarray([[-1, 1, 1], [3, 3, 3]], jnp.int32)
+
+        def plain(p):
+            rows, of = jnp.concatenate([p["window"], p["x"]], 1), jnp.concatenate([before, own], 1)
+            return jnp.stack([sum((of[:, t + j] == own[:, t])[:, None, None] * rows[:, t + j] * p["weight"][j][None]
+                                  for j in range(4)) + p["bias"][None] for t in range(count)], axis=1)  # fmt: skip
+
+        def ours(p):
+            return primitives.short_convolution(p["x"], p["weight"], own, p["window"], before, p["bias"])
+
+        (y, back), (wanted, back_wanted) = (jax.vjp(jax.jit(f), inputs) for f in (ours, plain))
+        chex.assert_trees_all_close((y, back(pull)), (wanted, back_wanted(pull)), atol=1e-12)

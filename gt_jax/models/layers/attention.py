@@ -83,7 +83,8 @@ class FullAttention(nn.Module):
         v, q = self.value("btd,dhk->bthk", x, heads), query
         if c.qk_norm != "none":
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = self._turned(q, place), self._turned(k, place)
+        turn = (place.positions, c.rope_base, c.rope, c.rope_width)
+        q, k = rope(q, *turn), rope(k, *turn)
         new_cache, key_positions, key_segments = None, place.positions, place.segment_ids
         if cache is not None:
             new_cache = write_at(cache, {"key": k, "value": v, "segments": place.segment_ids}, place, self.rules)
@@ -109,16 +110,6 @@ class FullAttention(nn.Module):
         if c.qk_norm == "head":
             return RMSNorm(c.head_width, self.rules, self.epsilon)
         return AllHeadsNorm(heads, c.head_width, self.rules, self.epsilon)
-
-    def _turned(self, x: Float[Array, "b t h k"], place: Place) -> Float[Array, "b t h k"]:
-        """The first `rope_width` channels of each head turned, the others as they are."""
-        c = self.config
-        if c.rope_width == c.head_width:
-            return rope(x, place.positions, c.rope_base, c.rope)
-        if c.rope_width == 0:
-            return x
-        turned = rope(x[..., : c.rope_width], place.positions, c.rope_base, c.rope)
-        return jnp.concatenate([turned, x[..., c.rope_width :]], axis=-1)
 
     def _attend(self, q: Array, k: Array, v: Array, positions: Positions, same_tokens: bool) -> Array:
         """The operation on each device's own rows and heads."""

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -187,47 +188,58 @@ def rotary_frequencies(width: int, base: float, table: Rope, dtype: jnp.dtype) -
 
 
 def rope(
-    x: Float[Array, "b t h k"], positions: Int[Array, "b t"], base: float, table: Rope = "standard"
+    x: Float[Array, "b t h k"], positions: Int[Array, "b t"], base: float, table: Rope = "standard",
+    turned: int | None = None,
 ) -> Float[Array, "b t h k"]:
     """Rotary embedding, pair i turned by positions * `rotary_frequencies`[i], in float32; "none" returns x.
 
-    A pair is (x_i, x_{i+k/2}) in the standard table and (x_{2i}, x_{2i+1}) in the origin one.
+    A pair is (x_i, x_{i+k/2}) in the standard table and (x_{2i}, x_{2i+1}) in the origin one. With `turned` only that
+    many channels of each head, the first, are turned, as if they were all.
     """
-    if table == "none":
+    width = x.shape[-1] if turned is None else turned
+    if table == "none" or width == 0:
         return x
-    frequency = rotary_frequencies(x.shape[-1], base, table, widen(x).dtype)
-    turn = _turn_halves
-    if table == "origin" and target_device()[0] == "tpu":
-        turn, frequency = _turn_lanes, jnp.repeat(frequency, 2)
-    elif table == "origin":
-        turn = _turn_adjacent
+    frequency = rotary_frequencies(width, base, table, widen(x).dtype)
+    if target_device()[0] == "tpu":
+        return _turn_lanes(x, positions, frequency, table)
     angle = positions.astype(frequency.dtype)[..., None, None] * frequency[None, None, None]
-    return turn(x, jnp.cos(angle), jnp.sin(angle)).astype(x.dtype)
+    turn = _turn_adjacent if table == "origin" else _turn_halves
+    done = turn(widen(x[..., :width]), jnp.cos(angle), jnp.sin(angle)).astype(x.dtype)
+    return done if width == x.shape[-1] else jnp.concatenate([done, x[..., width:]], axis=-1)
 
 
 def _turn_halves(x: Float[Array, "b t h k"], cos: Array, sin: Array) -> Float[Array, "b t h k"]:
-    a, b = jnp.split(widen(x), 2, axis=-1)
+    a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
 def _turn_adjacent(x: Float[Array, "b t h k"], cos: Array, sin: Array) -> Float[Array, "b t h k"]:
     # one pass over x: taking the pairs apart and weaving them together again was 10 % of a tiny_3b step on a CPU
-    pairs = widen(x).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
     signed = jnp.stack([-sin, sin], axis=-1)
     return (pairs * cos[..., None] + jnp.flip(pairs, axis=-1) * signed).reshape(x.shape)
 
 
-def _turn_lanes(x: Float[Array, "b t h k"], cos: Array, sin: Array) -> Float[Array, "b t h k"]:
-    """`_turn_adjacent` for a TPU, cos and sin [b, t, 1, k].
+def _turn_lanes(
+    x: Float[Array, "b t h k"], positions: Int[Array, "b t"], frequency: Float[Array, " half"], table: Rope
+) -> Float[Array, "b t h k"]:
+    """`rope` for a TPU, where an axis of two would fill a sixty-fourth of the lanes, and lanes that are taken from
+    elsewhere are written out in float32 and read again.
 
-    An axis of two would fill a sixty-fourth of its lanes, and lanes moved by one are written out in float32 and read
-    again. So the other of each pair, with its sign, comes from a product with a matrix of 0, 1 and -1, which is exact.
+    So the other of each pair, with its sign, comes from a product with a matrix of 0, 1 and -1, which is exact. What is
+    not turned has the frequency 0.
     """
-    place = jnp.arange(x.shape[-1])
-    partner = jnp.where(place % 2 == 0, -1, 1)[None] * (place[:, None] == (place ^ 1)[None])
+    channels, width = x.shape[-1], 2 * frequency.size
+    place = np.arange(width)
+    partner = place ^ 1 if table == "origin" else (place + width // 2) % width
+    signs = np.zeros((channels, channels), np.int8)
+    signs[partner, place] = np.where(partner > place, -1, 1)
+    each = jnp.repeat(frequency, 2) if table == "origin" else jnp.tile(frequency, 2)
+    each = jnp.pad(each, (0, channels - width))
+    angle = positions.astype(each.dtype)[..., None, None] * each[None, None, None]
     precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    other = jnp.einsum("bthk,kl->bthl", x, partner.astype(x.dtype), precision=precision)
-    return widen(x) * cos + widen(other) * sin
+    other = jnp.einsum("bthk,kl->bthl", x, jnp.asarray(signs, x.dtype), precision=precision)
+    return (widen(x) * jnp.cos(angle) + widen(other) * jnp.sin(angle)).astype(x.dtype)
 
 
 class Einsum(nn.Module):

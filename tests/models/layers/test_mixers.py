@@ -23,7 +23,7 @@ from gt_jax.configs.resolvent import ResolventConfig
 from gt_jax.devices.sharding import Rules, make_mesh, put_like, with_mesh_devices
 from gt_jax.models.layers import attention, deltanet, gsa, primitives, resolvent
 from gt_jax.models.layers.mixer import Place, place_rows
-from gt_jax.models.layers.primitives import WeightSpec, rope
+from gt_jax.models.layers.primitives import WeightSpec, rope, widen
 from tests.models.layers import oracle
 from tests.support import ATTENTION, DELTANET, GSA, RESOLVENT, WIDTH, segments
 
@@ -304,17 +304,21 @@ def test_rotary_embedding_knows_only_distances(table):
     np.testing.assert_allclose(jnp.linalg.norm(at(q, 9)), jnp.linalg.norm(q), rtol=1e-5)
 
 
-def test_the_turn_of_a_tpu_is_the_turn_of_neighbours(monkeypatch):
-    """A product with a matrix of signs, against pairs taken apart: values, of bfloat16 bit for bit, and gradients."""
+@pytest.mark.parametrize("table, turned", [("origin", None), ("standard", None), ("standard", 6), ("origin", 4)])
+def test_the_turn_of_a_tpu_is_the_turn_of_pairs(monkeypatch, table, turned):
+    """A product with a matrix of signs, against pairs taken apart: values, gradients, and what is not turned."""
     x, weight = jax.random.normal(jax.random.key(6), (2, 2, 9, 3, 16))
     positions = jnp.arange(18, dtype=jnp.int32).reshape(2, 9)
-    turned = jax.value_and_grad(lambda x: jnp.sum(rope(x, positions, 100.0, "origin") * weight))
+    made = lambda x: rope(x, positions, 100.0, table, turned)  # noqa: E731
+    pulled = jax.value_and_grad(lambda x: jnp.sum(made(x) * weight))
     half = x.astype(jnp.bfloat16)
-    here, of_half = turned(x), rope(half, positions, 100.0, "origin")
+    here, of_half = pulled(x), made(half)
     monkeypatch.setattr(primitives, "target_device", lambda: ("tpu", "TPU v5"))
-    chex.assert_trees_all_close(turned(x), here, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(rope(half, positions, 100.0, "origin"), of_half)
-    assert "dot_general" in str(jax.make_jaxpr(turned)(x))  # moved lanes are written out in float32
+    chex.assert_trees_all_close(pulled(x), here, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(made(half)[..., (turned or 16) :], half[..., (turned or 16) :])
+    np.testing.assert_allclose(*(widen(y) for y in (made(half), of_half)), atol=2.0**-7)  # an ulp: 2 * 2^-8
+    program = str(jax.make_jaxpr(pulled)(x))
+    assert "dot_general" in program and "concatenate" not in program  # moved lanes are written out in float32
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])

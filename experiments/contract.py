@@ -7,6 +7,7 @@ Rows are sorted, so that the same units give the same bytes but for the seconds,
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,16 @@ def stored(
     found = {"command": command, "config": config.to_json(), "machine": dict(machine), "seconds": round(seconds, 1),
              "rows": sorted(rows, key=order), "summary": dict(summary), "content": content}  # fmt: skip
     return dict(json.loads(_text(found)))
+
+
+def prepare(output: Path) -> None:
+    """Make the folder of the results before hours of work; raises `Refused` where it cannot be written."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--output {output} cannot be made: {error.strerror}") from error
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise Refused(f"--output {output} cannot be written")
 
 
 def write(file: Path, found: Mapping[str, Any]) -> None:

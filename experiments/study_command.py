@@ -72,6 +72,7 @@ def run(
     if keeps is None:
         contract.check_output(output, name, study, content)
     lent = () if keeps is None else (_kept(output / f"{name}.json", study, content, keeps),)
+    contract.prepare(output)
     units = Units(arguments.work, study, content)
     with Workers(units, make, arguments.jobs, say) as workers:
         made = rows_of(study, workers, *lent)

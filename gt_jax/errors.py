@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -74,6 +75,12 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def _say_no_more() -> None:
+    """Leave the interpreter's end silent: libraries print there, a stack each, what became of work given up."""
+    sys.unraisablehook = lambda unraisable: None
+    warnings.simplefilter("ignore")
+
+
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
     """Run a command's `main(argv)` and leave the process with its exit code.
 
@@ -94,6 +101,8 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         code = 1
     except (Refused, Failed, OSError, KeyboardInterrupt) as error:
         code = say_error(error)
+        if isinstance(error, OSError):
+            _say_no_more()
     except Exception as error:
         if not (_lacks_memory(error) or _comes_of_interrupt(error)):
             raise

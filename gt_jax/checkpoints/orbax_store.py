@@ -7,6 +7,7 @@ The only file that imports Orbax. Its logging stays silent; its errors become `D
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import logging
 import math
@@ -33,6 +34,7 @@ from gt_jax.checkpoints.tree_paths import flatten, nest
 _BROKEN = (ValueError, KeyError, TypeError, OSError)  # what Orbax and TensorStore raise on a broken file
 _MOMENT = 0.2  # seconds
 _QUIET, _TRIES = 4, 100
+_FILES = 256  # open at once, with room: what a small checkpoint takes is fewer
 
 T = TypeVar("T")
 
@@ -79,11 +81,15 @@ def _quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     hook = sys.unraisablehook
 
+    hopeless = _files_allowed() < _FILES  # an event loop that cannot be made fails in every method, each with a stack
+
     def unless_closed(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
+        if not hopeless and "Event loop is closed" not in str(unraisable.exc_value):
             hook(unraisable)
 
     sys.unraisablehook = unless_closed
+    if hopeless:
+        warnings.simplefilter("ignore", RuntimeWarning)  # of coroutines that nobody awaits then
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
     try:
@@ -147,17 +153,41 @@ def write(target: Path, unfinished: Path, work: Callable[[], None], database: bo
     """
 
     def failed(error: Exception) -> Exception:
-        code = re.search(r"os_error_code='?(\d+)", str(error))
-        number = int(code[1]) if code else getattr(error, "errno", None)
-        if number is None:
-            return error
-        return OSError(number, f"{os.strerror(number)} while writing {target}; nothing is left there")
+        number = _system_error(error)
+        return error if number is None else OSError(number, "")
 
     try:
         _with_orbax(work, failed, database)
-    except Exception:  # whatever it is: raised again, once nothing is left of it
-        _remove_for_good(unfinished)
-        raise
+    except Exception as error:  # whatever it is: raised again, once nothing is left of it
+        with contextlib.suppress(OSError):  # of too many open files, for one; what is left is said
+            _remove_for_good(unfinished)
+        if not isinstance(error, OSError) or error.errno is None:
+            raise
+        left = " and ".join(str(path) for path in (target, unfinished) if path.exists())
+        left = f"{left} is left" if left else "nothing is left there"
+        raise OSError(error.errno, f"{_reason(error.errno)} while writing {target}; {left}") from None
+
+
+def _system_error(error: Exception) -> int | None:
+    """The operating system's number of what an error of Orbax or TensorStore comes from, if they say so."""
+    code = re.search(r"os_error_code='?(\d+)", str(error))
+    return int(code[1]) if code else getattr(error, "errno", None)
+
+
+def _reason(number: int) -> str:
+    if number != errno.EMFILE:
+        return os.strerror(number)
+    return f"too many open files (this process may have {_files_allowed()}; ulimit -n {_FILES} raises that)"
+
+
+def _files_allowed() -> int:
+    """How many files this process may have open at once."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return sys.maxsize
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if allowed == resource.RLIM_INFINITY else allowed
 
 
 def _remove_for_good(unfinished: Path) -> None:
@@ -176,6 +206,8 @@ def metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     def look() -> tuple[dict[str, Any], dict[str, Any]]:
         found = ocp.metadata(path)
         if found.metadata is None:  # Orbax logs why, and goes on
+            if _files_allowed() < _FILES:
+                raise OSError(errno.EMFILE, "")
             raise ValueError("the values are not where its metadata says")
         return flatten(found.metadata), dict(found.custom_metadata or {})
 
@@ -188,7 +220,12 @@ def read(path: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _look(path: Path, work: Callable[[], T]) -> T:
-    return _with_orbax(work, lambda error: Damaged(f"checkpoint {path} cannot be read: {error}"))
+    def failed(error: Exception) -> Exception:
+        if _system_error(error) == errno.EMFILE:  # the checkpoint may be sound
+            return OSError(errno.EMFILE, f"{_reason(errno.EMFILE)} while reading {path}")
+        return Damaged(f"checkpoint {path} cannot be read: {error}")
+
+    return _with_orbax(work, failed)
 
 
 def on_host(leaf: Any) -> np.ndarray:

@@ -44,7 +44,7 @@ from gt_jax.training.divisibility import refuse_indivisible
 from gt_jax.training.moments import carried_moments
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.price import PriceState
-from gt_jax.training.run_directory import config_to_train, lock, locked, mark, plateau_ends
+from gt_jax.training.run_directory import SameFolder, config_to_train, lock, locked, mark, plateau_ends
 from gt_jax.training.state import TrainState, new_state
 from gt_jax.training.step import Batch, held_out_losses, make_evaluation, make_step
 from gt_jax.training.stopping import Interrupted, Termination
@@ -232,13 +232,13 @@ def _train_run(
         watch=Watch(config), utilisation=utilisation(config.model, length),
         also=TensorBoard(run / "tensorboard", resumed) if tensorboard and group.first else None,
     )  # fmt: skip
-    with explain_full_disk(run), recorder:
+    with explain_full_disk(run), SameFolder(run, group.first) as folder, recorder:
         rounded = rounding(config.train.matmul_precision) if config.model.compute_dtype == "float32" else None
         for note in [*notes, *told, text.summary(), *([] if rounded is None else [rounded])]:
             recorder.message(note)
         train = config.train
         places: dict[int, Any] = {}
-        unheard: list[OSError] = []
+        unheard: list[OSError | Failed] = []
         patience = Patience(train.max_nonfinite_steps, recorder.message, places.pop)
 
         def batches() -> Iterator[Batch]:
@@ -251,11 +251,12 @@ def _train_run(
                 record(step, held_out_losses(trainer.evaluation, variables_of(state), held_out))
             group.agree(heard)
             if last or step == top or _due(step, train.checkpoint_every, train.steps):
+                group.agree(folder.check)
                 here = _metadata(config, text, stream.state(), state)
                 steps.save_beside(step, state._asdict(), {**here, **lineage})
             if step == top:
-                recorder.message(f"step {step}: from here on the learning rate falls; {run / str(step)} stays, to grow "
-                                 "or to train on from")  # fmt: skip
+                falls = "from here on the learning rate falls; " if train.optimizer.final < 1 else ""
+                recorder.message(f"step {step}: {falls}{run / str(step)} stays, to grow or to train on from")
             if last and step < train.steps:
                 recorder.message(f"asked to stop: saved after step {step}; the run goes on from there (train --resume)")
 
@@ -265,8 +266,9 @@ def _train_run(
 
         def record(step: int, metrics: dict[str, Any]) -> None:
             try:
+                folder.check()
                 recorder.log(step, **metrics)
-            except OSError as error:
+            except (OSError, Failed) as error:
                 if group.count == 1:
                     raise
                 unheard.append(error)  # the others go on to the next meeting, which comes before any save
@@ -357,8 +359,9 @@ def _continuing(config: RunConfig, position: dict[str, Any] | None, at: Standing
         return told
     optimizer, steps = config.train.optimizer, config.train.steps
     warm, top, _ = optimizer.boundaries(steps)
+    then = f"and falls after step {top}" if optimizer.final < 1 else "and stays there"
     told.append(f"the training of {config.start} stood {at.line()}; here it is {optimizer.learning_rate:.3g} after a "
-                f"warm-up of {warm} steps, and falls after step {top}")  # fmt: skip
+                f"warm-up of {warm} step{'s' * (warm != 1)}, {then}")  # fmt: skip
     if at.phase == "decay" and optimizer.learning_rate > 1.01 * at.learning_rate:
         told.append("the rate rises again: what its decay had won is lost first")
     return told

@@ -15,7 +15,7 @@ from gt_jax.checkpoints.lock import lock_file, only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs.run import RunConfig, differences, read_run_config
 from gt_jax.configs.standing import longer, plateau_end
-from gt_jax.errors import Refused, refuse_all
+from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import explain_full_disk, refuse_address, unfinished_name, write_atomically
 
 
@@ -27,10 +27,11 @@ def config_to_train(run: Path, config: RunConfig, resume: bool) -> RunConfig:
     if resume:
         stored = read_run_config(run)
         if config.train.steps > stored.train.steps:
-            more = longer(stored.train, config.train.steps)
-            if config.train == stored.train.replace(steps=config.train.steps):
-                config = config.replace(train=more)
-            stored = stored.replace(train=more)
+            asked = stored.train.replace(steps=config.train.steps)
+            if config.train == asked:
+                asked = longer(stored.train, config.train.steps)
+                config = config.replace(train=asked)
+            stored = stored.replace(train=asked)  # what else was asked for differs from the run as it is, not stretched
         wrong = differences(stored, config)
         refuse_all(wrong, f"{run} was started with another config (there and here; more --steps than there are is the "
                    f"one change that a run takes, and --start {run} begins another run from it):")
@@ -51,6 +52,40 @@ def lock(stack: contextlib.ExitStack, run: Path) -> None:
     """Be the only job that writes this run."""
     with explain_full_disk(run, "do it again"):
         stack.enter_context(only_writer(locked(run)))
+
+
+class SameFolder:
+    """The folder of a run, told from another in its place: a save would make anew one that was moved or removed.
+
+    As a context it says so where that is what made another error. Other processes than the first look at nothing.
+    """
+
+    def __init__(self, run: Path, first: bool = True) -> None:
+        self._run, self._began = run, _identity(run) if first else None
+
+    def check(self) -> None:
+        """Raises `Failed` where the run's folder is not the one that it began in."""
+        if self._began is not None and _identity(self._run) != self._began:
+            raise Failed(f"{self._run} is not the folder any more that this run began in: it was moved or removed. "
+                         "Nothing more is written there; what was written went with the folder")  # fmt: skip
+
+    def __enter__(self) -> SameFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, Failed):
+            try:
+                self.check()
+            except Failed as moved:
+                raise moved from error
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def mark(run: Path, config: RunConfig) -> None:

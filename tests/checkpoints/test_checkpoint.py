@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -410,6 +411,14 @@ def test_full_disk_leaves_nothing_and_says_so(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "OSError: [Errno 27] File too large while writing" in message and "nothing is left there" in message
     assert not any(tmp_path.iterdir())
+
+
+def test_too_few_open_files_are_no_damage(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax finds no values then, and only logs why; the loop that it cannot make fails in every method."""
+    monkeypatch.setattr(orbax_store, "_files_allowed", lambda: 12)
+    monkeypatch.setattr(orbax_store.ocp, "metadata", lambda path: SimpleNamespace(metadata=None))
+    with pytest.raises(OSError, match=r"too many open files \(this process may have 12; ulimit -n 256 raises that\)"):
+        checkpoint.describe(saved)
 
 
 def test_metadata_is_plain_json_on_disk(saved: Path) -> None:

@@ -165,6 +165,9 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         contract.read(tmp_path / "any.json")
     contract.check_output(tmp_path, "any", Study(text=("elsewhere/stories.txt",)), "hash")
     contract.check_output(tmp_path / "new", "any", Study(), "hash")
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused, match=r"--output .*below cannot be made: Not a directory"):  # before hours of work
+        contract.prepare(tmp_path / "file" / "below")
     with pytest.raises(Refused, match="width: 8 and 9"):
         contract.check_output(tmp_path, "any", Study(width=9), "hash")
     with pytest.raises(Refused, match="is a file; name a folder"):

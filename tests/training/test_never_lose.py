@@ -22,11 +22,12 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, read_run_config
 from gt_jax.configs.standing import longer
-from gt_jax.errors import Refused
+from gt_jax.errors import Failed, Refused
 from gt_jax.monitoring.metrics import read_metrics
 from gt_jax.training import loop
 from gt_jax.training.loop import Diverged, Patience, Trainer, fit, make_trainer, telling, train_run
 from gt_jax.training.price import initial_price
+from gt_jax.training.run_directory import SameFolder
 from gt_jax.training.state import TrainState
 from gt_jax.training.stopping import Interrupted, Termination
 from tests.support import perturbed, small_model
@@ -247,13 +248,37 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(wh
     assert_as_whole(run, place)
 
 
-@pytest.mark.parametrize(("every", "left"), [(3, [8, 10]), (0, [10])])
-def test_the_checkpoint_that_ends_the_plateau_stays(whole, every, left, tmp_path, capsys):
-    """It is what a run is grown from: whatever is saved and kept otherwise."""
-    config = whole[0].replace(train=whole[0].train.replace(checkpoint_every=every, keep=1))
+@pytest.mark.parametrize(("every", "left", "final"), [(3, [8, 10], 0.1), (0, [10], 0.1), (3, [8, 10], 1.0)])
+def test_the_checkpoint_that_ends_the_plateau_stays(whole, every, left, final, tmp_path, capsys):
+    """It is what a run is grown from: whatever is saved and kept otherwise. Of a rate that stays none says it falls."""
+    optimizer = whole[0].train.optimizer.replace(final=final)
+    config = whole[0].replace(train=whole[0].train.replace(checkpoint_every=every, keep=1, optimizer=optimizer))
     train_run(tmp_path / "run", config)
     assert RunCheckpoints(tmp_path / "run").steps() == left
-    assert ("from here on the learning rate falls" in capsys.readouterr().err) == (every > 0)
+    said = capsys.readouterr().err
+    assert (f"{tmp_path / 'run' / '8'} stays" in said) == (every > 0)
+    assert ("from here on the learning rate falls" in said) == (every > 0 and final < 1)
+
+
+@pytest.mark.parametrize("harm", ["moved", "removed"])
+def test_a_run_whose_folder_goes_ends_and_makes_no_other(whole, harm, tmp_path, monkeypatch):
+    """A save would make it anew, without its config and metrics."""
+    run, log = tmp_path / "run", loop.Recorder.log
+
+    def and_harm(self, step, **values):
+        log(self, step, **values)
+        if step == 5:
+            run.rename(tmp_path / "elsewhere") if harm == "moved" else shutil.rmtree(run)
+
+    monkeypatch.setattr(loop.Recorder, "log", and_harm)
+    with pytest.raises(Failed, match="it was moved or removed"):
+        train_run(run, whole[0].replace(train=whole[0].train.replace(checkpoint_every=0)), show=False)
+    assert not run.exists()
+    monkeypatch.undo()
+    (tmp_path / "other").mkdir()
+    with pytest.raises(Failed, match="moved or removed"), SameFolder(tmp_path / "other"):  # and a save under way fails
+        (tmp_path / "other").rmdir()
+        raise ValueError("NOT_FOUND: of the library that writes")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -281,6 +306,9 @@ def test_a_finished_run_takes_more_steps_and_says_what_they_mean(whole, tmp_path
     more = config.replace(train=config.train.replace(steps=20, checkpoint_every=2, keep=5))
     with pytest.raises(Refused, match=r"(?s)more --steps than there are.*train\.steps: 10 and 5"):
         train_run(run, config.replace(train=config.train.replace(steps=5)), resume=True, show=False)
+    with pytest.raises(Refused, match=r"train\.seed: 0 and 3") as told:  # what follows from more steps nobody asked for
+        train_run(run, more.replace(train=more.train.replace(seed=3)), resume=True, show=False)
+    assert "price" not in str(told.value) and "warmup" not in str(told.value)
     train_run(run, config, resume=True)
     assert "all 10 steps are done; --resume --steps 20 goes on" in capsys.readouterr().err
     state = train_run(run, more, resume=True)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gt_jax.checkpoints.folders import damage
 from gt_jax.configs.layout import Layout, parse
 from gt_jax.configs.standing import standing
 from gt_jax.devices.flags import add_process_flags, is_distributed, wrong_process_flags
@@ -221,7 +222,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.target is not None and args.source.resolve() == args.target.resolve():
         wrong.append(f"DST {args.target} is the source itself; name a new folder")
     elif args.target is not None and args.target.exists():
-        wrong.append(f"DST {args.target} exists; name a new folder, or move it away")
+        then = "name a new folder, or move it away"
+        if args.resume and damage(args.target) is None:
+            then = f"it is whole, nothing is left to finish: describe {args.target} --check and verify look at it"
+        wrong.append(f"DST {args.target} exists; {then}")
     if args.target_layers is not None and args.target_layers < 1:
         wrong.append(f"--target-layers {args.target_layers}: at least 1 is needed")
     for path in args.verify_text or []:

@@ -111,7 +111,7 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     if arguments.model is not None:
         from gt_jax.configs.json_config import changed_by_file
 
-        model = changed_by_file(model, arguments.model)
+        model = changed_by_file(model, arguments.model, **pick("layout"))
     model = model.replace(**pick("layout", "remat"), **({"compute_dtype": given["dtype"]} if "dtype" in given else {}))
     model = with_gates(model.plain if "plain" in given else model, arguments.gates)
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))

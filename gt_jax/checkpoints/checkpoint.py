@@ -132,7 +132,7 @@ def _prepare(
     _refuse_existing(target)
     json.dumps(metadata)  # Orbax would find out too late
     leaves = storable(tree)
-    prepare_parent(target)
+    prepare_parent(target, of_run=metadata.get("kind") == "train")
     tokenizer = carried_tokenizer(metadata)
     return target, target.with_name(target.name + UNFINISHED), leaves, to_store(metadata, tokenizer), tokenizer
 

@@ -23,6 +23,7 @@ CONVERTING = ".converting"  # a conversion into our format that is under way, or
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for what it writes at this moment
 CHUNK = 2**24  # bytes of a stored chunk and of a slice read: below what malloc maps anew each time, yet few files
 FILES = "files.json"
+RUN_FILES = ("config.json", "metrics.jsonl")  # a folder with both is a run, whose steps lie in it by their numbers
 CHECKSUMS = "checksums.json"
 _NEEDED = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "state/_METADATA")
 _DATABASE = "state/manifest.ocdbt"  # where arrays lie together in one database; else each has a folder of its own
@@ -125,14 +126,23 @@ def refuse_inside(target: Path) -> None:
             raise Refused(f"{target} would lie in the checkpoint {folder}, and go when that does; name another place")
 
 
-def prepare_parent(target: Path) -> None:
+def refuse_step_of_run(target: Path) -> None:
+    """Raise `Refused` for a target that would be taken for a step of the run that it lies in, the newest perhaps."""
+    if target.name.isdecimal() and all((target.parent / name).is_file() for name in RUN_FILES):
+        raise Refused(f"{target} would be taken for a step of the run {target.parent}; name another place")
+
+
+def prepare_parent(target: Path, of_run: bool = False) -> None:
     """Make the folder `target` will lie in; raises `Refused` when that is not possible or it is not writable.
 
-    And for a `target` that is named as what is not finished, or would lie in a checkpoint.
+    And for a `target` that is named as what is not finished, would lie in a checkpoint, or, where it is not `of_run`, a
+    run's own save, would be one of its steps.
     """
     refuse_address(target)
     refuse_temporary_name(target)
     refuse_inside(target)
+    if not of_run:
+        refuse_step_of_run(target)
     new = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

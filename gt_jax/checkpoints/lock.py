@@ -123,6 +123,8 @@ def _open(path: Path) -> int:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise _foreign(path) from error
+        if error.errno in (errno.EACCES, errno.EPERM) and not os.path.lexists(path):
+            raise Refused(f"{path.parent} is not writable; choose another place, or make it so") from error
         if error.errno in (errno.EACCES, errno.EPERM):
             raise Refused(f"the lock {path} cannot be opened ({error.strerror}): it is another user's. Where no job of "
                           "theirs is writing, delete it, or have them do so") from error

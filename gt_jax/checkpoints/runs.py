@@ -54,7 +54,7 @@ class RunCheckpoints:
     def save_beside(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
         """`save` that writes beside the caller; what goes wrong in writing is raised by the next save or by `wait`."""
         self.wait()
-        prepare_parent(self.root / str(step))
+        prepare_parent(self.root / str(step), of_run=True)
         on_primary(functools.partial(clear_steps, self.root))
         self._writing = checkpoint.save_async(self.root / str(step), tree, {**metadata, "step": step})
 

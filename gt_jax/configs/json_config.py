@@ -125,10 +125,13 @@ def below(config: Config, minimum: int, *names: str) -> list[str]:
     return [f"{name} is {value}; it must be at least {minimum}" for name, value in values.items() if value < minimum]
 
 
-def changed_by_file(model: Any, path: Path) -> Any:
-    """`model` with the fields that a JSON file names; raises `Refused` for a file or fields that do not fit."""
+def changed_by_file(model: Any, path: Path, **more: Any) -> Any:
+    """`model` with the fields that a JSON file names, and `more`, checked together: a layout and what it does without.
+
+    Raises `Refused` for a file or fields that do not fit.
+    """
     changes = read_object(path, "--model")
     try:
-        return type(model).from_json(merged(model.to_json(), changes))
+        return type(model).from_json(merged(model.to_json(), {**changes, **more}))
     except Refused as error:
         raise Refused(f"--model {path}: {error}") from error

@@ -1,4 +1,5 @@
-"""SIGTERM, as a pod sends it before it takes a machine away, and Ctrl-C: finish the step, save, leave."""
+"""SIGTERM, as a pod sends it before it takes a machine away, SIGHUP, of a terminal that goes, and Ctrl-C: finish the
+step, save, leave."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from jax.experimental import multihost_utils
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C was heard, and the step is saved: who called the training must not go on as if it were done."""
+    """SIGTERM, SIGHUP or Ctrl-C was heard, and the step is saved: who called must not go on as if all were done."""
 
 
 class Termination:
-    """A context in which SIGTERM and SIGINT are a wish; `asked(step)` says whether to stop after this step.
+    """A context in which SIGTERM, SIGHUP and SIGINT are a wish; `asked(step)` says whether to stop after this step.
 
     They are one from the first time that is asked: until the first step is compiled and done there is nothing to save,
     and a signal ends the process at once. So does a second SIGINT. On several processes all of them stop after the same
-    step, whichever got the signal: JAX's preemption service tells them (it takes SIGTERM itself, and SIGINT is sent on
+    step, whichever got the signal: JAX's preemption service tells them (it takes SIGTERM itself, the others are sent on
     to it as that). Off the main thread signals are left alone. `interrupted` says whether SIGINT was heard.
     """
 
@@ -46,6 +47,8 @@ class Termination:
             self._hear(signal.SIGINT, self._heard_from_keyboard)
             if self._alone:
                 self._hear(signal.SIGTERM, self._heard)
+            if hasattr(signal, "SIGHUP"):  # not on Windows
+                self._hear(signal.SIGHUP, self._heard)
         if not self._alone:
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._wanted
@@ -56,12 +59,13 @@ class Termination:
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         self._wanted = True
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _heard_from_keyboard(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:  # by its default the process ends here, whatever is being written
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\ninterrupted again: leaving at once\n")
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        self.interrupted = self._wanted = True
-        if not self._alone:
-            os.kill(os.getpid(), signal.SIGTERM)
+        self.interrupted = True
+        self._heard(number, frame)

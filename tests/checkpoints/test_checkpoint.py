@@ -413,6 +413,16 @@ def test_full_disk_leaves_nothing_and_says_so(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_only_a_run_itself_saves_a_step_in_it(tmp_path: Path) -> None:
+    """What somebody else puts there would be taken for the newest one."""
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    with pytest.raises(Refused, match=f"{tmp_path / '900'} would be taken for a step of the run {tmp_path}"):
+        checkpoint.save(tmp_path / "900", model_tree(), {**METADATA, "kind": "grow"})
+    checkpoint.save(tmp_path / "900", model_tree(), METADATA)
+    checkpoint.save(tmp_path / "grown", model_tree(), {**METADATA, "kind": "grow"})
+
+
 def test_too_few_open_files_are_no_damage(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Orbax finds no values then, and only logs why; the loop that it cannot make fails in every method."""
     monkeypatch.setattr(orbax_store, "_files_allowed", lambda: 12)

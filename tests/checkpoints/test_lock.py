@@ -136,7 +136,8 @@ def test_a_killed_process_lets_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "words"), [
-    (errno.EACCES, "another user's.*delete it"), (errno.EROFS, "only be read; choose another place"),
+    (errno.EACCES, "another user's.*delete it"), (errno.EPERM, "is not writable"),
+    (errno.EROFS, "only be read; choose another place"),
     (errno.ENAMETOOLONG, "choose a shorter target"), (errno.ENOLCK, "gives no locks.*mount the disk with flock"),
     (errno.EOPNOTSUPP, "gives no locks.*choose another place")])
 def test_a_lock_that_is_not_possible_is_refused_with_what_would_be_right(
@@ -144,7 +145,9 @@ def test_a_lock_that_is_not_possible_is_refused_with_what_would_be_right(
     def fails(*rest: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    of_file = number in (errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
+    of_file = number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+    if number == errno.EACCES:  # else there is no lock, and the folder takes none
+        lock_file(tmp_path / "target").touch()
     with monkeypatch.context() as patch:
         patch.setattr(os if of_file else fcntl, "open" if of_file else "flock", fails)
         with pytest.raises(Refused, match=words) as refused, only_writer(tmp_path / "target"):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -342,7 +343,9 @@ def test_sizes():
 
 def test_bad_sources_and_targets(source, tmp_path):
     (tmp_path / "there").mkdir()
-    assert "there exists" in refusal(source, tmp_path / "there")
+    assert "there exists; name a new folder" in refusal(source, tmp_path / "there", "--resume")
+    shutil.copytree(source, tmp_path / "whole")
+    assert "exists; it is whole, nothing is left to finish" in refusal(source, tmp_path / "whole", "--resume")
     assert "is the source itself" in refusal(source, source.parent / "." / source.name)
     (tmp_path / "file").write_text("no checkpoint")
     assert "is a file" in refusal(tmp_path / "file", "--dry-run")

@@ -10,12 +10,21 @@ from hypothesis import strategies as st
 
 from gt_jax.configs import layout, model, presets
 from gt_jax.configs.attention import AttentionConfig
+from gt_jax.configs.json_config import changed_by_file
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, differences
 from gt_jax.errors import Refused
 from tests.support import small_model
 
 segments = st.lists(st.tuples(st.text("DGSA", min_size=1, max_size=5), st.integers(1, 40)), min_size=1, max_size=4)
+
+
+def test_a_layout_and_what_it_does_without_are_checked_together(tmp_path):
+    (tmp_path / "no.json").write_text('{"gsa": null}')
+    with pytest.raises(Refused, match="gsa must be given"):
+        changed_by_file(presets.tiny(), tmp_path / "no.json")
+    made = changed_by_file(presets.tiny(), tmp_path / "no.json", layout="D*2")
+    assert made.gsa is None and str(made.depth) == "D*2"
 
 
 @given(segments)

@@ -82,6 +82,7 @@ def test_configs_go_both_ways(name):
     assert family.cannot_express(config) == [] and family_for(config, HYBRIDS[name]) is family
     assert family_for(config, None).cannot_express(config) == []
     assert family.cannot_express(config.replace(layout="D*3,A*2")) == []
+    assert family.cannot_express(config.replace(gsa=preset("tiny").gsa)) == []  # of layers that it does not have
     defaults = family.config({"rope_parameters": {"rope_theta": 1e7}} if "qwen" in name else {})
     assert defaults.replace(param_dtype="bfloat16", compute_dtype="bfloat16") == config
 

@@ -281,7 +281,7 @@ def test_a_run_whose_folder_goes_ends_and_makes_no_other(whole, harm, tmp_path, 
         raise ValueError("NOT_FOUND: of the library that writes")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_who_is_asked_to_stop_saves_the_step_and_whoever_called_does_not_go_on(
     keyboard, whole, tmp_path, monkeypatch, capsys, number
 ):

@@ -121,7 +121,8 @@ def test_every_variant_has_its_own_rate_and_all_seeds_run_at_it():
 
     found = residual_lambdas.all_rows(STUDY, Made())
     tried, final = asked
-    assert all(one.seeds == (0, 0) and one.rates == STUDY.rates for one in tried) and len(tried) == len(VARIANTS)
+    each = (0,) * len(STUDY.rates)
+    assert all(one.seeds == each and one.rates == STUDY.rates for one in tried) and len(tried) == len(VARIANTS)
     assert final[-1].variant == TIMES and len(found) == 2 * (len(VARIANTS) + 1)
     assert {row["rate"] for row in found if row["model"] in (PLAIN, LONGER)} == {min(STUDY.rates)}
     assert {row["rate"] for row in found if row["model"] == LAMBDAS} == {max(STUDY.rates)}

@@ -256,6 +256,10 @@ class ExitConfig(Config):
         return wrong
 
 
+MIXERS = {"D": "deltanet", "G": "gsa", "S": "sliding", "A": "attention", "B": "resolvent"}
+"""The field of `ModelConfig` that layers of each type need."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Config):
     """A whole language model. `adaptive=None` is the plain feed-forward form of the same weights.
@@ -301,7 +305,7 @@ class ModelConfig(Config):
             types = layouts.parse(self.layout).types
         except Refused as error:
             return [*wrong, str(error)]
-        for kind, name in (("D", "deltanet"), ("G", "gsa"), ("S", "sliding"), ("A", "attention"), ("B", "resolvent")):
+        for kind, name in MIXERS.items():
             if kind in types and getattr(self, name) is None:
                 wrong.append(f"layout {self.layout} has {kind} layers; {name} must be given")
         if "B" in types and self.resolvent is not None and self.width % self.resolvent.heads:
@@ -359,6 +363,12 @@ class ModelConfig(Config):
         Where passes were computed again in the backward pass, layers are: each of them is one pass.
         """
         return self.replace(adaptive=None, gated_copies=None, remat="layer" if self.remat == "pass" else self.remat)
+
+    @property
+    def without_unused_mixers(self) -> ModelConfig:
+        """The same model, fields of mixers that no layer has at None; multi-token prediction has a G layer."""
+        types = {*self.depth.types, *("G" if self.mtp is not None else "")}
+        return self.replace(**{name: None for kind, name in MIXERS.items() if kind not in types})
 
     @property
     def halting(self) -> AdaptiveConfig | None:

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from gt_jax.configs.model import MTPConfig
 from gt_jax.configs.presets import PRESETS, preset
 from gt_jax.errors import Refused
 from gt_jax.interop.families.registry import FAMILIES, family_for, recognised
@@ -89,6 +90,9 @@ def test_configs_go_both_ways(name):
 
 def test_what_a_family_cannot_express_is_told_field_by_field():
     config = preset("qwen3_5_9b")
+    predicting = config.replace(gsa=preset("tiny").gsa, mtp=MTPConfig())  # whose G layer no family has
+    told = {line.split()[0] for line in FAMILIES["qwen3_5_text"].cannot_express(predicting)}
+    assert {"mtp.weight", "gsa.heads"} <= told
     reasons = FAMILIES["qwen3_5_text"].cannot_express(
         config.replace(deltanet=config.deltanet.replace(rope="standard", beta_max=2.0)))
     assert [line.split()[0] for line in reasons] == ["deltanet.beta_max", "deltanet.rope"]

@@ -165,9 +165,7 @@ class Family:
             back = self.config({**self.write(config), **depth_fields(config)})
         except (Refused, AttributeError) as error:
             return [f"{self.model_type} does not take this config: {error}"]
-        unused = {name: None for kind, name in (("G", "gsa"), ("S", "sliding"), ("B", "resolvent"))
-                  if kind not in config.depth.types}  # fmt: skip - of layers that it does not have
-        mine, theirs = _told(config.replace(**unused)), _told(back)
+        mine, theirs = (_told(each.without_unused_mixers) for each in (config, back))
         return [f"{name} is {mine.get(name)!r}; {self.model_type} has {theirs.get(name)!r} alone"
                 for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]  # fmt: skip
 

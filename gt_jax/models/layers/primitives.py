@@ -132,9 +132,12 @@ def _convolved(
     bias: Float[Array, "*c"] | None, window_segments: Int[Array, "b r"], segment_ids: Int[Array, "b t"],
 ) -> Float[Array, "b t *c"]:
     """`short_convolution`; its own derivative, since JAX's writes a gradient a tap, in float32."""
-    inputs, of = jnp.concatenate([window, x], axis=1), jnp.concatenate([window_segments, segment_ids], axis=1)
-    total = _by_taps(inputs, of, segment_ids, weight)
+    total = _by_taps(*_in_a_row(window, x, window_segments, segment_ids), segment_ids, weight)
     return (total if bias is None else total + widen(bias)[None, None]).astype(x.dtype)
+
+
+def _in_a_row(window: Array, x: Array, window_segments: Array, segment_ids: Array) -> tuple[Array, Array]:
+    return jnp.concatenate([window, x], axis=1), jnp.concatenate([window_segments, segment_ids], axis=1)
 
 
 def _by_taps(inputs: Array, of: Array, to: Array, weight: Array) -> Array:
@@ -165,7 +168,7 @@ def _convolved_backward(kept: Any, gradient: Array) -> tuple[Array, Array, Array
 
     of_x = pulled(gradient, segment_ids, segment_ids, 0)
     of_window = pulled(gradient[:, :before], segment_ids[:, :before], window_segments, before)
-    inputs, of = jnp.concatenate([window, x], axis=1), jnp.concatenate([window_segments, segment_ids], axis=1)
+    inputs, of = _in_a_row(window, x, window_segments, segment_ids)
     wide = widen(gradient)
     of_weight = [jnp.sum(_of_tap(inputs, of, segment_ids, tap) * wide, axis=(0, 1)) for tap in range(before + 1)]
     of_bias = None if bias is None else jnp.sum(wide, axis=(0, 1)).astype(bias.dtype)

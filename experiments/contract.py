@@ -84,10 +84,10 @@ def lent(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{KEPT: own, **row} for row in found["rows"]]
 
 
-def check_kept(file: Path, found: Mapping[str, Any], kept: Rows, tasks: Collection[str]) -> None:
-    """Refuse to write over `file` where rows of it would be lost: those of no task of the study, or all of them."""
-    wrong = [f"it has rows of {task}, which this study leaves out; they would be lost"
-             for task in sorted({str(row["task"]) for row in found["rows"]} - set(tasks))]  # fmt: skip
+def check_kept(file: Path, found: Mapping[str, Any], kept: Rows, names: Collection[str], key: str = "task") -> None:
+    """Refuse to write over `file` where rows of it would be lost: whose `key` is no name of the study, or all."""
+    wrong = [f"it has rows of {name}, which this study leaves out; they would be lost"
+             for name in sorted({str(row[key]) for row in found["rows"]} - set(names))]  # fmt: skip
     if not kept:
         wrong.append("none of its rows would be the same in this study; it is of another scale, or all has changed")
     refuse_all(wrong, f"--keep does not go with {file}; name another --output, where an old file is not needed:")

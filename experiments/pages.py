@@ -17,11 +17,11 @@ def markdown_table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> list[s
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def earlier_runs(rows: Sequence[Mapping[str, Any]], task: str) -> list[str]:
-    """Which rows of a task are an earlier run's, and what that was."""
+def earlier_runs(rows: Sequence[Mapping[str, Any]], task: str | None = None) -> list[str]:
+    """Which rows, of a task or of all, are an earlier run's, and what that was."""
     runs: dict[str, tuple[Mapping[str, Any], dict[str, None]]] = {}
     for row in rows:
-        if row["task"] == task and KEPT in row:
+        if KEPT in row and task in (None, row["task"]):
             runs.setdefault(json.dumps(row[KEPT]), (row[KEPT], {}))[1][row["model"]] = None
     return [line for run, models in runs.values() for line in (
         f"Rows of an earlier run, with the times of its machine: {'; '.join(models)}. `{run['command']}`, "

@@ -2,6 +2,7 @@
 
     python -m experiments.recall_hybrids [--part state] [--scale small] [--text FILE …] [--tokenizer FILE]
     python -m experiments.recall_hybrids --part machine|scaling|mixers [--seeds 0,1] [--work runs/recall_hybrids]
+    python -m experiments.recall_hybrids --part state --keep          # arms that the stored file has not
     python -m experiments.recall_hybrids --part state --render        # page and picture anew from the stored figures
 
 - state: GroundThink hybrids with the local path dropped for 0, 30, 70 % of the rows, and D/A and D/G, trained on text,
@@ -17,11 +18,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.study_command import add_study_flags, read_seeds, run
+from gt_jax.errors import Refused
 
 if TYPE_CHECKING:
     from experiments.workers import Workers
@@ -38,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; accelerator (default small)")
     p.add_argument("--text", nargs="+", default=(), metavar="FILE", help="text files; default the standard library")
     p.add_argument("--tokenizer", default="bytes", metavar="FILE", help="its tokens hold the needles' words")
+    p.add_argument("--keep", action="store_true",
+                   help="of state and mixers: keep the rows of arms that OUTPUT/recall_PART.json has")
     add_study_flags(p, NAME, "")
     return p
 
@@ -66,19 +70,21 @@ def make(wanted: Any) -> dict[str, Any]:
     return kinds.get(type(wanted), engine.make)(wanted)
 
 
-def all_rows(study: Any, workers: Workers) -> list[dict[str, Any]]:
-    """The rows of every unit."""
+def all_rows(study: Any, workers: Workers, lent: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """The rows of every unit; `lent` are rows of an earlier run, whose arms are not trained again."""
     from experiments.recall_study.machine import MODELS, Check, MachineStudy
     from experiments.recall_study.scaling import ScalingStudy
     from experiments.recall_study.study import Wanted
 
     if isinstance(study, ScalingStudy):
         return _sizes(study, workers)
+    done = {row["model"] for row in lent}
     wanted = ([Check(study, task, model) for model in MODELS for task in study.tasks]
-              if isinstance(study, MachineStudy) else [Wanted(study, arm) for arm in study.arms])  # fmt: skip
+              if isinstance(study, MachineStudy)
+              else [Wanted(study, arm) for arm in study.arms if arm.name not in done])  # fmt: skip
     shared = lambda name: (name.partition("/")[0], name.partition(" ")[2])  # noqa: E731 - one program
     made = workers.all({one.name: one for one in wanted}, alike=shared)
-    return [row for one in made.values() for row in one["rows"]]
+    return [*(row for one in made.values() for row in one["rows"]), *map(dict, lent)]
 
 
 def _sizes(study: Any, workers: Workers) -> list[dict[str, Any]]:
@@ -99,16 +105,19 @@ def _sizes(study: Any, workers: Workers) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a part of the study, or only render it, and print its page."""
     from experiments.recall_study import findings, report, scaling
+    from experiments.recall_study.study import unchanged
 
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
+    if arguments.keep and arguments.part not in ("state", "mixers"):
+        raise Refused(f"--keep keeps arms; --part {arguments.part} has none")
     if arguments.work == Path(f"runs/{NAME}"):
         arguments.work = arguments.work / f"{arguments.part}_{arguments.scale}"
     summaries = {"machine": findings.machine_summary, "scaling": scaling.summary}
     files = [*map(str, arguments.text), *([] if arguments.tokenizer == "bytes" else [arguments.tokenizer])]
     return run(f"recall_{arguments.part}", arguments, words, lambda: configured(arguments), make, all_rows,
                summaries.get(arguments.part, findings.arms_summary), report.write(arguments.part), files,
-               module=NAME)  # fmt: skip
+               unchanged if arguments.keep else None, module=NAME, key="model")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -50,14 +50,15 @@ def run(
     name: str, arguments: argparse.Namespace, words: Sequence[str], configured: Callable[[], tuple[Config, str]],
     make: Make, rows_of: Callable[..., Rows], summary: Callable[[Rows], dict[str, Any]],
     write: Callable[[Path, Mapping[str, Any]], str], files: Sequence[str] = (), keeps: Keeps | None = None,
-    module: str | None = None,
+    module: str | None = None, key: str = "task",
 ) -> int:  # fmt: skip
     """Run the study `name`, or with --render only its page anew, and print the page.
 
     `configured` gives the config and a hash of what is read, `rows_of` every unit by the workers that call `make`;
     `write` makes page and picture of a stored file. `files` stand in the stored command by their names alone. `keeps`
     gives the rows of the earlier run in --output that stay, which `rows_of` gets too; without it the file there must be
-    of this very study. `module` is that of the command where it is not called as the study is.
+    of this very study; `key` is what a row calls its setting. `module` is that of the command where it is not called as
+    the study is.
     """
     from experiments.machine import machine  # loads JAX, which --help and refusals do without
 
@@ -71,7 +72,7 @@ def run(
     study, content = configured()
     if keeps is None:
         contract.check_output(output, name, study, content)
-    lent = () if keeps is None else (_kept(output / f"{name}.json", study, content, keeps),)
+    lent = () if keeps is None else (_kept(output / f"{name}.json", study, content, keeps, key),)
     contract.prepare(output)
     units = Units(arguments.work, study, content)
     with Workers(units, make, arguments.jobs, say) as workers:
@@ -85,9 +86,9 @@ def run(
     return 0
 
 
-def _kept(file: Path, study: Any, content: str, keeps: Keeps) -> Rows:
+def _kept(file: Path, study: Any, content: str, keeps: Keeps, key: str) -> Rows:
     """The rows of `file` that stay; raises `Refused` where others would be lost."""
     found = contract.read(file)
     rows = keeps(study, found, content)
-    contract.check_kept(file, found, rows, [one.name for one in study.settings])
+    contract.check_kept(file, found, rows, [one.name for one in study.settings], key)
     return rows

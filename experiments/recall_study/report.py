@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.growth_study.inference import text_of
-from experiments.pages import markdown_table
+from experiments.pages import earlier_runs, markdown_table
 from experiments.recall_study.findings import FOLLOWS_BOUND, follows_at, right_at
 from experiments.recall_study.states import MODES, REST
 from experiments.recall_study.study import TEXT
@@ -58,6 +58,7 @@ def arms_page(name: str, stored: Stored) -> str:
         f"{hardest} distractors, in rows of {config['length'] or 'as many tokens as the longest prompt'}; the answer "
         f"is the likeliest of 8 colours. {CHANCE} {len(places) * config['prompts']} prompts at {hardest} "
         f"distractors.{made} ![the state test]({name}.png)", "",
+        *earlier_runs(stored["rows"]),
         "## Right answers and text", "",
         *markdown_table([_accuracy_row(label, arm, hardest, places, equal) for label, arm in arms.items()],
                         ["arm", *(f"fact at {100 * float(place):.0f} %" for place in places), "without distractors",

@@ -10,11 +10,12 @@ So what recall costs in text is read off models that saw the same text.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments import contract
 from experiments.recall_study.needles import prompt_length
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.attention import AttentionConfig
@@ -23,7 +24,7 @@ from gt_jax.configs.json_config import Config, below
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig, ModelConfig
 from gt_jax.configs.presets import groundthink
 from gt_jax.configs.resolvent import ResolventConfig
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, refuse_all
 from gt_jax.models.language_model import abstract
 
 TEXT, NEEDLES, MIXED = "text", "needles", "mixed"
@@ -113,9 +114,11 @@ class RecallStudy(Config):
         """The arms."""
         return tuple(map(Arm, self.layouts, self.drops, self.trainings, self.windows))
 
+    settings = arms
+
     def of(self, arms: Sequence[Arm]) -> RecallStudy:
         """The study of other arms."""
-        layouts, drops, trainings, windows = zip(*arms, strict=True)
+        layouts, drops, trainings, windows = zip(*arms, strict=True) if arms else ((), (), (), ())
         return self.replace(layouts=layouts, drops=drops, trainings=trainings, windows=windows)
 
     def model(self, arm: Arm, vocab: int) -> ModelConfig:
@@ -172,7 +175,8 @@ class Wanted(NamedTuple):
 NEAR = 5  # a window that holds "Tom has a" and no other name
 STATE_ARMS = (*arms("DS*2", (0.0, 0.3, 0.7)), *arms("DS*2", (0.0, 0.3, 0.7), window=NEAR), *arms("DA*2"), *arms("DG*2"))
 FEW_ARMS = (Arm("DA*2", 0.0, MIXED), Arm("DS*2", 0.0, MIXED, NEAR), Arm("DS*2", 0.7, MIXED, NEAR),
-            Arm("DS*2", 0.7, MIXED), Arm("DA*2", 0.0, TEXT), Arm("DS*2", 0.0, TEXT, NEAR))
+            Arm("DS*2", 0.0, MIXED), Arm("DS*2", 0.7, MIXED), Arm("DG*2", 0.0, MIXED),
+            Arm("DA*2", 0.0, NEEDLES), Arm("DA*2", 0.0, TEXT), Arm("DS*2", 0.0, TEXT, NEAR))
 MIXER_ARMS = tuple(Arm(layout, 0.0, training) for layout in ("D*4", "DS*2", "A*4", "B*4")
                    for training in (TEXT, NEEDLES))  # fmt: skip - an S layer reads the D layer before it
 EQUAL = {"as_large_as": "D*4"}
@@ -194,3 +198,19 @@ def scaled(part: str, scale: str, seeds: tuple[int, ...], text: tuple[str, ...],
     if scale not in SCALES[part]:
         raise Refused(f"--scale {scale} is not known; the scales are {', '.join(SCALES[part])}")
     return SCALES[part][scale].replace(seeds=seeds, text=text, tokenizer=tokenizer)
+
+
+def unchanged(study: RecallStudy, found: Mapping[str, Any], content: str) -> list[dict[str, Any]]:
+    """The rows of a stored file whose arm `study` has too, each with what made it.
+
+    Raises `Refused` for a file of other settings or of another text.
+    """
+    there = RecallStudy.from_json(found["config"])
+    mine, theirs = (one.of(()).to_json() for one in (study, there))
+    wrong = [f"{name} of the stored rows is {theirs.get(name)!r}; this study has {mine[name]!r}"
+             for name in mine if theirs.get(name) != mine[name]]  # fmt: skip
+    if found["content"] != content:
+        wrong.append("the stored rows were made of another text; give that, or go without --keep")
+    refuse_all(wrong, "--keep:")
+    kept = {arm.name for arm in study.arms} & {arm.name for arm in there.arms}
+    return [row for row in contract.lent(found) if row["model"] in kept]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import contract, recall_hybrids
-from experiments.recall_study import findings, machine, scaling, study
+from experiments.recall_study import findings, machine, report, scaling, study
 from experiments.recall_study.engine import Asked
 from experiments.recall_study.material import words_of
 from experiments.recall_study.needles import COLOURS, WORDS, Needles, beside_bytes, vocabulary
@@ -217,6 +217,23 @@ def test_pages_and_pictures_come_from_the_stored_file_alone(tmp_path, capsys):
             assert page.count("| yes |") == 8 and "| no |" not in page
 
 
+def test_rows_of_arms_that_are_there_are_kept_and_none_is_lost(tmp_path):
+    arms = [Arm("DS*2", 0.7, training) for training in (TEXT, MIXED)]
+    rows = [row(arm, seed, 2.0, 0.05, 0.9) for arm in arms for seed in (0, 1)]
+    stored = contract.stored(command="python -m x", config=SMALL.of(arms), seconds=60.0, rows=rows, content="",
+                             machine={"cores": 2, "processor": "P"}, summary=findings.arms_summary(rows))  # fmt: skip
+    more = SMALL.of([*arms, Arm("DA*2", 0.0, MIXED)])
+    kept = study.unchanged(more, stored, "")
+    assert [one["model"] for one in kept] == [one["model"] for one in stored["rows"]]
+    assert kept[0]["kept_from"]["command"] == "python -m x" and not study.unchanged(more.of(more.arms[2:]), stored, "")
+    contract.check_kept(tmp_path, stored, kept, [arm.name for arm in more.settings], "model")
+    with pytest.raises(Refused, match=r"it has rows of .* trained on text, which this study leaves out"):
+        contract.check_kept(tmp_path, stored, kept[:1], [arms[1].name], "model")
+    with pytest.raises(Refused, match=r"steps of the stored rows is 600; this study has 7\n.*another text"):
+        study.unchanged(more.replace(steps=7), stored, "else")
+    assert "Rows of an earlier run" in report.write("state")(tmp_path, {**stored, "rows": kept})
+
+
 def test_every_scale_is_valid_and_words_that_make_no_study_are_refused():
     for scales in study.SCALES.values():
         for one in scales.values():
@@ -229,5 +246,7 @@ def test_every_scale_is_valid_and_words_that_make_no_study_are_refused():
     assert {NEEDLES, TEXT, MIXED} == {arm.training for arm in study.SCALES["state"]["accelerator"].arms}
     with pytest.raises(Refused, match="the scales are minutes, small, accelerator"):
         recall_hybrids.configured(recall_hybrids.parser().parse_args(["--part", "machine", "--scale", "large"]))
+    with pytest.raises(Refused, match="--part scaling has none"):
+        recall_hybrids.main(["--part", "scaling", "--keep"])
     with pytest.raises(Refused, match="trainings has 'words'"):
         SMALL.of([Arm("D", 0.0, "words")])

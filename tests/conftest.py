@@ -117,10 +117,16 @@ Scope.param = _of_the_shape_asked_for(Scope.param)
 
 
 def pytest_runtest_logstart(nodeid: str, location: tuple[str, int | None, str]) -> None:
-    """Every file of tests has calls of its own that are checked."""
+    """Every file of tests has calls of its own that are checked, and what lives at its end lives on.
+
+    Millions of objects of programs: each read of a broken checkpoint, which looks for cycles (`_with_orbax`), would
+    look through all of them, a second each.
+    """
     if location[0] != _file[0]:
         called.clear()
         _file[0] = location[0]
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_unconfigure() -> None:

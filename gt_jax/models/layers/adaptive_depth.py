@@ -411,6 +411,7 @@ def run_passes(
         variable_axes={INTERMEDIATES: 0, PASSES: 0},
         split_rngs={"params": False},
         length=passes,
+        check_constancy_invariants=layer.is_initializing(),  # traces the passes once more, and finds new parameters so
     )
     xs = (jnp.arange(passes, dtype=jnp.int32), jnp.asarray(config.alpha, jnp.float32), cache)
     last, (statistics, caches) = scanned(layer, start, xs)

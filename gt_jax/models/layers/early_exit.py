@@ -223,7 +223,8 @@ def _token_by_token(
         update, extras, cache = _one_token(run, layer, *(leaf[:, None] for leaf in xs), cache)
         return cache, (jax.tree.map(lambda leaf: leaf[:, 0], update), extras)
 
-    scanned = nn.scan(step, variable_broadcast=True, split_rngs={"params": False}, in_axes=1, out_axes=(1, 0))
+    scanned = nn.scan(step, variable_broadcast=True, split_rngs={"params": False}, in_axes=1, out_axes=(1, 0),
+                      check_constancy_invariants=False)  # fmt: skip
     cache, (update, extras) = scanned(layer, cache, (x, segment_ids, positions, living))
     ran = jnp.maximum(jnp.sum(jnp.any(living, axis=0), dtype=jnp.float32), 1.0)
     return update, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0) / ran.astype(leaf.dtype), extras), cache

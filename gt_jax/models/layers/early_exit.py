@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from gt_jax.configs.model import ExitConfig
-from gt_jax.devices.sharding import Rules, on_mesh, reshard
+from gt_jax.devices.sharding import Rules, has_mesh, on_mesh, reshard
 from gt_jax.models.layers.compaction import Living, Stream, beside, outline, partition, run_compacted, zeros_of
 from gt_jax.models.layers.mixer import masked_mean
 from gt_jax.models.layers.primitives import float32_einsum, widen
@@ -186,9 +186,9 @@ def run_cached(
     living = living & (segment_ids > 0)
     if layer.is_initializing():
         return run(layer, x, segment_ids, positions, cache)
-    # Mixers lay their cache out at first use; a cond and a scan need it so from the start.
-    laid_out = outline(layer, run, x, segment_ids, positions, cache)[2]
-    cache = jax.tree.map(lambda leaf, shape: reshard(leaf, partition(shape)), cache, laid_out)
+    if has_mesh():  # mixers lay their cache out at first use; a cond and a scan need it so from the start
+        laid_out = outline(layer, run, x, segment_ids, positions, cache)[2]
+        cache = jax.tree.map(lambda leaf, shape: reshard(leaf, partition(shape)), cache, laid_out)
     operands = (x, segment_ids, positions, living, cache)
     if x.shape[1] == 1:
         return _one_token(run, layer, *operands)

@@ -35,7 +35,7 @@ class ScalingStudy(Config):
 
     layout: str = "D*3"
     widths: tuple[int, ...] = (16, 24, 32, 48, 64)
-    rates: tuple[float, ...] = (1.6e-2, 3.2e-2, 6.4e-2)
+    rates: tuple[float, ...] = (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
     text: tuple[str, ...] = ()
     tokenizer: str = BYTES
     seeds: tuple[int, ...] = (0, 1, 2)

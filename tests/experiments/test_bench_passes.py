@@ -1,9 +1,9 @@
-"""The benchmark of passes: rows whose living tokens are as many as asked for, and what proportional means."""
+"""Benchmarks of passes and mixers: rows whose living tokens are as many as asked for, what proportional means."""
 
 import numpy as np
 import pytest
 
-from experiments import bench_passes
+from experiments import bench_mixers, bench_passes
 from gt_jax.errors import Refused
 
 
@@ -37,3 +37,12 @@ def test_proportional_lies_on_the_line_from_one_pass_to_all(monkeypatch):
 def test_arguments_that_cannot_be_measured_are_all_named():
     with pytest.raises(Refused, match=r"--rows 0: at least 1(.|\n)*--shares 1.5: it must lie in 0 to 1"):
         bench_passes.main(["--rows", "0", "--shares", "0.2", "1.5"])
+
+
+def test_mixers_are_told_by_their_least_time_over_the_first():
+    d, b = bench_mixers.lines("forward", {"D": [2.0, 4.0], "B": [1.0, 3.0]})
+    assert d.endswith("over D:   1.00 (1.00 .. 1.00)") and b.split()[1:4] == ["B", "1.0", "ms"]
+    assert b.endswith("0.50 (0.50 .. 0.75)")
+    assert {bench_mixers.config(kind, 128).layout for kind in bench_mixers.MIXERS} == set(bench_mixers.MIXERS)
+    with pytest.raises(Refused, match="--width 100 must be a multiple of 64"):
+        bench_mixers.main(["--width", "100"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,7 +126,7 @@ def _belonging(
 
     if batches < 1:
         raise Refused(f"--batches is {batches}; at least one is needed")
-    if target.exists() or target.is_symlink():
+    if os.path.lexists(target):
         raise Refused(f"DST {target} exists; name a new folder")
     for place in places:
         if place in target.resolve().parents:

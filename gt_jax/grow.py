@@ -221,7 +221,7 @@ def _check(args: argparse.Namespace) -> None:
         wrong.append("SRC and DST are needed; to see the plan alone use --dry-run")
     if args.target is not None and args.source.resolve() == args.target.resolve():
         wrong.append(f"DST {args.target} is the source itself; name a new folder")
-    elif args.target is not None and args.target.exists():
+    elif args.target is not None and os.path.lexists(args.target):
         then = "name a new folder, or move it away"
         if args.resume and damage(args.target) is None:
             then = f"it is whole, nothing is left to finish: describe {args.target} --check and verify look at it"
@@ -272,7 +272,7 @@ def _wrong_files(args: argparse.Namespace) -> list[str]:
     for flag, path in (("--plan-out", args.plan_out), ("--picture", args.picture)):
         if path is None:
             continue
-        if path.exists():
+        if os.path.lexists(path):
             wrong.append(f"{flag} {path} exists; name a new file")
         elif not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
             wrong.append(f"{flag} {path}: {path.parent} is not a folder that can be written to")

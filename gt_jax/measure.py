@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.output is not None:
         from gt_jax.checkpoints.checkpoint import prepare_parent
 
-        if arguments.output.exists():
+        if os.path.lexists(arguments.output):
             raise Refused(f"{arguments.output} exists; choose another -o")
         prepare_parent(arguments.output)
     with computing(arguments.matmul_precision):

@@ -31,7 +31,7 @@ def prepare(name: str, files: Sequence[str], folder: Path) -> dict[str, Any]:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise Refused(f"dataset name {name!r} must be lower-case letters, digits and _, a letter first")
     place = folder / name / VERSION
-    if place.exists():
+    if os.path.lexists(place):
         raise Refused(f"{place} exists; a dataset is never overwritten, choose another name or --tfds-dir")
     documents = text_files(files)[1]
     unfinished = folder / name / f"{VERSION}.unfinished"

@@ -59,7 +59,7 @@ def _curves(runs: Sequence[Run]) -> tuple[bytes | None, str | None]:
 def _unwritable(flag: str, path: Path, overwrite: bool) -> list[str]:
     if path.is_dir():
         return [f"{flag} {path} is a folder; name a file in it"]
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         return [f"{flag} {path} exists; name a new file, or replace it with --overwrite"]
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
         return [f"{flag} {path}: {path.parent} is not a folder that can be written to"]

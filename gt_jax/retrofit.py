@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -112,7 +113,7 @@ def _dry_run(args: argparse.Namespace, options: Mapping[str, Any]) -> dict[str, 
     """The report of a retrofit that is not done."""
     from gt_jax.checkpoints.opened import open_checkpoint
     from gt_jax.growth.retrofit import target_of
-    if args.destination.exists():
+    if os.path.lexists(args.destination):
         raise Refused(f"DST {args.destination} exists; name a new folder, or move it away")
     opened = open_checkpoint(args.source)
     made = target_of(opened.folder, opened, **options)

@@ -12,7 +12,7 @@ def refuse_picture(path: Path | None) -> None:
     """Raise `Refused` for a `--picture` that exists, that is no .png, or whose folder cannot be written to."""
     if path is None:
         return
-    if path.exists():
+    if os.path.lexists(path):
         raise Refused(f"--picture {path} exists; name a new file")
     if path.suffix.lower() != ".png":
         raise Refused(f"--picture {path}: pictures are PNG; name it {path.with_suffix('.png').name}")

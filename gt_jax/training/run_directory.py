@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 from gt_jax.checkpoints import checkpoint
@@ -36,7 +37,7 @@ def config_to_train(run: Path, config: RunConfig, resume: bool) -> RunConfig:
         refuse_all(wrong, f"{run} was started with another config (there and here; more --steps than there are is the "
                    f"one change that a run takes, and --start {run} begins another run from it):")
         return config
-    if run.exists() and (not run.is_dir() or any(path.name not in left for path in run.iterdir())):
+    if os.path.lexists(run) and (not run.is_dir() or any(path.name not in left for path in run.iterdir())):
         raise Refused(f"{run} exists; resume it with --resume, or give another directory")
     refuse_temporary_name(run)
     refuse_inside(run)

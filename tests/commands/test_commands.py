@@ -229,8 +229,11 @@ def test_train_refuses_and_leaves_nothing(folder, capsys, monkeypatch, words, sa
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, run, capsys, monkeypatch):
     from gt_jax import train
+    from gt_jax.calibrate import main as calibrate
     from gt_jax.grow import main as grow
     from gt_jax.measure import main as measure
+    from gt_jax.report import main as report
+    from gt_jax.retrofit import main as retrofit
 
     monkeypatch.chdir(folder)
     before = checkpoint.content_hash(run)
@@ -240,6 +243,14 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, run, capsys, mo
     assert "exists" in refused(capsys, grow, "run", "run/24", "--plan", "identity")
     (folder / "counts2.json").write_text("{}")
     assert "exists" in refused(capsys, measure, "run", "-o", "counts2.json")
+    for name in ("link", "link.png"):  # names that are taken, too
+        os.symlink("nowhere", name)
+    for main, *words in ((train.main, "link", *TRAIN), (grow, "run", "link", "--plan", "identity"),
+                         (grow, "run", "new", "--plan", "identity", "--picture", "link.png"),
+                         (measure, "run", "-o", "link"), (retrofit, "run", "link"), (report, "run", "-o", "link"),
+                         (calibrate, "run", "run", "link", "--text", "story.txt")):  # fmt: skip
+        message = refused(capsys, main, *words)
+        assert "exists" in message and "link" in message, message
     assert checkpoint.content_hash(run) == before
 
 

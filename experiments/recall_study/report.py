@@ -131,7 +131,7 @@ def scaling_page(name: str, stored: Stored) -> str:
              for one in found["three_sizes"]]  # fmt: skip
     alphas = [one["alpha"] for one in found["three_sizes"]]
     return "\n".join([
-        *_head("Loss over size", stored), "",
+        *_head("Loss over size", stored, figures=""), "",
         f"Layout {stored['config']['layout']}, {stored['config']['steps']} steps of the same text for all; the rate is "
         "each size's own, tuned at the first seed. Held-out nats a token, by seed:", "",
         *markdown_table(sizes, ["width", "parameters beside the table", "rate", "nats"]), "",

@@ -8,7 +8,7 @@ from typing import Any
 from experiments.growth_study.inference import mean
 from experiments.recall_study.machine import MODELS, NEGATIVE, NOISY, PARITY, RECALL
 from experiments.recall_study.states import INTACT, SWAPPED
-from experiments.recall_study.study import TEXT
+from experiments.recall_study.study import MIXED, TEXT
 
 Row = Mapping[str, Any]
 FOLLOWS_BOUND = 80.0
@@ -37,7 +37,7 @@ def _arm(rows: Sequence[Row], by: Mapping[str, Sequence[Row]]) -> dict[str, Any]
              "accuracy": stages, "state": state}  # fmt: skip
     if "parameters" in first:
         found["parameters"] = first["parameters"]
-    if plain and first["task"] != TEXT:
+    if plain and first["task"] == MIXED:  # of needles alone it would say what no text at all costs
         found["costs_in_text"] = mean([row["bits_per_byte"] - other["bits_per_byte"]
                                        for row, other in zip(rows, plain[0], strict=True)])  # fmt: skip
     return found

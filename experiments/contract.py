@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,11 @@ def read(file: Path) -> dict[str, Any]:
     found = read_object(file, "--output")
     if missing := [key for key in KEYS if key not in found]:
         raise Refused(f"{file} is no stored result of a study: it has no {', '.join(missing)}")
+    rows = found["rows"]
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "task" in row for row in rows):
+        raise Refused(f"{file} is no stored result of a study: rows must be a list of objects, each with a task")
+    if twice := len(rows) - len({json.dumps(row, sort_keys=True) for row in rows}):
+        raise Refused(f"{file} has {twice} rows twice; a mean would count them twice")
     return found
 
 
@@ -94,11 +99,31 @@ def check_kept(file: Path, found: Mapping[str, Any], kept: Rows, names: Collecti
 
 
 def check_output(output: Path, name: str, study: Config, content: str) -> None:
-    """Refuse an --output that holds another study's `name`.json, before any work is done."""
+    """Refuse an --output that holds another study's `name`.json, or somebody's page, before any work is done."""
     if output.exists() and not output.is_dir():
         raise Refused(f"--output {output} is a file; name a folder")
     if (file := output / f"{name}.json").exists():
         check_same(file, study, content)
+        return
+    others = [other for suffix in (".md", ".png") if os.path.lexists(other := output / f"{name}{suffix}")]
+    refuse_all([f"{other} is there without {file.name}, so it is not this study's" for other in others],
+               f"--output {output} cannot be written to; name another:")  # fmt: skip
+
+
+def standing(output: Path, name: str) -> bytes | None:
+    """The stored file as it is, None where there is none: whether another study has written meanwhile."""
+    file = output / f"{name}.json"
+    return file.read_bytes() if file.exists() else None
+
+
+def rendered(file: Path, summary: Callable[[Rows], dict[str, Any]], write: Callable[[dict[str, Any]], str]) -> str:
+    """What `write` makes of a stored file, its summary made anew; raises `Refused` for rows of no whole study."""
+    stored = read(file)
+    try:
+        return write({**stored, "summary": summary(stored["rows"])})
+    except (LookupError, ValueError, TypeError, AttributeError, StopIteration) as error:
+        raise Refused(f"{file} cannot be rendered: its config or rows are not those of a whole study "
+                      f"({type(error).__name__}: {error}); was it edited?") from error
 
 
 def _text(found: Mapping[str, Any]) -> str:

@@ -69,6 +69,7 @@ def study_and_report(study: ExitStudy, work: Path, output: Path, jobs: int, comm
 
     hashed = content(study)
     contract.check_output(output, NAME, study.named(), hashed)
+    contract.prepare(output)
     units = Units(work, study, hashed)
     measured, tuning = run.everything(units, study, jobs, say)
     rows = figures.rows_of(measured)

@@ -63,6 +63,7 @@ def configured(arguments: argparse.Namespace) -> StudyConfig:
 
 def study_and_report(study: StudyConfig, work: Path, output: Path, command: Sequence[str]) -> str:
     """Run what is not done yet, write the three results, and return the Markdown text."""
+    from experiments import contract
     from experiments.growth_study import report, results
     from experiments.growth_study.engine import Engine
     from experiments.growth_study.run import CONTROLS, LONGER, SCRATCH_FLOPS, Progress, Seed, costs
@@ -72,6 +73,7 @@ def study_and_report(study: StudyConfig, work: Path, output: Path, command: Sequ
     began = time.monotonic()
     content = open_text(study.data(0)).content_hash()
     results.check_output(output, study, content)
+    contract.prepare(output)
     store, engine = Store(work, study, content), Engine(study)
     one = costs(study)
     tuning = (len(study.scratch_rates) - 1) * one[SCRATCH_FLOPS] + (len(study.longer_rates) - 1) * one[LONGER]

@@ -12,13 +12,15 @@ from experiments import contract
 from experiments.contract import Rows
 from experiments.units import Units
 from experiments.workers import Make, Workers
+from gt_jax.checkpoints.lock import only_writer
 from gt_jax.configs.json_config import Config
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import local_path
 from gt_jax.options import at_least
 
 Keeps = Callable[[Any, Mapping[str, Any], str], Rows]
 """(study, stored file, hash of what is read) -> rows of the file that the study would make the same."""
+WITH_RENDER = ("--render", "--output", "--part")
 UNSTORED = ("line", "measured")
 """Of a unit: what was said while it was made, and what other units are made from."""
 
@@ -34,11 +36,14 @@ def add_study_flags(p: argparse.ArgumentParser, name: str, seeds: str) -> None:
 
 
 def read_seeds(words: str) -> tuple[int, ...]:
-    """The seeds of `0,1,2`; raises `Refused` for what is no such list."""
+    """The seeds of `0,1,2`; raises `Refused` for what is no such list, and for a seed that is named twice."""
     try:
-        return tuple(at_least(0)(word) for word in words.split(","))
+        seeds = tuple(at_least(0)(word) for word in words.split(","))
     except argparse.ArgumentTypeError as error:
         raise Refused(f"--seeds {words!r} is no list of whole numbers such as 0,1,2: {error}") from error
+    if len(set(seeds)) < len(seeds):
+        raise Refused(f"--seeds {words!r}: seeds must be different; a mean would count one twice")
+    return seeds
 
 
 def say(line: str) -> None:
@@ -64,8 +69,8 @@ def run(
 
     output = arguments.output
     if arguments.render:
-        stored = contract.read(output / f"{name}.json")
-        print(write(output, {**stored, "summary": summary(stored["rows"])}))
+        _refuse_beside_render(words)
+        print(contract.rendered(output / f"{name}.json", summary, lambda stored: write(output, stored)))
         return 0
     if arguments.jobs < 1:
         raise Refused(f"--jobs {arguments.jobs}: at least one model is trained at a time")
@@ -74,9 +79,13 @@ def run(
         contract.check_output(output, name, study, content)
     lent = () if keeps is None else (_kept(output / f"{name}.json", study, content, keeps, key),)
     contract.prepare(output)
+    before = contract.standing(output, name)
     units = Units(arguments.work, study, content)
-    with Workers(units, make, arguments.jobs, say) as workers:
+    with only_writer(arguments.work / "study"), Workers(units, make, arguments.jobs, say) as workers:
         made = rows_of(study, workers, *lent)
+    if contract.standing(output, name) != before:
+        raise Refused(f"{output / name}.json has changed since this study began: another has written it; what was "
+                      f"trained is kept in {arguments.work}, name another --output")
     rows = [{key: value for key, value in row.items() if key not in UNSTORED} for row in made]
     command = contract.command_line(f"experiments.{module or name}", words, files)
     stored = contract.stored(command=command, config=study, machine=machine(), seconds=units.seconds, rows=rows,
@@ -84,6 +93,14 @@ def run(
     contract.write(output / f"{name}.json", stored)
     print(write(output, stored))
     return 0
+
+
+def _refuse_beside_render(words: Sequence[str]) -> None:
+    """Refuse what --render would not look at: it takes all from the stored file."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    refuse_all([f"{flag} is of a study that is run; --render takes all from the stored one"
+                for flag in flags if not any(known.startswith(flag) for known in WITH_RENDER)],
+               "these arguments do not go together:")  # fmt: skip
 
 
 def _kept(file: Path, study: Any, content: str, keeps: Keeps, key: str) -> Rows:

@@ -20,6 +20,7 @@ from gt_jax.configs.json_config import Config, read_object
 from gt_jax.configs.run import differences
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import unfinished_name, write_atomically
+from gt_jax.monitoring.metrics import json_values
 
 Unit = Mapping[str, Any]
 
@@ -68,7 +69,7 @@ class Units:
         """Write a unit, whole; returns it as it will be found."""
         file = self.path(name)
         prepare_parent(file)
-        write_atomically(file, json.dumps(dict(made)) + "\n")
+        write_atomically(file, json.dumps(json_values(dict(made)), allow_nan=False) + "\n")
         write_atomically(self._spent, json.dumps({"seconds": round(self.seconds, 1)}) + "\n")
         return read_object(file, "finished unit")
 

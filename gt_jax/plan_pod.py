@@ -25,6 +25,7 @@ from typing import Any, get_args
 from gt_jax.devices.pods.gpus import PREALLOCATED
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path
+from gt_jax.monitoring.picture_file import refuse_picture
 from gt_jax.options import whole
 from gt_jax.training.pod_plans import (
     comparison_lines,
@@ -181,7 +182,8 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
         tried.append(row | least_seconds(row, topology.bandwidth, devices[0].device_kind))
     tried.sort(key=lambda row: (not row["fits"], _bound(row), -_free(row)))
     return {
-        "changed": {} if arguments.model is None else read_object(arguments.model, "--model"),
+        "changed": ({} if arguments.model is None else read_object(arguments.model, "--model"))
+                   | ({} if arguments.remat is None else {"remat": arguments.remat}),
         "preset": arguments.preset, "topology": topology.name, "devices": len(devices),
         "devices_a_chip": topology.a_chip, "parameters": parameters_of(job.model), "batch": job.batch,
         "sequence_length": job.sequence, "tried": tried,
@@ -335,6 +337,7 @@ def draw(plans: Sequence[dict[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile and report; 0 if a mesh fits, 1 if none does. Plans that are named are shown, two compared."""
     arguments = parser().parse_args(argv)
+    refuse_picture(arguments.picture)
     if arguments.plans:
         return show(arguments)
     if arguments.topology is None:

@@ -89,8 +89,8 @@ def summary(run: Run) -> dict[str, str]:
         "|dh|/|h| by layer": _by_layer(last, "delta_ratio"),
         "null rate by layer": _by_layer(last, "null_rate"),
         "gradient norm": _mean(last, "gradient_norm"),
-        "tokens a second": _mean(last, "time_tokens_per_second"),
-        "model FLOP utilisation": _mean(last, "time_mfu"),
+        "tokens a second": _mean(last[-1:], "time_tokens_per_second"),  # a mean over the last steps as it is
+        "model FLOP utilisation": _mean(last[-1:], "time_mfu"),
         "hours": f"{seconds_of(run.records) / 3600:.2f}" if run.records else ABSENT,
         "alerts": str(len(run.found)),
     }

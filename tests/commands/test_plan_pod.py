@@ -262,6 +262,8 @@ def test_two_plans_are_compared_part_by_part(tmp_path, capsys):
     assert ["least", "s", "by", "bytes", "2", "2", "1.00"] in lines
     picture = tmp_path / "parts.png"
     assert main([*written(tmp_path, before=stored()), "--picture", str(picture)]) == 0
+    with pytest.raises(Refused, match="exists"):
+        main([*written(tmp_path, before=stored()), "--picture", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG") and "together" in capsys.readouterr().out
     assert least_by_part(stored()["tried"][0], "bytes") == {"experts": pytest.approx(1.6), "loss": pytest.approx(0.4)}
     assert least_by_part(stored()["tried"][0], "links") == {"experts": pytest.approx(0.4), "loss": 0.0}

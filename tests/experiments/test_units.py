@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import contract, workers
+from experiments import contract, recall_hybrids, workers
+from experiments.recall_study import machine
 from experiments.units import Units
 from experiments.workers import Workers
+from gt_jax.checkpoints.lock import only_writer
 from gt_jax.configs.json_config import Config
 from gt_jax.errors import Failed, Refused
 from gt_jax.files import unfinished_name
@@ -190,3 +192,37 @@ def test_programs_are_dropped_where_they_hold_half_of_the_memory_maps(tmp_path, 
     assert not workers.drop_programs(maps, limit)
     maps.write_text("one\n" * 6)
     assert workers.drop_programs(maps, limit) and dropped == [True]
+
+
+def test_nobody_elses_page_is_written_over_and_an_edited_file_is_refused(tmp_path):
+    def stored(*rows):
+        return contract.stored(command="c", config=Study(), machine={}, seconds=1.0, rows=rows, summary={}, content="")
+
+    (tmp_path / "gates.md").write_text("my notes")
+    with pytest.raises(Refused, match=r"gates\.md is there without gates\.json"):
+        contract.check_output(tmp_path, "gates", Study(), "")
+    file, row = tmp_path / "gates.json", {"task": "text", "model": "a", "seed": 0}
+    before = contract.standing(tmp_path, "gates")
+    contract.write(file, stored(row))
+    contract.check_output(tmp_path, "gates", Study(), "")
+    assert before is None and contract.standing(tmp_path, "gates") == file.read_bytes()
+    assert contract.rendered(file, lambda rows: {"n": len(rows)}, lambda found: str(found["summary"])) == "{'n': 1}"
+    with pytest.raises(Refused, match=r"not those of a whole study \(KeyError: 'nats'\)"):
+        contract.rendered(file, lambda rows: {"nats": rows[0]["nats"]}, str)
+    for rows, why in (((row, row), "1 rows twice"), ((), "each with a task"), (({"model": "a"},), "each with a task")):
+        contract.write(file, stored(*rows))
+        with pytest.raises(Refused, match=why):
+            contract.read(file)
+
+
+def test_two_studies_do_not_share_a_folder_and_words_that_are_not_looked_at_are_refused(tmp_path):
+    for words, why in ((["--seeds", "0,0"], "must be different"), (["--render", "--seeds=1"], "--seeds is of a study"),
+                       (["--render", "--jobs", "2"], "--jobs is of a study that is run")):  # fmt: skip
+        with pytest.raises(Refused, match=why):
+            recall_hybrids.main(["--part", "machine", "--output", str(tmp_path), *words])
+    words = ["--part", "machine", "--scale", "minutes", "--work", str(tmp_path / "work"), "--output", str(tmp_path)]
+    Units(tmp_path / "work", machine.scaled("minutes", (0, 1)), "")
+    with only_writer(tmp_path / "work" / "study"), pytest.raises(Refused, match="another process is writing"):
+        recall_hybrids.main(words)
+    units = Units(tmp_path / "other", Study(), "")
+    assert units.keep("a", {"loss": float("nan")}) == units.found("a") == {"loss": "NaN"}

@@ -16,7 +16,7 @@ from gt_jax import report
 from gt_jax.errors import Refused
 from gt_jax.monitoring import run_page
 from gt_jax.monitoring.alerts import Course
-from gt_jax.monitoring.metrics import to_json
+from gt_jax.monitoring.metrics import format_value, to_json
 from gt_jax.monitoring.run_plots import plot_runs
 from tests.monitoring.test_alerts import PLAIN, RUN, at, changed, healthy
 
@@ -190,3 +190,11 @@ def test_curves_leave_out_audits_and_what_there_is_not():
     target = io.BytesIO()
     plot_runs({"one record": [{"step": 1, "loss": 2.0, "experts": [[0.5, 0.5]], "delta_ratio": [0.0, np.inf]}]}, target)
     assert target.getvalue().startswith(PNG)
+
+
+def test_tokens_a_second_are_those_of_the_last_line(folder):
+    """Each line's are a mean over the steps before it: their mean would count the first steps again and again."""
+    run = run_page.read_run(folder / "sick")
+    lines = [{**line, "time_tokens_per_second": 1000.0 / (1 + step)} for step, line in enumerate(run.records)]
+    told = run_page.summary(run._replace(records=lines))["tokens a second"]
+    assert told == format_value(lines[-1]["time_tokens_per_second"]) and "loss" in lines[-1]

@@ -114,7 +114,7 @@ class RecallStudy(Config):
         """The arms."""
         return tuple(map(Arm, self.layouts, self.drops, self.trainings, self.windows))
 
-    settings = arms
+    settings = arms  # what a study with --keep calls what it compares
 
     def of(self, arms: Sequence[Arm]) -> RecallStudy:
         """The study of other arms."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.machine import machine
+from experiments.machine import keep, machine
 from gt_jax.errors import run_command
 from gt_jax.files import local_name
 from gt_jax.options import at_least
@@ -147,9 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.shapes:
         print(f"{name}: b{{}} t{{}} h{{}} k = v = {{}}".format(*SHAPES[name]))
     rows = [row for name in options.shapes for row in measure(name, options.chunks, options.rounds)]
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": about, "rows": rows}, file, indent=1)
+    keep(options.json, about, rows)
     return 0
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench_sparse_attention import alternate
-from experiments.machine import machine
+from experiments.machine import keep, machine
 from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig, ModelConfig
 from gt_jax.configs.resolvent import ResolventConfig
@@ -45,7 +44,7 @@ def config(kind: str, width: int) -> ModelConfig:
         raise Refused(f"--width {width} must be a multiple of {HEAD}, which a head is wide")
     return ModelConfig(
         kind, width, 264, width, deltanet=DeltaNetConfig(heads, heads, HEAD, HEAD),
-        gsa=GSAConfig(heads, HEAD, 2, 32, k_base=512, k_min=32, k_max=1024),
+        gsa=GSAConfig(heads, HEAD, 2 - heads % 2, 32, k_base=512, k_min=32, k_max=1024),
         attention=AttentionConfig(heads, heads, HEAD), resolvent=ResolventConfig(heads=width // 4),
     )  # fmt: skip
 
@@ -96,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         times = alternate({kind: each[name] for kind, each in calls.items()}, options.rounds)
         rows.append({"pass": name, "milliseconds": times})
         print("\n".join(lines(name, times)), flush=True)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": about, "rows": rows}, file, indent=1)
+    keep(options.json, about, rows)
     return 0
 
 

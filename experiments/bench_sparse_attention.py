@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.machine import machine
+from experiments.machine import keep, machine
 from gt_jax.errors import run_command
 from gt_jax.files import local_name
 from gt_jax.options import at_least
@@ -129,9 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about["dtype"] = options.dtype
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     rows = [row for t in options.lengths for row in measure(t, options)]
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": about, "rows": rows}, file, indent=1)
+    keep(options.json, about, rows)
     return 0
 
 

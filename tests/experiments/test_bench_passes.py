@@ -43,6 +43,7 @@ def test_mixers_are_told_by_their_least_time_over_the_first():
     d, b = bench_mixers.lines("forward", {"D": [2.0, 4.0], "B": [1.0, 3.0]})
     assert d.endswith("over D:   1.00 (1.00 .. 1.00)") and b.split()[1:4] == ["B", "1.0", "ms"]
     assert b.endswith("0.50 (0.50 .. 0.75)")
-    assert {bench_mixers.config(kind, 128).layout for kind in bench_mixers.MIXERS} == set(bench_mixers.MIXERS)
+    for width in (64, 128, 192):
+        assert {bench_mixers.config(kind, width).layout for kind in bench_mixers.MIXERS} == set(bench_mixers.MIXERS)
     with pytest.raises(Refused, match="--width 100 must be a multiple of 64"):
         bench_mixers.main(["--width", "100"])

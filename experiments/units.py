@@ -69,7 +69,7 @@ class Units:
         """Write a unit, whole; returns it as it will be found."""
         file = self.path(name)
         prepare_parent(file)
-        write_atomically(file, json.dumps(json_values(dict(made)), allow_nan=False) + "\n")
+        write_atomically(file, json.dumps(json_values(made), allow_nan=False) + "\n")
         write_atomically(self._spent, json.dumps({"seconds": round(self.seconds, 1)}) + "\n")
         return read_object(file, "finished unit")
 

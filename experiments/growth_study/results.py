@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments import contract
 from experiments.growth_study.engine import Losses
 from experiments.growth_study.flops import measuring_flops
 from experiments.growth_study.inference import Interval, Times, interval
 from experiments.growth_study.operators import DEALT, OPERATORS
 from experiments.growth_study.run import CONTROLS, LONGER, SCRATCH_TOKENS
 from experiments.growth_study.study import StudyConfig
-from experiments.units import check_same
-from gt_jax.errors import Refused
 
 NAME = "growth_operators"
 TIMES = ("back", "there")
@@ -124,11 +123,7 @@ def paired(found: Mapping[str, Any], name: str, other: str, key: str = "final") 
 
 def check_output(output: Path, study: StudyConfig, content: str) -> None:
     """Refuse an --output that holds another study's results, before any work is done."""
-    file = output / f"{NAME}.json"
-    if file.exists():
-        check_same(file, named(study), content)
-    if output.exists() and not output.is_dir():
-        raise Refused(f"--output {output} is a file; name a folder")
+    contract.check_output(output, NAME, named(study), content)
 
 
 def named(study: StudyConfig) -> StudyConfig:

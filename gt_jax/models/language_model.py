@@ -89,7 +89,7 @@ class LanguageModel(nn.Module):
                 in_axes=(nn.broadcast, 0),
                 length=segment.repeats,
                 unroll=scan_unroll(c, segment.repeats, len(segment.pattern)),
-                check_constancy_invariants=False,  # which traces every block twice
+                check_constancy_invariants=False,  # that check traces every block once more
             )
             setattr(self, f"segment{index}", scanned(segment.pattern, c, rules))
         self.final_norm = RMSNorm(c.width, rules, c.norm_epsilon)

@@ -207,15 +207,16 @@ def test_grows_under_eval_shape_into_what_the_model_declares():
 @pytest.mark.parametrize("wrap", [pytest.param(lambda f: f, id="op by op"),
                                   pytest.param(jax.jit, id="jit", marks=pytest.mark.exhaustive)])
 def test_sharding_of_the_other_axes_is_kept_and_changes_no_bit(wrap):
-    source = {path: value for path, value in few().items() if not path.endswith("down/w")}  # of the size of up/w
+    noisy = "params/segment0/layer0/mlp/up/w"  # alone: compiling noise takes long
+    source = {path: value for path, value in few().items() if "mlp" not in path or path == noisy}
     plan, options = few_plan(), {"carry": "weights", "noise_std": 1e-3}
     want = grown(source, plan, **options)
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
-    specs = {path: P(None, "fsdp", "tensor") if path.endswith("mlp/up/w") else P() for path in source}
+    specs = {path: P(None, "fsdp", "tensor") if path == noisy else P() for path in source}
     with jax.set_mesh(mesh):
         placed = {path: jax.device_put(value, jax.NamedSharding(mesh, specs[path])) for path, value in source.items()}
         child = wrap(lambda flat: grown(flat, plan, **options))(placed)
-        assert child["params/segment0/layer0/mlp/up/w"].sharding.spec == P(None, "fsdp", "tensor")
+        assert child[noisy].sharding.spec == P(None, "fsdp", "tensor")
         same(child, want)
 
 

@@ -64,14 +64,16 @@ def study_and_report(study: ExitStudy, work: Path, output: Path, jobs: int, comm
     from experiments.exit_study import figures, report, run
     from experiments.exit_study.train import content
     from experiments.machine import machine
-    from experiments.study_command import say
+    from experiments.study_command import alone, say
     from experiments.units import Units
 
     hashed = content(study)
     contract.check_output(output, NAME, study.named(), hashed)
     contract.prepare(output)
     units = Units(work, study, hashed)
-    measured, tuning = run.everything(units, study, jobs, say)
+    with alone(NAME, work, output) as look_again:
+        measured, tuning = run.everything(units, study, jobs, say)
+        look_again()
     rows = figures.rows_of(measured)
     return report.write(output, contract.stored(
         command=command, config=study.named(), machine=machine(), seconds=units.seconds, rows=rows,

@@ -68,6 +68,7 @@ def study_and_report(study: StudyConfig, work: Path, output: Path, command: Sequ
     from experiments.growth_study.engine import Engine
     from experiments.growth_study.run import CONTROLS, LONGER, SCRATCH_FLOPS, Progress, Seed, costs
     from experiments.growth_study.store import Store
+    from experiments.study_command import alone
     from gt_jax.text.batches import open_text
 
     began = time.monotonic()
@@ -79,8 +80,10 @@ def study_and_report(study: StudyConfig, work: Path, output: Path, command: Sequ
     tuning = (len(study.scratch_rates) - 1) * one[SCRATCH_FLOPS] + (len(study.longer_rates) - 1) * one[LONGER]
     progress = Progress(len(study.seeds) * sum(one.values()) + tuning)
     units, rates = {}, None
-    for seed in study.seeds:
-        units[seed], rates = Seed(engine, study, store, seed, progress).run(rates)
+    with alone(results.NAME, work, output) as look_again:
+        for seed in study.seeds:
+            units[seed], rates = Seed(engine, study, store, seed, progress).run(rates)
+        look_again()
     assert rates is not None and set(CONTROLS) <= set(units[study.seeds[0]])
     about = results.About(study, content, tuple(command), time.monotonic() - began)
     return report.write(output, about, units, rates)

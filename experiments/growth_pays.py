@@ -23,10 +23,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.study_command import add_study_flags, read_seeds, run
+from gt_jax.errors import Failed
 from gt_jax.files import local_name
 
 if TYPE_CHECKING:
-    from experiments.pays_study.study import Study
+    from experiments.pays_study.study import Study, Wanted
     from experiments.workers import Workers
 
 
@@ -61,24 +62,37 @@ def content_hash(study: Study) -> str:
 def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """The rows of every model at its best rate, at every seed; rates, and curricula, are chosen by the first or few.
 
+    A rate at which a model diverges, at whatever seed, is none: the next best takes its place, at every seed.
     `lent` are rows of an earlier run that this study would make the same; nothing of their settings is trained.
+    Raises `Failed` where a model diverges at every rate.
     """
     from experiments.pays_study.study import first_round, second_round, tries
 
     settings = [one for one in study.settings if one.name not in {row["task"] for row in lent}]
 
-    def made(units: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    def made(units: Sequence[Wanted]) -> dict[str, dict[str, Any]]:
         return workers.all({one.name: one for one in units})
 
     tried = {setting.name: tries(setting, study.seeds) for setting in settings}
     found = made([one for of_setting in tried.values() for units in of_setting.values() for at in units for one in at])
 
-    def loss(units: Sequence[Any]) -> float:
+    def loss(units: Sequence[Wanted]) -> float:
         return statistics.fmean(found[one.name]["tuning_nats"] for one in units)
 
-    best = {name: {kind: min(units, key=loss)[0] for kind, units in of_setting.items()}
-            for name, of_setting in tried.items()}  # fmt: skip
-    first = made([one for setting in settings for one in first_round(setting, study.seeds, best[setting.name])])
+    ranked = {name: {kind: [units[0] for units in sorted(at, key=loss)] for kind, at in of_setting.items()}
+              for name, of_setting in tried.items()}  # fmt: skip
+    while True:
+        best = {name: {kind: units[0] for kind, units in of_setting.items()} for name, of_setting in ranked.items()}
+        units = [one for setting in settings for one in first_round(setting, study.seeds, best[setting.name])]
+        first = made(units)
+        lost = {(one.setting.name, one.kind) for one in units if first[one.name].get("diverged")}
+        if not lost:
+            break
+        for name, kind in sorted(lost):
+            if not (left := ranked[name][kind][1:]):
+                rates = ", ".join(f"{at[0].rate:g}" for at in tried[name][kind])
+                raise Failed(f"{name}: {kind} diverged at every rate that was tried ({rates}), each time at some seed")
+            ranked[name][kind] = left
     then = made([one for setting in settings for one in second_round(setting, study.seeds, best[setting.name])])
     return [*first.values(), *then.values(), *map(dict, lent)]
 

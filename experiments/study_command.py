@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,21 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def alone(name: str, work: Path, output: Path) -> Iterator[Callable[[], None]]:
+    """Inside, nobody else makes units in `work`. What it gives is called before the results are written: it raises
+    `Refused` where another run has written `output`'s meanwhile; one that holds `work` is refused at the start."""
+    before = contract.standing(output, name)
+
+    def look_again() -> None:
+        if contract.standing(output, name) != before:
+            raise Refused(f"{output / name}.json has changed since this study began: another has written it; what was "
+                          f"trained is kept in {work}, name another --output")  # fmt: skip
+
+    with only_writer(work / "study"):
+        yield look_again
+
+
 def run(
     name: str, arguments: argparse.Namespace, words: Sequence[str], configured: Callable[[], tuple[Config, str]],
     make: Make, rows_of: Callable[..., Rows], summary: Callable[[Rows], dict[str, Any]],
@@ -79,13 +95,11 @@ def run(
         contract.check_output(output, name, study, content)
     lent = () if keeps is None else (_kept(output / f"{name}.json", study, content, keeps, key),)
     contract.prepare(output)
-    before = contract.standing(output, name)
     units = Units(arguments.work, study, content)
-    with only_writer(arguments.work / "study"), Workers(units, make, arguments.jobs, say) as workers:
-        made = rows_of(study, workers, *lent)
-    if contract.standing(output, name) != before:
-        raise Refused(f"{output / name}.json has changed since this study began: another has written it; what was "
-                      f"trained is kept in {arguments.work}, name another --output")
+    with alone(name, arguments.work, output) as look_again:
+        with Workers(units, make, arguments.jobs, say) as workers:
+            made = rows_of(study, workers, *lent)
+        look_again()
     rows = [{key: value for key, value in row.items() if key not in UNSTORED} for row in made]
     command = contract.command_line(f"experiments.{module or name}", words, files)
     stored = contract.stored(command=command, config=study, machine=machine(), seconds=units.seconds, rows=rows,

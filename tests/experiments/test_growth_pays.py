@@ -33,7 +33,7 @@ from experiments.pays_study.study import (
     tries,
     unchanged,
 )
-from gt_jax.errors import Refused
+from gt_jax.errors import Failed, Refused
 from gt_jax.growth import repetition
 from gt_jax.training.price import phase
 
@@ -209,6 +209,24 @@ def test_rates_are_chosen_by_as_many_seeds_as_the_setting_says_and_kept_rows_are
     text = {**stored, "config": with_text.to_json()}
     with pytest.raises(Refused, match=r"(?s)of seeds \[0, 1, 2\].*of another text"):
         unchanged(with_text.replace(seeds=(0,)), text, "else")
+
+
+def test_a_rate_at_which_a_seed_diverges_is_not_taken_for_any():
+    class Made:
+        broken: tuple[tuple[int, float], ...] = ((1, 4e-3),)
+
+        def all(self, wanted):
+            return {name: {"tuning_nats": -one.rate, "task": one.setting.name, "rate": one.rate, "kind": one.kind,
+                           "diverged": one.kind == SOURCE and (one.seed, one.rate) in self.broken}
+                    for name, one in wanted.items()}  # fmt: skip
+
+    study = Study(tasks=(SMALL.replace(curricula=(0.6,)),), texts=())
+    rates = {kind: {row["rate"] for row in growth_pays.all_rows(study, Made()) if row["kind"] == kind}
+             for kind in (SOURCE, GROWN, SCRATCH)}  # fmt: skip
+    assert rates == {SOURCE: {2e-3}, GROWN: {2e-3}, SCRATCH: {4e-3}}
+    Made.broken += ((2, 2e-3),)
+    with pytest.raises(Failed, match=r"pointer_jumps: source diverged at every rate that was tried \(0.002, 0.004\)"):
+        growth_pays.all_rows(study, Made())
 
 
 def test_claims_are_made_where_every_seed_says_so():

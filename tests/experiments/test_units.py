@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import contract, recall_hybrids, workers
+from experiments import contract, early_exit, recall_hybrids, workers
+from experiments.exit_study import run
+from experiments.exit_study.study import at_scale
+from experiments.exit_study.train import content
 from experiments.recall_study import machine
 from experiments.units import Units
 from experiments.workers import Workers
@@ -215,7 +218,7 @@ def test_nobody_elses_page_is_written_over_and_an_edited_file_is_refused(tmp_pat
             contract.read(file)
 
 
-def test_two_studies_do_not_share_a_folder_and_words_that_are_not_looked_at_are_refused(tmp_path):
+def test_two_studies_do_not_share_a_folder_and_words_that_are_not_looked_at_are_refused(tmp_path, monkeypatch):
     for words, why in ((["--seeds", "0,0"], "must be different"), (["--render", "--seeds=1"], "--seeds is of a study"),
                        (["--render", "--jobs", "2"], "--jobs is of a study that is run")):  # fmt: skip
         with pytest.raises(Refused, match=why):
@@ -224,5 +227,20 @@ def test_two_studies_do_not_share_a_folder_and_words_that_are_not_looked_at_are_
     Units(tmp_path / "work", machine.scaled("minutes", (0, 1)), "")
     with only_writer(tmp_path / "work" / "study"), pytest.raises(Refused, match="another process is writing"):
         recall_hybrids.main(words)
+    study = at_scale("minutes", (), None, (0,))
+    others = tmp_path / "early_exit.json"
+
+    def everything(*arguments):  # while it trains, another writes the same results
+        others.write_text("{}")
+        return [], {}
+
+    monkeypatch.setattr(run, "everything", everything)
+    for work in (tmp_path / "exit", tmp_path / "other exit"):
+        Units(work, study, content(study))
+    with only_writer(tmp_path / "exit" / "study"), pytest.raises(Refused, match="another process is writing"):
+        early_exit.study_and_report(study, tmp_path / "exit", tmp_path, 1, "c")
+    with pytest.raises(Refused, match=r"another has written it; what was trained is kept in .*other exit"):
+        early_exit.study_and_report(study, tmp_path / "other exit", tmp_path, 1, "c")
+    assert others.read_text() == "{}"
     units = Units(tmp_path / "other", Study(), "")
     assert units.keep("a", {"loss": float("nan")}) == units.found("a") == {"loss": "NaN"}

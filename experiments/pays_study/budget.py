@@ -97,6 +97,11 @@ def source_steps(setting: Setting, point: float) -> int:
     return fits
 
 
+def shallow_steps(setting: Setting) -> int:
+    """Steps of the source's layers, each run once, that B pays for."""
+    return int(whole(setting) / cost_of(setting, setting.source.plain).computed(np.ones(len(setting.source.depth))))
+
+
 class Spent(NamedTuple):
     """What led to a model: FLOPs computed, model FLOPs, tokens read."""
 

@@ -24,7 +24,7 @@ from experiments.pays_study.ask import figures
 from experiments.pays_study.budget import Spent
 from experiments.pays_study.recipes import Recipe, plan_of
 from experiments.pays_study.setting import Setting, TaskSetting
-from experiments.pays_study.study import CONTROL, GROWN, ON, SCRATCH, SOURCE, Wanted
+from experiments.pays_study.study import CONTROL, GROWN, ON, SCRATCH, SHALLOW, SOURCE, Wanted
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
@@ -50,7 +50,7 @@ TENTH = 0.1
 
 def make(work: Path, text: tuple[str, ...], wanted: Wanted) -> dict[str, Any]:
     """The unit: what the model is, what it cost, its curve, and what it says at its end."""
-    makers = {SOURCE: _source, SCRATCH: _scratch, GROWN: _grown, CONTROL: _grown, ON: _on}
+    makers = {SOURCE: _source, SCRATCH: _scratch, SHALLOW: _scratch, GROWN: _grown, CONTROL: _grown, ON: _on}
     began = time.monotonic()
     row = makers[wanted.kind](_Place(work, text, wanted))
     last = row["final"]
@@ -200,14 +200,17 @@ def _source(at: _Place) -> dict[str, Any]:
 
 
 def _scratch(at: _Place) -> dict[str, Any]:
-    setting, wanted, config = at.setting, at.wanted, at.setting.deep
-    trainer = _trainer(config, setting.scratch_train(wanted.rate))
+    """The deep model from scratch, or the source's layers, once each."""
+    setting, wanted = at.setting, at.wanted
+    deep = wanted.kind == SCRATCH
+    config, steps = (setting.deep, setting.budget) if deep else (setting.source.plain, budget.shallow_steps(setting))
+    trainer = _trainer(config, setting.scratch_train(wanted.rate, steps))
     state = trainer.new_state(initialise(config, wanted.seed))
     batches = open_data(setting.scratch_data(wanted.seed, at.text, wanted.curriculum)).train(None)
-    trained = _train(at, config, trainer, state, batches, setting.budget, Spent())
+    trained = _train(at, config, trainer, state, batches, steps, Spent())
     tuning = NO_LOSS if trained.diverged else figures(config, variables_of(trained.state), at.tuning())["nats"]
     more = {} if wanted.curriculum is None else {"curriculum": wanted.curriculum}
-    return _row(at, config, setting.budget, trained, tuning_nats=tuning, **more)
+    return _row(at, config, steps, trained, tuning_nats=tuning, **more)
 
 
 def _further(at: _Place, config: ModelConfig, start: Path, variables: Tree, spent: Spent, steps: int, decay: float,

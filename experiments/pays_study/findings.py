@@ -4,6 +4,8 @@
   `growth_study/inference.py` says what may be called a difference; beside it stands whether all seeds agree.
 - At equal FLOPs a grown model is held against the source trained on and the model from scratch: `pays` where it is
   below both at every seed. A loss of answers that are all right is a small number; its differences are as good as any.
+- Where the shallow model was trained from scratch too, each layer once, that has a line of its own: it is what somebody
+  without adaptive depth and without growth would do.
 - In tokens: how much of the tokens of the model from scratch a grown model reads until a point of its curve is at or
   below that one's final loss. A point of a curve is the first that was looked at, so the tokens are at most those.
 - In a setting with three points the better of several is not chosen: each has its own line.
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.growth_study.inference import Times, mean
-from experiments.pays_study.study import CONTROL, GROWN, ON, SCRATCH, SOURCE
+from experiments.pays_study.study import CONTROL, GROWN, ON, SCRATCH, SHALLOW, SOURCE
 
 Row = Mapping[str, Any]
 NEAR_POINTS, NEAR_LOSS = 1.0, 0.3
@@ -30,8 +32,9 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def comparisons(found: Mapping[str, Any]) -> int:
-    """How many differences are judged in a summary: three of each point, one of each control."""
-    return sum(3 * len(one["grown"]) + len(one["controls"]) for one in found.values())
+    """How many differences are judged in a summary: three or four of each point, one of each control."""
+    points = [point for one in found.values() for point in one["grown"].values()]
+    return sum(3 + (SHALLOW in point) for point in points) + sum(len(one["controls"]) for one in found.values())
 
 
 def select(rows: Iterable[Row], kind: str, point: float | None = None) -> dict[int, Row]:
@@ -49,6 +52,8 @@ def _of_setting(rows: Sequence[Row]) -> dict[str, Any]:
         "as good at growth": [point for point, one in grown.items() if one["near"]],
         "better after a tenth": [point for point, one in grown.items() if one["tenth"]["every_seed"]],
         "below both at equal FLOPs": [point for point, one in grown.items() if one["pays"]],
+        "below the shallow one too": [point for point, one in grown.items()
+                                      if one["pays"] and one.get(SHALLOW, {}).get("every_seed")],
         "half of scratch's tokens": [point for point, one in grown.items() if one["half"]],
     }
     models = {name: _of_model([row for row in rows if row["model"] == name])
@@ -87,6 +92,8 @@ def _of_point(rows: Sequence[Row], point: float, last: float) -> dict[str, Any]:
     both = {seed: row for seed, row in mine.items() if "tenth" in row and "tenth" in on[seed]}
     found["tenth"] = _below(both, on, lambda row: float(row["tenth"]["nats"])) if both else {"every_seed": False}
     found["on"], found["scratch"] = _below(mine, longest, _final), _below(mine, scratch, _final)
+    if shallow := select(rows, SHALLOW):
+        found[SHALLOW] = _below(mine, shallow, _final)
     found["pays"] = found["on"]["every_seed"] and found["scratch"]["every_seed"]
     times = tokens_to(mine, scratch)
     found["tokens"] = {"shares": list(times.times), "ends": list(times.ends)}

@@ -10,7 +10,7 @@ from experiments.growth_study.inference import Times, read, text_of, verdict
 from experiments.pages import earlier_runs, markdown_table
 from experiments.pays_study.findings import comparisons
 from experiments.pays_study.picture import draw
-from experiments.pays_study.study import CONTROL, GROWN
+from experiments.pays_study.study import CONTROL, GROWN, SHALLOW
 from gt_jax.files import write_atomically
 
 NAME = "growth_pays"
@@ -18,6 +18,7 @@ _CLAIMS = {
     "as good at growth": "at growth within 1 point of the source's right answers, or 0.3 % of its loss",
     "better after a tenth": "after a tenth more steps below the source trained on",
     "below both at equal FLOPs": "at equal FLOPs below the source trained on and the model from scratch",
+    "below the shallow one too": "and below the source's layers run once each, from scratch",
     "half of scratch's tokens": "at the loss of the model from scratch with half of its tokens or fewer",
 }
 
@@ -65,9 +66,15 @@ def _tuned(setting: Mapping[str, Any]) -> list[str]:
 def _overview(found: Mapping[str, Any]) -> list[str]:
     rows = []
     for claim, words in _CLAIMS.items():
-        points = [", ".join(one["claims"][claim]) or "at no point" for one in found.values()]
+        points = [_points(one, claim) for one in found.values()]
         rows.append([words, *points])
     return markdown_table(rows, ["at every seed, for the grown model of these points of the budget", *found])
+
+
+def _points(one: Mapping[str, Any], claim: str) -> str:
+    if claim == "below the shallow one too" and not any(SHALLOW in point for point in one["grown"].values()):
+        return "not trained"
+    return ", ".join(one["claims"][claim]) or "at no point"
 
 
 def _models(one: Mapping[str, Any]) -> list[str]:
@@ -131,6 +138,8 @@ def sentences(one: Mapping[str, Any]) -> Iterator[str]:
             yield difference(f"{mine}, after a tenth more,", "the source trained on", claims["tenth"])
         yield difference(mine, "the source trained on, at equal FLOPs", claims["on"])
         yield difference(mine, "the model from scratch, at equal FLOPs", claims["scratch"])
+        if SHALLOW in claims:
+            yield difference(mine, "the source's layers run once each, at equal FLOPs", claims[SHALLOW])
         times = Times(tuple(claims["tokens"]["shares"]), tuple(claims["tokens"]["ends"]))
         yield (f"{mine}: to the loss of the model from scratch, in tokens of that model, by seed: "
                f"{times.text('{:.2f}')}; {times.reached} of {len(times.times)} reached it")  # fmt: skip

@@ -5,6 +5,7 @@ All contenders of a setting cost the same, the budget B, and lower their rate on
     source trained on   source to the last of the points, then adaptive to B
     grown at f          source for f B, grown from the plateau of its rate, then plain to B
     from scratch        the deep model for all of B; of a task also with a curriculum as short as a source's
+    shallow             where asked for: the source's layers, once each, from scratch for all of B
 
 The source's curriculum, forced passes and the freeing of its gates all happen within its own part.
 """
@@ -34,6 +35,8 @@ from gt_jax.tasks.registry import read_task
 class Setting(Config, abc.ABC):
     """`budget` are the steps of the deep model that cost B; `points` the shares of B after which sources are grown.
 
+    With `shallow` the source's layers, each run once, are trained from scratch too.
+
     Sources and the model from scratch are tried at `rates`, with as many of the study's first seeds as `tuned_at` says;
     curves have about `evaluations` points; `decay` is the share of B over which the rate falls.
     """
@@ -46,6 +49,7 @@ class Setting(Config, abc.ABC):
     decay: float = 0.2
     evaluations: int = 6
     held_out_batches: int = 6
+    shallow: bool = False
 
     def problems(self) -> list[str]:
         wrong = below(self, 10, "budget") + below(self, 1, "evaluations", "held_out_batches", "tuned_at")
@@ -134,9 +138,9 @@ class Setting(Config, abc.ABC):
             total += 1
         return TrainConfig(steps=total, optimizer=optimizer, price=self.price(steps / total))
 
-    def scratch_train(self, rate: float) -> TrainConfig:
-        """All of the budget."""
-        return TrainConfig(steps=self.budget, optimizer=self.optimizer(rate))
+    def scratch_train(self, rate: float, steps: int) -> TrainConfig:
+        """All of the budget, `steps` steps."""
+        return TrainConfig(steps=steps, optimizer=self.optimizer(rate))
 
     def fall(self, point: float) -> float:
         """The share of the steps after `point` of B over which the rate falls, so that it does over `decay` of B."""
@@ -245,6 +249,7 @@ class TextSetting(Setting):
     layout: str = "DDDG"
     target_layers: int = 12
     width: int = 64
+    heads: int = 4
     rows: int = 8
     tokens: int = 128
     depth: float = 1.3
@@ -261,12 +266,13 @@ class TextSetting(Setting):
 
     @property
     def source(self) -> ModelConfig:
-        head = self.width // 4
+        heads, head = self.heads, self.width // self.heads
         gates = AdaptiveConfig(initial_bias=0.0, context=self.context).seeing_state
         return tiny().replace(
             layout=self.layout, width=self.width, mlp_width=2 * self.width, remat="none", adaptive=gates,
-            deltanet=DeltaNetConfig(heads=4, value_heads=4, key_width=head, value_width=head, chunk_size=32),
-            gsa=GSAConfig(heads=4, head_width=head, indexer_heads=2, indexer_width=16, k_base=64, k_min=16, k_max=128),
+            deltanet=DeltaNetConfig(heads=heads, value_heads=heads, key_width=head, value_width=head, chunk_size=32),
+            gsa=GSAConfig(heads=heads, head_width=head, indexer_heads=2, indexer_width=16, k_base=64, k_min=16,
+                          k_max=128),
         )  # fmt: skip
 
     @property
@@ -290,7 +296,9 @@ class TextSetting(Setting):
         wrong, segments = super().problems(), parse(self.layout).segments
         if len(segments) > 1 or self.target_layers % len(segments[0].pattern):
             wrong.append(f"layout {self.layout} does not repeat to target_layers {self.target_layers}")
-        return wrong + ([f"width is {self.width}; it must be a multiple of 8"] if self.width % 8 else [])
+        if self.width % (2 * self.heads):
+            wrong.append(f"width is {self.width}; it must be a multiple of {2 * self.heads}, two of each head")
+        return wrong
 
     def data(self, seed: int, steps: int, text: tuple[str, ...], deep: bool = False) -> DataConfig:
         return DataConfig(text=text, sequence_length=self.tokens, batch_size=self.rows, seed=seed, tuning=TUNING)

@@ -17,6 +17,7 @@ from gt_jax.configs.json_config import Config
 from gt_jax.errors import Refused, refuse_all
 
 SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "control", "from scratch"
+SHALLOW = "shallow, from scratch"
 
 JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=1200)
 CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF.replace(adaptive_rates=(), adaptive_tuned_at=1), budget=1500,
@@ -26,15 +27,18 @@ DEEPER = TaskSetting(
     deeper="pointer_jumps:hardest=8,symbols=10,queries=4", times=8, budget=900, points=(0.5,),
 )  # fmt: skip
 TEXT = TextSetting(name="text", budget=800, points=(0.25, 0.5))
+NARROW = TextSetting(name="text_narrow", width=24, heads=2, budget=2400, points=(0.5,), rates=(4e-3, 8e-3), planned=1.4,
+                     shallow=True)  # fmt: skip
+"""A model so narrow that two cores show the deep one 25 tokens a parameter."""
 _WIDE_CHAINS, _WIDE_JUMPS = DEPTH_SCALES["accelerator"]
 _LESS = {"budget": 24, "points": (0.5,), "evaluations": 2, "held_out_batches": 2, "rates": (4e-3,)}
-_NARROW = {"width": 16, "rows": 8}
+_LITTLE = {"width": 16, "rows": 8}
 SCALES: dict[str, tuple[tuple[TaskSetting, ...], tuple[TextSetting, ...]]] = {
     "minutes": (
-        tuple(one.replace(of=one.of.replace(**_NARROW), **_LESS) for one in (JUMPS, CHAINS, DEEPER)),
-        (TEXT.replace(**_LESS, **_NARROW, tokens=64, target_layers=8),),
+        tuple(one.replace(of=one.of.replace(**_LITTLE), **_LESS) for one in (JUMPS, CHAINS, DEEPER)),
+        (TEXT.replace(**_LESS, **_LITTLE, tokens=64, target_layers=8),),
     ),
-    "small": ((JUMPS, CHAINS), (TEXT,)),
+    "small": ((JUMPS, CHAINS), (TEXT, NARROW)),
     "accelerator": (
         (
             JUMPS.replace(of=_WIDE_JUMPS, budget=16000),
@@ -92,8 +96,8 @@ class Wanted(NamedTuple):
     @property
     def model(self) -> str:
         """What it is called in tables."""
-        if self.kind == SCRATCH:
-            return SCRATCH
+        if self.kind in (SCRATCH, SHALLOW):
+            return self.kind
         what = {SOURCE: "source to", GROWN: "grown at", ON: f"{ON} from", CONTROL: f"{self.recipe}, at"}
         return f"{what[self.kind]} {self.point:g}"
 
@@ -128,17 +132,19 @@ def scaled(scale: str, seeds: tuple[int, ...], text: tuple[str, ...], only: tupl
 
 def tries(setting: Setting, seeds: tuple[int, ...]) -> dict[str, list[list[Wanted]]]:
     """What is trained at every rate, each with the first `tuned_at` of the seeds: the source of the middle, and the
-    model from scratch, that also with every curriculum."""
+    models from scratch, the deep one also with every curriculum."""
     found = {SCRATCH: [Wanted(setting, SCRATCH, 0, rate, curriculum=eased) for eased in setting.scratch_curricula()
                        for rate in setting.rates],
              SOURCE: [Wanted(setting, SOURCE, 0, rate, setting.middle) for rate in setting.rates]}  # fmt: skip
+    if setting.shallow:
+        found[SHALLOW] = [Wanted(setting, SHALLOW, 0, rate) for rate in setting.rates]
     return {kind: [[one._replace(seed=seed) for seed in seeds[: setting.tuned_at]] for one in units]
             for kind, units in found.items()}  # fmt: skip
 
 
 def first_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted]) -> list[Wanted]:
     """Models that stand on no other: from scratch, and the sources of all points; `best` are of the first seed."""
-    found = [best[SCRATCH]._replace(seed=seed) for seed in seeds]
+    found = [best[kind]._replace(seed=seed) for kind in (SCRATCH, SHALLOW) if kind in best for seed in seeds]
     return found + [best[SOURCE]._replace(seed=seed, point=point) for point in setting.points for seed in seeds]
 
 

@@ -23,6 +23,7 @@ from experiments.pays_study.study import (
     ON,
     SCALES,
     SCRATCH,
+    SHALLOW,
     SOURCE,
     TEXT,
     Study,
@@ -91,7 +92,7 @@ def test_every_rate_falls_once_over_the_same_part_of_the_budget():
         fell[point] = sum(rate < 2e-3 for rate in rates)
         assert train.moments == "carried" and train.price.forced_until == train.price.forced_ramp == 0
     assert set(fell.values()) <= {11, 12}  # a fifth of 60 steps, of which the first has the old rate
-    scratch = SMALL.scratch_train(2e-3)
+    scratch = SMALL.scratch_train(2e-3, SMALL.budget)
     assert sum(scratch.optimizer.rate(step, 60) < 2e-3 for step in range(3, 60)) == 11
     flat = SMALL.further(source, 2e-3, 5, 0.0)
     assert [flat.optimizer.rate(step, 5) for step in range(5)] == pytest.approx([2e-3] * 5)
@@ -114,6 +115,15 @@ def test_children_of_one_layer_have_it_as_often_as_the_deep_model_whatever_was_m
         assert plan_of(README, counts, source, deep).entries == full.entries
     assert runs("DDDDGGD") == "D*4,G*2,D" and DEEPER.harder == ("5", "6", "7", "8") and JUMPS.harder == ()
     assert JUMPS.source == DEEPER.replace(deeper="", of=JUMPS.of).source  # the same model, for other questions
+
+
+def test_the_shallow_model_from_scratch_costs_what_all_others_do():
+    setting = TEXT.replace(shallow=True)
+    steps, cost = budget.shallow_steps(setting), budget.cost_of(setting, setting.source.plain)
+    assert 0 <= budget.whole(setting) - steps * cost.computed([1.0] * 4) < cost.computed([1.0] * 4)
+    best = {kind: found[-1][0] for kind, found in tries(setting, (0, 1)).items()}
+    models = [one.model for one in first_round(setting, (0, 1), best)]
+    assert models.count(SHALLOW) == 2 and SHALLOW not in tries(TEXT, (0, 1))
 
 
 def test_text_grows_to_the_deep_model_by_each_recipe():
@@ -147,7 +157,7 @@ def test_units_have_names_of_their_own_and_the_config_reads_back():
     with pytest.raises(Refused, match=r"(?s)points.*below 1.*deeper is"):
         DEEPER.replace(points=(0.5, 1.0), deeper="addition")
     assert {setting.name for tasks, texts in SCALES.values() for setting in (*tasks, *texts)} == {
-        "pointer_jumps", "variable_chains", "deeper_jumps", "text"}  # fmt: skip
+        "pointer_jumps", "variable_chains", "deeper_jumps", "text", "text_narrow"}  # fmt: skip
 
 
 def row(kind, seed, nats, point=1.0, flops=8e12, right=None, curve=(), **more):
@@ -230,9 +240,13 @@ def test_a_rate_at_which_a_seed_diverges_is_not_taken_for_any():
 
 
 def test_claims_are_made_where_every_seed_says_so():
-    found = summary(rows_of(0.895, 0.5, (0.28, 0.29, 0.29)))["jumps"]
+    rows = rows_of(0.895, 0.5, (0.28, 0.29, 0.29))
+    found = summary([*rows, *(row(SHALLOW, seed, 0.3, right=0.9) for seed in range(3))])["jumps"]
     one = found["grown"]["0.5"]
     assert found["claims"] == {name: ["0.5"] for name in found["claims"]}
+    alone = summary(rows)
+    assert alone["jumps"]["claims"] == {**found["claims"], "below the shallow one too": []}
+    assert comparisons(alone) == 4 and comparisons({"jumps": found}) == 5
     assert one["step0_points"]["mean"] == pytest.approx(-0.5) and one["on"]["every_seed"]
     assert one["scratch"]["mean"] == pytest.approx(np.mean([0.28 - 0.40, 0.29 - 0.41, 0.29 - 0.42]))
     assert one["tokens"]["shares"] == pytest.approx([0.3] * 3) and found["deeper"] == ["2"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,6 +226,15 @@ def _whole(value: Any) -> bool:
     return _is(value, int) and _finite(value)
 
 
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every number inside a JSON value, with the keys that lead to it."""
+    if isinstance(value, Mapping | list):
+        for key, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _numbers(one, f"{name}.{key}" if name else str(key))
+    elif _is(value, int) or _is(value, float):
+        yield name, value
+
+
 def _text_or_none(value: Any) -> bool:
     return value is None or _is(value, str)
 
@@ -253,8 +262,11 @@ def _json_problems(data: Mapping[str, Any]) -> list[str]:
     else:
         wrong += [f"key 'options.{name}' is {options[name]!r:.60}; {words} is needed"
                   for name, (fits, words) in _OPTIONS.items() if not fits(options.get(name))]
-        wrong += [f"key 'options.{name}' is {value}; a finite number is needed" for name, value in options.items()
-                  if name not in _OPTIONS and isinstance(value, float) and not math.isfinite(value)]
+        wrong += [f"key 'options.{name}' is {value}; a finite number is needed"
+                  for name, value in _numbers(options) if name not in _OPTIONS and not _finite(value)]
+        if options.get("coefficient") == GATES and not isinstance(options.get("alpha"), list):
+            wrong.append(f"key 'options.alpha' is {options.get('alpha')!r:.60}; of a plan that keeps gates the "
+                         "strengths of the source's passes are needed, a list of finite numbers")
     if not isinstance(layers, list):
         return [*wrong, "key 'layers' is not a list, one object a target layer"]
     fields = {"source": _whole, "copy": _whole, "coefficient": _finite}

@@ -20,6 +20,7 @@ _ROW = {"mesh": dict, "accumulate": int, "fits": bool, "bytes": int, "flops": in
 _NUMBERS: dict[str, type | tuple[type, ...]] = {
     "mesh": int, "memory": (int, float), "least_seconds": (int, float), "launches": int,
 }  # fmt: skip
+_SUMS = ("bytes", "flops", "links", "link_seconds", "kernels")
 _PART = {"part": str, "phase": str, "bytes": (int, float), "flops": (int, float), "links": (int, float)}
 
 
@@ -39,7 +40,8 @@ def read_plan(path: Path) -> dict[str, Any]:
         wrong += [f"tried[{number}] {line}" for line in _not_numbers(row)]
         parts = row.get("parts", []) if isinstance(row, dict) else []
         each = enumerate(parts if isinstance(parts, list) else [parts])
-        wrong += [f"tried[{number}] parts[{at}] {line}" for at, one in each for line in _mistyped(one, _PART)]
+        wrong += [f"tried[{number}] parts[{at}] {line}" for at, one in each
+                  for line in (*_mistyped(one, _PART), *_strange_sums(one))]  # fmt: skip
     refuse_all(wrong, f"{path} is no plan that plan_pod --json wrote; it")
     if best(plan) is None:
         raise Refused(f"{path}: none of its meshes fits, so there is nothing to show")
@@ -57,9 +59,21 @@ def _not_numbers(row: Any) -> list[str]:
     """What a mesh tells by name, and a plan that has it: sizes of axes, bytes of memory, seconds, kernels."""
     given = {name: row[name] for name in _NUMBERS if name in row} if isinstance(row, Mapping) else {}
     wrong = [f"has a {name} that is no JSON object" for name, value in given.items() if not isinstance(value, Mapping)]
-    return wrong + [f"{name} has a {key} that is no number: {one!r:.40}" for name, value in given.items()
-                    if isinstance(value, Mapping) for key, one in value.items()
-                    if isinstance(one, bool) or not isinstance(one, _NUMBERS[name])]  # fmt: skip
+    return wrong + _strange_sums(row) + [
+        f"{name} has a {key} that is no number: {one!r:.40}" for name, value in given.items()
+        if isinstance(value, Mapping) for key, one in value.items()
+        if not (isinstance(one, _NUMBERS[name]) and _is_number(one))]  # fmt: skip
+
+
+def _strange_sums(row: Any) -> list[str]:
+    """What a mesh or a part of it sums up, where it is there, and is no number."""
+    given = {name: row[name] for name in _SUMS if name in row} if isinstance(row, Mapping) else {}
+    return [f"has a {name} that is no number: {one!r:.40}" for name, one in given.items() if not _is_number(one)]
+
+
+def _is_number(value: Any) -> bool:
+    """Of a size that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def best(plan: Json) -> Json | None:

@@ -15,8 +15,8 @@ from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
 from gt_jax.growth.layer_map import read_map, spelled
 from gt_jax.growth.plan import PASSES_FROM, PLANS, fitted, identity_plan, make_plan
 from gt_jax.growth.plan_entries import Entry, Plan
-from gt_jax.growth.plan_file import read_plan_file
-from gt_jax.growth.repetition import LayerRepetition, Repetition, reference
+from gt_jax.growth.plan_file import plan_json, read_plan_file
+from gt_jax.growth.repetition import LayerRepetition, Repetition, from_json, reference
 
 ALPHA = (1.0, 0.7, 0.5, 0.35)
 TWO = layout.parse("DDDG*2")
@@ -341,6 +341,8 @@ def test_csv_files_that_are_none(tmp_path, content, what):
     ({"layout": "DDDG*99999999999999999999"}, "at most 65536"),
     ({"source_layout": "DDDG*99999999999999999999"}, "at most 65536"),
     ({"options": {"alpha": math.inf}}, r"options\.alpha"), ({"layers": [1]}, r"layers\[0\]\.source"),
+    ({"options": {"mine": {"a": [0, math.nan]}}}, r"options\.mine\.a\.1' is nan"),
+    ({"options": {"coefficient": "gates", "alpha": None}}, r"options\.alpha' is None; of a plan that keeps gates"),
 ], ids=str)
 def test_plan_files_that_are_none(tmp_path, change, what):
     plan = make_plan("block", reference(), TWO)
@@ -351,6 +353,12 @@ def test_plan_files_that_are_none(tmp_path, change, what):
     with pytest.raises(Refused, match=what) as caught:
         read_plan_file(path)
     assert str(path) in str(caught.value)
+
+
+def test_counts_with_numbers_that_are_none_are_written_as_texts():
+    counts = from_json({"_meta": {"note": [1.0, {"loss": math.nan}]}} | {f"layer{i}": {"k_exec": 1} for i in range(8)})
+    found = plan_json(make_plan("block", counts, TWO), counts)
+    assert json.loads(json.dumps(found, allow_nan=False))["counts"]["values"]["_meta"]["note"] == [1.0, {"loss": "nan"}]
 
 
 def test_plan_files_of_before_asked_was_written_are_read(tmp_path):

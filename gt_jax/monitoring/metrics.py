@@ -84,9 +84,10 @@ class Recorder:
         self._watch, self._also, self._utilisation = watch, also, utilisation
 
     def __enter__(self) -> Recorder:
+        kept = self._resume_step or 0
         if self._path is not None:
             if self._resume_step is not None:
-                truncate_after(self._path, self._resume_step)
+                kept = truncate_after(self._path, self._resume_step)
                 if self._watch is not None and self._path.exists():
                     for record in read_metrics(self._path):
                         self._watch(record)
@@ -95,6 +96,9 @@ class Recorder:
             self._file = open(self._path, "a", encoding="utf-8")
         if self._on_terminal:
             self._bar = _progress_bar(self._stream, self._total, self._step)
+        if kept < (self._resume_step or 0):
+            self.message(f"{self._path} ends at step {kept}, the checkpoint is of step {self._resume_step}: the lines "
+                         "between were lost, and the run goes on without them")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -137,6 +141,12 @@ class Recorder:
             self._also.log(record)
         for text in () if self._watch is None else self._watch(record):
             self.message(text)
+
+    def sync(self) -> None:
+        """Have what was logged on the disk, where a power cut leaves it; called before a checkpoint of its step."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def message(self, text: str) -> None:
         """A line for the reader, above the bar; it does not go into the JSON lines."""
@@ -224,12 +234,16 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             for record, _ in _read_lines(Path(path))]
 
 
-def truncate_after(path: Path, step: int) -> None:
-    """Remove the lines after `step` and a half-written last one; the file is replaced at once or not at all."""
+def truncate_after(path: Path, step: int) -> int:
+    """Remove the lines after `step` and a half-written last one; the file is replaced at once or not at all.
+
+    Returns the last step that there still is a line of, 0 for none.
+    """
     if not path.exists():
-        return
-    kept = [line for record, line in _read_lines(path) if record["step"] <= step]
-    write_atomically(path, "".join(line + "\n" for line in kept))
+        return 0
+    kept = [(record["step"], line) for record, line in _read_lines(path) if record["step"] <= step]
+    write_atomically(path, "".join(line + "\n" for _, line in kept))
+    return max((of for of, _ in kept), default=0)
 
 
 def _read_lines(path: Path) -> list[tuple[dict[str, Any], str]]:

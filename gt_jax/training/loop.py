@@ -234,7 +234,7 @@ def _train_run(
     )  # fmt: skip
     with explain_full_disk(run), SameFolder(run, group.first) as folder, recorder:
         rounded = rounding(config.train.matmul_precision) if config.model.compute_dtype == "float32" else None
-        for note in [*notes, *told, text.summary(), *([] if rounded is None else [rounded])]:
+        for note in filter(None, [*notes, *told, text.summary(), rounded]):
             recorder.message(note)
         train = config.train
         places: dict[int, Any] = {}
@@ -251,7 +251,7 @@ def _train_run(
                 record(step, held_out_losses(trainer.evaluation, variables_of(state), held_out))
             group.agree(heard)
             if last or step == top or _due(step, train.checkpoint_every, train.steps):
-                group.agree(folder.check)
+                group.agree(on_disk)
                 here = _metadata(config, text, stream.state(), state)
                 steps.save_beside(step, state._asdict(), {**here, **lineage})
             if step == top:
@@ -259,6 +259,10 @@ def _train_run(
                 recorder.message(f"step {step}: {falls}{run / str(step)} stays, to grow or to train on from")
             if last and step < train.steps:
                 recorder.message(f"asked to stop: saved after step {step}; the run goes on from there (train --resume)")
+
+        def on_disk() -> None:
+            folder.check()
+            recorder.sync()
 
         def due(step: int) -> bool:
             often = train.evaluate_every, train.checkpoint_every

@@ -96,6 +96,18 @@ def test_several_lines_of_the_last_step_are_kept(tmp_path):
         ["loss", "step"], ["held_out", "step"]]
 
 
+def test_lines_that_a_power_cut_took_are_said_to_be_lost(tmp_path, monkeypatch):
+    path, synced = tmp_path / "metrics.jsonl", []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    record(path, range(1, 4))
+    for resume, words in ((3, ""), (5, f"{path} ends at step 3, the checkpoint is of step 5: the lines between were")):
+        stream = io.StringIO()
+        with metrics.Recorder(path, stream=stream, resume_step=resume) as recorder:
+            synced.clear()
+            recorder.sync()
+        assert len(synced) == 1 and stream.getvalue().startswith(words) and bool(stream.getvalue()) == bool(words)
+
+
 @pytest.mark.parametrize("first", [90, 5])
 def test_the_time_of_a_run_counts_every_start_from_its_beginning(tmp_path, first):
     """Whether the first line after a resume is later by its own clock than the last one before, or not."""

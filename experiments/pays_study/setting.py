@@ -35,7 +35,7 @@ from gt_jax.tasks.registry import read_task
 class Setting(Config, abc.ABC):
     """`budget` are the steps of the deep model that cost B; `points` the shares of B after which sources are grown.
 
-    With `shallow` the source's layers, each run once, are trained from scratch too.
+    With `shallow` the source's layers, each run once, are trained from scratch too; on text in place of the controls.
 
     Sources and the model from scratch are tried at `rates`, with as many of the study's first seeds as `tuned_at` says;
     curves have about `evaluations` points; `decay` is the share of B over which the rate falls.
@@ -290,7 +290,7 @@ class TextSetting(Setting):
 
     @property
     def controls(self) -> tuple[Recipe, ...]:
-        return README, ONCE, NEW
+        return () if self.shallow else (README, ONCE, NEW)
 
     def problems(self) -> list[str]:
         wrong, segments = super().problems(), parse(self.layout).segments

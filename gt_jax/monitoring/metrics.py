@@ -255,7 +255,7 @@ def _read_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
     for number, line in enumerate(lines, 1):
         try:
             record = parse_json(line)
-            whole = isinstance(record, dict) and isinstance(record.get("step"), int)
+            whole = isinstance(record, dict) and isinstance(record.get("step"), int) and abs(record["step"]) < 2**63
         except ValueError:
             whole = False
         if whole:
@@ -277,7 +277,10 @@ def measured(value: Any) -> np.ndarray:
     """Numbers of a record, float64; raises ValueError or TypeError for what is none. NumPy takes None for NaN."""
     if any(one is None for one in np.asarray(value, object).flat):
         raise ValueError("null is no number")
-    return np.asarray(value, np.float64)
+    try:
+        return np.asarray(value, np.float64)
+    except OverflowError as error:
+        raise ValueError("no float is as large") from error
 
 
 def seconds_of(lines: Sequence[dict[str, Any]]) -> float:

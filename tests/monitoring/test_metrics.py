@@ -121,7 +121,8 @@ def test_the_time_of_a_run_counts_every_start_from_its_beginning(tmp_path, first
 
 def test_what_cannot_be_read_is_refused_and_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for broken in (b'{"step": 1}\nrubbish\n{"step": 2}\n', b'{"step": 1}\n[2]\n', b'{"loss": 1}\n', b'{"step": 1}\n\n'):
+    for broken in (b'{"step": 1}\nrubbish\n{"step": 2}\n', b'{"step": 1}\n[2]\n', b'{"loss": 1}\n', b'{"step": 1}\n\n',
+                   b'{"step": 1%s}\n{"step": 2}\n' % (b"0" * 400)):
         path.write_bytes(broken)
         with pytest.raises(Refused, match=r"metrics.jsonl', line [12]: not a JSON object"):
             record(path, range(2, 3), resume_step=1)

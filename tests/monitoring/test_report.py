@@ -139,6 +139,7 @@ def test_nothing_is_overwritten_unasked(folder, tmp_path):
     (("strange",), "strange.config.json cannot be read"),
     (("edited",), r"(?s)edited.config.json cannot be read as a run's config: .*'init_std'"),
     (("null",), r"(?s)null.metrics.jsonl' holds what no run writes:.*has delta_ratio \[null"),
+    (("huge",), r"(?s)huge.metrics.jsonl' holds what no run writes:.*has loss 1000.*, no number"),
 ])  # fmt: skip
 def test_what_cannot_be_reported_is_refused(folder, monkeypatch, words, says):
     monkeypatch.chdir(folder)
@@ -150,6 +151,7 @@ def test_what_cannot_be_reported_is_refused(folder, monkeypatch, words, says):
         write_run(folder / "edited", RUN, [])
         (folder / "edited" / "config.json").write_text(json.dumps({**made, "model": {**made["model"], "init_std": []}}))
         write_run(folder / "null", RUN, changed(healthy(steps=3), 2, 2, delta_ratio=[None] * 8))
+        write_run(folder / "huge", RUN, healthy(steps=3), tail=b'{"step": 4, "loss": 1%s}\n' % (b"0" * 400))
     before = sorted(folder.rglob("*"))
     with pytest.raises(Refused, match=says):
         report.main([*words, *([] if "-o" in words else ["-o", "page.html"])])

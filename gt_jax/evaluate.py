@@ -37,7 +37,7 @@ from gt_jax.evaluation.loading import HELD_OUT_BATCHES, add_text_arguments, text
 from gt_jax.files import local_name, local_path
 from gt_jax.monitoring.answer_lines import answer_lines, gain_line
 from gt_jax.monitoring.metrics import table
-from gt_jax.monitoring.picture_file import refuse_picture
+from gt_jax.monitoring.picture_file import refuse_picture, write_picture
 
 
 def report_lines(result: Mapping[str, Any]) -> list[str]:
@@ -154,8 +154,9 @@ def _show(result: Mapping[str, Any], arguments: argparse.Namespace) -> None:
     def draw() -> None:
         from gt_jax.monitoring.answer_plots import panel_of, plot_by_difficulty
 
-        plot_by_difficulty([panel_of(answers, f"{part}, {one['checkpoint']}") for one in result["models"]
-                            for part, answers in one["answers"].items()], arguments.picture)  # fmt: skip
+        panels = [panel_of(answers, f"{part}, {one['checkpoint']}") for one in result["models"]
+                  for part, answers in one["answers"].items()]  # fmt: skip
+        write_picture(lambda image: plot_by_difficulty(panels, image), arguments.picture)
 
     deliver(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)),
             {} if arguments.picture is None else {f"--picture {arguments.picture}": draw})

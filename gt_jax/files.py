@@ -57,12 +57,13 @@ def unfinished_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.gt_jax-tmp")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes, replace: bool = True) -> None:
     """Write under `unfinished_name`, then rename: what fails leaves the old file, or none; a kill leaves that name too.
 
     The bytes are on the disk before they get the name, and the name is when this returns. A file that is replaced keeps
-    its mode. Text is UTF-8; what is no character, of a file name in another encoding, is escaped. Raises OSError, that
-    of a full disk with the file's name.
+    its mode; without `replace` none is, also one that has come since somebody looked. Text is UTF-8; what is no
+    character, of a file name in another encoding, is escaped. Raises OSError, that of a full disk with the file's name,
+    and FileExistsError.
     """
     unfinished = unfinished_name(path)
     try:
@@ -71,14 +72,31 @@ def write_atomically(path: Path, content: str | bytes) -> None:
                 file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
                 file.flush()
                 os.fsync(file.fileno())
-            if path.exists():
-                os.chmod(unfinished, stat.S_IMODE(path.stat().st_mode))
-            os.replace(unfinished, path)
+            if replace:
+                if path.exists():
+                    os.chmod(unfinished, stat.S_IMODE(path.stat().st_mode))
+                os.replace(unfinished, path)
+            else:
+                _name_anew(unfinished, path)
     except BaseException:
         with contextlib.suppress(OSError):
             unfinished.unlink()
         raise
     sync(path.parent)
+
+
+def _name_anew(unfinished: Path, path: Path) -> None:
+    """Call a file `path`, which nothing is called; raises FileExistsError."""
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, "it has come meanwhile, and is left as it is", str(path)) from None
+    except OSError:  # a file system without a second name for a file: there is a moment between look and rename
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "it has come meanwhile, and is left as it is", str(path)) from None
+        os.replace(unfinished, path)
+        return
+    unfinished.unlink()
 
 
 def refuse_once(path: str | os.PathLike[str]) -> None:

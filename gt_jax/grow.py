@@ -362,12 +362,14 @@ def _files(plan: Plan, counts: Repetition | None, plan_out: Path | None,
     """By their flags, what writes the plan and its picture where they are asked for."""
     def write() -> None:
         assert plan_out is not None
-        write_atomically(plan_out, json.dumps(plan_json(plan, counts), indent=1, allow_nan=False) + "\n")
+        text = json.dumps(plan_json(plan, counts), indent=1, allow_nan=False)
+        write_atomically(plan_out, text + "\n", replace=False)
 
     def draw() -> None:
+        from gt_jax.monitoring.picture_file import write_picture
         from gt_jax.monitoring.plots import plot_plan
         assert picture is not None
-        plot_plan(plan, picture)
+        write_picture(lambda image: plot_plan(plan, image), picture)
 
     asked = {f"--plan-out {plan_out}": write} if plan_out is not None else {}
     return {**asked, f"--picture {picture}": draw} if picture is not None else asked

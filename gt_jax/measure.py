@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text, end="")
         return 0
     try:
-        write_atomically(arguments.output, text)
+        write_atomically(arguments.output, text, replace=False)
     except OSError as error:  # minutes of work are not lost for that
         deliver(text.rstrip())
         raise Failed(f"-o {arguments.output} could not be written ({error}); the counts are on standard output, in its "

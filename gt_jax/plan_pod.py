@@ -25,7 +25,7 @@ from typing import Any, get_args
 from gt_jax.devices.pods.gpus import PREALLOCATED
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path
-from gt_jax.monitoring.picture_file import refuse_picture
+from gt_jax.monitoring.picture_file import refuse_picture, write_picture
 from gt_jax.options import whole
 from gt_jax.training.pod_plans import (
     comparison_lines,
@@ -331,7 +331,8 @@ def draw(plans: Sequence[dict[str, Any]], path: Path) -> None:
         raise Refused("there is nothing to draw: an old plan has no parts, and what does not fit has none")
     bars = {f"{name}\n{plan['topology']}" + f" {'AB'[number]}" * (len(plans) > 1): least_by_part(plan["tried"][0], key)
             for number, plan in enumerate(plans) for key, name in BOUNDS.items()}  # fmt: skip
-    plot_parts(bars, path, parts([plan["tried"][0] for plan in plans]), heading(plans[0]))
+    order = parts([plan["tried"][0] for plan in plans])
+    write_picture(lambda image: plot_parts(bars, image, order, heading(plans[0])), path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,11 +40,11 @@ def write_report(sources: Sequence[Path], output: Path, png: Path | None = None,
     image, problem = _curves(runs)
     if png is not None and image is None and problem is None:
         raise Refused(f"--png {png}: no run has metrics to draw yet; leave it out, or come back later")
-    write_atomically(output, page(runs, image, problem))
+    write_atomically(output, page(runs, image, problem), overwrite)
     if problem is not None:
         raise Failed(f"{output} is written, without curves: they could not be drawn ({problem})")
     if png is not None and image is not None:
-        write_atomically(png, image)
+        write_atomically(png, image, overwrite)
     return runs
 
 

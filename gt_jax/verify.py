@@ -26,7 +26,7 @@ from gt_jax.devices.program_cache import add_cache_flag, keep_programs
 from gt_jax.errors import deliver, refuse_all, run_command, say
 from gt_jax.evaluation.loading import add_text_arguments, text_config
 from gt_jax.files import local_path
-from gt_jax.monitoring.picture_file import refuse_picture
+from gt_jax.monitoring.picture_file import refuse_picture, write_picture
 from gt_jax.options import whole
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     def draw() -> None:
         from gt_jax.monitoring.plots import plot_verification
 
-        plot_verification(result, arguments.picture)
+        write_picture(lambda image: plot_verification(result, image), arguments.picture)
 
     deliver(json.dumps(result, allow_nan=False) if arguments.json else "\n".join(report_lines(result)),
             {} if arguments.picture is None else {f"--picture {arguments.picture}": draw})

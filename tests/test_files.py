@@ -20,6 +20,7 @@ from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.files import parse_json, read_json, refuse_address, write_atomically
+from gt_jax.monitoring.picture_file import write_picture
 from gt_jax.monitoring.run_page import read_run
 from gt_jax.text.data import open_data
 from gt_jax.text.tokenizers import open_tokenizer
@@ -165,6 +166,24 @@ def test_a_small_file_that_cannot_be_written_leaves_nothing_and_has_a_name_of_it
         write_atomically(tmp_path / "a.html", "later")
     there = {file.name: file.read_text() for file in tmp_path.iterdir()}
     assert there == {"a.html": "now", "a.html.tmp": "of the user"}
+
+
+@pytest.mark.parametrize("second_names", [True, False])
+def test_a_file_that_came_meanwhile_is_left_as_it_is(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second_names: bool) -> None:
+    def refused(*names: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")  # as of FAT, and of some network drives
+
+    if not second_names:
+        monkeypatch.setattr(os, "link", refused)
+    write_atomically(tmp_path / "counts.json", "mine", replace=False)
+    with pytest.raises(FileExistsError, match=r"it has come meanwhile, and is left as it is: .*counts.json"):
+        write_atomically(tmp_path / "counts.json", "later", replace=False)
+    image = tmp_path / "a.png"
+    with pytest.raises(FileExistsError):
+        write_picture(lambda drawn: (drawn.write(b"PNG"), image.write_text("of another")), image)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "counts.json": "mine", "a.png": "of another"}
 
 
 def test_paths_are_no_addresses() -> None:

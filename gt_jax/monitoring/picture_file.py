@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from gt_jax.errors import Refused
+from gt_jax.files import write_atomically
+
+
+def write_picture(draw: Callable[[io.BytesIO], object], path: Path) -> None:
+    """The file of what `draw` draws, whole or not at all; raises FileExistsError where one has come meanwhile."""
+    image = io.BytesIO()
+    draw(image)
+    write_atomically(path, image.getvalue(), replace=False)
 
 
 def refuse_picture(path: Path | None) -> None:

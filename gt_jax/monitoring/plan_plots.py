@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 
@@ -13,8 +14,9 @@ _HATCHES = ("", "//", "..", "xx")  # a second and third round through the colour
 
 @own_settings()
 def plot_parts(
-    bars: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str], order: Sequence[str], title: str = ""
-) -> None:
+    bars: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str] | io.BytesIO, order: Sequence[str],
+    title: str = "",
+) -> None:  # fmt: skip
     """One stacked bar for each of `bars`, from below in the `order` of the parts, in seconds; its height beside it.
 
     Raises ValueError where there is no bar.

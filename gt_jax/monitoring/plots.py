@@ -70,7 +70,7 @@ def plot_growth(curves: Mapping[str, Sequence[tuple[Number, Number]]], path: str
 
 
 @own_settings()
-def plot_plan(plan: Plan, path: str | os.PathLike[str], title: str = "") -> None:
+def plot_plan(plan: Plan, path: str | os.PathLike[str] | io.BytesIO, title: str = "") -> None:
     """A growth plan in three panels: its order, the copies asked for and granted, and the coefficient mass kept.
 
     In the order each target layer is a field at its source layer, the fuller the stronger, with the number of the pass;
@@ -121,7 +121,7 @@ _PANELS = (("|dh|/|h|", "delta_ratio"), ("largest singular value", "jacobian"), 
 
 
 @own_settings()
-def plot_verification(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def plot_verification(result: Mapping[str, Any], path: str | os.PathLike[str] | io.BytesIO) -> None:
     """What `gt_jax.verify` found, one panel a figure: bars by target layer, marks for the source's passes.
 
     Panels that the pair has no figures for are left out; the losses of training on, where there are any, come last.

@@ -114,7 +114,7 @@ def test_counts_that_cannot_be_written_go_to_standard_output(tmp_path, monkeypat
     layer = {"k_exec": 2, "alive": [1.0], "survival": [1.0], **means}
     counts = {"_meta": {"loss": 2.0, "notes": []}, "layer0": layer}
 
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, text: str, replace: bool) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("gt_jax.evaluation.measurement.measure_checkpoint", lambda *_: counts)

@@ -52,11 +52,15 @@ def deliver(text: str, files: Mapping[str, Callable[[], object]] | None = None) 
 
     Raises the error of standard output, or `Failed` that lists the files that could not be written and why.
     """
-    failed, closed = [], None
+    failed: list[str] = []
+    closed: OSError | None = None
     try:
         print(text, flush=True)
-    except OSError as error:  # a closed pipe or a full disk: the files are not lost for that
+    except BrokenPipeError as error:  # the files are not lost for that
         closed = error
+    except OSError as error:  # a full disk, say
+        _leave(sys.stdout)
+        closed = OSError(error.errno, error.strerror, "standard output")
     for name, write in (files or {}).items():
         try:
             write()
@@ -88,6 +92,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     error of the operating system one line and exit code 1. Other exceptions keep their traceback (they are bugs) and
     exit 1.
     """
+    _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # ascii, a Windows code page, or names of files that are no UTF-8
             stream.reconfigure(errors="backslashreplace")
@@ -115,6 +120,19 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     if code == INTERRUPTED:
         _end_at_once(code)
     sys.exit(code)
+
+
+def _fill_closed_streams() -> None:
+    """Give the descriptors 0 to 2 that were closed before the start to nothing.
+
+    The next file that is opened would get them, and in it would stand what a library, which knows these three by their
+    numbers alone, writes for the user's eyes: a lock would be none any more.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
 
 
 @contextlib.contextmanager

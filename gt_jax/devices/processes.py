@@ -163,6 +163,9 @@ def _results_alone() -> Iterator[None]:
     The library that connects the processes says so, at every new group of devices, where it finds file descriptor 1:
     that is standard error meanwhile.
     """
+    if sys.stdout is None:  # closed before the start
+        yield
+        return
     printed, results = sys.stdout, os.dup(1)
     printed.flush()
     os.dup2(2, 1)

@@ -177,6 +177,22 @@ def test_a_full_disk_behind_standard_output_is_named(capsys, monkeypatch):
     assert ended.value.code == 1 and "No space left on device: 'standard output'" in capsys.readouterr().err
 
 
+def test_a_full_disk_behind_a_result_is_named(capsys, monkeypatch):
+    with open("/dev/full", "w") as full, pytest.raises(OSError, match="No space left on device: 'standard output'"):
+        monkeypatch.setattr(sys, "stdout", full)
+        deliver("the result")
+
+
+def test_no_file_is_opened_where_a_stream_was_closed(tmp_path):
+    """A lock at descriptor 2 would hold what a library has to say, and be none from then on."""
+    program = ("from gt_jax.errors import run_command\n"
+               "run_command(lambda argv: open('a', 'w').write(str(open('lock', 'w').fileno())) and 0, [])")  # fmt: skip
+    for closed in ("2>&-", ">&-", ">&- 2>&- <&-"):
+        done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, program], cwd=tmp_path,
+                              env=BUFFERED, timeout=60)  # fmt: skip
+        assert done.returncode == 0 and int((tmp_path / "a").read_text()) > 2, closed
+
+
 def test_a_folder_that_was_deleted_under_a_command_is_named(capsys, monkeypatch):
     monkeypatch.setattr(os, "getcwd", lambda: os.stat("no such folder"))
     with pytest.raises(SystemExit) as ended:

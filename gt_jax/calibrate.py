@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
 from gt_jax.devices.precision import add_precision_flag, computing
 from gt_jax.devices.program_cache import add_cache_flag, keep_programs
-from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
+from gt_jax.errors import Failed, Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path
 from gt_jax.options import whole
 
@@ -97,7 +97,11 @@ def calibrate(
                   "text": reading.summary(), "files": reading.files(), "data": stream.state(), "batches": batches,
                   "losses": losses, **report}  # fmt: skip
     made = {"config": metadata["config"], "kind": "calibrated", "step": metadata.get("step", 0)}
-    checkpoint.save(target, result, {**made, "calibrated": calibrated, LINEAGE: carried(metadata)})
+    try:
+        checkpoint.save(target, result, {**made, "calibrated": calibrated, LINEAGE: carried(metadata)})
+    except (OSError, Failed, Refused):  # minutes of work are not lost for a full disk
+        say(f"DST is not written; the gains that were fitted, by layer: {json.dumps(report['gains']['after'])}")
+        raise
     return calibrated
 
 

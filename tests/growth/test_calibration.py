@@ -224,7 +224,7 @@ def folder(tmp_path_factory, grown):
     return place
 
 
-def test_the_command_writes_a_checkpoint_that_differs_in_gains_only(folder, capsys):
+def test_the_command_writes_a_checkpoint_that_differs_in_gains_only(folder, capsys, monkeypatch):
     words = [str(folder / name) for name in ("source", "grown", "calibrated")]
     assert calibrate.main([*words, "--batches", "2", "--iterations", "2", "--json"]) == 0
     output = capsys.readouterr()
@@ -239,6 +239,15 @@ def test_the_command_writes_a_checkpoint_that_differs_in_gains_only(folder, caps
     assert newest(new, "grown_from") == old["grown_from"] and new["config"] == old["config"]
     assert new["calibrated"] == {name: value for name, value in result.items() if name != "target"}
     assert "written to" in calibrate.report_lines(new["calibrated"], folder / "calibrated")[-1]
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        calibrate.main([*words[:2], str(folder / "more"), "--batches", "2", "--iterations", "2"])
+    said = capsys.readouterr().err.partition("the gains that were fitted, by layer: ")[2].splitlines()[0]
+    assert json.loads(said) == result["gains"]["after"]
 
 
 def test_gains_are_fitted_on_all_difficulties_though_the_source_began_with_the_least(folder, monkeypatch):

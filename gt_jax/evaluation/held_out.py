@@ -198,9 +198,17 @@ def _notes(opened: Sequence[Checkpoint], text: Text | Data, named: Mapping[str, 
 
 
 def _unmixed(text: Text | Data, batches: int | None) -> list[str]:
-    """What all batches of data of several parts are: as many of each as there are, and not as the data is mixed."""
-    if batches is not None or len(text.parts) < 2:
+    """Where batches of data of several parts are not as the data is mixed: all there are, or more than a part has."""
+    if isinstance(text, Text) or len(text.parts) < 2:
         return []
+    if batches is not None:
+        asked = text.held_out_counts(batches)
+        rows = {name: sum(int((batch["targets"] >= 0).any(axis=1).sum()) for batch in of_part)
+                for name, of_part in text.held_out_by_part(batches).items()}  # fmt: skip
+        wanted = {name: count * text.config.batch_size for name, count in asked.items() if count is not None}
+        return [f"{name} has {rows[name]} held-out rows of the {count} that its weight asks for, so it counts for less "
+                "in these figures; fewer --batches ask for fewer" for name, count in wanted.items()
+                if rows[name] < count]  # fmt: skip
     tokens = {name: sum(int((batch["targets"] >= 0).sum()) for batch in rows)
               for name, rows in text.held_out_by_part(None).items()}  # fmt: skip
     shares = ", ".join(f"{100 * count / sum(tokens.values()):.3g} % {name}" for name, count in tokens.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -230,11 +231,12 @@ def test_targets_that_stand_for_no_byte_have_no_bits_a_byte(folder, capsys):
 def test_all_rows_of_several_parts_are_said_to_be_no_mix(folder, capsys):
     mixed = ["--text", str(folder / "text.bin"), "--task", TASK, "--mix", "text=0.9,pointer_jumps=0.1"]
     notes = []
-    for rows in ("--all", "--batches=4"):
+    for rows in ("--all", "--batches=4", "--batches=90"):
         assert evaluate.main([str(folder / "a"), *mixed, rows, "--json"]) == 0
         notes.append(" ".join(json.loads(capsys.readouterr().out)["notes"]))
     assert "--all takes each part whole" in notes[0] and "% pointer_jumps by tokens" in notes[0]
-    assert "--all" not in notes[1]
+    assert notes[1] == notes[2].partition("text has")[0].rstrip(), "there are as many rows as the weights ask for"
+    assert re.search(r"text has \d+ held-out rows of the \d+ that its weight asks for, so it counts for less", notes[2])
 
 
 def test_a_model_that_diverged_is_shown_as_that(folder, capsys, monkeypatch):

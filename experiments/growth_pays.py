@@ -66,7 +66,7 @@ def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] =
     `lent` are rows of an earlier run that this study would make the same; nothing of their settings is trained.
     Raises `Failed` where a model diverges at every rate.
     """
-    from experiments.pays_study.study import first_round, second_round, tries
+    from experiments.pays_study.study import GROWN, first_round, grown_tries, second_round, tries
 
     settings = [one for one in study.settings if one.name not in {row["task"] for row in lent}]
 
@@ -93,6 +93,10 @@ def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] =
                 rates = ", ".join(f"{at[0].rate:g}" for at in tried[name][kind])
                 raise Failed(f"{name}: {kind} diverged at every rate that was tried ({rates}), each time at some seed")
             ranked[name][kind] = left
+    for setting in settings:
+        tried_children = grown_tries(setting, study.seeds, best[setting.name])
+        found |= made([one for at in tried_children for one in at])
+        best[setting.name] |= {GROWN: min(tried_children, key=loss)[0]} if tried_children else {}
     then = made([one for setting in settings for one in second_round(setting, study.seeds, best[setting.name])])
     return [*first.values(), *then.values(), *map(dict, lent)]
 

@@ -57,7 +57,8 @@ def make(work: Path, text: tuple[str, ...], wanted: Wanted) -> dict[str, Any]:
     said = f"{100 * last['accuracy_all']:.1f} % right" if "accuracy_all" in last else f"{last['nats']:.4f} nats"
     seconds = time.monotonic() - began
     same = {"task": wanted.setting.name, "model": wanted.model, "kind": wanted.kind, "seed": wanted.seed,
-            "point": wanted.point, "rate": wanted.rate, "harder": list(wanted.setting.harder)}  # fmt: skip
+            "point": wanted.point, "rate": wanted.own or wanted.rate,
+            "harder": list(wanted.setting.harder)}  # fmt: skip
     answers = {name: last[name] for name in ("accuracy", "passes", "spearman") if name in last}
     return {**same, **answers, **row, "seconds": round(seconds, 1), "line": f"{said} in {seconds:.0f} s"}
 
@@ -217,7 +218,7 @@ def _further(at: _Place, config: ModelConfig, start: Path, variables: Tree, spen
              **more: Any) -> dict[str, Any]:  # fmt: skip
     """Train on from `start`, its moments carried, on what follows in the source's data."""
     setting, source = at.setting, at.source()
-    train = setting.further(source["steps"], at.wanted.rate, steps, decay)
+    train = setting.further(source["steps"], at.wanted.own or at.wanted.rate, steps, decay)
     trainer = _trainer(config, train)
     state = trainer.new_state(jax.tree.map(jnp.array, variables))  # copies: the step donates its state
     stored = checkpoint.describe(start)[0]
@@ -232,7 +233,8 @@ def _further(at: _Place, config: ModelConfig, start: Path, variables: Tree, spen
     first = figures(config, variables_of(state), at.held_out())
     trained = _train(at, config, trainer, state, stream, steps, spent, (tenth,))
     trained.curve.insert(0, point_of(0, spent, first))
-    row = _row(at, config, steps, trained, step0=first, **more)
+    tuning = NO_LOSS if trained.diverged else figures(config, variables_of(trained.state), at.tuning())["nats"]
+    row = _row(at, config, steps, trained, step0=first, tuning_nats=tuning, **more)
     if tenth in trained.asked:
         row["tenth"] = {"steps": tenth, **trained.asked[tenth]}
     return row

@@ -41,7 +41,7 @@ def markdown(stored: Mapping[str, Any]) -> str:
         f"{stored['machine']['cores']} cores ({stored['machine']['device']}). Figures are means over seeds, in "
         "brackets the 95 % interval by Student's t; differences are seed by seed. Every model trained at the better of "
         "its rates, by the loss on the tuning part at the first seed or few, the one from scratch also with the better "
-        "curriculum; children go on at their source's rate. Figures are of the held-out part. FLOPs and tokens are all "
+        "curriculum; children go on at their source's rate, where not said otherwise. Figures are of the held-out part. FLOPs and tokens are all "
         "that led to a model, its source's among them. "
         f"{count} differences are judged: without any, {0.05 * count:.1f} would lie outside their interval by chance. "
         f"![curves]({NAME}.png)", "",
@@ -58,9 +58,11 @@ def markdown(stored: Mapping[str, Any]) -> str:
 
 
 def _tuned(setting: Mapping[str, Any]) -> list[str]:
-    """How rates were chosen, where it was not by the first seed alone."""
-    seeds = setting.get("tuned_at", 1)
-    return [f"Rates are the best by the mean loss of the first {seeds} seeds.", ""] if seeds > 1 else []
+    """How rates were chosen, where it was not by the first seed alone and for sources and models from scratch."""
+    seeds, own = setting.get("tuned_at", 1), setting.get("child_rates", ())
+    lines = [f"Rates are the best by the mean loss of the first {seeds} seeds."] if seeds > 1 else []
+    lines += [f"What is grown has a rate of its own, of {' and '.join(f'{one:g}' for one in own)}."] if own else []
+    return [" ".join(lines), ""] if lines else []
 
 
 def _overview(found: Mapping[str, Any]) -> list[str]:

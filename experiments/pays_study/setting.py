@@ -37,8 +37,9 @@ class Setting(Config, abc.ABC):
 
     With `shallow` the source's layers, each run once, are trained from scratch too; on text in place of the controls.
 
-    Sources and the model from scratch are tried at `rates`, with as many of the study's first seeds as `tuned_at` says;
-    curves have about `evaluations` points; `decay` is the share of B over which the rate falls.
+    Sources and the models from scratch are tried at `rates`, with as many of the study's first seeds as `tuned_at`
+    says; what is grown goes on at its source's rate, or where there are `child_rates`, at the best of these. Curves
+    have about `evaluations` points; `decay` is the share of B over which the rate falls.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Setting(Config, abc.ABC):
     evaluations: int = 6
     held_out_batches: int = 6
     shallow: bool = False
+    child_rates: tuple[float, ...] = ()
 
     def problems(self) -> list[str]:
         wrong = below(self, 10, "budget") + below(self, 1, "evaluations", "held_out_batches", "tuned_at")
@@ -58,6 +60,8 @@ class Setting(Config, abc.ABC):
             wrong.append(f"points are {list(self.points)}; rising shares of the budget are needed, above 0 and below 1")
         if not self.rates or min(self.rates) <= 0:
             wrong.append(f"rates are {list(self.rates)}; one or more positive learning rates are needed")
+        if self.child_rates and min(self.child_rates) <= 0:
+            wrong.append(f"child_rates are {list(self.child_rates)}; positive learning rates are needed, or none")
         if not 0 < self.decay < 1:
             wrong.append(f"decay is {self.decay}; it must lie between 0 and 1")
         return wrong

@@ -28,7 +28,7 @@ DEEPER = TaskSetting(
 )  # fmt: skip
 TEXT = TextSetting(name="text", budget=800, points=(0.25, 0.5))
 NARROW = TextSetting(name="text_narrow", width=24, heads=2, budget=2400, points=(0.5,), rates=(4e-3, 8e-3), planned=1.4,
-                     shallow=True)  # fmt: skip
+                     child_rates=(2e-3, 4e-3), shallow=True)  # fmt: skip
 """A model so narrow that two cores show the deep one 25 tokens a parameter."""
 _WIDE_CHAINS, _WIDE_JUMPS = DEPTH_SCALES["accelerator"]
 _LESS = {"budget": 24, "points": (0.5,), "evaluations": 2, "held_out_batches": 2, "rates": (4e-3,)}
@@ -82,7 +82,8 @@ class Study(Config):
 class Wanted(NamedTuple):
     """One unit: a model of `setting`; but for the one from scratch it is, or was made from, the source of `point`.
 
-    `curriculum` is of the one from scratch, None where it is the setting's.
+    `curriculum` is of the one from scratch, None where it is the setting's; `own` is the rate of what was grown, None
+    where it is its source's.
     """
 
     setting: Setting
@@ -92,6 +93,7 @@ class Wanted(NamedTuple):
     point: float = 1.0
     recipe: str = ""
     curriculum: float | None = None
+    own: float | None = None
 
     @property
     def model(self) -> str:
@@ -105,7 +107,8 @@ class Wanted(NamedTuple):
     def name(self) -> str:
         """Where the unit is kept."""
         eased = "" if self.curriculum is None else f", curriculum {self.curriculum:g}"
-        return f"{self.setting.name}/seed{self.seed}/{self.model} at {self.rate:g}{eased}"
+        then = "" if self.own is None else f", then {self.own:g}"
+        return f"{self.setting.name}/seed{self.seed}/{self.model} at {self.rate:g}{eased}{then}"
 
     def place(self, work: Path) -> Path:
         """Where the checkpoint of the source lies."""
@@ -114,7 +117,7 @@ class Wanted(NamedTuple):
     @property
     def source(self) -> Wanted:
         """The source that it is, or was made from."""
-        return self._replace(kind=SOURCE, recipe="")
+        return self._replace(kind=SOURCE, recipe="", own=None)
 
 
 def scaled(scale: str, seeds: tuple[int, ...], text: tuple[str, ...], only: tuple[str, ...]) -> Study:
@@ -148,12 +151,20 @@ def first_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted
     return found + [best[SOURCE]._replace(seed=seed, point=point) for point in setting.points for seed in seeds]
 
 
+def grown_tries(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted]) -> list[list[Wanted]]:
+    """What is grown in the middle, at every one of its own rates, each with the first `tuned_at` of the seeds."""
+    rate = best[SOURCE].rate
+    return [[Wanted(setting, GROWN, seed, rate, setting.middle, own=None if own == rate else own)
+             for seed in seeds[: setting.tuned_at]] for own in setting.child_rates]  # fmt: skip
+
+
 def second_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted]) -> list[Wanted]:
-    """What is made of the sources."""
-    rate = best[SOURCE].rate  # seeds of one model follow each other: a worker has compiled it then
-    found = [Wanted(setting, kind, seed, rate, point) for point in setting.points for kind in (GROWN, ON)
-             for seed in seeds]  # fmt: skip
-    return found + [Wanted(setting, CONTROL, seed, rate, setting.middle, one.name) for one in setting.controls
+    """What is made of the sources; at the rate of `best[GROWN]` what is grown, where that was tried."""
+    rate, own = best[SOURCE].rate, best[GROWN].own if GROWN in best else None
+    found = [Wanted(setting, kind, seed, rate, point, own=own if kind == GROWN else None)
+             for point in setting.points for kind in (GROWN, ON)
+             for seed in seeds]  # fmt: skip - seeds of one model follow each other: a worker has compiled it then
+    return found + [Wanted(setting, CONTROL, seed, rate, setting.middle, one.name, own=own) for one in setting.controls
                     for seed in seeds]  # fmt: skip
 
 

@@ -221,6 +221,24 @@ def test_rates_are_chosen_by_as_many_seeds_as_the_setting_says_and_kept_rows_are
         unchanged(with_text.replace(seeds=(0,)), text, "else")
 
 
+def test_what_is_grown_has_a_rate_of_its_own_where_several_are_tried():
+    """By the loss on the tuning part at the first seed; its source, and the source trained on, keep theirs."""
+
+    class Made:
+        def all(self, wanted):
+            return {name: {"tuning_nats": one.own or one.rate, "task": one.setting.name, "kind": one.kind,
+                           "rate": one.own or one.rate, "source": one.source.name} for name, one in wanted.items()}
+
+    setting = SMALL.replace(curricula=(0.6,), child_rates=(1e-3, 2e-3, 4e-3))
+    rows = growth_pays.all_rows(Study(tasks=(setting,), texts=()), Made())
+    rates = {kind: {row["rate"] for row in rows if row["kind"] == kind} for kind in (SOURCE, ON, GROWN, CONTROL)}
+    assert rates == {SOURCE: {2e-3}, ON: {2e-3}, GROWN: {1e-3}, CONTROL: {1e-3}}
+    sources = {row["source"] for row in rows if row["kind"] == GROWN}
+    assert sources == {row["source"] for row in rows if row["kind"] == SOURCE}
+    with pytest.raises(Refused, match=r"child_rates are \[0.0\]"):
+        SMALL.replace(child_rates=(0.0,))
+
+
 def test_a_rate_at_which_a_seed_diverges_is_not_taken_for_any():
     class Made:
         broken: tuple[tuple[int, float], ...] = ((1, 4e-3),)

@@ -41,8 +41,8 @@ def markdown(stored: Mapping[str, Any]) -> str:
         f"{stored['machine']['cores']} cores ({stored['machine']['device']}). Figures are means over seeds, in "
         "brackets the 95 % interval by Student's t; differences are seed by seed. Every model trained at the better of "
         "its rates, by the loss on the tuning part at the first seed or few, the one from scratch also with the better "
-        "curriculum; children go on at their source's rate, where not said otherwise. Figures are of the held-out part. FLOPs and tokens are all "
-        "that led to a model, its source's among them. "
+        "curriculum; children go on at their source's rate, where not said otherwise. Figures are of the held-out "
+        "part. FLOPs and tokens are all that led to a model, its source's among them. "
         f"{count} differences are judged: without any, {0.05 * count:.1f} would lie outside their interval by chance. "
         f"![curves]({NAME}.png)", "",
     ]  # fmt: skip

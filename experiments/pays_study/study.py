@@ -27,7 +27,7 @@ DEEPER = TaskSetting(
     deeper="pointer_jumps:hardest=8,symbols=10,queries=4", times=8, budget=900, points=(0.5,),
 )  # fmt: skip
 TEXT = TextSetting(name="text", budget=800, points=(0.25, 0.5))
-NARROW = TextSetting(name="text_narrow", width=24, heads=2, budget=2400, points=(0.5,), rates=(4e-3, 8e-3), planned=1.4,
+NARROW = TextSetting(name="text_narrow", width=24, heads=2, budget=2400, points=(0.5,), rates=(4e-3, 8e-3),
                      child_rates=(2e-3, 4e-3), shallow=True)  # fmt: skip
 """A model so narrow that two cores show the deep one 25 tokens a parameter."""
 _WIDE_CHAINS, _WIDE_JUMPS = DEPTH_SCALES["accelerator"]

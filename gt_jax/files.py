@@ -89,9 +89,7 @@ def _name_anew(unfinished: Path, path: Path) -> None:
     """Call a file `path`, which nothing is called; raises FileExistsError."""
     try:
         os.link(unfinished, path)
-    except FileExistsError:
-        raise FileExistsError(errno.EEXIST, "it has come meanwhile, and is left as it is", str(path)) from None
-    except OSError:  # a file system without a second name for a file: there is a moment between look and rename
+    except OSError:  # something is; or the file system has no second names, and a moment lies between look and rename
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, "it has come meanwhile, and is left as it is", str(path)) from None
         os.replace(unfinished, path)

@@ -161,9 +161,10 @@ def grown_tries(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted
 def second_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted]) -> list[Wanted]:
     """What is made of the sources; at the rate of `best[GROWN]` what is grown, where that was tried."""
     rate, own = best[SOURCE].rate, best[GROWN].own if GROWN in best else None
+    # seeds of one model follow each other: a worker has compiled it then
     found = [Wanted(setting, kind, seed, rate, point, own=own if kind == GROWN else None)
              for point in setting.points for kind in (GROWN, ON)
-             for seed in seeds]  # fmt: skip - seeds of one model follow each other: a worker has compiled it then
+             for seed in seeds]  # fmt: skip
     return found + [Wanted(setting, CONTROL, seed, rate, setting.middle, one.name, own=own) for one in setting.controls
                     for seed in seeds]  # fmt: skip
 

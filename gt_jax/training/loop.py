@@ -252,8 +252,7 @@ def _train_run(
             group.agree(heard)
             if last or step == top or _due(step, train.checkpoint_every, train.steps):
                 group.agree(on_disk)
-                here = _metadata(config, text, stream.state(), state)
-                steps.save_beside(step, state._asdict(), {**here, **lineage})
+                steps.save_beside(step, state._asdict(), {**_metadata(config, text, stream.state(), state), **lineage})
             if step == top:
                 falls = "from here on the learning rate falls; " if train.optimizer.final < 1 else ""
                 recorder.message(f"step {step}: {falls}{run / str(step)} stays, to grow or to train on from")

@@ -174,6 +174,12 @@ def parse_json(text: str | bytes, finite: bool = False, once: bool = False) -> A
         raise ValueError("it is nested too deeply") from error
 
 
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number, and one that a float can hold, sums of many such ones too."""
+    # The comparison, unlike math.isfinite, also takes an integer that no float can hold; bool is a kind of int.
+    return type(value) in (int, float) and -1e300 < value < 1e300
+
+
 def object_of_different_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose names are all different; raises ValueError for what a later one would silently replace."""
     made = dict(pairs)

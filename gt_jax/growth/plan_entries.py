@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from gt_jax.configs.layout import Layout, parse
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.files import read_json
+from gt_jax.files import is_number, read_json
 
 GATES = "gates"  # in place of a way to strengths: each token's own weight, in the model itself
 DEAD = 0.02  # a layer that adds less than this part of its update is dead: it costs a layer and does next to nothing
@@ -217,13 +217,8 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _finite(value: Any) -> bool:
-    # The comparison, unlike math.isfinite, also takes an integer that no float can hold.
-    return (_is(value, int) or _is(value, float)) and -1e300 < value < 1e300
-
-
 def _whole(value: Any) -> bool:
-    return _is(value, int) and _finite(value)
+    return _is(value, int) and is_number(value)
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
@@ -242,7 +237,7 @@ def _text_or_none(value: Any) -> bool:
 _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: (_text_or_none, "a text") for name in ("round", "coefficient", "correct", "from")},
     "target_layers": (lambda value: value is None or _whole(value), "a whole number"),
-    "alpha": (lambda value: value is None or (isinstance(value, list) and all(map(_finite, value))),
+    "alpha": (lambda value: value is None or (isinstance(value, list) and all(map(is_number, value))),
               "a list of finite numbers"),
 }  # fmt: skip
 
@@ -253,8 +248,8 @@ def _json_problems(data: Mapping[str, Any]) -> list[str]:
     layers, mass, options = data.get("layers"), data.get("mass"), data.get("options", {})
     masses = mass.get("requested") if isinstance(mass, Mapping) else None
     for name, values, fits, what in (("requested", data.get("requested"), _whole, "whole numbers"),
-                                     ("mass.requested", masses, _finite, "finite numbers"),
-                                     ("asked", data.get("asked", []), _finite, "finite numbers")):
+                                     ("mass.requested", masses, is_number, "finite numbers"),
+                                     ("asked", data.get("asked", []), is_number, "finite numbers")):
         if not isinstance(values, list) or not all(map(fits, values)):
             wrong.append(f"key {name!r} is not a list of {what}, one a source layer")
     if not isinstance(options, Mapping):
@@ -263,13 +258,13 @@ def _json_problems(data: Mapping[str, Any]) -> list[str]:
         wrong += [f"key 'options.{name}' is {options[name]!r:.60}; {words} is needed"
                   for name, (fits, words) in _OPTIONS.items() if not fits(options.get(name))]
         wrong += [f"key 'options.{name}' is {value}; a finite number is needed"
-                  for name, value in _numbers(options) if name not in _OPTIONS and not _finite(value)]
+                  for name, value in _numbers(options) if name not in _OPTIONS and not is_number(value)]
         if options.get("coefficient") == GATES and not isinstance(options.get("alpha"), list):
             wrong.append(f"key 'options.alpha' is {options.get('alpha')!r:.60}; of a plan that keeps gates the "
                          "strengths of the source's passes are needed, a list of finite numbers")
     if not isinstance(layers, list):
         return [*wrong, "key 'layers' is not a list, one object a target layer"]
-    fields = {"source": _whole, "copy": _whole, "coefficient": _finite}
+    fields = {"source": _whole, "copy": _whole, "coefficient": is_number}
     for index, row in enumerate(layers):
         missing = [name for name, fits in fields.items() if not isinstance(row, Mapping) or not fits(row.get(name))]
         wrong += [f"layers[{index}].{name} is missing or not a finite {'' if name == 'coefficient' else 'whole '}number"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.files import read_json
+from gt_jax.files import is_number, read_json
 
 Json = Mapping[str, Any]
 PHASES = ("forward", "again", "backward", "update")
@@ -62,18 +62,13 @@ def _not_numbers(row: Any) -> list[str]:
     return wrong + _strange_sums(row) + [
         f"{name} has a {key} that is no number: {one!r:.40}" for name, value in given.items()
         if isinstance(value, Mapping) for key, one in value.items()
-        if not (isinstance(one, _NUMBERS[name]) and _is_number(one))]  # fmt: skip
+        if not (isinstance(one, _NUMBERS[name]) and is_number(one))]  # fmt: skip
 
 
 def _strange_sums(row: Any) -> list[str]:
     """What a mesh or a part of it sums up, where it is there, and is no number."""
     given = {name: row[name] for name in _SUMS if name in row} if isinstance(row, Mapping) else {}
-    return [f"has a {name} that is no number: {one!r:.40}" for name, one in given.items() if not _is_number(one)]
-
-
-def _is_number(value: Any) -> bool:
-    """Of a size that a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+    return [f"has a {name} that is no number: {one!r:.40}" for name, one in given.items() if not is_number(one)]
 
 
 def best(plan: Json) -> Json | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from gt_jax.configs import layout as layouts
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused
+from gt_jax.files import is_number
 from gt_jax.interop.families.rows import Table
 from gt_jax.interop.tensor_transforms import Shape
 
@@ -52,7 +52,7 @@ class Fields:
     def number(self, name: str, zero: bool = False) -> float:
         """A positive number; with `zero` 0 is one too."""
         what = "0 or a positive number" if zero else "a positive number"
-        return float(self._checked(name, lambda value: _is_number(value) and (value > 0 or (zero and value == 0)),
+        return float(self._checked(name, lambda value: is_number(value) and (value > 0 or (zero and value == 0)),
                                    what, 1.0))
 
     def flag(self, name: str) -> bool:
@@ -105,7 +105,7 @@ class Fields:
         if theta is None:
             return {"rope": "none"}
         for name, value in (("rope_theta", theta), ("partial_rotary_factor", share)):
-            if not _is_number(value) or value <= 0:
+            if not is_number(value) or value <= 0:
                 self.problems.append(f"rope_parameters: {name} is {value!r}; it must be a positive number")
                 return {}
         return {"rope_base": float(theta), "rope_share": float(share)}
@@ -117,10 +117,6 @@ class Fields:
         is_there = name in self._data
         self.problems.append(f"{name} is {value!r}; it must be {what}" if is_there else f"{name} is missing; {what}")
         return instead
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gt_jax.devices.flags import add_device_flags, mesh_of, wrong_process_flags
 from gt_jax.devices.precision import add_precision_flag, computing
@@ -43,37 +43,60 @@ def calibrate(
     that exists. Both models are laid out over the mesh of the context; every process of a `group` calls it.
     """
     from gt_jax.checkpoints import checkpoint
-    from gt_jax.configs.lineage import LINEAGE, carried
+    from gt_jax.checkpoints.lock import only_writer
     from gt_jax.devices.processes import ProcessGroup
+
+    group = group or ProcessGroup()
+    named_places = group.agree(lambda: [str(checkpoint.resolve(path)) for path in (source, grown)])
+    # one step of a run for all that follows, in every process: a newer one may come between
+    places = [Path(place) for place in group.gather(named_places)[0]]
+    pair = group.agree(lambda: _belonging(source, grown, target, batches, places))
+    group.on_first(lambda: _refuse_other_values(pair.grown, grown, places[0]))
+    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "json_lines": tuple(json_lines),
+                             "tasks": tuple(tasks), "mix": tuple(mix), "tokenizer": tokenizer}
+    with only_writer(target):  # since before the minutes of the fit: of two jobs one would fit for nothing
+        return _fitted(source, grown, target, pair, named, batches, progress or (lambda line: None), group, **options)
+
+
+class _Pair(NamedTuple):
+    """Two checkpoints that belong together: where they are, the plan between them, and the metadata of each."""
+
+    places: Sequence[Path]
+    plan: Any
+    source: dict[str, Any]
+    grown: dict[str, Any]
+
+
+def _fitted(
+    source: Path, grown: Path, target: Path, pair: _Pair, named: Mapping[str, Any], batches: int,
+    say: Callable[[str], None], group: ProcessGroup, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Fit and write: `calibrate` behind what it refuses before a value is read, as the only writer of `target`."""
+    from gt_jax.checkpoints import checkpoint
+    from gt_jax.configs.lineage import LINEAGE, carried
     from gt_jax.devices.sharding import Rules, global_batch
     from gt_jax.evaluation.loading import data_config, names_text, text_note
     from gt_jax.evaluation.model_files import load
     from gt_jax.growth.calibration import calibrate_gains
     from gt_jax.text.batches import Text
-    from gt_jax.text.data import Data, open_data
+    from gt_jax.text.data import Data, open_data, short_parts
     from gt_jax.text.tokenizers import chosen_tokenizer
     from gt_jax.training.step import evaluate, make_evaluation
 
-    say, group, rules = progress or (lambda line: None), group or ProcessGroup(), Rules()
-    named_places = group.agree(lambda: [str(checkpoint.resolve(path)) for path in (source, grown)])
-    # one step of a run for all that follows, in every process: a newer one may come between
-    of_source, of_grown = places = [Path(place) for place in group.gather(named_places)[0]]
-    plan, source_metadata, metadata = group.agree(lambda: _belonging(source, grown, target, batches, places))
-    group.on_first(lambda: _refuse_other_values(metadata, grown, of_source))
-    named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "json_lines": tuple(json_lines),
-                             "tasks": tuple(tasks), "mix": tuple(mix), "tokenizer": tokenizer}
+    (of_source, of_grown), plan, source_metadata, metadata = pair
+    rules = Rules()
 
     def prepare() -> Text | Data:
         # all that the source was asked in the end: a curriculum begins with what it has long known
         data = data_config(source_metadata, named, source).replace(curriculum_rows=0)
         chosen_tokenizer(metadata, data.tokenizer, grown)
         reading = open_data(data)
-        _refuse_mesh(reading.config.batch_size, *places)
+        _refuse_mesh(reading.config.batch_size, *pair.places)
         return reading
 
     reading = group.agree(prepare)
     for note in (text_note(source_metadata, reading, source, names_text(named)),
-                 text_note(metadata, reading, grown, True)):  # fmt: skip
+                 text_note(metadata, reading, grown, True), *short_parts(reading, batches)):  # fmt: skip
         if note is not None:  # a grown model may have been trained on, on another part of the text
             say(f"note: {note}")
     (shallow, shallow_variables, _), (deep, deep_variables, _) = load(of_source, rules), load(of_grown, rules)
@@ -98,7 +121,7 @@ def calibrate(
                   "losses": losses, **report}  # fmt: skip
     made = {"config": metadata["config"], "kind": "calibrated", "step": metadata.get("step", 0)}
     try:
-        checkpoint.save(target, result, {**made, "calibrated": calibrated, LINEAGE: carried(metadata)})
+        checkpoint.save(target, result, {**made, "calibrated": calibrated, LINEAGE: carried(metadata)}, held=True)
     except (OSError, Failed, Refused):  # minutes of work are not lost for a full disk
         say(f"DST is not written; the gains that were fitted, by layer: {json.dumps(report['gains']['after'])}")
         raise
@@ -116,13 +139,8 @@ def _refuse_mesh(rows: int, *paths: Path) -> None:
     refuse_all(wrong, "the mesh does not fit:")
 
 
-def _belonging(
-    source: Path, grown: Path, target: Path, batches: int, places: Sequence[Path]
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The plan, the metadata of SRC and of GROWN; raises `Refused` for all that can be wrong before a value is read.
-
-    `places` are what SRC and GROWN name.
-    """
+def _belonging(source: Path, grown: Path, target: Path, batches: int, places: Sequence[Path]) -> _Pair:
+    """SRC and GROWN, which `places` are; raises `Refused` for all that can be wrong before a value is read."""
     from gt_jax.checkpoints import checkpoint
     from gt_jax.evaluation.model_files import open_checkpoint
     from gt_jax.growth.calibration import mismatches
@@ -139,7 +157,7 @@ def _belonging(
     plan = stored_plan(deep.metadata, grown)
     refuse_all(mismatches(shallow.config, deep.config, plan), f"{grown} was not grown from {source}:")
     checkpoint.prepare_parent(target)
-    return plan, shallow.metadata, deep.metadata
+    return _Pair(places, plan, shallow.metadata, deep.metadata)
 
 
 def _refuse_other_values(metadata: dict[str, Any], grown: Path, source: Path) -> None:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -68,11 +69,12 @@ class Model(NamedTuple):
     metadata: dict[str, Any]
 
 
-def save(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> None:
+def save(path: StrPath, tree: Any, metadata: Mapping[str, Any], *, held: bool = False) -> None:
     """Write `tree` and the JSON object `metadata` at `path`; its parent folders are made.
 
-    Raises `Refused` when the path exists, is being written, or its place is not writable, OSError when the disk is
-    full; then nothing is left at `path`. On several processes every process calls it.
+    `held`: the caller is `only_writer` of the path already, since before the work whose end this is. Raises `Refused`
+    when the path exists, is being written, or its place is not writable, OSError when the disk is full; then nothing
+    is left at `path`. On several processes every process calls it.
     """
     target, unfinished, leaves, metadata, tokenizer = _prepare(path, tree, metadata)
 
@@ -80,7 +82,7 @@ def save(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> None:
         orbax_store.save(unfinished, leaves, metadata)
         on_primary(functools.partial(_publish, unfinished, target, _carried_shapes(leaves), tokenizer))
 
-    with only_writer(target):
+    with contextlib.nullcontext() if held else only_writer(target):
         on_primary(functools.partial(_make_room, unfinished, target))
         orbax_store.write(target, unfinished, work)
 

@@ -12,6 +12,7 @@ import pytest
 
 from gt_jax import calibrate
 from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.layout import parse
@@ -240,7 +241,7 @@ def test_the_command_writes_a_checkpoint_that_differs_in_gains_only(folder, caps
     assert new["calibrated"] == {name: value for name, value in result.items() if name != "target"}
     assert "written to" in calibrate.report_lines(new["calibrated"], folder / "calibrated")[-1]
 
-    def full(*arguments):
+    def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save", full)
@@ -283,6 +284,8 @@ def test_the_command_refuses_before_it_writes(folder):
     refused("does not exist", "nothing", "grown", "new")
     refused("--batches is 0", "source", "grown", "new", "--batches", "0")
     refused("does not exist|cannot be read|no file", "source", "grown", "new", "--text", str(folder / "no.txt"))
+    with only_writer(folder / "new"):  # by another job, whose fit has begun
+        refused("new at this moment", "source", "grown", "new")
     assert {path.name for path in folder.iterdir()} == there
 
 

@@ -31,7 +31,7 @@ from gt_jax.models.language_model import fixed_passes, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.monitoring.metrics import json_values
 from gt_jax.text.batches import Batch, Text
-from gt_jax.text.data import Data, open_data
+from gt_jax.text.data import Data, open_data, short_parts
 from gt_jax.text.tokenizers import Tokenizer, open_tokenizer
 from gt_jax.training.divisibility import indivisible_fields
 from gt_jax.typing import Tree
@@ -202,13 +202,7 @@ def _unmixed(text: Text | Data, batches: int | None) -> list[str]:
     if isinstance(text, Text) or len(text.parts) < 2:
         return []
     if batches is not None:
-        asked = text.held_out_counts(batches)
-        rows = {name: sum(int((batch["targets"] >= 0).any(axis=1).sum()) for batch in of_part)
-                for name, of_part in text.held_out_by_part(batches).items()}  # fmt: skip
-        wanted = {name: count * text.config.batch_size for name, count in asked.items() if count is not None}
-        return [f"{name} has {rows[name]} held-out rows of the {count} that its weight asks for, so it counts for less "
-                "in these figures; fewer --batches ask for fewer" for name, count in wanted.items()
-                if rows[name] < count]  # fmt: skip
+        return short_parts(text, batches)
     tokens = {name: sum(int((batch["targets"] >= 0).sum()) for batch in rows)
               for name, rows in text.held_out_by_part(None).items()}  # fmt: skip
     shares = ", ".join(f"{100 * count / sum(tokens.values()):.3g} % {name}" for name, count in tokens.items())

@@ -195,12 +195,12 @@ def load_for_text(source: Path, named: Mapping[str, Any] | None, batches: int) -
     """A checkpoint and `batches` held-out batches of the named text (None: the text it was trained on)."""
     from gt_jax.devices.sharding import Rules
     from gt_jax.evaluation.model_files import load
-    from gt_jax.text.data import open_data
+    from gt_jax.text.data import open_data, short_parts
 
     if batches < 1:
         raise Refused(f"--batches is {batches}; at least one is needed")
     config, variables, metadata = load(source)
     text = open_data(data_config(metadata, named, source))
     note = text_note(metadata, text, source, names_text(named))
-    notes = [] if note is None else [note]
+    notes = [*([] if note is None else [note]), *short_parts(text, batches)]
     return Loaded(config, variables, metadata, Rules(), text.held_out(batches), text.summary(), notes)

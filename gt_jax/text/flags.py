@@ -55,7 +55,7 @@ def read_mix(words: str) -> tuple[Weight, ...]:
         try:
             found.append(Weight(part, float(weight)))
         except Refused as error:
-            wrong.append(str(error).splitlines()[-1].removeprefix("  - "))
+            wrong.append(f"{one!r}: " + str(error).splitlines()[-1].removeprefix("  - "))
         except ValueError:
             wrong.append(f"{one!r} is no PART=WEIGHT, for example text=0.5")
     refuse_all(wrong, f"--mix {words} cannot be read:")

@@ -37,7 +37,7 @@ from gt_jax.monitoring.alerts import Watch
 from gt_jax.monitoring.metrics import Recorder
 from gt_jax.monitoring.tensorboard import TensorBoard, writer_module
 from gt_jax.text.batches import Text
-from gt_jax.text.data import Data, open_data
+from gt_jax.text.data import Data, open_data, short_parts
 from gt_jax.text.token_bytes import default_texts, token_table
 from gt_jax.training.budget import BudgetState
 from gt_jax.training.divisibility import refuse_indivisible
@@ -208,7 +208,7 @@ def _train_run(
     trainer = make_trainer(config.model, config.train, rules)
     held_out = {name: [global_batch(batch, rules) for batch in batches]
                 for name, batches in text.held_out_by_part(config.train.evaluation_batches).items()}
-    notes: list[str] = []
+    notes = short_parts(text, config.train.evaluation_batches)
     top = plateau_end(config.train) if config.train.checkpoint_every else None
     tops = (set() if top is None else {top}) | (group.agree(lambda: plateau_ends(run)) if resume else set())
     steps = RunCheckpoints(run, config.train.keep, notes.append, tops)

@@ -88,7 +88,7 @@ def test_a_source_that_is_named_replaces_all_that_the_run_had():
     (("--task", "p_hop", "--mix", "text=0.5,p_hop=0.4"), ("the weights of mix sum to 0.9",)),
     (("--task", "p_hop", "--mix", "text=0.5,addition=0.5"), ("mix names addition", "mix has no weight for p_hop")),
     (("--mix", "text=much,half"), ("'text=much' is no PART=WEIGHT", "'half' is no PART=WEIGHT")),
-    (("--mix", "text=-1"), ("the weight of text is -1.0",)),
+    (("--mix", "text=-1,p_hop=nan"), ("the weight of text is -1.0", "'p_hop=nan': weight is nan")),
     (("--task", "p_hop", "--curriculum", "1.5"), ("--curriculum is 1.5",)), (("--curriculum", "0.5"), ("--task",)),
     (("--text", "bad.jsonl"), ("bad.jsonl, line 1: field 'answer' is missing", "bad.jsonl, line 3: it is no object")),
     (("--text", "sums.jsonl", "--sequence-length", "4"), ("an answer longer than a row", "sums.jsonl, line 1:")),
@@ -111,7 +111,9 @@ def test_a_mix_is_trained_on_evaluated_and_sampled(folder, monkeypatch, capsys):
     config = config_of("--model", "model.json", "--text", "story.txt", "sums.jsonl", "--task", CHAINS, "--mix",
                        "text=0.25,sums=0.25,variable_chains=0.5", "--curriculum", "0.5", "--sequence-length", "32",
                        "--batch-size", "2", "--steps", "2")  # fmt: skip
-    train_run(folder / "run", config.replace(train=config.train.replace(evaluation_batches=4)), show=False)
+    train_run(folder / "run", config.replace(train=config.train.replace(evaluation_batches=4)), show=True)
+    short = "sums has 1 held-out rows of the 2 that its weight asks for"
+    assert capsys.readouterr().err.count(short) == 1
     metadata = checkpoint.describe(folder / "run")[1]
     assert metadata["data"]["batches"] == 2 and set(metadata["data"]["parts"]) == {"text", "sums", "variable_chains"}
     held = read_metrics(folder / "run" / "metrics.jsonl")[-1]
@@ -121,7 +123,7 @@ def test_a_mix_is_trained_on_evaluated_and_sampled(folder, monkeypatch, capsys):
     assert evaluate.main(["run", "--batches", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["units"]["kind"] == "unit" and len(found["notes"]) == 1
-    assert found["notes"][0].startswith("sums has 1 held-out rows of the 2 that its weight asks for")
+    assert found["notes"][0].startswith(short)
     assert found["models"][0]["nats_per_token"]["value"] == pytest.approx(held["held_out_loss"], rel=1e-4)
     assert sample(["run", "--task", CHAINS, "--instances", "2"]) == 0
     shown = capsys.readouterr().out

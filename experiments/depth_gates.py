@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.pages import markdown_table, page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
-from gt_jax.files import write_atomically
 
 if TYPE_CHECKING:
     from experiments.depth_study.variants import GatesStudy, Wanted
@@ -74,7 +73,6 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def markdown(stored: Mapping[str, Any]) -> str:
     """The page: a line a variant."""
     from experiments.depth_study.variants import VARIANTS
-    from experiments.pages import markdown_table
 
     setting, found = stored["config"]["setting"], stored["summary"]
     difficulties = list(next(iter(found.values()))["accuracy"])
@@ -104,18 +102,12 @@ def all_rows(study: GatesStudy, workers: Workers) -> list[dict[str, Any]]:
     return list(workers.all({one.name: one for one in wanted}).values())
 
 
-def write(output: Path, stored: Mapping[str, Any]) -> str:
-    """OUTPUT/depth_gates.md of a stored file; returns its text."""
-    text = markdown(stored)
-    write_atomically(output / f"{NAME}.md", text)
-    return text
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, or only render it, and print its page."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
-    return run(NAME, arguments, words, lambda: (configured(arguments), ""), make, all_rows, summary, write)
+    return run(NAME, arguments, words, lambda: (configured(arguments), ""), make, all_rows, summary,
+               page_writer(NAME, markdown))  # fmt: skip
 
 
 if __name__ == "__main__":

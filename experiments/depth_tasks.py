@@ -21,6 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(words)
 
     return run(report.NAME, arguments, words, lambda: (configured(arguments), ""), make, all_rows, summary,
-               report.write, keeps=unchanged if arguments.keep else None)  # fmt: skip
+               page_writer(report.NAME, report.markdown, report.draw),
+               keeps=unchanged if arguments.keep else None)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
-from gt_jax.files import local_name, write_atomically
+from gt_jax.files import local_name
 
 if TYPE_CHECKING:
     from experiments.pays_study.context import ContextStudy, Of
@@ -72,23 +73,15 @@ def all_rows(study: ContextStudy, workers: Workers) -> list[dict[str, Any]]:
     return list(workers.all({one.name: one for one in wanted}).values())
 
 
-def write(output: Path, stored: Mapping[str, Any]) -> str:
-    """OUTPUT/growth_context.md of a stored file; returns its text."""
-    from experiments.pays_study.context import markdown
-
-    text = markdown(stored)
-    write_atomically(output / f"{NAME}.md", text)
-    return text
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, or only render it, and print its page."""
-    from experiments.pays_study.context import summary
+    from experiments.pays_study.context import markdown, summary
 
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
     made = functools.partial(make, arguments.work)
-    return run(NAME, arguments, words, lambda: configured(arguments), made, all_rows, summary, write, arguments.text)
+    return run(NAME, arguments, words, lambda: configured(arguments), made, all_rows, summary,
+               page_writer(NAME, markdown), arguments.text)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,14 +19,16 @@ import argparse
 import functools
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
 from gt_jax.errors import Failed
 from gt_jax.files import local_name
 
 if TYPE_CHECKING:
+    from experiments.pays_study.setting import Setting
     from experiments.pays_study.study import Study, Wanted
     from experiments.workers import Workers
 
@@ -66,7 +68,7 @@ def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] =
     `lent` are rows of an earlier run that this study would make the same; nothing of their settings is trained.
     Raises `Failed` where a model diverges at every rate.
     """
-    from experiments.pays_study.study import GROWN, first_round, grown_tries, second_round, tries
+    from experiments.pays_study.study import GROWN, grown_tries, second_round, tries
 
     settings = [one for one in study.settings if one.name not in {row["task"] for row in lent}]
 
@@ -81,18 +83,7 @@ def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] =
 
     ranked = {name: {kind: [units[0] for units in sorted(at, key=loss)] for kind, at in of_setting.items()}
               for name, of_setting in tried.items()}  # fmt: skip
-    while True:
-        best = {name: {kind: units[0] for kind, units in of_setting.items()} for name, of_setting in ranked.items()}
-        units = [one for setting in settings for one in first_round(setting, study.seeds, best[setting.name])]
-        first = made(units)
-        lost = {(one.setting.name, one.kind) for one in units if first[one.name].get("diverged")}
-        if not lost:
-            break
-        for name, kind in sorted(lost):
-            if not (left := ranked[name][kind][1:]):
-                rates = ", ".join(f"{at[0].rate:g}" for at in tried[name][kind])
-                raise Failed(f"{name}: {kind} diverged at every rate that was tried ({rates}), each time at some seed")
-            ranked[name][kind] = left
+    best, first = _converging(settings, study.seeds, ranked, made)
     for setting in settings:
         tried_children = grown_tries(setting, study.seeds, best[setting.name])
         found |= made([one for at in tried_children for one in at])
@@ -101,11 +92,38 @@ def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] =
     return [*first.values(), *then.values(), *map(dict, lent)]
 
 
+def _converging(
+    settings: Sequence[Setting], seeds: tuple[int, ...], ranked: Mapping[str, Mapping[str, list[Wanted]]],
+    made: Callable[[Sequence[Wanted]], dict[str, dict[str, Any]]],
+) -> tuple[dict[str, dict[str, Wanted]], dict[str, dict[str, Any]]]:  # fmt: skip
+    """The best of each setting's and kind's `ranked` units at whose rate no seed diverges, and the first round's rows.
+
+    Rates at which one does leave `ranked`.
+    """
+    from experiments.pays_study.study import first_round
+
+    rates = {(name, kind): ", ".join(f"{rate:g}" for rate in sorted(one.rate for one in units))
+             for name, of_setting in ranked.items() for kind, units in of_setting.items()}  # fmt: skip
+    while True:
+        best = {name: {kind: units[0] for kind, units in of_setting.items()} for name, of_setting in ranked.items()}
+        units = [one for setting in settings for one in first_round(setting, seeds, best[setting.name])]
+        first = made(units)
+        lost = {(one.setting.name, one.kind) for one in units if first[one.name].get("diverged")}
+        if not lost:
+            return best, first
+        for name, kind in sorted(lost):
+            ranked[name][kind].pop(0)
+            if not ranked[name][kind]:
+                raise Failed(f"{name}: {kind} diverged at every rate that was tried ({rates[name, kind]}), each time "
+                             "at some seed")  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, or only render it, and print its page."""
     from experiments.pays_study import report
     from experiments.pays_study.engine import make
     from experiments.pays_study.findings import summary
+    from experiments.pays_study.picture import draw
     from experiments.pays_study.study import unchanged
 
     words = list(sys.argv[1:] if argv is None else argv)
@@ -116,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return study, content_hash(study)
 
     return run(report.NAME, arguments, words, config, functools.partial(make, arguments.work, tuple(arguments.text)),
-               all_rows, summary, report.write, arguments.text, unchanged if arguments.keep else None)  # fmt: skip
+               all_rows, summary, page_writer(report.NAME, report.markdown, draw), arguments.text,
+               unchanged if arguments.keep else None)  # fmt: skip
 
 
 if __name__ == "__main__":

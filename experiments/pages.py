@@ -1,13 +1,33 @@
-"""What the pages of results share."""
+"""What the pages of results share: writing them, their tables, rows of earlier runs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.contract import KEPT
 from gt_jax.errors import Failed
+from gt_jax.files import write_atomically
+
+Stored = Mapping[str, Any]
+
+
+def page_writer(
+    name: str, markdown: Callable[[Stored], str], draw: Callable[[Stored, Path], None] | None = None
+) -> Callable[[Path, Stored], str]:
+    """What writes OUTPUT/NAME.md of a stored file, and NAME.png where there is something to `draw`, and gives the text.
+    """
+
+    def write(output: Path, stored: Stored) -> str:
+        text = markdown(stored)
+        write_atomically(output / f"{name}.md", text)
+        if draw is not None:
+            draw(stored, output / f"{name}.png")
+        return text
+
+    return write
 
 
 def markdown_table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> list[str]:

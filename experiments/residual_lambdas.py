@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
     files = [*map(str, arguments.text), *([] if arguments.tokenizer == "bytes" else [arguments.tokenizer])]
-    return run(NAME, arguments, words, lambda: configured(arguments), make, all_rows, summary, report.write, files)
+    return run(NAME, arguments, words, lambda: configured(arguments), make, all_rows, summary,
+               page_writer(NAME, report.markdown, report.draw), files)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
-from gt_jax.files import write_atomically
 
 if TYPE_CHECKING:
     from experiments.retrofit_study.study import Study
@@ -49,23 +48,15 @@ def all_rows(study: Study, workers: Workers) -> list[dict[str, Any]]:
     return [row for one in found.values() for row in one["rows"]]
 
 
-def write(output: Path, stored: Mapping[str, Any]) -> str:
-    """OUTPUT/retrofit.md of a stored file; returns its text."""
-    from experiments.retrofit_study.findings import markdown
-
-    text = markdown(stored)
-    write_atomically(output / f"{NAME}.md", text)
-    return text
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, or only render it, and print its page."""
     from experiments.retrofit_study.engine import make
-    from experiments.retrofit_study.findings import summary
+    from experiments.retrofit_study.findings import markdown, summary
 
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
-    return run(NAME, arguments, words, lambda: (configured(arguments), ""), make, all_rows, summary, write)
+    return run(NAME, arguments, words, lambda: (configured(arguments), ""), make, all_rows, summary,
+               page_writer(NAME, markdown))  # fmt: skip
 
 
 if __name__ == "__main__":

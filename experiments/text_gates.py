@@ -16,11 +16,11 @@ import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
-from gt_jax.files import local_name, write_atomically
+from gt_jax.files import local_name
 
 if TYPE_CHECKING:
     from experiments.text_study.study import TextGates
@@ -85,23 +85,15 @@ def all_rows(study: TextGates, workers: Workers) -> list[dict[str, Any]]:
     return [*chosen.values(), *longer.values()]
 
 
-def write(output: Path, stored: Mapping[str, Any]) -> str:
-    """OUTPUT/text_gates.md of a stored file; returns its text."""
-    from experiments.text_study.findings import markdown
-
-    text = markdown(stored)
-    write_atomically(output / f"{NAME}.md", text)
-    return text
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, or only render it, and print its page."""
     from experiments.text_study.engine import make
-    from experiments.text_study.findings import summary
+    from experiments.text_study.findings import markdown, summary
 
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
-    return run(NAME, arguments, words, lambda: configured(arguments), make, all_rows, summary, write, arguments.text)
+    return run(NAME, arguments, words, lambda: configured(arguments), make, all_rows, summary,
+               page_writer(NAME, markdown), arguments.text)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,18 +10,14 @@ from experiments.depth_study.findings import BOUNDS, FIGURES
 from experiments.depth_study.study import ADAPTIVE, MODELS
 from experiments.growth_study.inference import text_of
 from experiments.pages import earlier_runs, markdown_table
-from gt_jax.files import write_atomically
 from gt_jax.monitoring.answer_plots import Curve, Panel, plot_by_difficulty
 
 NAME = "depth_tasks"
 
 
-def write(output: Path, stored: Mapping[str, Any]) -> str:
-    """OUTPUT/depth_tasks.md and .png of a stored file; returns the Markdown text."""
-    text = markdown(stored)
-    write_atomically(output / f"{NAME}.md", text)
-    plot_by_difficulty([panel(task, found) for task, found in stored["summary"].items()], output / f"{NAME}.png")
-    return text
+def draw(stored: Mapping[str, Any], path: Path) -> None:
+    """The picture of a stored file: a panel a task."""
+    plot_by_difficulty([panel(task, found) for task, found in stored["summary"].items()], path)
 
 
 def panel(task: str, found: Mapping[str, Any]) -> Panel:

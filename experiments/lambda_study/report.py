@@ -10,21 +10,12 @@ from experiments.growth_study.inference import read, text_of, verdict
 from experiments.lambda_study.findings import smallest_told
 from experiments.lambda_study.study import FREE, FROM_ONE, LAMBDAS, OWN_RATE, PLAIN, U_SKIPS, X0
 from experiments.pages import markdown_table
-from gt_jax.files import write_atomically
 from gt_jax.monitoring.canvas import own_settings
 from gt_jax.monitoring.plots import COLOURS, new_figure, save_png
 
 NAME = "residual_lambdas"
 PUBLISHED = (range(1, 8), 0.44, 0.84)
 """Of the earlier work: layers 2 to 8, counted from 1, and the least and the largest a there."""
-
-
-def write(output: Path, stored: Mapping[str, Any]) -> str:
-    """OUTPUT/residual_lambdas.md and .png of a stored file; returns the page."""
-    text = markdown(stored)
-    write_atomically(output / f"{NAME}.md", text)
-    draw(stored, output / f"{NAME}.png")
-    return text
 
 
 def markdown(stored: Mapping[str, Any]) -> str:

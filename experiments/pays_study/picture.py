@@ -16,8 +16,12 @@ Row = Mapping[str, Any]
 Curve = tuple[np.ndarray, np.ndarray]
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Two rows of panels, PNG; the same figures give the same bytes. Bands: from the least to the largest seed."""
+def draw(stored: Mapping[str, Any], path: Path) -> None:
+    """Two rows of panels of a stored file, PNG; the same figures give the same bytes.
+
+    Bands: from the least to the largest seed.
+    """
+    rows = stored["rows"]
     names = sorted({row["task"] for row in rows})
     figure, _ = new_figure(6.4 * len(names), 9.6, "", (1.0, 1.0), columns=len(names))
     for place, name in enumerate(names):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from experiments.growth_study.inference import Times, read, text_of, verdict
 from experiments.pages import earlier_runs, markdown_table
 from experiments.pays_study.findings import comparisons
-from experiments.pays_study.picture import draw
 from experiments.pays_study.study import CONTROL, GROWN, SHALLOW
-from gt_jax.files import write_atomically
 
 NAME = "growth_pays"
 _CLAIMS = {
@@ -21,14 +18,6 @@ _CLAIMS = {
     "below the shallow one too": "and below the source's layers run once each, from scratch",
     "half of scratch's tokens": "at the loss of the model from scratch with half of its tokens or fewer",
 }
-
-
-def write(output: Path, stored: Mapping[str, Any]) -> str:
-    """OUTPUT/growth_pays.md and .png of a stored file; returns the Markdown text."""
-    text = markdown(stored)
-    write_atomically(output / f"{NAME}.md", text)
-    draw(stored["rows"], output / f"{NAME}.png")
-    return text
 
 
 def markdown(stored: Mapping[str, Any]) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.growth_study.inference import text_of
-from experiments.pages import earlier_runs, markdown_table
+from experiments.pages import earlier_runs, markdown_table, page_writer
 from experiments.recall_study.findings import FOLLOWS_BOUND, follows_at, right_at
 from experiments.recall_study.states import MODES, REST
 from experiments.recall_study.study import TEXT
-from gt_jax.files import write_atomically
 from gt_jax.monitoring.canvas import own_settings
 from gt_jax.monitoring.plots import COLOURS, new_figure, save_png
 
@@ -22,14 +22,7 @@ CHANCE = "Chance is 12.5 %."
 def write(name: str) -> Callable[[Path, Stored], str]:
     """What writes the page and the picture of the part's stored file, and gives the page."""
     markdown, draw = PARTS[name]
-
-    def page(output: Path, stored: Stored) -> str:
-        text = markdown(f"recall_{name}", stored)
-        write_atomically(output / f"recall_{name}.md", text)
-        draw(stored, output / f"recall_{name}.png")
-        return text
-
-    return page
+    return page_writer(f"recall_{name}", functools.partial(markdown, f"recall_{name}"), draw)
 
 
 MEANS = " Means over seeds, in brackets the 95 % interval by Student's t over seeds."

@@ -10,9 +10,10 @@ import pytest
 
 from experiments import contract, growth_pays
 from experiments.growth_study.flops import training_flops
-from experiments.pays_study import budget, report
+from experiments.pays_study import budget
 from experiments.pays_study.budget import Spent
 from experiments.pays_study.findings import comparisons, summary
+from experiments.pays_study.picture import draw
 from experiments.pays_study.recipes import EXPECTED, FULL, README, plan_of
 from experiments.pays_study.setting import runs
 from experiments.pays_study.study import (
@@ -295,5 +296,5 @@ def test_the_page_says_what_the_figures_decide(tmp_path):
     assert "grown at 0.5 ends below the model from scratch, at equal FLOPs" in text and "d = 2 (new)" in text
     assert f"{comparisons(stored['summary'])} differences are judged" in text
     assert (tmp_path / "growth_pays.png").stat().st_size > 10_000
-    report.draw(rows, tmp_path / "again.png")
+    draw(stored, tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "growth_pays.png").read_bytes()

@@ -89,9 +89,9 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def source_config(model: ModelConfig, steps: int) -> RunConfig:
-    """The run of the adaptive source, or of the same layer without passes."""
-    price = budget(None, value=0.02, forced_passes=4, forced_ramp=RAMP, forced_until=FORCED, price_from=FORCED,
+def source_config(model: ModelConfig, steps: int, passes: int) -> RunConfig:
+    """The run of the adaptive source, which is shown all its `passes` first, or of the same layer without passes."""
+    price = budget(None, value=0.02, forced_passes=passes, forced_ramp=RAMP, forced_until=FORCED, price_from=FORCED,
                    clipped_until=FORCED)  # fmt: skip
     optimizer = OptimizerConfig(learning_rate=RATE, weight_decay=0.01, decay=DECAY, halting_scale=10.0)
     train = TrainConfig(steps=steps, evaluate_every=0, checkpoint_every=max(1, steps // 4), optimizer=optimizer,
@@ -218,7 +218,8 @@ def run(output: Path, steps: int) -> tuple[str, dict[str, Callable[[], object]]]
     """
     began = time.monotonic()
     model = one_layer()
-    config, plain = source_config(model, steps), source_config(model.plain, steps)
+    passes = 1 if model.adaptive is None else model.adaptive.max_passes
+    config, plain = source_config(model, steps, passes), source_config(model.plain, steps, passes)
     say(f"1. training one {model.layout} layer that runs once, on {TASK}")
     shallow = trained(output / "plain", plain)
     say("2. training the same layer with up to four passes a token")

@@ -28,6 +28,7 @@ from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
 from gt_jax.errors import Refused
+from tests.rarely import rarely
 
 CONFIG = presets.tiny().replace(width=8, vocab=16)
 METADATA = {"config": CONFIG.to_json(), "kind": "train", "step": 3, "data": {"position": [1, 2], "epoch": None}}
@@ -297,7 +298,7 @@ def test_run_passes_over_damaged_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("then", [
     None, ValueError("the values are not where its metadata says"),
-    pytest.param(OSError(5, "?"), marks=pytest.mark.exhaustive),
+    rarely(OSError(5, "?")),
 ])  # fmt: skip
 def test_ctrl_c_while_a_step_is_read_makes_no_damaged_step_of_it(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: Exception | None) -> None:

@@ -1,7 +1,7 @@
 """The demo, shortened: interrupted it goes on, tells its story to the end, leaves what it says it leaves.
 
-On a narrower model and on one device, as on most machines, and what trains one config is compiled once for both runs;
-`make demo` runs the true one.
+On a narrower model of two passes and on one device, as on most machines, and what trains one config is compiled once
+for both runs; `make demo` runs the true one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from gt_jax.training import loop
 
 @pytest.mark.slow
 def test_the_demo_in_a_few_steps_interrupted(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "one_layer", lambda: presets.one_layer().replace(width=16, mlp_width=16))
+    whole = presets.one_layer()
+    twice = whole.replace(width=16, mlp_width=16, adaptive=whole.adaptive.replace(alpha=(1.0, 1.0)))
+    monkeypatch.setattr(demo, "one_layer", lambda: twice)
+    monkeypatch.setattr(demo, "TASK", "pointer_jumps:hardest=2,symbols=8,queries=4")
     monkeypatch.setattr(demo, "EVALUATION_BATCHES", 2)
     monkeypatch.setattr(demo, "ROWS", 4)
     monkeypatch.setattr(demo, "NOISE", 0.0)
@@ -53,13 +56,13 @@ def test_the_demo_in_a_few_steps_interrupted(tmp_path, capsys, monkeypatch):
         assert (place / name).read_bytes().startswith(b"\x89PNG")
     report = json.loads((place / "report.json").read_text())
     plain, source, mean, full, gates, random = report["outcomes"]
-    assert [one["layers"] for one in report["outcomes"]] == [1, 1, 4, 4, 4, 4]
+    assert [one["layers"] for one in report["outcomes"]] == [1, 1, 2, 2, 2, 2]
     assert gates["before"]["accuracy"] == source["before"]["accuracy"], "kept gates are the source"
     assert gates["before"]["nats"] == pytest.approx(source["before"]["nats"], abs=1e-5)
     forced = source["before"]["accuracy_forced"]
-    assert full["before"]["accuracy"] == forced["4"], "full strength is every pass forced"
-    assert list(plain["before"]["accuracy"]) == ["1", "2", "3", "4"] and len(random["curve"]) == len(mean["curve"]) == 3
-    assert checkpoint.describe(place / "grown")[1]["grown_from"]["plan"]["layout"] == "D*4"
+    assert full["before"]["accuracy"] == forced["2"], "full strength is every pass forced"
+    assert list(plain["before"]["accuracy"]) == ["1", "2"] and len(random["curve"]) == len(mean["curve"]) == 3
+    assert checkpoint.describe(place / "grown")[1]["grown_from"]["plan"]["layout"] == "D*2"
 
     assert [checkpoint.content_hash(place / name) for name in ("source", "grown")] == before
     for first, again in zip(seen, (mean, full), strict=True):

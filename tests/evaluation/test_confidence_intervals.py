@@ -89,7 +89,7 @@ def test_the_truth_is_inside_where_whole_files_of_very_different_length_count():
     assert all(0.80 <= share <= 0.995 for share in held.values()), held
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # the intervals' own tests draw from known distributions
 def test_the_truth_is_inside_on_real_text():
     """Held-out parts drawn again and again from the sources of the standard library: a loss, and paired differences.
 

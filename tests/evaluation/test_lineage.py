@@ -182,6 +182,7 @@ def test_a_position_fits_only_its_own_text_split_rows_and_order(folder):
         assert open_text(text.config.replace(**change)).position_after([place]) is None
 
 
+@pytest.mark.exhaustive  # growth/test_calibration.py has the chain of a fitted child
 def test_calibration_keeps_the_chain(folder, tmp_path):
     with jax.set_mesh(mesh_for_rows(1)):
         calibrate(folder / "source", folder / "grown", tmp_path / "fitted", batches=1, iterations=1)

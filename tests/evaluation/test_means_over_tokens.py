@@ -12,6 +12,7 @@ from gt_jax.evaluation.measurement import pass_counts
 from gt_jax.models.language_model import LanguageModel, free_passes
 from gt_jax.models.layers.adaptive_depth import PassStatistics, mean_over_tokens
 from gt_jax.training.step import make_evaluation
+from tests.rarely import rarely
 from tests.support import perturbed, small_model, tokens
 
 CHUNK = 8
@@ -32,7 +33,7 @@ def variables():
     return perturbed(CONFIG)
 
 
-@pytest.mark.parametrize("name", ["evaluation", pytest.param("hidden_rows", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", ["evaluation", rarely("hidden_rows")])
 def test_a_chunk_of_padding_weighs_nothing(variables, name):
     network = LanguageModel(CONFIG, Rules())
 

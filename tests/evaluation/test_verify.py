@@ -140,6 +140,7 @@ def test_the_source_is_shown_as_it_runs_of_itself_and_with_fixed_passes(grown):
         assert layer["jacobian"] == pytest.approx(layer["source_jacobian"], rel=0.2)
 
 
+@pytest.mark.exhaustive  # test_whole_model.py has batch halting by the oracle
 def test_under_batch_halting_tokens_below_the_threshold_count_too():
     """They add w Delta like all others: what a pass adds does not depend on where the threshold lies, if it runs."""
     one = BATCHES[0]

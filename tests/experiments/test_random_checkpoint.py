@@ -46,7 +46,7 @@ def test_scale_is_about_the_share_of_parameters() -> None:
         scaled(whole, 0.0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # a benchmark, run where its figures are made
 def test_the_benchmark_reports_ratio_and_memory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_floor, "forget", lambda folder: "nothing")  # other tests use the same caches
     monkeypatch.setattr(disk_floor, "touch_memory", lambda: None)

@@ -234,7 +234,8 @@ def test_rows_of_arms_that_are_there_are_kept_and_none_is_lost(tmp_path):
     assert "Rows of an earlier run" in report.write("state")(tmp_path, {**stored, "rows": kept})
 
 
-def test_every_scale_is_valid_and_words_that_make_no_study_are_refused():
+@pytest.mark.exhaustive  # what it traces is what an arm is made of when it is trained
+def test_every_scale_is_valid():
     for scales in study.SCALES.values():
         for one in scales.values():
             assert all(one.model(arm, 300).vocab == 300 for arm in one.arms) and one.row % 8 == 0
@@ -244,6 +245,9 @@ def test_every_scale_is_valid_and_words_that_make_no_study_are_refused():
     for scale in scaling.SCALES.values():
         assert [scale.model(width, 300).width for width in scale.widths] == list(scale.widths)
     assert {NEEDLES, TEXT, MIXED} == {arm.training for arm in study.SCALES["state"]["accelerator"].arms}
+
+
+def test_words_that_make_no_study_are_refused():
     with pytest.raises(Refused, match="the scales are minutes, small, accelerator"):
         recall_hybrids.configured(recall_hybrids.parser().parse_args(["--part", "machine", "--scale", "large"]))
     with pytest.raises(Refused, match="--part scaling has none"):

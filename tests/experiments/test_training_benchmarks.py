@@ -15,11 +15,12 @@ from experiments.training_measured import sizes
 from experiments.training_measured.turns import Contestant, Job, Turn
 from gt_jax.errors import Failed, Refused
 from gt_jax.models.language_model import abstract
+from tests.rarely import rarely
 
 TOY = ["--size", "toy", "--batch", "2", "--tokens", "16", "--rounds", "2"]
 
 
-@pytest.mark.parametrize("experts", [pytest.param(0, marks=pytest.mark.exhaustive), 4])
+@pytest.mark.parametrize("experts", [rarely(0), 4])
 def test_both_sides_have_the_same_matrices(experts):
     """Counted from the equations of Qwen3-Next; ours has a value gate and an indexer more, theirs less than 1 %."""
     config = sizes.plain_form("small", experts)
@@ -70,6 +71,7 @@ def test_what_cannot_be_measured_is_refused_with_what_would_be_right(monkeypatch
         sizes.plain_form("toy", 1)
 
 
+@pytest.mark.exhaustive  # a benchmark, run where its figures are made
 def test_a_contestant_trains_in_a_process_of_its_own():
     job = Job("ours", sizes.plain_form("toy", 0), 2, 16, 1)
     with Contestant(job) as ours:
@@ -100,6 +102,7 @@ def test_beside_pytorch(capsys, tmp_path):
         assert abs(sides["ours"]["first_loss"] - sides["eager"]["first_loss"]) < 0.1
 
 
+@pytest.mark.exhaustive  # a benchmark, run where its figures are made
 def test_the_overhead_of_checkpoints_is_what_the_stretches_say(capsys, tmp_path):
     words = [*TOY, "--steps", "2", "--every", "5", "--workdir", str(tmp_path), "--json", "--output", str(tmp_path)]
     assert bench_checkpoints.main(words) == 0

@@ -80,6 +80,7 @@ def test_the_command_writes_a_model_of_the_same_bits_that_training_knows_how_to_
         command.main([str(target), str(tmp_path / "twice")])
 
 
+@pytest.mark.exhaustive  # growth and conversion are killed in theirs
 def test_killed_before_it_has_its_name_it_is_no_checkpoint_and_goes_on(source, tmp_path, monkeypatch):
     monkeypatch.setattr(orbax_store, "CHUNK", 512)
     retrofit_checkpoint(source, tmp_path / "whole", **OPTIONS)

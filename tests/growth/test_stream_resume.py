@@ -140,8 +140,8 @@ def test_killed_at_write_boundaries_and_at_random_times(case: Case, changes: int
 
     `pytest -m exhaustive` does it at every change and at thirty moments.
     """
-    events = sorted({1, 2, 3, 5, *map(int, np.linspace(8, changes - 20, 5)), *range(changes - 8, changes + 1, 2)})
-    moments = np.random.default_rng(11).uniform(0.1, 1.0, size=3)
+    events = sorted({1, 2, 3, 5, *map(int, np.linspace(8, changes - 20, 3)), *range(changes - 8, changes + 1, 2)})
+    moments = np.random.default_rng(11).uniform(0.1, 1.0, size=2)
     kept = kill(case, tmp_path, events, list(map(float, moments)))
     assert any(count > 0 for count in kept) and 0 in kept
 

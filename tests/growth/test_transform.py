@@ -204,7 +204,8 @@ def test_grows_under_eval_shape_into_what_the_model_declares():
     assert shapes["params/segment0/layer0/gain"] == ShapeDtypeStruct((5,), jnp.float32)
 
 
-@pytest.mark.parametrize("wrap", [pytest.param(lambda f: f, id="op by op"), pytest.param(jax.jit, id="jit")])
+@pytest.mark.parametrize("wrap", [
+    pytest.param(lambda f: f, id="op by op"), pytest.param(jax.jit, id="jit", marks=pytest.mark.exhaustive)])
 def test_sharding_of_the_other_axes_is_kept_and_changes_no_bit(wrap):
     noisy = "params/segment0/layer0/mlp/up/w"  # the only tensor of a layer with noise, which takes long to compile
     source = {path: value for path, value in few("D*2").items() if not path.endswith("down/w")}

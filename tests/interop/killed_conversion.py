@@ -77,4 +77,4 @@ def scenarios(job, to, points):
 if __name__ == "__main__":
     with open(sys.argv[1]) as file:
         job = json.load(file)
-    print(json.dumps({to: scenarios(job, to, points) for to, points in (("orbax", 6), ("safetensors", 3))}))
+    print(json.dumps({to: scenarios(job, to, points) for to, points in (("orbax", 4), ("safetensors", 2))}))

@@ -69,7 +69,7 @@ def walk(block=0):
     return [shlex.split(line)[3:] for line in commands.splitlines()], made
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # that of an adaptive model walks through the same commands
 def test_the_walk(downloaded, capsys):
     commands, made = walk()
     exec(made, {})

@@ -22,16 +22,10 @@ from tests.kernels.delta_rule_cases import (
     make_inputs,
     token_scan,
 )
+from tests.rarely import rarely
 
 IMPLEMENTATIONS = ("reference", "xla")
 HARD_SHAPE = (2, 150, 2, 2, 16, 16)
-
-
-def rare(*case):
-    """What only widens the sample."""
-    return pytest.param(*case, marks=pytest.mark.exhaustive)
-
-
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 every_chunked = pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "reference"])
 
@@ -53,14 +47,14 @@ def run(inputs, cotangents, segment_ids=None, implementation="xla", chunk_size=6
 @pytest.mark.parametrize(
     "shape, dtype",
     [
-        rare((1, 256, 1, 1, 128, 128), "float32"),
+        rarely((1, 256, 1, 1, 128, 128), "float32"),
         ((2, 75, 4, 4, 64, 64), "float32"),
-        rare((2, 75, 4, 4, 64, 64), "bfloat16"),
+        rarely((2, 75, 4, 4, 64, 64), "bfloat16"),
         ((1, 500, 3, 3, 60, 60), "float32"),
         ((1, 130, 2, 2, 100, 100), "bfloat16"),
-        rare((1, 256, 2, 4, 64, 64), "float32"),
+        rarely((1, 256, 2, 4, 64, 64), "float32"),
         ((1, 192, 1, 4, 64, 128), "float32"),
-        rare((1, 192, 1, 4, 64, 128), "bfloat16"),
+        rarely((1, 192, 1, 4, 64, 128), "bfloat16"),
     ],
     ids=str,
 )
@@ -73,7 +67,7 @@ def test_agrees_with_token_scan(shape, dtype, implementation):
     assert_close(results, token_scan(inputs, cotangents), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("length", [1, rare(63), 64, 65])
+@pytest.mark.parametrize("length", [1, rarely(63), 64, 65])
 @every_chunked
 def test_any_length(length, implementation):
     inputs, cotangents = cast(*make_inputs((1, length, 1, 2, 8, 8)), "float32")

@@ -20,13 +20,9 @@ from tests.kernels.delta_rule_cases import (
     make_inputs,
     token_scan,
 )
+from tests.rarely import rarely
 
 HARD_SHAPE = (1, 75, 2, 2, 16, 16)
-
-
-def rare(*case):
-    """What only widens the sample."""
-    return pytest.param(*case, marks=pytest.mark.exhaustive)
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "interpret", "matrix_unit", "heads_per_step"))
@@ -46,14 +42,14 @@ def run(inputs, cotangents, segment_ids=None, chunk=64, interpret=True, matrix_u
 @pytest.mark.parametrize(
     "shape, dtype, options",
     [
-        rare((2, 75, 2, 2, 64, 64), "float32", {}),  # what all tests of HARD_SHAPE do
+        rarely((2, 75, 2, 2, 64, 64), "float32", {}),  # what all tests of HARD_SHAPE do
         ((1, 130, 3, 3, 100, 60), "bfloat16", {}),  # an odd number of heads stands alone in its registers
-        rare((1, 150, 1, 4, 64, 128), "bfloat16", {}),  # four value heads a key head
+        rarely((1, 150, 1, 4, 64, 128), "bfloat16", {}),  # four value heads a key head
         ((1, 75, 2, 6, 16, 16), "float32", {}),  # three: the second pack has two keys
         ((1, 75, 2, 2, 16, 16), "bfloat16", {"matrix_unit": 128}),
         ((1, 140, 4, 4, 16, 16), "float32", {"heads_per_step": 2}),
         ((1, 140, 2, 2, 16, 16), "bfloat16", {"chunk": 128}),
-        rare((1, 75, 1, 2, 16, 16), "bfloat16", {"chunk": 128, "matrix_unit": 128}),
+        rarely((1, 75, 1, 2, 16, 16), "bfloat16", {"chunk": 128, "matrix_unit": 128}),
         ((1, 65, 2, 2, 256, 200), "bfloat16", {}),
     ],
     ids=str,
@@ -66,7 +62,7 @@ def test_agrees_with_token_scan(shape, dtype, options):
     assert_close(results, token_scan(inputs, cotangents), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("length", [1, rare(63), 64, rare(65)])  # 75 and 130 are no whole chunks either
+@pytest.mark.parametrize("length", [1, rarely(63), 64, rarely(65)])  # 75 and 130 are no whole chunks either
 def test_any_length(length):
     inputs, cotangents = cast(*make_inputs((1, length, 1, 2, 8, 8)), "float32")
     assert_close(run(inputs, cotangents), token_scan(inputs, cotangents), TOLERANCE["float32"])
@@ -100,7 +96,7 @@ SEGMENTS = jnp.asarray(np.repeat([0, 1, 2, 4, 5, 2], [1, 1, 61, 1, 56, 30])[None
 
 
 @pytest.mark.parametrize(
-    "shape, dtype", [((1, 150, 1, 2, 16, 16), "float32"), rare((1, 150, 3, 3, 8, 8), "bfloat16")], ids=str
+    "shape, dtype", [((1, 150, 1, 2, 16, 16), "float32"), rarely((1, 150, 3, 3, 8, 8), "bfloat16")], ids=str
 )
 def test_segments_agree_with_token_scan(shape, dtype):
     """Boundaries at a chunk's start, at its last token and inside; one segment crosses a chunk."""

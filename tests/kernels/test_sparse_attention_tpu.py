@@ -28,6 +28,7 @@ from tests.kernels.test_sparse_attention import (
     run,
     selected_keys,
 )
+from tests.rarely import rarely
 
 TILES = (128, 128, 256)
 KERNELS = functools.partial(pallas_tpu.sparse_attention, interpret=True, tiles=TILES)
@@ -52,7 +53,7 @@ def assert_close(got, wanted, limit):
     assert max(errors.values()) < limit, errors
 
 
-BFLOAT16 = pytest.param("bfloat16", 0.008, marks=pytest.mark.exhaustive)  # of the suite's: the test for races
+BFLOAT16 = rarely("bfloat16", 0.008)  # of the suite's: the test for races
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 2e-6), BFLOAT16])
@@ -66,7 +67,7 @@ def test_values_statistics_and_gradients_of_packed_documents(dtype, limit):
 
 
 # without ties the test before compares what is selected
-@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("tied", [True, rarely(False)])
 def test_exactly_the_keys_of_the_dense_definition_are_selected(tied):
     """Ties end inside tiles where scores are few; then the smaller index wins."""
     positions = packed(*ROWS)

@@ -41,10 +41,8 @@ ALIKE = {
 }
 
 
-RARE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("lambda", "midpoint", "adaptive")]
-
-
-@pytest.mark.parametrize("name", ["residual", *RARE])
+@pytest.mark.exhaustive  # test_whole_model.py has scanned layers by the oracle
+@pytest.mark.parametrize("name", ALIKE)
 def test_neighbours_of_a_kind_are_one_program_that_computes_the_same(monkeypatch, name):
     """Values, statistics and gradients of three D layers scanned, and one after the other; of the rare, before a G."""
     config = ALIKE[name]

@@ -16,6 +16,7 @@ from gt_jax.configs.presets import preset
 from gt_jax.configs.resolvent import ResolventConfig
 from gt_jax.models.flops import PEAKS, model_flops, peak_flops, utilisation
 from gt_jax.models.language_model import LanguageModel, abstract, apply_network
+from tests.rarely import rarely
 
 ROWS, TOKENS = 2, 16
 DENSE = ModelConfig(
@@ -46,7 +47,7 @@ def test_xla_counts_the_same():
 
 
 @pytest.mark.parametrize("name", [
-    "small", pytest.param("8b", marks=pytest.mark.exhaustive), "groundthink_dsds",
+    "small", rarely("8b"), "groundthink_dsds",
 ])  # fmt: skip
 def test_a_product_is_two_flops_a_weight(name):
     """On rows of one token; what is left are recurrences, convolutions and the mixing of streams."""

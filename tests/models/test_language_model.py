@@ -14,6 +14,7 @@ from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import presets
 from gt_jax.devices.sharding import Rules, make_mesh, put_like
 from gt_jax.models.language_model import LanguageModel, abstract, empty_cache, fixed_passes, free_passes
+from tests.rarely import rarely
 from tests.support import decoded, perturbed, small_model, tokens
 
 ADAPTIVE = small_model()
@@ -36,7 +37,8 @@ def test_no_logit_depends_on_a_later_token():
 
 
 # the adaptive form: test_components.py, with every component; layers/test_compacted_passes.py
-@pytest.mark.parametrize("adaptive", [pytest.param(True, marks=pytest.mark.exhaustive), False])
+@pytest.mark.exhaustive  # test_components.py decodes every kind of model
+@pytest.mark.parametrize("adaptive", [rarely(True), False])
 def test_decoding_one_token_at_a_time_equals_the_forward_pass(adaptive):
     config = ADAPTIVE if adaptive else ADAPTIVE.plain
     v, x = variables(config), tokens(24)

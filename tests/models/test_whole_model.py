@@ -32,6 +32,7 @@ from tests.models.oracle import model as oracle
 from tests.models.oracle.basics import block, float64, rms_norm
 from tests.models.oracle.mixers import gsa
 from tests.models.oracle.weights import random_variables
+from tests.rarely import rarely
 
 IDS = np.array([[1] * 9 + [2] * 11 + [0] * 4, [1] * 14 + [2] * 10], np.int32)
 TOKENS = np.random.default_rng(7).integers(0, 40, IDS.shape).astype(np.int32)
@@ -156,7 +157,7 @@ def test_the_oracle_knows_every_parameter(config):
 
 
 @pytest.mark.parametrize(
-    "config", [ORIGIN, TOKEN, OWN, GATED, POST, RESOLVENT],
+    "config", [ORIGIN, TOKEN, OWN, rarely(GATED), rarely(POST), RESOLVENT],
     ids=["batch", "token", "own", "gated", "post", "resolvent"],
 )
 def test_adaptive_depth(config):
@@ -204,9 +205,7 @@ def test_multi_token_prediction(config):
 
 
 # "residual" is what every model without a stack of its own computes
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.exhaustive) if n == "residual" else n for n in STACKS]
-)
+@pytest.mark.parametrize("name", [rarely(n) if n == "residual" else n for n in STACKS])
 def test_the_same_weights_in_every_stack(name):
     config = PLAIN.replace(stack=STACKS[name])
     assert_same_logits(ours(config)(free_passes()), theirs(config))

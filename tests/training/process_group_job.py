@@ -1,6 +1,6 @@
-"""`python one_team.py JOB.json --coordinator …`: several commands in one group of processes, for the cost of one start.
+"""`python process_group_job.py JOB.json --coordinator …`: several runs in one group of processes, for one start.
 
-Each is what `python -m gt_jax.train` and `python -m gt_jax.verify` do after they have joined the group.
+JOB.json lists the words of each; each is what `python -m gt_jax.train` does after it has joined the group.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from gt_jax import train, verify
+from gt_jax import train
 from gt_jax.devices.processes import ProcessGroup, process_group
 from gt_jax.errors import run_command
 from gt_jax.training import loop
@@ -51,10 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = json.load(file)
     loop.make_trainer = functools.cache(loop.make_trainer)  # runs of one config compile once
     with process_group(train.parser().parse_args(["run", *flags])) as group:
-        batches = [trained(group, words) for words in work["train"]]
+        batches = [trained(group, words) for words in work]
         with open(f"batches.{group.index}.json", "w") as file:
             json.dump(batches, file)
-        verify._verify(verify.parser().parse_args([*work["verify"], *flags]), group)
     return 0
 
 

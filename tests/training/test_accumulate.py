@@ -118,7 +118,7 @@ def test_learning_rate_and_phases_go_on_together_after_a_step_that_was_not_appli
     assert rates[1] > 1.5 * rates[0] and largest == pytest.approx(rates[1], rel=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # the step runs on meshes in other tests, and in parts in this file
 def test_on_a_mesh_too():
     wanted = whole()
     with jax.set_mesh(make_mesh(data=2, tensor=2, devices=jax.devices()[:4])):

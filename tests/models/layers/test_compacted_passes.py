@@ -18,6 +18,7 @@ from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.models.layers.mixer import Place, place_rows
 from gt_jax.models.layers.residual import Layer
 from tests.models.layers import test_adaptive_depth
+from tests.rarely import rarely
 from tests.support import assert_rounded_alike, perturbed, segments, small_model, tokens
 
 ALIVE = AdaptiveConfig(context="alive", lengths=(1.0, 0.4))  # fewer lengths compile sooner
@@ -78,7 +79,7 @@ def by_hand(kind: str, x, ids):
     return x, counts, weights
 
 
-@pytest.mark.parametrize("kind", ["D", "G"])
+@pytest.mark.parametrize("kind", ["D", rarely("G")])
 def test_equals_the_rows_with_finished_tokens_deleted(kind):
     x, real = inputs(), np.asarray(IDS) > 0
     got, _, seen, *_ = run(kind)(variables(kind), x, IDS)
@@ -100,7 +101,7 @@ def loss(kind: str, lengths, x, v):
     return jnp.sum(jnp.sin(out) * real) + jnp.sum(seen.survival) + jnp.sum(seen.auxiliary_loss), (out * real, seen)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("D", marks=pytest.mark.exhaustive), "G"])  # a G layer has statistics too
+@pytest.mark.parametrize("kind", [rarely("D"), "G"])  # a G layer has statistics too
 def test_buckets_change_what_is_computed_and_nothing_else(kind):
     """Values, statistics and gradients: those of a bucket are those of whole rows."""
     ladder = compacted_passes.pass_lengths(TOKENS, ALIVE.lengths)
@@ -122,7 +123,7 @@ def test_buckets_change_what_is_computed_and_nothing_else(kind):
     np.testing.assert_allclose(gradients[0], wanted[0], atol=1e-5 * float(jnp.abs(wanted[0]).max()))
 
 
-@pytest.mark.parametrize("kind", ["D", pytest.param("G", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kind", ["D", rarely("G")])
 def test_no_token_sees_a_later_one_or_another_row(kind):
     """The gradient of every token by every token before, none by those after, of other documents or rows."""
     layer, given = Layer(kind, CONFIG, Rules()), variables(kind)

@@ -265,6 +265,7 @@ def test_a_halted_row_leaves_its_cache_untouched():
 # Devices and time
 
 
+@pytest.mark.exhaustive  # its layers and its loss are cut over meshes in their own tests
 def test_a_mesh_changes_nothing():
     x, ids, positions = (jnp.concatenate([leaf, leaf[:1]]) for leaf in inputs())
     first = (x[:, :1], ids[:, :1], positions[:, :1])

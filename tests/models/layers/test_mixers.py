@@ -25,6 +25,7 @@ from gt_jax.models.layers import attention, deltanet, gsa, primitives, resolvent
 from gt_jax.models.layers.mixer import Place, place_rows
 from gt_jax.models.layers.primitives import WeightSpec, rope, widen
 from tests.models.layers import oracle
+from tests.rarely import rarely
 from tests.support import ATTENTION, DELTANET, GSA, RESOLVENT, WIDTH, segments
 
 FLOOR = -0.7  # high enough that some tokens of these layers reach it
@@ -47,7 +48,7 @@ B_VARIANTS = [{"coupling": "learned"}, {"bound": 1.0}]
 PLAIN = {"D": DELTANET, "G": GSA, "A": ATTENTION, "B": RESOLVENT}
 CONFIGS = {**PLAIN, "D origin": D_ORIGIN, "G origin": G_ORIGIN, "A window": A_WINDOW}
 KINDS = tuple(CONFIGS)
-TYPES = [kind if kind in PLAIN else pytest.param(kind, marks=pytest.mark.exhaustive) for kind in KINDS]
+TYPES = [kind if kind in PLAIN else rarely(kind) for kind in KINDS]
 CONFIGS["G tiles"] = GSA.replace(implementation="xla")  # tests/kernels/test_sparse_attention.py
 EMA = 0.004  # about the variance of the scores, so that budgets lie between their bounds
 
@@ -133,7 +134,7 @@ def test_no_output_depends_on_a_later_input(kind):
     np.testing.assert_allclose(changed[:, :16], run(kind)(v, x, ids)[:, :16], atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TYPES)
 def test_prefix_then_rest_with_cache_equals_the_whole(kind):
     x, ids = three_rows()
     whole = run(kind)(resting(kind), x, ids)
@@ -142,7 +143,7 @@ def test_prefix_then_rest_with_cache_equals_the_whole(kind):
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TYPES)
 def test_packed_documents_are_apart(kind):
     lengths = (1, 2, 17)
     x, ids = inputs(sum(lengths)), segments(*lengths)
@@ -154,7 +155,7 @@ def test_packed_documents_are_apart(kind):
         start += n
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TYPES)
 def test_rows_of_a_batch_are_independent(kind):
     x, ids = three_rows()
     together = run(kind)(variables(CONFIGS[kind]), x, ids)
@@ -162,8 +163,8 @@ def test_rows_of_a_batch_are_independent(kind):
     assert np.array_equal(together[0], changed[0]) and np.array_equal(together[2], changed[2])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens", [1, 2, pytest.param(15, marks=pytest.mark.exhaustive), 17])
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("tokens", [1, 2, rarely(15), 17])
 def test_lengths_beside_the_chunk_agree_with_a_longer_row(kind, tokens):
     x = inputs(20)
     whole = run(kind)(resting(kind), x, segments(20))
@@ -267,7 +268,7 @@ def test_a_later_part_leaves_what_is_cached_alone():
 
 
 # the others: test_language_model.py
-@pytest.mark.parametrize("kind", ["D origin", "G origin", "G tiles", "A", "A window", "B"])
+@pytest.mark.parametrize("kind", ["D origin", rarely("G origin"), "G tiles", "A", rarely("A window"), "B"])
 def test_a_mesh_gives_the_same_values(kind):
     x, ids = three_rows()
     v = variables(CONFIGS[kind])
@@ -304,7 +305,8 @@ def test_rotary_embedding_knows_only_distances(table):
     np.testing.assert_allclose(jnp.linalg.norm(at(q, 9)), jnp.linalg.norm(q), rtol=1e-5)
 
 
-@pytest.mark.parametrize("table, turned", [("origin", None), ("standard", None), ("standard", 6), ("origin", 4)])
+@pytest.mark.parametrize("table, turned", [
+    ("origin", None), rarely("standard", None), ("standard", 6), rarely("origin", 4)])
 def test_the_turn_of_a_tpu_is_the_turn_of_pairs(monkeypatch, table, turned):
     """A product with a matrix of signs, against pairs taken apart: values, gradients, and what is not turned."""
     x, weight = jax.random.normal(jax.random.key(6), (2, 2, 9, 3, 16))
@@ -321,7 +323,7 @@ def test_the_turn_of_a_tpu_is_the_turn_of_pairs(monkeypatch, table, turned):
     assert "dot_general" in program and "concatenate" not in program  # moved lanes are written out in float32
 
 
-@pytest.mark.parametrize("count", [1, 2, 9])
+@pytest.mark.parametrize("count", [rarely(1), 2, 9])
 def test_the_short_convolution_has_the_gradients_of_its_definition(count):
     """Of a sum over the taps, token by token, in float64: also where the row is shorter than the taps."""
     with jax.enable_x64(True):

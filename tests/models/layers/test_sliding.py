@@ -20,6 +20,7 @@ from gt_jax.models.layers.primitives import WeightSpec
 from gt_jax.models.layers.sliding import SlidingAttention
 from tests.models.layers.test_groundthink import CONFIG, inputs, sigmoid
 from tests.models.layers.test_groundthink import oracle as deltanet_oracle
+from tests.rarely import rarely
 from tests.support import WIDTH, assert_rounded_alike, random_tree, segments
 
 SLIDING = SlidingConfig(heads=4, head_width=8, window=5)
@@ -278,9 +279,9 @@ def on_one_device():
     return jax.device_get(jax.jit(loss_and_gradient)(variables()["params"], *four_rows()))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # test_mixers.py cuts the mixers over a mesh
 @pytest.mark.parametrize("axes", [
-    {"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"data": 4, "tensor": 2}, marks=pytest.mark.exhaustive),
+    {"data": 2, "fsdp": 2, "tensor": 2}, rarely({"data": 4, "tensor": 2}),
 ])
 def test_every_mesh_gives_the_same_values_and_gradients(axes):
     x, ids = four_rows()

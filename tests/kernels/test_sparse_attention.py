@@ -255,7 +255,6 @@ def temporaries(t, h=16, n=4):
     return function.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.exhaustive  # three programs of long rows
 def test_memory_stays_below_a_gibibyte_at_32768_tokens_and_is_linear():
     short, medium, long = (temporaries(t) for t in (2048, 4096, 32768))
     assert long < 2**30

@@ -196,7 +196,6 @@ def test_settings_of_the_gated_variant_are_refused():
         CONFIG.replace(beta_max=2.0, skip=True)
 
 
-@pytest.mark.exhaustive  # test_mixers.py cuts the mixers over a mesh
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}])
 def test_every_mesh_gives_the_same_values_and_gradients(axes):
     x, ids = inputs(18, rows=4), jnp.tile(segments(7, 11), (4, 1))

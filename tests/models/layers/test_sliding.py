@@ -279,7 +279,6 @@ def on_one_device():
     return jax.device_get(jax.jit(loss_and_gradient)(variables()["params"], *four_rows()))
 
 
-@pytest.mark.exhaustive  # test_mixers.py cuts the mixers over a mesh
 @pytest.mark.parametrize("axes", [
     {"data": 2, "fsdp": 2, "tensor": 2}, rarely({"data": 4, "tensor": 2}),
 ])

@@ -95,14 +95,15 @@ def _fitted(
         return reading
 
     reading = group.agree(prepare)
+    by_part = reading.held_out_by_part(batches)
     for note in (text_note(source_metadata, reading, source, names_text(named)),
-                 text_note(metadata, reading, grown, True), *short_parts(reading, batches)):  # fmt: skip
+                 text_note(metadata, reading, grown, True), *short_parts(reading, batches, by_part)):  # fmt: skip
         if note is not None:  # a grown model may have been trained on, on another part of the text
             say(f"note: {note}")
     (shallow, shallow_variables, _), (deep, deep_variables, _) = load(of_source, rules), load(of_grown, rules)
     stream = reading.train()
     fitted = [global_batch(batch, rules) for _, batch in zip(range(batches), stream, strict=False)]
-    held_out = [global_batch(batch, rules) for batch in reading.held_out(batches)]
+    held_out = [global_batch(batch, rules) for of_part in by_part.values() for batch in of_part]
     say(f"{reading.summary()}; fitting {len(deep.depth)} gains on {len(fitted)} batches")
     result, report = calibrate_gains(
         shallow, shallow_variables, deep, deep_variables, plan, fitted, rules, held_out=held_out, progress=say,

@@ -202,7 +202,7 @@ def _unmixed(text: Text | Data, batches: int | None) -> list[str]:
     if isinstance(text, Text) or len(text.parts) < 2:
         return []
     if batches is not None:
-        return short_parts(text, batches)
+        return short_parts(text, batches, text.held_out_by_part(batches))
     tokens = {name: sum(int((batch["targets"] >= 0).sum()) for batch in rows)
               for name, rows in text.held_out_by_part(None).items()}  # fmt: skip
     shares = ", ".join(f"{100 * count / sum(tokens.values()):.3g} % {name}" for name, count in tokens.items())

@@ -202,5 +202,7 @@ def load_for_text(source: Path, named: Mapping[str, Any] | None, batches: int) -
     config, variables, metadata = load(source)
     text = open_data(data_config(metadata, named, source))
     note = text_note(metadata, text, source, names_text(named))
-    notes = [*([] if note is None else [note]), *short_parts(text, batches)]
-    return Loaded(config, variables, metadata, Rules(), text.held_out(batches), text.summary(), notes)
+    by_part = text.held_out_by_part(batches)
+    notes = [*([] if note is None else [note]), *short_parts(text, batches, by_part)]
+    held_out = [batch for of_part in by_part.values() for batch in of_part]
+    return Loaded(config, variables, metadata, Rules(), held_out, text.summary(), notes)

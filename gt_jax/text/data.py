@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -123,16 +123,17 @@ class Data:
         return "; ".join(f"{100 * shares[name]:.4g} % {part.summary()}" for name, part in self.parts.items())
 
 
-def short_parts(data: Text | Data, batches: int) -> list[str]:
+def short_parts(data: Text | Data, batches: int, held_out: Mapping[str, Sequence[Batch]]) -> list[str]:
     """Of each part that has fewer held-out rows than its weight asks for in `batches` batches, one line.
 
-    It counts for less than its weight in a mean over them. Nothing is mixed, and asked, where there is one part.
+    It counts for less than its weight in a mean over `held_out`, which is `data.held_out_by_part(batches)`. Nothing is
+    mixed, and asked, where there is one part.
     """
     if isinstance(data, Text) or len(data.parts) < 2:
         return []
     asked = {name: (count or 0) * data.config.batch_size for name, count in data.held_out_counts(batches).items()}
     rows = {name: sum(int((batch["targets"] >= 0).any(axis=1).sum()) for batch in of_part)
-            for name, of_part in data.held_out_by_part(batches).items()}  # fmt: skip
+            for name, of_part in held_out.items()}  # fmt: skip
     return [f"{name} has {rows[name]} held-out rows of the {count} that its weight asks for, so it counts for less in "
             "these figures; fewer batches ask for fewer" for name, count in asked.items() if rows[name] < count]
 

@@ -206,9 +206,9 @@ def _train_run(
         raise Refused(f"model.vocab is {config.model.vocab}; tokenizer {config.data.tokenizer} has ids up to "
                       f"{needed - 1}, so it must be at least {needed}")  # fmt: skip
     trainer = make_trainer(config.model, config.train, rules)
-    held_out = {name: [global_batch(batch, rules) for batch in batches]
-                for name, batches in text.held_out_by_part(config.train.evaluation_batches).items()}
-    notes = short_parts(text, config.train.evaluation_batches)
+    by_part = text.held_out_by_part(config.train.evaluation_batches)
+    held_out = {name: [global_batch(batch, rules) for batch in batches] for name, batches in by_part.items()}
+    notes = short_parts(text, config.train.evaluation_batches, by_part)
     top = plateau_end(config.train) if config.train.checkpoint_every else None
     tops = (set() if top is None else {top}) | (group.agree(lambda: plateau_ends(run)) if resume else set())
     steps = RunCheckpoints(run, config.train.keep, notes.append, tops)

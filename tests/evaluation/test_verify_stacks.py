@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from gt_jax.configs.model import DeltaNetConfig, ExitConfig, SlidingConfig, StackConfig
 from gt_jax.devices.sharding import Rules
@@ -29,7 +28,6 @@ def test_layers_that_read_another_and_the_reversible_stack_show_their_states():
     assert strengths(midpoint, jax.tree.map(lambda a: a + 1, shapes)) == [[0.125], [0.5], [0.5]]
 
 
-@pytest.mark.exhaustive  # test_verify.py compares predictions
 def test_a_stack_that_tokens_leave_early_is_compared_by_what_it_predicts():
     config = small_model("D", False, exit=ExitConfig())
     tokens = jax.random.randint(jax.random.key(0), (1, 8), 0, 257)

@@ -195,6 +195,8 @@ class _Source:
         self.config, self.tensors, self.metadata = found.config, found.model, found.metadata
         self.path, self.stood = path, standing(found.metadata)
         from gt_jax.growth.cost import stored_gains
+        from gt_jax.growth.transform import by_no_plan
+        refuse_all(by_no_plan(self.config), "the source cannot be grown:")  # before what is said of a plan
         self.gains = stored_gains(self.folder, self.config, self.tensors)
 
     def cost(self, plan: Plan, counts: Repetition | None) -> GrowthCost:

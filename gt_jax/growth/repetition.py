@@ -195,7 +195,7 @@ def reference(alpha: Sequence[float] = ALPHA) -> Repetition:
     for count in REFERENCE_COUNTS:
         survival = _padded(survival_from_threshold(count), len(alpha))
         layers.append(LayerRepetition(count, survival, math.fsum(survival)))
-    return Repetition(tuple(layers), tuple(alpha), {"source": "reference"}, "the reference counts")
+    return Repetition(tuple(layers), tuple(alpha), {"source": "reference"}, "the reference repetition")
 
 
 def survival_from_threshold(k_exec: int) -> tuple[float, ...]:

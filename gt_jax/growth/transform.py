@@ -96,16 +96,10 @@ def target_config(source_config: ModelConfig, plan: Plan, dtype: str | None = No
     if source_config.depth != plan.source_layout:
         wrong.append(f"the plan is for a source of layout {plan.source_layout}, "
                      f"this source's config says {source_config.layout}")
-    if source_config.stack.kind == "midpoint":
-        wrong.append("the source's stack is 'midpoint'; only 'residual' and 'lambda' can be grown")
+    wrong += by_no_plan(source_config)
     skips = source_config.stack.skips
     if skips and not wrong:
         wrong += cannot_keep_skips(skips, plan)
-    if source_config.exit is not None:
-        wrong.append("the source's tokens leave the stack early (exit); a deeper stack would be another model")
-    if source_config.gated_copies is not None:
-        wrong.append("the source is grown already, and its copies keep their gates: what its layers add differs from "
-                     "token to token, and a copy of one cannot say where in the chain it would stand")
     if plan.keeps_gates:
         wrong += cannot_keep_gates(source_config, plan)
     refuse_all(wrong, "the source cannot be grown:")
@@ -113,6 +107,19 @@ def target_config(source_config: ModelConfig, plan: Plan, dtype: str | None = No
     config = source_config.plain.replace(layout=str(plan.target_layout), stack=stack,
                                          gated_copies=gates_of(source_config, plan))
     return config if dtype is None else config.replace(param_dtype=dtype)
+
+
+def by_no_plan(source_config: ModelConfig) -> list[str]:
+    """What keeps a source of this config from being grown, whatever the plan."""
+    wrong = []
+    if source_config.stack.kind == "midpoint":
+        wrong.append("the source's stack is 'midpoint'; only 'residual' and 'lambda' can be grown")
+    if source_config.exit is not None:
+        wrong.append("the source's tokens leave the stack early (exit); a deeper stack would be another model")
+    if source_config.gated_copies is not None:
+        wrong.append("the source is grown already, and its copies keep their gates: what its layers add differs from "
+                     "token to token, and a copy of one cannot say where in the chain it would stand")
+    return wrong
 
 
 def child_abstract(source_config: ModelConfig, plan: Plan, dtype: str | None = None) -> dict[str, ShapeDtypeStruct]:

@@ -130,6 +130,8 @@ def test_a_checkpoint_keeps_a_copy_of_the_gates_and_their_moments_for_every_laye
             old = before[f"params/segment{origin[0]}/layer{origin[2]}/halting/{path.removeprefix(own)}"]
             np.testing.assert_array_equal(stored[path][block], old[origin[1]], err_msg=path)
     assert report["moments"] > 0 or not any(path.startswith("optimizer") for path in before)
+    with pytest.raises(Refused, match="grown already"):  # though the reference repetition is of another depth
+        main([str(tmp_path / "grown"), "--dry-run", "--plan", "stack"])
 
 
 def test_configs_there_and_back_and_those_from_before():

@@ -32,6 +32,7 @@ from gt_jax.training.pod_plans import (
     heading,
     is_old,
     least_by_part,
+    named,
     part_lines,
     parts,
     read_plan,
@@ -39,7 +40,7 @@ from gt_jax.training.pod_plans import (
 )
 
 GIB, MIB = 1 << 30, 1 << 20
-BOUNDS = {"flops": "arithmetic", "bytes": "HBM", "links": "links"}
+BOUNDS = {"flops": "arithmetic", "bytes": "HBM", "links": "links", "between_slices": "the network between slices"}
 TOKENS = 1 << 19  # of a batch, where no --batch is given
 
 
@@ -54,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("plans", type=local_path, nargs="*", metavar="PLAN.json", help="show a stored plan, or compare two")
     p.add_argument("--topology", help="v5e, v5p, v6e or tpu7x and its shape, for example v5p:4x4x4; h100 or "
                    "h200 and how many, for example h100:8")
+    p.add_argument("--slices", type=whole, default=1, metavar="N", help="so many pods of that shape, which a network "
+                   "joins; `data` goes over it (1)")
     p.add_argument("--mesh", help="sizes of the axes, for example data=1,fsdp=16,tensor=4; the others are 1")
     p.add_argument("--batch", type=whole, help="rows a step (default: half a million tokens)")
     p.add_argument("--sequence-length", type=whole, default=4096)
@@ -125,10 +128,10 @@ def chosen(
         heading = f"--mesh {arguments.mesh} does not cut the model evenly:"
         refuse_indivisible(job.model, job.batch // job.accumulate, sizes, heading, Rules())
         return [(sizes, job.accumulate, {})]
-    found = mesh_search.candidates(job, devices, parameters_of(job.model), machine)
+    found = mesh_search.candidates(job, devices, parameters_of(job.model), machine, arguments.slices)
     if not found:
         whole = dataclasses.replace(job, batch=devices * job.accumulate)
-        divides = mesh_search.candidates(whole, devices, 1, machine)
+        divides = mesh_search.candidates(whole, devices, 1, machine, arguments.slices)
         other = f"--batch {whole.batch}, or a multiple of it, has one" if divides else \
             "neither does any other batch: name one with --mesh, to see what it does not divide"  # fmt: skip
         raise Refused(f"no mesh of {devices} devices divides batch {job.batch} and the model evenly; {other}")
@@ -166,25 +169,27 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from gt_jax.devices.sharding import make_mesh
     from gt_jax.training.ahead_of_time import Job, compile_step
 
-    topology = topologies.parse(arguments.topology)
+    topology = topologies.parse(arguments.topology, arguments.slices)
     job = job_of(arguments)
     devices = topology.stand_ins()
+    slices = f"{arguments.slices} x " if arguments.slices > 1 else ""
     tried = []
     for sizes, number, guess in chosen(arguments, job, len(devices), machine_of(topology, devices)):
         words = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-        say(f"compiling for {topology.name}: {words}, batch in {number} part(s){_estimated(guess)}")
+        say(f"compiling for {slices}{topology.name}: {words}, batch in {number} part(s){_estimated(guess)}")
         mesh = make_mesh(**sizes, devices=devices)
         one = Job(job.model, job.batch, job.sequence, number)
         seconds = topology.link_seconds(mesh.devices.flatten().tolist())
         row = compile_step(one, mesh, topology.device_memory, link_seconds=seconds)
         row |= {"estimated_seconds": guess} if guess else {}
         row |= {"assumed": topology.assumed}
-        tried.append(row | least_seconds(row, topology.bandwidth, devices[0].device_kind))
+        tried.append(row | least_seconds(row, topology.bandwidth, devices[0].device_kind, topology.slice_rate))
     tried.sort(key=lambda row: (not row["fits"], _bound(row), -_free(row)))
     return {
         "changed": ({} if arguments.model is None else read_object(arguments.model, "--model"))
                    | ({} if arguments.remat is None else {"remat": arguments.remat}),
         "preset": arguments.preset, "topology": topology.name, "devices": len(devices),
+        **({"slices": arguments.slices} if arguments.slices > 1 else {}),
         "devices_a_chip": topology.a_chip, "parameters": parameters_of(job.model), "batch": job.batch,
         "sequence_length": job.sequence, "tried": tried,
     }  # fmt: skip
@@ -209,11 +214,14 @@ def _bound(row: dict[str, Any]) -> float:
     return max(row.get("least_seconds", {"none": math.inf}).values())
 
 
-def least_seconds(row: dict[str, Any], bandwidth: float, device_kind: str) -> dict[str, Any]:
+def least_seconds(
+    row: dict[str, Any], bandwidth: float, device_kind: str, slice_rate: float = math.inf
+) -> dict[str, Any]:
     """What a step takes at least: {"least_seconds": {"flops", "bytes", "links"}, "bound"}, {} where it did not fit.
 
-    `flops` at the bfloat16 peak, `bytes` at HBM's `bandwidth`, `links` as the topology has it; `bound` is the
-    largest of them. A step that hid two of them wholly behind the third would take so long.
+    `flops` at the bfloat16 peak, `bytes` at HBM's `bandwidth`, `links` as the topology has it, of several slices
+    `between_slices` at `slice_rate`; `bound` is the largest. A step that hid
+    the others wholly behind it would take so long.
     """
     from gt_jax.models.flops import peak_flops
 
@@ -222,12 +230,13 @@ def least_seconds(row: dict[str, Any], bandwidth: float, device_kind: str) -> di
         return {}
     least = {"flops": row["flops"] / peak, "bytes": row["bytes"] / bandwidth}
     least |= {"links": row["link_seconds"]} if "link_seconds" in row else {}
+    least |= {"between_slices": row["between_slices"] / slice_rate} if "between_slices" in row else {}
     return {"least_seconds": least, "bound": max(least, key=lambda name: least[name])}
 
 
 def report_lines(result: dict[str, Any]) -> list[str]:
     """The result for a reader."""
-    lines = [f"{result['preset']}: {result['parameters']:,} parameters on {result['topology']}, {result['devices']} "
+    lines = [f"{result['preset']}: {result['parameters']:,} parameters on {named(result)}, {result['devices']} "
              f"devices; {result['batch']} rows of {result['sequence_length']} tokens a step"]  # fmt: skip
     for row in result["tried"]:
         lines += ["", *_mesh_lines(row)]
@@ -264,12 +273,14 @@ def _work_lines(row: dict[str, Any]) -> list[str]:
     from gt_jax.devices.pods.links import ASSUMED
 
     least = row.get("least_seconds", {})
-    by_flops, by_bytes, by_links = (f", at least {least[name]:.3g} s" if name in least else ""
-                                    for name in ("flops", "bytes", "links"))  # fmt: skip
+    by_flops, by_bytes, by_links, by_network = (f", at least {least[name]:.3g} s" if name in least else ""
+                                                for name in BOUNDS)  # fmt: skip
+    between = row.get("between_slices")
     lines = [
         f"  work of a device in a step: {row['flops']:.3g} FLOP of matrix products{by_flops}; "
         f"{row['bytes'] / GIB:.3g} GiB to and from HBM{by_bytes}",
         f"  received over links: {row['links'] / GIB:.3g} GiB{by_links}",
+        *([] if between is None else [f"  received from other slices: {between / GIB:.3g} GiB{by_network}"]),
         *([f"  bound by {BOUNDS[row['bound']]}; assumed of links: {row.get('assumed', ASSUMED)}"] if least else []),
         f"  {row['kernels']} kernels in the program, {row['flops_of_kernels']:.3g} of the FLOP",
     ]
@@ -302,7 +313,8 @@ def show(arguments: argparse.Namespace) -> int:
     """A stored plan, or two side by side; raises `Refused` for other files, and for plans of different models."""
     if len(arguments.plans) > 2:
         raise Refused(f"{len(arguments.plans)} plans are named; one is shown, two are compared")
-    asked = ("preset", "model", "remat", "topology", "mesh", "batch", "sequence_length", "accumulate", "tries", "json")
+    asked = ("preset", "model", "remat", "topology", "slices", "mesh", "batch", "sequence_length", "accumulate",
+             "tries", "json")  # fmt: skip
     defaults = parser()
     if given := [name for name in asked if getattr(arguments, name) != defaults.get_default(name)]:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -329,8 +341,9 @@ def draw(plans: Sequence[dict[str, Any]], path: Path) -> None:
 
     if any(is_old(plan) for plan in plans):
         raise Refused("there is nothing to draw: an old plan has no parts, and what does not fit has none")
-    bars = {f"{name}\n{plan['topology']}" + f" {'AB'[number]}" * (len(plans) > 1): least_by_part(plan["tried"][0], key)
-            for number, plan in enumerate(plans) for key, name in BOUNDS.items()}  # fmt: skip
+    bars = {f"{name}\n{named(plan)}" + f" {'AB'[number]}" * (len(plans) > 1): least_by_part(plan["tried"][0], key)
+            for number, plan in enumerate(plans) for key, name in BOUNDS.items()
+            if key != "between_slices"}  # fmt: skip  # which is not known by part
     order = parts([plan["tried"][0] for plan in plans])
     write_picture(lambda image: plot_parts(bars, image, order, heading(plans[0])), path)
 
@@ -345,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Refused("--topology is missing, for example --topology v5p:4x4x4; or name a stored plan, or two")
     from gt_jax.devices.pods.topologies import parse
 
-    parse(arguments.topology).use_compiler()  # before JAX is imported
+    parse(arguments.topology, arguments.slices).use_compiler()  # before JAX is imported
     result = plan(arguments)
     named = {} if arguments.picture is None else {str(arguments.picture): lambda: draw([result], arguments.picture)}
     deliver(json.dumps(result) if arguments.json else "\n".join(report_lines(result)), named)

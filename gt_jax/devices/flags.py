@@ -68,10 +68,13 @@ def mesh_of(arguments: argparse.Namespace) -> Any:
     import jax
 
     from gt_jax.devices.sharding import MESH_AXES, make_mesh
+    from gt_jax.devices.slices import slice_count
 
     given = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_AXES}
     if not is_distributed(arguments) and all(size is None for size in given.values()):
         return None
-    data, expert, tensor = (given[axis] or 1 for axis in ("data", "expert", "tensor"))
-    rest = max(len(jax.devices()) // max(data * expert * tensor, 1), 1)
+    devices = jax.devices()
+    expert, tensor = (given[axis] or 1 for axis in ("expert", "tensor"))
+    data = given["data"] or slice_count(devices)
+    rest = max(len(devices) // max(data * expert * tensor, 1), 1)
     return make_mesh(data, rest if given["fsdp"] is None else given["fsdp"], expert, tensor)

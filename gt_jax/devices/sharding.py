@@ -20,6 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from gt_jax.devices.slices import slice_count
 from gt_jax.errors import Refused, refuse_all
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
@@ -76,7 +77,9 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
     """A mesh with the four named axes; `data=None` takes the devices that the others leave.
 
-    Raises `Refused` when the sizes do not multiply to the number of devices, and for devices of several slices.
+    Of several slices `data` goes from slice to slice, over the network between them, and then along each; the other
+    axes stay in one. Raises `Refused` when the sizes do not multiply to the number of devices, and where a slice would
+    hold no whole number of `data`.
 
     >>> import gt_jax, jax
     >>> mesh = gt_jax.make_mesh(devices=jax.devices()[:1])
@@ -94,11 +97,15 @@ def make_mesh(
         wanted = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, shape, strict=True))
         raise Refused(f"mesh {wanted} does not use exactly the {len(available)} devices there are; the sizes must "
                       "multiply to their number")  # fmt: skip
-    slices = {getattr(device, "slice_index", 0) for device in available}
-    if len(slices) > 1:
-        raise Refused(f"the devices belong to {len(slices)} slices; a mesh is of one slice")
     # not jax.make_mesh, which on most tori wants whole axes: 16x16 has none for tensor 4
-    placed = mesh_utils.create_device_mesh(shape, available, allow_split_physical_axes=True)
+    if (slices := slice_count(available)) == 1:
+        placed = mesh_utils.create_device_mesh(shape, available, allow_split_physical_axes=True)
+    else:
+        if data % slices:
+            raise Refused(f"the devices are {slices} slices of {len(available) // slices}; data is {data}, and must be "
+                          f"a multiple of {slices}: it alone goes over the network between slices")  # fmt: skip
+        placed = mesh_utils.create_hybrid_device_mesh((data // slices, *shape[1:]), (slices, 1, 1, 1), available,
+                                                      allow_split_physical_axes=True)  # fmt: skip
     return jax.sharding.Mesh(placed, MESH_AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(MESH_AXES))
 
 

@@ -16,11 +16,13 @@ from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import TrainConfig
 from gt_jax.devices.pods import hlo
+from gt_jax.devices.pods.between_slices import received
 from gt_jax.devices.pods.collectives import Links, collectives, gathers, largest
 from gt_jax.devices.pods.hbm_traffic import hbm_traffic
 from gt_jax.devices.pods.launches import count_launches
 from gt_jax.devices.pods.program_flops import count_flops, is_kernel
 from gt_jax.devices.sharding import Rules, with_mesh_devices
+from gt_jax.devices.slices import slice_count
 from gt_jax.models.language_model import abstract
 from gt_jax.training.loop import make_trainer
 from gt_jax.training.state import TrainState
@@ -84,12 +86,13 @@ def compile_step(
         found |= {"seconds_lowering": round(middle - start, 1)}
         found |= {"seconds_compiling": round(time.monotonic() - middle, 1)}
     gpu = mesh.devices.flat[0].platform == "gpu"
-    return found if compiled is None else found | measured(compiled, job, memory, link_seconds, gpu)
+    slices = slice_count(mesh.devices.flat)
+    return found if compiled is None else found | measured(compiled, job, memory, link_seconds, gpu, slices)
 
 
 def measured(
     compiled: Any, job: Job, memory: int, link_seconds: Callable[[Sequence[int]], float] | None = None,
-    gpu: bool = False,
+    gpu: bool = False, slices: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Memory, work and communication of a compiled step, of one device."""
     stats, program = compiled.memory_analysis(), hlo.read(compiled.as_text())
@@ -109,6 +112,7 @@ def measured(
         "flops_of_kernels": done.of_kernels,
         "bytes": hbm_traffic(program).bytes,
         "links": links.received,
+        **({"between_slices": received(program)} if slices > 1 else {}),
         **({} if link_seconds is None else {"link_seconds": links.least_seconds}),
         "parts": by_part(program, links, gpu),
         **({"launches": count_launches(program)} if gpu else {}),

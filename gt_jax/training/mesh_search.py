@@ -69,11 +69,11 @@ class Candidate:
         return self.seconds[self.bound]
 
 
-def candidates(job: Job, devices: int, parameters: int, machine: Machine) -> list[Candidate]:
+def candidates(job: Job, devices: int, parameters: int, machine: Machine, slices: int = 1) -> list[Candidate]:
     """Meshes on which the model and a part of the batch divide evenly: those that seem to fit, the fastest first.
 
     `tensor` and `expert` are powers of two up to 8, `fsdp` 16 to 256 where there are as many devices. `accumulate` of
-    the job, if above 1, is kept.
+    the job, if above 1, is kept. `data` is a multiple of `slices`.
     """
     found = []
     for tensor, expert in itertools.product((1, 2, 4, 8), repeat=2):
@@ -82,6 +82,8 @@ def candidates(job: Job, devices: int, parameters: int, machine: Machine) -> lis
             continue
         for fsdp in sorted({math.gcd(rest, size) for size in (16, 32, 64, 128, 256)}):
             sizes = dict(zip(MESH_AXES, (rest // fsdp, fsdp, expert, tensor), strict=True))
+            if sizes["data"] % slices:
+                continue
             tried = [estimate(job, sizes, parts, parameters, machine) for parts in parts_of(job, rest)
                      if not indivisible_fields(job.model, job.batch // parts, sizes, Rules())]  # fmt: skip
             fitting = [one for one in tried if one.memory <= machine.memory]

@@ -20,7 +20,7 @@ _ROW = {"mesh": dict, "accumulate": int, "fits": bool, "bytes": int, "flops": in
 _NUMBERS: dict[str, type | tuple[type, ...]] = {
     "mesh": int, "memory": (int, float), "least_seconds": (int, float), "launches": int,
 }  # fmt: skip
-_SUMS = ("bytes", "flops", "links", "link_seconds", "kernels")
+_SUMS = ("bytes", "flops", "links", "between_slices", "link_seconds", "kernels")
 _PART = {"part": str, "phase": str, "bytes": (int, float), "flops": (int, float), "links": (int, float)}
 
 
@@ -92,12 +92,17 @@ def refuse_other(plans: Mapping[str, Json]) -> None:
     refuse_all(wrong, "these plans cannot be compared; they must be of one model and as many tokens a step:")
 
 
+def named(plan: Json) -> str:
+    """The pod, or how many of it."""
+    return f"{plan['slices']} x {plan['topology']}" if plan.get("slices", 1) > 1 else str(plan["topology"])
+
+
 def heading(plan: Json) -> str:
     """One line: model, pod, mesh."""
     row = best(plan)
     assert row is not None
     sizes = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1)
-    return f"{plan['preset']} on {plan['topology']}, --mesh {sizes or 'data=1'} --accumulate {row['accumulate']}"
+    return f"{plan['preset']} on {named(plan)}, --mesh {sizes or 'data=1'} --accumulate {row['accumulate']}"
 
 
 def sums(row: Json, what: str, part: str | None = None, phase: str | None = None) -> float:
@@ -142,10 +147,12 @@ def comparison_lines(plans: Mapping[str, Json]) -> list[str]:
     lines += [f"{path} is an old plan: it has no parts, and its collectives are counted too often" for path in old]
     lines += ["", f"    {'':26s}{'A':>12s}{'B':>12s}{'B / A':>9s}"]
     totals = [("HBM, GB", "bytes", GB), ("TFLOP", "flops", TFLOP), ("links, GB received", "links", GB)]
+    several = any("between_slices" in row for row in rows)
+    network = [("from other slices, GB", "between_slices", GB)] if several else []
     launches = [row.get("launches", {}).get("kernels") for row in rows]
-    for words, name, unit in totals:
+    for words, name, unit in totals + network:
         lines.append(_pair(words, *(row[name] / unit if name in row else None for row in rows)))
-    for name in ("flops", "bytes", "links"):
+    for name in ("flops", "bytes", "links", *(["between_slices"] if several else [])):
         lines.append(_pair(f"least s by {name}", *(row.get("least_seconds", {}).get(name) for row in rows)))
     held = [row.get("memory", {}).get("total") for row in rows]
     lines.append(_pair("GiB of memory", *(None if size is None else size / 2**30 for size in held)))

@@ -203,7 +203,9 @@ class Device:
 
 
 def torus(*shape, slices=1):
-    return [Device(i, at, i % slices) for i, at in enumerate(np.ndindex(*shape))]
+    """So many slices of that shape."""
+    places = list(np.ndindex(*shape))
+    return [Device(i + len(places) * number, at, number) for number in range(slices) for i, at in enumerate(places)]
 
 
 def test_an_axis_may_be_a_part_of_an_axis_of_the_torus():
@@ -213,8 +215,29 @@ def test_an_axis_may_be_a_part_of_an_axis_of_the_torus():
     coordinates = np.array([[device.coords for device in row] for row in mesh.devices.reshape(64, 4)])
     assert len(np.unique(coordinates.reshape(-1, 3), axis=0)) == 256
     assert np.all(np.ptp(coordinates, axis=1).sum(axis=-1) == 3)
-    with pytest.raises(Refused, match="2 slices"):
-        make_mesh(fsdp=64, tensor=4, devices=torus(16, 16, 1, slices=2))
+
+
+def test_of_several_slices_data_alone_goes_from_one_to_the_other():
+    there = torus(4, 4, 1, slices=2)
+    placed = make_mesh(data=4, fsdp=4, tensor=2, devices=there).devices
+    slices = np.vectorize(lambda device: device.slice_index)(placed).reshape(4, -1)
+    assert np.all(slices == np.array([[0], [0], [1], [1]])) and len(set(placed.flat)) == 32
+    assert make_mesh(fsdp=4, devices=there).shape["data"] == 8
+    with pytest.raises(Refused, match="2 slices of 16; data is 1, and must be a multiple of 2"):
+        make_mesh(data=1, fsdp=32, devices=there)
+    with pytest.raises(Refused, match="of 2 slices, 16, 8 of each; as many of every slice are needed"):
+        make_mesh(fsdp=24, devices=there[:24])
+    pod = topologies.parse("v6e:4x4", 2)
+    assert pod.devices == 32 and pod.slice_rate == 1.25e10 and topologies.parse("tpu7x:2x2x1", 3).devices == 24
+    rates = pod.axis_rates(make_mesh(data=4, fsdp=8, devices=there))
+    assert rates["data"][0] == 2 * 1.25e10 and rates["fsdp"][0] >= 9e10  # two devices of a slice share what goes out
+    one = pod.link_seconds(make_mesh(data=4, fsdp=8, devices=there).devices.flatten().tolist())
+    assert one(range(8)) == topologies.parse("v6e:4x4").link_seconds(there[:16])(range(8)) > 0
+    for words, why in ((("v6e:4x4", 0), "--slices is 0"), (("h100:8", 2), "--slices 2 is of TPUs")):
+        with pytest.raises(Refused, match=why):
+            topologies.parse(*words)
+    found = mesh_search.candidates(Job(preset("8b"), 256, 4096), 128, 8_309_921_685, machine(), 2)
+    assert found and all(one.sizes["data"] % 2 == 0 for one in found)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
@@ -225,6 +248,12 @@ def test_a_tiny_model_for_a_real_topology():
     row = json.loads(done.stdout)["tried"][0]
     assert row["fits"] and row["memory"]["free_share"] > 0.9 and row["collectives"]
     assert command(*words, "--mesh", "fsdp=3").returncode == 2
+    done = command(*words, "--slices", "2", "--mesh", "data=2,fsdp=2,tensor=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = json.loads(done.stdout)["tried"][0]
+    # each device hands on its share of the gradients, in float32 at most, and gets back the sum
+    assert 0 < row["between_slices"] <= 4 * json.loads(done.stdout)["parameters"] / 2
+    assert row["least_seconds"]["between_slices"] == row["between_slices"] / 6.25e9
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")

@@ -10,6 +10,7 @@ import pytest
 
 from gt_jax.configs.model import HyperConfig
 from gt_jax.devices.pods import hlo
+from gt_jax.devices.pods.between_slices import received
 from gt_jax.devices.pods.collectives import Links, collectives
 from gt_jax.devices.pods.hbm_traffic import hbm_traffic
 from gt_jax.devices.pods.links import RATES, axis_rates, first_group, link_seconds, links_of
@@ -196,3 +197,25 @@ def test_what_hyper_connections_do_is_found_by_the_names_that_the_model_gives():
     scopes = {scope for name in names for scope in name.split("/")}
     assert {"mixer_hyper.enter", "mlp_hyper.between", "mlp_hyper.leave"} <= scopes
     assert {part_of(name) for name in names} == {"hyper-connections"}
+
+
+def test_what_goes_from_slice_to_slice_counts_apart():
+    """As the compiler for TPU writes it, in a loop of three; a `recv` of anything else is none."""
+    said = ('frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+            '_xla_megascale_target="{1:3}x{0:3}",_xla_megascale_transfer_type="%s"}')
+    recv = '  %%r%d = (f32[256]{0:T(256)}, u32[], token[]) recv(%%t), channel_id=1, is_host_transfer=true, %s\n'
+    kinds = ("ALL_REDUCE", "ALL_GATHER", "REDUCE_SCATTER", "ONE_TO_ONE")
+    lines = [recv % (at, said % kind) for at, kind in enumerate(kinds)] + [recv % (9, "frontend_attributes={}")]
+    text = f"""HloModule jit_step, num_partitions=12
+
+%body (p: s32[]) -> s32[] {{
+  %t = token[] after-all()
+{''.join(lines)}  ROOT %i = s32[] parameter(0)
+}}
+
+ENTRY %main (x: s32[]) -> s32[] {{
+  %x = s32[] parameter(0)
+  ROOT %w = s32[] while(%x), condition=%none, body=%body, backend_config={{"known_trip_count":{{"n":"3"}}}}
+}}
+"""
+    assert received(hlo.read(text)) == 3 * 1024 * (4 / 3 + 2 / 3 + 2 + 1)

@@ -69,6 +69,7 @@ class Cluster:
 
     assumed = ASSUMED
     a_chip = 1  # devices of a card
+    slice_rate = math.inf  # between slices, of which there is one
 
     @property
     def name(self) -> str:

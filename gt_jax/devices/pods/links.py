@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from gt_jax.devices.pods import between_slices
 from gt_jax.devices.pods.hlo import Instruction
+from gt_jax.devices.slices import slice_count
 
 RATES = {"v5e": 4.5e10, "v5p": 9e10, "v6e": 9e10, "tpu7x": 9e10}  # bytes/s of one link in one direction
 WRAPS = {"v5e": 16, "v5p": 4, "v6e": 16, "tpu7x": 4}  # an axis of a multiple of so many chips is a ring
@@ -84,22 +86,30 @@ def links_of(places: Sequence[Sequence[int]], shape: Sequence[int], wraps: int) 
 
 
 def axis_rates(kind: str, shape: Sequence[int], mesh: Any) -> dict[str, tuple[float, int]]:
-    """Of each axis of a mesh: bytes/s that one device receives along it, and how many axes of the torus it spans."""
-    a_chip = mesh.devices.size // math.prod(shape)
+    """Of each axis of a mesh: bytes/s that one device receives along it, and how many axes of the torus it spans.
+
+    An axis that also goes from slice to slice is no faster than the network between them, over which each device of a
+    slice hands on its part of what they have together.
+    """
+    slices = slice_count(mesh.devices.flat)
+    a_chip = mesh.devices.size // (slices * math.prod(shape))
     found = {}
     for number, axis in enumerate(mesh.axis_names):
         line = np.moveaxis(mesh.devices, number, 0).reshape(mesh.devices.shape[number], -1)[:, 0]
         places = [tuple(device.coords)[: len(shape)] for device in line]
         links = links_of(places, shape, WRAPS[kind])
         spans = sum(len({place[at] for place in places}) > 1 for at in range(len(shape)))
-        found[axis] = (links * RATES[kind] / a_chip if links else math.inf, spans)
+        rate = links * RATES[kind] / a_chip if links else math.inf
+        if slices > 1 and len({device.slice_index for device in line}) > 1:
+            rate = min(rate, between_slices.RATES[kind] / a_chip * len(line) / slices)
+        found[axis] = (rate, spans)
     return found
 
 
 def link_seconds(kind: str, shape: Sequence[int], devices: Sequence[Any]) -> Callable[[Sequence[int]], float]:
     """seconds(group) a byte that each device of a group, by number, receives; `devices` in the program's order."""
     places = [tuple(device.coords)[: len(shape)] for device in devices]
-    a_chip = len(places) // len(set(places))
+    a_chip = len(places) // (len(set(places)) * slice_count(devices))
 
     def seconds(group: Sequence[int]) -> float:
         links = links_of([places[one] for one in group], shape, WRAPS[kind])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gt_jax.devices.pods import gpus, links
+from gt_jax.devices.pods import between_slices, gpus, links
 from gt_jax.errors import Failed, Refused
 
 GIB = 1 << 30
@@ -64,10 +64,11 @@ def shapes(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Topology:
-    """A pod: generation and shape in chips."""
+    """A pod, or several slices that are one each: generation and shape in chips."""
 
     kind: str
     shape: tuple[int, ...]
+    slices: int = 1
 
     assumed = links.ASSUMED
 
@@ -81,7 +82,12 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        return math.prod(self.shape) * self.chip.devices
+        return self.slices * math.prod(self.shape) * self.chip.devices
+
+    @property
+    def slice_rate(self) -> float:
+        """Bytes a second that one device receives from other slices."""
+        return between_slices.RATES[self.kind] / self.chip.devices
 
     @property
     def a_chip(self) -> int:
@@ -117,9 +123,13 @@ class Topology:
         return links.link_seconds(self.kind, self.shape, devices)
 
 
-def parse(text: str) -> Topology | gpus.Cluster:
-    """`v5p:4x4x4` or `h100:8`, as what it names; raises `Refused` with the names there are."""
+def parse(text: str, slices: int = 1) -> Topology | gpus.Cluster:
+    """`v5p:4x4x4`, so many slices of it, or `h100:8`, as what it names; raises `Refused` with the names there are."""
+    if slices < 1:
+        raise Refused(f"--slices is {slices}; it must be at least 1")
     if (cluster := gpus.parse(text)) is not None:
+        if slices > 1:
+            raise Refused(f"--slices {slices} is of TPUs; {text} names all its cards")
         return cluster
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
     if not found or found[1] not in CHIPS:
@@ -128,7 +138,7 @@ def parse(text: str) -> Topology | gpus.Cluster:
     kind, shape = found[1], tuple(map(int, found[2].split("x")))
     if not _exists(CHIPS[kind], shape):
         raise Refused(f"--topology {text!r} does not exist; {kind} comes as {shapes(kind)}")
-    return Topology(kind, shape)
+    return Topology(kind, shape, slices)
 
 
 def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
@@ -150,8 +160,9 @@ def devices_of(topology: Topology) -> list[Any]:
     import jax
     from jax.experimental import topologies
 
-    hosts = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.shape) == 1 else {}  # they have four else
+    more: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.shape) == 1 else {}  # else four
+    more |= {"num_slices": topology.slices} if topology.slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **hosts).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **more).devices)
     except jax.errors.JaxRuntimeError as error:
         raise Failed(f"the TPU compiler does not know {topology.name}: {error}") from error

@@ -117,8 +117,8 @@ def tfds_text(dataset: str, data_dir: str | None) -> tuple[str, list[bytes]]:
         examples: Sequence[Any] = builder.as_data_source(split="train")
     except tfds.core.DatasetNotFoundError as error:
         raise Refused(f"{name} is not {place}; nothing is downloaded here: make it of text files with `python -m "
-                      f"gt_jax prepare {dataset} FILE …`, also where that was interrupted, or fetch it with tfds.builder"
-                      f"({dataset!r}, file_format='array_record').download_and_prepare()") from error
+                      f"gt_jax prepare {dataset} FILE …`, also where that was interrupted, or fetch it with "
+                      f"tfds.builder({dataset!r}, file_format='array_record').download_and_prepare()") from error
     except (NotImplementedError, ValueError, OSError) as error:  # the first: files of no random access, e.g. tfrecord
         raise Refused(f"{name} {place} cannot be read as a data source; it needs a split 'train' in "
                       f"file_format='array_record': {_first_line(error)}") from error

@@ -1,12 +1,13 @@
 """Does growth pay? A source grown and trained on, against going on with the source and against starting deep.
 
-    python -m experiments.growth_pays [--scale small] [--text FILE …] [--seeds 0,1,2] [--jobs 2] [--work DIR]
+    python -m experiments.growth_pays [--scale hours] [--text FILE …] [--seeds 0,1,2] [--jobs 2] [--work DIR]
     python -m experiments.growth_pays --keep                 # what a changed setting changes; other rows are kept
     python -m experiments.growth_pays --render               # page and picture anew from OUTPUT/growth_pays.json
 
 - By setting, all at equal total FLOPs, the source's and the growth's included (pays_study/budget.py): the source
-  trained on, grown after a quarter, half and three quarters of the budget, and the deep model from scratch
-  (pays_study/setting.py). Two tasks and text; on an accelerator also a task whose questions get harder after growth.
+  trained on, grown after some of a quarter, half and three quarters of the budget, and the deep model from scratch
+  (pays_study/setting.py). Two tasks and text; at scale `hours` another text too, on an accelerator a task whose
+  questions get harder after growth.
 - Asked of each: held-out loss, and right answers by difficulty, at growth beside the source's, on the way, at the end;
   after a tenth more training against the source trained on.
 - Interrupted, the same command goes on: every trained model is a file in --work. Another configuration is refused.
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0].replace("\n", " "))
-    p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; accelerator (default small)")
+    p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; hours: another text too, as the "
+                   "stored results; accelerator (small)")
     p.add_argument("--text", nargs="+", type=local_name, default=(),
                    help="text files instead of the Python library's sources")
     p.add_argument("--only", default="", help="names of settings, separated by commas; all where none is given")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from experiments.growth_study.inference import mean, text_of
 from experiments.pages import markdown_table
 from experiments.pays_study.setting import TextSetting
-from experiments.pays_study.study import SCALES
+from experiments.pays_study.study import SCALES, TEXT
 from gt_jax.configs.json_config import Config
 from gt_jax.errors import Refused
 
@@ -20,7 +20,7 @@ CONTEXTS = ("all", "alive")
 class ContextStudy(Config):
     """The text setting of growth_pays, the contexts that its sources are trained with, their rate, and the seeds."""
 
-    setting: TextSetting = SCALES["small"][1][0]
+    setting: TextSetting = TEXT
     contexts: tuple[str, ...] = CONTEXTS
     rate: float = 2e-3
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -47,9 +47,10 @@ class Of(NamedTuple):
 
 def scaled(scale: str, contexts: tuple[str, ...], seeds: tuple[int, ...], text: tuple[str, ...]) -> ContextStudy:
     """The study of a scale; raises `Refused` for one that is not known."""
-    if scale not in SCALES:
-        raise Refused(f"--scale {scale} is not known; the scales are {', '.join(SCALES)}")
-    return ContextStudy(setting=SCALES[scale][1][0], contexts=contexts, seeds=seeds, text=text)
+    settings = {name: texts[0] for name, (_, texts) in SCALES.items() if name != "hours"} | {"small": TEXT}
+    if scale not in settings:
+        raise Refused(f"--scale {scale} is not known; the scales are {', '.join(settings)}")
+    return ContextStudy(setting=settings[scale], contexts=contexts, seeds=seeds, text=text)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

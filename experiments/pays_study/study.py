@@ -20,7 +20,7 @@ SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "c
 SHALLOW = "shallow, from scratch"
 
 JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=1200)
-CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF.replace(adaptive_rates=(), adaptive_tuned_at=1), budget=1500,
+CHAINS = TaskSetting(name="variable_chains", of=CHAINS_OF.replace(adaptive_rates=(), adaptive_tuned_at=1), budget=1800,
                      points=(0.75,), rates=(2e-3, 3e-3), tuned_at=2, curricula=(0.6,))  # fmt: skip
 DEEPER = TaskSetting(
     name="deeper_jumps", of=JUMPS_OF.replace(task="pointer_jumps:hardest=4,symbols=10,queries=4"),
@@ -38,7 +38,8 @@ SCALES: dict[str, tuple[tuple[TaskSetting, ...], tuple[TextSetting, ...]]] = {
         tuple(one.replace(of=one.of.replace(**_LITTLE), **_LESS) for one in (JUMPS, CHAINS, DEEPER)),
         (TEXT.replace(**_LESS, **_LITTLE, tokens=64, target_layers=8),),
     ),
-    "small": ((JUMPS, CHAINS), (TEXT, NARROW)),
+    "small": ((JUMPS, CHAINS), (NARROW,)),
+    "hours": ((JUMPS, CHAINS), (TEXT, NARROW)),
     "accelerator": (
         (
             JUMPS.replace(of=_WIDE_JUMPS, budget=16000),

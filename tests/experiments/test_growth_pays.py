@@ -139,7 +139,8 @@ def test_text_grows_to_the_deep_model_by_each_recipe():
 
 
 def test_units_have_names_of_their_own_and_the_config_reads_back():
-    study = scaled("small", (0, 1), (), ())
+    study = scaled("hours", (0, 1), (), ())
+    assert {*scaled("small", (0, 1), (), ()).settings} < {*study.settings}
     assert Study.from_json(json.loads(json.dumps(study.to_json()))) == study
     tried = tries(JUMPS, study.seeds)[SCRATCH]
     assert [(one.rate, one.curriculum) for (one,) in tried] == [(2e-3, None), (4e-3, None), (2e-3, 0.3), (4e-3, 0.3)]

@@ -12,6 +12,7 @@ import _thread
 import contextlib
 import io
 import os
+import resource
 import sys
 import threading
 import traceback
@@ -21,6 +22,7 @@ from typing import Any, TextIO
 
 INTERRUPTED = 130  # as a shell has it for a program that Ctrl-C ended
 _MOMENT = 0.02  # seconds
+ROOM = 4 << 30  # bytes of address space: a training of a small model asks for some 2 GiB
 
 
 class Refused(ValueError):
@@ -96,6 +98,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # ascii, a Windows code page, or names of files that are no UTF-8
             stream.reconfigure(errors="backslashreplace")
+    _say_little_room()
     try:
         with _no_interrupt_lost():
             code = main(argv)
@@ -120,6 +123,14 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     if code == INTERRUPTED:
         _end_at_once(code)
     sys.exit(code)
+
+
+def _say_little_room() -> None:
+    """Say where `ulimit -v` may end the process: XLA aborts where it gets no address space, with no word of ours."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if 0 <= limit < ROOM:
+        say(f"note: this process may have {limit / 2**30:.2g} GiB of address space (ulimit -v); JAX asks for more than "
+            "it uses, and where it gets none the process is aborted")  # fmt: skip
 
 
 def _fill_closed_streams() -> None:
@@ -215,8 +226,9 @@ def _comes_of_interrupt(error: BaseException) -> bool:
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    """Whether it is Python's or NumPy's error of that kind, or XLA's, which is known by its words alone."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in f"{error}"[:200]
+    """Whether it is Python's or NumPy's error of that kind, or XLA's or the loader's, which words alone tell."""
+    words = f"{error}"[-200:] if isinstance(error, ImportError) else f"{error}"[:200]
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in words or "failed to map segment" in words
 
 
 def _leave(stream: TextIO | None) -> None:

@@ -125,11 +125,12 @@ def test_counts_that_cannot_be_written_go_to_standard_output(tmp_path, monkeypat
     assert json.loads(capsys.readouterr().out) == counts
 
 
-def test_too_little_memory_is_said_in_a_line(capsys):
+def test_too_little_memory_is_said_in_a_line(capsys, monkeypatch):
     class XlaRuntimeError(RuntimeError):
         pass
 
-    for error in (MemoryError(), XlaRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBacktrace")):
+    for error in (MemoryError(), XlaRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBacktrace"),
+                  ImportError("library.so: failed to map segment from shared object")):  # fmt: skip
         def main(argv: object, error: Exception = error) -> int:
             raise error
 
@@ -141,6 +142,10 @@ def test_too_little_memory_is_said_in_a_line(capsys):
     def mistaken(argv: object) -> int:
         raise RuntimeError("a bug")
 
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (3 << 29, -1))  # ulimit -v
+    with pytest.raises(SystemExit):
+        run_command(lambda argv: 0)
+    assert "may have 1.5 GiB of address space (ulimit -v)" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"):
         run_command(mistaken)
 

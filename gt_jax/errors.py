@@ -12,6 +12,7 @@ import _thread
 import contextlib
 import io
 import os
+import re
 import resource
 import sys
 import threading
@@ -112,7 +113,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         if isinstance(error, OSError):
             _say_no_more()
     except Exception as error:
-        if not (_lacks_memory(error) or _comes_of_interrupt(error)):
+        if not (_lacks_memory(error) or _comes_of_interrupt(error) or _is_of_settings(error)):
             raise
         code = say_error(error)
     try:
@@ -183,6 +184,9 @@ def say_error(error: BaseException) -> int:
     if _lacks_memory(error):
         say(f"failed: not enough memory ({first_line(error)}); take fewer or shorter rows, or --accumulate in training")
         return 1
+    if _is_of_settings(error):
+        say(f"refused: JAX cannot be set up as the environment says: {first_line(error).partition(': ')[2]}")
+        return 2
     say("".join(traceback.format_exception(error)).rstrip())
     return 1
 
@@ -229,6 +233,12 @@ def _lacks_memory(error: BaseException) -> bool:
     """Whether it is Python's or NumPy's error of that kind, or XLA's or the loader's, which words alone tell."""
     words = f"{error}"[-200:] if isinstance(error, ImportError) else f"{error}"[:200]
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in words or "failed to map segment" in words
+
+
+def _is_of_settings(error: BaseException) -> bool:
+    """Whether it is JAX's, of a JAX_PLATFORMS or another of its variables in the environment; words alone tell."""
+    said = r"Unable to initialize backend|[Ii]nvalid (truth )?value .* for (environment|JAX flag) "
+    return isinstance(error, (RuntimeError, ValueError)) and re.match(said, str(error)) is not None
 
 
 def _leave(stream: TextIO | None) -> None:

@@ -22,8 +22,9 @@ class Setting(Config):
 
     The hardest difficulty rises over the first `curriculum` of the steps, and with it the passes that are forced, from
     1 to `passes`; all are forced until `opened` of the steps, and the gates decide from then on, at `pass_price` nats a
-    pass. Embeddings have unit size. The adaptive model is tried at `adaptive_rates`, where there are none at those of
-    the others, with as many of the study's first seeds as `adaptive_tuned_at` says.
+    pass. Halting heads learn at `halting_scale` times other scalars' rate. Embeddings have unit size. The adaptive
+    model is tried at `adaptive_rates`, where there are none at those of the others, with as many of the study's first
+    seeds as `adaptive_tuned_at` says.
     """
 
     task: str
@@ -35,6 +36,7 @@ class Setting(Config):
     curriculum: float = 0.6
     opened: float = 0.7
     pass_price: float = 0.02
+    halting_scale: float = 10.0
     held_out_batches: int = 12
     adaptive_rates: tuple[float, ...] = ()
     adaptive_tuned_at: int = 1
@@ -86,5 +88,5 @@ class Setting(Config):
         """The same for every model; the price is only for the adaptive one."""
         price = budget(None, value=self.pass_price, forced_passes=self.passes, forced_until=self.opened,
                        forced_ramp=self.curriculum, price_from=self.opened, clipped_until=self.opened)  # fmt: skip
-        optimizer = OptimizerConfig(learning_rate=rate, weight_decay=0.01, halting_scale=10.0)
+        optimizer = OptimizerConfig(learning_rate=rate, weight_decay=0.01, halting_scale=self.halting_scale)
         return TrainConfig(steps=self.steps, seed=seed, optimizer=optimizer, price=price)

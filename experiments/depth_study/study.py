@@ -17,7 +17,7 @@ SHALLOW, ADAPTIVE, MEAN, MOST = "plain, shallow", "adaptive", "plain, mean depth
 MODELS = (SHALLOW, ADAPTIVE, MEAN, MOST)
 
 CHAINS = Setting(task="variable_chains:hardest=4,chains=4,letters=20,order=backward", steps=1400, pass_price=0.1,
-                 adaptive_rates=(2e-3, 3e-3), adaptive_tuned_at=2)  # fmt: skip
+                 halting_scale=2.0, adaptive_rates=(2e-3, 3e-3), adaptive_tuned_at=2)  # fmt: skip
 JUMPS = Setting(task="pointer_jumps:hardest=4,symbols=8,queries=4", steps=1200)
 WIDER = {"layout": "DDDG", "width": 256, "rows": 256, "held_out_batches": 8}
 SCALES: dict[str, tuple[Setting, ...]] = {
@@ -91,8 +91,9 @@ def scaled(scale: str, seeds: tuple[int, ...]) -> Study:
 def unchanged(study: Study, found: Mapping[str, Any], content: str = "") -> list[dict[str, Any]]:
     """The rows of a stored file that `study` would make the same, each with what made it; it reads nothing.
 
-    Those of a task and model whose data, training, rates tried and questions are what they were; a price is no part of
-    the training of a model that has no passes to pay for. Raises `Refused` for a study of other seeds.
+    Those of a task and model whose data, training, rates tried and questions are what they were; a price, and the rate
+    of halting heads, are no part of the training of a model that has no passes to pay for. Raises `Refused` for a study
+    of other seeds.
     """
     there = Study.from_json(found["config"])
     if there.seeds != study.seeds:
@@ -114,6 +115,6 @@ def _making(setting: Setting, model: str) -> tuple[Any, ...]:
     """All that a row follows from but its seed, its rate and how often the layout stands."""
     train, wanted = setting.train(0, 1.0), Wanted(setting, model, 1, 0, 1.0)
     if model != ADAPTIVE:
-        train = train.replace(price=PriceConfig())
+        train = train.replace(price=PriceConfig(), optimizer=train.optimizer.replace(halting_scale=1.0))
     most = setting.passes if model == MOST else 0
     return wanted.config, setting.data(0), train, setting.held_out_batches, most

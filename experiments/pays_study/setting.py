@@ -131,9 +131,15 @@ class Setting(Config, abc.ABC):
     def price(self, part: float) -> PriceConfig:
         """The price of a source whose own part is the first `part` of its schedule."""
 
+    @property
+    def halting_scale(self) -> float:
+        """How fast halting heads learn, in rates of other scalars."""
+        return 10.0
+
     def optimizer(self, rate: float) -> OptimizerConfig:
         """The same for every model."""
-        return OptimizerConfig(learning_rate=rate, decay=self.decay, weight_decay=0.01, halting_scale=10.0)
+        return OptimizerConfig(learning_rate=rate, decay=self.decay, weight_decay=0.01,
+                               halting_scale=self.halting_scale)  # fmt: skip
 
     def source_train(self, steps: int, rate: float) -> TrainConfig:
         """The training whose plateau lasts for `steps` steps: the source stops there, its rate has not fallen."""
@@ -205,6 +211,10 @@ class TaskSetting(Setting):
     @property
     def free_passes(self) -> float:
         return float(self.of.passes)
+
+    @property
+    def halting_scale(self) -> float:
+        return self.of.halting_scale
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:

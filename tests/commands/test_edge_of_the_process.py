@@ -125,7 +125,7 @@ def test_counts_that_cannot_be_written_go_to_standard_output(tmp_path, monkeypat
     assert json.loads(capsys.readouterr().out) == counts
 
 
-def test_too_little_memory_is_said_in_a_line(capsys, monkeypatch):
+def test_too_little_memory_and_a_jax_that_cannot_be_set_up_are_said_in_a_line(capsys, monkeypatch):
     class XlaRuntimeError(RuntimeError):
         pass
 
@@ -138,6 +138,17 @@ def test_too_little_memory_is_said_in_a_line(capsys, monkeypatch):
             run_command(main)
         said = capsys.readouterr().err
         assert ended.value.code == 1 and said.startswith("failed: not enough memory") and said.count("\n") == 1
+
+    for error in (RuntimeError("Unable to initialize backend 'foo': it is not known"),
+                  ValueError("invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
+                  ValueError('Invalid value "abc" for JAX flag jax_compilation_cache_max_size')):  # fmt: skip
+        def unset(argv: object, error: Exception = error) -> int:
+            raise error
+
+        with pytest.raises(SystemExit) as ended:
+            run_command(unset)
+        assert ended.value.code == 2 and capsys.readouterr().err == (
+            f"refused: JAX cannot be set up as the environment says: {error}\n")  # fmt: skip
 
     def mistaken(argv: object) -> int:
         raise RuntimeError("a bug")

@@ -79,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
                        "both signs that brings the depth to the target and holds it (budget)")
     train.add_argument("--pass-price", type=float, metavar="NATS",
                        help="instead of a target: what one more pass of a token in a layer costs (--price-rule budget)")
+    train.add_argument("--halting-scale", type=float, metavar="X", help="how fast halting heads learn, times the rate "
+                       "of other weights (1; 10 under --price-rule budget)")
     train.add_argument("--forced-passes", type=whole, metavar="N", help="passes that every token runs at first, before "
                        "its gates decide; under --curriculum their number rises from 1, as the difficulty does")
     train.add_argument("--forced-until", type=float, metavar="F", help="until this fraction of the run")
@@ -117,6 +119,7 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
     price, optimizer = with_price(train.price, optimizer, arguments)
     price = with_forced_passes(price, arguments.forced_passes, arguments.forced_until, arguments.curriculum)
+    optimizer = optimizer.replace(**pick("halting_scale"))
     refuse_all(depth_misfits(model.adaptive, arguments), "the model's depth cannot be steered so:")
     own = pick("steps", "seed", "evaluate_every", "checkpoint_every", "keep", "accumulate", "moments",
                "matmul_precision")  # fmt: skip
@@ -153,7 +156,7 @@ def with_gates(model: Any, sees: str | None) -> Any:
 
 def depth_misfits(adaptive: Any, arguments: argparse.Namespace) -> list[str]:
     """What the flags that steer depth ask for and a model of this AdaptiveConfig, or of none, cannot do."""
-    flags = ("target", "target_of", "price_rule", "pass_price", "forced_passes", "forced_until")
+    flags = ("target", "target_of", "price_rule", "pass_price", "halting_scale", "forced_passes", "forced_until")
     given = {name: value for name in flags if (value := getattr(arguments, name)) is not None}
     if adaptive is None:
         return [f"--{name.replace('_', '-')} {value}: the model has no adaptive depth, every layer runs once; leave it "

@@ -189,6 +189,7 @@ def price_of(*words, base=None):
 
 def test_the_rule_of_the_price_brings_its_own_fields():
     assert price_of("--price-rule", "budget", "--target", "2") == (budget(2.0), 10.0)
+    assert price_of("--price-rule", "budget", "--target", "2", "--halting-scale", "3") == (budget(2.0), 3.0)
     assert price_of("--price-rule", "budget")[0].target == PriceConfig().target
     assert price_of("--price-rule", "budget", "--pass-price", "0.002") == (budget(None, value=0.002), 10.0)
     before = RunConfig(model=small_model())

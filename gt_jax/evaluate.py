@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,7 @@ def report_lines(result: Mapping[str, Any]) -> list[str]:
               ["checkpoint", "step", "passes", "nats a token", "bits per byte", "perplexity"]),
     ]  # fmt: skip
     for one in result["differences"]:
-        by_token, by_byte = (_shown(one[name], 4, "+") for name in ("nats_per_token", "bits_per_byte"))
+        by_token, by_byte = (_shown(of, _digits(of), "+") for of in (one["nats_per_token"], one["bits_per_byte"]))
         lines.append(f"{one['checkpoint']} against {one['against']}: {by_token} nats a token, {by_byte} bits per byte: "
                      f"{one['verdict']}")  # fmt: skip
     for one in result["models"]:
@@ -79,6 +80,12 @@ def _shown(figure: Mapping[str, float | str | None], digits: int, sign: str = ""
     value, low, high = (None if number is None else f"{float(number):{sign}.{digits}f}"
                         for number in (figure["value"], figure["low"], figure["high"]))
     return (value or "-") + (f" ({low} to {high})" if low is not None and high is not None else "")
+
+
+def _digits(figure: Mapping[str, float | str | None]) -> int:
+    """Four decimals of a difference, more where it would be shown as none: its verdict stands beside it."""
+    largest = max((abs(one) for one in figure.values() if isinstance(one, float)), default=0.0)
+    return 1 - math.floor(math.log10(largest)) if 1e-12 < largest < 1e-3 else 4
 
 
 def _listed(passes: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,11 +168,20 @@ def read_json(path: Path, finite: bool = True, once: bool = False) -> Any:
 
 def parse_json(text: str | bytes, finite: bool = False, once: bool = False) -> Any:
     """The JSON value of a text, as `read_json`; raises ValueError, and nothing else, for what is no JSON."""
+    return json_of(text, parse_constant=_no_number if finite else None,
+                   object_pairs_hook=object_of_different_names if once else None)  # fmt: skip
+
+
+def json_of(text: str | bytes, **hooks: Any) -> Any:
+    """`json.loads` with its hooks; raises ValueError, in words of ours, for what is nested or long beyond reason."""
     try:
-        return json.loads(text, parse_constant=_no_number if finite else None,
-                          object_pairs_hook=object_of_different_names if once else None)
+        return json.loads(text, **hooks)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except ValueError as error:
+        if "integer string conversion" in str(error):
+            raise ValueError(f"it has a number of more than {sys.get_int_max_str_digits()} digits") from None
+        raise
 
 
 def is_number(value: Any) -> bool:

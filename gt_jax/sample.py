@@ -146,10 +146,13 @@ def _continued(config: Any, variables: Any, tokenizer: Any, metadata: Any, argum
     import numpy as np
 
     from gt_jax.evaluation.generation import sample_timed
+    from gt_jax.evaluation.read_together import read_together
     from gt_jax.monitoring.metrics import json_values
 
     given = [PROMPT] if arguments.prompt is None else arguments.prompt
     beside = _beside(metadata)
+    if (note := read_together(config)) is not None:
+        say(f"note: {note}")
     prompts = [_chat(text, tokenizer, beside, arguments) if arguments.chat else _tokens(text, tokenizer)
                for text in given]  # fmt: skip
     ends = _stop_tokens(arguments, tokenizer, beside, config.vocab)

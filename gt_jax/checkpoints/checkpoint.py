@@ -54,7 +54,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.tokenizer_file import TokenizerFile, as_stored, carried_tokenizer, to_store
 from gt_jax.devices.processes import ProcessGroup, end_together
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.files import refuse_address
+from gt_jax.files import explain_full_disk, refuse_address
 
 MODEL = ("params/", "statistics/")  # what paths of the model begin with
 _SCRATCH = "metadata"  # the name, in an unfinished checkpoint, of what Orbax saves for its metadata alone
@@ -82,7 +82,7 @@ def save(path: StrPath, tree: Any, metadata: Mapping[str, Any], *, held: bool = 
         orbax_store.save(unfinished, leaves, metadata)
         on_primary(functools.partial(_publish, unfinished, target, _carried_shapes(leaves), tokenizer))
 
-    with contextlib.nullcontext() if held else only_writer(target):
+    with contextlib.nullcontext() if held else only_writer(target), explain_full_disk(target, "do it again"):
         on_primary(functools.partial(_make_room, unfinished, target))
         orbax_store.write(target, unfinished, work)
 

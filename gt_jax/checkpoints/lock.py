@@ -22,6 +22,7 @@ from pathlib import Path
 
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Refused
+from gt_jax.files import explain_full_disk
 
 _MARK = b"gt_jax lock of job "
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -59,7 +60,8 @@ def only_writer(target: Path) -> Iterator[None]:
     group, path = ProcessGroup(), lock_file(target)
     held: list[int] = []
     try:
-        group.agree(lambda: held.append(_take(path, target)) if group.first else None)
+        with explain_full_disk(target, "do it again"):
+            group.agree(lambda: held.append(_take(path, target)) if group.first else None)
         job = group.gather(_content(held[0]).decode() if group.first else None)[0]
         group.agree(lambda: None if group.first else held.append(_join(path, target, job.encode())))
         yield

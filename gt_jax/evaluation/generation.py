@@ -1,7 +1,8 @@
 """Continuing a text token by token: prefill of the prompt, then decoding with a cache.
 
 Decodes with the recurrent state of the D layers and a key/value cache of the G layers; the logits equal those of the
-full forward pass. An adaptive model keeps one of each per pass. With a memory stream the text goes on chunk by chunk as
+full forward pass, but for models whose tokens depend on what is read with them (gt_jax/evaluation/read_together.py).
+An adaptive model keeps one of each per pass. With a memory stream the text goes on chunk by chunk as
 it was trained: states start empty, the memory is handed on.
 """
 

@@ -26,6 +26,7 @@ from gt_jax.evaluation.held_out_rows import held_out_rows
 from gt_jax.evaluation.loading import HELD_OUT_BATCHES, data_config, names_text, text_note
 from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
 from gt_jax.evaluation.pairs import incomparable
+from gt_jax.evaluation.read_together import read_together
 from gt_jax.evaluation.scoring import byte_lengths, score, targets_of
 from gt_jax.models.language_model import fixed_passes, free_passes
 from gt_jax.models.layers.adaptive_depth import PassControl
@@ -192,9 +193,11 @@ def _covered(kind: str, units: Any, targets: Any, tokenizer: Tokenizer) -> Cover
 
 
 def _notes(opened: Sequence[Checkpoint], text: Text | Data, named: Mapping[str, Any] | None) -> list[str]:
-    """Where the text may not be held out for every model."""
+    """Where the text may not be held out for every model, and where a model depends on what is read together."""
     found = [text_note(one.metadata, text, one.path, names_text(named) or one is not opened[0]) for one in opened]
-    return [note for note in found if note is not None]
+    told = {one.path: read_together(one.config) for one in opened}
+    return [*(note for note in found if note is not None),
+            *(f"{path}: {note}" for path, note in told.items() if note is not None)]
 
 
 def _unmixed(text: Text | Data, batches: int | None) -> list[str]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import Any, TypeGuard
 
 from gt_jax.configs.layout import Layout, parse
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.files import other_content
+from gt_jax.files import json_of, other_content
 from gt_jax.growth.plan_entries import depth_of
 
 ALPHA = (1.0, 0.7, 0.5, 0.35)
@@ -154,8 +153,8 @@ def read(path: str | Path, alpha: Sequence[float] = ALPHA) -> Repetition:
         raise Refused(f"repetition file {path} cannot be read: {error}") from None
     repeated: list[str] = []
     try:
-        data = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, repeated))
-    except (ValueError, RecursionError) as error:
+        data = json_of(text, object_pairs_hook=lambda pairs: _object(pairs, repeated))
+    except ValueError as error:
         raise Refused(f"repetition file {path} is not JSON: {error}") from None
     refuse_all([f"key {key!r} appears twice" for key in repeated], f"repetition file {path} is not valid:")
     counts = from_json(data, f"repetition file {path}", alpha)

@@ -69,7 +69,7 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
     "config", "grown_from" and "source_checksums": whether the source had any to be compared with. Where
     `jax.distributed` runs several processes, each of them calls it, with `target` on a disk that all see. Raises
     `Refused`, with nothing left behind, for everything that does not fit: paths, plan, values that are not finite, a
-    budget below what the source's chunks need, another growth that is unfinished; `Damaged` where the source does not
+    budget below what the source's chunks need, another growth that is unfinished; `Failed` where the source does not
     hold what was written. OSError when the disk is full: then, as after a kill, `target` does not exist and `resume`
     goes on.
 
@@ -114,7 +114,11 @@ def write_target(source: StrPath, target: StrPath, kind: Kind, made: Callable[[P
             stack.enter_context(only_writer(growth.target))
         growth.check_files(group, progress or (lambda line: None))
         group.on_first(growth.open)
-        kept, metadata = growth.work(group, progress or (lambda line: None))
+        try:
+            kept, metadata = growth.work(group, progress or (lambda line: None))
+        except Damaged as error:  # no refusal: something is left
+            raise Failed(f"{error}; what was made of the rest is kept in {growth.unfinished.folder}: put the source "
+                         "right, then finish with --resume, or delete that folder") from error  # fmt: skip
         group.agree(lambda: growth.describe(metadata))
         group.on_first(growth.publish)
     return {"source": str(growth.where), "target": str(growth.target), "tensors": len(growth.arrays),

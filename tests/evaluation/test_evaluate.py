@@ -209,6 +209,9 @@ def test_answers_of_a_task_by_difficulty(folder, capsys, monkeypatch):
     (one,) = found["differences"]
     gain = one["answers"]["pointer_jumps"]["accuracy_all"]["value"]
     assert gain == pytest.approx(right[PLAIN].mean() - right[ADAPTIVE].mean())
+    tiny = {"value": -2.3e-6, "low": -4e-6, "high": -6e-7}  # shown as far as the verdict needs
+    of = {**found, "differences": [{**found["differences"][0], "nats_per_token": tiny, "verdict": "better"}]}
+    assert "-0.0000023 (-0.0000040 to -0.0000006) nats a token" in "\n".join(evaluate.report_lines(of))
     lines = "\n".join(evaluate.report_lines(found))
     assert "pointer_jumps, a:" in lines and "pointer_jumps, plain against a: " in lines and "k_exec" in lines
     assert (folder / "answers.png").read_bytes().startswith(b"\x89PNG")

@@ -63,7 +63,10 @@ def describe(name: str) -> dict[str, Any]:
         kept |= {"lineage": chain(metadata), "tree": tree_lines(metadata)}
         origin = {"preset": None, "checkpoint": str(place), **kept, **lambda_report(place, config)}
     else:
-        raise Refused(f"{name!r} is neither a preset ({', '.join(sorted(presets.PRESETS))}) nor a path that exists")
+        from gt_jax.checkpoints.folders import begun
+
+        raise Refused(f"{name!r} is neither a preset ({', '.join(sorted(presets.PRESETS))}) nor a path that exists"
+                      f"{begun(Path(name))}")  # fmt: skip
     tensors = tensor_rows(leaves)
     trained = sum(row["parameters"] for row in tensors if row["path"].startswith("params/"))
     return {**origin, "layout": config.layout, "parameters": trained, "config": config.to_json(), "tensors": tensors}

@@ -6,6 +6,7 @@ Nothing here reads values, so that a look at a folder costs a few small files.
 from __future__ import annotations
 
 import errno
+import glob
 import itertools
 import json
 import os
@@ -44,10 +45,7 @@ def resolve(path: StrPath, warn: Callable[[str], None] | None = None) -> Path:
     refuse_address(path)
     place = Path(os.path.abspath(path))
     if not place.exists():
-        unfinished = place.with_name(place.name + UNFINISHED)
-        growth = unfinished.is_dir() and any(unfinished.glob(JOURNALS))
-        hint = f"; {unfinished} is an unfinished growth, --resume completes it" if growth else ""
-        raise Refused(f"checkpoint {place} does not exist{hint}")
+        raise Refused(f"checkpoint {place} does not exist{begun(place)}")
     if not place.is_dir():
         raise Refused(f"{place} is a file; a checkpoint is a folder")
     if place.name.endswith((UNFINISHED, TEMPORARY)):
@@ -70,6 +68,15 @@ def resolve(path: StrPath, warn: Callable[[str], None] | None = None) -> Path:
             return steps[step]
         problems.append(f"step {step} in {place} is not usable: {problem}")
     raise Damaged("\n".join(["no step of this run is complete:", *problems]))
+
+
+def begun(place: Path) -> str:
+    """What was begun under the name of something that is not there, as words after a message; "" where nothing was."""
+    unfinished = place.with_name(place.name + UNFINISHED)
+    if unfinished.is_dir() and any(unfinished.glob(JOURNALS)):
+        return f"; {unfinished} is an unfinished growth, --resume completes it"
+    left = sorted(place.parent.glob(glob.escape(unfinished.name) + "*"))
+    return f"; {left[0]} was interrupted, the command that wrote it begins it anew" if left else ""
 
 
 def publish(unfinished: Path, target: Path) -> None:

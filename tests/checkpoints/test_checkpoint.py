@@ -219,10 +219,11 @@ def test_resolve_names_what_is_there_instead(tmp_path: Path) -> None:
     (tmp_path / "other" / "notes").write_text("")
     (tmp_path / "grown.unfinished").mkdir()
     (tmp_path / "grown.unfinished" / "journal.0.jsonl").write_text("")
+    (tmp_path / "saved.unfinished.tmp").mkdir()
     ocp.save(tmp_path / "foreign", {"a": np.zeros(1)})
     for name, words in {"absent": "does not exist", "empty": "is an empty folder", "file": "is a file",
                         "other": "neither a checkpoint nor steps", "foreign": "has no gt_jax metadata",
-                        "grown": "--resume", "grown.unfinished": "interrupted"}.items():
+                        "saved": r"saved\.unfinished\.tmp was interrupted", "grown": "--resume", "grown.unfinished": "interrupted"}.items():
         with pytest.raises(Refused, match=words):
             checkpoint.resolve(tmp_path / name)
 

@@ -223,7 +223,8 @@ def test_resolve_names_what_is_there_instead(tmp_path: Path) -> None:
     ocp.save(tmp_path / "foreign", {"a": np.zeros(1)})
     for name, words in {"absent": "does not exist", "empty": "is an empty folder", "file": "is a file",
                         "other": "neither a checkpoint nor steps", "foreign": "has no gt_jax metadata",
-                        "saved": r"saved\.unfinished\.tmp was interrupted", "grown": "--resume", "grown.unfinished": "interrupted"}.items():
+                        "saved": r"saved\.unfinished\.tmp was interrupted", "grown": "--resume",
+                        "grown.unfinished": "interrupted"}.items():
         with pytest.raises(Refused, match=words):
             checkpoint.resolve(tmp_path / name)
 

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from gt_jax.devices.meshes import MESH_AXES
 from gt_jax.devices.pods.gpus import PREALLOCATED
 from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
 from gt_jax.files import local_path
@@ -32,9 +33,9 @@ from gt_jax.training.pod_plans import (
     heading,
     is_old,
     least_by_part,
-    named,
     part_lines,
     parts,
+    pod_name,
     read_plan,
     refuse_other,
 )
@@ -69,8 +70,6 @@ def parser() -> argparse.ArgumentParser:
 
 def mesh_sizes(text: str, devices: int) -> dict[str, int]:
     """`fsdp=16,tensor=4` as sizes of all four axes; raises `Refused` for other words or another number of devices."""
-    from gt_jax.devices.sharding import MESH_AXES
-
     sizes: dict[str, int] = {}
     wrong = []
     for part in text.split(","):
@@ -236,7 +235,7 @@ def least_seconds(
 
 def report_lines(result: dict[str, Any]) -> list[str]:
     """The result for a reader."""
-    lines = [f"{result['preset']}: {result['parameters']:,} parameters on {named(result)}, {result['devices']} "
+    lines = [f"{result['preset']}: {result['parameters']:,} parameters on {pod_name(result)}, {result['devices']} "
              f"devices; {result['batch']} rows of {result['sequence_length']} tokens a step"]  # fmt: skip
     for row in result["tried"]:
         lines += ["", *_mesh_lines(row)]
@@ -341,7 +340,7 @@ def draw(plans: Sequence[dict[str, Any]], path: Path) -> None:
 
     if any(is_old(plan) for plan in plans):
         raise Refused("there is nothing to draw: an old plan has no parts, and what does not fit has none")
-    bars = {f"{name}\n{named(plan)}" + f" {'AB'[number]}" * (len(plans) > 1): least_by_part(plan["tried"][0], key)
+    bars = {f"{name}\n{pod_name(plan)}" + f" {'AB'[number]}" * (len(plans) > 1): least_by_part(plan["tried"][0], key)
             for number, plan in enumerate(plans) for key, name in BOUNDS.items()
             if key != "between_slices"}  # fmt: skip  # which is not known by part
     order = parts([plan["tried"][0] for plan in plans])
@@ -358,7 +357,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Refused("--topology is missing, for example --topology v5p:4x4x4; or name a stored plan, or two")
     from gt_jax.devices.pods.topologies import parse
 
-    parse(arguments.topology, arguments.slices).use_compiler()  # before JAX is imported
+    topology = parse(arguments.topology, arguments.slices)
+    if arguments.mesh is not None:  # what is wrong with it needs no compiler
+        mesh_sizes(arguments.mesh, topology.devices)
+    topology.use_compiler()  # before JAX is imported
     result = plan(arguments)
     named = {} if arguments.picture is None else {str(arguments.picture): lambda: draw([result], arguments.picture)}
     deliver(json.dumps(result) if arguments.json else "\n".join(report_lines(result)), named)

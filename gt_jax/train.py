@@ -373,7 +373,8 @@ def _train(arguments: argparse.Namespace, group: Any) -> int:
     """Everything after the command line, in each process of the group."""
     import jax
 
-    from gt_jax.devices.sharding import MESH_AXES, make_mesh
+    from gt_jax.devices.meshes import MESH_AXES
+    from gt_jax.devices.sharding import make_mesh
     from gt_jax.training.loop import train_run
     from gt_jax.training.stopping import Interrupted
 

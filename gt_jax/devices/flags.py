@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from gt_jax.devices.meeting import split_address
+from gt_jax.devices.meshes import MESH_AXES, slice_count
 from gt_jax.errors import Refused
 from gt_jax.options import whole
 
@@ -25,7 +26,7 @@ def add_process_flags(group: argparse._ActionsContainer) -> None:
 
 def add_mesh_flags(group: argparse._ActionsContainer) -> None:
     """--data, --fsdp, --expert and --tensor, as mesh_data and so on; None where they are not given."""
-    for axis in ("data", "fsdp", "expert", "tensor"):
+    for axis in MESH_AXES:
         group.add_argument(f"--{axis}", type=whole, dest=f"mesh_{axis}", help=f"size of the mesh axis {axis}")
 
 
@@ -67,8 +68,7 @@ def mesh_of(arguments: argparse.Namespace) -> Any:
     """The mesh that the flags name, the rest of the devices on fsdp; None where one process is given none of them."""
     import jax
 
-    from gt_jax.devices.sharding import MESH_AXES, make_mesh
-    from gt_jax.devices.slices import slice_count
+    from gt_jax.devices.sharding import make_mesh
 
     given = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_AXES}
     if not is_distributed(arguments) and all(size is None for size in given.values()):

@@ -20,10 +20,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from gt_jax.devices.slices import slice_count
+from gt_jax.devices.meshes import MESH_AXES, slice_count
 from gt_jax.errors import Refused, refuse_all
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
 MeshAxes = str | tuple[str, ...] | None
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import TrainConfig
+from gt_jax.devices.meshes import slice_count
 from gt_jax.devices.pods import hlo
 from gt_jax.devices.pods.between_slices import received
 from gt_jax.devices.pods.collectives import Links, collectives, gathers, largest
@@ -22,7 +23,6 @@ from gt_jax.devices.pods.hbm_traffic import hbm_traffic
 from gt_jax.devices.pods.launches import count_launches
 from gt_jax.devices.pods.program_flops import count_flops, is_kernel
 from gt_jax.devices.sharding import Rules, with_mesh_devices
-from gt_jax.devices.slices import slice_count
 from gt_jax.models.language_model import abstract
 from gt_jax.training.loop import make_trainer
 from gt_jax.training.state import TrainState

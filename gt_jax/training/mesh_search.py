@@ -25,7 +25,8 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 
-from gt_jax.devices.sharding import MESH_AXES, Rules
+from gt_jax.devices.meshes import MESH_AXES
+from gt_jax.devices.sharding import Rules
 from gt_jax.models.memory_chunks import chunk_length
 from gt_jax.training.ahead_of_time import Job
 from gt_jax.training.divisibility import indivisible_fields

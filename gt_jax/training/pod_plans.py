@@ -92,7 +92,7 @@ def refuse_other(plans: Mapping[str, Json]) -> None:
     refuse_all(wrong, "these plans cannot be compared; they must be of one model and as many tokens a step:")
 
 
-def named(plan: Json) -> str:
+def pod_name(plan: Json) -> str:
     """The pod, or how many of it."""
     return f"{plan['slices']} x {plan['topology']}" if plan.get("slices", 1) > 1 else str(plan["topology"])
 
@@ -102,7 +102,7 @@ def heading(plan: Json) -> str:
     row = best(plan)
     assert row is not None
     sizes = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1)
-    return f"{plan['preset']} on {named(plan)}, --mesh {sizes or 'data=1'} --accumulate {row['accumulate']}"
+    return f"{plan['preset']} on {pod_name(plan)}, --mesh {sizes or 'data=1'} --accumulate {row['accumulate']}"
 
 
 def sums(row: Json, what: str, part: str | None = None, phase: str | None = None) -> float:

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from gt_jax.devices.meshes import slice_count
 from gt_jax.devices.pods import between_slices
 from gt_jax.devices.pods.hlo import Instruction
-from gt_jax.devices.slices import slice_count
 
 RATES = {"v5e": 4.5e10, "v5p": 9e10, "v6e": 9e10, "tpu7x": 9e10}  # bytes/s of one link in one direction
 WRAPS = {"v5e": 16, "v5p": 4, "v6e": 16, "tpu7x": 4}  # an axis of a multiple of so many chips is a ring

@@ -1,4 +1,7 @@
-"""How many slices devices belong to. A slice is a set of TPU chips whose links join them; a network joins slices."""
+"""What of a mesh needs no JAX: the names of its axes, and how many slices its devices belong to.
+
+A slice is a set of TPU chips whose links join them; a network joins slices.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from gt_jax.errors import Refused
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def slice_count(devices: Iterable[Any]) -> int:

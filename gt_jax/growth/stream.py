@@ -28,7 +28,7 @@ import numpy as np
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.arrays import ArrayFiles
 from gt_jax.checkpoints.checksums import Written, changed_bytes, checked_files, note_checksums, sums_of_arrays
-from gt_jax.checkpoints.folders import Damaged, StrPath, note_files, prepare_parent, rename
+from gt_jax.checkpoints.folders import Damaged, StrPath, begun, note_files, prepare_parent, rename
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.opened import Opened, open_checkpoint
 from gt_jax.checkpoints.slices import SliceReader
@@ -119,6 +119,9 @@ def write_target(source: StrPath, target: StrPath, kind: Kind, made: Callable[[P
         except Damaged as error:  # no refusal: something is left
             raise Failed(f"{error}; what was made of the rest is kept in {growth.unfinished.folder}: put the source "
                          "right, then finish with --resume, or delete that folder") from error  # fmt: skip
+        except KeyboardInterrupt:
+            (progress or (lambda line: None))(begun(growth.target).removeprefix("; "))
+            raise
         group.agree(lambda: growth.describe(metadata))
         group.on_first(growth.publish)
     return {"source": str(growth.where), "target": str(growth.target), "tensors": len(growth.arrays),

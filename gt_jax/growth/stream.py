@@ -120,7 +120,8 @@ def write_target(source: StrPath, target: StrPath, kind: Kind, made: Callable[[P
             raise Failed(f"{error}; what was made of the rest is kept in {growth.unfinished.folder}: put the source "
                          "right, then finish with --resume, or delete that folder") from error  # fmt: skip
         except KeyboardInterrupt:
-            (progress or (lambda line: None))(begun(growth.target).removeprefix("; "))
+            if progress is not None and (hint := begun(growth.target)):
+                progress(hint.removeprefix("; "))
             raise
         group.agree(lambda: growth.describe(metadata))
         group.on_first(growth.publish)

@@ -314,12 +314,13 @@ def test_an_old_plan_is_read_and_said_to_be_old(tmp_path, capsys):
 def test_what_is_no_plan_or_of_another_model_is_refused(tmp_path):
     row = stored()["tried"][0]
     bad = written(tmp_path, list=[1], empty=stored(tried=[]), unfit=stored(tried=[row | {"fits": False}]),
-                  config={"width": 3}, words=stored(devices="4"), part=stored(tried=[row | {"parts": [{"part": 1}]}]),
+                  config={"width": 3}, words=stored(devices="4", slices=None),
+                  part=stored(tried=[row | {"parts": [{"part": 1}]}]),
                   axis=stored(tried=[row | {"mesh": {"fsdp": "4"}, "memory": {"total": None}, "least_seconds": [1]}]),
                   sums=stored(tried=[row | {"links": {}, "parts": [row["parts"][0] | {"kernels": "1"}],
                                             "memory": {"total": 10**400}}]))  # fmt: skip
     for path, words in zip(bad, ("is no JSON object", "has no mesh in tried", "none of its meshes fits",
-                                 "lacks preset", "has a devices of another type",
+                                 "lacks preset", r"has a devices of another type(.|\n)*has a slices of another type",
                                  r"tried\[0\] parts\[0\] has a part of another type",
                                  r"a least_seconds that is no JSON object\n.* mesh has a fsdp that is no number: '4'\n"
                                  ".* memory has a total that is no number: None",

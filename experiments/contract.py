@@ -38,19 +38,24 @@ def command_line(module: str, words: Sequence[str], files: Iterable[str] = ()) -
     return shlex.join(["python", "-m", module, *(names.get(word, word) for word in kept)])
 
 
-def stored(
-    *, command: str, config: Config, machine: Mapping[str, Any], seconds: float, rows: Iterable[Mapping[str, Any]],
-    summary: Mapping[str, Any], content: str,
-) -> dict[str, Any]:  # fmt: skip
-    """The file's object, as it will be read: rows sorted by task, model, seed, then all else."""
+def in_order(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows by task, model, seed, then all else: as they are stored, and as every page has them."""
 
     def order(row: Mapping[str, Any]) -> tuple[str, ...]:
         # numbers by their size: of equal length, as text
         keys = (row.get(key, "") for key in ORDER)
         return (*(f"{key:012d}" if isinstance(key, int) else str(key) for key in keys), json.dumps(row, sort_keys=True))
 
+    return sorted(rows, key=order)
+
+
+def stored(
+    *, command: str, config: Config, machine: Mapping[str, Any], seconds: float, rows: Iterable[Mapping[str, Any]],
+    summary: Mapping[str, Any], content: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The file's object, as it will be read: rows `in_order`."""
     found = {"command": command, "config": config.to_json(), "machine": dict(machine), "seconds": round(seconds, 1),
-             "rows": sorted(rows, key=order), "summary": dict(summary), "content": content}  # fmt: skip
+             "rows": in_order(rows), "summary": dict(summary), "content": content}  # fmt: skip
     return dict(json.loads(_text(found)))
 
 

@@ -100,7 +100,7 @@ def run(
         with Workers(units, make, arguments.jobs, say) as workers:
             made = rows_of(study, workers, *lent)
         look_again()
-    rows = [{key: value for key, value in row.items() if key not in UNSTORED} for row in made]
+    rows = contract.in_order({key: value for key, value in row.items() if key not in UNSTORED} for row in made)
     command = contract.command_line(f"experiments.{module or name}", words, files)
     stored = contract.stored(command=command, config=study, machine=machine(), seconds=units.seconds, rows=rows,
                              summary=summary(rows), content=content)  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import functools
 import io
 import os
 import re
@@ -41,6 +42,12 @@ def refuse_all(problems: Sequence[str], heading: str) -> None:
     """Raise one `Refused` that lists every problem, or return when there is none."""
     if problems:
         raise Refused(f"{heading}\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """`say`, but a line that was said before is not said again."""
+    say(line)
 
 
 def say(line: str) -> None:

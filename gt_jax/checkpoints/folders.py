@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, say_once
 from gt_jax.files import parse_json, refuse_address, sync
 
 UNFINISHED = ".unfinished"  # a save that is under way, or was killed
@@ -39,8 +39,8 @@ class Damaged(Refused):
 def resolve(path: StrPath, warn: Callable[[str], None] | None = None) -> Path:
     """The checkpoint at `path`, or the newest complete step of the run directory there.
 
-    `warn` hears of newer steps that are damaged. Raises `Refused` (`Damaged` when a checkpoint was begun) with what
-    was found instead of a checkpoint.
+    `warn`, or standard error, hears of newer steps that are damaged. Raises `Refused` (`Damaged` when a checkpoint was
+    begun) with what was found instead of a checkpoint.
     """
     refuse_address(path)
     place = Path(os.path.abspath(path))
@@ -63,8 +63,8 @@ def resolve(path: StrPath, warn: Callable[[str], None] | None = None) -> Path:
     for step in sorted(steps, reverse=True):
         problem = damage(steps[step])
         if problem is None:
-            for line in problems if warn else ():
-                warn(f"{line}; step {step} is used")  # type: ignore[misc]
+            for line in problems:
+                (warn or say_once)(f"{line}; step {step} is used")
             return steps[step]
         problems.append(f"step {step} in {place} is not usable: {problem}")
     raise Damaged("\n".join(["no step of this run is complete:", *problems]))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,7 +18,7 @@ from jaxtyping import Int32
 
 from gt_jax.configs.data import BYTES
 from gt_jax.configs.tokenizer_file import Known, known_tokenizer, read_tokenizer_file, refuse_other_file
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, say_once
 from gt_jax.text.vocabulary_files import tokens_by_id, unknown_token
 
 # Bytes and the end of a document, rounded up to whole eights as in the presets.
@@ -280,7 +279,7 @@ def _of_checkpoint(known: Known, path: object, flag: str) -> str:
                       "is") from error
     refuse_other_file(known, file, path)
     if known.sha256 is None:
-        _say_once(f"note: {path} carries no tokenizer and notes no hash of it; {file.path} is taken as it lies there")
+        say_once(f"note: {path} carries no tokenizer and notes no hash of it; {file.path} is taken as it lies there")
     return known.name
 
 
@@ -290,16 +289,11 @@ def _compare(known: Known, named: str, path: object, flag: str) -> None:
         if other := vocabulary_difference(known.name, named):
             raise Refused(f"{path} was trained with another tokenizer: {other}; leave {flag} out")
         if known.sha256 is not None:
-            _say_once(f"warning: {flag} {named} is another file than the tokenizer that {path} was trained with; as "
+            say_once(f"warning: {flag} {named} is another file than the tokenizer that {path} was trained with; as "
                       "far as can be told its tokens are the same, but it may cut text in other places")  # fmt: skip
         elif named not in (BYTES, known.name):
-            _say_once(f"warning: {path} notes no hash of the tokenizer that it was trained with ({known.name}); "
+            say_once(f"warning: {path} notes no hash of the tokenizer that it was trained with ({known.name}); "
                       f"nothing proves that {named} is that one")  # fmt: skip
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def vocabulary_difference(known: str, named: str) -> str | None:

@@ -32,6 +32,8 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise Refused(f"{path} cannot be read as JSON: {error}") from error
     several = isinstance(plan, Mapping) and "slices" in plan  # of a pod there is one where it says nothing
     wrong = _mistyped(plan, {**_FIELDS, "slices": int} if several else _FIELDS)
+    if several and not wrong and not 1 <= plan["slices"] < 2**20:
+        wrong = [f"has slices {plan['slices']}; they are 1 or more"]
     rows = plan["tried"] if not wrong else []
     if not wrong and not rows:
         wrong = ["has no mesh in tried"]

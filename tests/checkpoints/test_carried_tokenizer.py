@@ -14,9 +14,8 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.lineage import carried, exported
 from gt_jax.configs.run import RunConfig, differences
 from gt_jax.configs.tokenizer_file import carried_tokenizer, packed
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, say_once
 from gt_jax.models.language_model import abstract
-from gt_jax.text import tokenizers as ours
 from gt_jax.text.tokenizers import chosen_tokenizer, open_tokenizer
 from tests.support import small_model
 
@@ -42,7 +41,7 @@ def saved(place, **metadata):
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """Where letters.json lies and a checkpoint was trained with it, by that name; what is said is said anew."""
-    ours._say_once.cache_clear()
+    say_once.cache_clear()
     monkeypatch.chdir(tmp_path)
     write_letters(tmp_path / "letters.json")
     saved("model", kind="train", run={"data": {"tokenizer": "letters.json"}})

@@ -279,7 +279,7 @@ def test_run_keeps_the_newest_steps(tmp_path: Path) -> None:
         RunCheckpoints(tmp_path, keep=0)
 
 
-def test_run_passes_over_damaged_steps(tmp_path: Path) -> None:
+def test_run_passes_over_damaged_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     warnings: list[str] = []
     run = RunCheckpoints(tmp_path, keep=4, warn=warnings.append)
     for step in (1, 2, 3):
@@ -288,6 +288,8 @@ def test_run_passes_over_damaged_steps(tmp_path: Path) -> None:
     (tmp_path / "3" / "_CHECKPOINT_METADATA").unlink()
     assert run.latest() == 2 and run.steps() == [1, 2]
     assert len(warnings) == 1 and "step 3" in warnings[0] and "step 2 is used" in warnings[0]
+    assert checkpoint.resolve(tmp_path).name == "2"  # as a command that only reads does; it says so, once
+    assert checkpoint.resolve(tmp_path).name == "2" and capsys.readouterr().err == f"{warnings[0]}\n"
     truncate_values(tmp_path / "2")
     assert run.latest() == 1
     warnings.clear()

@@ -251,8 +251,9 @@ def test_a_tiny_model_for_a_real_topology():
     done = command(*words, "--slices", "2", "--mesh", "data=2,fsdp=2,tensor=2")
     assert done.returncode == 0, done.stderr[-3000:]
     row = json.loads(done.stdout)["tried"][0]
-    # each device hands on its share of the gradients, in float32 at most, and gets back the sum
-    assert 0 < row["between_slices"] <= 4 * json.loads(done.stdout)["parameters"] / 2
+    # each device hands on its share of the gradients in float32; small matrices cross before they are scattered
+    share = 4 * json.loads(done.stdout)["parameters"] / 4
+    assert share < row["between_slices"] < 8 * share
     assert row["least_seconds"]["between_slices"] == row["between_slices"] / 6.25e9
 
 

@@ -359,7 +359,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     topology = parse(arguments.topology, arguments.slices)
     if arguments.mesh is not None:  # what is wrong with it needs no compiler
-        mesh_sizes(arguments.mesh, topology.devices)
+        data = mesh_sizes(arguments.mesh, topology.devices)["data"]
+        if data % arguments.slices:
+            raise Refused(f"--mesh {arguments.mesh}: data is {data}, which goes from slice to slice; with --slices "
+                          f"{arguments.slices} it must be a multiple of {arguments.slices}")  # fmt: skip
     topology.use_compiler()  # before JAX is imported
     result = plan(arguments)
     named = {} if arguments.picture is None else {str(arguments.picture): lambda: draw([result], arguments.picture)}

@@ -339,6 +339,7 @@ def test_what_is_no_plan_or_of_another_model_is_refused(tmp_path):
     for words, why in (([one, one, one], "3 plans are named"), ([one, one], "compared with itself"),
                        ([one, "--topology", "v5p:2x2x1"], "leave out --topology$"),
                        ([one, "--mesh", "fsdp=7", "--tries", "0", "--remat", "none"], "--remat and --mesh and --tries"),
+                       (["--topology", "v5p:2x2x1", "--slices", "2", "--mesh", "fsdp=8"], "data is 1, which goes from"),
                        ([], "--topology is missing")):  # fmt: skip
         with pytest.raises(Refused, match=why):
             main(words)

@@ -23,7 +23,7 @@ COMMANDS = {
     "sample": "continue a text",
     "report": "what runs did, side by side, on one HTML page",
     "describe": "config, layout and every tensor of a preset or checkpoint",
-    "prepare": "text files into a TFDS dataset",
+    "prepare": "text files into tokens on the disk, or into a TFDS dataset",
     "convert": "checkpoints of the PyTorch system in, safetensors out",
     "plan_pod": "does the training step compile and fit on a TPU pod that is not here?",
 }

@@ -1,7 +1,12 @@
-"""`python -m gt_jax.prepare NAME FILE…`: text files into a TFDS dataset of array_record files, for `--tfds NAME`.
+"""`python -m gt_jax.prepare NAME FILE…`: text files into tokens on the disk, or into a TFDS dataset.
 
-A document is a file, or what stands between lines `<|endoftext|>` (as TinyStories has it). Nothing is downloaded, and
-TensorFlow is not needed. The dataset appears whole under DIR/NAME/1.0.0, or not at all; one that exists is refused.
+With `--tokenizer` NAME becomes a folder of tokens for `--text NAME`, which runs map into memory instead of tokenizing
+their text at each start (gt_jax/text/token_writer.py); it goes on after a kill, and `--check` reads it all.
+
+Without, DIR/NAME/1.0.0 becomes a dataset of array_record files for `--tfds NAME`. TensorFlow is not needed.
+
+A document is a file, or what stands between lines `<|endoftext|>` (as TinyStories has it). Nothing is downloaded. What
+is made appears whole, or not at all; what exists is refused.
 """
 
 from __future__ import annotations
@@ -11,41 +16,72 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from gt_jax.errors import Refused, run_command
+from gt_jax.errors import Refused, run_command, say
 from gt_jax.files import explain_full_disk, local_name, local_path
 
 VERSION = "1.0.0"
 SHARD = 100_000  # documents of an array_record file
+T = TypeVar("T")
 
 
 def prepare(name: str, files: Sequence[str], folder: Path) -> dict[str, Any]:
     """Write the dataset: {"dataset", "documents", "bytes", "folder"}; raises `Refused`, with nothing written."""
-    from gt_jax.checkpoints.folders import prepare_parent, rename, sync_all
-    from gt_jax.checkpoints.lock import only_writer
     from gt_jax.text.sources import text_files
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise Refused(f"dataset name {name!r} must be lower-case letters, digits and _, a letter first")
     place = folder / name / VERSION
-    if os.path.lexists(place):
-        raise Refused(f"{place} exists; a dataset is never overwritten, choose another name or --tfds-dir")
+    _refuse_existing(place, "choose another name or --tfds-dir")
     documents = text_files(files)[1]
-    unfinished = folder / name / f"{VERSION}.unfinished"
+
+    def write(unfinished: Path) -> None:
+        _clear(unfinished, name)
+        unfinished.mkdir()
+        _write(name, documents, unfinished)
+
+    _publish(place, write)
+    return {"dataset": name, "documents": len(documents), "bytes": sum(map(len, documents)), "folder": str(place)}
+
+
+def tokens(target: Path, files: Sequence[str], tokenizer: str) -> dict[str, Any]:
+    """Write a folder of tokens: {"folder", "tokens", "documents", "bytes", "dtype", "told"}; raises `Refused`."""
+    from gt_jax.text.token_writer import PROGRESS, refuse_unreadable, write_tokens
+
+    _refuse_existing(target, "choose another name")
+    refuse_unreadable(files)
+    made = _publish(target, lambda unfinished: write_tokens(unfinished, files, tokenizer, say))
+    (target / PROGRESS).unlink()  # not before: all of it would be written again after a kill
+    told = made.told.removeprefix("; ")
+    if told:
+        say(f"note: {told}")
+    return {"folder": str(target), "tokens": made.tokens, "documents": made.documents, "bytes": made.bytes,
+            "dtype": made.dtype, "told": told}  # fmt: skip
+
+
+def _refuse_existing(place: Path, instead: str) -> None:
+    if os.path.lexists(place):
+        raise Refused(f"{place} exists; what was prepared is never overwritten, {instead}")
+
+
+def _publish(place: Path, write: Callable[[Path], T]) -> T:
+    """What `write` returns of PLACE.unfinished, which has its own name when all of it is on the disk."""
+    from gt_jax.checkpoints.folders import prepare_parent, rename, sync_all
+    from gt_jax.checkpoints.lock import only_writer
+
+    unfinished = place.with_name(place.name + ".unfinished")
     prepare_parent(place)
     with only_writer(place):
         if place.exists():
             raise Refused(f"{place} exists; another process has finished it meanwhile")
-        _clear(unfinished, name)
         with explain_full_disk(place, "do it again"):
-            unfinished.mkdir()
-            _write(name, documents, unfinished)
+            made = write(unfinished)
             sync_all(unfinished)
             rename(unfinished, place)
-    return {"dataset": name, "documents": len(documents), "bytes": sum(map(len, documents)), "folder": str(place)}
+    return made
 
 
 def _clear(unfinished: Path, name: str) -> None:
@@ -75,26 +111,57 @@ def _write(name: str, documents: Sequence[bytes], folder: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m gt_jax.prepare", description="Text files into a TFDS dataset.")
-    p.add_argument("name", help="of the dataset, as --tfds will name it")
-    p.add_argument("files", type=local_name, nargs="+", help="text files")
-    p.add_argument("--tfds-dir", type=local_path, help="where TFDS datasets lie (TFDS' own default)")
+    p = argparse.ArgumentParser(prog="python -m gt_jax.prepare",
+                                description="Text files into tokens on the disk, or into a TFDS dataset.")
+    p.add_argument("name", type=local_name, help="with --tokenizer the folder to make, for --text; else the dataset, "
+                   "as --tfds will name it")  # fmt: skip
+    p.add_argument("files", type=local_name, nargs="*", help="text files; with --tokenizer also JSON lines {\"text\"} "
+                   "in *.jsonl and *.jsonl.gz")  # fmt: skip
+    kind = p.add_mutually_exclusive_group()
+    kind.add_argument("--tokenizer", type=local_name, help="bytes, a tokenizer.json, a SentencePiece .model or their "
+                      "folder: makes a folder of its tokens")  # fmt: skip
+    kind.add_argument("--tfds-dir", type=local_path, help="where TFDS datasets lie (TFDS' own default)")
+    kind.add_argument("--check", action="store_true", help="read the folder of tokens NAME: is it as it was written?")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare and say what was written."""
+    """Prepare and say what was written; exit code 1 for tokens that are not what was written."""
     arguments = parser().parse_args(argv)
-    folder = arguments.tfds_dir
-    if folder is None:
-        import tensorflow_datasets as tfds
+    if arguments.check:
+        return _check(arguments)
+    if not arguments.files:
+        raise Refused("no files are named; name the text files that are to be prepared")
+    if arguments.tokenizer is not None:
+        result = tokens(Path(arguments.name), arguments.files, arguments.tokenizer)
+        words = (f"{result['tokens']:,} tokens in {result['documents']:,} documents, in {result['folder']}; train on "
+                 f"them with --text {result['folder']}")  # fmt: skip
+    else:
+        folder = arguments.tfds_dir
+        if folder is None:
+            import tensorflow_datasets as tfds
 
-        folder = Path(tfds.core.constants.DATA_DIR)
-    result = prepare(arguments.name, arguments.files, folder.expanduser())
-    words = f"{result['documents']} documents, {result['bytes']} bytes, in {result['folder']}"
+            folder = Path(tfds.core.constants.DATA_DIR)
+        result = prepare(arguments.name, arguments.files, folder.expanduser())
+        words = f"{result['documents']} documents, {result['bytes']} bytes, in {result['folder']}"
     print(json.dumps(result) if arguments.json else words)
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from gt_jax.text.token_folder import changed_content, read_folder
+
+    if arguments.files:
+        raise Refused(f"--check reads the folder {arguments.name} alone; leave out {', '.join(arguments.files[:3])}")
+    folder = read_folder(arguments.name)
+    wrong = changed_content(arguments.name)
+    found = {"folder": arguments.name, "tokens": folder.manifest.tokens, "documents": folder.manifest.documents,
+             "wrong": wrong}  # fmt: skip
+    words = [*wrong, f"{arguments.name}: {folder.manifest.tokens:,} tokens in {folder.manifest.documents:,} documents, "
+             f"{'NOT ' if wrong else ''}as they were written"]  # fmt: skip
+    print(json.dumps(found) if arguments.json else "\n".join(words))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

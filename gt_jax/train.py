@@ -55,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
                        "fresh ones")
     model.add_argument("--remat", choices=get_args(Remat), help="what the backward pass computes again")
     data = p.add_argument_group("data")
-    add_source_flags(data, "text files, or JSON lines in *.jsonl (default: the Python library's sources)")
+    add_source_flags(data, "text files, folders of tokens, or JSON lines in *.jsonl (default: the Python library's "
+                     "sources)")  # fmt: skip
     data.add_argument("--curriculum", type=float, metavar="F", help="the hardest difficulty of the tasks rises over "
                       "this fraction of the run (0: all difficulties from the start)")  # fmt: skip
     data.add_argument("--tokenizer", type=local_name, help="bytes, a tokenizer.json, a SentencePiece .model or their "
@@ -103,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
 def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     """`base` (a RunConfig) with the flags that were given."""
     from gt_jax.text.flags import source_fields
+    from gt_jax.text.token_folder import own_tokenizer
 
     given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
 
@@ -131,7 +133,9 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
         sources = {name: value for name, value in sources.items() if name in ("text", "json_lines")
                    or (name == "mix" and arguments.mix is not None)}  # fmt: skip
     shape = pick("sequence_length", "batch_size", "held_out", "seed")
-    shape |= {"tokenizer": _from_anywhere("tokenizer", given["tokenizer"])} if "tokenizer" in given else {}
+    brought = None if start or arguments.resume else own_tokenizer(sources.get("text", ()))
+    if (tokenizer := given.get("tokenizer", brought)) is not None:
+        shape |= {"tokenizer": _from_anywhere("tokenizer", tokenizer)}
     data = with_curriculum(base.data.replace(**sources, **shape), arguments.curriculum, train.steps)
     return base.replace(model=model, train=train, data=data, **start)
 

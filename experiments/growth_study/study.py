@@ -160,7 +160,8 @@ def separation(text: Text) -> dict[str, Any]:
         raise Failed(f"{text.source}: {int((marked > 1).sum())} tokens are in two of the training, tuning and held-out "
                      "parts")  # fmt: skip
     ends = b"\xff"  # never a byte of UTF-8 text: the end of a document
-    flat = np.where(text.tokens > 255, ends[0], text.tokens).astype(np.uint8)
+    tokens = np.asarray(text.tokens)
+    flat = np.where(tokens > 255, ends[0], tokens).astype(np.uint8)
     training, tuning, held = (ends.join(flat[start:stop].tobytes() for start, stop in spans) for spans in parts)
     step = max(WINDOW, (len(held) - WINDOW) // WINDOWS)
     windows = [held[at : at + WINDOW] for at in range(0, max(1, len(held) - WINDOW), step)]

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -56,8 +57,20 @@ def _text_rows(text: Text, batches: int | None) -> HeldOutRows:
     ends = np.cumsum(lengths)
     # The same rows of a text whose tokens are the numbers of their units, and which is the held-out part alone.
     together = np.stack([ends - lengths, ends], axis=1)
-    marked = spread_batches(np.repeat(numbers, lengths).astype(np.uint32), together, text.config, batches)
+    marked = spread_batches(_Numbers(ends, numbers), together, text.config, batches)
     return HeldOutRows(text.held_out(batches), [batch["tokens"] for batch in marked], kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbers:
+    """The number of the span of each token, spans that end at `ends`; sliced within a span."""
+
+    ends: Int64[np.ndarray, " spans"]
+    numbers: Int64[np.ndarray, " spans"]
+
+    def __getitem__(self, place: slice) -> Int64[np.ndarray, " n"]:
+        span = np.searchsorted(self.ends, place.start, side="right")
+        return np.full(place.stop - place.start, self.numbers[min(span, len(self.numbers) - 1)])
 
 
 def _units(text: Text) -> tuple[Int64[np.ndarray, " spans"], str]:
@@ -67,10 +80,9 @@ def _units(text: Text) -> tuple[Int64[np.ndarray, " spans"], str]:
     """
     spans = text.held_out_spans
     starts, stops = spans.T
-    end = text.tokenizer.end_of_document
-    apart = (starts[1:] != stops[:-1]) | (text.tokens[stops[:-1] - 1] == end)
+    apart = (starts[1:] != stops[:-1]) | np.isin(stops[:-1], text.ends)
     numbers = np.concatenate([[0], np.cumsum(apart)])
-    documents = np.searchsorted(np.flatnonzero(text.tokens == end), starts)
+    documents = np.searchsorted(text.ends, starts, side="right")
     kind = "document" if len(np.unique(documents)) == numbers[-1] + 1 else "place"
     stretches = np.split(spans, np.flatnonzero(apart) + 1)
     keys = content_keys(b"".join(text.tokens[start:stop].tobytes() for start, stop in one) for one in stretches)

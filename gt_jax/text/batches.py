@@ -6,7 +6,8 @@
 - A document that continues in another row keeps its target across the cut; no target crosses a document's end or
   reaches from one part of the text into another (gt_jax/text/split.py).
 
-The whole text is held in memory, two bytes a token, four where the vocabulary is larger than 65,536.
+A text of files is held in memory, two bytes a token, four where the vocabulary is larger than 65,536; one of token
+folders (gt_jax/text/token_folder.py) is mapped.
 """
 
 from __future__ import annotations
@@ -14,24 +15,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt
+from jaxtyping import Int32, Int64, Integer, UInt
 
 from gt_jax.configs.data import BYTES, ENDLESS, TEXT, WITHOUT_SPLIT, DataConfig
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.text import sources
 from gt_jax.text.round_trip import lost
-from gt_jax.text.split import Spans, content_keys, split_documents
+from gt_jax.text.split import Ends, Spans, content_keys, split_documents
+from gt_jax.text.token_folder import JoinedTokens, content_of, is_token_folder, read_folders
 from gt_jax.text.tokenizers import Tokenizer, encode_all, open_tokenizer
 
 Batch = dict[str, Int32[np.ndarray, "b t"]]
 Row = dict[str, Int32[np.ndarray, " t"]]
 Pieces = Int64[np.ndarray, "pieces"]
+
+
+@runtime_checkable
+class Sliced(Protocol):
+    """What gives the tokens from one place to another of a span."""
+
+    def __getitem__(self, place: slice, /) -> Integer[np.ndarray, " n"]: ...
+
 
 # A piece is what the first shuffle moves. Whole files of 100 KB would fill hundreds of rows in succession; pieces of
 # one row would lose the beginning of every context. Eight rows keep most of it, and the second shuffle, of rows within
@@ -45,13 +54,12 @@ _HELD_OUT_SEED = 0  # an order of its own, so that the first batches are a fair 
 
 def _pieces(spans: Spans, longest: int) -> tuple[Pieces, Pieces, Pieces]:
     """Where the pieces start and stop, and where their spans stop; the pieces of a span are even."""
-    found = []
-    for first, last in spans.tolist():
-        count = math.ceil((last - first) / longest)
-        cuts = [first + (last - first) * n // count for n in range(count + 1)]
-        found += [(start, stop, last) for start, stop in itertools.pairwise(cuts)]
-    starts, stops, span_stops = np.array(found, np.int64).T
-    return starts, stops, span_stops
+    firsts, lasts = np.asarray(spans, np.int64).T
+    counts = -(-(lasts - firsts) // longest)
+    span = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(span)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its span
+    first, length, count = firsts[span], (lasts - firsts)[span], counts[span]
+    return first + length * number // count, first + length * (number + 1) // count, lasts[span]
 
 
 class PackedRows:
@@ -64,7 +72,7 @@ class PackedRows:
     """
 
     def __init__(
-        self, tokens: UInt[np.ndarray, " n"], spans: Spans, row: int, seed: int, endless: bool,
+        self, tokens: Sliced, spans: Spans, row: int, seed: int, endless: bool,
         window: int = _WINDOW_ROWS,
     ) -> None:  # fmt: skip
         self._tokens, self._row, self._seed, self._endless = tokens, row, seed, endless
@@ -188,19 +196,26 @@ def _changed(before: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str
 class Text:
     """A text as tokens, with its training, held-out and tuning parts as spans; `open_text` makes it.
 
-    `characters` is the length of the text in bytes; `told` is what the summary adds about how it was read.
+    `ends` is where each document ends in the tokens, `characters` the length of the text in bytes; `told` is what the
+    summary adds about how it was read, `content` its hash where that was noted before.
     """
 
     config: DataConfig
     source: str
-    tokens: UInt[np.ndarray, " n"]
+    tokens: UInt[np.ndarray, " n"] | JoinedTokens
+    ends: Ends
     tokenizer: Tokenizer
-    documents: int
     characters: int
     training_spans: Spans
     held_out_spans: Spans
     tuning_spans: Spans
     told: str = ""
+    content: str | None = None
+
+    @property
+    def documents(self) -> int:
+        """How many."""
+        return len(self.ends)
 
     def train(self, state: Mapping[str, Any] | None = None) -> TrainStream:
         """The training batches from the beginning, or from where `state` was taken."""
@@ -249,6 +264,9 @@ class Text:
 
     @functools.cached_property
     def _hash(self) -> str:
+        if isinstance(self.tokens, JoinedTokens) or self.content is not None:
+            assert self.content is not None
+            return self.content
         narrow = self.tokens.dtype.newbyteorder("<")
         return hashlib.sha256(self.tokens.astype(narrow, copy=False).tobytes()).hexdigest()
 
@@ -276,7 +294,12 @@ class Text:
 
 
 def open_text(config: DataConfig) -> Text:
-    """Read, tokenize and split the text that `config` names; raises `Refused` for one that cannot be used."""
+    """Read, tokenize and split the text that `config` names; raises `Refused` for one that cannot be used.
+
+    Of a text of token folders nothing is read but where its documents end.
+    """
+    if any(map(is_token_folder, config.text)):
+        return _open_tokens(config)
     told = ""
     if config.tfds is not None:
         source, documents = sources.tfds_text(config.tfds, config.tfds_dir)
@@ -288,19 +311,38 @@ def open_text(config: DataConfig) -> Text:
     encoded = encode_all(tokenizer, config.tokenizer, documents)
     ends = np.cumsum([len(document) + 1 for document in encoded])
     characters = sum(map(len, documents))
-    parts = ("training", "held-out", "tuning") if config.tuning else ("training", "held-out")
-    if ends[-1] < len(parts) * config.sequence_length:
-        raise Refused(f"{source} is too short: {ends[-1]} tokens ({characters} bytes); "
-                      f"{' and '.join(f'one {part} row' for part in parts)} of sequence_length "
-                      f"{config.sequence_length} need {len(parts) * config.sequence_length}. Give a longer text or a "
-                      "shorter sequence")
+    _refuse_short(source, int(ends[-1]), characters, config)
     narrow = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     tokens = np.full(ends[-1], tokenizer.end_of_document, narrow)
     for document, end in zip(encoded, ends.tolist(), strict=True):
         tokens[end - 1 - len(document):end - 1] = document
     split = split_documents(ends, content_keys(documents), config)
     told += lost(tokenizer, documents, encoded)
-    return Text(config, source, tokens, tokenizer, len(documents), characters, *split, told)
+    return Text(config, source, tokens, ends, tokenizer, characters, *split, told)
+
+
+def _open_tokens(config: DataConfig) -> Text:
+    folders = read_folders(config.text, config.tokenizer)
+    firsts = np.cumsum([0, *(one.manifest.tokens for one in folders[:-1])])
+    ends = np.concatenate([one.ends + first for one, first in zip(folders, firsts.tolist(), strict=True)])
+    keys = np.concatenate([one.keys for one in folders]).astype(np.uint64)
+    tokens = folders[0].tokens if len(folders) == 1 else JoinedTokens([one.tokens for one in folders])
+    characters = sum(one.manifest.bytes for one in folders)
+    source = f"tokens in {config.text[0]!r}" + (f" and {len(folders) - 1} more" if len(folders) > 1 else "")
+    _refuse_short(source, len(tokens), characters, config)
+    told = "".join(one.manifest.told for one in folders)
+    return Text(config, source, tokens, ends, open_tokenizer(config.tokenizer), characters,
+                *split_documents(ends, keys, config), told, content_of(folders))  # fmt: skip
+
+
+def _refuse_short(source: str, tokens: int, characters: int, config: DataConfig) -> None:
+    """Raise `Refused` where there is not a row for each part."""
+    parts = ("training", "held-out", "tuning") if config.tuning else ("training", "held-out")
+    if tokens < len(parts) * config.sequence_length:
+        raise Refused(f"{source} is too short: {tokens} tokens ({characters} bytes); "
+                      f"{' and '.join(f'one {part} row' for part in parts)} of sequence_length "
+                      f"{config.sequence_length} need {len(parts) * config.sequence_length}. Give a longer text or a "
+                      "shorter sequence")
 
 
 def identity(config: DataConfig, content_hash: str) -> dict[str, Any]:
@@ -334,7 +376,7 @@ def held_out_batches(config: DataConfig, batches: int | None = None) -> list[Bat
 
 
 def spread_batches(
-    tokens: UInt[np.ndarray, " n"], spans: Spans, config: DataConfig, batches: int | None
+    tokens: Sliced, spans: Spans, config: DataConfig, batches: int | None
 ) -> list[Batch]:
     """At most `batches` batches of the rows of these spans: of N rows row i of n is row floor(i N / n); None is all."""
     size = config.batch_size

@@ -17,6 +17,7 @@ from typing import Any
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import refuse_address, refuse_once
 from gt_jax.text.encodings import plain
+from gt_jax.text.token_folder import MANIFEST, TOKENS, begun, is_token_folder, read_folder
 
 EMBEDDED_LIMIT = 10_000_000
 # Tests repeat themselves, the others are not the library itself; `config-*` and `_sysconfigdata*` describe one machine.
@@ -67,28 +68,46 @@ def text_files(paths: Sequence[str]) -> tuple[str, list[bytes], str]:
     problems, told = [], []
     for path in paths:
         try:
-            refuse_once(path)
-            content, read_as = plain(Path(path).read_bytes())
-            found = [part for part in _DOCUMENT_END.split(content) if part]
-        except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte, or what is no text
-            problems.append(f"text file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}")
+            found, words = documents_of(path)
+        except Refused as error:
+            problems.append(str(error))
             continue
-        if not found:
-            problems.append(f"text file {path!r} is empty (0 bytes of text)")
-        told += [f"{path} read as {', '.join(read_as)}"] * bool(read_as)
-        if inside := sum(document.count(END) for document in found):
-            told.append(f"{END.decode()} {inside} times within lines of {path}, where it is text: on a line by "
-                        "itself it ends a document")  # fmt: skip
         documents += found
+        told += words
     refuse_all(problems, "the text cannot be used:")
     name = f"text file {paths[0]!r}" if len(paths) == 1 else f"{len(paths)} text files ({paths[0]!r} and others)"
     return name, documents, "".join(f"; {line}" for line in told)
 
 
+def documents_of(path: str) -> tuple[list[bytes], list[str]]:
+    """The documents of one text file, and how it was read; raises `Refused` as `text_files` does."""
+    try:
+        refuse_once(path)
+        if os.path.isdir(path):
+            raise ValueError(f"Is a directory, without tokens of `gt_jax prepare` in it ({MANIFEST})")
+        content, read_as = plain(Path(path).read_bytes())
+        found = [part for part in _DOCUMENT_END.split(content) if part]
+    except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte, or what is no text
+        raise Refused(f"text file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}{begun(path)}"
+                      ) from error  # fmt: skip
+    if not found:
+        raise Refused(f"text file {path!r} is empty (0 bytes of text)")
+    told = [f"{path} read as {', '.join(read_as)}"] * bool(read_as)
+    if inside := sum(document.count(END) for document in found):
+        told.append(f"{END.decode()} {inside} times within lines of {path}, where it is text: on a line by "
+                    "itself it ends a document")  # fmt: skip
+    return found, told
+
+
 def file_hashes(paths: Sequence[str]) -> list[dict[str, str]]:
-    """{"path", "sha256"} of each file's bytes; raises `Refused` for one that cannot be read."""
+    """{"path", "sha256"} of each file's bytes, of a folder of tokens that of its tokens as it is noted there; raises
+    `Refused` for one that cannot be read.
+    """
     found = []
     for path in paths:
+        if is_token_folder(path):
+            found.append({"path": path, "sha256": read_folder(path).manifest.sha256[TOKENS]})
+            continue
         try:
             refuse_once(path)
             with open(path, "rb") as stream:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,6 +23,7 @@ from gt_jax.text.vocabulary_files import tokens_by_id, unknown_token
 
 # Bytes and the end of a document, rounded up to whole eights as in the presets.
 BYTE_VOCABULARIES = range(257, 265)
+_PORTION = 1 << 22  # bytes that are encoded together
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
@@ -162,6 +163,18 @@ class HuggingFaceTokenizer(_Text):
             return np.array(self._tokenizer.encode(words, add_special_tokens=False).ids, np.int32)
         except Exception as error:  # the library raises no narrower one, for a word without a token for example
             raise ValueError(str(error)) from error
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Int32[np.ndarray, " _"]]:
+        """`encode` of each, some megabytes at a time on all cores; raises ValueError where one cannot be encoded."""
+        found: list[Int32[np.ndarray, " _"]] = []
+        for portion in portions(texts):
+            words = [text.decode() for text in portion]
+            try:
+                made = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
+            except Exception as error:
+                raise ValueError(str(error)) from error
+            found += [np.array(one.ids, np.int32) for one in made]
+        return found
 
     def encode_spelled(self, text: str) -> Int32[np.ndarray, " n"]:
         """The ids of a text in which special tokens are spelled out, as a chat template does: those are meant."""
@@ -322,8 +335,29 @@ def continuation(tokenizer: Tokenizer, prompt: np.ndarray, drawn: np.ndarray) ->
     return whole[len(before):] if whole.startswith(before) else tokenizer.decode(drawn)
 
 
+def portions(documents: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """Documents in runs of some megabytes, one document at least."""
+    portion: list[bytes] = []
+    size = 0
+    for document in documents:
+        portion.append(document)
+        size += len(document)
+        if size >= _PORTION:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
+
+
 def encode_all(tokenizer: Tokenizer, name: str, documents: Sequence[bytes]) -> list[Int32[np.ndarray, " _"]]:
-    """The ids of each document; raises `Refused` naming the first document that the tokenizer cannot take."""
+    """The ids of each document, on all cores where the library behind the tokenizer can; raises `Refused` naming the
+    first document that the tokenizer cannot take.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        try:
+            return tokenizer.encode_batch(documents)
+        except ValueError:
+            pass  # which document it is, one by one
     encoded = []
     for index, document in enumerate(documents):
         try:

@@ -23,7 +23,7 @@ def test_the_documents_come_back_in_order(tmp_path, capsys):
     assert tfds_text("stories", str(tmp_path / "data"))[1] == STORIES
     text = open_text(DataConfig(tfds="stories", tfds_dir=str(tmp_path / "data"), sequence_length=16))
     assert text.documents == 9
-    with pytest.raises(Refused, match=r"1\.0\.0 exists; a dataset is never overwritten"):
+    with pytest.raises(Refused, match=r"1\.0\.0 exists; what was prepared is never overwritten"):
         prepare.main(["stories", str(file), "--tfds-dir", str(tmp_path / "data")])
 
 

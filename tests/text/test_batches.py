@@ -188,7 +188,8 @@ def test_a_large_batch_draws_from_the_whole_text(tmp_path):
     row, pieces = 16, 1900
     marked = (np.arange(pieces * row * packing._PIECE_ROWS) // (row * packing._PIECE_ROWS)).astype(np.uint16)
     spans = np.array([[0, len(marked)]])
-    text = packing.Text(config(batch_size=1024), "marked", marked, ByteTokenizer(), 1, len(marked), spans, spans, spans)
+    text = packing.Text(config(batch_size=1024), "marked", marked, spans[:1, 1], ByteTokenizer(), len(marked),
+                        spans, spans, spans)  # fmt: skip
     stream = text.train()
     held = [len(np.unique(next(stream)["tokens"])) for _ in range(2)]
     # 1,024 draws of 1,900 hold 1900 (1 - exp(-1024/1900)) = 792 in the mean; a row may hold the ends of two pieces

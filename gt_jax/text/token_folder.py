@@ -1,0 +1,178 @@
+"""A text that was tokenized before: a folder of tokens, which any number of runs map into memory instead of reading it.
+
+    tokens.bin      the ids of all documents, one behind another, each with its end; little-endian uint16, or uint32
+                    where the vocabulary is larger than 65,536
+    ends.bin        where each document ends in it, int64
+    keys.bin        a hash of each document's bytes, uint64: what splits it (gt_jax/text/split.py)
+    tokens.json     how many there are of each, of what tokenizer, from which files, and SHA-256 of all of it
+    tokenizer.*     the tokenizer's file, unless it is bytes: so the folder is a name for `--tokenizer` too
+
+`gt_jax.text.token_writer` makes it. What is opened has the sizes that it was written with; `changed_content` reads it
+all. A run holds some 100 bytes a document beside them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt, UInt64
+
+from gt_jax.configs.data import BYTES
+from gt_jax.configs.tokenizer_file import read_tokenizer_file
+from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import read_json
+
+MANIFEST, TOKENS, ENDS, KEYS = "tokens.json", "tokens.bin", "ends.bin", "keys.bin"
+FORMAT = 1
+_TYPES = {"uint16": "<u2", "uint32": "<u4"}
+_BLOCK = 1 << 24
+
+
+class JoinedTokens:
+    """Arrays of tokens one behind another, sliced within one of them: no document reaches from one to the next."""
+
+    def __init__(self, arrays: Sequence[UInt[np.ndarray, " _"]]) -> None:
+        self._arrays = list(arrays)
+        self._starts = list(itertools.accumulate((len(one) for one in arrays), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, place: slice) -> UInt[np.ndarray, " n"]:
+        number = bisect.bisect_right(self._starts, place.start, hi=len(self._arrays)) - 1
+        first = self._starts[number]
+        if place.stop > self._starts[number + 1]:
+            raise IndexError(f"tokens {place.start} to {place.stop} lie in two arrays")
+        return self._arrays[number][place.start - first:place.stop - first]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> UInt[np.ndarray, " n"]:
+        return np.concatenate(self._arrays).astype(dtype or self._arrays[0].dtype, copy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What tokens.json says; `tokenizer` is {"name", "sha256"}, the second null for bytes; `told` how it was read."""
+
+    dtype: str
+    tokens: int
+    documents: int
+    bytes: int
+    vocab_size: int
+    end_of_document: int
+    tokenizer: dict[str, Any]
+    files: list[dict[str, Any]]
+    told: str
+    sha256: dict[str, str]
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file."""
+        return {TOKENS: self.tokens * np.dtype(self.dtype).itemsize, ENDS: 8 * self.documents, KEYS: 8 * self.documents}
+
+
+class TokenFolder(NamedTuple):
+    """An open folder; the arrays are mapped, not read."""
+
+    path: str
+    manifest: Manifest
+    tokens: UInt[np.ndarray, " n"]
+    ends: Int64[np.ndarray, " documents"]
+    keys: UInt64[np.ndarray, " documents"]
+
+    @property
+    def tokenizer(self) -> str:
+        """The name of its tokenizer."""
+        return BYTES if self.manifest.tokenizer["sha256"] is None else self.path
+
+
+def is_token_folder(path: str) -> bool:
+    """Whether a name of a text is that of a folder of tokens."""
+    return os.path.isfile(os.path.join(path, MANIFEST))
+
+
+def own_tokenizer(paths: Sequence[str]) -> str | None:
+    """The tokenizer that a text brings with it: that of its first folder; None for files, which bring none."""
+    return read_folder(paths[0]).tokenizer if paths and is_token_folder(paths[0]) else None
+
+
+def read_folder(path: str) -> TokenFolder:
+    """The folder at `path`; raises `Refused` for one that is none, or not as it was written."""
+    manifest = _manifest(path)
+    wrong = []
+    for name, size in manifest.sizes().items():
+        try:
+            there = os.stat(Path(path, name)).st_size
+        except OSError as error:
+            wrong.append(f"{Path(path, name)} cannot be read: {error.strerror or error}")
+            continue
+        if there != size:
+            wrong.append(f"{Path(path, name)} has {there} bytes, {MANIFEST} says {size}")
+    refuse_all(wrong, f"the tokens in {path} are not what was written; write them again with `gt_jax prepare`:")
+
+    def mapped(name: str, dtype: str) -> Any:
+        return np.memmap(Path(path, name), dtype, mode="r")
+
+    kind = _TYPES[manifest.dtype]
+    return TokenFolder(path, manifest, mapped(TOKENS, kind), mapped(ENDS, "<i8"), mapped(KEYS, "<u8"))
+
+
+def read_folders(paths: Sequence[str], tokenizer: str) -> list[TokenFolder]:
+    """Those of a text, all of one tokenizer, which is `tokenizer`; raises `Refused` that lists what is not so."""
+    files = [path for path in paths if not is_token_folder(path)]
+    if files:
+        raise Refused(f"the text names tokens ({next(path for path in paths if path not in files)}) and files "
+                      f"({', '.join(files[:3])}); make tokens of all of it with `gt_jax prepare`, or of none")
+    folders = [read_folder(path) for path in paths]
+    mine = None if tokenizer == BYTES else read_tokenizer_file(tokenizer).sha256
+    refuse_all([f"{one.path} holds tokens of {one.manifest.tokenizer['name']} (SHA-256 "
+                f"{(one.manifest.tokenizer['sha256'] or 'none')[:12]}), the tokenizer here is {tokenizer} "
+                f"({(mine or 'none')[:12]}); a new run takes that of the folder by --tokenizer {one.tokenizer}"
+                for one in folders if one.manifest.tokenizer["sha256"] != mine], "the text cannot be used:")
+    return folders
+
+
+def _manifest(path: str) -> Manifest:
+    place = Path(path, MANIFEST)
+    try:
+        found = read_json(place)
+        version = found.pop("format")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise Refused(f"{place} cannot be read as what `gt_jax prepare` writes: "
+                      f"{getattr(error, 'strerror', None) or error}{begun(path)}") from error  # fmt: skip
+    names = {field.name for field in dataclasses.fields(Manifest)}
+    if version != FORMAT or found.keys() != names or found["dtype"] not in _TYPES:
+        raise Refused(f"{place} is of format {version!r}, this program reads format {FORMAT} with "
+                      f"{', '.join(sorted(names))}")
+    return Manifest(**found)
+
+
+def begun(path: str) -> str:
+    """What was begun under the name of a text that is not there, as words after a message."""
+    left = f"{path}.unfinished"
+    return f"; {left} was begun, the command that did completes it" if os.path.isdir(left) else ""
+
+
+def content_of(folders: Sequence[TokenFolder]) -> str:
+    """What `Text.content_hash` is: SHA-256 of a folder's tokens, as if they were read now; of several that of those."""
+    each = [one.manifest.sha256[TOKENS] for one in folders]
+    return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def changed_content(path: str) -> list[str]:
+    """Which files do not hold what was written, by SHA-256, one line each; reads all of them."""
+    manifest = _manifest(path)
+    return [f"{Path(path, name)} does not hold what was written: SHA-256 {found[:12]}, {MANIFEST} says {said[:12]}"
+            for name, said in manifest.sha256.items() if (found := sha256_of(Path(path, name))) != said]  # fmt: skip
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,233 @@
+"""Text files into a folder of tokens (gt_jax/text/token_folder.py), a file at a time, in bounded memory, killable.
+
+After each file it is noted how far the tokens are; the same call after a kill goes on behind the last file that was
+whole. `gt_jax.prepare` gives the folder its name when all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from gt_jax.configs.data import BYTES
+from gt_jax.configs.tokenizer_file import NAMES, read_tokenizer_file
+from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import parse_json, read_json, refuse_once, unfinished_name, write_atomically
+from gt_jax.text import sources
+from gt_jax.text.encodings import plain
+from gt_jax.text.round_trip import Loss, loss_of
+from gt_jax.text.split import content_keys
+from gt_jax.text.token_folder import ENDS, FORMAT, KEYS, MANIFEST, TOKENS, Manifest, sha256_of
+from gt_jax.text.tokenizers import Tokenizer, encode_all, open_tokenizer, portions
+
+PROGRESS = "progress.json"
+_LINES = (".jsonl", ".jsonl.gz")
+_LOOKED = 4  # documents of a portion that are decoded again
+_SHOWN = 20
+_WRITTEN_WHOLE = (MANIFEST, PROGRESS, *NAMES)
+
+
+class _Begun(NamedTuple):
+    """How far a folder is: the files that are whole in it, the tokens, and the tokenizer that they are of."""
+
+    files: list[dict[str, Any]]
+    tokens: int
+    tokenizer: dict[str, Any]
+
+
+def write_tokens(
+    folder: Path, paths: Sequence[str], tokenizer: str, say: Callable[[str], None] = lambda line: None
+) -> Manifest:  # fmt: skip
+    """Make `folder` of text files and JSON lines {"text"}, in their order; it may be what a kill left of that.
+
+    `say` hears a line after each file. Raises `Refused` where the folder is of other files or another tokenizer, or
+    not ours, and for files that cannot be read.
+    """
+    opened = open_tokenizer(tokenizer)
+    begun = _begin(folder, paths, tokenizer)
+    if begun.files:
+        say(f"{folder} holds {len(begun.files)} of {len(paths)} files; going on behind them")
+    return _finish(folder, opened, _write(folder, paths, opened, tokenizer, begun, say))
+
+
+def refuse_unreadable(paths: Sequence[str]) -> None:
+    """Raise `Refused` that lists the files that cannot be read, as far as their names and places tell."""
+    refuse_all([problem for path in paths if (problem := _unreadable(path))], "the text cannot be used:")
+
+
+def _unreadable(path: str) -> str | None:
+    try:
+        refuse_once(path)
+        if os.path.isdir(path):
+            raise IsADirectoryError(None, "it is a folder")
+        with open(path, "rb"):
+            return None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path, or a pipe
+        return f"text file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def _begin(folder: Path, paths: Sequence[str], tokenizer: str) -> _Begun:
+    """The folder as a kill left it behind its last whole file, or a new one."""
+    file = None if tokenizer == BYTES else read_tokenizer_file(tokenizer)
+    own = {"name": BYTES, "sha256": None} if file is None else {"name": file.name, "sha256": file.sha256}
+    if os.path.lexists(folder):
+        ours = {TOKENS, ENDS, KEYS, *_WRITTEN_WHOLE, *(unfinished_name(folder / name).name for name in _WRITTEN_WHOLE)}
+        if folder.is_symlink() or not folder.is_dir() or not set(os.listdir(folder)) <= ours:
+            raise Refused(f"{folder} holds what no preparation has written, which needs that name; move it away")
+        begun = _left(folder)
+        if begun is not None:
+            _refuse_other(folder, begun, paths, own)
+            return begun
+        shutil.rmtree(folder)  # killed before its first file was whole
+    folder.mkdir()
+    if file is not None:
+        write_atomically(folder / file.name, file.content)
+    for name in (TOKENS, ENDS, KEYS):
+        (folder / name).touch()
+    return _Begun([], 0, own)
+
+
+def _left(folder: Path) -> _Begun | None:
+    try:
+        return _Begun(**read_json(folder / PROGRESS))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise Refused(f"{folder / PROGRESS} cannot be read ({error}); move {folder} away") from error
+
+
+def _refuse_other(folder: Path, begun: _Begun, paths: Sequence[str], own: dict[str, Any]) -> None:
+    """Raise `Refused` where what was begun is not the beginning of what is asked for."""
+    wrong = []
+    if begun.tokenizer != own:
+        wrong.append(f"its tokenizer is {begun.tokenizer['name']}, SHA-256 {begun.tokenizer['sha256']}; this one is "
+                     f"{own['name']}, {own['sha256']}")
+    for number, file in enumerate(begun.files):
+        if number >= len(paths):
+            wrong.append(f"file {number + 1} was {file['path']}; {len(paths)} are named now")
+        elif (found := sha256_of(Path(paths[number]))) != file["sha256"]:
+            wrong.append(f"file {number + 1} was {file['path']} (SHA-256 {file['sha256'][:12]}); now it is "
+                         f"{paths[number]} ({found[:12]})")
+    refuse_all(wrong, f"{folder} was begun with other words; give the same ones, or move it away:")
+
+
+def _write(
+    folder: Path, paths: Sequence[str], opened: Tokenizer, tokenizer: str, begun: _Begun, say: Callable[[str], None]
+) -> _Begun:  # fmt: skip
+    """Append the files that are not whole yet, each noted when it is on the disk."""
+    dtype = _dtype(opened)
+    documents = sum(file["documents"] for file in begun.files)
+    lengths = {TOKENS: begun.tokens * np.dtype(dtype).itemsize, ENDS: 8 * documents, KEYS: 8 * documents}
+    short = [f"{folder / name} has {size} bytes, {PROGRESS} says {length}" for name, length in lengths.items()
+             if (size := os.stat(folder / name).st_size) < length]  # fmt: skip
+    refuse_all(short, f"{folder} is not what was written; move it away:")
+    for name, length in lengths.items():
+        os.truncate(folder / name, length)
+    with (open(folder / TOKENS, "ab") as tokens, open(folder / ENDS, "ab") as ends,
+          open(folder / KEYS, "ab") as keys):  # fmt: skip
+        for path in paths[len(begun.files):]:
+            file, count = _append(path, opened, tokenizer, (tokens, ends, keys), begun.tokens, dtype)
+            for stream in (tokens, ends, keys):
+                stream.flush()
+                os.fsync(stream.fileno())
+            begun = begun._replace(files=[*begun.files, file], tokens=begun.tokens + count)
+            _note(folder, begun)
+            say(f"{len(begun.files)} of {len(paths)} files: {path}, {file['documents']:,} documents, {count:,} tokens")
+    return begun
+
+
+def _note(folder: Path, begun: _Begun) -> None:
+    """A kill leaves the note before, or this one."""
+    write_atomically(folder / PROGRESS, json.dumps(begun._asdict()))
+
+
+def _dtype(opened: Tokenizer) -> str:
+    return "<u2" if opened.vocab_size <= 1 << 16 else "<u4"
+
+
+def _append(
+    path: str, opened: Tokenizer, tokenizer: str, streams: tuple[BinaryIO, BinaryIO, BinaryIO], start: int, dtype: str
+) -> tuple[dict[str, Any], int]:  # fmt: skip
+    """Append the documents of one file; (what is noted of it, its tokens)."""
+    documents, told = documents_of(path)
+    tokens, ends, keys = streams
+    position, loss = start, Loss()
+    for portion in portions(documents):
+        try:
+            encoded = encode_all(opened, tokenizer, portion)
+        except Refused as error:
+            raise Refused(f"text file {path}: {error}") from error
+        loss = loss.plus(loss_of(opened, portion, encoded, _LOOKED))
+        lengths = np.array([len(ids) + 1 for ids in encoded], np.int64)
+        where = position + np.cumsum(lengths)
+        tokens.write(_flat(encoded, lengths, opened.end_of_document).astype(dtype).tobytes())
+        ends.write(where.astype("<i8").tobytes())
+        keys.write(content_keys(portion).astype("<u8").tobytes())
+        position = int(where[-1])
+    file = {"path": path, "sha256": sha256_of(Path(path)), "documents": len(documents),
+            "bytes": sum(map(len, documents)), "told": told, "loss": loss}  # fmt: skip
+    return file, position - start
+
+
+def _flat(encoded: Sequence[Int32[np.ndarray, " _"]], lengths: np.ndarray, end: int) -> Int32[np.ndarray, " n"]:
+    flat = np.full(int(lengths.sum()), end, np.int32)
+    for ids, stop in zip(encoded, np.cumsum(lengths).tolist(), strict=True):
+        flat[stop - 1 - len(ids):stop - 1] = ids
+    return flat
+
+
+def documents_of(path: str) -> tuple[list[bytes], list[str]]:
+    """The documents of a text file, or of JSON lines the field "text" of each; and words about how it was read.
+
+    Other fields of a line are not read. Raises `Refused` that lists what is wrong with its lines.
+    """
+    if not path.endswith(_LINES):
+        return sources.documents_of(path)
+    try:
+        lines = plain(Path(path).read_bytes())[0].split(b"\n")
+    except (OSError, ValueError) as error:
+        raise Refused(f"text file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    documents, wrong = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            text = parse_json(line, once=True)["text"]
+            document = text.encode()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            why = "field 'text' is missing" if isinstance(error, KeyError) else str(error)
+            wrong.append(f"{path}, line {number}: it is no object with a string \"text\": {why}")
+            continue
+        if document:
+            documents.append(document)
+    left = len(wrong) - _SHOWN
+    refuse_all([*wrong[:_SHOWN], *([f"and {left} more lines"] if left > 0 else [])], "these lines cannot be used:")
+    if not documents:
+        raise Refused(f"text file {path!r} has no document")
+    return documents, []
+
+
+def _finish(folder: Path, opened: Tokenizer, begun: _Begun) -> Manifest:
+    """Write the manifest, once all is on the disk."""
+    files, loss = begun.files, Loss()
+    for file in files:
+        loss = loss.plus(Loss(*file["loss"]))
+    told = "".join(f"; {line}" for file in files for line in file["told"])
+    manifest = Manifest(
+        dtype="uint16" if _dtype(opened) == "<u2" else "uint32", tokens=begun.tokens,
+        documents=sum(file["documents"] for file in files), bytes=sum(file["bytes"] for file in files),
+        vocab_size=opened.vocab_size, end_of_document=opened.end_of_document, tokenizer=begun.tokenizer,
+        files=[{name: file[name] for name in ("path", "sha256", "documents")} for file in files],
+        told=told + loss.words(begun.tokens),
+        sha256={name: sha256_of(folder / name) for name in (TOKENS, ENDS, KEYS)},
+    )  # fmt: skip
+    write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}))
+    return manifest

@@ -1,0 +1,233 @@
+"""Tokens on the disk are the text that they were made of: same rows, same hash; killed, moved, damaged, mixed."""
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gt_jax import prepare, train
+from gt_jax.configs.data import DataConfig
+from gt_jax.configs.presets import preset
+from gt_jax.configs.run import RunConfig
+from gt_jax.errors import Refused
+from gt_jax.evaluation.held_out_rows import held_out_rows
+from gt_jax.text.batches import PackedRows, open_text
+from gt_jax.text.token_folder import changed_content, read_folder
+from gt_jax.text.token_writer import write_tokens
+
+ROW = 16
+WORDS = [f"Tale {i}: " + "deep " * (i % 23) + "end.\n" for i in range(90)]
+
+
+def config(**changes) -> DataConfig:
+    return DataConfig(**{"sequence_length": ROW, "batch_size": 3, "seed": 5, **changes})
+
+
+def text_file(folder: Path, documents: list[bytes], name: str) -> str:
+    (folder / name).write_bytes(b"<|endoftext|>\n".join(documents))
+    return str(folder / name)
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory) -> str:
+    """A small byte-level BPE, by its path."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(WORDS, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=letters, show_progress=False))  # fmt: skip
+    path = str(tmp_path_factory.mktemp("bpe") / "tokenizer.json")
+    made.save(path)
+    return path
+
+
+def files(folder: Path) -> list[str]:
+    """Two text files."""
+    made = [word.encode() for word in WORDS]
+    return [text_file(folder, made[:70], "a.txt"), text_file(folder, made[70:], "b.txt")]
+
+
+def assert_same_text(one, other) -> None:
+    assert one.content_hash() == other.content_hash() and one.documents == other.documents
+    for batches in (lambda text: itertools.islice(text.train(), 40), lambda text: text.held_out(3),
+                    lambda text: text.tuning(1)):  # fmt: skip
+        for mine, theirs in zip(batches(one), batches(other), strict=True):
+            for key in mine:
+                np.testing.assert_array_equal(mine[key], theirs[key])
+    for mine, theirs in zip(held_out_rows(one, 3).units, held_out_rows(other, 3).units, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_a_folder_of_tokens_is_the_text_that_it_was_made_of(tmp_path, bpe, kind):
+    tokenizer, paths = ("bytes" if kind == "bytes" else bpe), files(tmp_path)
+    write_tokens(tmp_path / "tokens", paths, tokenizer)
+    own = read_folder(str(tmp_path / "tokens")).tokenizer
+    assert own == ("bytes" if kind == "bytes" else str(tmp_path / "tokens"))
+    read = open_text(config(text=tuple(paths), tokenizer=tokenizer, tuning=0.1))
+    mapped = open_text(config(text=(str(tmp_path / "tokens"),), tokenizer=own, tuning=0.1))
+    assert isinstance(mapped.tokens, np.memmap)
+    assert_same_text(read, mapped)
+    position = read.train().state()
+    mapped.train(position)  # a run goes on with the tokens of its text
+    moved = (tmp_path / "tokens").rename(tmp_path / "elsewhere")
+    mapped.train(position)
+    assert open_text(config(text=(str(moved),), tokenizer=str(moved) if kind == "bpe" else "bytes", tuning=0.1))
+
+
+def test_several_folders_are_one_text(tmp_path):
+    paths = files(tmp_path)
+    for name, path in zip("xy", paths, strict=True):
+        write_tokens(tmp_path / name, [path], "bytes")
+    whole = open_text(config(text=tuple(paths), tuning=0.1))
+    joined = open_text(config(text=(str(tmp_path / "x"), str(tmp_path / "y")), tuning=0.1))
+    assert joined.content_hash() != whole.content_hash()  # that of a text is one of all its tokens
+    assert [file["path"] for file in joined.files()] == [str(tmp_path / "x"), str(tmp_path / "y")]
+    np.testing.assert_array_equal(np.asarray(joined.tokens), whole.tokens)
+    for spans in ("training_spans", "held_out_spans", "tuning_spans"):
+        np.testing.assert_array_equal(getattr(joined, spans), getattr(whole, spans))
+    for mine, theirs in zip(itertools.islice(joined.train(), 60), whole.train(), strict=False):
+        np.testing.assert_array_equal(mine["targets"], theirs["targets"])
+    seam = len(read_folder(str(tmp_path / "x")).tokens)
+    with pytest.raises(IndexError, match="lie in two arrays"):
+        joined.tokens[seam - 1:seam + 1]
+
+
+def test_pieces_of_a_span_are_even_and_cover_it():
+    spans = np.array([[0, 1], [1, 129], [129, 258], [258, 1000]])
+    rows = PackedRows(np.zeros(1000, np.uint16), spans, ROW, 0, endless=False)
+    lengths = rows._stops - rows._starts
+    np.testing.assert_array_equal(rows._starts[1:], rows._stops[:-1])
+    assert lengths.max() <= 8 * ROW and rows._starts[0] == 0 and rows._stops[-1] == 1000
+    for start, stop in spans.tolist():
+        of = lengths[(rows._starts >= start) & (rows._stops <= stop)]
+        assert of.sum() == stop - start and of.max() - of.min() <= 1 and len(of) == -(-(stop - start) // (8 * ROW))
+
+
+class Killed(Exception):
+    pass
+
+
+def begin(tmp_path: Path, paths: list[str], monkeypatch) -> Path:
+    """A preparation that ends behind its first file: what it left."""
+
+    def die(line: str) -> None:
+        raise Killed(line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "say", die)
+        with pytest.raises(Killed, match="1 of 2 files"):
+            prepare.tokens(tmp_path / "tokens", paths, "bytes")
+    return tmp_path / "tokens.unfinished"
+
+
+def test_a_preparation_that_is_killed_goes_on_behind_its_last_whole_file(tmp_path, monkeypatch, capsys):
+    paths = files(tmp_path)
+    assert prepare.main([str(tmp_path / "whole"), *paths, "--tokenizer", "bytes"]) == 0
+    left = begin(tmp_path, paths, monkeypatch)
+    with open(left / "tokens.bin", "ab") as stream:  # half of the next file
+        stream.write(b"half a file")
+    with pytest.raises(Refused, match=r"tokens\.unfinished was begun"):
+        open_text(config(text=(str(tmp_path / "tokens"),)))
+    with pytest.raises(Refused, match=r"file 1 was .*a\.txt .*now it is .*b\.txt"):
+        prepare.tokens(tmp_path / "tokens", paths[::-1], "bytes")
+    capsys.readouterr()
+    prepare.tokens(tmp_path / "tokens", paths, "bytes")
+    said = capsys.readouterr().err
+    assert "holds 1 of 2 files" in said and "2 of 2 files" in said and not left.exists()
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names == {"tokens.bin", "ends.bin", "keys.bin", "tokens.json"}
+    for name in names:
+        assert (tmp_path / "tokens" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_was_begun_otherwise_is_refused_and_what_is_not_ours_stays(tmp_path, bpe, monkeypatch):
+    paths = files(tmp_path)
+    left = begin(tmp_path, paths, monkeypatch)
+    with pytest.raises(Refused, match=r"its tokenizer is bytes, SHA-256 None; this one is tokenizer\.json"):
+        prepare.tokens(tmp_path / "tokens", paths, bpe)
+    (left / "tokens.bin").write_bytes(b"")
+    with pytest.raises(Refused, match=r"tokens\.bin has 0 bytes, progress\.json says"):
+        prepare.tokens(tmp_path / "tokens", paths, "bytes")
+    (left / "progress.json").write_text("{}")
+    with pytest.raises(Refused, match=r"progress\.json cannot be read"):
+        prepare.tokens(tmp_path / "tokens", paths, "bytes")
+    (left / "mine.txt").write_text("mine")
+    with pytest.raises(Refused, match="holds what no preparation has written"):
+        prepare.tokens(tmp_path / "tokens", paths, "bytes")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(Refused, match="never overwritten"):
+        prepare.tokens(tmp_path / "there", paths, "bytes")
+    with pytest.raises(Refused, match=r"(?s)nothing\.txt.*cannot be read.*it is a folder"):
+        prepare.tokens(tmp_path / "more", [str(tmp_path / "nothing.txt"), str(tmp_path)], "bytes")
+    assert not (tmp_path / "more.unfinished").exists()
+
+
+def test_json_lines_give_their_field_text(tmp_path):
+    lines = [json.dumps({"text": f"très {i}\u2028deep", "url": "x"}, ensure_ascii=False) for i in range(9)]
+    path = tmp_path / "c.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join([*lines, ""]).encode()))
+    assert write_tokens(tmp_path / "tokens", [str(path)], "bytes").documents == 9
+    text = open_text(config(text=(str(tmp_path / "tokens"),)))
+    assert text.tokenizer.decode(text.tokens[: text.ends[0]]) == "très 0\u2028deep".encode()
+    bad = tmp_path / "d.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": 5}\n{"words": "x"}\nno JSON\n')
+    with pytest.raises(Refused, match=r"(?s)line 2: .*line 3: .*field 'text' is missing.*line 4: "):
+        write_tokens(tmp_path / "others", [str(bad)], "bytes")
+
+
+def test_damage_is_named_and_check_finds_what_sizes_do_not_tell(tmp_path, capsys):
+    paths, place = files(tmp_path), tmp_path / "tokens"
+    assert prepare.main([str(place), *paths, "--tokenizer", "bytes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["documents"] == 90
+    assert prepare.main([str(place), "--check"]) == 0 and changed_content(str(place)) == []
+    content = bytearray((place / "tokens.bin").read_bytes())
+    content[100] ^= 1
+    (place / "tokens.bin").write_bytes(content)
+    assert prepare.main([str(place), "--check"]) == 1
+    said = capsys.readouterr().out
+    assert "tokens.bin does not hold what was written" in said and "NOT as they were written" in said
+    (place / "tokens.bin").write_bytes(content[:-2])
+    (place / "keys.bin").unlink()
+    with pytest.raises(Refused, match=r"(?s)tokens\.bin has \d+ bytes, tokens\.json says .*keys\.bin cannot be read"):
+        read_folder(str(place))
+    (place / "tokens.json").write_text('{"format": 2}')
+    with pytest.raises(Refused, match="is of format 2, this program reads format 1"):
+        read_folder(str(place))
+
+
+def test_tokens_and_text_and_tokens_of_another_tokenizer_are_not_mixed(tmp_path, bpe):
+    paths = files(tmp_path)
+    write_tokens(tmp_path / "x", paths, "bytes")
+    write_tokens(tmp_path / "y", paths, bpe)
+    with pytest.raises(Refused, match=r"names tokens .*and files .*a\.txt"):
+        open_text(config(text=(str(tmp_path / "x"), paths[0])))
+    with pytest.raises(Refused, match=r"y holds tokens of tokenizer\.json .*--tokenizer .*y"):
+        open_text(config(text=(str(tmp_path / "x"), str(tmp_path / "y"))))
+    with pytest.raises(Refused, match=r"Is a directory, without tokens of"):
+        open_text(config(text=(str(tmp_path),)))
+
+
+def test_a_new_run_takes_the_tokenizer_of_its_tokens(tmp_path, bpe, monkeypatch):
+    write_tokens(tmp_path / "y", files(tmp_path), bpe)
+    monkeypatch.chdir(tmp_path)
+    base = RunConfig(model=preset("tiny"))
+    arguments = train.parser().parse_args(["run", "--text", "y"])
+    assert train.run_config(arguments, base).data.tokenizer == str(tmp_path / "y")
+    arguments = train.parser().parse_args(["run", "--text", "y", "--tokenizer", bpe])
+    assert train.run_config(arguments, base).data.tokenizer == bpe
+
+
+def test_a_text_of_any_bytes_comes_back_and_says_how_it_was_read(tmp_path):
+    draws = np.random.default_rng(0)
+    made = [draws.integers(0, 256, length, np.uint8).tobytes() + b"\n" for length in draws.integers(1, 300, 40)]
+    path = text_file(tmp_path, made, "bytes.txt")
+    write_tokens(tmp_path / "t", [path], "bytes")
+    mapped, read = (open_text(config(text=(place,), tuning=0.1)) for place in (str(tmp_path / "t"), path))
+    assert_same_text(read, mapped)
+    assert "bytes as they lie" in mapped.summary() and mapped.summary().endswith(read.told)

@@ -38,7 +38,8 @@ class Loaded(NamedTuple):
 def add_text_arguments(p: argparse.ArgumentParser, part: str = "their held-out part is used",
                        batches: str = "held-out batches to run") -> None:
     """The flags that name the text; `part` and `batches` say what of it is read."""
-    add_source_flags(p, f"text files, folders of tokens, or JSON lines in *.jsonl; {part} (default: the data trained on)")
+    add_source_flags(p, f"text files, folders of tokens, or JSON lines in *.jsonl; {part} (default: the data trained "
+                     "on)")  # fmt: skip
     p.add_argument("--tokenizer", type=local_name,
                    help="bytes, a file or a folder (default: what the checkpoint was trained with)")
     p.add_argument("--batches", type=whole, default=HELD_OUT_BATCHES, help=f"{batches} ({HELD_OUT_BATCHES})")

@@ -39,8 +39,10 @@ class OptimizerConfig(Config):
                 wrong.append(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
         if self.clip <= 0:
             wrong.append(f"clip is {self.clip}; it must be positive")
-        wrong += [f"{name} is {getattr(self, name)}; it must be at least 0"
-                  for name in ("weight_decay", "scalar_scale", "halting_scale") if getattr(self, name) < 0]
+        if self.weight_decay < 0:
+            wrong.append(f"weight_decay is {self.weight_decay}; it must be at least 0")
+        wrong += [f"{name} is {getattr(self, name)}; it multiplies the learning rate and must lie in [0, 1000]"
+                  for name in ("scalar_scale", "halting_scale") if not 0 <= getattr(self, name) <= 1000]
         wrong += [f"{name} is {getattr(self, name)}; it must lie in [0, 1)"
                   for name in ("b1", "b2") if not 0 <= getattr(self, name) < 1]
         return wrong

@@ -32,6 +32,10 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise Refused(f"{path} cannot be read as JSON: {error}") from error
     several = isinstance(plan, Mapping) and "slices" in plan  # of a pod there is one where it says nothing
     wrong = _mistyped(plan, {**_FIELDS, "slices": int} if several else _FIELDS)
+    wrong += [f"has a {name} that is no line of text: {plan[name]!r:.60}" for name in ("preset", "topology")
+              if not wrong and not plan[name].isprintable()]  # fmt: skip
+    wrong += [f"has {name} {plan[name]}; there is one at least" for name in ("devices", "batch", "sequence_length")
+              if not wrong and plan[name] < 1]  # fmt: skip
     if several and not wrong and not 1 <= plan["slices"] < 2**20:
         wrong = [f"has slices {plan['slices']}; they are 1 or more"]
     rows = plan["tried"] if not wrong else []
@@ -41,6 +45,8 @@ def read_plan(path: Path) -> dict[str, Any]:
         wanted = _ROW if isinstance(row, dict) and row.get("fits") is True else {"fits": bool}
         wrong += [f"tried[{number}] {line}" for line in _mistyped(row, wanted)]
         wrong += [f"tried[{number}] {line}" for line in _not_numbers(row)]
+        if wanted is _ROW and not wrong and row["accumulate"] < 1:
+            wrong.append(f"tried[{number}] has accumulate {row['accumulate']}; there is one part at least")
         parts = row.get("parts", []) if isinstance(row, dict) else []
         each = enumerate(parts if isinstance(parts, list) else [parts])
         wrong += [f"tried[{number}] parts[{at}] {line}" for at, one in each
@@ -63,15 +69,20 @@ def _not_numbers(row: Any) -> list[str]:
     given = {name: row[name] for name in _NUMBERS if name in row} if isinstance(row, Mapping) else {}
     wrong = [f"has a {name} that is no JSON object" for name, value in given.items() if not isinstance(value, Mapping)]
     return wrong + _strange_sums(row) + [
-        f"{name} has a {key} that is no number: {one!r:.40}" for name, value in given.items()
+        f"{name} has a {key} that is no number from 0: {one!r:.40}" for name, value in given.items()
         if isinstance(value, Mapping) for key, one in value.items()
-        if not (isinstance(one, _NUMBERS[name]) and is_number(one))]  # fmt: skip
+        if not (isinstance(one, _NUMBERS[name]) and _is_amount(one))]  # fmt: skip
 
 
 def _strange_sums(row: Any) -> list[str]:
     """What a mesh or a part of it sums up, where it is there, and is no number."""
     given = {name: row[name] for name in _SUMS if name in row} if isinstance(row, Mapping) else {}
-    return [f"has a {name} that is no number: {one!r:.40}" for name, one in given.items() if not is_number(one)]
+    return [f"has a {name} that is no number from 0: {one!r:.40}" for name, one in given.items() if not _is_amount(one)]
+
+
+def _is_amount(value: Any) -> bool:
+    """Whether it is a number of bytes, seconds, devices or the like."""
+    return is_number(value) and value >= 0
 
 
 def best(plan: Json) -> Json | None:

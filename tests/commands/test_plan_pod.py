@@ -319,14 +319,20 @@ def test_what_is_no_plan_or_of_another_model_is_refused(tmp_path):
                   part=stored(tried=[row | {"parts": [{"part": 1}]}]),
                   axis=stored(tried=[row | {"mesh": {"fsdp": "4"}, "memory": {"total": None}, "least_seconds": [1]}]),
                   sums=stored(tried=[row | {"links": {}, "parts": [row["parts"][0] | {"kernels": "1"}],
-                                            "memory": {"total": 10**400}}]))  # fmt: skip
+                                            "memory": {"total": 10**400}}]),
+                  signs=stored(preset="3b\x1b[2J"), devices=stored(devices=-4),
+                  negative=stored(tried=[row | {"bytes": -1}]),
+                  parts=stored(tried=[row | {"accumulate": 0}]))  # fmt: skip
     for path, words in zip(bad, ("is no JSON object", "has no mesh in tried", "none of its meshes fits",
                                  "lacks preset", r"has a devices of another type(.|\n)*has a slices of another type",
                                  r"tried\[0\] parts\[0\] has a part of another type",
-                                 r"a least_seconds that is no JSON object\n.* mesh has a fsdp that is no number: '4'\n"
-                                 ".* memory has a total that is no number: None",
-                                 r"has a links that is no number: \{\}\n.* memory has a total that is no number: 1000"
-                                 r"(.|\n)*has a kernels that is no number: '1'"), strict=True):  # fmt: skip
+                                 r"a least_seconds that is no JSON object\n.* mesh has a fsdp that is no number from "
+                                 r"0: '4'\n.* memory has a total that is no number from 0: None",
+                                 r"has a links that is no number from 0: \{\}\n.* memory has a total that is no number "
+                                 r"from 0: 1000(.|\n)*has a kernels that is no number from 0: '1'",
+                                 r"has a preset that is no line of text: '3b\\x1b\[2J'",
+                                 r"has devices -4; there is one at least", r"tried\[0\] has a bytes that is no number",
+                                 r"tried\[0\] has accumulate 0"), strict=True):  # fmt: skip
         with pytest.raises(Refused, match=words):
             main([path])
     (tmp_path / "text.json").write_text("fsdp=4")

@@ -23,6 +23,14 @@ from gt_jax.devices.program_cache import add_cache_flag, keep_programs
 from gt_jax.errors import Refused, refuse_all, run_command, say
 from gt_jax.files import local_name, local_path
 from gt_jax.options import whole
+from gt_jax.training.depth_flags import (
+    add_gate_flags,
+    add_price_flags,
+    depth_misfits,
+    with_forced_passes,
+    with_gates,
+    with_price,
+)
 
 UNDER_SERVED = "under-served"
 
@@ -30,7 +38,6 @@ UNDER_SERVED = "under-served"
 def parser() -> argparse.ArgumentParser:
     """The command line; a flag that is not given leaves the default, or with --resume the run's own value."""
     from gt_jax.configs.model import Remat
-    from gt_jax.configs.price import Rule, TargetOf
     from gt_jax.configs.run import MomentsOf
     from gt_jax.text.flags import add_source_flags
 
@@ -44,8 +51,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--model", type=local_path, metavar="FILE",
                        help="JSON object of config fields to change, nested as describe --json prints them; null: off")
     model.add_argument("--layout", help="another depth, for example DDDG*3")
-    model.add_argument("--gates", choices=("features", "state"), help="what the halting heads see: features of the "
-                       "pass, or the token's state and the number of the pass too (default: as the preset has it)")
+    add_gate_flags(model)
     model.add_argument("--plain", action="store_true", help="no adaptive depth: every layer runs once")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype")
     model.add_argument("--start", type=local_path,
@@ -71,20 +77,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--schedule", choices=("cosine", "wsd"))
     train.add_argument("--warmup", type=float, help="fraction of the run")
     train.add_argument("--weight-decay", type=float)
-    train.add_argument("--target", type=float, help="depth of a layer that the compute price aims at (1.30)")
-    train.add_argument("--target-of", choices=get_args(TargetOf),
-                       help="what that is the mean of: a token's summed weights (mean_weight, default), or the passes "
-                       "that it runs")
-    train.add_argument("--price-rule", choices=get_args(Rule),
-                       help="what steers the depth: a price that only ever rises above 0 (ouro, default), or one of "
-                       "both signs that brings the depth to the target and holds it (budget)")
-    train.add_argument("--pass-price", type=float, metavar="NATS",
-                       help="instead of a target: what one more pass of a token in a layer costs (--price-rule budget)")
-    train.add_argument("--halting-scale", type=float, metavar="X", help="how fast halting heads learn, times the rate "
-                       "of other weights (1; 10 under --price-rule budget)")
-    train.add_argument("--forced-passes", type=whole, metavar="N", help="passes that every token runs at first, before "
-                       "its gates decide; under --curriculum their number rises from 1, as the difficulty does")
-    train.add_argument("--forced-until", type=float, metavar="F", help="until this fraction of the run")
+    add_price_flags(train)
     train.add_argument("--thaw", metavar=f"{UNDER_SERVED}|LAYERS",
                        help="at first only these layers train, counted from 0, for example 3,7,11; under-served: the "
                        "copies of the layers to which the growth gave less than they asked for")
@@ -117,7 +110,7 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
 
         model = changed_by_file(model, arguments.model, **pick("layout"))
     model = model.replace(**pick("layout", "remat"), **({"compute_dtype": given["dtype"]} if "dtype" in given else {}))
-    model = with_gates(model.plain if "plain" in given else model, arguments.gates)
+    model = with_gates(model.plain if "plain" in given else model, arguments.gates, arguments.weights)
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
     price, optimizer = with_price(train.price, optimizer, arguments)
     price = with_forced_passes(price, arguments.forced_passes, arguments.forced_until, arguments.curriculum)
@@ -147,65 +140,6 @@ def _from_anywhere(name: str, value: Any) -> Any:
     if name in ("text", "json_lines"):
         return tuple(map(os.path.abspath, value))
     return os.path.abspath(value) if name in ("tfds_dir", "tokenizer") and value and value != BYTES else value
-
-
-def with_gates(model: Any, sees: str | None) -> Any:
-    """`model` (a ModelConfig) whose halting heads see what --gates says."""
-    if sees is None:
-        return model
-    if model.adaptive is None:
-        raise Refused(f"--gates {sees}: the model has no adaptive depth, so there are no gates")
-    return model.replace(adaptive=model.adaptive.seeing_state if sees == "state" else model.adaptive.seeing_features)
-
-
-def depth_misfits(adaptive: Any, arguments: argparse.Namespace) -> list[str]:
-    """What the flags that steer depth ask for and a model of this AdaptiveConfig, or of none, cannot do."""
-    flags = ("target", "target_of", "price_rule", "pass_price", "halting_scale", "forced_passes", "forced_until")
-    given = {name: value for name in flags if (value := getattr(arguments, name)) is not None}
-    if adaptive is None:
-        return [f"--{name.replace('_', '-')} {value}: the model has no adaptive depth, every layer runs once; leave it "
-                "out" for name, value in given.items()]  # fmt: skip
-    return [f"--{name.replace('_', '-')} is {given[name]}; a layer runs {adaptive.max_passes} times at most"
-            for name in ("target", "forced_passes") if given.get(name, 0) > adaptive.max_passes]
-
-
-def with_price(price: Any, optimizer: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(PriceConfig, OptimizerConfig) with --price-rule, --target, --target-of and --pass-price."""
-    from gt_jax.configs.price import budget, fits_rule
-
-    target, cost, rule = arguments.target, arguments.pass_price, arguments.price_rule or price.rule
-    if price.gates_opened and rule != price.rule:
-        raise Refused(f"--price-rule {rule}: what the model starts from opens its gates by a schedule of rule "
-                      f"{price.rule!r}; make it again with gt_jax.retrofit --price-rule {rule}")
-    of = {} if arguments.target_of is None else {"target_of": arguments.target_of}
-    refuse_all(fits_rule(rule, target, cost), "the price cannot be set so:")
-    aim = {} if target is None else {"target": target}
-    aim = {"target": None, "value": cost} if cost is not None else aim
-    if rule == "budget" and price.rule != "budget":  # its heads learn ten times as fast as other scalars
-        aim = {"target": price.target} | aim
-        return budget(**aim, **of), optimizer.replace(halting_scale=10.0)
-    if rule == "ouro" and price.rule != "ouro":
-        return type(price)(**aim, **of), optimizer.replace(halting_scale=1.0)
-    return price.replace(**aim, **of), optimizer
-
-
-def with_forced_passes(price: Any, passes: int | None, until: float | None, curriculum: float | None) -> Any:
-    """`price` (a PriceConfig) with --forced-passes and --forced-until; gates and price are free from there on."""
-    fields: dict[str, Any] = {} if passes is None else {"forced_passes": passes}
-    if until is not None:
-        fields |= {"forced_until": until, "price_from": max(until, price.price_from if price.rule == "ouro" else 0.0)}
-        fields["clipped_until"] = max(fields["price_from"], price.clipped_until if price.rule == "ouro" else 0.0)
-        fields["forced_ramp"] = min(until, price.forced_ramp)
-    if passes is None:
-        return price.replace(**fields)
-    end = fields.get("forced_until", price.forced_until)
-    if not end:
-        raise Refused(f"--forced-passes {passes}: the gates of rule {price.rule!r} are free from the first step on; "
-                      "say until when passes are forced, for example --forced-until 0.7")
-    if curriculum is not None and passes and curriculum > end:
-        raise Refused(f"--curriculum {curriculum}: the difficulty rises for longer than passes are forced, which is "
-                      f"until {end}; give --forced-until {curriculum} or more")
-    return price.replace(**{**fields, "forced_ramp": curriculum or 0.0 if passes else 0.0})
 
 
 def with_curriculum(data: Any, fraction: float | None, steps: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.json_config import Config, below
@@ -22,9 +23,9 @@ class Setting(Config):
 
     The hardest difficulty rises over the first `curriculum` of the steps, and with it the passes that are forced, from
     1 to `passes`; all are forced until `opened` of the steps, and the gates decide from then on, at `pass_price` nats a
-    pass. Halting heads learn at `halting_scale` times other scalars' rate. Embeddings have unit size. The adaptive
-    model is tried at `adaptive_rates`, where there are none at those of the others, with as many of the study's first
-    seeds as `adaptive_tuned_at` says.
+    pass. Halting heads learn at `halting_scale` times other scalars' rate; passes count by `weights`. Embeddings have
+    unit size. The adaptive model is tried at `adaptive_rates`, where there are none at those of the others, with as
+    many of the study's first seeds as `adaptive_tuned_at` says.
     """
 
     task: str
@@ -37,6 +38,7 @@ class Setting(Config):
     opened: float = 0.7
     pass_price: float = 0.02
     halting_scale: float = 10.0
+    weights: Literal["soft", "hard"] = "soft"
     held_out_batches: int = 12
     adaptive_rates: tuple[float, ...] = ()
     adaptive_tuned_at: int = 1
@@ -70,11 +72,12 @@ class Setting(Config):
         each = self.width // 4
         base = one_layer()
         assert base.adaptive is not None and base.deltanet is not None
+        gates = base.adaptive.hard if self.weights == "hard" else base.adaptive
         attention = GSAConfig(heads=4, head_width=each, indexer_heads=2, indexer_width=8, k_base=self.length,
                               k_min=self.length, k_max=self.length)  # fmt: skip
         return base.replace(
             layout=self.layout, width=self.width, mlp_width=2 * self.width, init_std=self.width**-0.5,
-            adaptive=base.adaptive.replace(alpha=(1.0,) * self.passes),
+            adaptive=gates.replace(alpha=(1.0,) * self.passes),
             deltanet=base.deltanet.replace(key_width=self.width, value_width=self.width),
             gsa=attention if "G" in self.layout else None,
         )

@@ -13,6 +13,8 @@ from gt_jax.configs.json_config import Config, below
 class AdaptiveConfig(Config):
     """Adaptive depth: up to `len(alpha)` passes a layer, pass k at strength alpha[k], while s >= `threshold`.
 
+    With `weights` "soft" a pass counts by s, with "hard" whole while s >= threshold and then not at all; the gradient
+    is that of s (straight through), of finished tokens too.
     `halting` "token": a token below the threshold is finished. "batch" (origin): all go on until at most `batch_share`
     of the tokens are at or above it. `features` says what the halting head sees of the mixer, its write gate, output
     gate and head spread: those of the mixer's own input, or (origin) of the mean over streams before any norm. With
@@ -24,6 +26,7 @@ class AdaptiveConfig(Config):
     """
 
     alpha: tuple[float, ...] = (1.0, 0.7, 0.5, 0.35)
+    weights: Literal["soft", "hard"] = "soft"
     threshold: float = 0.10
     p_floor: float = 0.01
     hidden: int = 32
@@ -52,6 +55,16 @@ class AdaptiveConfig(Config):
         """With halting heads that see features of the pass alone (origin)."""
         return self.replace(state_width=0, by_pass=False, logit_bound=0.0)
 
+    @property
+    def hard(self) -> AdaptiveConfig:
+        """With passes that count whole or not at all, cut where the gates say that another one is as likely as not."""
+        return self.replace(weights="hard", threshold=0.5)
+
+    @property
+    def soft(self) -> AdaptiveConfig:
+        """With passes that count as much as the gates leave of a token (origin)."""
+        return self.replace(weights="soft", threshold=0.10)
+
     def problems(self) -> list[str]:
         wrong = below(self, 1, "hidden", "embedding") + below(self, 0, "state_width")
         if not self.alpha or min(self.alpha) <= 0:
@@ -65,6 +78,8 @@ class AdaptiveConfig(Config):
         falling = all(0 < low < high for high, low in itertools.pairwise(self.lengths))
         if self.lengths[:1] != (1.0,) or not falling:
             wrong.append(f"lengths is {self.lengths}; it must fall from 1.0 and stay above 0, like 1.0, 0.56, 0.3")
+        if self.weights == "hard" and self.halting == "batch":
+            wrong.append("weights 'hard' needs halting 'token'; under 'batch' no token is finished before all are")
         if self.context == "alive" and self.halting == "batch":
             wrong.append("context 'alive' needs halting 'token'; under 'batch' no token is finished before all are")
         return wrong

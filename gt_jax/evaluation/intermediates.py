@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.models.language_model import LanguageModel, apply_network
-from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.models.layers.adaptive_depth import PassControl
+from gt_jax.models.layers.pass_statistics import PassStatistics
 from gt_jax.models.layers.sow import INTERMEDIATES
 from gt_jax.models.memory_chunks import mean_over_chunks, over_chunks
 from gt_jax.typing import Activations, Tokens, Tree

@@ -18,7 +18,7 @@ from gt_jax.errors import Refused
 from gt_jax.evaluation.loading import load_for_text
 from gt_jax.evaluation.spread import weight_spread
 from gt_jax.growth.repetition import Repetition, from_json
-from gt_jax.models.layers.adaptive_depth import mean_over_tokens
+from gt_jax.models.layers.pass_statistics import mean_over_tokens
 from gt_jax.training.step import Batch, make_evaluation
 from gt_jax.typing import Tokens, Tree
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, on_mesh, reshard, with_mesh_devices
 from gt_jax.models.layers import attention, deltanet, early_exit, groundthink, gsa, resolvent, sliding
-from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
+from gt_jax.models.layers.adaptive_depth import PassControl, stream_mean
 from gt_jax.models.layers.block import Block, Common, Stream, layer_delta, observed, remat_policy, remats_blocks
 from gt_jax.models.layers.early_exit import ExitHead, even_bias
 from gt_jax.models.layers.embedding import Embedding
@@ -31,6 +31,7 @@ from gt_jax.models.layers.hyper_connections import to_streams
 from gt_jax.models.layers.memory_stream import Memory, MemoryStream, carry_memory
 from gt_jax.models.layers.mixer import Place, place_rows, real_tokens
 from gt_jax.models.layers.mtp import MultiTokenPrediction
+from gt_jax.models.layers.pass_statistics import PassStatistics
 from gt_jax.models.layers.primitives import Einsum, RMSNorm, WeightSpec
 from gt_jax.models.layers.reversible import reversible_stack
 from gt_jax.models.layers.reversible import start as start_pair

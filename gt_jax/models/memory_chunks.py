@@ -13,9 +13,10 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, reshard
 from gt_jax.errors import Refused
 from gt_jax.models.language_model import LanguageModel, apply_network
-from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, mean_over_tokens
+from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.models.layers.memory_stream import Memory, no_memory
 from gt_jax.models.layers.mixer import real_tokens
+from gt_jax.models.layers.pass_statistics import PassStatistics, mean_over_tokens
 from gt_jax.typing import Tokens, Tree
 
 

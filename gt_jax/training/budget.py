@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gt_jax.configs.price import PriceConfig
-from gt_jax.models.layers.adaptive_depth import PassStatistics
+from gt_jax.models.layers.pass_statistics import PassStatistics
 from gt_jax.typing import Scalar, Tree
 
 _KEEP = 0.95  # of a mean, each step

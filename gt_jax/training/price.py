@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.price import PriceConfig
-from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics
+from gt_jax.models.layers.adaptive_depth import PassControl
+from gt_jax.models.layers.pass_statistics import PassStatistics
 from gt_jax.training.budget import BudgetState, initial_budget
 from gt_jax.typing import Scalar
 

@@ -17,9 +17,10 @@ from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.thaw import ThawConfig
 from gt_jax.devices.sharding import Rules, model_inputs, reshard
 from gt_jax.models.language_model import LanguageModel, ModelOutput, apply_network, free_passes
-from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, mean_over_tokens, token_shares
+from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.models.layers.memory_stream import Memory
 from gt_jax.models.layers.mixer import real_tokens
+from gt_jax.models.layers.pass_statistics import PassStatistics, mean_over_tokens, token_shares
 from gt_jax.models.layers.primitives import widen
 from gt_jax.models.memory_chunks import chunk_length, mean_over_chunks, over_chunks
 from gt_jax.training.accumulation import accumulate_gradients

@@ -123,6 +123,15 @@ def test_a_pass_on_living_tokens_needs_tokens_that_finish_and_lengths_that_fall(
             model.AdaptiveConfig(context="alive", halting="batch", lengths=lengths)
 
 
+def test_hard_weights_need_tokens_that_finish():
+    stored = presets.tiny().to_json()
+    del stored["adaptive"]["weights"]
+    assert ModelConfig.from_json(stored).adaptive.weights == "soft"
+    assert presets.tiny().adaptive.hard.threshold == 0.5
+    with pytest.raises(Refused, match="weights 'hard' needs halting 'token'"):
+        model.AdaptiveConfig(weights="hard", halting="batch")
+
+
 def test_full_attention_says_what_does_not_fit_and_older_configs_have_none():
     with pytest.raises(Refused, match=r"(?s)multiple of kv_heads 3.*window is 0.*rope_share is 0\.3; .*it is 2\.4"):
         AttentionConfig(heads=4, kv_heads=3, head_width=8, rope_share=0.3, window=0)

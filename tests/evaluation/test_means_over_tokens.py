@@ -10,7 +10,7 @@ from gt_jax.devices.sharding import Rules
 from gt_jax.evaluation.intermediates import hidden_rows
 from gt_jax.evaluation.measurement import pass_counts
 from gt_jax.models.language_model import LanguageModel, free_passes
-from gt_jax.models.layers.adaptive_depth import PassStatistics, mean_over_tokens
+from gt_jax.models.layers.pass_statistics import PassStatistics, mean_over_tokens
 from gt_jax.training.step import make_evaluation
 from tests.rarely import rarely
 from tests.support import perturbed, small_model, tokens

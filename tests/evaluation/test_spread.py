@@ -15,7 +15,7 @@ from gt_jax.growth.kept_gates import keeping_gates
 from gt_jax.growth.plan import make_plan
 from gt_jax.growth.repetition import from_json
 from gt_jax.growth.spread import spread_line, whole_spread
-from gt_jax.models.layers.adaptive_depth import weight_moments
+from gt_jax.models.layers.pass_statistics import weight_moments
 
 RANDOM = np.random.default_rng(0)
 REAL = np.array([[1.0] * 6 + [0.0] * 2, [1.0] * 8])

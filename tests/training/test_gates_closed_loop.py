@@ -113,9 +113,10 @@ def runs(price, gates, steps, whole, scales=(1.0, 1.0, 1.0, 1.0), until=None):
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(run))(jnp.array(STARTS), jnp.array(scales)))
 
 
-def test_gates_open_and_shut_until_every_token_has_its_best_depth():
+@pytest.mark.parametrize("weights", ["soft", rarely("hard")])
+def test_gates_open_and_shut_until_every_token_has_its_best_depth(weights):
     """Within 300 steps, at a fixed price of a pass; audits alone are what shut gates can learn from."""
-    _, value, passes = runs(budget(None, value=0.01), GATES, 300, True)
+    _, value, passes = runs(budget(None, value=0.01), GATES.hard if weights == "hard" else GATES, 300, True)
     assert passes.tolist() == [[1, 2, 3]] * len(STARTS)
     assert (value == np.float32(0.01)).all()
 
@@ -144,9 +145,10 @@ def test_depth_is_at_its_target_within_a_tenth_of_the_run_and_stays(target):
     assert (worth > 1.0).all() if target == 2.0 else (np.abs(worth) < 0.5).all()
 
 
-def test_the_slope_is_the_derivative_of_the_cost():
+@pytest.mark.parametrize("gates", [GATES, GATES.hard])
+def test_the_slope_is_the_derivative_of_the_cost(gates):
     """`cost_slope` against automatic differentiation of the cost in the head's last bias."""
-    layer, x = Counter(GATES.replace(initial_bias=0.7)), tokens_that_want(jnp.linspace(1.0, 4.0, 64))
+    layer, x = Counter(gates.replace(initial_bias=0.7)), tokens_that_want(jnp.linspace(1.0, 4.0, 64))
     params = layer.init(jax.random.key(2), x, free_passes())["params"]
 
     def cost(params):

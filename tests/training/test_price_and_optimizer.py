@@ -19,7 +19,7 @@ from gt_jax.configs.price import PriceConfig, budget
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.models.language_model import abstract
-from gt_jax.models.layers.adaptive_depth import PassStatistics
+from gt_jax.models.layers.pass_statistics import PassStatistics
 from gt_jax.training.optimizer import Float32State, groups, in_float32, learning_rate, make_optimizer
 from gt_jax.training.price import initial_price, move_price, phase, price_loss
 from tests.support import full_model, small_model

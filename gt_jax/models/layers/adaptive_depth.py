@@ -4,14 +4,16 @@ s_1 = 1; for k = 1 … K:  X <- X + w_k alpha_k Delta(X);  s_{k+1} = s_k p_k;  w
 
 - A token below the threshold is finished: its weight is 0 from then on, yet it still writes states and keys in the
   passes that run. So skipping a pass in which nobody is alive changes no value, and no token depends on its batch.
-- That is `halting="token"`. The origin's `halting="batch"` has w_k = s_k for everyone and ends the loop for the whole
-  batch once at most `batch_share` of the tokens are at or above the threshold; there a token depends on its batch.
+- `weights` "hard": w_k = 1 while s_k >= threshold, with the gradient of s_k, which falls on for finished tokens too. A
+  pass is learned and priced as what it is, all or nothing.
+- All that is `halting="token"`. The origin's "batch" has w_k = s_k for everyone and ends the loop for the whole batch
+  once at most `batch_share` of the tokens are at or above the threshold; there a token depends on its batch.
 - X is [b, t, d], or [b, t, n, d] under hyper-connections; features and norms are of the mean over streams.
 - A dead pass costs nothing: `lax.scan` over passes with a `lax.cond` on "anyone alive", forward and backward.
 - With a cache (decoding) every pass runs, because a later token may read what this one wrote; also where someone looks
   inside (collection `intermediates` mutable), because what is shown has a place for every pass.
-- All that is of `context` "all". With "alive" a finished token is absent from later passes, and a pass runs on rows of
-  living tokens alone, in decoding too: `layers.compacted_passes`.
+- Finished tokens write under `context` "all". Under "alive" they are absent from later passes, and a pass runs on rows
+  of living tokens alone, in decoding too: `layers.compacted_passes`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from gt_jax.models.layers.compacted_passes import pass_lengths, run_on_living
 from gt_jax.models.layers.hyper_connections import from_streams
 from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
 from gt_jax.models.layers.moe import MLPOutput
+from gt_jax.models.layers.pass_statistics import PassStatistics, no_statistics, of_everyone, weight_moments
 from gt_jax.models.layers.primitives import INIT, add_scaled, float32_einsum, widen
 from gt_jax.models.layers.sow import INTERMEDIATES, PASSES, asked_for, sow
 from gt_jax.typing import Activations, PerToken, State, Tree
@@ -49,82 +52,6 @@ class PassControl(NamedTuple):
     forced: Array
     p_max: Array
     uncut: Array | float = 0.0
-
-
-class PassStatistics(NamedTuple):
-    """Per pass [p], float32, means over tokens: what `measure` and the training metrics read.
-
-    `survival` is the mean weight w_k, `alive` the share of tokens with s_k >= threshold, `cost` the mean of
-    `smooth_count` for passes after the first and `cost_slope` its slope in a number added to the logits of all gates of
-    the layer, `computed` 1 where the pass was computed for the batch, else 0, `s_after` the mean s after the pass
-    (finished tokens keep theirs), `p_mean`, `p_std` and `p_floored` (share at the floor) are of the continue gate over
-    alive tokens, `delta_ratio` is |dh|/|h|
-    and `update_ratio` that times |gain| alpha_k w_k, the size of what the pass adds, over alive tokens ("batch": over
-    all, a pass moves them all); `weight_moments` [p, 4] are the means of w^2, (w d)^2, w d^2 and d^2, d the size of
-    what the pass would add at weight 1 (0 for tokens that it is not shown, under `context` "alive"); the rest comes
-    from mixer and MLP;
-    `experts` [p, e] is the share of the real picks that went to each expert, e = 0 for a dense MLP.
-
-    A layer's `mean_weight`, `passes_run` and `passes_computed` are the sums of the first three over passes.
-    """
-
-    survival: Array
-    alive: Array
-    cost: Array
-    cost_slope: Array
-    computed: Array
-    s_after: Array
-    p_mean: Array
-    p_std: Array
-    p_floored: Array
-    delta_ratio: Array
-    update_ratio: Array
-    weight_moments: Array
-    auxiliary_loss: Array
-    entropy: Array
-    score_variance: Array
-    router_loss: Array
-    router_entropy: Array
-    null_rate: Array
-    experts: Array
-
-
-def mean_over_tokens(
-    statistics: PassStatistics, tokens: Float[Array, " pieces"], adaptive: AdaptiveConfig | None
-) -> PassStatistics:  # fmt: skip
-    """Statistics [l, p] of a text from those of its pieces [pieces, l, p]: what is a mean over tokens stays one.
-
-        whole = sum_i n_i x_i / sum_i n_i,    n_i the `tokens` of piece i that x_i is a mean over
-
-    Those are the real ones; for the gates those alive; for what mixer and MLP show, those that the pass was computed
-    for; for `experts` the picks of these that are real. `p_std` is of all tokens together, not a mean of deviations.
-    `computed` is a mean over pieces: each is a batch by itself, for which a pass runs or does not.
-    """
-    if (count := statistics.alive.shape[0]) == 1:
-        return jax.tree.map(lambda a: a[0], statistics)
-    moves_all = adaptive is not None and adaptive.halting == "batch"
-    alone = adaptive is not None and adaptive.context == "alive"
-    everyone = jnp.broadcast_to(tokens[:, None, None], statistics.alive.shape)
-    alive = everyone * statistics.alive
-    shown = alive if alone else jnp.where(statistics.computed > 0, everyone, 0.0)
-    of = {name: alive for name in ("p_mean", "p_floored", "delta_ratio", *(() if moves_all else ("update_ratio",)))}
-    of |= {name: shown for name in ("entropy", "score_variance", "router_entropy", "null_rate")}
-    of |= {"experts": shown * (1 - statistics.null_rate)}
-
-    def mean(values: Array, weights: Array) -> Array:
-        shares = token_shares(weights)
-        return jnp.sum(shares.reshape(*shares.shape, *[1] * (values.ndim - 3)) * values, axis=0)
-
-    found = {name: mean(values, of.get(name, everyone)) for name, values in statistics._asdict().items()}
-    spread = jnp.square(statistics.p_std) + jnp.square(statistics.p_mean - found["p_mean"][None])
-    found |= {"p_std": jnp.sqrt(mean(spread, alive)), "computed": jnp.sum(statistics.computed, axis=0) / count}
-    return PassStatistics(**found)
-
-
-def token_shares(tokens: Float[Array, "pieces ..."]) -> Float[Array, "pieces ..."]:
-    """What each piece weighs in a mean over tokens: n_i / sum_i n_i, equal shares where there is no token."""
-    total = jnp.sum(tokens, axis=0, keepdims=True)
-    return jnp.where(total > 0, tokens / jnp.where(total > 0, total, 1.0), 1 / tokens.shape[0])
 
 
 class LayerOutput(NamedTuple):
@@ -258,17 +185,21 @@ def continue_probability(p: PerToken, k: Array, control: PassControl, floor: flo
 
 
 def smooth_count(s: PerToken, config: AdaptiveConfig) -> PerToken:
-    """What a pass of strength s counts in the price: (1 + h) s / (h + s), h = 2 threshold; 0 at 0, 1 at 1.
+    """What a pass of weight s counts in the price: (1 + h) s / (h + s), h = 2 threshold; 0 at 0, 1 at 1.
 
     A token runs a pass whole or not at all, whatever its weight: the count rises where the threshold is, and has a
-    slope everywhere, so that the price has a gradient for every gate.
+    slope everywhere, so that the price has a gradient for every gate. A hard weight is that count already.
     """
+    if config.weights == "hard":
+        return s
     h = 2 * config.threshold
     return (1 + h) * s / (h + s)
 
 
 def smooth_slope(s: PerToken, config: AdaptiveConfig) -> PerToken:
-    """Its slope, (1 + h) h / (h + s)^2."""
+    """Its slope, (1 + h) h / (h + s)^2; of hard weights 1."""
+    if config.weights == "hard":
+        return jnp.ones_like(s)
     h = 2 * config.threshold
     return (1 + h) * h / jnp.square(h + s)
 
@@ -285,18 +216,21 @@ def _weight(s: PerToken, config: AdaptiveConfig, control: PassControl, goes_on: 
     """w_k: what is left of s_k where this pass counts."""
     if config.halting == "batch":
         return jnp.where(goes_on, s, 0.0)
+    if config.weights == "hard":
+        return (s >= config.threshold).astype(jnp.float32) + (s - jax.lax.stop_gradient(s))
     return jnp.where(_counted(s, config, control), s, 0.0)
+
+
+def _falls(s: PerToken, config: AdaptiveConfig, control: PassControl) -> Array:
+    """For which tokens the gate of this pass lowers s: those that it moves, and where a finished one learns, all."""
+    if config.halting == "batch" or config.weights == "hard":
+        return jnp.ones_like(s, bool)
+    return _counted(s, config, control)
 
 
 def _counted(s: PerToken, config: AdaptiveConfig, control: PassControl) -> Array:
     """Which tokens this pass moves."""
     return (s >= config.threshold) | (jnp.asarray(control.uncut) > 0)
-
-
-def weight_moments(weight: PerToken, size: PerToken, real: PerToken) -> Array:
-    """Means over real tokens of w^2, (w d)^2, w d^2, d^2: float32 [4]."""
-    square = jnp.square(size)
-    return jnp.stack([masked_mean(x, real) for x in (weight**2, weight**2 * square, weight * square, square)])
 
 
 def run_pass(
@@ -315,7 +249,8 @@ def run_pass(
     p = continue_probability(p_free, k, control, config.p_floor)
     alive = (s >= config.threshold).astype(jnp.float32) * real
     cost = jnp.where(k > 0, masked_mean(smooth_count(weight, config), real), 0.0)
-    rises = jnp.where(weight > 0, slope * smooth_slope(weight, config), 0.0)  # 0 in the first pass, as `slope` is
+    priced = _falls(s, config, control)
+    rises = jnp.where(priced, slope * smooth_slope(weight, config), 0.0)  # 0 in the first pass, as `slope` is
     cost_slope = jax.lax.stop_gradient(masked_mean(rises, real))
     p_mean = masked_mean(p, alive)
     p_std = jnp.sqrt(masked_mean(jnp.square(p - p_mean), alive))
@@ -325,10 +260,9 @@ def run_pass(
     moving = real if config.halting == "batch" else alive  # there a pass that runs moves every token
     added = jax.lax.stop_gradient(jnp.abs(gain) * alpha * masked_mean(weight * ratios, moving))
     moments = weight_moments(*jax.lax.stop_gradient((weight, jnp.abs(gain) * alpha * ratios)), real)
-    going = jnp.ones_like(s, bool) if config.halting == "batch" else _counted(s, config, control)
     free = jnp.where(control.forced > 0, 0.0, p * (1 - p))
-    slope = jax.lax.stop_gradient(jnp.where(going, slope * p + s * free, slope))
-    s = jnp.where(going, s * p, s)
+    slope = jax.lax.stop_gradient(jnp.where(priced, slope * p + s * free, slope))
+    s = jnp.where(priced, s * p, s)
     statistics = PassStatistics(
         masked_mean(weight, real), masked_mean(alive, real), cost, cost_slope, jnp.ones((), jnp.float32),
         masked_mean(s, real), p_mean, p_std, floored, ratio, added, moments, *seen.statistics,
@@ -416,22 +350,3 @@ def run_passes(
     xs = (jnp.arange(passes, dtype=jnp.int32), jnp.asarray(config.alpha, jnp.float32), cache)
     last, (statistics, caches) = scanned(layer, start, xs)
     return last.x, last.first, statistics, caches
-
-
-def of_everyone(
-    seen: PassStatistics, living: Array, alive: PerToken, real: PerToken, s: PerToken, computed: Array
-) -> PassStatistics:
-    """Statistics of a pass that was shown its living tokens alone, as those of all real tokens; `s` [b, t] after it.
-
-    In an audit tokens below the threshold live too, and are not among the `alive`.
-    """
-    share = masked_mean(living.astype(jnp.float32), real)
-    means = {name: share * getattr(seen, name) for name in ("survival", "cost", "cost_slope", "weight_moments")}
-    return seen._replace(**means, alive=masked_mean(alive, real), computed=computed, s_after=masked_mean(s, real))
-
-
-def no_statistics(experts: int) -> PassStatistics:
-    """The statistics of a pass that did not run: zeros."""
-    zeros = {name: jnp.zeros((), jnp.float32) for name in PassStatistics._fields}
-    wide = {"experts": jnp.zeros((experts,), jnp.float32), "weight_moments": jnp.zeros((4,), jnp.float32)}
-    return PassStatistics(**{**zeros, **wide})

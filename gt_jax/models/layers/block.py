@@ -18,11 +18,12 @@ from jaxtyping import Array
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
-from gt_jax.models.layers.adaptive_depth import PassControl, PassStatistics, stream_mean
+from gt_jax.models.layers.adaptive_depth import PassControl, stream_mean
 from gt_jax.models.layers.compaction import bucket_lengths
 from gt_jax.models.layers.early_exit import alive, alive_share, exit_step
 from gt_jax.models.layers.gated_copies import Registers, places_of, read_register, write_register
 from gt_jax.models.layers.mixer import Place, real_tokens
+from gt_jax.models.layers.pass_statistics import PassStatistics
 from gt_jax.models.layers.residual import Layer, Update, moved_variance
 from gt_jax.models.layers.reversible import Delta
 from gt_jax.models.layers.sow import INTERMEDIATES, PASSES, asked_for, sow

@@ -24,15 +24,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from gt_jax.configs.model import GatedCopiesConfig
-from gt_jax.models.layers.adaptive_depth import (
-    Carry,
-    DeltaFn,
-    PassControl,
-    PassStatistics,
-    run_pass,
-    stream_mean,
-)
+from gt_jax.models.layers.adaptive_depth import Carry, DeltaFn, PassControl, run_pass, stream_mean
 from gt_jax.models.layers.mixer import Place
+from gt_jax.models.layers.pass_statistics import PassStatistics
 from gt_jax.typing import Activations, PerToken, State, Tree
 
 NOWHERE = -1

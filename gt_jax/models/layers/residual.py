@@ -21,9 +21,7 @@ from gt_jax.models.layers.adaptive_depth import (
     HaltingHead,
     LayerOutput,
     PassControl,
-    PassStatistics,
     delta_ratio,
-    no_statistics,
     run_passes,
     stream_mean,
 )
@@ -35,6 +33,7 @@ from gt_jax.models.layers.gsa import GatedSparseAttention
 from gt_jax.models.layers.hyper_connections import HyperConnection
 from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
 from gt_jax.models.layers.moe import MixtureOfExperts, MLPOutput
+from gt_jax.models.layers.pass_statistics import PassStatistics, no_statistics
 from gt_jax.models.layers.primitives import RMSNorm, SwiGLU, WeightSpec, add_scaled, scaled, widen
 from gt_jax.models.layers.resolvent import LeftResolvent
 from gt_jax.models.layers.sliding import SlidingAttention

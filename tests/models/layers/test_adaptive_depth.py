@@ -151,6 +151,36 @@ def test_the_price_reaches_the_halting_head_and_only_through_survival():
     assert all(float(jnp.abs(g).max()) == 0 for g in rest)
 
 
+def test_hard_weights_are_whole_or_nothing_and_learn_as_s_does():
+    """Against the loop written out: w_k = [s_k >= 0.4] with the gradient of s_k, of finished tokens too."""
+    config = CONFIG.replace(adaptive=CONFIG.adaptive.hard.replace(threshold=0.4))
+    control = FREE._replace(uncut=jnp.ones(()))  # all passes run, so that those of finished tokens have a gradient
+
+    def loss(params, control):
+        x, _, seen, *_ = layer("D", config).apply({"params": params}, inputs(), PLACE, control)
+        return jnp.sum(x**2), (x, seen)
+
+    def reference(params):
+        x, previous, s = inputs(), jnp.zeros_like(inputs()), jnp.ones((2, 10))
+        for alpha in config.adaptive.alpha:
+            step, p = one_pass("D")({"params": params}, x, previous)
+            weight = jnp.where(s >= 0.4, 1.0, 0.0) + s - jax.lax.stop_gradient(s)
+            x = x + (params["gain"] * alpha * weight)[..., None] * step
+            s, previous = s * p.clip(0.01, 1.0), jax.lax.stop_gradient(step)
+        return jnp.sum(x**2), x
+
+    params = variables("D")["params"]
+    got, (moved, seen) = jax.jit(jax.grad(loss, has_aux=True))(params, control)
+    wanted, by_hand = jax.jit(jax.grad(reference, has_aux=True))(params)
+    np.testing.assert_allclose(moved, by_hand, atol=2e-5)
+    chex.assert_trees_all_close(got, wanted, rtol=2e-4, atol=2e-4)
+    assert (jnp.abs(got["halting"]["output"]["b"]) > 0).all() and 0 < seen.alive[1] < 1
+    np.testing.assert_array_equal(seen.survival, seen.alive)
+    skipped, (same, _) = jax.jit(jax.grad(loss, has_aux=True))(params, FREE)
+    np.testing.assert_allclose(same, moved, atol=2e-5)  # what nobody lives in changes nothing
+    assert skipped["halting"]["output"]["b"] != got["halting"]["output"]["b"]
+
+
 @pytest.mark.slow
 def test_gradients_do_not_depend_on_rematerialisation_or_skipping():
     """Against the loop without `cond`: a skipped pass contributes exactly nothing, forward and backward."""

@@ -1,7 +1,8 @@
 """`python -m gt_jax.prepare NAME FILE…`: text files into tokens on the disk, or into a TFDS dataset.
 
 With `--tokenizer` NAME becomes a folder of tokens for `--text NAME`, which runs map into memory instead of tokenizing
-their text at each start (gt_jax/text/token_writer.py); it goes on after a kill, and `--check` reads it all.
+their text at each start (gt_jax/text/token_writer.py); files may be JSON lines and Parquet too. It goes on after a
+kill, and `--check` reads it all.
 
 Without, DIR/NAME/1.0.0 becomes a dataset of array_record files for `--tfds NAME`. TensorFlow is not needed.
 
@@ -115,8 +116,8 @@ def parser() -> argparse.ArgumentParser:
                                 description="Text files into tokens on the disk, or into a TFDS dataset.")
     p.add_argument("name", type=local_name, help="with --tokenizer the folder to make, for --text; else the dataset, "
                    "as --tfds will name it")  # fmt: skip
-    p.add_argument("files", type=local_name, nargs="*", help="text files; with --tokenizer also JSON lines {\"text\"} "
-                   "in *.jsonl and *.jsonl.gz")  # fmt: skip
+    p.add_argument("files", type=local_name, nargs="*", help="text files; with --tokenizer also JSON lines and "
+                   "Parquet with a \"text\" (*.jsonl, *.jsonl.gz, *.jsonl.zst, *.parquet)")  # fmt: skip
     kind = p.add_mutually_exclusive_group()
     kind.add_argument("--tokenizer", type=local_name, help="bytes, a tokenizer.json, a SentencePiece .model or their "
                       "folder: makes a folder of its tokens")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Text files into a folder of tokens (gt_jax/text/token_folder.py), a file at a time, in bounded memory, killable.
+"""A corpus into a folder of tokens (gt_jax/text/token_folder.py), a file after the other, in bounded memory, killable.
 
 After each file it is noted how far the tokens are; the same call after a kill goes on behind the last file that was
 whole. `gt_jax.prepare` gives the folder its name when all of it is on the disk.
@@ -20,18 +20,15 @@ from jaxtyping import Int32
 from gt_jax.configs.data import BYTES
 from gt_jax.configs.tokenizer_file import NAMES, read_tokenizer_file
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.files import parse_json, read_json, refuse_once, unfinished_name, write_atomically
-from gt_jax.text import sources
-from gt_jax.text.encodings import plain
+from gt_jax.files import read_json, refuse_once, unfinished_name, write_atomically
+from gt_jax.text.corpus_files import documents_of
 from gt_jax.text.round_trip import Loss, loss_of
 from gt_jax.text.split import content_keys
 from gt_jax.text.token_folder import ENDS, FORMAT, KEYS, MANIFEST, TOKENS, Manifest, sha256_of
 from gt_jax.text.tokenizers import Tokenizer, encode_all, open_tokenizer, portions
 
 PROGRESS = "progress.json"
-_LINES = (".jsonl", ".jsonl.gz")
 _LOOKED = 4  # documents of a portion that are decoded again
-_SHOWN = 20
 _WRITTEN_WHOLE = (MANIFEST, PROGRESS, *NAMES)
 
 
@@ -46,7 +43,7 @@ class _Begun(NamedTuple):
 def write_tokens(
     folder: Path, paths: Sequence[str], tokenizer: str, say: Callable[[str], None] = lambda line: None
 ) -> Manifest:  # fmt: skip
-    """Make `folder` of text files and JSON lines {"text"}, in their order; it may be what a kill left of that.
+    """Make `folder` of the files of a corpus (gt_jax/text/corpus_files.py), in their order; it may be what a kill left.
 
     `say` hears a line after each file. Raises `Refused` where the folder is of other files or another tokenizer, or
     not ours, and for files that cannot be read.
@@ -159,10 +156,10 @@ def _append(
     """Append the documents of one file; (what is noted of it, its tokens)."""
     documents, told = documents_of(path)
     tokens, ends, keys = streams
-    position, loss = start, Loss()
+    position, loss, count, size = start, Loss(), 0, 0
     for portion in portions(documents):
         try:
-            encoded = encode_all(opened, tokenizer, portion)
+            encoded = encode_all(opened, tokenizer, portion, count)
         except Refused as error:
             raise Refused(f"text file {path}: {error}") from error
         loss = loss.plus(loss_of(opened, portion, encoded, _LOOKED))
@@ -171,9 +168,9 @@ def _append(
         tokens.write(_flat(encoded, lengths, opened.end_of_document).astype(dtype).tobytes())
         ends.write(where.astype("<i8").tobytes())
         keys.write(content_keys(portion).astype("<u8").tobytes())
-        position = int(where[-1])
-    file = {"path": path, "sha256": sha256_of(Path(path)), "documents": len(documents),
-            "bytes": sum(map(len, documents)), "told": told, "loss": loss}  # fmt: skip
+        position, count, size = int(where[-1]), count + len(portion), size + sum(map(len, portion))
+    file = {"path": path, "sha256": sha256_of(Path(path)), "documents": count, "bytes": size, "told": told,
+            "loss": loss}  # fmt: skip
     return file, position - start
 
 
@@ -182,37 +179,6 @@ def _flat(encoded: Sequence[Int32[np.ndarray, " _"]], lengths: np.ndarray, end: 
     for ids, stop in zip(encoded, np.cumsum(lengths).tolist(), strict=True):
         flat[stop - 1 - len(ids):stop - 1] = ids
     return flat
-
-
-def documents_of(path: str) -> tuple[list[bytes], list[str]]:
-    """The documents of a text file, or of JSON lines the field "text" of each; and words about how it was read.
-
-    Other fields of a line are not read. Raises `Refused` that lists what is wrong with its lines.
-    """
-    if not path.endswith(_LINES):
-        return sources.documents_of(path)
-    try:
-        lines = plain(Path(path).read_bytes())[0].split(b"\n")
-    except (OSError, ValueError) as error:
-        raise Refused(f"text file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    documents, wrong = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            text = parse_json(line, once=True)["text"]
-            document = text.encode()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            why = "field 'text' is missing" if isinstance(error, KeyError) else str(error)
-            wrong.append(f"{path}, line {number}: it is no object with a string \"text\": {why}")
-            continue
-        if document:
-            documents.append(document)
-    left = len(wrong) - _SHOWN
-    refuse_all([*wrong[:_SHOWN], *([f"and {left} more lines"] if left > 0 else [])], "these lines cannot be used:")
-    if not documents:
-        raise Refused(f"text file {path!r} has no document")
-    return documents, []
 
 
 def _finish(folder: Path, opened: Tokenizer, begun: _Begun) -> Manifest:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -335,7 +335,7 @@ def continuation(tokenizer: Tokenizer, prompt: np.ndarray, drawn: np.ndarray) ->
     return whole[len(before):] if whole.startswith(before) else tokenizer.decode(drawn)
 
 
-def portions(documents: Sequence[bytes]) -> Iterator[list[bytes]]:
+def portions(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
     """Documents in runs of some megabytes, one document at least."""
     portion: list[bytes] = []
     size = 0
@@ -349,9 +349,12 @@ def portions(documents: Sequence[bytes]) -> Iterator[list[bytes]]:
         yield portion
 
 
-def encode_all(tokenizer: Tokenizer, name: str, documents: Sequence[bytes]) -> list[Int32[np.ndarray, " _"]]:
-    """The ids of each document, on all cores where the library behind the tokenizer can; raises `Refused` naming the
-    first document that the tokenizer cannot take.
+def encode_all(
+    tokenizer: Tokenizer, name: str, documents: Sequence[bytes], first: int = 0
+) -> list[Int32[np.ndarray, " _"]]:  # fmt: skip
+    """The ids of each document, on all cores where the library behind the tokenizer can.
+
+    Raises `Refused` naming the first document that the tokenizer cannot take; they are counted from `first`.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         try:
@@ -359,7 +362,7 @@ def encode_all(tokenizer: Tokenizer, name: str, documents: Sequence[bytes]) -> l
         except ValueError:
             pass  # which document it is, one by one
     encoded = []
-    for index, document in enumerate(documents):
+    for index, document in enumerate(documents, first):
         try:
             encoded.append(tokenizer.encode(document))
         except UnicodeDecodeError as error:

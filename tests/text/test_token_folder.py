@@ -168,17 +168,43 @@ def test_what_was_begun_otherwise_is_refused_and_what_is_not_ours_stays(tmp_path
     assert not (tmp_path / "more.unfinished").exists()
 
 
-def test_json_lines_give_their_field_text(tmp_path):
-    lines = [json.dumps({"text": f"très {i}\u2028deep", "url": "x"}, ensure_ascii=False) for i in range(9)]
-    path = tmp_path / "c.jsonl.gz"
-    path.write_bytes(gzip.compress("\n".join([*lines, ""]).encode()))
-    assert write_tokens(tmp_path / "tokens", [str(path)], "bytes").documents == 9
-    text = open_text(config(text=(str(tmp_path / "tokens"),)))
-    assert text.tokenizer.decode(text.tokens[: text.ends[0]]) == "très 0\u2028deep".encode()
-    bad = tmp_path / "d.jsonl"
-    bad.write_text('{"text": "fine"}\n{"text": 5}\n{"words": "x"}\nno JSON\n')
-    with pytest.raises(Refused, match=r"(?s)line 2: .*line 3: .*field 'text' is missing.*line 4: "):
-        write_tokens(tmp_path / "others", [str(bad)], "bytes")
+def test_json_lines_and_parquet_give_their_texts(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [f"très {i}\u2028deep\nand on" for i in range(3000)]
+    lines = "\n".join(json.dumps({"text": text, "url": "x"}, ensure_ascii=False) for text in (*texts, "")).encode()
+    (tmp_path / "c.jsonl").write_bytes(lines)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines))
+    with arrow.output_stream(str(tmp_path / "c.jsonl.zst"), compression="zstd") as stream:
+        stream.write(lines)
+    parquet.write_table(arrow.table({"url": ["x"] * 3001, "text": [*texts, ""]}), tmp_path / "c.parquet")
+    paths = [str(tmp_path / name) for name in ("c.jsonl", "c.jsonl.gz", "c.jsonl.zst", "c.parquet")]
+    for number, path in enumerate(paths):
+        made = write_tokens(tmp_path / str(number), [path], "bytes")
+        assert made.documents == 3000 and made.bytes == sum(len(text.encode()) for text in texts)
+        assert made.sha256 == read_folder(str(tmp_path / "0")).manifest.sha256
+    text = open_text(config(text=(str(tmp_path / "3"),)))
+    assert text.tokenizer.decode(text.tokens[text.ends[6]:text.ends[7]]) == texts[7].encode()
+
+
+def test_what_is_no_corpus_is_refused_by_line_row_and_column(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    lines = '{"text": "fine"}', '{"text": 5}', '{"words": "x"}', "no JSON", "[]", '{"text": "\\ud800"}'
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    parquet.write_table(arrow.table({"text": ["fine", None]}), tmp_path / "b.parquet")
+    parquet.write_table(arrow.table({"words": ["fine"]}), tmp_path / "c.parquet")
+    parquet.write_table(arrow.table({"text": [1]}), tmp_path / "d.parquet")
+    (tmp_path / "e.parquet").write_bytes(b"no Parquet")
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 999)[:40])
+    (tmp_path / "g.jsonl.zst").write_bytes(b"no zstd")
+    (tmp_path / "h.jsonl").write_text('{"text": ""}\n')
+    for name, words in (("a.jsonl", r"(?s)line 2: .*is int.*line 3: .*'text' is missing.*line 4: .*line 5: .*line 6: "),
+                        ("b.parquet", r"b\.parquet, row 2: its text is null"),
+                        ("c.parquet", r"no column 'text'; its columns are words"),
+                        ("d.parquet", r"column 'text' is int64"), ("e.parquet", r"e\.parquet' cannot be read"),
+                        ("f.jsonl.gz", r"f\.jsonl\.gz' cannot be read"), ("g.jsonl.zst", r"zst' cannot be read"),
+                        ("h.jsonl", r"h\.jsonl' has no document")):  # fmt: skip
+        with pytest.raises(Refused, match=words):
+            write_tokens(tmp_path / "tokens", [str(tmp_path / name)], "bytes")
 
 
 def test_damage_is_named_and_check_finds_what_sizes_do_not_tell(tmp_path, capsys):

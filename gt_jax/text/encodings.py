@@ -13,7 +13,8 @@ import zlib
 
 _PACKED = (  # what files begin with that are no text, and what they are
     (b"BZh", "bzip2"), (b"\xfd7zXZ\x00", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"PK\x03\x04", "a zip archive"),
-    (b"PAR1", "Parquet (of which `gt_jax prepare --tokenizer` reads column text)"), (b"%PDF-", "a PDF"), (b"\x7fELF", "a program"), (b"\x89HDF", "HDF5"), (b"\x89PNG", "a PNG"),
+    (b"PAR1", "Parquet (of which `gt_jax prepare --tokenizer` reads column text)"),
+    (b"%PDF-", "a PDF"), (b"\x7fELF", "a program"), (b"\x89HDF", "HDF5"), (b"\x89PNG", "a PNG"),
     (b"ARROW1", "Arrow"), (b"SQLite format 3\x00", "an SQLite database"),
     (b"version https://git-lfs", "a git-lfs pointer to a file that was not fetched (git lfs pull)"),
 )  # fmt: skip

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import tempfile
 import time
@@ -27,7 +26,7 @@ from gt_jax.errors import run_command
 from gt_jax.files import local_name
 from gt_jax.options import at_least
 from gt_jax.text.batches import open_text
-from gt_jax.text.token_folder import ENDS, FORMAT, KEYS, MANIFEST, TOKENS, Manifest
+from gt_jax.text.token_folder import ENDS, KEYS, MANIFEST, TOKENS, Manifest, Sums, TokenizerNamed
 from gt_jax.text.token_writer import write_tokens
 
 MEAN = 650
@@ -73,9 +72,10 @@ def _large(folder: Path, documents: int) -> int:
     tokens = int(ends[-1])
     with open(folder / TOKENS, "wb") as stream:
         stream.truncate(2 * tokens)
-    manifest = Manifest("uint16", tokens, documents, tokens, 257, 256, {"name": BYTES, "sha256": None}, [], "",
-                        dict.fromkeys((TOKENS, ENDS, KEYS), ""))  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}))
+    manifest = Manifest(dtype="uint16", tokens=tokens, documents=documents, bytes=tokens, vocab_size=257,
+                        end_of_document=256, tokenizer=TokenizerNamed(BYTES, None), files=(), told="",
+                        sha256=Sums("", "", ""))  # fmt: skip
+    (folder / MANIFEST).write_text(json.dumps(manifest.to_json()))
     return tokens
 
 

@@ -136,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Refused("no files are named; name the text files that are to be prepared")
     if arguments.tokenizer is not None:
         result = tokens(Path(arguments.name), arguments.files, arguments.tokenizer)
-        words = (f"{result['tokens']:,} tokens in {result['documents']:,} documents, in {result['folder']}; train on "
+        from gt_jax.text.token_folder import counted
+
+        words = (f"{result['tokens']:,} tokens in {counted(result['documents'])}, in {result['folder']}; train on "
                  f"them with --text {result['folder']}")  # fmt: skip
     else:
         folder = arguments.tfds_dir
@@ -151,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from gt_jax.text.token_folder import changed_content, read_folder
+    from gt_jax.text.token_folder import changed_content, counted, read_folder
 
     if arguments.files:
         raise Refused(f"--check reads the folder {arguments.name} alone; leave out {', '.join(arguments.files[:3])}")
@@ -159,7 +161,7 @@ def _check(arguments: argparse.Namespace) -> int:
     wrong = changed_content(arguments.name)
     found = {"folder": arguments.name, "tokens": folder.manifest.tokens, "documents": folder.manifest.documents,
              "wrong": wrong}  # fmt: skip
-    words = [*wrong, f"{arguments.name}: {folder.manifest.tokens:,} tokens in {folder.manifest.documents:,} documents, "
+    words = [*wrong, f"{arguments.name}: {folder.manifest.tokens:,} tokens in {counted(folder.manifest.documents)}, "
              f"{'NOT ' if wrong else ''}as they were written"]  # fmt: skip
     print(json.dumps(found) if arguments.json else "\n".join(words))
     return 1 if wrong else 0

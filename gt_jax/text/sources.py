@@ -17,7 +17,7 @@ from typing import Any
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import refuse_address, refuse_once
 from gt_jax.text.encodings import plain
-from gt_jax.text.token_folder import MANIFEST, TOKENS, begun, is_token_folder, read_folder
+from gt_jax.text.token_folder import MANIFEST, begun, is_token_folder, read_folder
 
 EMBEDDED_LIMIT = 10_000_000
 # Tests repeat themselves, the others are not the library itself; `config-*` and `_sysconfigdata*` describe one machine.
@@ -106,7 +106,7 @@ def file_hashes(paths: Sequence[str]) -> list[dict[str, str]]:
     found = []
     for path in paths:
         if is_token_folder(path):
-            found.append({"path": path, "sha256": read_folder(path).manifest.sha256[TOKENS]})
+            found.append({"path": path, "sha256": read_folder(path).manifest.sha256.tokens})
             continue
         try:
             refuse_once(path)

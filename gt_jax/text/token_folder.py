@@ -20,15 +20,15 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt, UInt64
 
 from gt_jax.configs.data import BYTES
+from gt_jax.configs.json_config import Config, below, read_object
 from gt_jax.configs.tokenizer_file import read_tokenizer_file
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.files import read_json
 
 MANIFEST, TOKENS, ENDS, KEYS = "tokens.json", "tokens.bin", "ends.bin", "keys.bin"
 FORMAT = 1
@@ -58,19 +58,67 @@ class JoinedTokens:
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What tokens.json says; `tokenizer` is {"name", "sha256"}, the second null for bytes; `told` how it was read."""
+class TokenizerNamed(Config):
+    """The tokenizer of a folder: its file's name there and its SHA-256; of bytes there is none."""
 
-    dtype: str
+    name: str
+    sha256: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusFile(Config):
+    """A file that the tokens are of, as it was read: how many documents, bytes of text and, of what `round_trip.Loss`
+    counts, how many; `told` how it was read."""
+
+    path: str
+    sha256: str
+    documents: int
+    bytes: int
+    told: tuple[str, ...] = ()
+    loss: tuple[int, ...] = ()
+
+    def problems(self) -> list[str]:
+        return below(self, 0, "documents", "bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums(Config):
+    """SHA-256 of each array, in hexadecimal digits."""
+
+    tokens: str
+    ends: str
+    keys: str
+
+    @property
+    def by_file(self) -> dict[str, str]:
+        """The same by the files' names."""
+        return {TOKENS: self.tokens, ENDS: self.ends, KEYS: self.keys}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest(Config):
+    """What tokens.json says; `told` is how the text was read, to stand after a summary."""
+
+    format: int = FORMAT
+    dtype: Literal["uint16", "uint32"]
     tokens: int
     documents: int
     bytes: int
     vocab_size: int
     end_of_document: int
-    tokenizer: dict[str, Any]
-    files: list[dict[str, Any]]
+    tokenizer: TokenizerNamed
+    files: tuple[CorpusFile, ...]
     told: str
-    sha256: dict[str, str]
+    sha256: Sums
+
+    def problems(self) -> list[str]:
+        wrong = below(self, 1, "tokens", "documents", "vocab_size") + below(self, 0, "bytes", "end_of_document")
+        if self.format != FORMAT:
+            wrong.append(f"format is {self.format}; this program reads {FORMAT}")
+        if self.end_of_document >= self.vocab_size or self.vocab_size > 2**32:
+            wrong.append(f"end_of_document is {self.end_of_document}, vocab_size {self.vocab_size}; that is an id "
+                         "below it")  # fmt: skip
+        return wrong
 
     def sizes(self) -> dict[str, int]:
         """The bytes of each file."""
@@ -89,7 +137,7 @@ class TokenFolder(NamedTuple):
     @property
     def tokenizer(self) -> str:
         """The name of its tokenizer."""
-        return BYTES if self.manifest.tokenizer["sha256"] is None else self.path
+        return BYTES if self.manifest.tokenizer.sha256 is None else self.path
 
 
 def is_token_folder(path: str) -> bool:
@@ -119,8 +167,11 @@ def read_folder(path: str) -> TokenFolder:
     def mapped(name: str, dtype: str) -> Any:
         return np.memmap(Path(path, name), dtype, mode="r")
 
-    kind = _TYPES[manifest.dtype]
-    return TokenFolder(path, manifest, mapped(TOKENS, kind), mapped(ENDS, "<i8"), mapped(KEYS, "<u8"))
+    ends = mapped(ENDS, "<i8")
+    if ends[0] < 1 or ends[-1] != manifest.tokens or (np.diff(ends) < 1).any():
+        raise Refused(f"{Path(path, ENDS)} does not rise to {manifest.tokens}, the number of tokens; write the tokens "
+                      "again with `gt_jax prepare`")
+    return TokenFolder(path, manifest, mapped(TOKENS, _TYPES[manifest.dtype]), ends, mapped(KEYS, "<u8"))
 
 
 def read_folders(paths: Sequence[str], tokenizer: str) -> list[TokenFolder]:
@@ -131,26 +182,19 @@ def read_folders(paths: Sequence[str], tokenizer: str) -> list[TokenFolder]:
                       f"({', '.join(files[:3])}); make tokens of all of it with `gt_jax prepare`, or of none")
     folders = [read_folder(path) for path in paths]
     mine = None if tokenizer == BYTES else read_tokenizer_file(tokenizer).sha256
-    refuse_all([f"{one.path} holds tokens of {one.manifest.tokenizer['name']} (SHA-256 "
-                f"{(one.manifest.tokenizer['sha256'] or 'none')[:12]}), the tokenizer here is {tokenizer} "
+    refuse_all([f"{one.path} holds tokens of {one.manifest.tokenizer.name} (SHA-256 "
+                f"{(one.manifest.tokenizer.sha256 or 'none')[:12]}), the tokenizer here is {tokenizer} "
                 f"({(mine or 'none')[:12]}); a new run takes that of the folder by --tokenizer {one.tokenizer}"
-                for one in folders if one.manifest.tokenizer["sha256"] != mine], "the text cannot be used:")
+                for one in folders if one.manifest.tokenizer.sha256 != mine], "the text cannot be used:")
     return folders
 
 
 def _manifest(path: str) -> Manifest:
     place = Path(path, MANIFEST)
     try:
-        found = read_json(place)
-        version = found.pop("format")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise Refused(f"{place} cannot be read as what `gt_jax prepare` writes: "
-                      f"{getattr(error, 'strerror', None) or error}{begun(path)}") from error  # fmt: skip
-    names = {field.name for field in dataclasses.fields(Manifest)}
-    if version != FORMAT or found.keys() != names or found["dtype"] not in _TYPES:
-        raise Refused(f"{place} is of format {version!r}, this program reads format {FORMAT} with "
-                      f"{', '.join(sorted(names))}")
-    return Manifest(**found)
+        return Manifest.from_json(read_object(place, "text"))
+    except Refused as error:
+        raise Refused(f"{place} is not what `gt_jax prepare` writes{begun(path)}: {error}") from error
 
 
 def begun(path: str) -> str:
@@ -159,9 +203,14 @@ def begun(path: str) -> str:
     return f"; {left} was begun, the command that did completes it" if os.path.isdir(left) else ""
 
 
+def counted(documents: int) -> str:
+    """So many documents, in words."""
+    return f"{documents:,} document{'s' * (documents != 1)}"
+
+
 def content_of(folders: Sequence[TokenFolder]) -> str:
     """What `Text.content_hash` is: SHA-256 of a folder's tokens, as if they were read now; of several that of those."""
-    each = [one.manifest.sha256[TOKENS] for one in folders]
+    each = [one.manifest.sha256.tokens for one in folders]
     return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
 
 
@@ -169,7 +218,8 @@ def changed_content(path: str) -> list[str]:
     """Which files do not hold what was written, by SHA-256, one line each; reads all of them."""
     manifest = _manifest(path)
     return [f"{Path(path, name)} does not hold what was written: SHA-256 {found[:12]}, {MANIFEST} says {said[:12]}"
-            for name, said in manifest.sha256.items() if (found := sha256_of(Path(path, name))) != said]  # fmt: skip
+            for name, said in manifest.sha256.by_file.items()
+            if (found := sha256_of(Path(path, name))) != said]  # fmt: skip
 
 
 def sha256_of(path: Path) -> str:

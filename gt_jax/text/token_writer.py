@@ -7,24 +7,37 @@ whole. `gt_jax.prepare` gives the folder its name when all of it is on the disk.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int32
 
 from gt_jax.configs.data import BYTES
+from gt_jax.configs.json_config import Config, below, read_object
 from gt_jax.configs.tokenizer_file import NAMES, read_tokenizer_file
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.files import read_json, refuse_once, unfinished_name, write_atomically
+from gt_jax.files import refuse_once, unfinished_name, write_atomically
 from gt_jax.text.corpus_files import documents_of
 from gt_jax.text.round_trip import Loss, loss_of
 from gt_jax.text.split import content_keys
-from gt_jax.text.token_folder import ENDS, FORMAT, KEYS, MANIFEST, TOKENS, Manifest, sha256_of
+from gt_jax.text.token_folder import (
+    ENDS,
+    KEYS,
+    MANIFEST,
+    TOKENS,
+    CorpusFile,
+    Manifest,
+    Sums,
+    TokenizerNamed,
+    counted,
+    sha256_of,
+)
 from gt_jax.text.tokenizers import Tokenizer, encode_all, open_tokenizer, portions
 
 PROGRESS = "progress.json"
@@ -32,12 +45,16 @@ _LOOKED = 4  # documents of a portion that are decoded again
 _WRITTEN_WHOLE = (MANIFEST, PROGRESS, *NAMES)
 
 
-class _Begun(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Begun(Config):
     """How far a folder is: the files that are whole in it, the tokens, and the tokenizer that they are of."""
 
-    files: list[dict[str, Any]]
+    files: tuple[CorpusFile, ...]
     tokens: int
-    tokenizer: dict[str, Any]
+    tokenizer: TokenizerNamed
+
+    def problems(self) -> list[str]:
+        return below(self, 0, "tokens")
 
 
 def write_tokens(
@@ -74,7 +91,7 @@ def _unreadable(path: str) -> str | None:
 def _begin(folder: Path, paths: Sequence[str], tokenizer: str) -> _Begun:
     """The folder as a kill left it behind its last whole file, or a new one."""
     file = None if tokenizer == BYTES else read_tokenizer_file(tokenizer)
-    own = {"name": BYTES, "sha256": None} if file is None else {"name": file.name, "sha256": file.sha256}
+    own = TokenizerNamed(BYTES, None) if file is None else TokenizerNamed(file.name, file.sha256)
     if os.path.lexists(folder):
         ours = {TOKENS, ENDS, KEYS, *_WRITTEN_WHOLE, *(unfinished_name(folder / name).name for name in _WRITTEN_WHOLE)}
         if folder.is_symlink() or not folder.is_dir() or not set(os.listdir(folder)) <= ours:
@@ -89,29 +106,29 @@ def _begin(folder: Path, paths: Sequence[str], tokenizer: str) -> _Begun:
         write_atomically(folder / file.name, file.content)
     for name in (TOKENS, ENDS, KEYS):
         (folder / name).touch()
-    return _Begun([], 0, own)
+    return _Begun((), 0, own)
 
 
 def _left(folder: Path) -> _Begun | None:
-    try:
-        return _Begun(**read_json(folder / PROGRESS))
-    except FileNotFoundError:
+    if not (folder / PROGRESS).exists():
         return None
-    except (OSError, ValueError, TypeError) as error:
-        raise Refused(f"{folder / PROGRESS} cannot be read ({error}); move {folder} away") from error
+    try:
+        return _Begun.from_json(read_object(folder / PROGRESS, "what was begun,"))
+    except Refused as error:
+        raise Refused(f"{folder} cannot be gone on with, move it away: {error}") from error
 
 
-def _refuse_other(folder: Path, begun: _Begun, paths: Sequence[str], own: dict[str, Any]) -> None:
+def _refuse_other(folder: Path, begun: _Begun, paths: Sequence[str], own: TokenizerNamed) -> None:
     """Raise `Refused` where what was begun is not the beginning of what is asked for."""
     wrong = []
     if begun.tokenizer != own:
-        wrong.append(f"its tokenizer is {begun.tokenizer['name']}, SHA-256 {begun.tokenizer['sha256']}; this one is "
-                     f"{own['name']}, {own['sha256']}")
+        wrong.append(f"its tokenizer is {begun.tokenizer.name}, SHA-256 {begun.tokenizer.sha256}; this one is "
+                     f"{own.name}, {own.sha256}")
     for number, file in enumerate(begun.files):
         if number >= len(paths):
-            wrong.append(f"file {number + 1} was {file['path']}; {len(paths)} are named now")
-        elif (found := sha256_of(Path(paths[number]))) != file["sha256"]:
-            wrong.append(f"file {number + 1} was {file['path']} (SHA-256 {file['sha256'][:12]}); now it is "
+            wrong.append(f"file {number + 1} was {file.path}; {len(paths)} are named now")
+        elif (found := sha256_of(Path(paths[number]))) != file.sha256:
+            wrong.append(f"file {number + 1} was {file.path} (SHA-256 {file.sha256[:12]}); now it is "
                          f"{paths[number]} ({found[:12]})")
     refuse_all(wrong, f"{folder} was begun with other words; give the same ones, or move it away:")
 
@@ -121,7 +138,7 @@ def _write(
 ) -> _Begun:  # fmt: skip
     """Append the files that are not whole yet, each noted when it is on the disk."""
     dtype = _dtype(opened)
-    documents = sum(file["documents"] for file in begun.files)
+    documents = sum(file.documents for file in begun.files)
     lengths = {TOKENS: begun.tokens * np.dtype(dtype).itemsize, ENDS: 8 * documents, KEYS: 8 * documents}
     short = [f"{folder / name} has {size} bytes, {PROGRESS} says {length}" for name, length in lengths.items()
              if (size := os.stat(folder / name).st_size) < length]  # fmt: skip
@@ -135,15 +152,15 @@ def _write(
             for stream in (tokens, ends, keys):
                 stream.flush()
                 os.fsync(stream.fileno())
-            begun = begun._replace(files=[*begun.files, file], tokens=begun.tokens + count)
+            begun = begun.replace(files=(*begun.files, file), tokens=begun.tokens + count)
             _note(folder, begun)
-            say(f"{len(begun.files)} of {len(paths)} files: {path}, {file['documents']:,} documents, {count:,} tokens")
+            say(f"{len(begun.files)} of {len(paths)} files: {path}, {counted(file.documents)}, {count:,} tokens")
     return begun
 
 
 def _note(folder: Path, begun: _Begun) -> None:
     """A kill leaves the note before, or this one."""
-    write_atomically(folder / PROGRESS, json.dumps(begun._asdict()))
+    write_atomically(folder / PROGRESS, json.dumps(begun.to_json()))
 
 
 def _dtype(opened: Tokenizer) -> str:
@@ -152,7 +169,7 @@ def _dtype(opened: Tokenizer) -> str:
 
 def _append(
     path: str, opened: Tokenizer, tokenizer: str, streams: tuple[BinaryIO, BinaryIO, BinaryIO], start: int, dtype: str
-) -> tuple[dict[str, Any], int]:  # fmt: skip
+) -> tuple[CorpusFile, int]:  # fmt: skip
     """Append the documents of one file; (what is noted of it, its tokens)."""
     documents, told = documents_of(path)
     tokens, ends, keys = streams
@@ -169,8 +186,7 @@ def _append(
         ends.write(where.astype("<i8").tobytes())
         keys.write(content_keys(portion).astype("<u8").tobytes())
         position, count, size = int(where[-1]), count + len(portion), size + sum(map(len, portion))
-    file = {"path": path, "sha256": sha256_of(Path(path)), "documents": count, "bytes": size, "told": told,
-            "loss": loss}  # fmt: skip
+    file = CorpusFile(path, sha256_of(Path(path)), count, size, tuple(told), tuple(loss))
     return file, position - start
 
 
@@ -183,17 +199,14 @@ def _flat(encoded: Sequence[Int32[np.ndarray, " _"]], lengths: np.ndarray, end: 
 
 def _finish(folder: Path, opened: Tokenizer, begun: _Begun) -> Manifest:
     """Write the manifest, once all is on the disk."""
-    files, loss = begun.files, Loss()
-    for file in files:
-        loss = loss.plus(Loss(*file["loss"]))
-    told = "".join(f"; {line}" for file in files for line in file["told"])
+    loss = functools.reduce(Loss.plus, (Loss(*file.loss) for file in begun.files), Loss())
+    told = "".join(f"; {line}" for file in begun.files for line in file.told)
+    tokens, ends, keys = (sha256_of(folder / name) for name in (TOKENS, ENDS, KEYS))
     manifest = Manifest(
         dtype="uint16" if _dtype(opened) == "<u2" else "uint32", tokens=begun.tokens,
-        documents=sum(file["documents"] for file in files), bytes=sum(file["bytes"] for file in files),
+        documents=sum(file.documents for file in begun.files), bytes=sum(file.bytes for file in begun.files),
         vocab_size=opened.vocab_size, end_of_document=opened.end_of_document, tokenizer=begun.tokenizer,
-        files=[{name: file[name] for name in ("path", "sha256", "documents")} for file in files],
-        told=told + loss.words(begun.tokens),
-        sha256={name: sha256_of(folder / name) for name in (TOKENS, ENDS, KEYS)},
+        files=begun.files, told=told + loss.words(begun.tokens), sha256=Sums(tokens, ends, keys),
     )  # fmt: skip
-    write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}))
+    write_atomically(folder / MANIFEST, json.dumps(manifest.to_json(), indent=1) + "\n")
     return manifest

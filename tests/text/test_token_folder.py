@@ -155,7 +155,7 @@ def test_what_was_begun_otherwise_is_refused_and_what_is_not_ours_stays(tmp_path
     with pytest.raises(Refused, match=r"tokens\.bin has 0 bytes, progress\.json says"):
         prepare.tokens(tmp_path / "tokens", paths, "bytes")
     (left / "progress.json").write_text("{}")
-    with pytest.raises(Refused, match=r"progress\.json cannot be read"):
+    with pytest.raises(Refused, match=r"(?s)cannot be gone on with.*'tokens' is missing"):
         prepare.tokens(tmp_path / "tokens", paths, "bytes")
     (left / "mine.txt").write_text("mine")
     with pytest.raises(Refused, match="holds what no preparation has written"):
@@ -223,8 +223,27 @@ def test_damage_is_named_and_check_finds_what_sizes_do_not_tell(tmp_path, capsys
     with pytest.raises(Refused, match=r"(?s)tokens\.bin has \d+ bytes, tokens\.json says .*keys\.bin cannot be read"):
         read_folder(str(place))
     (place / "tokens.json").write_text('{"format": 2}')
-    with pytest.raises(Refused, match="is of format 2, this program reads format 1"):
+    with pytest.raises(Refused, match=r"(?s)tokens\.json is not what .*'tokens' is missing"):
         read_folder(str(place))
+
+
+def test_a_manifest_and_ends_that_cannot_be_are_refused(tmp_path):
+    write_tokens(tmp_path / "t", files(tmp_path), "bytes")
+    place = tmp_path / "t" / "tokens.json"
+    good = json.loads(place.read_text())
+    for change, words in (({"format": 2}, "format is 2; this program reads 1"), ({"tokens": -1}, "tokens is -1"),
+                          ({"documents": 1e9}, "'documents': 1000000000.0 is not int"), ({"more": 1}, "unknown field"),
+                          ({"dtype": "int8"}, "'int8' is not one of"), ({"end_of_document": 257}, "an id below it"),
+                          ({"tokenizer": {"name": "bytes"}}, "field 'sha256' is missing")):  # fmt: skip
+        place.write_text(json.dumps(good | change))
+        with pytest.raises(Refused, match=words):
+            read_folder(str(tmp_path / "t"))
+    place.write_text(json.dumps(good))
+    ends = np.fromfile(tmp_path / "t" / "ends.bin", "<i8")
+    ends[[3, 4]] = ends[[4, 3]]
+    ends.tofile(tmp_path / "t" / "ends.bin")
+    with pytest.raises(Refused, match=r"ends\.bin does not rise to"):
+        read_folder(str(tmp_path / "t"))
 
 
 def test_tokens_and_text_and_tokens_of_another_tokenizer_are_not_mixed(tmp_path, bpe):

@@ -26,7 +26,17 @@ from gt_jax.errors import run_command
 from gt_jax.files import local_name
 from gt_jax.options import at_least
 from gt_jax.text.batches import open_text
-from gt_jax.text.token_folder import ENDS, KEYS, MANIFEST, TOKENS, Manifest, Sums, TokenizerNamed
+from gt_jax.text.token_folder import (
+    ENDS,
+    KEYS,
+    MANIFEST,
+    TOKENS,
+    Manifest,
+    Sums,
+    TokenizerNamed,
+    sample_of,
+    sha256_of,
+)
 from gt_jax.text.token_writer import write_tokens
 
 MEAN = 650
@@ -72,9 +82,10 @@ def _large(folder: Path, documents: int) -> int:
     tokens = int(ends[-1])
     with open(folder / TOKENS, "wb") as stream:
         stream.truncate(2 * tokens)
+    sums = Sums("", sha256_of(folder / ENDS), sha256_of(folder / KEYS), sample_of(folder / TOKENS))
     manifest = Manifest(dtype="uint16", tokens=tokens, documents=documents, bytes=tokens, vocab_size=257,
                         end_of_document=256, tokenizer=TokenizerNamed(BYTES, None), files=(), told="",
-                        sha256=Sums("", "", ""))  # fmt: skip
+                        sha256=sums)  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest.to_json()))
     return tokens
 

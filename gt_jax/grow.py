@@ -230,8 +230,10 @@ def _check(args: argparse.Namespace) -> None:
         wrong.append(f"DST {args.target} exists; {then}")
     if args.target_layers is not None and args.target_layers < 1:
         wrong.append(f"--target-layers {args.target_layers}: at least 1 is needed")
+    from gt_jax.text.token_folder import is_token_folder  # here: --help needs no numpy
+
     for path in args.verify_text or []:
-        if not path.is_file() or path.stat().st_size == 0:
+        if not is_token_folder(str(path)) and (not path.is_file() or path.stat().st_size == 0):
             wrong.append(f"--verify-text {path} is {'empty' if path.is_file() else 'not a file'}")
     if args.tokenizer is not None and not args.verify_text:
         wrong.append("--tokenizer reads --verify-text; there is none")

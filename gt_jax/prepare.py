@@ -50,11 +50,15 @@ def prepare(name: str, files: Sequence[str], folder: Path) -> dict[str, Any]:
 
 def tokens(target: Path, files: Sequence[str], tokenizer: str) -> dict[str, Any]:
     """Write a folder of tokens: {"folder", "tokens", "documents", "bytes", "dtype", "told"}; raises `Refused`."""
+    from gt_jax.text.token_folder import read_manifest
     from gt_jax.text.token_writer import PROGRESS, refuse_unreadable, write_tokens
 
-    _refuse_existing(target, "choose another name")
-    refuse_unreadable(files)
-    made = _publish(target, lambda unfinished: write_tokens(unfinished, files, tokenizer, say))
+    if (target / PROGRESS).exists():  # killed when all was done
+        made = read_manifest(str(target))
+    else:
+        _refuse_existing(target, "choose another name")
+        refuse_unreadable(files)
+        made = _publish(target, lambda unfinished: write_tokens(unfinished, files, tokenizer, say))
     (target / PROGRESS).unlink()  # not before: all of it would be written again after a kill
     told = made.told.removeprefix("; ")
     if told:
@@ -153,15 +157,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from gt_jax.text.token_folder import changed_content, counted, read_folder
+    from gt_jax.text.token_folder import changed_content, counted, read_manifest
 
     if arguments.files:
         raise Refused(f"--check reads the folder {arguments.name} alone; leave out {', '.join(arguments.files[:3])}")
-    folder = read_folder(arguments.name)
-    wrong = changed_content(arguments.name)
-    found = {"folder": arguments.name, "tokens": folder.manifest.tokens, "documents": folder.manifest.documents,
-             "wrong": wrong}  # fmt: skip
-    words = [*wrong, f"{arguments.name}: {folder.manifest.tokens:,} tokens in {counted(folder.manifest.documents)}, "
+    manifest, wrong = read_manifest(arguments.name), changed_content(arguments.name)
+    found = {"folder": arguments.name, "tokens": manifest.tokens, "documents": manifest.documents, "wrong": wrong}
+    words = [*wrong, f"{arguments.name}: {manifest.tokens:,} tokens in {counted(manifest.documents)}, "
              f"{'NOT ' if wrong else ''}as they were written"]  # fmt: skip
     print(json.dumps(found) if arguments.json else "\n".join(words))
     return 1 if wrong else 0

@@ -27,6 +27,7 @@ from gt_jax.training.depth_flags import (
     add_gate_flags,
     add_price_flags,
     depth_misfits,
+    hardened,
     with_forced_passes,
     with_gates,
     with_price,
@@ -111,6 +112,8 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
         model = changed_by_file(model, arguments.model, **pick("layout"))
     model = model.replace(**pick("layout", "remat"), **({"compute_dtype": given["dtype"]} if "dtype" in given else {}))
     model = with_gates(model.plain if "plain" in given else model, arguments.gates, arguments.weights)
+    if note := hardened(base.model, model, arguments):
+        say(note)
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
     price, optimizer = with_price(train.price, optimizer, arguments)
     price = with_forced_passes(price, arguments.forced_passes, arguments.forced_until, arguments.curriculum)

@@ -57,8 +57,9 @@ class AdaptiveConfig(Config):
 
     @property
     def hard(self) -> AdaptiveConfig:
-        """With passes that count whole or not at all, cut where the gates say that another one is as likely as not."""
-        return self.replace(weights="hard", threshold=0.5)
+        """With passes that count whole or not at all, cut where the gates say that another one is as likely as not, by
+        gates that start open: behind a cut nothing is learned."""
+        return self.replace(weights="hard", threshold=0.5, initial_bias=max(2.0, self.initial_bias))
 
     @property
     def soft(self) -> AdaptiveConfig:

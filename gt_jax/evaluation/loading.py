@@ -94,24 +94,29 @@ def _as_trained_on(runs: Sequence[Mapping[str, Any]], files: tuple[str, ...], to
     """The DataConfig of the newest training whose text was exactly these files, naming them; None where none did."""
     from gt_jax.configs.data import DataConfig
     from gt_jax.text.sources import file_hashes
+    from gt_jax.text.token_folder import is_token_folder
 
     if not any(run.get("files") for run in runs):
         return None
-    here = {file["path"]: file["sha256"] for file in file_hashes(files)}
+    here = {file["path"]: _corpus(file) for file in file_hashes(files)}
     shared: list[str] = []
     for run in runs:
         text = run["run"]["data"].get("text", ())  # behind them come the files of answers, each with a split of its own
-        there = [file["sha256"] for file in (run.get("files") or ())[: len(text)]]
-        if sorted(there) == sorted(here[file] for file in files):
-            left = list(files)
-            ordered = [left.pop([here[file] for file in left].index(sha256)) for sha256 in there]
+        there = [sha256 for file in (run.get("files") or ())[: len(text)] for sha256 in _corpus(file)]
+        if sorted(there) == sorted(sha256 for file in files for sha256 in here[file]):
+            ordered = sorted(files, key=lambda file: there.index(here[file][0]))
             data = DataConfig.from_json(run["run"]["data"])
             return data.replace(**{**NOTHING, "text": tuple(ordered)}, tokenizer=tokenizer)
-        shared += [f"{file} is one of the {len(there)} files of a training of {path}" for file in files
-                   if here[file] in there]  # fmt: skip
+        shared += [f"{file} is {'of ' * is_token_folder(file)}one of the {len(there)} files of a training of {path}"
+                   for file in files if set(here[file]) & set(there)]  # fmt: skip
     refuse_all(shared, "what is held out of a text depends on all of it; name all of its files and no other, or leave "
                        "out --text:")  # fmt: skip
     return None
+
+
+def _corpus(file: Mapping[str, Any]) -> list[str]:
+    """The hashes of the files that a text is of: its own, of a folder of tokens those that they were made of."""
+    return list(file.get("of") or [file["sha256"]])
 
 
 def text_note(metadata: Mapping[str, Any], data: Any, path: object, other: bool) -> str | None:
@@ -186,10 +191,10 @@ def _contents(place: Mapping[str, Any]) -> set[str]:
 
 def _shared_file(readings: Sequence[Mapping[str, Any]], hashes: Sequence[set[str]], text: Any) -> str | None:
     """The first file of `text` that a training on another text read too, and held out another part of."""
-    here = {file["sha256"]: file["path"] for file in text.files()}
-    return next((here[file["sha256"]] for one, content in zip(readings, hashes, strict=True)
-                 if text.content_hash() not in content for file in one.get("files") or () if file["sha256"] in here),
-                None)  # fmt: skip
+    here = {sha256: file["path"] for file in text.files() for sha256 in _corpus(file)}
+    return next((here[sha256] for one, content in zip(readings, hashes, strict=True)
+                 if text.content_hash() not in content for file in one.get("files") or () for sha256 in _corpus(file)
+                 if sha256 in here), None)  # fmt: skip
 
 
 def load_for_text(source: Path, named: Mapping[str, Any] | None, batches: int) -> Loaded:

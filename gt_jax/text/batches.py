@@ -146,7 +146,7 @@ class TrainStream:
 
     def __init__(
         self, rows: RandomRows, config: DataConfig, identity: Mapping[str, Any],
-        files: Callable[[], Sequence[Mapping[str, str]]] = tuple,
+        files: Callable[[], Sequence[Mapping[str, Any]]] = tuple,
     ) -> None:  # fmt: skip
         """`files` are {"path", "sha256"} of what was read: a position keeps them, to say which file was changed."""
         # Imported here: half a second that a command which reads no training text should not pay.
@@ -183,7 +183,7 @@ class TrainStream:
         self._iterator.set_state({"next_index": batches})
 
 
-def _changed(before: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str]]) -> list[str]:
+def _changed(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
     """Which files of a text are not among those that were read before: by what they hold, wherever they lie."""
     known, here = ({file["sha256"] for file in files} for files in (before, now))
     changed = [f"file {file['path']} is not one that was read before (SHA-256 {file['sha256'][:12]})"
@@ -274,12 +274,12 @@ class Text:
         """`position_after` of what a position in this text is a position in."""
         return position_after(identity(self.config, self.content_hash()), positions)
 
-    def files(self) -> list[dict[str, str]]:
+    def files(self) -> list[dict[str, Any]]:
         """{"path", "sha256"} of every text file; empty where the text is no file."""
         return self._files
 
     @functools.cached_property
-    def _files(self) -> list[dict[str, str]]:
+    def _files(self) -> list[dict[str, Any]]:
         return sources.file_hashes(self.config.text)
 
     def summary(self) -> str:

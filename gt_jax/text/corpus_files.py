@@ -1,8 +1,8 @@
 """The documents of a corpus file, one after the other: text, JSON lines, Parquet; in memory is one piece at a time.
 
-    *.jsonl, *.jsonl.gz, *.jsonl.zst    field "text" of each line
-    *.parquet                           column "text", a row a document
-    others                              text files, as everywhere (gt_jax/text/sources.py); one is whole in memory
+    *.jsonl, *.json, *.ndjson, also as .gz and .zst    field "text" of each line
+    *.parquet                                          column "text", a row a document
+    others                                             text files (gt_jax/text/sources.py); one is whole in memory
 
 Other fields and columns are not read. Documents without a byte are left out. pyarrow, which comes with
 tensorflow-datasets, reads Parquet and zstd.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,8 @@ from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import parse_json
 from gt_jax.text import sources
 
-_LINES = {".jsonl": None, ".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
+_LINES = re.compile(r".*\.(jsonl|json|ndjson)(\.gz|\.zst)?", re.IGNORECASE | re.DOTALL)
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by how a file begins, whatever it is called
 _ROWS = 1024  # of Parquet that are read together
 _SHOWN = 20
 
@@ -31,10 +33,9 @@ def documents_of(path: str) -> tuple[Iterator[bytes], list[str]]:
     Raises `Refused`, at once or on the way, for a file that cannot be read, has no document, or has lines or rows that
     are none: all of them, at most 20 shown.
     """
-    ending = next((one for one in _LINES if path.endswith(one)), None)
-    if ending is not None:
-        return _some(path, _of_lines(path, _LINES[ending])), []
-    if path.endswith(".parquet"):
+    if _LINES.fullmatch(path):
+        return _some(path, _of_lines(path)), []
+    if path.lower().endswith(".parquet"):
         return _some(path, _of_rows(path)), []
     documents, told = sources.documents_of(path)
     return iter(documents), told
@@ -54,9 +55,9 @@ def _some(path: str, documents: Iterator[bytes]) -> Iterator[bytes]:
         raise Refused(f"text file {path!r} has no document")
 
 
-def _of_lines(path: str, packed: str | None) -> Iterator[bytes]:
+def _of_lines(path: str) -> Iterator[bytes]:
     wrong: list[str] = []
-    for number, line in enumerate(_lines(path, packed), 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -66,7 +67,10 @@ def _of_lines(path: str, packed: str | None) -> Iterator[bytes]:
     _refuse(wrong)
 
 
-def _lines(path: str, packed: str | None) -> Iterator[bytes]:
+def _lines(path: str) -> Iterator[bytes]:
+    with open(path, "rb") as stream:
+        start = stream.read(4)
+    packed = next((kind for mark, kind in _PACKED.items() if start.startswith(mark)), None)
     if packed == "zstd":
         yield from _unpacked_lines(path, packed)
         return

@@ -47,7 +47,7 @@ class Answers(Protocol):
 
     def content_hash(self) -> str: ...
 
-    def files(self) -> list[dict[str, str]]: ...
+    def files(self) -> list[dict[str, Any]]: ...
 
     def summary(self) -> str: ...
 
@@ -111,7 +111,7 @@ class Data:
         """`position_after` of what a position in this data is a position in."""
         return position_after(self._identity, positions)
 
-    def files(self) -> list[dict[str, str]]:
+    def files(self) -> list[dict[str, Any]]:
         """{"path", "sha256"} of every file, text first."""
         return [file for part in self.parts.values() for file in part.files()]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -77,7 +78,7 @@ class JsonLinesPart:
                 found.update(values.size.to_bytes(8, "little") + values.astype("<i4").tobytes())
         return found.hexdigest()
 
-    def files(self) -> list[dict[str, str]]:
+    def files(self) -> list[dict[str, Any]]:
         """{"path", "sha256"} of the file."""
         return file_hashes([self.path])
 

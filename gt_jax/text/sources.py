@@ -17,7 +17,7 @@ from typing import Any
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import refuse_address, refuse_once
 from gt_jax.text.encodings import plain
-from gt_jax.text.token_folder import MANIFEST, begun, is_token_folder, read_folder
+from gt_jax.text.token_folder import MANIFEST, begun, is_token_folder, read_manifest
 
 EMBEDDED_LIMIT = 10_000_000
 # Tests repeat themselves, the others are not the library itself; `config-*` and `_sysconfigdata*` describe one machine.
@@ -85,6 +85,8 @@ def documents_of(path: str) -> tuple[list[bytes], list[str]]:
         refuse_once(path)
         if os.path.isdir(path):
             raise ValueError(f"Is a directory, without tokens of `gt_jax prepare` in it ({MANIFEST})")
+        if os.path.basename(path) == MANIFEST and is_token_folder(os.path.dirname(path) or "."):
+            raise ValueError("it tells of a folder of tokens; name the folder")
         content, read_as = plain(Path(path).read_bytes())
         found = [part for part in _DOCUMENT_END.split(content) if part]
     except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte, or what is no text
@@ -99,14 +101,16 @@ def documents_of(path: str) -> tuple[list[bytes], list[str]]:
     return found, told
 
 
-def file_hashes(paths: Sequence[str]) -> list[dict[str, str]]:
-    """{"path", "sha256"} of each file's bytes, of a folder of tokens that of its tokens as it is noted there; raises
-    `Refused` for one that cannot be read.
+def file_hashes(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """{"path", "sha256"} of each file's bytes; of a folder of tokens that of its tokens as it is noted there, and as
+    "of" those of its files. Raises `Refused` for one that cannot be read.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for path in paths:
         if is_token_folder(path):
-            found.append({"path": path, "sha256": read_folder(path).manifest.sha256.tokens})
+            manifest = read_manifest(path)
+            of = [file.sha256 for file in manifest.files]
+            found.append({"path": path, "sha256": manifest.sha256.tokens, "of": of})
             continue
         try:
             refuse_once(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -66,7 +67,7 @@ class TaskPart:
         """SHA-256 of the task with all of its options."""
         return hashlib.sha256(notation(self.task).encode()).hexdigest()
 
-    def files(self) -> list[dict[str, str]]:
+    def files(self) -> list[dict[str, Any]]:
         """No file is read."""
         return []
 

@@ -7,8 +7,8 @@
     tokens.json     how many there are of each, of what tokenizer, from which files, and SHA-256 of all of it
     tokenizer.*     the tokenizer's file, unless it is bytes: so the folder is a name for `--tokenizer` too
 
-`gt_jax.text.token_writer` makes it. What is opened has the sizes that it was written with; `changed_content` reads it
-all. A run holds some 100 bytes a document beside them.
+`gt_jax.text.token_writer` makes it. What is opened has the sizes that were written, the same ends and keys and the same
+sample of the tokens; `changed_content` reads it all. A run holds some 100 bytes a document beside them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +33,8 @@ from gt_jax.errors import Refused, refuse_all
 MANIFEST, TOKENS, ENDS, KEYS = "tokens.json", "tokens.bin", "ends.bin", "keys.bin"
 FORMAT = 1
 _TYPES = {"uint16": "<u2", "uint32": "<u4"}
-_BLOCK = 1 << 24
+_SAMPLE = f"{TOKENS} (sample)"
+_PIECES, _PIECE = 256, 4096  # of a sample: how many, and bytes of each
 
 
 class JoinedTokens:
@@ -83,16 +84,12 @@ class CorpusFile(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Sums(Config):
-    """SHA-256 of each array, in hexadecimal digits."""
+    """SHA-256 of each array, and of a `sample` of the tokens, in hexadecimal digits."""
 
     tokens: str
     ends: str
     keys: str
-
-    @property
-    def by_file(self) -> dict[str, str]:
-        """The same by the files' names."""
-        return {TOKENS: self.tokens, ENDS: self.ends, KEYS: self.keys}
+    sample: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +149,20 @@ def own_tokenizer(paths: Sequence[str]) -> str | None:
 
 def read_folder(path: str) -> TokenFolder:
     """The folder at `path`; raises `Refused` for one that is none, or not as it was written."""
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
+    wrong = _wrong_sizes(path, manifest) or _changed(path, {
+        ENDS: manifest.sha256.ends, KEYS: manifest.sha256.keys, _SAMPLE: manifest.sha256.sample})  # fmt: skip
+    wrong += _wrong_tokenizer(path, manifest)
+    refuse_all(wrong, f"the tokens in {path} are not what was written; write them again with `gt_jax prepare`:")
+
+    def mapped(name: str, dtype: str) -> Any:
+        return np.memmap(Path(path, name), dtype, mode="r")
+
+    kind = _TYPES[manifest.dtype]
+    return TokenFolder(path, manifest, mapped(TOKENS, kind), mapped(ENDS, "<i8"), mapped(KEYS, "<u8"))
+
+
+def _wrong_sizes(path: str, manifest: Manifest) -> list[str]:
     wrong = []
     for name, size in manifest.sizes().items():
         try:
@@ -162,16 +172,39 @@ def read_folder(path: str) -> TokenFolder:
             continue
         if there != size:
             wrong.append(f"{Path(path, name)} has {there} bytes, {MANIFEST} says {size}")
-    refuse_all(wrong, f"the tokens in {path} are not what was written; write them again with `gt_jax prepare`:")
+    return wrong
 
-    def mapped(name: str, dtype: str) -> Any:
-        return np.memmap(Path(path, name), dtype, mode="r")
 
-    ends = mapped(ENDS, "<i8")
-    if ends[0] < 1 or ends[-1] != manifest.tokens or (np.diff(ends) < 1).any():
-        raise Refused(f"{Path(path, ENDS)} does not rise to {manifest.tokens}, the number of tokens; write the tokens "
-                      "again with `gt_jax prepare`")
-    return TokenFolder(path, manifest, mapped(TOKENS, _TYPES[manifest.dtype]), ends, mapped(KEYS, "<u8"))
+def _wrong_tokenizer(path: str, manifest: Manifest) -> list[str]:
+    """Whether the tokenizer in the folder is the one that its tokens are of."""
+    named = manifest.tokenizer
+    if named.sha256 is None:
+        return []
+    try:
+        found = read_tokenizer_file(path).sha256
+    except Refused as error:
+        return [str(error)]
+    return [] if found == named.sha256 else [
+        f"{Path(path, named.name)} is not the tokenizer of these tokens: SHA-256 {found[:12]}, {MANIFEST} says "
+        f"{named.sha256[:12]}; put that one back"]  # fmt: skip
+
+
+def _changed(path: str, sums: Mapping[str, str]) -> list[str]:
+    """Which files do not have these SHA-256; of the tokens also by their sample."""
+    return [f"{Path(path, name)} does not hold what was written: SHA-256 {found[:12]}, {MANIFEST} says {said[:12]}"
+            for name, said in sums.items()
+            if (found := sample_of(Path(path, TOKENS)) if name == _SAMPLE else sha256_of(Path(path, name))) != said
+            ]  # fmt: skip
+
+
+def sample_of(path: Path) -> str:
+    """SHA-256 of pieces that lie evenly over a file, of all of it where it is small."""
+    size, digest = os.stat(path).st_size, hashlib.sha256()
+    with open(path, "rb") as stream:
+        for number in range(_PIECES):
+            stream.seek(max(0, size - _PIECE) * number // (_PIECES - 1) if size > _PIECES * _PIECE else number * _PIECE)
+            digest.update(stream.read(_PIECE))
+    return digest.hexdigest()
 
 
 def read_folders(paths: Sequence[str], tokenizer: str) -> list[TokenFolder]:
@@ -184,12 +217,13 @@ def read_folders(paths: Sequence[str], tokenizer: str) -> list[TokenFolder]:
     mine = None if tokenizer == BYTES else read_tokenizer_file(tokenizer).sha256
     refuse_all([f"{one.path} holds tokens of {one.manifest.tokenizer.name} (SHA-256 "
                 f"{(one.manifest.tokenizer.sha256 or 'none')[:12]}), the tokenizer here is {tokenizer} "
-                f"({(mine or 'none')[:12]}); a new run takes that of the folder by --tokenizer {one.tokenizer}"
+                f"({(mine or 'none')[:12]}); name tokens of this one, or begin a run with --tokenizer {one.tokenizer}"
                 for one in folders if one.manifest.tokenizer.sha256 != mine], "the text cannot be used:")
     return folders
 
 
-def _manifest(path: str) -> Manifest:
+def read_manifest(path: str) -> Manifest:
+    """What its tokens.json says; raises `Refused`."""
     place = Path(path, MANIFEST)
     try:
         return Manifest.from_json(read_object(place, "text"))
@@ -215,11 +249,11 @@ def content_of(folders: Sequence[TokenFolder]) -> str:
 
 
 def changed_content(path: str) -> list[str]:
-    """Which files do not hold what was written, by SHA-256, one line each; reads all of them."""
-    manifest = _manifest(path)
-    return [f"{Path(path, name)} does not hold what was written: SHA-256 {found[:12]}, {MANIFEST} says {said[:12]}"
-            for name, said in manifest.sha256.by_file.items()
-            if (found := sha256_of(Path(path, name))) != said]  # fmt: skip
+    """What does not hold what was written, by size and SHA-256, one line each; reads all of it."""
+    manifest = read_manifest(path)
+    sums = manifest.sha256
+    wrong = _wrong_sizes(path, manifest) or _changed(path, {TOKENS: sums.tokens, ENDS: sums.ends, KEYS: sums.keys})
+    return wrong + _wrong_tokenizer(path, manifest)
 
 
 def sha256_of(path: Path) -> str:

@@ -36,6 +36,7 @@ from gt_jax.text.token_folder import (
     Sums,
     TokenizerNamed,
     counted,
+    sample_of,
     sha256_of,
 )
 from gt_jax.text.tokenizers import Tokenizer, encode_all, open_tokenizer, portions
@@ -69,7 +70,13 @@ def write_tokens(
     begun = _begin(folder, paths, tokenizer)
     if begun.files:
         say(f"{folder} holds {len(begun.files)} of {len(paths)} files; going on behind them")
-    return _finish(folder, opened, _write(folder, paths, opened, tokenizer, begun, say))
+    try:
+        begun = _write(folder, paths, opened, tokenizer, begun, say)
+    except Refused:
+        if not (folder / PROGRESS).exists():  # no file was whole: nothing is lost
+            shutil.rmtree(folder)
+        raise
+    return _finish(folder, opened, begun)
 
 
 def refuse_unreadable(paths: Sequence[str]) -> None:
@@ -100,12 +107,16 @@ def _begin(folder: Path, paths: Sequence[str], tokenizer: str) -> _Begun:
         if begun is not None:
             _refuse_other(folder, begun, paths, own)
             return begun
+        if (folder / MANIFEST).exists():
+            raise Refused(f"{folder} holds tokens that are whole; give it another name, or move it away")
+        if not all((folder / name).exists() for name in (TOKENS, ENDS, KEYS)) and any(folder.iterdir()):
+            raise Refused(f"{folder} is not what a preparation leaves, which needs that name; move it away")
         shutil.rmtree(folder)  # killed before its first file was whole
     folder.mkdir()
-    if file is not None:
-        write_atomically(folder / file.name, file.content)
     for name in (TOKENS, ENDS, KEYS):
         (folder / name).touch()
+    if file is not None:
+        write_atomically(folder / file.name, file.content)
     return _Begun((), 0, own)
 
 
@@ -206,7 +217,8 @@ def _finish(folder: Path, opened: Tokenizer, begun: _Begun) -> Manifest:
         dtype="uint16" if _dtype(opened) == "<u2" else "uint32", tokens=begun.tokens,
         documents=sum(file.documents for file in begun.files), bytes=sum(file.bytes for file in begun.files),
         vocab_size=opened.vocab_size, end_of_document=opened.end_of_document, tokenizer=begun.tokenizer,
-        files=begun.files, told=told + loss.words(begun.tokens), sha256=Sums(tokens, ends, keys),
+        files=begun.files, told=told + loss.words(begun.tokens),
+        sha256=Sums(tokens, ends, keys, sample_of(folder / TOKENS)),
     )  # fmt: skip
     write_atomically(folder / MANIFEST, json.dumps(manifest.to_json(), indent=1) + "\n")
     return manifest

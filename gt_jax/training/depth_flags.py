@@ -53,6 +53,16 @@ def with_gates(model: Any, sees: str | None, weights: str | None) -> Any:
     return model.replace(adaptive=adaptive)
 
 
+def hardened(before: Any, after: Any, arguments: argparse.Namespace) -> str | None:
+    """What to know of a start whose soft weights become hard, with no passes forced; else None."""
+    if not arguments.start or before.adaptive is None or after.adaptive is None:
+        return None
+    if (before.adaptive.weights, after.adaptive.weights) != ("soft", "hard") or arguments.forced_passes:
+        return None
+    return ("note: --weights hard gives a token its second pass where the gates of --start leave it half or more; "
+            "where they leave less, layers run once. --forced-passes 4 --forced-until 0.3 begins with all passes")
+
+
 def depth_misfits(adaptive: Any, arguments: argparse.Namespace) -> list[str]:
     """What the flags that steer depth ask for and a model of this AdaptiveConfig, or of none, cannot do."""
     flags = ("target", "target_of", "price_rule", "pass_price", "halting_scale", "forced_passes", "forced_until")

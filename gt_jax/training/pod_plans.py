@@ -32,8 +32,7 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise Refused(f"{path} cannot be read as JSON: {error}") from error
     several = isinstance(plan, Mapping) and "slices" in plan  # of a pod there is one where it says nothing
     wrong = _mistyped(plan, {**_FIELDS, "slices": int} if several else _FIELDS)
-    wrong += [f"has a {name} that is no line of text: {plan[name]!r:.60}" for name in ("preset", "topology")
-              if not wrong and not plan[name].isprintable()]  # fmt: skip
+    wrong += _unprintable(plan, _FIELDS)
     wrong += [f"has {name} {plan[name]}; there is one at least" for name in ("devices", "batch", "sequence_length")
               if not wrong and plan[name] < 1]  # fmt: skip
     if several and not wrong and not 1 <= plan["slices"] < 2**20:
@@ -50,11 +49,18 @@ def read_plan(path: Path) -> dict[str, Any]:
         parts = row.get("parts", []) if isinstance(row, dict) else []
         each = enumerate(parts if isinstance(parts, list) else [parts])
         wrong += [f"tried[{number}] parts[{at}] {line}" for at, one in each
-                  for line in (*_mistyped(one, _PART), *_strange_sums(one))]  # fmt: skip
+                  for line in (*_mistyped(one, _PART), *_unprintable(one, _PART), *_strange_sums(one))]  # fmt: skip
     refuse_all(wrong, f"{path} is no plan that plan_pod --json wrote; it")
     if best(plan) is None:
         raise Refused(f"{path}: none of its meshes fits, so there is nothing to show")
     return plan
+
+
+def _unprintable(found: Any, wanted: Mapping[str, Any]) -> list[str]:
+    """Names that would move a terminal's cursor."""
+    return [f"has a {name} that is no line of text: {found[name]!r:.60}" for name, kind in wanted.items()
+            if kind is str and isinstance(found, Mapping) and isinstance(found.get(name), str)
+            and not found[name].isprintable()]  # fmt: skip
 
 
 def _mistyped(found: Any, wanted: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,10 @@ from gt_jax.configs.presets import preset
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.evaluation.held_out_rows import held_out_rows
+from gt_jax.evaluation.loading import data_config, text_note
 from gt_jax.text.batches import PackedRows, open_text
+from gt_jax.text.data import open_data
+from gt_jax.text.flags import NOTHING
 from gt_jax.text.token_folder import changed_content, read_folder
 from gt_jax.text.token_writer import write_tokens
 
@@ -80,6 +83,43 @@ def test_a_folder_of_tokens_is_the_text_that_it_was_made_of(tmp_path, bpe, kind)
     assert open_text(config(text=(str(moved),), tokenizer=str(moved) if kind == "bpe" else "bytes", tuning=0.1))
 
 
+def test_a_checkpoint_knows_its_text_by_text_and_by_tokens(tmp_path):
+    """The files that tokens are of are what a training of either kind has read."""
+    paths = files(tmp_path)
+    for name, of in (("both", paths), ("first", paths[:1]), ("second", paths[1:])):
+        write_tokens(tmp_path / name, of, "bytes")
+    both, first, second = (str(tmp_path / name) for name in ("both", "first", "second"))
+
+    def trained(read):
+        run = RunConfig(model=preset("tiny"), data=read.config).to_json()
+        state = read.train().state()
+        return {"kind": "train", "config": run["model"], "run": run, "files": read.files(), "data": state}
+
+    def metadata(*text):
+        return trained(open_text(config(text=text, held_out=0.2)))
+
+    def read(known, *text):
+        named = {**NOTHING, "text": text, "tokenizer": None}
+        data = data_config(known, named, "CHECKPOINT")
+        return data, text_note(known, open_data(data), "CHECKPOINT", True)
+
+    for known in (metadata(*paths), metadata(both), metadata(first, second)):
+        for text in ((both,), (first, second), (second, first), tuple(paths[::-1])):
+            data, note = read(known, *text)
+            assert data.held_out == 0.2 and data.text in {(both,), (first, second), tuple(paths)}
+            assert note is None or "part of this text" in note
+        for part in (first, paths[0]):
+            with pytest.raises(Refused, match="is (of )?one of the 2 files of a training"):
+                read(known, part)
+    assert read(metadata(*paths), both)[1] is read(metadata(both), *paths)[1] is None
+    with pytest.raises(Refused, match="both is of one of the 1 files of a training"):
+        read(metadata(paths[0]), both)
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": word}) + "\n" for word in WORDS))
+    write_tokens(tmp_path / "lines", [str(tmp_path / "c.jsonl")], "bytes")
+    known = trained(open_data(config(json_lines=(str(tmp_path / "c.jsonl"),), sequence_length=64)))
+    assert "a part of this text" in read(known, str(tmp_path / "lines"))[1]
+
+
 def test_several_folders_are_one_text(tmp_path):
     paths = files(tmp_path)
     for name, path in zip("xy", paths, strict=True):
@@ -142,6 +182,8 @@ def test_a_preparation_that_is_killed_goes_on_behind_its_last_whole_file(tmp_pat
     assert "holds 1 of 2 files" in said and "2 of 2 files" in said and not left.exists()
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert names == {"tokens.bin", "ends.bin", "keys.bin", "tokens.json"}
+    (tmp_path / "whole" / "progress.json").write_text("{}")  # a kill right behind the rename
+    assert prepare.main([str(tmp_path / "whole"), *paths, "--tokenizer", "bytes"]) == 0
     for name in names:
         assert (tmp_path / "tokens" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -157,6 +199,15 @@ def test_what_was_begun_otherwise_is_refused_and_what_is_not_ours_stays(tmp_path
     (left / "progress.json").write_text("{}")
     with pytest.raises(Refused, match=r"(?s)cannot be gone on with.*'tokens' is missing"):
         prepare.tokens(tmp_path / "tokens", paths, "bytes")
+    assert prepare.main([str(tmp_path / "whole"), *paths, "--tokenizer", "bytes"]) == 0
+    (tmp_path / "whole").rename(tmp_path / "again.unfinished")
+    with pytest.raises(Refused, match="holds tokens that are whole"):
+        prepare.tokens(tmp_path / "again", paths, "bytes")
+    (tmp_path / "mine.unfinished").mkdir()
+    (tmp_path / "mine.unfinished" / "tokenizer.json").write_text("mine")
+    with pytest.raises(Refused, match="is not what a preparation leaves"):
+        prepare.tokens(tmp_path / "mine", paths, "bytes")
+    assert (tmp_path / "mine.unfinished" / "tokenizer.json").read_text() == "mine"
     (left / "mine.txt").write_text("mine")
     with pytest.raises(Refused, match="holds what no preparation has written"):
         prepare.tokens(tmp_path / "tokens", paths, "bytes")
@@ -177,12 +228,13 @@ def test_json_lines_and_parquet_give_their_texts(tmp_path):
     with arrow.output_stream(str(tmp_path / "c.jsonl.zst"), compression="zstd") as stream:
         stream.write(lines)
     parquet.write_table(arrow.table({"url": ["x"] * 3001, "text": [*texts, ""]}), tmp_path / "c.parquet")
-    paths = [str(tmp_path / name) for name in ("c.jsonl", "c.jsonl.gz", "c.jsonl.zst", "c.parquet")]
+    (tmp_path / "D.JSON.gz").write_bytes(lines)  # by what it holds, not by its name
+    paths = [str(tmp_path / name) for name in ("c.jsonl", "c.jsonl.gz", "c.jsonl.zst", "D.JSON.gz", "c.parquet")]
     for number, path in enumerate(paths):
         made = write_tokens(tmp_path / str(number), [path], "bytes")
         assert made.documents == 3000 and made.bytes == sum(len(text.encode()) for text in texts)
         assert made.sha256 == read_folder(str(tmp_path / "0")).manifest.sha256
-    text = open_text(config(text=(str(tmp_path / "3"),)))
+    text = open_text(config(text=(str(tmp_path / "4"),)))
     assert text.tokenizer.decode(text.tokens[text.ends[6]:text.ends[7]]) == texts[7].encode()
 
 
@@ -205,6 +257,7 @@ def test_what_is_no_corpus_is_refused_by_line_row_and_column(tmp_path):
                         ("h.jsonl", r"h\.jsonl' has no document")):  # fmt: skip
         with pytest.raises(Refused, match=words):
             write_tokens(tmp_path / "tokens", [str(tmp_path / name)], "bytes")
+        assert not (tmp_path / "tokens").exists()
 
 
 def test_damage_is_named_and_check_finds_what_sizes_do_not_tell(tmp_path, capsys):
@@ -218,8 +271,11 @@ def test_damage_is_named_and_check_finds_what_sizes_do_not_tell(tmp_path, capsys
     assert prepare.main([str(place), "--check"]) == 1
     said = capsys.readouterr().out
     assert "tokens.bin does not hold what was written" in said and "NOT as they were written" in said
+    with pytest.raises(Refused, match=r"tokens\.bin \(sample\) does not hold what was written"):
+        read_folder(str(place))  # of a small file the sample is all
     (place / "tokens.bin").write_bytes(content[:-2])
     (place / "keys.bin").unlink()
+    assert prepare.main([str(place), "--check"]) == 1
     with pytest.raises(Refused, match=r"(?s)tokens\.bin has \d+ bytes, tokens\.json says .*keys\.bin cannot be read"):
         read_folder(str(place))
     (place / "tokens.json").write_text('{"format": 2}')
@@ -242,7 +298,7 @@ def test_a_manifest_and_ends_that_cannot_be_are_refused(tmp_path):
     ends = np.fromfile(tmp_path / "t" / "ends.bin", "<i8")
     ends[[3, 4]] = ends[[4, 3]]
     ends.tofile(tmp_path / "t" / "ends.bin")
-    with pytest.raises(Refused, match=r"ends\.bin does not rise to"):
+    with pytest.raises(Refused, match=r"ends\.bin does not hold what was written"):
         read_folder(str(tmp_path / "t"))
 
 
@@ -254,6 +310,12 @@ def test_tokens_and_text_and_tokens_of_another_tokenizer_are_not_mixed(tmp_path,
         open_text(config(text=(str(tmp_path / "x"), paths[0])))
     with pytest.raises(Refused, match=r"y holds tokens of tokenizer\.json .*--tokenizer .*y"):
         open_text(config(text=(str(tmp_path / "x"), str(tmp_path / "y"))))
+    with pytest.raises(Refused, match="it tells of a folder of tokens; name the folder"):
+        open_text(config(text=(str(tmp_path / "x" / "tokens.json"),)))
+    (tmp_path / "y" / "tokenizer.json").write_text("{}")
+    with pytest.raises(Refused, match=r"y/tokenizer\.json is not the tokenizer of these tokens"):
+        open_text(config(text=(str(tmp_path / "y"),), tokenizer=bpe))
+    assert prepare.main([str(tmp_path / "y"), "--check"]) == 1
     with pytest.raises(Refused, match=r"Is a directory, without tokens of"):
         open_text(config(text=(str(tmp_path),)))
 

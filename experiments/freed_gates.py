@@ -93,8 +93,19 @@ def markdown(stored: Mapping[str, Any]) -> str:
         f"{study.rate:g} where nothing else is said. The rate falls over the last fifth. Held-out loss, nats an "
         "answer, when the gates are let go and so many steps later; the rest at the end. "
         f"{stored['seconds'] / 60:.0f} minutes on {stored['machine']['cores']} cores.", "",
-        *markdown_table(lines, head), "", f"![Held-out loss after the gates are let go]({NAME}.png)",
+        *markdown_table(lines, head), "", *_ends(stored["summary"]), "",
+        f"![Held-out loss after the gates are let go]({NAME}.png)",
     ]) + "\n"  # fmt: skip
+
+
+def _ends(found: Mapping[str, Any]) -> list[str]:
+    """A line a variant: means over seeds at the end, with intervals."""
+    def told(one: Mapping[str, Any], digits: int) -> str:
+        return f"{one['mean']:.{digits}f} ({one['low']:.{digits}f} to {one['high']:.{digits}f})"
+
+    return [f"- {variant}: at the end {told(one['nats'], 4)} nats, {100 * one['accuracy_all']['mean']:.1f} % of all "
+            f"questions right, Spearman's correlation {told(one['spearman'], 2)}" for variant, one in found.items()
+            if variant != "forced"]  # fmt: skip
 
 
 def draw(stored: Mapping[str, Any], path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_checkpoint_knows_its_text_by_text_and_by_tokens(tmp_path):
             assert data.held_out == 0.2 and data.text in {(both,), (first, second), tuple(paths)}
             assert note is None or "part of this text" in note
         for part in (first, paths[0]):
-            with pytest.raises(Refused, match="is (of )?one of the 2 files of a training"):
+            with pytest.raises(Refused, match=r"is (of )?one of the 2 files of a training"):
                 read(known, part)
     assert read(metadata(*paths), both)[1] is read(metadata(both), *paths)[1] is None
     with pytest.raises(Refused, match="both is of one of the 1 files of a training"):

@@ -51,13 +51,13 @@ def prepare(name: str, files: Sequence[str], folder: Path) -> dict[str, Any]:
 def tokens(target: Path, files: Sequence[str], tokenizer: str) -> dict[str, Any]:
     """Write a folder of tokens: {"folder", "tokens", "documents", "bytes", "dtype", "told"}; raises `Refused`."""
     from gt_jax.text.token_folder import read_manifest
-    from gt_jax.text.token_writer import PROGRESS, refuse_unreadable, write_tokens
+    from gt_jax.text.token_writer import PROGRESS, is_whole, refuse_unreadable, write_tokens
 
-    if (target / PROGRESS).exists():  # killed when all was done
+    refuse_unreadable(files)
+    if is_whole(target, files, tokenizer):  # killed when all was done
         made = read_manifest(str(target))
     else:
         _refuse_existing(target, "choose another name")
-        refuse_unreadable(files)
         made = _publish(target, lambda unfinished: write_tokens(unfinished, files, tokenizer, say))
     (target / PROGRESS).unlink()  # not before: all of it would be written again after a kill
     told = made.told.removeprefix("; ")

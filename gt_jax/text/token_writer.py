@@ -36,6 +36,7 @@ from gt_jax.text.token_folder import (
     Sums,
     TokenizerNamed,
     counted,
+    read_manifest,
     sample_of,
     sha256_of,
 )
@@ -79,6 +80,16 @@ def write_tokens(
     return _finish(folder, opened, begun)
 
 
+def is_whole(folder: Path, paths: Sequence[str], tokenizer: str) -> bool:
+    """Whether a kill has left `folder` under its own name, as `write_tokens` makes it of these files."""
+    if not (folder / PROGRESS).exists():
+        return False
+    made = read_manifest(str(folder))
+    own = None if tokenizer == BYTES else read_tokenizer_file(tokenizer).sha256
+    return made.tokenizer.sha256 == own and [file.sha256 for file in made.files] == [
+        sha256_of(Path(path)) for path in paths]  # fmt: skip
+
+
 def refuse_unreadable(paths: Sequence[str]) -> None:
     """Raise `Refused` that lists the files that cannot be read, as far as their names and places tell."""
     refuse_all([problem for path in paths if (problem := _unreadable(path))], "the text cannot be used:")
@@ -109,7 +120,9 @@ def _begin(folder: Path, paths: Sequence[str], tokenizer: str) -> _Begun:
             return begun
         if (folder / MANIFEST).exists():
             raise Refused(f"{folder} holds tokens that are whole; give it another name, or move it away")
-        if not all((folder / name).exists() for name in (TOKENS, ENDS, KEYS)) and any(folder.iterdir()):
+        arrays = {TOKENS, ENDS, KEYS}  # they are made first, and empty
+        begun_arrays = all(file.name in arrays and not file.stat().st_size for file in folder.iterdir())
+        if not arrays <= set(os.listdir(folder)) and not begun_arrays:
             raise Refused(f"{folder} is not what a preparation leaves, which needs that name; move it away")
         shutil.rmtree(folder)  # killed before its first file was whole
     folder.mkdir()

@@ -183,6 +183,8 @@ def test_a_preparation_that_is_killed_goes_on_behind_its_last_whole_file(tmp_pat
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert names == {"tokens.bin", "ends.bin", "keys.bin", "tokens.json"}
     (tmp_path / "whole" / "progress.json").write_text("{}")  # a kill right behind the rename
+    with pytest.raises(Refused, match="never overwritten"):
+        prepare.tokens(tmp_path / "whole", paths[:1], "bytes")
     assert prepare.main([str(tmp_path / "whole"), *paths, "--tokenizer", "bytes"]) == 0
     for name in names:
         assert (tmp_path / "tokens" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -203,6 +205,9 @@ def test_what_was_begun_otherwise_is_refused_and_what_is_not_ours_stays(tmp_path
     (tmp_path / "whole").rename(tmp_path / "again.unfinished")
     with pytest.raises(Refused, match="holds tokens that are whole"):
         prepare.tokens(tmp_path / "again", paths, "bytes")
+    (tmp_path / "early.unfinished").mkdir()  # killed before all arrays were there
+    (tmp_path / "early.unfinished" / "tokens.bin").touch()
+    assert prepare.tokens(tmp_path / "early", paths, "bytes")["documents"] == 90
     (tmp_path / "mine.unfinished").mkdir()
     (tmp_path / "mine.unfinished" / "tokenizer.json").write_text("mine")
     with pytest.raises(Refused, match="is not what a preparation leaves"):

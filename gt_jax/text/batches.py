@@ -28,7 +28,7 @@ from gt_jax.text import sources
 from gt_jax.text.round_trip import lost
 from gt_jax.text.split import Ends, Spans, content_keys, split_documents
 from gt_jax.text.token_folder import JoinedTokens, content_of, is_token_folder, read_folders
-from gt_jax.text.tokenizers import Tokenizer, encode_all, open_tokenizer
+from gt_jax.text.tokenizers import Tokenizer, encode_all, laid_out, open_tokenizer
 
 Batch = dict[str, Int32[np.ndarray, "b t"]]
 Row = dict[str, Int32[np.ndarray, " t"]]
@@ -264,11 +264,10 @@ class Text:
 
     @functools.cached_property
     def _hash(self) -> str:
-        if isinstance(self.tokens, JoinedTokens) or self.content is not None:
-            assert self.content is not None
+        if self.content is not None:
             return self.content
-        narrow = self.tokens.dtype.newbyteorder("<")
-        return hashlib.sha256(self.tokens.astype(narrow, copy=False).tobytes()).hexdigest()
+        tokens = np.asarray(self.tokens)
+        return hashlib.sha256(tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).tobytes()).hexdigest()
 
     def position_after(self, positions: Iterable[Any]) -> dict[str, Any] | None:
         """`position_after` of what a position in this text is a position in."""
@@ -309,13 +308,9 @@ def open_text(config: DataConfig) -> Text:
         source, documents = sources.standard_library()
     tokenizer = open_tokenizer(config.tokenizer)
     encoded = encode_all(tokenizer, config.tokenizer, documents)
-    ends = np.cumsum([len(document) + 1 for document in encoded])
+    tokens, ends = laid_out(encoded, tokenizer)
     characters = sum(map(len, documents))
     _refuse_short(source, int(ends[-1]), characters, config)
-    narrow = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    tokens = np.full(ends[-1], tokenizer.end_of_document, narrow)
-    for document, end in zip(encoded, ends.tolist(), strict=True):
-        tokens[end - 1 - len(document):end - 1] = document
     split = split_documents(ends, content_keys(documents), config)
     told += lost(tokenizer, documents, encoded)
     return Text(config, source, tokens, ends, tokenizer, characters, *split, told)

@@ -5,7 +5,6 @@ Every source is a list of documents as bytes, in an order that depends on nothin
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
@@ -17,7 +16,7 @@ from typing import Any
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import refuse_address, refuse_once
 from gt_jax.text.encodings import plain
-from gt_jax.text.token_folder import MANIFEST, begun, is_token_folder, read_manifest
+from gt_jax.text.token_folder import MANIFEST, begun, is_token_folder, read_manifest, sha256_of
 
 EMBEDDED_LIMIT = 10_000_000
 # Tests repeat themselves, the others are not the library itself; `config-*` and `_sysconfigdata*` describe one machine.
@@ -114,8 +113,7 @@ def file_hashes(paths: Sequence[str]) -> list[dict[str, Any]]:
             continue
         try:
             refuse_once(path)
-            with open(path, "rb") as stream:
-                found.append({"path": path, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()})
+            found.append({"path": path, "sha256": sha256_of(Path(path))})
         except (OSError, ValueError) as error:
             raise Refused(f"text file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return found

@@ -66,6 +66,14 @@ class TokenizerNamed(Config):
     sha256: str | None
 
 
+def named_tokenizer(name: str) -> TokenizerNamed:
+    """What a folder says of the tokenizer `name`; raises `Refused` where there is none."""
+    if name == BYTES:
+        return TokenizerNamed(BYTES, None)
+    file = read_tokenizer_file(name)
+    return TokenizerNamed(file.name, file.sha256)
+
+
 @dataclasses.dataclass(frozen=True)
 class CorpusFile(Config):
     """A file that the tokens are of, as it was read: how many documents, bytes of text and, of what `round_trip.Loss`
@@ -131,11 +139,6 @@ class TokenFolder(NamedTuple):
     ends: Int64[np.ndarray, " documents"]
     keys: UInt64[np.ndarray, " documents"]
 
-    @property
-    def tokenizer(self) -> str:
-        """The name of its tokenizer."""
-        return BYTES if self.manifest.tokenizer.sha256 is None else self.path
-
 
 def is_token_folder(path: str) -> bool:
     """Whether a name of a text is that of a folder of tokens."""
@@ -144,7 +147,9 @@ def is_token_folder(path: str) -> bool:
 
 def own_tokenizer(paths: Sequence[str]) -> str | None:
     """The tokenizer that a text brings with it: that of its first folder; None for files, which bring none."""
-    return read_folder(paths[0]).tokenizer if paths and is_token_folder(paths[0]) else None
+    if not paths or not is_token_folder(paths[0]):
+        return None
+    return BYTES if read_manifest(paths[0]).tokenizer.sha256 is None else paths[0]
 
 
 def read_folder(path: str) -> TokenFolder:
@@ -214,10 +219,11 @@ def read_folders(paths: Sequence[str], tokenizer: str) -> list[TokenFolder]:
         raise Refused(f"the text names tokens ({next(path for path in paths if path not in files)}) and files "
                       f"({', '.join(files[:3])}); make tokens of all of it with `gt_jax prepare`, or of none")
     folders = [read_folder(path) for path in paths]
-    mine = None if tokenizer == BYTES else read_tokenizer_file(tokenizer).sha256
+    mine = named_tokenizer(tokenizer).sha256
     refuse_all([f"{one.path} holds tokens of {one.manifest.tokenizer.name} (SHA-256 "
                 f"{(one.manifest.tokenizer.sha256 or 'none')[:12]}), the tokenizer here is {tokenizer} "
-                f"({(mine or 'none')[:12]}); name tokens of this one, or begin a run with --tokenizer {one.tokenizer}"
+                f"({(mine or 'none')[:12]}); name tokens of this one, or begin a run with --tokenizer "
+                f"{own_tokenizer([one.path])}"
                 for one in folders if one.manifest.tokenizer.sha256 != mine], "the text cannot be used:")
     return folders
 

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Int32
 
-from gt_jax.configs.data import BYTES
 from gt_jax.configs.json_config import Config, below, read_object
 from gt_jax.configs.tokenizer_file import NAMES, read_tokenizer_file
 from gt_jax.errors import Refused, refuse_all
@@ -36,11 +34,12 @@ from gt_jax.text.token_folder import (
     Sums,
     TokenizerNamed,
     counted,
+    named_tokenizer,
     read_manifest,
     sample_of,
     sha256_of,
 )
-from gt_jax.text.tokenizers import Tokenizer, encode_all, open_tokenizer, portions
+from gt_jax.text.tokenizers import Tokenizer, encode_all, laid_out, open_tokenizer, portions, token_dtype
 
 PROGRESS = "progress.json"
 _LOOKED = 4  # documents of a portion that are decoded again
@@ -85,8 +84,7 @@ def is_whole(folder: Path, paths: Sequence[str], tokenizer: str) -> bool:
     if not (folder / PROGRESS).exists():
         return False
     made = read_manifest(str(folder))
-    own = None if tokenizer == BYTES else read_tokenizer_file(tokenizer).sha256
-    return made.tokenizer.sha256 == own and [file.sha256 for file in made.files] == [
+    return made.tokenizer == named_tokenizer(tokenizer) and [file.sha256 for file in made.files] == [
         sha256_of(Path(path)) for path in paths]  # fmt: skip
 
 
@@ -108,8 +106,7 @@ def _unreadable(path: str) -> str | None:
 
 def _begin(folder: Path, paths: Sequence[str], tokenizer: str) -> _Begun:
     """The folder as a kill left it behind its last whole file, or a new one."""
-    file = None if tokenizer == BYTES else read_tokenizer_file(tokenizer)
-    own = TokenizerNamed(BYTES, None) if file is None else TokenizerNamed(file.name, file.sha256)
+    own = named_tokenizer(tokenizer)
     if os.path.lexists(folder):
         ours = {TOKENS, ENDS, KEYS, *_WRITTEN_WHOLE, *(unfinished_name(folder / name).name for name in _WRITTEN_WHOLE)}
         if folder.is_symlink() or not folder.is_dir() or not set(os.listdir(folder)) <= ours:
@@ -128,8 +125,8 @@ def _begin(folder: Path, paths: Sequence[str], tokenizer: str) -> _Begun:
     folder.mkdir()
     for name in (TOKENS, ENDS, KEYS):
         (folder / name).touch()
-    if file is not None:
-        write_atomically(folder / file.name, file.content)
+    if own.sha256 is not None:
+        write_atomically(folder / own.name, read_tokenizer_file(tokenizer).content)
     return _Begun((), 0, own)
 
 
@@ -161,9 +158,8 @@ def _write(
     folder: Path, paths: Sequence[str], opened: Tokenizer, tokenizer: str, begun: _Begun, say: Callable[[str], None]
 ) -> _Begun:  # fmt: skip
     """Append the files that are not whole yet, each noted when it is on the disk."""
-    dtype = _dtype(opened)
     documents = sum(file.documents for file in begun.files)
-    lengths = {TOKENS: begun.tokens * np.dtype(dtype).itemsize, ENDS: 8 * documents, KEYS: 8 * documents}
+    lengths = {TOKENS: begun.tokens * np.dtype(token_dtype(opened)).itemsize, ENDS: 8 * documents, KEYS: 8 * documents}
     short = [f"{folder / name} has {size} bytes, {PROGRESS} says {length}" for name, length in lengths.items()
              if (size := os.stat(folder / name).st_size) < length]  # fmt: skip
     refuse_all(short, f"{folder} is not what was written; move it away:")
@@ -172,7 +168,7 @@ def _write(
     with (open(folder / TOKENS, "ab") as tokens, open(folder / ENDS, "ab") as ends,
           open(folder / KEYS, "ab") as keys):  # fmt: skip
         for path in paths[len(begun.files):]:
-            file, count = _append(path, opened, tokenizer, (tokens, ends, keys), begun.tokens, dtype)
+            file, count = _append(path, opened, tokenizer, (tokens, ends, keys), begun.tokens)
             for stream in (tokens, ends, keys):
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -187,12 +183,8 @@ def _note(folder: Path, begun: _Begun) -> None:
     write_atomically(folder / PROGRESS, json.dumps(begun.to_json()))
 
 
-def _dtype(opened: Tokenizer) -> str:
-    return "<u2" if opened.vocab_size <= 1 << 16 else "<u4"
-
-
 def _append(
-    path: str, opened: Tokenizer, tokenizer: str, streams: tuple[BinaryIO, BinaryIO, BinaryIO], start: int, dtype: str
+    path: str, opened: Tokenizer, tokenizer: str, streams: tuple[BinaryIO, BinaryIO, BinaryIO], start: int
 ) -> tuple[CorpusFile, int]:  # fmt: skip
     """Append the documents of one file; (what is noted of it, its tokens)."""
     documents, told = documents_of(path)
@@ -204,21 +196,14 @@ def _append(
         except Refused as error:
             raise Refused(f"text file {path}: {error}") from error
         loss = loss.plus(loss_of(opened, portion, encoded, _LOOKED))
-        lengths = np.array([len(ids) + 1 for ids in encoded], np.int64)
-        where = position + np.cumsum(lengths)
-        tokens.write(_flat(encoded, lengths, opened.end_of_document).astype(dtype).tobytes())
+        flat, where = laid_out(encoded, opened)
+        where = position + where
+        tokens.write(flat.astype(flat.dtype.newbyteorder("<"), copy=False).tobytes())
         ends.write(where.astype("<i8").tobytes())
         keys.write(content_keys(portion).astype("<u8").tobytes())
         position, count, size = int(where[-1]), count + len(portion), size + sum(map(len, portion))
     file = CorpusFile(path, sha256_of(Path(path)), count, size, tuple(told), tuple(loss))
     return file, position - start
-
-
-def _flat(encoded: Sequence[Int32[np.ndarray, " _"]], lengths: np.ndarray, end: int) -> Int32[np.ndarray, " n"]:
-    flat = np.full(int(lengths.sum()), end, np.int32)
-    for ids, stop in zip(encoded, np.cumsum(lengths).tolist(), strict=True):
-        flat[stop - 1 - len(ids):stop - 1] = ids
-    return flat
 
 
 def _finish(folder: Path, opened: Tokenizer, begun: _Begun) -> Manifest:
@@ -227,7 +212,7 @@ def _finish(folder: Path, opened: Tokenizer, begun: _Begun) -> Manifest:
     told = "".join(f"; {line}" for file in begun.files for line in file.told)
     tokens, ends, keys = (sha256_of(folder / name) for name in (TOKENS, ENDS, KEYS))
     manifest = Manifest(
-        dtype="uint16" if _dtype(opened) == "<u2" else "uint32", tokens=begun.tokens,
+        dtype=token_dtype(opened), tokens=begun.tokens,
         documents=sum(file.documents for file in begun.files), bytes=sum(file.bytes for file in begun.files),
         vocab_size=opened.vocab_size, end_of_document=opened.end_of_document, tokenizer=begun.tokenizer,
         files=begun.files, told=told + loss.words(begun.tokens),

@@ -11,10 +11,10 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64, UInt
 
 from gt_jax.configs.data import BYTES
 from gt_jax.configs.tokenizer_file import Known, known_tokenizer, read_tokenizer_file, refuse_other_file
@@ -372,6 +372,22 @@ def encode_all(
             raise Refused(f"document {index} cannot be encoded by tokenizer {name}: {error}; take one that has a token "
                           f"for what it does not know, or --tokenizer {BYTES}") from error  # fmt: skip
     return encoded
+
+
+def laid_out(
+    encoded: Sequence[Int32[np.ndarray, " _"]], tokenizer: Tokenizer
+) -> tuple[UInt[np.ndarray, " n"], Int64[np.ndarray, " documents"]]:  # fmt: skip
+    """The ids of documents one behind another, each with its end, and where each ends."""
+    ends = np.cumsum([len(ids) + 1 for ids in encoded], dtype=np.int64)
+    tokens = np.full(ends[-1], tokenizer.end_of_document, token_dtype(tokenizer))
+    for ids, end in zip(encoded, ends.tolist(), strict=True):
+        tokens[end - 1 - len(ids):end - 1] = ids
+    return tokens, ends
+
+
+def token_dtype(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
+    """The narrowest that holds all ids."""
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
 def _library(name: str, path: object) -> Any:

@@ -18,7 +18,7 @@ from gt_jax.evaluation.loading import data_config, text_note
 from gt_jax.text.batches import PackedRows, open_text
 from gt_jax.text.data import open_data
 from gt_jax.text.flags import NOTHING
-from gt_jax.text.token_folder import changed_content, read_folder
+from gt_jax.text.token_folder import changed_content, own_tokenizer, read_folder
 from gt_jax.text.token_writer import write_tokens
 
 ROW = 16
@@ -70,7 +70,7 @@ def assert_same_text(one, other) -> None:
 def test_a_folder_of_tokens_is_the_text_that_it_was_made_of(tmp_path, bpe, kind):
     tokenizer, paths = ("bytes" if kind == "bytes" else bpe), files(tmp_path)
     write_tokens(tmp_path / "tokens", paths, tokenizer)
-    own = read_folder(str(tmp_path / "tokens")).tokenizer
+    own = own_tokenizer([str(tmp_path / "tokens")])
     assert own == ("bytes" if kind == "bytes" else str(tmp_path / "tokens"))
     read = open_text(config(text=tuple(paths), tokenizer=tokenizer, tuning=0.1))
     mapped = open_text(config(text=(str(tmp_path / "tokens"),), tokenizer=own, tuning=0.1))

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from gt_jax.evaluation.model_files import load, save
     from gt_jax.growth.api import grow
     from gt_jax.growth.stream import grow_checkpoint
-    from gt_jax.models.language_model import forward, initialise
+    from gt_jax.models.forward import forward
+    from gt_jax.models.language_model import initialise
 
 __version__ = "0.2.0"
 __all__ = [
@@ -37,7 +38,7 @@ __all__ = [
 
 _ROOMS = {
     "ModelConfig": "configs.model", "preset": "configs.presets",
-    "initialise": "models.language_model", "forward": "models.language_model",
+    "initialise": "models.language_model", "forward": "models.forward",
     "load": "evaluation.model_files", "save": "evaluation.model_files",
     "measure": "evaluation.measurement", "sample": "evaluation.generation",
     "grow": "growth.api", "grow_checkpoint": "growth.stream",

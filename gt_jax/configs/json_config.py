@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import numbers
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,10 +25,24 @@ class Config:
         return []
 
     def __post_init__(self) -> None:
-        # first: every comparison with NaN is false, so that `problems` would find nothing wrong with it
-        wrong = [f"{field.name} is {value}; it must be finite" for field in dataclasses.fields(self)  # type: ignore[arg-type]
-                 if not _finite(value := getattr(self, field.name))]
+        # first: `problems` compares values of the right types, and every comparison with NaN is false
+        wrong = self._take_types()
+        wrong += [f"{field.name} is {value}; it must be finite" for field in dataclasses.fields(self)  # type: ignore[arg-type]
+                  if not _finite(value := getattr(self, field.name))]
         refuse_all(wrong or self.problems(), f"{type(self).__name__} is not valid:")
+
+    def _take_types(self) -> list[str]:
+        """Each field as its type has it, a list as a tuple, a dtype by its name: equal configs are equal, and hash."""
+        wrong = []
+        for name, hint in _hints(type(self)).items():
+            value = getattr(self, name)
+            try:
+                if isinstance(value, Mapping):
+                    raise TypeError("it is a mapping; `from_json` reads those")
+                object.__setattr__(self, name, _typed(hint, value))
+            except (TypeError, Refused) as error:
+                wrong.append(f"{name}: {error}")
+        return wrong
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back to an equal config."""
@@ -35,8 +51,8 @@ class Config:
     @classmethod
     def from_json(cls: type[C], data: Mapping[str, Any]) -> C:
         """Read `to_json`'s object; raises `Refused` that lists unknown fields and fields of the wrong type."""
-        hints = typing.get_type_hints(cls)
-        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        hints = _hints(cls)
+        names = list(hints)
         required = [
             f.name
             for f in dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -55,7 +71,10 @@ class Config:
         return cls(**values)
 
     def replace(self: C, **changes: Any) -> C:
-        """A copy with some fields changed, validated again."""
+        """A copy with some fields changed, validated again; raises `Refused` for a field that there is not."""
+        known = _hints(type(self))
+        refuse_all([f"unknown field {name!r}" for name in changes if name not in known],
+                   f"{type(self).__name__} cannot be changed so (fields are {', '.join(known)}):")  # fmt: skip
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
@@ -81,6 +100,15 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return result
 
 
+def _read_hints(of: Any) -> dict[str, Any]:
+    """The types of a config class's fields, in their order."""
+    hints = typing.get_type_hints(of)
+    return {field.name: hints[field.name] for field in dataclasses.fields(of)}
+
+
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(_read_hints)  # read once: a config is made often
+
+
 def _finite(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_finite, value))
@@ -94,22 +122,26 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """`value` from JSON as `hint` (a scalar type, Literal, tuple[float, ...], a config or config | None)."""
+    """`value` as `hint` (a scalar type, Literal, tuple[float, ...], a config or config | None), or as JSON has that."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in args:
         return None if value is None else _typed(next(a for a in args if a is not type(None)), value)
     if origin is Literal:
         if value in args:
-            return value
+            return args[args.index(value)]
         raise TypeError(f"{value!r} is not one of {', '.join(map(repr, args))}")
     if origin is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(_typed(args[0], item) for item in value)
         raise TypeError(f"{value!r} is not a list")
     if isinstance(hint, type) and issubclass(hint, Config):
+        if isinstance(value, hint):
+            return value
         if isinstance(value, Mapping):
             return hint.from_json(value)
         raise TypeError(f"{value!r} is not an object")
+    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):  # NumPy's
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise TypeError("it is a whole number beyond 64 bits")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -21,6 +21,8 @@ _OWN = {  # what each kind of step writes, in the order in which they can follow
     "converted": ("converted_from",), "retrofitted": ("retrofitted_from",), "grown": ("grown_from",),
     "calibrated": ("calibrated",), "train": ("run", "data", "files", "text", "price"),
 }  # fmt: skip
+KINDS = ("model", *_OWN)
+"""What a checkpoint may say that it is."""
 _SHARED = ("step", "tokenizer", TOKENIZER_FILE)
 
 

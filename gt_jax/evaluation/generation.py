@@ -8,6 +8,7 @@ it was trained: states start empty, the memory is handed on.
 
 from __future__ import annotations
 
+import numbers
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,11 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.models.given import HEADING, as_array, wrong_ids, wrong_variables
 from gt_jax.models.language_model import LanguageModel, apply_network, empty_cache
 from gt_jax.models.layers.memory_stream import no_memory
 from gt_jax.typing import Tree
@@ -53,22 +56,22 @@ def sample_token(
 def sample(
     config: ModelConfig,
     variables: Tree,
-    prompt: Int[np.ndarray, "b p"],
+    prompt: ArrayLike | Sequence[Any],
     length: int,
     *,
     temperature: float = 0.8,
     top_k: int | None = 40,
     top_p: float = 1.0,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | Int[np.ndarray, " b"] = 0,
     tokens: int | None = None,
     rules: Rules | None = None,
 ) -> Int[np.ndarray, "b n"]:
-    """`length` tokens after each row of `prompt`; only the first `tokens` ids of the vocabulary are drawn.
+    """`length` tokens after each row of `prompt` [b, p]; only the first `tokens` ids of the vocabulary are drawn.
 
     A `top_k` above `tokens` means all. `seed` is of the first row, the next one's is one more, or a seed a row: a row
-    is drawn alike whatever the others are. Raises `Refused` for an empty prompt, ids outside the vocabulary, a length
-    below 1, a temperature below 0, a top_k below 1, a top_p outside 0 … 1, a seed of more than 32 bits, and for logits
-    that are not finite.
+    is drawn alike whatever the others are. Raises `Refused` for variables of another config, a prompt that is empty or
+    no whole numbers [b, p], ids outside the vocabulary, a length below 1, a temperature below 0, a top_k below 1, a
+    top_p outside 0 … 1, a seed of more than 32 bits, and for logits that are not finite.
 
     >>> import gt_jax, numpy as np
     >>> config = gt_jax.preset("tiny").replace(layout="DG")
@@ -94,26 +97,28 @@ class Drawn(NamedTuple):
 def sample_timed(
     config: ModelConfig,
     variables: Tree,
-    prompt: Int[np.ndarray, "b p"],
+    prompt: ArrayLike | Sequence[Any],
     length: int,
     *,
     temperature: float = 0.8,
     top_k: int | None = 40,
     top_p: float = 1.0,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | Int[np.ndarray, " b"] = 0,
     tokens: int | None = None,
     rules: Rules | None = None,
 ) -> Drawn:
     """`sample`, with how long it took."""
     tokens = config.vocab if tokens is None else tokens
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed + row for row in range(len(prompt))]
-    wrong = [] if prompt.size else ["the prompt is empty; give at least one token"]
-    if prompt.size and not (prompt.min() >= 0 and prompt.max() < config.vocab):
-        wrong.append(f"the prompt has ids in {prompt.min()} … {prompt.max()}; the model's are 0 … {config.vocab - 1}")
-    wrong += [] if len(seeds) == len(prompt) else [f"there are {len(seeds)} seeds; the prompt has {len(prompt)} rows"]
+    prompt = as_array(prompt, "the prompt")
+    wrong = wrong_ids(prompt, "the prompt", 0, config.vocab)
+    rows = len(prompt) if prompt.ndim else 0
+    given = np.asarray(seed, np.int64)
+    seeds: list[int] = ((given + np.arange(rows)) if given.ndim == 0 else given).tolist()
+    wrong += [] if len(seeds) == rows else [f"there are {len(seeds)} seeds; the prompt has {rows} rows"]
     wrong += [f"seed is {one}; it must lie in 0 … {2**32 - 1}" for one in seeds if not 0 <= one < 2**32]  # 2**32 is 0
     wrong += [] if 1 <= tokens <= config.vocab else [f"tokens is {tokens}; it must lie in 1 … {config.vocab}"]
     refuse_all(wrong + wrong_settings(length, temperature, top_k, top_p), "cannot sample:")
+    refuse_all(wrong_variables(config, variables), HEADING)
     model = LanguageModel(config, rules or Rules())
 
     chunk = prompt.shape[1] + length if config.memory is None else config.memory.chunk
@@ -161,6 +166,8 @@ def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 def wrong_settings(length: int, temperature: float, top_k: int | None, top_p: float) -> list[str]:
     """What is wrong with the settings of `sample`, one line each."""
+    if not isinstance(length, numbers.Integral):
+        return [f"length is {length!r}; it must be a whole number"]
     wrong = [] if length >= 1 else [f"length is {length}; it must be at least 1"]
     wrong += [] if length < 2**31 else [f"length is {length}; it must be below 2**31"]  # positions are int32
     wrong += [] if temperature >= 0 else [f"temperature is {temperature}; it must be 0 or more"]

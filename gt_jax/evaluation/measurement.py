@@ -9,18 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.lineage import newest
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, refuse_all
 from gt_jax.evaluation.loading import load_for_text
 from gt_jax.evaluation.spread import weight_spread
 from gt_jax.growth.repetition import Repetition, from_json
+from gt_jax.models.given import HEADING, checked_batch, checked_tokens, wrong_variables
 from gt_jax.models.layers.pass_statistics import mean_over_tokens
 from gt_jax.training.step import Batch, make_evaluation
-from gt_jax.typing import Tokens, Tree
+from gt_jax.typing import Tree
 
 ALIVE_SHARE = 0.02
 
@@ -92,7 +94,7 @@ def pass_counts(
     meta = {
         **meta,
         "tokens": int(count),
-        "loss": loss / max(count, 1.0),
+        "loss": loss / count if count else None,  # rows of one token have no target
         "alpha": list(config.halting.alpha if copies is None else (1.0,)),
         "threshold": config.halting.threshold,
         "layout": config.layout,
@@ -105,12 +107,14 @@ def pass_counts(
 
 
 def measure(
-    config: ModelConfig, variables: Tree, batches: Sequence[Batch | Tokens], rules: Rules | None = None
-) -> Repetition:
+    config: ModelConfig, variables: Tree, batches: Sequence[Mapping[str, Any] | ArrayLike | Sequence[Any]],
+    rules: Rules | None = None,
+) -> Repetition:  # fmt: skip
     """How many passes every layer of an adaptive model runs on these batches.
 
     A batch is {"tokens", "targets", "segment_ids"}, each int32 [b, t], or the tokens alone: then a row is one document
-    and each token's target the next. Raises `Refused` for a model whose layers run once, gated copies among them.
+    and each token's target the next. Raises `Refused` for a model whose layers run once, gated copies among them, for
+    variables of another config, and for batches that are none, or have ids outside the vocabulary.
 
     >>> import gt_jax, jax.numpy as jnp
     >>> config = gt_jax.preset("tiny").replace(layout="DG")
@@ -122,14 +126,17 @@ def measure(
     if config.gated_copies is not None:
         raise Refused("counts are what a growth is planned by, and copies that keep their gates do not grow again; "
                       "`pass_counts` gives their figures")
-    evaluation = make_evaluation(config, rules or Rules())
-    return from_json(pass_counts(evaluation, variables, [_whole_batch(batch) for batch in batches], config))
+    refuse_all(wrong_variables(config, variables), HEADING)
+    whole = [_whole_batch(batch, config.vocab) for batch in batches]
+    if not whole:
+        raise Refused("there are no batches; measure needs one at least")
+    return from_json(pass_counts(make_evaluation(config, rules or Rules()), variables, whole, config))
 
 
-def _whole_batch(batch: Batch | Tokens) -> Batch:
+def _whole_batch(batch: Mapping[str, Any] | ArrayLike | Sequence[Any], vocab: int) -> Batch:
     if isinstance(batch, Mapping):
-        return batch
-    tokens = jnp.asarray(batch, jnp.int32)
+        return checked_batch(batch, vocab)
+    tokens, _ = checked_tokens(batch, vocab)
     ahead = jnp.concatenate([tokens[:, 1:], jnp.full_like(tokens[:, :1], -1)], axis=1)
     return {"tokens": tokens, "targets": ahead, "segment_ids": jnp.ones_like(tokens)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from gt_jax.configs.model import ModelConfig
+from gt_jax.errors import Refused
 from gt_jax.growth import transform
 from gt_jax.growth.kept_gates import keeping_gates
 from gt_jax.growth.plan import Plan, make_plan
@@ -31,7 +32,8 @@ def grow(
     `plan` is one of `growth.plan.PLANS` (with counts), `carry` one of "gain", "output" and "weights" (what is scaled).
     With `keep_gates` the copies keep their halting gates: alpha_j times each token's own s_j, not its mean. That needs
     a plan with every pass in order, such as "layer".
-    Runs under `jax.jit` too. Raises `Refused` for counts or a plan of another layout. Source: GROWTH 2 and 3.
+    Runs under `jax.jit` too. Raises `Refused` for counts of another layout or
+    other strengths, a plan of another layout, and what is neither. Source: GROWTH 2 and 3.
 
     >>> import gt_jax, jax.numpy as jnp
     >>> config = gt_jax.preset("tiny").replace(layout="DG")
@@ -42,7 +44,10 @@ def grow(
     True
     """
     if isinstance(counts, Repetition):
-        counts.refuse_another_layout(config.depth)
+        counts.unsaid(config.depth, None if config.adaptive is None else config.adaptive.alpha)
+    elif not isinstance(counts, Plan):
+        raise Refused(f"counts is a {type(counts).__name__}; what `gt_jax.measure` gives, or "
+                      "`gt_jax.growth.repetition.read` of its file, or a plan is needed")  # fmt: skip
     own = counts if isinstance(counts, Plan) else make_plan(plan, counts, config.depth)
     if keep_gates:
         own = keeping_gates(own, () if config.adaptive is None else config.adaptive.alpha)

@@ -18,7 +18,7 @@ from gt_jax.checkpoints.opened import Opened
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused
-from gt_jax.models.language_model import forward
+from gt_jax.models.forward import forward
 from gt_jax.text.round_trip import lost
 from gt_jax.text.tokenizers import chosen_tokenizer, open_tokenizer
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float
 
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, on_mesh, reshard, with_mesh_devices
+from gt_jax.errors import Refused
 from gt_jax.models.layers import attention, deltanet, early_exit, groundthink, gsa, resolvent, sliding
 from gt_jax.models.layers.adaptive_depth import PassControl, stream_mean
 from gt_jax.models.layers.block import Block, Common, Stream, layer_delta, observed, remat_policy, remats_blocks
@@ -259,34 +261,6 @@ def apply_network(
     return cast(ModelOutput, network.apply(variables, tokens, segment_ids, **given))
 
 
-def forward(
-    config: ModelConfig,
-    variables: Tree,
-    tokens: Tokens,
-    segment_ids: Tokens | None = None,
-    *,
-    control: PassControl | None = None,
-    cache: Tree = None,
-    memory: Memory | None = None,
-    mtp: bool = False,
-    rules: Rules | None = None,
-) -> ModelOutput:
-    """The model of `config` applied to tokens [b, t] with frozen variables.
-
-    The arguments are those of `LanguageModel`; `rules` say where arrays lie on the current mesh. The output has
-    `.logits` float32 [b, t, vocab], `.hidden` [b, t, d], `.statistics` with axes [layer, pass] and `.cache`.
-
-    >>> import gt_jax, jax.numpy as jnp
-    >>> config = gt_jax.preset("tiny").replace(layout="DG")
-    >>> variables = gt_jax.initialise(config, seed=0)
-    >>> output = gt_jax.forward(config, variables, jnp.zeros((1, 8), jnp.int32))
-    >>> output.logits.shape, output.statistics.survival.shape
-    ((1, 8, 264), (2, 4))
-    """
-    network = LanguageModel(config, rules or Rules())
-    return apply_network(network, variables, tokens, segment_ids, control=control, cache=cache, memory=memory, mtp=mtp)
-
-
 def free_passes() -> PassControl:
     """The halting heads decide."""
     return PassControl(jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32))
@@ -298,7 +272,7 @@ def fixed_passes(passes: int | list[int] | tuple[int, ...] | Array) -> PassContr
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int) -> Tree:
-    """The decode cache of a model before the first token: recurrent states, and room for `length` keys.
+    """The decode cache of a model before the first token: recurrent states, and room for the keys of `length` tokens.
 
     Leaves are stacked [blocks, …], in the adaptive form [blocks, passes, …]: each pass has a state of its own.
     """
@@ -354,12 +328,16 @@ def _traced_once(config: ModelConfig, rules: Rules) -> Callable[[Array], Tree]:
 def initialise(config: ModelConfig, seed: int, rules: Rules | None = None) -> Tree:
     """Fresh {"params", "statistics"} of a model, drawn from `seed`, laid out by `rules` on the current mesh.
 
+    Raises `Refused` for a seed that is no whole number of 32 bits: 2**32 would draw what 0 does.
+
     >>> import gt_jax, jax
     >>> variables = gt_jax.initialise(gt_jax.preset("tiny").replace(layout="DG"), seed=0)
     >>> sorted(variables), sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     (['params', 'statistics'], 457626)
     """
-    return jax.jit(_initialiser(config, rules or Rules()))(jax.random.key(seed))
+    if not (isinstance(seed, numbers.Integral) and 0 <= seed < 2**32):
+        raise Refused(f"seed is {seed!r}; it must be a whole number in 0 … {2**32 - 1}")
+    return jax.jit(_initialiser(config, rules or Rules()))(jax.random.key(int(seed)))
 
 
 def abstract(config: ModelConfig, rules: Rules | None = None) -> Tree:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
+from pallas_kernels.arguments import check_kinds
 from pallas_kernels.causal_attention import pallas_tpu, reference, xla
 from pallas_kernels.platform import target_device
 from pallas_kernels.positions import Positions
@@ -72,6 +73,10 @@ def _problems(
             problems.append(f"implementation {name!r} needs a {needed.upper()}, this is for {found}")
     if window is not None and window < 1:
         problems.append(f"window {window} must be at least 1")
+    kinds = check_kinds({"q": q, "k": k, "v": v}, {f"positions.{name}": x for name, x in positions._asdict().items()})
+    problems += kinds.problems
+    if not kinds.arrays:
+        return problems
     if any(x.ndim != 4 for x in (q, k, v)):
         return [*problems, f"q must be [b, t, h, k], k and v [b, s, n, k], got {q.shape}, {k.shape}, {v.shape}"]
     (b, t, heads, width), (s, kv_heads) = q.shape, k.shape[1:3]

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import check_kinds
 from pallas_kernels.gated_delta_rule import pallas_gpu, pallas_tpu, reference, xla
 from pallas_kernels.gated_delta_rule.reference import gated_delta_rule_step as _step
 from pallas_kernels.gated_delta_rule.tpu import decode
@@ -165,8 +166,13 @@ def check_arguments(
         problems.append(f"implementation {implementation!r} is not available, there are {', '.join(IMPLEMENTATIONS)}")
     elif implementation is not None:
         problems += _platform_problems(implementation)
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+    if not isinstance(chunk_size, int) or chunk_size < 1 or chunk_size & (chunk_size - 1):
         problems.append(f"chunk_size {chunk_size} must be a power of two")
+    kinds = check_kinds({"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state},
+                        {"segment_ids": segment_ids})  # fmt: skip
+    problems += kinds.problems
+    if not kinds.arrays:
+        _raise(problems)
     if q.ndim != 4 or v.ndim != 4:
         problems.append(f"q must be [b, t, h, k] and v [b, t, hv, v], got {q.shape} and {v.shape}")
     else:

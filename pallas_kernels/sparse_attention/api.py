@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from pallas_kernels.arguments import check_kinds
 from pallas_kernels.platform import target_device
 from pallas_kernels.positions import Positions
 from pallas_kernels.sparse_attention import pallas_tpu, reference, xla
@@ -91,6 +92,10 @@ def check_arguments(
         problems.append(f"k_min {k_min} must be at least 0 and at most k_max, {k_max}")
     if sinks < 0:
         problems.append(f"sinks {sinks} must be at least 0")
+    kinds = check_kinds({"q": q, "k": k, "v": v, **_named("indexer", indexer)}, _named("positions", positions))
+    problems += kinds.problems
+    if not kinds.arrays:
+        _raise(problems)
     shapes = {"q": q.shape, "k": k.shape, "v": v.shape, "indexer.query": indexer.query.shape}
     if any(len(shape) != 4 for shape in shapes.values()):
         problems.append("q must be [b, t, h, k], k [b, s, h, k], v [b, s, h, v], indexer.query [b, t, n, i], got "
@@ -100,8 +105,16 @@ def check_arguments(
         problems += of_shapes
         if not of_shapes and implementation in ("pallas_tpu", "pallas_tpu_interpreted"):
             problems += pallas_tpu.unsupported(q, k, v, indexer)
+    _raise(problems)
+
+
+def _raise(problems: list[str]) -> None:
     if problems:
         raise ValueError("sparse_attention:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _named(name: str, arrays: Indexer | Positions) -> dict[str, Any]:
+    return {f"{name}.{field}": array for field, array in arrays._asdict().items()}
 
 
 def _shape_problems(q: Array, k: Array, v: Array, indexer: Indexer, positions: Positions) -> list[str]:

@@ -1,9 +1,11 @@
 """Which implementation of the gated delta rule is chosen on a GPU, and what is said where its kernels cannot run."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import ptxas
+from pallas_kernels.arguments import check_kinds
 from pallas_kernels.gated_delta_rule import api, pallas_gpu
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 
@@ -94,3 +96,12 @@ def test_what_the_kernels_do_not_do_is_said(on_card, caplog):
     needs = r"across needs \d+,\d+ bytes of shared memory for k padded to 256 and v to 128 in float32, a block has"
     with pytest.raises(ValueError, match=f"{needs} 232,448: narrower heads, or bfloat16, would fit"):
         gated_delta_rule(*tokens(key_width=256, dtype=jnp.float32), implementation="pallas_gpu")
+
+
+def test_kinds_of_arguments_are_said_before_shapes():
+    kinds = check_kinds({"q": [[1.0]], "v": np.ones((1, 2), np.int32), "g": np.ones((0, 2)), "state": None},
+                        {"segment_ids": np.ones((1, 2))})  # fmt: skip
+    assert not kinds.arrays and kinds.problems == [
+        "q must be an array, got list", "v must be float32 or bfloat16, got int32",
+        "g must have at least one element an axis, got (0, 2)", "segment_ids must be int32, got float64",
+    ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -33,3 +34,9 @@ def check_kinds(floating: Mapping[str, Any], whole: Mapping[str, Any]) -> Kinds:
             elif 0 in array.shape:
                 problems.append(f"{name} must have at least one element an axis, got {array.shape}")
     return Kinds(problems, arrays)
+
+
+def whole_problems(counts: Mapping[str, Any]) -> list[str]:
+    """A line for each number that is no whole one: 2.5 keys are none."""
+    return [f"{name} {value} must be a whole number" for name, value in counts.items()
+            if not isinstance(value, numbers.Integral)]  # fmt: skip

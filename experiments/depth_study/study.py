@@ -17,7 +17,8 @@ SHALLOW, ADAPTIVE, MEAN, MOST = "plain, shallow", "adaptive", "plain, mean depth
 MODELS = (SHALLOW, ADAPTIVE, MEAN, MOST)
 
 CHAINS = Setting(task="variable_chains:hardest=4,chains=4,letters=20,order=backward", steps=1400, pass_price=0.1,
-                 weights="hard", opened=0.85, halting_scale=2.0, adaptive_rates=(2e-3, 3e-3), adaptive_tuned_at=2)  # fmt: skip
+                 weights="hard", opened=0.85, halting_scale=2.0,
+                 adaptive_rates=(2e-3, 3e-3), adaptive_tuned_at=2)  # fmt: skip
 JUMPS = Setting(task="pointer_jumps:hardest=4,symbols=8,queries=4", steps=1200)
 WIDER = {"layout": "DDDG", "width": 256, "rows": 256, "held_out_batches": 8}
 SCALES: dict[str, tuple[Setting, ...]] = {

@@ -24,7 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     f"{SOFT}, price 0.03": {"weights": "soft", "pass_price": 0.03},
     f"{HARD}, price 0.03": {"weights": "hard", "pass_price": 0.03},
 }
-_LONG = CHAINS.replace(steps=2440, curriculum=0.45, opened=0.525, halting_scale=2.0)
+_LONG = CHAINS.replace(steps=2440, curriculum=0.45, opened=0.525, weights="soft")  # variants have their own
 SCALES = {"minutes": _LONG.replace(steps=60, width=16, rows=8, held_out_batches=2), "small": _LONG}
 
 

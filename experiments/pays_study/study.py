@@ -20,9 +20,7 @@ SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "c
 SHALLOW = "shallow, from scratch"
 
 JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=1200)
-CHAINS = TaskSetting(name="variable_chains", budget=1800,
-                     of=CHAINS_OF.replace(adaptive_rates=(), adaptive_tuned_at=1, halting_scale=2.0, weights="hard",
-                                          opened=0.85),
+CHAINS = TaskSetting(name="variable_chains", budget=1800, of=CHAINS_OF.replace(adaptive_rates=(), adaptive_tuned_at=1),
                      points=(0.75,), rates=(2e-3, 3e-3), tuned_at=2, curricula=(0.6,))  # fmt: skip
 DEEPER = TaskSetting(
     name="deeper_jumps", of=JUMPS_OF.replace(task="pointer_jumps:hardest=4,symbols=10,queries=4"),

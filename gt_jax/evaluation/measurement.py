@@ -82,7 +82,9 @@ def pass_counts(
     """
     copies = config.gated_copies
     if config.halting is None:
-        raise Refused("measure needs an adaptive model; this one runs every layer once")
+        runs = "this one runs every layer once" if config.exit is None else (
+            "tokens of this one leave the stack early, of which `evaluate` and training say how many layers they use")
+        raise Refused(f"measure needs an adaptive model; {runs}")
     found, real, loss, count = [], [], 0.0, 0.0
     for batch in batches:
         ce, tokens, statistics = jax.device_get(evaluation(variables, batch))

@@ -83,6 +83,9 @@ def grow_checkpoint(source: StrPath, target: StrPath, *, plan: Plan, carry: str 
     >>> report["tensors"] == len(report["dropped"]) == 0, len(gt_jax.load(report["target"]).config.depth) >= 2
     (False, True)
     """
+    if not isinstance(plan, Plan):
+        raise Refused(f"plan is {plan!r}; a `Plan` is needed, as `gt_jax.grow(…).plan` and `gt_jax.growth.plan` make")
+
     def grown(where: Path, opened: Opened) -> Target:
         return _grown(where, opened, plan, Settings(carry, float(noise_std), seed), _known(dtype), counts, moments)
 

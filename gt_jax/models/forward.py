@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.errors import refuse_all
-from gt_jax.models.given import HEADING, checked_tokens, wrong_cache, wrong_variables
+from gt_jax.models.given import HEADING, checked_tokens, wrong_cache, wrong_passes, wrong_variables
 from gt_jax.models.language_model import LanguageModel, ModelOutput, apply_network
 from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.models.layers.memory_stream import Memory
@@ -37,7 +37,7 @@ def forward(
     the vocabulary nor a cache that is full.
 
     Raises `Refused` for variables of another config, tokens and segments that are no whole numbers [b, t] of the
-    vocabulary, and a cache that has no room for them.
+    vocabulary, passes that the model's layers do not run, and a cache that has no room.
 
     >>> import gt_jax, jax.numpy as jnp
     >>> config = gt_jax.preset("tiny").replace(layout="DG")
@@ -48,6 +48,8 @@ def forward(
     """
     refuse_all(wrong_variables(config, variables), HEADING)
     ids, segments = checked_tokens(tokens, config.vocab, segment_ids)
+    if control is not None:
+        refuse_all(wrong_passes(config, control), HEADING)
     if cache is not None:
         refuse_all(wrong_cache(config, cache, *ids.shape), HEADING)
     network = LanguageModel(config, rules or Rules())

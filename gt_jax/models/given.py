@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from gt_jax.configs.model import ModelConfig
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.models.language_model import abstract, empty_cache
+from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.typing import Tokens, Tree
 
 HEADING = "the model cannot run:"
@@ -116,6 +117,17 @@ def wrong_cache(config: ModelConfig, cache: Tree, rows: int, tokens: int) -> lis
     if full + tokens <= room:
         return []
     return [f"the cache has room for {room} tokens, {full} are in it, and these are {tokens} more; make it longer"]
+
+
+def wrong_passes(config: ModelConfig, control: PassControl) -> list[str]:
+    """Why the passes that are fixed are none of this model: of too many layers, or more than a layer runs."""
+    forced, layers = control.forced, len(config.depth)
+    if forced.ndim and forced.shape != (layers,):
+        return [f"passes are of shape {forced.shape}; one number is needed, or {layers}, one a layer"]
+    most = 1 if config.adaptive is None else config.adaptive.max_passes
+    if not _is_here(forced) or np.max(np.asarray(forced)) <= most:
+        return []
+    return [f"passes are {np.asarray(forced).tolist()}; a layer of this model runs {most} times at most"]
 
 
 def _rooms(config: ModelConfig) -> list[str]:

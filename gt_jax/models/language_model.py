@@ -18,6 +18,7 @@ from typing import NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from gt_jax.configs.model import ModelConfig
@@ -267,8 +268,15 @@ def free_passes() -> PassControl:
 
 
 def fixed_passes(passes: int | list[int] | tuple[int, ...] | Array) -> PassControl:
-    """Exactly so many passes a layer (one number, or one a layer), each at full strength alpha_k."""
-    return PassControl(jnp.asarray(passes, jnp.int32), jnp.ones((), jnp.float32))
+    """Exactly so many passes a layer (one number, or one a layer), each at full strength alpha_k.
+
+    0 leaves a layer to its halting head. Raises `Refused` for what is no whole number of 0 or more.
+    """
+    given = passes if isinstance(passes, Array) else np.asarray(passes)
+    traced = isinstance(given, jax.core.Tracer)
+    if not jnp.issubdtype(given.dtype, jnp.integer) or (not traced and np.any(np.asarray(given) < 0)):
+        raise Refused(f"passes are {passes}; whole numbers of 0 or more are needed, one or one a layer")
+    return PassControl(jnp.asarray(given, jnp.int32), jnp.ones((), jnp.float32))
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int) -> Tree:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.arguments import check_kinds
+from pallas_kernels.arguments import check_kinds, whole_problems
 from pallas_kernels.causal_attention import pallas_tpu, reference, xla
 from pallas_kernels.platform import target_device
 from pallas_kernels.positions import Positions
@@ -71,8 +71,11 @@ def _problems(
     for name, needed in (("pallas_tpu", "tpu"), ("cudnn", "gpu")):
         if asked == name and (found := target_device()[0]) != needed:
             problems.append(f"implementation {name!r} needs a {needed.upper()}, this is for {found}")
+    problems += whole_problems({} if window is None else {"window": window})
     if window is not None and window < 1:
         problems.append(f"window {window} must be at least 1")
+    if not isinstance(positions, Positions):
+        return [*problems, f"positions must be a Positions, got {type(positions).__name__}"]
     kinds = check_kinds({"q": q, "k": k, "v": v}, {f"positions.{name}": x for name, x in positions._asdict().items()})
     problems += kinds.problems
     if not kinds.arrays:

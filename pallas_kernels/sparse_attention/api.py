@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.arguments import check_kinds
+from pallas_kernels.arguments import check_kinds, whole_problems
 from pallas_kernels.platform import target_device
 from pallas_kernels.positions import Positions
 from pallas_kernels.sparse_attention import pallas_tpu, reference, xla
@@ -51,7 +51,7 @@ def sparse_attention(
     `TILED_FROM` squared, in tiles with memory O(t): when compiling for a TPU the Pallas kernels, if they take these
     arguments, and "xla" otherwise; below, "reference", dense. Raises ValueError listing what does not fit.
     """
-    check_arguments(q, k, v, indexer, positions, k_min, k_max, sinks, implementation)
+    check_arguments(q, k, v, indexer, positions, k_min, k_max, sinks, implementation, k_base=k_base, variance=variance)
     if implementation is None:
         implementation = _best(q, k, v, indexer)
     options: dict[str, Any] = {
@@ -78,6 +78,9 @@ def check_arguments(
     k_max: int,
     sinks: int = 0,
     implementation: str | None = None,
+    *,
+    k_base: int | None = None,
+    variance: str = "visible",
 ) -> None:
     """Raise one ValueError that lists every argument of `sparse_attention` that does not fit."""
     problems = []
@@ -88,6 +91,12 @@ def check_arguments(
             f"implementation 'pallas_tpu' needs a TPU, this is for {target_device()[0]}; 'pallas_tpu_interpreted' runs "
             "its kernels anywhere, slowly"
         )
+    counts = {"k_min": k_min, "k_max": k_max, "sinks": sinks, "k_base": k_min if k_base is None else k_base}
+    problems += whole_problems(counts)
+    if variance not in get_args(Variance):
+        problems.append(f"variance {variance!r} is not one of {', '.join(get_args(Variance))}")
+    if k_base is not None and k_base < 1:
+        problems.append(f"k_base {k_base} must be at least 1")
     if not 0 <= k_min <= k_max:
         problems.append(f"k_min {k_min} must be at least 0 and at most k_max, {k_max}")
     if sinks < 0:

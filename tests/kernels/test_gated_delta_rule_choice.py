@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import ptxas
-from pallas_kernels.arguments import check_kinds
+from pallas_kernels.arguments import check_kinds, whole_problems
 from pallas_kernels.gated_delta_rule import api, pallas_gpu
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 
@@ -105,3 +105,4 @@ def test_kinds_of_arguments_are_said_before_shapes():
         "q must be an array, got list", "v must be float32 or bfloat16, got int32",
         "g must have at least one element an axis, got (0, 2)", "segment_ids must be int32, got float64",
     ]  # fmt: skip
+    assert whole_problems({"window": 2.5, "k_max": 4}) == ["window 2.5 must be a whole number"]

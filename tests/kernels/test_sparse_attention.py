@@ -282,10 +282,12 @@ def test_every_argument_that_does_not_fit_is_named():
     indexer = Indexer(*x[3:5], x[5][:, 1:], x[6], x[7][:3], jnp.zeros(()))
     wrong = positions._replace(key=positions.key[:, 1:])
     with pytest.raises(ValueError) as error:
-        sparse_attention(*x[:3], indexer, wrong, k_base=6, k_min=7, k_max=3, sinks=-1, implementation="fast")
+        sparse_attention(*x[:3], indexer, wrong, k_base=0, k_min=7, k_max=3, sinks=-1, implementation="fast",
+                         variance="both")  # fmt: skip
     for part in (
         "implementation 'fast' is not one of reference, xla", "indexer.weight must be [b, t, n] = (1, 16, 2)",
         "indexer.importance must be [h] = (4,)", "positions.key must be [b, s] = (1, 16)", "k_min 7", "sinks -1",
+        "k_base 0 must be at least 1", "variance 'both' is not one of visible, row",
     ):  # fmt: skip
         assert part in str(error.value)
     with pytest.raises(ValueError, match="3 heads are no multiple of 2 indexer heads"):

@@ -11,7 +11,7 @@ import gt_jax
 from gt_jax.configs.model import AttentionConfig
 from gt_jax.errors import Refused
 from gt_jax.growth import repetition
-from gt_jax.models.language_model import empty_cache
+from gt_jax.models.language_model import empty_cache, fixed_passes
 
 CONFIG = gt_jax.preset("one_layer").replace(width=16, mlp_width=16)
 TOKENS = np.arange(32).reshape(2, 16)
@@ -83,6 +83,15 @@ def test_the_checks_are_no_hindrance_to_traced_calls(variables):
     rows = jax.jit(jax.vmap(lambda row: loss(variables, row[None])))(TOKENS)
     np.testing.assert_allclose(value, jnp.mean(rows), rtol=1e-5)
     assert jax.tree.structure(slope) == jax.tree.structure(variables)
+
+
+def test_passes_that_no_layer_runs_are_refused(variables):
+    for passes, words in (
+        (-1, "passes are -1; whole numbers of 0 or more"), ([1, 2, 3], r"shape \(3,\)"),
+        (5, "passes are 5; a layer of this model runs 4 times at most"),
+    ):
+        with pytest.raises(Refused, match=words):
+            gt_jax.forward(CONFIG, variables, TOKENS, control=fixed_passes(passes))
 
 
 def test_a_cache_without_room_is_refused():

@@ -72,7 +72,7 @@ class Setting(Config):
         each = self.width // 4
         base = one_layer()
         assert base.adaptive is not None and base.deltanet is not None
-        gates = base.adaptive.hard if self.weights == "hard" else base.adaptive
+        gates = base.adaptive.hard if self.weights == "hard" else base.adaptive.soft
         attention = GSAConfig(heads=4, head_width=each, indexer_heads=2, indexer_width=8, k_base=self.length,
                               k_min=self.length, k_max=self.length)  # fmt: skip
         return base.replace(

@@ -41,7 +41,7 @@ def tiny() -> ModelConfig:
 def one_layer() -> ModelConfig:
     """One D layer of width 64 that may run four times at full strength: it learns tasks of up to four look-ups.
 
-    Embeddings have unit size, its gates see the state and start open (docs/depth.md).
+    Embeddings have unit size, its gates see the state and start open, passes count whole or not at all (docs/depth.md).
     """
     return ModelConfig(
         layout="D",
@@ -51,7 +51,7 @@ def one_layer() -> ModelConfig:
         mlp_width=128,
         deltanet=DeltaNetConfig(heads=1, value_heads=1, key_width=64, value_width=64, chunk_size=32),
         embedding=EmbeddingConfig(normed=True),
-        adaptive=AdaptiveConfig(alpha=(1.0, 1.0, 1.0, 1.0), initial_bias=2.0).seeing_state,
+        adaptive=AdaptiveConfig(alpha=(1.0, 1.0, 1.0, 1.0), initial_bias=2.0).seeing_state.hard,
         remat="none",
     )
 

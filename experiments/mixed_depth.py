@@ -13,6 +13,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import statistics
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -48,7 +50,7 @@ def configured(arguments: argparse.Namespace) -> tuple[MixedStudy, str]:
 
 
 def all_rows(study: MixedStudy, workers: Workers) -> list[dict[str, Any]]:
-    """The rows of every model at every seed, at the rate that is best at the first.
+    """The rows of every model at every seed, at the rate that is best at the first few.
 
     The layer that is run once for as many FLOPs has the steps that cost what the adaptive one's cost at the first seed.
     """
@@ -59,12 +61,17 @@ def all_rows(study: MixedStudy, workers: Workers) -> list[dict[str, Any]]:
         return list(workers.all({one.name: one for one in wanted}).values())
 
     first, steps = study.seeds[0], study.of.steps
-    tried = made([Wanted(study, model, first, rate, steps) for model in study.layers for rate in study.rates])
-    best = {model: min((row for row in tried if row["model"] == model), key=lambda row: row["tuning_nats"])
-            for model in study.layers}  # fmt: skip
-    once = Wanted(study, LONGER, first, best[ONCE]["rate"], 1)
-    longer = max(2, round(best[ADAPTIVE]["flops"] / step_flops(once, [1.0])))
-    wanted = [Wanted(study, model, seed, row["rate"], steps) for model, row in best.items() for seed in study.seeds]
+    tried = made([Wanted(study, model, seed, rate, steps) for model in study.layers for rate in study.rates
+                  for seed in study.seeds[: study.tuned_at]])  # fmt: skip
+
+    def loss(model: str, rate: float) -> float:
+        return statistics.fmean(row["tuning_nats"] for row in tried if (row["model"], row["rate"]) == (model, rate))
+
+    best = {model: min(study.rates, key=functools.partial(loss, model)) for model in study.layers}
+    spent = next(row["flops"] for row in tried if (row["model"], row["rate"]) == (ADAPTIVE, best[ADAPTIVE]))
+    once = Wanted(study, LONGER, first, best[ONCE], 1)
+    longer = max(2, round(spent / step_flops(once, [1.0])))
+    wanted = [Wanted(study, model, seed, rate, steps) for model, rate in best.items() for seed in study.seeds]
     return made([*wanted, *(once._replace(seed=seed, steps=longer) for seed in study.seeds)])
 
 

@@ -72,8 +72,8 @@ def markdown(stored: Mapping[str, Any]) -> str:
         f"{100 * study.share:g} % of the rows are text ({text}), the others `{of.task}`: {of.rows} rows of {of.length} "
         f"bytes a step. Passes are forced for {100 * of.opened:g} % of the steps, from 1 to {of.passes} while the "
         f"difficulty rises; then gates decide at {of.pass_price:g} nats a pass, with hard weights. Each model has the "
-        f"better of the rates {', '.join(f'{rate:g}' for rate in study.rates)} by its loss on the tuning part of the "
-        f"mix at the first seed; `{LONGER}` has that of `{ONCE}`. {seeds} seed{'s' * (seeds != 1)}, "
+        f"best of the rates {', '.join(f'{rate:g}' for rate in study.rates)} by its mean loss on the tuning part over "
+        f"the first {study.tuned_at} seeds; `{LONGER}` has that of `{ONCE}`. {seeds} seed{'s' * (seeds != 1)}, "
         f"{stored['seconds'] / 60:.0f} minutes on {stored['machine']['cores']} cores; means over seeds of held-out "
         "figures, in brackets the 95 % interval by Student's t.", "",
         *markdown_table(models, head), "",

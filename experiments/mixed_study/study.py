@@ -26,9 +26,9 @@ _MIXED = JUMPS.replace(weights="hard", steps=1800, held_out_batches=64)
 class MixedStudy(Config):
     """`share` of the rows are `text`, files, none for the Python library's sources; the others `of.task`.
 
-    Plain models have 1 and each of `depths` layers. Each model is trained at each of `rates` with the first seed; the
-    best on the tuning part goes on with the others. `shown` rows of held-out text, and half as many of
-    the task, are kept with their passes.
+    Plain models have 1 and each of `depths` layers. Each model is trained at each of `rates` with the first `tuned_at`
+    seeds; that of the least mean loss on the tuning part goes on with the others. `shown` rows of held-out text,
+    and half as many of the task, are kept with their passes.
     """
 
     of: Setting = _MIXED
@@ -36,6 +36,7 @@ class MixedStudy(Config):
     depths: tuple[int, ...] = (2, 4)
     rates: tuple[float, ...] = (2e-3, 4e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
+    tuned_at: int = 2
     shown: int = 6
     text: tuple[str, ...] = ()
 

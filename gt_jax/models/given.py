@@ -16,12 +16,14 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from gt_jax.configs.model import ModelConfig
+from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.models.language_model import abstract, empty_cache
 from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.typing import Tokens, Tree
 
 HEADING = "the model cannot run:"
+_WHOLE = Rules(batch=None, embed=None, heads=None, mlp=None, vocab=None, experts=None)  # shapes alone are asked for
 _SHOWN = 20  # tensors that do not fit: beyond them it is another model
 
 
@@ -167,7 +169,7 @@ def _held(given: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    return {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _leaves(abstract(config))}
+    return {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _leaves(abstract(config, _WHOLE))}
 
 
 def _leaves(tree: Tree) -> list[tuple[str, Any]]:

@@ -49,7 +49,7 @@ def test_everyone_sees_the_same_rows_and_the_longer_one_costs_as_much():
 
     rows = mixed_depth.all_rows(study, Workers())
     tried, then = seen
-    assert len(tried) == 2 * len(study.layers) and len(rows) == len(then)
+    assert len(tried) == 2 * 2 * len(study.layers) and len(rows) == len(then)
     assert {one.rate for one in then.values()} == {2e-3}
     longer = [one for one in then.values() if one.model == LONGER]
     assert [one.steps for one in longer] == [round(3.5 * study.of.steps)] * 2

@@ -4,7 +4,7 @@
     python -m experiments.mixed_depth --render               # page and picture anew from OUTPUT/mixed_depth.json
 
 - One layer that may run four times, the same layer run once (for as many steps, and for as many FLOPs), and plain
-  models of more layers; half of the rows are text, half pointer jumps (mixed_study/study.py).
+  models of more layers; a third of the rows are text, the others pointer jumps (mixed_study/study.py).
 - Asked of each: the loss of held-out text, right answers by look-ups; of the adaptive one the passes of text, of what
   asks nothing and of answers, and the loss of text with 1, 2, … passes forced.
 - Interrupted, the same command goes on. Writes mixed_depth.json, .md and .png to --output.

@@ -69,11 +69,10 @@ def markdown(stored: Mapping[str, Any]) -> str:
               for k in mine["text_nats_forced"]]  # fmt: skip
     return "\n".join([
         "# Where does one model spend its passes?", "", f"`{stored['command']}`", "",
-        f"{100 * study.share:g} % of the rows are text ({text}), the others `{of.task}`: {of.rows} rows of {of.length} "
-        f"bytes a step. Passes are forced for {100 * of.opened:g} % of the steps, from 1 to {of.passes} while the "
-        f"difficulty rises; then gates decide at {of.pass_price:g} nats a pass, with hard weights. Each model has the "
-        f"best of the rates {', '.join(f'{rate:g}' for rate in study.rates)} by its mean loss on the tuning part over "
-        f"the first {study.tuned_at} seeds; `{LONGER}` has that of `{ONCE}`. {seeds} seed{'s' * (seeds != 1)}, "
+        f"{100 * study.share:.0f} % of the rows are text ({text}), the others `{of.task}`: {of.steps} steps of "
+        f"{of.rows} rows of {of.length} bytes. Passes are forced for {100 * of.opened:g} % of the steps, from 1 to "
+        f"{of.passes} while the difficulty rises; then gates decide at {of.pass_price:g} nats a pass, with "
+        f"hard weights. {_rates(study)} {seeds} seed{'s' * (seeds != 1)}, "
         f"{stored['seconds'] / 60:.0f} minutes on {stored['machine']['cores']} cores; means over seeds of held-out "
         "figures, in brackets the 95 % interval by Student's t.", "",
         *markdown_table(models, head), "",
@@ -85,6 +84,13 @@ def markdown(stored: Mapping[str, Any]) -> str:
         *markdown_table(forced, ["passes", "text, nats a byte", "more than as it chooses"]), "",
         f"![Held-out text, and instances of the task, each byte in the colour of its passes]({NAME}.png)",
     ]) + "\n"  # fmt: skip
+
+
+def _rates(study: MixedStudy) -> str:
+    if len(study.rates) == 1:
+        return f"The rate is {study.rates[0]:g} for all, not tuned."
+    return (f"Each model has the best of the rates {', '.join(f'{rate:g}' for rate in study.rates)} by its mean loss "
+            f"on the tuning part over the first {study.tuned_at} seeds; `{LONGER}` has that of `{ONCE}`.")
 
 
 def draw(stored: Mapping[str, Any], path: Path) -> None:

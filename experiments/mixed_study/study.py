@@ -1,7 +1,7 @@
 """The study of a mix of text and look-ups as one frozen config, and its models.
 
-Half of the rows are text, half are instances of a task whose answers take 1, 2, … look-ups. Nothing tells a model what
-is what. Every model sees the same rows; one of a single layer, run once, is also trained for as many FLOPs as the
+Some of the rows are text, the others instances of a task whose answers take 1, 2, … look-ups. Nothing tells a model
+what is what. Every model sees the same rows; one of a single layer, run once, is also trained for as many FLOPs as the
 adaptive one took.
 """
 
@@ -19,7 +19,7 @@ from gt_jax.configs.run import TrainConfig
 from gt_jax.errors import Refused
 
 ONCE, ADAPTIVE, LONGER = "one layer, once", "one layer, adaptive", "one layer, once, as many FLOPs"
-_MIXED = JUMPS.replace(weights="hard", steps=1800, held_out_batches=64)
+_MIXED = JUMPS.replace(weights="hard", steps=2400, held_out_batches=64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,9 @@ class MixedStudy(Config):
     """
 
     of: Setting = _MIXED
-    share: float = 0.5
-    depths: tuple[int, ...] = (2, 4)
-    rates: tuple[float, ...] = (2e-3, 4e-3)
+    share: float = 1 / 3
+    depths: tuple[int, ...] = (4,)
+    rates: tuple[float, ...] = (2e-3,)
     seeds: tuple[int, ...] = (0, 1, 2)
     tuned_at: int = 2
     shown: int = 6
@@ -93,8 +93,7 @@ class Wanted(NamedTuple):
 
 
 SCALES = {
-    "minutes": MixedStudy(of=_MIXED.replace(steps=60, width=16, rows=8, held_out_batches=4), depths=(2,),
-                          rates=(2e-3,)),
+    "minutes": MixedStudy(of=_MIXED.replace(steps=60, width=16, rows=9, held_out_batches=4), depths=(2,)),
     "small": MixedStudy(),
 }
 

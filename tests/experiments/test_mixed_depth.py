@@ -39,7 +39,7 @@ def test_the_page_says_what_was_found(tmp_path):
 
 def test_everyone_sees_the_same_rows_and_the_longer_one_costs_as_much():
     """Units are made by their names: the best rate at the first seed goes on, and FLOPs decide how long is longer."""
-    study, seen = SCALES["small"].replace(seeds=(0, 1)), []
+    study, seen = SCALES["small"].replace(seeds=(0, 1), rates=(2e-3, 4e-3), depths=(2, 4)), []
 
     class Workers:
         def all(self, wanted):
@@ -68,7 +68,7 @@ def test_letters_are_counted_within_their_word():
 @pytest.mark.exhaustive
 def test_a_unit_asks_text_and_answers():
     study = SCALES["minutes"]
-    study = study.replace(of=study.of.replace(steps=6, width=8, rows=2, passes=2, held_out_batches=2))
+    study = study.replace(of=study.of.replace(steps=6, width=8, rows=2, passes=2, held_out_batches=2), share=0.5)
     one, again = (make(Wanted(study, ADAPTIVE, 0, 2e-3, 6)) for _ in range(2))
     for found in (one, again):
         found.pop("seconds"), found.pop("line")

@@ -162,7 +162,8 @@ def numbers(match):
 
 @pytest.mark.parametrize(("page", "start", "end", "reports"), [
     ("docs/studies.md", "## Is depth used?", "## What do gates give", "depth_tasks"),
-    ("docs/studies.md", "## What do gates give", "## Which way of growing", "text_gates"),
+    ("docs/studies.md", "## What do gates give", "## Where does one model", "text_gates"),
+    ("docs/studies.md", "## Where does one model", "## Which way of growing", "mixed_depth"),
     ("docs/studies.md", "## Which way of growing", "## Does leaving", "growth_operators"),
     ("docs/studies.md", "## Does leaving", "## Does growth pay?", "early_exit"),
     ("docs/studies.md", "## Does growth pay?", "## What is lost when", "growth_pays, kept_gates_on_text"),
@@ -170,7 +171,7 @@ def numbers(match):
     ("docs/depth.md", "Not shown:", "## What makes depth used", "growth_operators"),
     ("docs/growing.md", "### The identity of growth", "## The commands", "growth_operators"),
     ("docs/growing.md", "### calibrate", "### Lineage", "growth_operators"),
-    ("README.md", "Not shown yet", "## Licence", "growth_operators, growth_pays"),
+    ("README.md", "Not shown yet", "## Licence", "growth_operators, growth_pays, mixed_depth"),
 ])  # fmt: skip
 def test_every_interval_of_a_study_in_the_docs_stands_in_its_report(page, start, end, reports):
     """To the digits that the page gives; a page may turn a comparison round."""

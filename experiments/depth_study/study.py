@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from experiments import contract
 from experiments.depth_study.setting import Setting
+from experiments.seeds_and_rates import wrong_rates, wrong_seeds
 from gt_jax.configs.json_config import Config
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.price import PriceConfig
@@ -47,10 +48,8 @@ class Study(Config):
         wrong = []
         if not self.settings:
             wrong.append("settings is empty; a study needs at least one task")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
-        if not self.rates or min(self.rates) <= 0:
-            wrong.append(f"rates are {list(self.rates)}; one or more positive learning rates are needed")
+        wrong += wrong_seeds(self.seeds)
+        wrong += wrong_rates(self.rates)
         return wrong
 
     def rates_of(self, setting: Setting, model: str) -> tuple[float, ...]:

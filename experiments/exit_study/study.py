@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.seeds_and_rates import wrong_seeds
 from gt_jax.configs.data import TEXT, DataConfig
 from gt_jax.configs.json_config import Config, below
 from gt_jax.configs.model import DeltaNetConfig, ExitConfig, ModelConfig
@@ -84,8 +85,7 @@ class ExitStudy(Config):
     def problems(self) -> list[str]:
         wrong = below(self, 1, "rows", "evaluation_batches", "tuning_batches", "rounds", "heads")
         wrong += below(self, 2, "layers", "steps", "task_steps", "sequence_length")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
+        wrong += wrong_seeds(self.seeds)
         if self.width % (2 * self.heads):
             wrong.append(f"width is {self.width}; it must be a multiple of {2 * self.heads}, heads of an even width")
         if 1 not in self.cuts or max(self.cuts) >= self.layers or len(set(self.cuts)) < len(self.cuts):

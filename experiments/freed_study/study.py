@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from experiments.depth_study.setting import Setting
 from experiments.depth_study.study import CHAINS
+from experiments.seeds_and_rates import wrong_seeds
 from gt_jax.configs.json_config import Config, below
 
 FORCED, SOFT, HARD = "forced", "soft weights", "hard weights"
@@ -44,8 +45,7 @@ class FreedStudy(Config):
         wrong = below(self, 1, "soon", "evaluations")
         wrong += [f"variants has {name!r}; known are {', '.join(VARIANTS)}" for name in self.variants
                   if name not in VARIANTS]  # fmt: skip
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
+        wrong += wrong_seeds(self.seeds)
         return wrong
 
     @property

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.seeds_and_rates import wrong_seeds
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.json_config import Config, below
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig, ModelConfig
@@ -71,8 +72,7 @@ class StudyConfig(Config):
         wrong += below(self, 2, "source_steps", "further_steps") + below(self, 0, "tuning_batches")
         if not self.text:
             wrong.append("text is empty; name at least one text file")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
+        wrong += wrong_seeds(self.seeds)
         if self.width < 8 or self.width % 8:
             wrong.append(f"width is {self.width}; it must be a multiple of 8, four heads of an even width")
         tried = self.scratch_rates, self.longer_rates

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from experiments.seeds_and_rates import wrong_rates, wrong_seeds
 from experiments.several_seeds import Scales
 from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.data import BYTES
@@ -59,10 +60,8 @@ class LambdaStudy(Config):
             wrong.append(f"width is {self.width}; it must be a multiple of 2 * heads {2 * self.heads}")
         if self.longer <= 1:
             wrong.append(f"longer is {self.longer}; it must be above 1")
-        if not self.rates or min(self.rates) <= 0:
-            wrong.append(f"rates is {list(self.rates)}; one or more positive learning rates are needed")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
+        wrong += wrong_rates(self.rates)
+        wrong += wrong_seeds(self.seeds)
         return wrong
 
     def variant(self, name: str) -> Variant:

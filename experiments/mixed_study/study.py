@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from experiments.depth_study.setting import Setting
 from experiments.depth_study.study import JUMPS
+from experiments.seeds_and_rates import wrong_rates, wrong_seeds
 from gt_jax.configs.data import DataConfig, Weight
 from gt_jax.configs.json_config import Config
 from gt_jax.configs.model import ModelConfig
@@ -42,10 +43,8 @@ class MixedStudy(Config):
 
     def problems(self) -> list[str]:
         wrong = [] if 0 < self.share < 1 else [f"share is {self.share}; it must lie between 0 and 1"]
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
-        if not self.rates or min(self.rates) <= 0:
-            wrong.append(f"rates are {list(self.rates)}; one or more positive learning rates are needed")
+        wrong += wrong_seeds(self.seeds)
+        wrong += wrong_rates(self.rates)
         if min(self.depths, default=2) < 2:
             wrong.append(f"depths are {list(self.depths)}; 2 or more layers each, one is there anyway")
         return wrong

@@ -19,6 +19,7 @@ from typing import Literal
 from experiments.depth_study.setting import TUNING
 from experiments.depth_study.setting import Setting as DepthSetting
 from experiments.pays_study.recipes import DEALT, EXPECTED, FULL, LAYER, NEW, ONCE, README, Recipe
+from experiments.seeds_and_rates import wrong_rates
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.json_config import Config, below
 from gt_jax.configs.layout import parse
@@ -58,8 +59,7 @@ class Setting(Config, abc.ABC):
         rising = list(self.points) == sorted(set(self.points))
         if not self.points or not rising or min(self.points) <= 0 or max(self.points) >= 1:
             wrong.append(f"points are {list(self.points)}; rising shares of the budget are needed, above 0 and below 1")
-        if not self.rates or min(self.rates) <= 0:
-            wrong.append(f"rates are {list(self.rates)}; one or more positive learning rates are needed")
+        wrong += wrong_rates(self.rates)
         if self.child_rates and min(self.child_rates) <= 0:
             wrong.append(f"child_rates are {list(self.child_rates)}; positive learning rates are needed, or none")
         if not 0 < self.decay < 1:

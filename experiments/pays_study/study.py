@@ -12,6 +12,7 @@ from experiments.depth_study.study import CHAINS as CHAINS_OF
 from experiments.depth_study.study import JUMPS as JUMPS_OF
 from experiments.depth_study.study import SCALES as DEPTH_SCALES
 from experiments.pays_study.setting import Setting, TaskSetting, TextSetting
+from experiments.seeds_and_rates import wrong_seeds
 from experiments.units import slug
 from gt_jax.configs.json_config import Config
 from gt_jax.errors import Refused, refuse_all
@@ -70,8 +71,7 @@ class Study(Config):
         wrong, names = [], [one.name for one in self.settings]
         if not names or len(set(names)) < len(names):
             wrong.append(f"settings are named {names}; one or more of different names are needed")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
+        wrong += wrong_seeds(self.seeds)
         return wrong
 
     @property

@@ -19,6 +19,7 @@ import numpy as np
 
 from experiments.recall_study.material import material, training_rows
 from experiments.recall_study.study import TEXT, Arm, RecallStudy, parameters
+from experiments.seeds_and_rates import wrong_rates, wrong_seeds
 from experiments.several_seeds import fit, held_out_nats, stacked
 from gt_jax.configs.data import BYTES
 from gt_jax.configs.json_config import Config, below
@@ -48,10 +49,8 @@ class ScalingStudy(Config):
         wrong = below(self, 1, "length", "rows", "held_out_batches") + below(self, 2, "steps")
         if len(set(self.widths)) < 5:
             wrong.append(f"widths is {list(self.widths)}; three numbers are fitted, at least five sizes are needed")
-        if not self.rates or min(self.rates) <= 0:
-            wrong.append(f"rates is {list(self.rates)}; one or more positive learning rates are needed")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
+        wrong += wrong_rates(self.rates)
+        wrong += wrong_seeds(self.seeds)
         return wrong
 
     def model(self, width: int, vocab: int) -> ModelConfig:

@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments import contract
 from experiments.recall_study.needles import prompt_length
+from experiments.seeds_and_rates import wrong_seeds
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.attention import AttentionConfig
 from gt_jax.configs.data import BYTES
@@ -97,8 +98,7 @@ class RecallStudy(Config):
             wrong.append(f"stages is {list(self.stages)}; it must name one or more numbers of distractors")
         if self.heads >= 1 and self.width % (2 * self.heads):
             wrong.append(f"width is {self.width}; it must be a multiple of 2 * heads {2 * self.heads}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
+        wrong += wrong_seeds(self.seeds)
         if not wrong and self.row < (needed := prompt_length(self.facts, max(self.stages))):
             wrong.append(f"length is {self.length}; prompts of {max(self.stages)} distractors are {needed} tokens and "
                          "would be cut")

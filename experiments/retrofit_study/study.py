@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from experiments.depth_study.setting import Setting
 from experiments.depth_study.study import SCALES as DEPTH_SCALES
+from experiments.seeds_and_rates import wrong_seeds
 from gt_jax.configs.json_config import Config, below
 from gt_jax.configs.model import AdaptiveConfig, ModelConfig
 from gt_jax.configs.price import opening
@@ -38,8 +39,7 @@ class Study(Config):
 
     def problems(self) -> list[str]:
         wrong = below(self, 2, "source_steps", "steps")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
+        wrong += wrong_seeds(self.seeds)
         return wrong
 
     @property

@@ -10,6 +10,7 @@ import dataclasses
 from typing import NamedTuple
 
 from experiments.depth_study.setting import TUNING
+from experiments.seeds_and_rates import wrong_rates, wrong_seeds
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.json_config import Config, below
 from gt_jax.configs.model import AdaptiveConfig, DeltaNetConfig, GSAConfig, ModelConfig
@@ -52,10 +53,8 @@ class TextGates(Config):
             wrong.append(f"adaptive is {list(self.adaptive)}; {DEFAULT!r} and others of {list(ADAPTIVE)} are needed")
         if self.width < 8 or self.width % 8:
             wrong.append(f"width is {self.width}; it must be a multiple of 8")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            wrong.append(f"seeds are {list(self.seeds)}; one or more different whole numbers from 0 are needed")
-        if not self.rates or min(self.rates) <= 0:
-            wrong.append(f"rates are {list(self.rates)}; one or more positive learning rates are needed")
+        wrong += wrong_seeds(self.seeds)
+        wrong += wrong_rates(self.rates)
         return wrong
 
     @property

@@ -168,7 +168,7 @@ def numbers(match):
     ("docs/studies.md", "## Does leaving", "## Does growth pay?", "early_exit"),
     ("docs/studies.md", "## Does growth pay?", "## What is lost when", "growth_pays, kept_gates_on_text"),
     ("docs/studies.md", "## What is lost when", "## Is the state of a hybrid", "freed_gates"),
-    ("docs/depth.md", "Not shown:", "## What makes depth used", "growth_operators"),
+    ("docs/depth.md", "Not shown:", "## What makes depth used", "growth_operators, mixed_depth"),
     ("docs/growing.md", "### The identity of growth", "## The commands", "growth_operators"),
     ("docs/growing.md", "### calibrate", "### Lineage", "growth_operators"),
     ("README.md", "Not shown yet", "## Licence", "growth_operators, growth_pays, mixed_depth"),

@@ -64,7 +64,8 @@ def markdown(stored: Mapping[str, Any]) -> str:
         f"{of.name}: what asks nothing": mine["unasked_passes"],
         **{f"{of.name}: an answer of {d}": one for d, one in mine["passes"].items()},
     }
-    spent = [[kind, text_of(one, "{:.2f}")] for kind, one in kinds.items()]
+    nats = {f"text: {words}": text_of(mine["nats_by_place"][place], "{:.2f}") for place, words in PLACES.items()}
+    spent = [[kind, text_of(one, "{:.2f}"), nats.get(kind, "-")] for kind, one in kinds.items()]
     forced = [[k, text_of(mine["text_nats_forced"][k], "{:.4f}"), text_of(mine["forced_costs"][k], "{:+.4f}")]
               for k in mine["text_nats_forced"]]  # fmt: skip
     return "\n".join([
@@ -79,7 +80,7 @@ def markdown(stored: Mapping[str, Any]) -> str:
         *(f"- Of text, {verdict(one['model'], one['other'], read(one))}." for one in found["pairs"]), "",
         f"Passes of `{ADAPTIVE}`; Spearman's correlation of an answer's passes and look-ups is "
         f"{text_of(mine['spearman'], '{:.3f}')}:", "",
-        *markdown_table(spent, ["what a token is of, or predicts", "passes"]),
+        *markdown_table(spent, ["what a token is of, or predicts", "passes", "nats"]),
         "", "Its loss of text with passes forced, and that less the loss as its gates choose:", "",
         *markdown_table(forced, ["passes", "text, nats a byte", "more than as it chooses"]), "",
         f"![Held-out text, and instances of the task, each byte in the colour of its passes]({NAME}.png)",

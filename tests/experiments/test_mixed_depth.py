@@ -72,5 +72,5 @@ def test_a_unit_asks_text_and_answers():
     one, again = (make(Wanted(study, ADAPTIVE, 0, 2e-3, 6)) for _ in range(2))
     for found in (one, again):
         found.pop("seconds"), found.pop("line")
-    assert one == again and set(one["text_nats_forced"]) == {"1", "2"} and len(one["shown"]) == 3
+    assert one == again and set(one["text_nats_forced"]) == {"1", "2"} and len(one["shown"]) == 2 + 2
     assert sum(one["text_shares"].values()) == pytest.approx(1.0) and 1 <= one["text_passes"] <= 2

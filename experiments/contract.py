@@ -53,11 +53,8 @@ def stored(
     *, command: str, config: Config, machine: Mapping[str, Any], seconds: float, rows: Iterable[Mapping[str, Any]],
     summary: Mapping[str, Any], content: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """The file's object, as it will be read: rows `in_order`, text files by their names alone."""
-    said = config.to_json()
-    if "text" in said:
-        said["text"] = [Path(name).name for name in said["text"]]
-    found = {"command": command, "config": said, "machine": dict(machine), "seconds": round(seconds, 1),
+    """The file's object, as it will be read: rows `in_order`."""
+    found = {"command": command, "config": config.to_json(), "machine": dict(machine), "seconds": round(seconds, 1),
              "rows": in_order(rows), "summary": dict(summary), "content": content}  # fmt: skip
     return dict(json.loads(_text(found)))
 

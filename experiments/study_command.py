@@ -102,7 +102,9 @@ def run(
         look_again()
     rows = contract.in_order({key: value for key, value in row.items() if key not in UNSTORED} for row in made)
     command = contract.command_line(f"experiments.{module or name}", words, files)
-    stored = contract.stored(command=command, config=study, machine=machine(), seconds=units.seconds, rows=rows,
+    # as the command has them, files by their names alone
+    named = study.replace(text=tuple(Path(file).name for file in files)) if files else study
+    stored = contract.stored(command=command, config=named, machine=machine(), seconds=units.seconds, rows=rows,
                              summary=summary(rows), content=content)  # fmt: skip
     contract.write(output / f"{name}.json", stored)
     print(write(output, stored))

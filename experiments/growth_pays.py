@@ -70,7 +70,7 @@ def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] =
     `lent` are rows of an earlier run that this study would make the same; nothing of their settings is trained.
     Raises `Failed` where a model diverges at every rate.
     """
-    from experiments.pays_study.study import GROWN, grown_tries, second_round, tries
+    from experiments.pays_study.study import grown_tries, second_round, tries
 
     settings = [one for one in study.settings if one.name not in {row["task"] for row in lent}]
 
@@ -88,8 +88,8 @@ def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] =
     best, first = _converging(settings, study.seeds, ranked, made)
     for setting in settings:
         tried_children = grown_tries(setting, study.seeds, best[setting.name])
-        found |= made([one for at in tried_children for one in at])
-        best[setting.name] |= {GROWN: min(tried_children, key=loss)[0]} if tried_children else {}
+        found |= made([one for units in tried_children.values() for at in units for one in at])
+        best[setting.name] |= {kind: min(units, key=loss)[0] for kind, units in tried_children.items()}
     then = made([one for setting in settings for one in second_round(setting, study.seeds, best[setting.name])])
     return [*first.values(), *then.values(), *map(dict, lent)]
 

@@ -54,7 +54,7 @@ def report_lines(result: Mapping[str, Any]) -> list[str]:
         + (" of its text: how far this text varies, not how other texts would" if units["kind"] == "place" else "")
         + (": none, that is too few, or one of them is nearly all, or no loss is finite" if _no_limits(result) else ""),
         "",
-        table([[one["checkpoint"], one["step"], "free" if one["passes"] is None else _listed(one["passes"]),
+        table([[one["checkpoint"], one["step"], _depth(one),
                 *(_shown(one[name], digits) for name, digits in FIGURES)] for one in result["models"]],
               ["checkpoint", "step", "passes", "nats a token", "bits per byte", "perplexity"]),
     ]  # fmt: skip
@@ -88,8 +88,12 @@ def _digits(figure: Mapping[str, float | str | None]) -> int:
     return 1 - math.floor(math.log10(largest)) if 1e-12 < largest < 1e-3 else 4
 
 
-def _listed(passes: Sequence[int]) -> str:
-    return ",".join(map(str, passes))
+DECIDES = {"gates": "by gates", "exit": "once, to the exit", "once": "once"}
+
+
+def _depth(one: Mapping[str, Any]) -> str:
+    """The passes that were fixed, else what decides."""
+    return DECIDES.get(one["depth"]) or ",".join(map(str, one["passes"]))
 
 
 def read_passes(words: str | None, checkpoints: Sequence[Path] = ()) -> tuple[int, ...] | None:

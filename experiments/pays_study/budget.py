@@ -97,9 +97,10 @@ def source_steps(setting: Setting, point: float) -> int:
     return fits
 
 
-def shallow_steps(setting: Setting) -> int:
-    """Steps of the source's layers, each run once, that B pays for."""
-    return int(whole(setting) / cost_of(setting, setting.source.plain).computed(np.ones(len(setting.source.depth))))
+def shallow_steps(setting: Setting, point: float = 1.0) -> int:
+    """Steps of the source's layers, each run once, that `point` of B pays for."""
+    step = cost_of(setting, setting.source.plain).computed(np.ones(len(setting.source.depth)))
+    return int(point * whole(setting) / step)
 
 
 class Spent(NamedTuple):

@@ -22,9 +22,20 @@ from experiments.growth_study.operators import with_random_layers
 from experiments.pays_study import budget
 from experiments.pays_study.ask import figures
 from experiments.pays_study.budget import Spent
-from experiments.pays_study.recipes import Recipe, plan_of
+from experiments.pays_study.recipes import STACK, Recipe, plan_of, whole_passes
+from experiments.pays_study.recipes import STACKED as STACK_ONCE
 from experiments.pays_study.setting import Setting, TaskSetting
-from experiments.pays_study.study import CONTROL, GROWN, ON, SCRATCH, SHALLOW, SOURCE, Wanted
+from experiments.pays_study.study import (
+    CONTROL,
+    GROWN,
+    ON,
+    ONCE_SOURCE,
+    SCRATCH,
+    SHALLOW,
+    SOURCE,
+    STACKED,
+    Wanted,
+)
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ModelConfig
@@ -50,7 +61,8 @@ TENTH = 0.1
 
 def make(work: Path, text: tuple[str, ...], wanted: Wanted) -> dict[str, Any]:
     """The unit: what the model is, what it cost, its curve, and what it says at its end."""
-    makers = {SOURCE: _source, SCRATCH: _scratch, SHALLOW: _scratch, GROWN: _grown, CONTROL: _grown, ON: _on}
+    makers = {SOURCE: _source, ONCE_SOURCE: _source, SCRATCH: _scratch, SHALLOW: _scratch, GROWN: _grown,
+              STACKED: _grown, CONTROL: _grown, ON: _on}  # fmt: skip
     began = time.monotonic()
     row = makers[wanted.kind](_Place(work, text, wanted))
     last = row["final"]
@@ -178,6 +190,8 @@ def _source(at: _Place) -> dict[str, Any]:
     """The source of a point, kept as a checkpoint; `tuning_nats` and the counts are of the tuning part of its data."""
     setting, wanted, config = at.setting, at.wanted, at.setting.source
     steps = budget.source_steps(setting, wanted.point)
+    if wanted.kind == ONCE_SOURCE:
+        config, steps = config.plain, budget.shallow_steps(setting, wanted.point)
     train, data = setting.source_train(steps, wanted.rate), at.data(steps, deep=False)
     trainer = _trainer(config, train)
     stream = open_data(data).train(None)
@@ -188,9 +202,10 @@ def _source(at: _Place) -> dict[str, Any]:
         return row | {"tuning_nats": NO_LOSS}
     variables, tuning = variables_of(trained.state), at.tuning(deep=False)
     row["tuning_nats"] = figures(config, variables, tuning)["nats"]
-    row["measured"] = pass_counts(trainer.evaluation, variables, tuning, config)
-    row["k_exec"] = list(repetition.from_json(row["measured"]).k_exec)
-    row["passes_computed"] = trained.passes
+    if wanted.kind == SOURCE:
+        row["measured"] = pass_counts(trainer.evaluation, variables, tuning, config)
+        row["k_exec"] = list(repetition.from_json(row["measured"]).k_exec)
+        row["passes_computed"] = trained.passes
     if at.source_place.exists():  # of a unit that was killed before it was kept
         shutil.rmtree(at.source_place)
     run = RunConfig(model=config, train=train, data=data)
@@ -264,8 +279,9 @@ def _computed(source: dict[str, Any]) -> list[float]:
 def _grown(at: _Place) -> dict[str, Any]:
     """A child to the end of the budget: the best of its recipes on the tuning part. A control: for a tenth."""
     setting, wanted, source = at.setting, at.wanted, at.source()
-    control = wanted.kind == CONTROL
+    control, stacked = wanted.kind == CONTROL, wanted.kind == STACKED
     recipes = [one for one in setting.controls if one.name == wanted.recipe] if control else list(setting.recipes)
+    recipes = [STACK_ONCE] if stacked else recipes
     with tempfile.TemporaryDirectory(dir=at.work) as folder:
         children = [grown(at, recipe, Path(folder) / str(number)) for number, recipe in enumerate(recipes)]
         said = [figures(config, variables, at.held_out()) for config, variables in children]
@@ -273,7 +289,7 @@ def _grown(at: _Place) -> dict[str, Any]:
         if len(children) > 1:
             tuned = [figures(config, variables, at.tuning())["nats"] for config, variables in children]
             best = int(np.argmin(tuned))
-        made = budget.making(setting, _computed(source), len(recipes))
+        made = 0.0 if stacked else budget.making(setting, _computed(source), len(recipes))
         spent = _spent(source)._replace(flops=source["flops"] + made, model_flops=source["model_flops"] + made)
         steps = round(TENTH * source["steps"]) if control else budget.child_steps(setting, spent)
         decay = 0.0 if control else setting.fall(wanted.point)
@@ -285,10 +301,11 @@ def _grown(at: _Place) -> dict[str, Any]:
 
 def grown(at: _Place, recipe: Recipe, target: Path) -> tuple[ModelConfig, Tree]:
     """Grow the source into the checkpoint `target`, with the moments of its weights; returns config and variables."""
-    setting, seed = at.setting, at.wanted.seed
-    counts = repetition.from_json(at.source()["measured"])
-    plan = plan_of(recipe, counts, setting.source.depth, setting.deep.depth)
-    config = target_config(setting.source, plan)
+    setting, seed, source = at.setting, at.wanted.seed, at.setting.source
+    stacked = recipe.kind == STACK
+    counts = whole_passes(1, 1) if stacked else repetition.from_json(at.source()["measured"])
+    plan = plan_of(recipe, counts, source.depth, setting.deep.depth)
+    config = target_config(source.plain if stacked else source, plan)
     noise = 0.0 if recipe.kind == "once" else NOISE
     grow_checkpoint(at.source_place, target, plan=plan, carry=recipe.carry, noise_std=noise, seed=seed)
     variables = checkpoint.load(target, abstract(config))

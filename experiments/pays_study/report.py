@@ -8,7 +8,7 @@ from typing import Any
 from experiments.growth_study.inference import Times, read, text_of, verdict
 from experiments.pages import earlier_runs, markdown_table
 from experiments.pays_study.findings import comparisons
-from experiments.pays_study.study import CONTROL, GROWN, SHALLOW
+from experiments.pays_study.study import CONTROL, GROWN, SHALLOW, STACKED
 
 NAME = "growth_pays"
 _CLAIMS = {
@@ -16,6 +16,7 @@ _CLAIMS = {
     "better after a tenth": "after a tenth more steps below the source trained on",
     "below both at equal FLOPs": "at equal FLOPs below the source trained on and the model from scratch",
     "below the shallow one too": "and below the source's layers run once each, from scratch",
+    "below what was stacked": "below a source whose layers ran once, stacked at full strength",
     "half of scratch's tokens": "at the loss of the model from scratch with half of its tokens or fewer",
 }
 
@@ -63,7 +64,8 @@ def _overview(found: Mapping[str, Any]) -> list[str]:
 
 
 def _points(one: Mapping[str, Any], claim: str) -> str:
-    if claim == "below the shallow one too" and not any(SHALLOW in point for point in one["grown"].values()):
+    other = {"below the shallow one too": SHALLOW, "below what was stacked": STACKED}.get(claim)
+    if other is not None and not any(other in point for point in one["grown"].values()):
         return "not trained"
     return ", ".join(one["claims"][claim]) or "at no point"
 
@@ -99,7 +101,7 @@ def _by_difficulty(one: Mapping[str, Any]) -> list[str]:
     difficulties: list[str] = []
     for name, model in one["models"].items():
         for when, words in (("step0", "at step 0"), ("final", "at the end")):
-            if when not in model or (when == "step0" and model["kind"] not in (GROWN, CONTROL)):
+            if when not in model or (when == "step0" and model["kind"] not in (GROWN, CONTROL, STACKED)):
                 continue
             accuracy = model[when]["accuracy"]
             difficulties = difficulties or list(accuracy)
@@ -131,6 +133,8 @@ def sentences(one: Mapping[str, Any]) -> Iterator[str]:
         yield difference(mine, "the model from scratch, at equal FLOPs", claims["scratch"])
         if SHALLOW in claims:
             yield difference(mine, "the source's layers run once each, at equal FLOPs", claims[SHALLOW])
+        if STACKED in claims:
+            yield difference(mine, "a source run once and stacked, at equal FLOPs", claims[STACKED])
         times = Times(tuple(claims["tokens"]["shares"]), tuple(claims["tokens"]["ends"]))
         yield (f"{mine}: to the loss of the model from scratch, in tokens of that model, by seed: "
                f"{times.text('{:.2f}')}; {times.reached} of {len(times.times)} reached it")  # fmt: skip

@@ -29,6 +29,7 @@ from gt_jax.configs.presets import tiny
 from gt_jax.configs.price import PriceConfig, budget
 from gt_jax.configs.run import TrainConfig
 from gt_jax.configs.standing import gone_on
+from gt_jax.growth.retrofit import closed
 from gt_jax.tasks.registry import read_task
 
 
@@ -257,7 +258,8 @@ class TextSetting(Setting):
     """Text, of which a source of `layout` runs `depth` passes a layer in the mean, and grows to `target_layers`.
 
     A step of it is planned to cost `planned` passes a layer, buckets of rows and audits among them: under `context`
-    "alive" living tokens alone are computed in later passes, so that a step costs about what its passes do.
+    "alive" living tokens alone are computed in later passes, so that a step costs about what its passes do. Each layer
+    is run once for the first `opened` of its part; then its gates, closed until there, are free.
     """
 
     layout: str = "DDDG"
@@ -268,6 +270,7 @@ class TextSetting(Setting):
     tokens: int = 128
     depth: float = 1.3
     planned: float = 2.0
+    opened: float = 0.0
     context: Literal["all", "alive"] = "alive"
 
     @property
@@ -282,6 +285,7 @@ class TextSetting(Setting):
     def source(self) -> ModelConfig:
         heads, head = self.heads, self.width // self.heads
         gates = AdaptiveConfig(initial_bias=0.0, context=self.context).seeing_state
+        gates = closed(gates) if self.opened else gates
         return tiny().replace(
             layout=self.layout, width=self.width, mlp_width=2 * self.width, remat="none", adaptive=gates,
             deltanet=DeltaNetConfig(heads=heads, value_heads=heads, key_width=head, value_width=head, chunk_size=32),
@@ -310,6 +314,8 @@ class TextSetting(Setting):
         wrong, segments = super().problems(), parse(self.layout).segments
         if len(segments) > 1 or self.target_layers % len(segments[0].pattern):
             wrong.append(f"layout {self.layout} does not repeat to target_layers {self.target_layers}")
+        if not 0 <= self.opened < 1:
+            wrong.append(f"opened is {self.opened}; it must be at least 0 and below 1")
         if self.width % (2 * self.heads):
             wrong.append(f"width is {self.width}; it must be a multiple of {2 * self.heads}, two of each head")
         return wrong
@@ -318,7 +324,9 @@ class TextSetting(Setting):
         return DataConfig(text=text, sequence_length=self.tokens, batch_size=self.rows, seed=seed, tuning=TUNING)
 
     def price(self, part: float) -> PriceConfig:
-        return budget(self.depth, target_of="passes_run")
+        until = self.opened * part
+        return budget(self.depth, target_of="passes_run", forced_passes=1 if until else 0, forced_until=until,
+                      price_from=until, clipped_until=until)  # fmt: skip
 
 
 def runs(types: str) -> str:

@@ -19,6 +19,7 @@ from gt_jax.errors import Refused, refuse_all
 
 SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "control", "from scratch"
 SHALLOW = "shallow, from scratch"
+ONCE_SOURCE, STACKED = "source run once", "source run once, stacked"
 
 JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=1200)
 CHAINS = TaskSetting(name="variable_chains", budget=1800, of=CHAINS_OF.replace(adaptive_rates=(), adaptive_tuned_at=1),
@@ -29,8 +30,8 @@ DEEPER = TaskSetting(
 )  # fmt: skip
 TEXT = TextSetting(name="text", budget=800, points=(0.25, 0.5))
 NARROW = TextSetting(name="text_narrow", width=24, heads=2, budget=2400, points=(0.5,), rates=(4e-3, 8e-3),
-                     child_rates=(2e-3, 4e-3), shallow=True)  # fmt: skip
-"""A model so narrow that two cores show the deep one 25 tokens a parameter."""
+                     child_rates=(2e-3, 4e-3), shallow=True, opened=0.85)  # fmt: skip
+"""A model so narrow that two cores show the deep one 25 tokens a parameter; its source's gates are let go late."""
 _WIDE_CHAINS, _WIDE_JUMPS = DEPTH_SCALES["accelerator"]
 _LESS = {"budget": 24, "points": (0.5,), "evaluations": 2, "held_out_batches": 2, "rates": (4e-3,)}
 _LITTLE = {"width": 16, "rows": 8}
@@ -81,10 +82,10 @@ class Study(Config):
 
 
 class Wanted(NamedTuple):
-    """One unit: a model of `setting`; but for the one from scratch it is, or was made from, the source of `point`.
+    """One unit: a model of `setting`; but for those from scratch it is, or was made from, the source of `point`.
 
-    `curriculum` is of the one from scratch, None where it is the setting's; `own` is the rate of what was grown, None
-    where it is its source's.
+    What is stacked was made from a source that ran each layer once. `curriculum` is of the one from scratch, None where
+    it is the setting's; `own` is the rate of what was grown, None where it is its source's.
     """
 
     setting: Setting
@@ -101,7 +102,8 @@ class Wanted(NamedTuple):
         """What it is called in tables."""
         if self.kind in (SCRATCH, SHALLOW):
             return self.kind
-        what = {SOURCE: "source to", GROWN: "grown at", ON: f"{ON} from", CONTROL: f"{self.recipe}, at"}
+        what = {SOURCE: "source to", GROWN: "grown at", ON: f"{ON} from", CONTROL: f"{self.recipe}, at",
+                ONCE_SOURCE: f"{ONCE_SOURCE}, to", STACKED: f"{STACKED} at"}  # fmt: skip
         return f"{what[self.kind]} {self.point:g}"
 
     @property
@@ -118,7 +120,8 @@ class Wanted(NamedTuple):
     @property
     def source(self) -> Wanted:
         """The source that it is, or was made from."""
-        return self._replace(kind=SOURCE, recipe="", own=None)
+        kind = ONCE_SOURCE if self.kind in (ONCE_SOURCE, STACKED) else SOURCE
+        return self._replace(kind=kind, recipe="", own=None)
 
 
 def scaled(scale: str, seeds: tuple[int, ...], text: tuple[str, ...], only: tuple[str, ...]) -> Study:
@@ -135,13 +138,14 @@ def scaled(scale: str, seeds: tuple[int, ...], text: tuple[str, ...], only: tupl
 
 
 def tries(setting: Setting, seeds: tuple[int, ...]) -> dict[str, list[list[Wanted]]]:
-    """What is trained at every rate, each with the first `tuned_at` of the seeds: the source of the middle, and the
+    """What is trained at every rate, each with the first `tuned_at` of the seeds: the sources of the middle, and the
     models from scratch, the deep one also with every curriculum."""
     found = {SCRATCH: [Wanted(setting, SCRATCH, 0, rate, curriculum=eased) for eased in setting.scratch_curricula()
                        for rate in setting.rates],
              SOURCE: [Wanted(setting, SOURCE, 0, rate, setting.middle) for rate in setting.rates]}  # fmt: skip
     if setting.shallow:
         found[SHALLOW] = [Wanted(setting, SHALLOW, 0, rate) for rate in setting.rates]
+        found[ONCE_SOURCE] = [Wanted(setting, ONCE_SOURCE, 0, rate, setting.middle) for rate in setting.rates]
     return {kind: [[one._replace(seed=seed) for seed in seeds[: setting.tuned_at]] for one in units]
             for kind, units in found.items()}  # fmt: skip
 
@@ -149,22 +153,29 @@ def tries(setting: Setting, seeds: tuple[int, ...]) -> dict[str, list[list[Wante
 def first_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted]) -> list[Wanted]:
     """Models that stand on no other: from scratch, and the sources of all points; `best` are of the first seed."""
     found = [best[kind]._replace(seed=seed) for kind in (SCRATCH, SHALLOW) if kind in best for seed in seeds]
-    return found + [best[SOURCE]._replace(seed=seed, point=point) for point in setting.points for seed in seeds]
+    return found + [best[kind]._replace(seed=seed, point=point) for kind in (SOURCE, ONCE_SOURCE) if kind in best
+                    for point in setting.points for seed in seeds]  # fmt: skip
 
 
-def grown_tries(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted]) -> list[list[Wanted]]:
-    """What is grown in the middle, at every one of its own rates, each with the first `tuned_at` of the seeds."""
-    rate = best[SOURCE].rate
-    return [[Wanted(setting, GROWN, seed, rate, setting.middle, own=None if own == rate else own)
-             for seed in seeds[: setting.tuned_at]] for own in setting.child_rates]  # fmt: skip
+def grown_tries(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted]) -> dict[str, list[list[Wanted]]]:
+    """What is grown or stacked in the middle, at every one of its own rates, each with the first `tuned_at` of the
+    seeds; nothing where rates are their source's."""
+    sources = {GROWN: best[SOURCE], **({STACKED: best[ONCE_SOURCE]} if ONCE_SOURCE in best else {})}
+    return {kind: [[Wanted(setting, kind, seed, source.rate, setting.middle, own=None if own == source.rate else own)
+                    for seed in seeds[: setting.tuned_at]] for own in setting.child_rates]
+            for kind, source in sources.items() if setting.child_rates}  # fmt: skip
 
 
 def second_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted]) -> list[Wanted]:
-    """What is made of the sources; at the rate of `best[GROWN]` what is grown, where that was tried."""
+    """What is made of the sources; at the rates of `best[GROWN]` and `best[STACKED]` what is grown and stacked, where
+    that was tried."""
     rate, own = best[SOURCE].rate, best[GROWN].own if GROWN in best else None
+    made = {GROWN: (rate, own), ON: (rate, None)}
+    if ONCE_SOURCE in best:
+        made[STACKED] = best[ONCE_SOURCE].rate, best[STACKED].own if STACKED in best else None
     # seeds of one model follow each other: a worker has compiled it then
-    found = [Wanted(setting, kind, seed, rate, point, own=own if kind == GROWN else None)
-             for point in setting.points for kind in (GROWN, ON)
+    found = [Wanted(setting, kind, seed, its, point, own=then)
+             for point in setting.points for kind, (its, then) in made.items()
              for seed in seeds]  # fmt: skip
     return found + [Wanted(setting, CONTROL, seed, rate, setting.middle, one.name, own=own) for one in setting.controls
                     for seed in seeds]  # fmt: skip

@@ -226,9 +226,15 @@ def _figures(one: Checkpoint, nats: Any, covered: Covered, passes: Passes) -> di
     fixed = None if passes is None or one.config.adaptive is None else list(passes)
     return {
         "checkpoint": str(one.path), "step": one.metadata.get("step"), "layout": one.config.layout, "passes": fixed,
+        "depth": "fixed" if fixed else _decides(one.config),
         "nats_per_token": a_token.to_json(), "bits_per_byte": a_byte.to_json(),
         "perplexity": {name: None if x is None else _exp(x) for name, x in a_token.to_json().items()},
     }  # fmt: skip
+
+
+def _decides(config: ModelConfig) -> str:
+    """What decides how many passes, or layers, a token runs."""
+    return "gates" if config.halting is not None else "exit" if config.exit is not None else "once"
 
 
 def _exp(nats: float) -> float | None:

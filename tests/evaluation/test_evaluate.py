@@ -177,7 +177,7 @@ def test_a_report_for_a_reader(folder, capsys, monkeypatch):
     assert evaluate.main(["a", "b", "--batches", "2"]) == 0
     out = capsys.readouterr().out
     assert "bits per byte" in out and "intervals: 95 %, over " in out and "documents\n" in out
-    assert "b against a: " in out and any(line.split()[:3] == ["a", "7", "free"] for line in out.splitlines())
+    assert "b against a: " in out and any(line.split()[:4] == ["a", "7", "by", "gates"] for line in out.splitlines())
 
 
 TASK = "pointer_jumps:symbols=4,hardest=3,queries=3"
@@ -214,6 +214,7 @@ def test_answers_of_a_task_by_difficulty(folder, capsys, monkeypatch):
     assert "-0.0000023 (-0.0000040 to -0.0000006) nats a token" in "\n".join(evaluate.report_lines(of))
     lines = "\n".join(evaluate.report_lines(found))
     assert "pointer_jumps, a:" in lines and "pointer_jumps, plain against a: " in lines and "k_exec" in lines
+    assert [one["depth"] for one in found["models"]] == ["gates", "once"] and "  by gates  " in lines
     assert (folder / "answers.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(Refused, match=r"--picture answers.png exists"):
         evaluate.main(words)

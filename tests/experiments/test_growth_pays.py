@@ -15,6 +15,7 @@ from experiments.pays_study.budget import Spent
 from experiments.pays_study.findings import comparisons, summary
 from experiments.pays_study.picture import draw
 from experiments.pays_study.recipes import EXPECTED, FULL, README, plan_of
+from experiments.pays_study.recipes import STACKED as STACK_ONCE
 from experiments.pays_study.setting import runs
 from experiments.pays_study.study import (
     CONTROL,
@@ -22,14 +23,17 @@ from experiments.pays_study.study import (
     GROWN,
     JUMPS,
     ON,
+    ONCE_SOURCE,
     SCALES,
     SCRATCH,
     SHALLOW,
     SOURCE,
+    STACKED,
     TEXT,
     Study,
     Wanted,
     first_round,
+    grown_tries,
     scaled,
     second_round,
     tries,
@@ -125,14 +129,38 @@ def test_the_shallow_model_from_scratch_costs_what_all_others_do():
     best = {kind: found[-1][0] for kind, found in tries(setting, (0, 1)).items()}
     models = [one.model for one in first_round(setting, (0, 1), best)]
     assert models.count(SHALLOW) == 2 and SHALLOW not in tries(TEXT, (0, 1))
+    # so does what is made of a source that ran once: its own rate, and that of what was stacked
+    setting = setting.replace(points=(0.25, 0.5), child_rates=(1e-3, 4e-3))
+    best |= {ONCE_SOURCE: best[ONCE_SOURCE]._replace(rate=2e-3)}
+    tried = grown_tries(setting, (0, 1), best)
+    assert [one.own for (one,) in tried[STACKED]] == [1e-3, 4e-3]
+    assert [one.own for (one,) in tried[GROWN]] == [1e-3, None]
+    best |= {kind: units[0][0] for kind, units in tried.items()}
+    stacked = [one for one in second_round(setting, (0, 1), best) if one.kind == STACKED]
+    sources = {one.name for one in first_round(setting, (0, 1), best) if one.kind == ONCE_SOURCE}
+    assert {one.source.name for one in stacked} == sources and len(sources) == 4
+    assert budget.shallow_steps(setting, 0.5) == budget.shallow_steps(setting) // 2
+
+
+def test_gates_that_are_let_go_late_cost_one_pass_until_then():
+    setting = TEXT.replace(opened=0.85)
+    steps = budget.source_steps(setting, 0.5)
+    passes = budget.planned_passes(setting, steps)
+    assert abs(int(np.argmax(passes == setting.planned)) - 0.85 * steps) <= 1 and passes[0] == 1
+    assert steps > 1.5 * budget.source_steps(TEXT, 0.5)
+    assert 1 / (1 + np.exp(-setting.source.adaptive.initial_bias)) < setting.source.adaptive.threshold
+    with pytest.raises(Refused, match="opened is 1"):
+        TEXT.replace(opened=1.0)
 
 
 def test_text_grows_to_the_deep_model_by_each_recipe():
     layer = {"k_exec": 3, "mean_weight": 1.3, "survival": [1.0, 0.3, 0.1, 0.0]}
     counts = repetition.from_json({"_meta": {"alpha": [1.0, 0.7, 0.5, 0.35]}, **{f"layer{n}": layer for n in range(4)}})
-    for one in (*TEXT.recipes, *TEXT.controls):
+    for one in (STACK_ONCE, *TEXT.recipes, *TEXT.controls):
         plan = plan_of(one, counts, TEXT.source.depth, TEXT.deep.depth)
         assert str(plan.target_layout) == ("DDDG" if one.kind == "once" else "DDDG*3")
+        if one is STACK_ONCE:
+            assert [(entry.source, entry.coefficient) for entry in plan.entries] == [(n, 1.0) for n in range(4)] * 3
     assert TEXT.deep.layout == "DDDG*3"
     assert plan.entries[4].coefficient == 0.7  # of a random copy, as of the readme's second
     assert TEXT.price(0.5).forced_until == 0 and set(budget.planned_passes(TEXT, 9)) == {TEXT.planned}
@@ -261,12 +289,15 @@ def test_a_rate_at_which_a_seed_diverges_is_not_taken_for_any():
 
 def test_claims_are_made_where_every_seed_says_so():
     rows = rows_of(0.895, 0.5, (0.28, 0.29, 0.29))
-    found = summary([*rows, *(row(SHALLOW, seed, 0.3, right=0.9) for seed in range(3))])["jumps"]
+    others = [row(kind, seed, 0.3, point, right=0.9, step0=(1.0, 0.5)) for kind, point in
+              ((SHALLOW, 1.0), (STACKED, 0.5)) for seed in range(3)]  # fmt: skip
+    found = summary([*rows, *others])["jumps"]
     one = found["grown"]["0.5"]
     assert found["claims"] == {name: ["0.5"] for name in found["claims"]}
     alone = summary(rows)
-    assert alone["jumps"]["claims"] == {**found["claims"], "below the shallow one too": []}
-    assert comparisons(alone) == 4 and comparisons({"jumps": found}) == 5
+    none: dict[str, list[str]] = {"below the shallow one too": [], "below what was stacked": []}
+    assert alone["jumps"]["claims"] == {**found["claims"], **none}
+    assert comparisons(alone) == 4 and comparisons({"jumps": found}) == 6
     assert one["step0_points"]["mean"] == pytest.approx(-0.5) and one["on"]["every_seed"]
     assert one["scratch"]["mean"] == pytest.approx(np.mean([0.28 - 0.40, 0.29 - 0.41, 0.29 - 0.42]))
     assert one["tokens"]["shares"] == pytest.approx([0.3] * 3) and found["deeper"] == ["2"]

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gt_jax.errors import Refused, run_command, say
+from gt_jax.errors import Refused, refuse_all, run_command, say
 from gt_jax.files import explain_full_disk, local_name, local_path
 
 VERSION = "1.0.0"
@@ -31,10 +31,14 @@ T = TypeVar("T")
 
 def prepare(name: str, files: Sequence[str], folder: Path) -> dict[str, Any]:
     """Write the dataset: {"dataset", "documents", "bytes", "folder"}; raises `Refused`, with nothing written."""
+    from gt_jax.text.flags import file_fields
     from gt_jax.text.sources import text_files
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise Refused(f"dataset name {name!r} must be lower-case letters, digits and _, a letter first")
+    lines = file_fields(files)["json_lines"]
+    refuse_all([f"{file} is JSON lines, of which a TFDS dataset of texts would have the raw JSON" for file in lines],
+               "only texts can be prepared with --tfds-dir; prepare TARGET FILES --tokenizer reads JSON lines:")
     place = folder / name / VERSION
     _refuse_existing(place, "choose another name or --tfds-dir")
     documents = text_files(files)[1]

@@ -27,6 +27,10 @@ from gt_jax.files import local_name, local_path
 from gt_jax.options import whole
 
 PROMPT = "def "
+INSTANCES = 3
+DRAWN = {"length": 200, "temperature": 0.8, "top_k": 40, "top_p": 1.0}
+"""How a text is continued where no option says otherwise."""
+_OF_TEXT = (*DRAWN, "seed", "stop", "stop_tokens")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,23 +43,23 @@ def parser() -> argparse.ArgumentParser:
                    "several times")  # fmt: skip
     p.add_argument("--task", action="append", metavar="NAME[:OPTION=VALUE,…]", help="show answers to held-out "
                    "instances of this task; may be given several times")  # fmt: skip
-    p.add_argument("--instances", type=whole, default=3, metavar="N", help="of each task (3)")
+    p.add_argument("--instances", type=whole, metavar="N", help=f"of each task ({INSTANCES})")
     p.add_argument("--tokenizer", type=local_name,
                    help="bytes, a file or a folder (default: what the checkpoint was trained with)")
-    p.add_argument("--length", type=whole, default=200, help="tokens to write")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token, inf any of those "
-                   "that --top-k and --top-p leave")  # fmt: skip
-    p.add_argument("--top-k", type=whole, default=40, metavar="K", help="draw from the K most likely tokens (40); a K "
-                   "above the vocabulary is all of it")  # fmt: skip
-    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that have "
-                   "together a probability of P (1, all)")  # fmt: skip
+    p.add_argument("--length", type=whole, help="tokens to write (200)")
+    p.add_argument("--temperature", type=float, help="0 takes the most likely token, inf any of those that --top-k and "
+                   "--top-p leave (0.8)")  # fmt: skip
+    p.add_argument("--top-k", type=whole, metavar="K", help="draw from the K most likely tokens (40); a K above the "
+                   "vocabulary is all of it")  # fmt: skip
+    p.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest tokens that have together a "
+                   "probability of P (1, all)")  # fmt: skip
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given "
                    "several times (the end of a document ends it always)")  # fmt: skip
     p.add_argument("--stop-tokens", metavar="IDS|none", help="ids that end a text, for example 3,4 (default: those of "
                    "the generation config that came along with the model)")  # fmt: skip
     p.add_argument("--chat", action="store_true",
                    help="each prompt is what a user says, in the model's chat template (needs jinja2)")
-    p.add_argument("--seed", type=whole, default=0)
+    p.add_argument("--seed", type=whole, help="of what is drawn for the first prompt (0)")
     add_precision_flag(p)
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     add_cache_flag(p)
@@ -67,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     wrong = [] if not (arguments.prompt and arguments.task) else [
         "--prompt continues a text, --task shows answers; leave one out"]
-    wrong += [] if arguments.instances >= 1 else [f"--instances is {arguments.instances}; at least one can be shown"]
+    if arguments.instances is not None and arguments.instances < 1:
+        wrong.append(f"--instances is {arguments.instances}; at least one can be shown")
+    if arguments.instances is not None and arguments.prompt:
+        wrong.append("--instances is how many of a task are shown, and has no meaning with --prompt")
     wrong += ["--chat needs what the user says; give it by --prompt"] if arguments.chat and not arguments.prompt else []
     stop_tokens = "none" if arguments.stop_tokens is None else arguments.stop_tokens
     if not re.fullmatch(r"none|\d{1,9}(,\d{1,9})*", stop_tokens):
@@ -82,10 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gt_jax.evaluation.model_files import load, open_checkpoint
     from gt_jax.text.tokenizers import chosen_tokenizer, open_tokenizer
 
-    settings = {"length": arguments.length, "temperature": arguments.temperature, "top_k": arguments.top_k,
-                "top_p": arguments.top_p}
+    settings: dict[str, Any] = {name: default if (given := getattr(arguments, name)) is None else given
+                for name, default in DRAWN.items()}  # fmt: skip
     refuse_all(wrong_settings(**settings), "cannot sample:")
     asks = None if arguments.prompt is not None else _questions(arguments, open_checkpoint(arguments.checkpoint))
+    if asks is not None:
+        refuse_all([f"--{name.replace('_', '-')} is of texts that are continued; answers are the likeliest tokens. "
+                    "Leave it out, or continue a text: --prompt" for name in _OF_TEXT
+                    if getattr(arguments, name) not in (None, [])], "nothing can be sampled so:")  # fmt: skip
     config, variables, metadata = load(arguments.checkpoint)
     tokenizer = open_tokenizer(chosen_tokenizer(metadata, arguments.tokenizer, arguments.checkpoint))
     if tokenizer.vocab_size > config.vocab:
@@ -94,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with computing(arguments.matmul_precision):
             if asks is not None:
-                found, lines = _answers(config, variables, asks, arguments.instances)
+                found, lines = _answers(config, variables, asks, arguments.instances or INSTANCES)
             else:
                 found, lines = _continued(config, variables, tokenizer, metadata, arguments, settings)
     except Refused as error:
@@ -156,12 +167,12 @@ def _continued(config: Any, variables: Any, tokenizer: Any, metadata: Any, argum
     prompts = [_chat(text, tokenizer, beside, arguments) if arguments.chat else _tokens(text, tokenizer)
                for text in given]  # fmt: skip
     ends = _stop_tokens(arguments, tokenizer, beside, config.vocab)
-    samples: list[dict[str, Any]] = [{} for _ in given]
+    samples, seed = [dict[str, Any]() for _ in given], arguments.seed or 0
     reading = decoding = 0.0
     for size in sorted({len(prompt) for prompt in prompts}):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) == size]
         drawn = sample_timed(config, variables, np.stack([prompts[row] for row in rows]), **settings,
-                             seed=[arguments.seed + row for row in rows], tokens=tokenizer.vocab_size)  # fmt: skip
+                             seed=[seed + row for row in rows], tokens=tokenizer.vocab_size)  # fmt: skip
         reading, decoding = reading + drawn.prefill_seconds, decoding + drawn.decode_seconds
         for row, ids in zip(rows, drawn.tokens, strict=True):
             samples[row] = {"prompt": given[row], **_ended(prompts[row], ids, tokenizer, arguments.stop, ends)}
@@ -171,7 +182,7 @@ def _continued(config: Any, variables: Any, tokenizer: Any, metadata: Any, argum
         f"{written / decoding:,.0f} a second")  # fmt: skip
     lines = [one["text"] if arguments.chat else one["prompt"] + one["text"] for one in samples]
     separated = [line for text in lines for line in (text, "")][:-1]
-    found = {**settings, "seed": arguments.seed, "stop_tokens": list(ends), "samples": samples, **rates}
+    found = {**settings, "seed": seed, "stop_tokens": list(ends), "samples": samples, **rates}
     return json_values(found), separated
 
 

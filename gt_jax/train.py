@@ -97,7 +97,6 @@ def parser() -> argparse.ArgumentParser:
 
 def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     """`base` (a RunConfig) with the flags that were given."""
-    from gt_jax.text.flags import source_fields
     from gt_jax.text.token_folder import own_tokenizer
 
     given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
@@ -105,13 +104,7 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     def pick(*names: str) -> dict[str, Any]:
         return {name: given[name] for name in names if name in given}
 
-    model, train = base.model, base.train
-    if arguments.model is not None:
-        from gt_jax.configs.json_config import changed_by_file
-
-        model = changed_by_file(model, arguments.model, **pick("layout"))
-    model = model.replace(**pick("layout", "remat"), **({"compute_dtype": given["dtype"]} if "dtype" in given else {}))
-    model = with_gates(model.plain if "plain" in given else model, arguments.gates, arguments.weights)
+    model, train = with_model_flags(base.model, arguments), base.train
     if note := hardened(base.model, model, arguments):
         say(note)
     optimizer = train.optimizer.replace(**pick("learning_rate", "schedule", "warmup", "weight_decay"))
@@ -124,16 +117,38 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     start = {"start": str(Path(given["start"]).resolve())} if "start" in given else {}
     thaw = thaw_config(arguments, train.thaw, start.get("start", base.start))
     train = train.replace(**own, optimizer=optimizer, price=price, thaw=thaw)
-    sources = {name: _from_anywhere(name, value) for name, value in source_fields(arguments).items()}
-    if arguments.resume and not (arguments.task or arguments.tfds):  # --text alone says where the files lie now
-        sources = {name: value for name, value in sources.items() if name in ("text", "json_lines")
-                   or (name == "mix" and arguments.mix is not None)}  # fmt: skip
+    sources = {name: _from_anywhere(name, value) for name, value in named_sources(arguments).items()}
     shape = pick("sequence_length", "batch_size", "held_out", "seed")
     brought = None if start or arguments.resume else own_tokenizer(sources.get("text", ()))
     if (tokenizer := given.get("tokenizer", brought)) is not None:
         shape |= {"tokenizer": _from_anywhere("tokenizer", tokenizer)}
     data = with_curriculum(base.data.replace(**sources, **shape), arguments.curriculum, train.steps)
     return base.replace(model=model, train=train, data=data, **start)
+
+
+def with_model_flags(model: Any, arguments: argparse.Namespace) -> Any:
+    """`model` (a ModelConfig) with --model, --layout, --remat, --dtype, --plain, --gates and --weights."""
+    given = {"layout": arguments.layout, "remat": arguments.remat, "compute_dtype": arguments.dtype}
+    fields = {name: value for name, value in given.items() if value is not None}
+    if arguments.model is not None:
+        from gt_jax.configs.json_config import changed_by_file
+
+        layout = {} if arguments.layout is None else {"layout": arguments.layout}  # the file's fields must fit it
+        model = changed_by_file(model, arguments.model, **layout)
+    model = model.replace(**fields)
+    return with_gates(model.plain if arguments.plain else model, arguments.gates, arguments.weights)
+
+
+def named_sources(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`source_fields`; to resume a run, of the sources that are named alone: the others are what they were."""
+    from gt_jax.text.flags import source_fields
+
+    found = source_fields(arguments)
+    if not arguments.resume:
+        return found
+    named = {"text": arguments.text, "json_lines": arguments.text, "tasks": arguments.task, "tfds": arguments.tfds,
+             "tfds_dir": arguments.tfds_dir, "mix": arguments.mix}  # fmt: skip
+    return {name: value for name, value in found.items() if named.get(name)}
 
 
 def _from_anywhere(name: str, value: Any) -> Any:
@@ -205,7 +220,7 @@ def default_config(arguments: argparse.Namespace) -> Any:
 
     if arguments.resume:
         stored = read_run_config(arguments.run)
-        if arguments.preset is not None and preset(arguments.preset) != stored.model:
+        if arguments.preset is not None and with_model_flags(preset(arguments.preset), arguments) != stored.model:
             raise Refused(f"{arguments.run} does not train preset {arguments.preset}; leave --preset out to resume it")
         return resumed(stored, arguments)
     if arguments.start is None:
@@ -257,9 +272,8 @@ def resumed(stored: Any, arguments: argparse.Namespace) -> Any:
     from gt_jax.configs.data import DataConfig
     from gt_jax.configs.lineage import TOKENIZER_FILE
     from gt_jax.configs.tokenizer_file import read_tokenizer_file
-    from gt_jax.text.flags import source_fields
 
-    named = {**source_fields(arguments), **({"tokenizer": arguments.tokenizer} if arguments.tokenizer else {})}
+    named = {**named_sources(arguments), **({"tokenizer": arguments.tokenizer} if arguments.tokenizer else {})}
     moved = [name for name in ("text", "json_lines", "tfds_dir", "tokenizer") if name in named
              and _from_anywhere(name, named[name]) != _from_anywhere(name, getattr(stored.data, name))]  # fmt: skip
     try:

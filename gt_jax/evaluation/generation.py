@@ -69,7 +69,8 @@ def sample(
     """`length` tokens after each row of `prompt` [b, p]; only the first `tokens` ids of the vocabulary are drawn.
 
     A `top_k` above `tokens` means all. `seed` is of the first row, the next one's is one more, or a seed a row: a row
-    is drawn alike whatever the others are. Raises `Refused` for variables of another config, a prompt that is empty or
+    is drawn alike whatever the others are; where they would end each other's passes (halting "batch") each runs by
+    itself. Raises `Refused` for variables of another config, a prompt that is empty or
     no whole numbers [b, p], ids outside the vocabulary, a length below 1, a temperature below 0, a top_k below 1, a
     top_p outside 0 … 1, a seed of more than 32 bits, and for logits that are not finite.
 
@@ -112,13 +113,18 @@ def sample_timed(
     prompt = as_array(prompt, "the prompt")
     wrong = wrong_ids(prompt, "the prompt", 0, config.vocab)
     rows = len(prompt) if prompt.ndim else 0
-    given = np.asarray(seed, np.int64)
-    seeds: list[int] = ((given + np.arange(rows)) if given.ndim == 0 else given).tolist()
-    wrong += [] if len(seeds) == rows else [f"there are {len(seeds)} seeds; the prompt has {rows} rows"]
-    wrong += [f"seed is {one}; it must lie in 0 … {2**32 - 1}" for one in seeds if not 0 <= one < 2**32]  # 2**32 is 0
-    wrong += [] if 1 <= tokens <= config.vocab else [f"tokens is {tokens}; it must lie in 1 … {config.vocab}"]
+    seeds, wrong_seeds = _seeds(seed, rows)
+    wrong += wrong_seeds
+    wrong += ([f"tokens is {tokens!r}; it must be a whole number in 1 … {config.vocab}"]
+              if not isinstance(tokens, numbers.Integral) or not 1 <= tokens <= config.vocab else [])  # fmt: skip
     refuse_all(wrong + wrong_settings(length, temperature, top_k, top_p), "cannot sample:")
     refuse_all(wrong_variables(config, variables), HEADING)
+    if rows > 1 and config.adaptive is not None and config.adaptive.halting == "batch":
+        alone = [sample_timed(config, variables, prompt[row : row + 1], length, temperature=temperature, top_k=top_k,
+                              top_p=top_p, seed=[seeds[row]], tokens=tokens, rules=rules)
+                 for row in range(rows)]  # fmt: skip
+        return Drawn(np.concatenate([one.tokens for one in alone]), sum(one.prefill_seconds for one in alone),
+                     sum(one.decode_seconds for one in alone))  # fmt: skip
     model = LanguageModel(config, rules or Rules())
 
     chunk = prompt.shape[1] + length if config.memory is None else config.memory.chunk
@@ -128,7 +134,8 @@ def sample_timed(
 
     def decode(variables: Tree, state: _State, keys: Array) -> tuple[Array, Array]:
         by_row = jax.vmap(lambda key: jax.random.split(key, length), out_axes=1)(keys)
-        done, drawn, filled = 0, [], (prompt.shape[1] - 1) % chunk + 1
+        first = min(length, chunk - ((prompt.shape[1] - 1) % chunk + 1))  # what the prompt's last chunk has room for
+        whole, rest = divmod(length - first, chunk)
 
         def step(state: _State, keys: Array) -> tuple[_State, tuple[Array, Array]]:
             logits = state.logits[:, :tokens]
@@ -137,14 +144,21 @@ def sample_timed(
             after = _State(output.cache, output.logits[:, -1], state.entered, output.memory)
             return after, (token, jnp.isfinite(logits).all())
 
-        while done < length:
-            if filled == chunk:  # the next token opens a chunk: states start empty, the memory goes on
-                empty = empty_cache(config, prompt.shape[0], min(chunk, length - done))
-                state, filled = state._replace(cache=empty, entered=state.left), 0
-            steps = min(chunk - filled, length - done)
-            state, piece = jax.lax.scan(step, state, by_row[done : done + steps])
-            filled, done = filled + steps, done + steps
-            drawn.append(piece)
+        def opened(carry: tuple[Array, Any], keys: Array) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
+            """A chunk that the next token opens: states start empty, the memory goes on."""
+            logits, memory = carry
+            empty = empty_cache(config, prompt.shape[0], len(keys))
+            state, piece = jax.lax.scan(step, _State(empty, logits, memory, memory), keys)
+            return (state.logits, state.left), piece
+
+        state, piece = jax.lax.scan(step, state, by_row[:first])
+        drawn, carry = [piece], (state.logits, state.left)
+        if whole:  # one program for all of them, however many
+            chunks = by_row[first : length - rest].reshape(whole, chunk, *by_row.shape[1:])
+            carry, pieces = jax.lax.scan(opened, carry, chunks)
+            drawn.append(jax.tree.map(lambda a: a.reshape(whole * chunk, *a.shape[2:]), pieces))
+        if rest:
+            drawn.append(opened(carry, by_row[length - rest :])[1])
         found, finite = (jnp.concatenate(parts) for parts in zip(*drawn, strict=True))
         return jnp.moveaxis(found, 0, 1), finite
 
@@ -154,6 +168,18 @@ def sample_timed(
     if not np.asarray(finite).all():
         raise Refused(NOT_FINITE)
     return Drawn(np.asarray(found), reading, decoding)
+
+
+def _seeds(seed: int | Sequence[int] | Int[np.ndarray, " b"], rows: int) -> tuple[list[int], list[str]]:
+    """A seed a row, and what is wrong with what was given."""
+    given = np.asarray(seed)
+    if not np.issubdtype(given.dtype, np.integer) or given.ndim > 1:
+        return [], [f"seed is {seed!r}; a whole number is needed, or one a row"]
+    given = given.astype(np.int64)
+    seeds: list[int] = ((given + np.arange(rows)) if given.ndim == 0 else given).tolist()
+    wrong = [] if len(seeds) == rows else [f"there are {len(seeds)} seeds; the prompt has {rows} rows"]
+    return seeds, wrong + [f"seed is {one}; it must lie in 0 … {2**32 - 1}" for one in seeds
+                           if not 0 <= one < 2**32]  # fmt: skip  # 2**32 is 0
 
 
 def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
@@ -171,7 +197,8 @@ def wrong_settings(length: int, temperature: float, top_k: int | None, top_p: fl
     wrong = [] if length >= 1 else [f"length is {length}; it must be at least 1"]
     wrong += [] if length < 2**31 else [f"length is {length}; it must be below 2**31"]  # positions are int32
     wrong += [] if temperature >= 0 else [f"temperature is {temperature}; it must be 0 or more"]
-    wrong += [] if top_k is None or top_k >= 1 else [f"top_k is {top_k}; it must be at least 1, or None for all"]
+    if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
+        wrong.append(f"top_k is {top_k!r}; it must be a whole number of at least 1, or None for all")
     return wrong + ([] if 0 <= top_p <= 1 else [f"top_p is {top_p}; it must lie in 0 … 1"])
 
 
@@ -189,12 +216,17 @@ class _State(NamedTuple):
 
 def _prefill(model: LanguageModel, variables: Tree, prompt: Array, chunk: int, length: int) -> _State:
     """The state after the prompt, which is read in one pass; with a memory stream chunk by chunk, each in one."""
-    c, start = model.config, 0
-    memory = None if c.memory is None else no_memory(prompt.shape[0], c.width, c.compute_dtype)
-    while prompt.shape[1] - start > chunk:
-        memory = apply_network(model, variables, prompt[:, start : start + chunk], memory=memory).memory
-        start += chunk
-    rest = prompt[:, start:]
+    c, (rows, read) = model.config, prompt.shape
+    memory = None if c.memory is None else no_memory(rows, c.width, c.compute_dtype)
+    whole = (read - 1) // chunk  # the chunk that is decoded from is read by itself
+
+    def one(memory: Any, piece: Array) -> tuple[Any, None]:
+        return apply_network(model, variables, piece, memory=memory).memory, None
+
+    if whole:
+        pieces = prompt[:, : whole * chunk].reshape(rows, whole, chunk)
+        memory, _ = jax.lax.scan(one, memory, jnp.moveaxis(pieces, 1, 0))
+    rest = prompt[:, whole * chunk :]
     cache = empty_cache(model.config, prompt.shape[0], min(chunk, rest.shape[1] + length))
     output = apply_network(model, variables, rest, cache=cache, memory=memory)
     return _State(output.cache, output.logits[:, -1], memory, output.memory)

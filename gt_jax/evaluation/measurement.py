@@ -34,8 +34,8 @@ def k_exec(alive: np.ndarray) -> int:
 
 
 def halting_entropy(alive: np.ndarray) -> float:
-    """Entropy over log K of the number of passes a token takes."""
-    share = alive - np.append(alive[1:], 0.0)
+    """Entropy over log K of the number of passes a token takes; a layer of `gated_copies` may be left out whole."""
+    share = -np.diff(np.concatenate([[1.0], alive, [0.0]]))
     share = share[share > 0]
     return float(-np.sum(share * np.log(share)) / np.log(max(len(alive), 2)))
 

@@ -16,7 +16,7 @@ def report_lines(result: dict[str, Any]) -> list[str]:
     between = result["intervals"]
     lines = [
         *(f"note: {note}" for note in result.get("notes", ())),
-        f"loss of the source: {float(result['source_loss']):.4f} adaptive{beside}",
+        f"loss of the source: {float(result['source_loss']):.4f} as it runs{beside}",
         f"loss of the {'grown model' if fixed is not None else 'target'}: {float(result['target_loss']):.4f}, "
         f"gap {100 * float(result['gap']):+.2f} %{_limits(between['gap'], 100.0, '+.2f')} ({result['verdict']}; "
         f"below {100 * GOOD:.0f} % is good, below {100 * USABLE:.0f} % usable)",

@@ -10,7 +10,15 @@ from jax.typing import ArrayLike
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.errors import refuse_all
-from gt_jax.models.given import HEADING, checked_tokens, wrong_cache, wrong_passes, wrong_variables
+from gt_jax.models.given import (
+    HEADING,
+    checked_tokens,
+    wrong_cache,
+    wrong_chunk,
+    wrong_padding,
+    wrong_passes,
+    wrong_variables,
+)
 from gt_jax.models.language_model import LanguageModel, ModelOutput, apply_network
 from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.models.layers.memory_stream import Memory
@@ -37,7 +45,9 @@ def forward(
     the vocabulary nor a cache that is full.
 
     Raises `Refused` for variables of another config, tokens and segments that are no whole numbers [b, t] of the
-    vocabulary, passes that the model's layers do not run, and a cache that has no room.
+    vocabulary, passes that the model's layers do not run, a cache that has no room, padding with a cache, and more
+    tokens than a chunk of a model with a memory stream, which takes one chunk at a time: `memory` is what the one
+    before gave, `.memory` of its output.
 
     >>> import gt_jax, jax.numpy as jnp
     >>> config = gt_jax.preset("tiny").replace(layout="DG")
@@ -50,7 +60,8 @@ def forward(
     ids, segments = checked_tokens(tokens, config.vocab, segment_ids)
     if control is not None:
         refuse_all(wrong_passes(config, control), HEADING)
+    refuse_all(wrong_chunk(config, cache, ids.shape[1]), HEADING)
     if cache is not None:
-        refuse_all(wrong_cache(config, cache, *ids.shape), HEADING)
+        refuse_all(wrong_cache(config, cache, *ids.shape) + wrong_padding(segments), HEADING)
     network = LanguageModel(config, rules or Rules())
     return apply_network(network, variables, ids, segments, control=control, cache=cache, memory=memory, mtp=mtp)

@@ -121,6 +121,27 @@ def wrong_cache(config: ModelConfig, cache: Tree, rows: int, tokens: int) -> lis
     return [f"the cache has room for {room} tokens, {full} are in it, and these are {tokens} more; make it longer"]
 
 
+def wrong_chunk(config: ModelConfig, cache: Tree, tokens: int) -> list[str]:
+    """Why these tokens, behind those in the cache, are no chunk of a model with a memory stream."""
+    if config.memory is None:
+        return []
+    known = isinstance(cache, Mapping) and "position" in cache and _is_here(cache["position"])
+    full = int(np.max(np.asarray(cache["position"]))) if known else 0
+    if full + tokens <= config.memory.chunk:
+        return []
+    behind = f" behind {full} in the cache" if full else ""
+    return [f"there are {tokens} tokens{behind}; the model reads chunks of memory.chunk {config.memory.chunk}. Give "
+            "each by itself, with memory=output.memory of the one before and an empty cache; `evaluate`, `measure` and "
+            "`sample` do so"]  # fmt: skip
+
+
+def wrong_padding(segments: Tokens | None) -> list[str]:
+    """Why these segments cannot go into a cache: positions, and S layers, would count padding as tokens."""
+    if segments is None or not _is_here(segments) or np.all(np.asarray(segments) > 0):
+        return []
+    return ["segment_ids have padding (0), which a cache would count as tokens; give rows of one length, or one by one"]
+
+
 def wrong_passes(config: ModelConfig, control: PassControl) -> list[str]:
     """Why the passes that are fixed are none of this model: of too many layers, or more than a layer runs."""
     forced, layers = control.forced, len(config.depth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from gt_jax.configs.data import Weight
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import local_name
 
-JSON_LINES = ".jsonl"
+JSON_LINES = re.compile(r".*\.(jsonl|ndjson)(\.gz)?", re.IGNORECASE | re.DOTALL)
 NOTHING: dict[str, Any] = {
     "text": (), "json_lines": (), "tfds": None, "tfds_dir": None, "tasks": (), "mix": (), "curriculum_rows": 0,
 }  # fmt: skip
@@ -42,9 +43,9 @@ def source_fields(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def file_fields(files: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Files by what they are: `json_lines` by their ending .jsonl, the others `text`."""
-    return {"text": tuple(file for file in files if not file.endswith(JSON_LINES)),
-            "json_lines": tuple(file for file in files if file.endswith(JSON_LINES))}
+    """Files by what they are: `json_lines` by their ending .jsonl or .ndjson, packed as .gz too, the others `text`."""
+    return {"text": tuple(file for file in files if not JSON_LINES.fullmatch(file)),
+            "json_lines": tuple(file for file in files if JSON_LINES.fullmatch(file))}
 
 
 def read_mix(words: str) -> tuple[Weight, ...]:

@@ -34,7 +34,8 @@ def add_price_flags(p: Any) -> None:
     p.add_argument("--halting-scale", type=float, metavar="X", help="how fast halting heads learn, times the rate "
                    "of other weights (1; 10 under --price-rule budget)")
     p.add_argument("--forced-passes", type=whole, metavar="N", help="passes that every token runs at first, before "
-                   "its gates decide; under --curriculum their number rises from 1, as the difficulty does")
+                   "its gates decide (2; under --price-rule budget none); under --curriculum their number rises from "
+                   "1, as the difficulty does; 0 draws their number for each step anew, from 1 to all there are")
     p.add_argument("--forced-until", type=float, metavar="F", help="until this fraction of the run")
 
 
@@ -102,6 +103,9 @@ def with_forced_passes(price: Any, passes: int | None, until: float | None, curr
         fields["clipped_until"] = max(fields["price_from"], price.clipped_until if price.rule == "ouro" else 0.0)
         fields["forced_ramp"] = min(until, price.forced_ramp)
     if passes is None:
+        if until and not price.forced_passes and not price.forced_until:
+            raise Refused(f"--forced-until {until}: rule {price.rule!r} forces no passes unless it is told how many; "
+                          "say so, for example --forced-passes 4")
         return price.replace(**fields)
     end = fields.get("forced_until", price.forced_until)
     if not end:

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from gt_jax.checkpoints import checkpoint
-from gt_jax.checkpoints.folders import Damaged, refuse_inside, refuse_temporary_name
+from gt_jax.checkpoints.folders import Damaged, refuse_inside, refuse_step_of_run, refuse_temporary_name
 from gt_jax.checkpoints.lock import lock_file, only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs.run import RunConfig, differences, read_run_config
@@ -41,6 +41,7 @@ def config_to_train(run: Path, config: RunConfig, resume: bool) -> RunConfig:
         raise Refused(f"{run} exists; resume it with --resume, or give another directory")
     refuse_temporary_name(run)
     refuse_inside(run)
+    refuse_step_of_run(run)
     return config
 
 

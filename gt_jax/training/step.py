@@ -60,12 +60,18 @@ class Sums(NamedTuple):
     passes: PassStatistics
 
 
-def after_next_targets(targets: Int[Array, "b t"], chunk: int | None = None) -> Int[Array, "b t"]:
-    """The token after the next, where both are of the same document and chunk; else -1. None: a row is one chunk."""
+def after_next_targets(
+    targets: Int[Array, "b t"], segment_ids: Int[Array, "b t"], chunk: int | None = None
+) -> Int[Array, "b t"]:
+    """The token after the next, where the next is predicted too, of the same document and chunk; else -1.
+
+    None: a row is one chunk. A document's last token may have a target of its own, with the next document behind it.
+    """
     ahead = jnp.concatenate([targets[:, 1:], jnp.full_like(targets[:, :1], -1)], axis=1)
     size = targets.shape[1] if chunk is None else chunk
     last = jnp.arange(targets.shape[1]) % size == size - 1  # whoever looks ahead from there sees no next token
-    return jnp.where((targets >= 0) & ~last[None], ahead, -1)
+    same = segment_ids == jnp.concatenate([segment_ids[:, 1:], segment_ids[:, -1:]], axis=1)
+    return jnp.where((targets >= 0) & same & ~last[None], ahead, -1)
 
 
 def losses(
@@ -101,7 +107,7 @@ def chunk_sums(
         states = jax.lax.stop_gradient((variables, output.first_pass_hidden))
         first = loss_if(charged, functools.partial(measured, *states, targets))
     if output.mtp_hidden is not None and output.mtp_loss is not None:
-        ahead = measured(variables, output.mtp_hidden, after_next_targets(targets))
+        ahead = measured(variables, output.mtp_hidden, after_next_targets(targets, batch["segment_ids"]))
         auxiliary += output.mtp_loss
     if output.ponder is not None and model.exit is not None:
         auxiliary += model.exit.ponder * output.ponder
@@ -154,7 +160,8 @@ def make_loss(
 
 def token_counts(model: ModelConfig, batch: Batch) -> Counts:
     """How many next tokens, and how many tokens after the next, a batch predicts, chunk by chunk; its real tokens."""
-    after = after_next_targets(batch["targets"], chunk_length(model, batch["targets"].shape[1]))
+    size = chunk_length(model, batch["targets"].shape[1])
+    after = after_next_targets(batch["targets"], batch["segment_ids"], size)
     next_token, later = (jnp.sum(targets >= 0, dtype=jnp.float32) for targets in (batch["targets"], after))
     return next_token, later, jnp.sum(real_tokens(batch["segment_ids"]))
 

@@ -241,6 +241,7 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, run, capsys, mo
     message = refused(capsys, train.main, "run", "--resume", "--steps", "99", "--batch-size", "4")
     assert "data.batch_size: 2 and 4" in message and "train.steps:" not in message  # more steps a run takes
     assert "exists" in refused(capsys, grow, "run", "run/24", "--plan", "identity")
+    assert "would be taken for a step of the run" in refused(capsys, train.main, "run/500", *TRAIN)
     (folder / "counts2.json").write_text("{}")
     assert "exists" in refused(capsys, measure, "run", "-o", "counts2.json")
     for name in ("link", "link.png"):  # names that are taken, too

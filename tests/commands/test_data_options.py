@@ -46,6 +46,8 @@ def test_what_the_options_mean():
     assert data.tasks == (WHOLE, "p_hop:easiest=1,hardest=6,symbols=4,length=63"), "with all of their options"
     assert data.shares == {"text": 0.5, "variable_chains": 0.25, "p_hop": 0.25} and data.text == ()
     assert data.curriculum_rows == 240, "0.3 of 200 steps of 4 rows"
+    packed = config_of("--text", "a.JSONL", "b.jsonl.gz", "c.ndjson", "d.json", "e.jsonl.txt").data
+    assert list(map(os.path.basename, packed.json_lines)) == ["a.JSONL", "b.jsonl.gz", "c.ndjson"]
     both = config_of("--text", "a.txt", "b.jsonl", "c.txt", "--task", "p_hop").data
     whole = [os.path.abspath(name) for name in ("a.txt", "b.jsonl", "c.txt")]  # a run is resumed in any folder
     assert both.text == (whole[0], whole[2]) and both.json_lines == (whole[1],)
@@ -74,6 +76,10 @@ def test_a_source_that_is_named_replaces_all_that_the_run_had():
     assert config_of("--task", "addition", base=base).data == config_of("--task", "addition").data
     moved = config_of("--resume", "--text", "a.txt", base=base).data  # of a run that goes on it is where the text lies
     assert moved == base.data.replace(text=config_of("--text", "a.txt").data.text)
+    # and a source that is named alone leaves the others, their shares and the curriculum
+    assert config_of("--resume", "--task", CHAINS, base=base) == base
+    many = config_of("--text", "a.txt", "--task", CHAINS, "--mix", "text=0.7,variable_chains=0.3")
+    assert config_of("--resume", "--task", CHAINS, base=many) == many
     kept = config_of("--steps", "7", "--batch-size", "2", base=base).data
     assert kept == base.data.replace(batch_size=2), "a curriculum is so many rows, however many steps are added"
     weighed = config_of("--mix", "text=0.9,variable_chains=0.1", base=base).data
@@ -82,7 +88,23 @@ def test_a_source_that_is_named_replaces_all_that_the_run_had():
     assert again == base, "a run is resumed with the words that began it"
 
 
+def test_a_run_is_resumed_with_the_words_that_made_its_model(tmp_path):
+    words = ["--preset", "tiny", "--plain", "--layout", "D*2", "--dtype", "bfloat16"]
+    stored = config_of(*words[2:])
+    (tmp_path / "config.json").write_text(json.dumps(stored.to_json()))
+
+    def again(*words: str) -> RunConfig:
+        arguments = train.parser().parse_args([str(tmp_path), "--resume", *words])
+        return train.run_config(arguments, train.default_config(arguments))
+
+    assert again() == again(*words) == stored
+    for others in (words[:3], ["--preset", "small", *words[2:]]):
+        with pytest.raises(Refused, match=f"does not train preset {others[1]}"):
+            again(*others)
+
+
 @pytest.mark.parametrize(("words", "says"), [
+    (("--price-rule", "budget", "--forced-until", "0.5"), ("forces no passes unless it is told how many",)),
     (("--task", "nope", "--task", "p_hop:hardest=99"), ("task 'nope' is not known; the tasks are pointer_jumps",
                                                         "hardest is 99; it can be at most 9")),
     (("--task", "p_hop", "--mix", "text=0.5,p_hop=0.4"), ("the weights of mix sum to 0.9",)),
@@ -130,6 +152,10 @@ def test_a_mix_is_trained_on_evaluated_and_sampled(folder, monkeypatch, capsys):
     assert shown.count("variable_chains, held-out instance") == 2 and "of 6 answers right" in shown
     with pytest.raises(Refused, match="leave one out"):
         sample(["run", "--prompt", "Once", "--task", CHAINS])
+    with pytest.raises(Refused, match=r"(?s)--length is of texts that are continued.*--stop is"):  # answers have none
+        sample(["run", "--task", CHAINS, "--stop", "x", "--length", "9"])
+    with pytest.raises(Refused, match="--instances is how many of a task"):
+        sample(["run", "--prompt", "Once", "--instances", "2"])
 
 
 def test_only_what_a_model_reads_goes_to_the_devices():

@@ -32,6 +32,8 @@ def test_bad_words_write_nothing(tmp_path):
         prepare.main(["My Stories", "x.txt", "--tfds-dir", str(tmp_path)])
     with pytest.raises(Refused, match=r"x\.txt.*cannot be read"):
         prepare.main(["stories", str(tmp_path / "x.txt"), "--tfds-dir", str(tmp_path)])
+    with pytest.raises(Refused, match=r"(?s)--tokenizer reads JSON lines.*x.jsonl is JSON lines"):
+        prepare.main(["stories", "x.jsonl", "--tfds-dir", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gt_jax
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.presets import preset
@@ -72,6 +73,21 @@ def test_settings_that_mean_nothing_are_listed_at_once():
         sample(CONFIG, None, np.array([[3], [4]]), 1, seed=[2**32, -1])
     with pytest.raises(Refused, match=r"(?s)there are 2 seeds; the prompt has 1 rows.*tokens is 999"):
         sample(CONFIG, None, np.array([[3]]), 1, seed=[1, 2], tokens=999)
+    with pytest.raises(Refused, match=r"(?s)seed is \[0.7\]; a whole number"):  # which would draw as 0 does
+        sample(CONFIG, None, np.array([[3]]), 1, seed=np.array([0.7]).tolist())
+
+
+def test_rows_whose_passes_end_by_the_whole_batch_are_drawn_each_by_itself():
+    """Preset tiny_3b ends a pass by the share of all tokens that go on."""
+    config = preset("tiny_3b")
+    config = config.replace(layout="D", width=16, mlp_width=16, moe=None, hyper=None, memory=None,
+                            adaptive=config.adaptive.replace(initial_bias=-2.2))  # fmt: skip
+    rows = np.arange(65, 73)[:, None]
+    weights = gt_jax.initialise(config, seed=0)
+    together = sample(config, weights, rows, 6, temperature=0.0)
+    alone = [sample(config, weights, rows[row : row + 1], 6, temperature=0.0) for row in (0, 7)]
+    assert config.adaptive.halting == "batch"
+    np.testing.assert_array_equal(together[[0, 7]], np.concatenate(alone))
 
 
 def test_prompts_together_are_continued_as_each_alone(model, capsys):

@@ -8,7 +8,7 @@ import pytest
 from gt_jax.configs.model import MemoryConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.evaluation.intermediates import hidden_rows
-from gt_jax.evaluation.measurement import pass_counts
+from gt_jax.evaluation.measurement import halting_entropy, pass_counts
 from gt_jax.models.language_model import LanguageModel, free_passes
 from gt_jax.models.layers.pass_statistics import PassStatistics, mean_over_tokens
 from gt_jax.training.step import make_evaluation
@@ -100,3 +100,11 @@ def test_the_deviation_of_gates_is_of_all_tokens_together():
         p_std=jnp.array([one.std() for one in pieces]).reshape(2, 1, 1))  # fmt: skip
     found = mean_over_tokens(given, jnp.array([3.0, 9.0]), CONFIG.adaptive)
     assert float(found.p_std[0, 0]) == pytest.approx(gates.std(), rel=1e-5)
+
+
+def test_the_entropy_of_passes_counts_tokens_that_run_none():
+    """Gated copies leave tokens out of a layer; an adaptive layer runs its first pass for all."""
+    assert halting_entropy(np.array([0.5])) == pytest.approx(1.0)
+    assert halting_entropy(np.array([0.9])) == pytest.approx(0.469, abs=1e-3)  # of a coin of 0.9, in bits
+    assert halting_entropy(np.array([1.0, 0.0])) == pytest.approx(0.0)
+    assert halting_entropy(np.array([1.0, 0.75, 0.5, 0.25])) == pytest.approx(1.0)

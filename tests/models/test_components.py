@@ -155,11 +155,13 @@ def test_chunks_hand_their_memory_on_and_only_to_their_own_document():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompt", [rarely(4), 14])
-def test_sampling_goes_on_from_chunk_to_chunk(prompt):
+@pytest.mark.parametrize(("prompt", "length"), [rarely(4, 20), rarely(12, 36), (26, 46)])
+def test_sampling_goes_on_from_chunk_to_chunk(prompt, length):
+    """Two chunks read and part of a third; what it has room for, two chunks and part of one written."""
     v, config = variables("chunks"), MODELS["chunks"]
     x = np.asarray(tokens(prompt), np.int32)
-    drawn = sample(config, v, x, 24 - prompt, temperature=0.0, top_k=None)
+    drawn = sample(config, v, x, length, temperature=0.0, top_k=None)
+    np.testing.assert_array_equal(sample(config, v, x, 40, temperature=0.0, top_k=None)[:, :length], drawn[:, :40])
     whole = jnp.concatenate([x, drawn], axis=1)
     logits = rows(config)(v, whole, jnp.ones_like(whole))
     # the first token of a chunk is drawn from the logits of the last token of the chunk before
@@ -173,8 +175,12 @@ def test_rows_that_are_no_whole_chunks_are_refused():
 
 
 def test_the_token_after_the_next_is_of_the_same_document():
-    targets = jnp.asarray([[5, 6, -1, 8, 9, -1]])
-    assert after_next_targets(targets).tolist() == [[6, -1, -1, 9, -1, -1]]
+    targets, segments = jnp.asarray([[5, 6, -1, 8, 9, -1]]), jnp.asarray([[1, 1, 1, 2, 2, 2]])
+    assert after_next_targets(targets, segments).tolist() == [[6, -1, -1, 9, -1, -1]]
+    # the last token of the first document has a target, as JSON lines of tokens and targets may
+    ended, segments = jnp.asarray([[-1, 70, 71, 72]]), jnp.asarray([[1, 1, 2, 2]])
+    assert after_next_targets(ended, segments).tolist() == [[-1, -1, 72, -1]]
+    assert after_next_targets(ended, segments, 1).tolist() == [[-1] * 4]
 
 
 @pytest.mark.slow

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import gt_jax
-from gt_jax.configs.model import AttentionConfig
+from gt_jax.configs.model import AttentionConfig, MemoryConfig
 from gt_jax.errors import Refused
 from gt_jax.growth import repetition
-from gt_jax.models.language_model import empty_cache, fixed_passes
+from gt_jax.models.language_model import LanguageModel, empty_cache, fixed_passes
+from gt_jax.models.memory_chunks import forward_rows
 
 CONFIG = gt_jax.preset("one_layer").replace(width=16, mlp_width=16)
 TOKENS = np.arange(32).reshape(2, 16)
@@ -109,6 +110,24 @@ def test_a_cache_without_room_is_refused():
     ):
         with pytest.raises(Refused, match=words):
             jax.eval_shape(lambda wrong=wrong: gt_jax.forward(config, variables, TOKENS, cache=wrong).logits)
+
+
+def test_more_than_a_chunk_and_padding_with_a_cache_are_refused():
+    """A row of several chunks, read as one, is another model; padding in a cache is a token of the past."""
+    config = gt_jax.preset("tiny").replace(layout="D", width=16, mlp_width=16, adaptive=None,
+                                           memory=MemoryConfig(chunk=8, stream=0))  # fmt: skip
+    variables, x = gt_jax.initialise(config, seed=0), TOKENS[:1]
+    with pytest.raises(Refused, match=r"there are 16 tokens; the model reads chunks of memory.chunk 8"):
+        gt_jax.forward(config, variables, x)
+    first = gt_jax.forward(config, variables, x[:, :8])
+    second = gt_jax.forward(config, variables, x[:, 8:], memory=first.memory)
+    whole, _ = forward_rows(LanguageModel(config), variables, jnp.asarray(x), jnp.asarray(ONES[:1]), fixed_passes(1))
+    np.testing.assert_allclose(jnp.concatenate([first.logits, second.logits], axis=1), whole, atol=1e-5)
+    full = gt_jax.forward(config, variables, x[:, :8], cache=empty_cache(config, 1, 8)).cache
+    with pytest.raises(Refused, match="there are 1 tokens behind 8 in the cache"):
+        gt_jax.forward(config, variables, x[:, :1], cache=full)
+    with pytest.raises(Refused, match=r"segment_ids have padding \(0\)"):
+        gt_jax.forward(config, variables, x[:, :3], np.array([[1, 1, 0]]), cache=empty_cache(config, 1, 8))
 
 
 def test_counts_of_other_strengths_do_not_grow(variables):

@@ -48,10 +48,15 @@ def markdown(stored: Mapping[str, Any]) -> str:
 
 
 def _tuned(setting: Mapping[str, Any]) -> list[str]:
-    """How rates were chosen, where it was not by the first seed alone and for sources and models from scratch."""
+    """How rates were chosen, where it was not by the first seed alone and for sources and models from scratch; and by
+    how much text models were judged."""
     seeds, own = setting.get("tuned_at", 1), setting.get("child_rates", ())
     lines = [f"Rates are the best by the mean loss of the first {seeds} seeds."] if seeds > 1 else []
     lines += [f"What is grown has a rate of its own, of {' and '.join(f'{one:g}' for one in own)}."] if own else []
+    if "tokens" in setting:
+        judged = setting["held_out_batches"] * setting["rows"] * setting["tokens"]
+        lines.append(f"All seeds are judged by the same {judged:,} bytes; intervals are over seeds, and say nothing of "
+                     "other bytes.")  # fmt: skip
     return [" ".join(lines), ""] if lines else []
 
 

@@ -320,12 +320,14 @@ def test_the_page_says_what_the_figures_decide(tmp_path):
     rows = rows_of(0.895, 0.5, (0.28, 0.29, 0.33))
     stored = {"command": "…", "config": {"seeds": [0, 1, 2]}, "machine": {"cores": 2, "device": "cpu"},
               "seconds": 60.0, "rows": rows, "summary": summary(rows), "content": ""}  # fmt: skip
+    stored["config"]["texts"] = [TEXT.replace(name="jumps", child_rates=(1e-3, 2e-3)).to_json()]
     (tmp_path / "growth_pays.json").write_text(json.dumps(stored))
     assert growth_pays.main(["--render", "--output", str(tmp_path)]) == 0
     text = (tmp_path / "growth_pays.md").read_text()
     assert "| at equal FLOPs below the source trained on and the model from scratch | at no point |" in text
     assert "grown at 0.5 and the source trained on, at equal FLOPs cannot be told apart" in text
     assert "grown at 0.5 ends below the model from scratch, at equal FLOPs" in text and "d = 2 (new)" in text
+    assert "rate of its own, of 0.001 and 0.002. All seeds are judged by the same 6,144 bytes" in text
     assert f"{comparisons(stored['summary'])} differences are judged" in text
     assert (tmp_path / "growth_pays.png").stat().st_size > 10_000
     draw(stored, tmp_path / "again.png")

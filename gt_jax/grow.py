@@ -142,9 +142,10 @@ def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], fi
     source, plan, counts, warnings, options = agree(lambda: _prepare(args))
     cost = None if source is None else source.cost(plan, counts)
     at = None if source is None else source.stood
+    whole = source is not None and source.config.adaptive is not None and source.config.adaptive.weights == "hard"
     told = [*(f"warning: {line}" for line in warnings), *([] if at is None else [f"the source stood {at.line()}"]),
             *([] if cost is None else [cost.line()]),
-            *([] if (between := spread_line(counts, plan)) is None else [between])]
+            *([] if (between := spread_line(counts, plan, whole)) is None else [between])]
     for line in told if first else ():
         say(line)
     settings = {"carry": options["carry"], "recipe": args.recipe, "noise_std": args.noise_std, "seed": args.seed,

@@ -61,7 +61,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mesh", help="sizes of the axes, for example data=1,fsdp=16,tensor=4; the others are 1")
     p.add_argument("--batch", type=whole, help="rows a step (default: half a million tokens)")
     p.add_argument("--sequence-length", type=whole, default=4096)
-    p.add_argument("--accumulate", type=whole, default=1, metavar="N", help="run each batch in N parts")
+    p.add_argument("--accumulate", type=whole, metavar="N", help="run each batch in N parts (1; without --mesh as "
+                   "many as seem to fit)")  # fmt: skip
     p.add_argument("--tries", type=whole, default=2, metavar="N", help="meshes to compile where none is given (2)")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     p.add_argument("--picture", type=local_path, metavar="FILE.png", help="draw the least times by part")
@@ -102,13 +103,14 @@ def job_of(arguments: argparse.Namespace) -> Any:
         model = model.replace(remat=arguments.remat)
     length = arguments.sequence_length
     batch = arguments.batch if arguments.batch is not None else max(1, TOKENS // max(length, 1))
+    parts = 1 if arguments.accumulate is None else arguments.accumulate
     wrong = [f"--{name} is {value}; it must be at least 1" for name, value in
-             (("batch", batch), ("sequence-length", length), ("accumulate", arguments.accumulate),
+             (("batch", batch), ("sequence-length", length), ("accumulate", parts),
               ("tries", arguments.tries)) if value < 1]  # fmt: skip
-    if not wrong and batch % arguments.accumulate:
-        wrong = [f"--batch {batch} is not divisible by --accumulate {arguments.accumulate}"]
+    if not wrong and batch % parts:
+        wrong = [f"--batch {batch} is not divisible by --accumulate {parts}"]
     refuse_all(wrong, "these do not fit:")
-    return Job(model, batch, length, arguments.accumulate)
+    return Job(model, batch, length, parts)
 
 
 def chosen(
@@ -127,10 +129,11 @@ def chosen(
         heading = f"--mesh {arguments.mesh} does not cut the model evenly:"
         refuse_indivisible(job.model, job.batch // job.accumulate, sizes, heading, Rules())
         return [(sizes, job.accumulate, {})]
-    found = mesh_search.candidates(job, devices, parameters_of(job.model), machine, arguments.slices)
+    fixed = arguments.accumulate is not None
+    found = mesh_search.candidates(job, devices, parameters_of(job.model), machine, arguments.slices, fixed)
     if not found:
         whole = dataclasses.replace(job, batch=devices * job.accumulate)
-        divides = mesh_search.candidates(whole, devices, 1, machine, arguments.slices)
+        divides = mesh_search.candidates(whole, devices, 1, machine, arguments.slices, fixed)
         other = f"--batch {whole.batch}, or a multiple of it, has one" if divides else \
             "neither does any other batch: name one with --mesh, to see what it does not divide"  # fmt: skip
         raise Refused(f"no mesh of {devices} devices divides batch {job.batch} and the model evenly; {other}")

@@ -105,6 +105,9 @@ def _settings(args: argparse.Namespace) -> tuple[AdaptiveConfig, PriceConfig, in
     priced = args.pass_price is not None
     more = {"value": args.pass_price} if priced else {"target_of": args.target_of}
     target = None if priced else TARGET if args.target is None else args.target
+    if target is not None and target > len(adaptive.alpha):
+        raise Refused(f"--target is {target:g}; with --strengths {','.join(f'{one:g}' for one in adaptive.alpha)} a "
+                      f"layer runs {len(adaptive.alpha)} times at most")
     price = opening(adaptive.initial_bias, len(adaptive.alpha), args.price_rule, target, **more)
     return adaptive, price, memory_size(args.memory)
 

@@ -1,8 +1,9 @@
 """How many FLOPs training costs: the rule, in one place.
 
 forward FLOPs a token = sum over layers of (passes computed) * (matrix products of one pass) + unembedding;
-training = 3 x forward (the backward pass is two forward passes), an adaptive model one unembedding more (its price
-reads the loss after pass 1, without gradient).
+training = 3 x forward (the backward pass is two forward passes), the layers once more where the backward pass computes
+them again (`remat`, and every pass under `context` "alive"), and one unembedding more where the price reads the loss
+after pass 1 (rule "ouro", without gradient).
 
 - Matrix products of one pass are counted from the config by `profile_components.flops`: projections, MLP, the chunked
   recurrence, attention over the row. Norms, convolutions, gates, halting heads and the optimizer are left out.
@@ -39,10 +40,20 @@ def forward_flops(config: ModelConfig, tokens: int, passes: Sequence[float] | np
     return float(layers @ run) + 2.0 * config.width * config.vocab
 
 
-def training_flops(config: ModelConfig, tokens: int, passes: Sequence[float] | np.ndarray | None = None) -> float:
-    """FLOPs a token of one training step: (1 + 2) x forward, and the adaptive model's second unembedding."""
-    first_pass = 0.0 if config.adaptive is None else 2.0 * config.width * config.vocab
-    return (1.0 + BACKWARD) * forward_flops(config, tokens, passes) + first_pass
+def training_flops(
+    config: ModelConfig, tokens: int, passes: Sequence[float] | np.ndarray | None = None, *, reads_first: bool = False
+) -> float:
+    """FLOPs a token of one training step: (1 + 2) x forward, and what is computed twice; `reads_first`: the loss after
+    pass 1, which costs an unembedding."""
+    unembedding = 2.0 * config.width * config.vocab
+    forward = forward_flops(config, tokens, passes)
+    again = forward - unembedding if computes_again(config) else 0.0
+    return (1.0 + BACKWARD) * forward + again + (unembedding if reads_first else 0.0)
+
+
+def computes_again(config: ModelConfig) -> bool:
+    """Whether the backward pass computes the layers again."""
+    return config.remat != "none" or (config.adaptive is not None and config.adaptive.context == "alive")
 
 
 def passes_by_step(

@@ -140,7 +140,8 @@ class Seed:
 
     def _step_flops(self, config: ModelConfig, passes: Any = None) -> float:
         study = self.study
-        return flops.training_flops(config, study.sequence_length, passes) * study.tokens_per_step
+        a_token = flops.training_flops(config, study.sequence_length, passes, reads_first=config.adaptive is not None)
+        return a_token * study.tokens_per_step
 
     def _source(self, cost: float) -> tuple[dict[str, Any], Tree]:
         """The source's record and variables, from its checkpoint or by training."""

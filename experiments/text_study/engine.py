@@ -101,4 +101,5 @@ def program(config: ModelConfig, train: TrainConfig) -> Trainer:
 
 def step_flops(study: TextGates, config: ModelConfig, passes: Sequence[float] | np.ndarray) -> float:
     """FLOPs of a training step that computes so many passes in each layer [l] (experiments/growth_study/flops.py)."""
-    return training_flops(config, study.tokens, passes) * study.tokens * study.rows
+    adaptive = config.adaptive is not None  # the one whose cost decides is of rule "ouro", which reads pass 1
+    return training_flops(config, study.tokens, passes, reads_first=adaptive) * study.tokens * study.rows

@@ -110,9 +110,10 @@ def check_lines(found: Mapping[str, Any]) -> list[str]:
         return [*lines, f"predictions are not compared: {found['not_compared']}"]
     compared = found["predictions"]
     units = f"{compared['units']['count']} {compared['units']['kind']}s"
+    before, after = (f"{float(compared[name]):.4f}" for name in ("source_loss", "target_loss"))
     gap, kl, top1 = (compared["intervals"][name] for name in ("gap", "kl", "same_top1"))
-    return [*lines, f"held out, {compared['tokens']:,} tokens of {units}: loss {compared['source_loss']:.4f} -> "
-            f"{compared['target_loss']:.4f}, gap {_with_limits(gap, 100.0, '+.2f')} %, {compared['verdict']}; KL "
+    return [*lines, f"held out, {compared['tokens']:,} tokens of {units}: loss {before} -> {after}, "
+            f"gap {_with_limits(gap, 100.0, '+.2f')} %, {compared['verdict']}; KL "
             f"{_with_limits(kl, 1.0, '.5f')} nats a token; same top-1 {_with_limits(top1, 100.0, '.1f')} %"]
 
 

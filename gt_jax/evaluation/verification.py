@@ -9,7 +9,6 @@ from typing import Any
 from gt_jax.configs.data import Weight
 from gt_jax.configs.lineage import newest, trainings
 from gt_jax.configs.model import ModelConfig
-from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.configs.standing import gone_on, standing
 from gt_jax.devices.processes import ProcessGroup
@@ -25,7 +24,7 @@ from gt_jax.monitoring.metrics import json_values
 from gt_jax.text.batches import Text
 from gt_jax.text.data import Data, open_data
 from gt_jax.training.divisibility import indivisible_fields
-from gt_jax.training.loop import fit, make_trainer, variables_of
+from gt_jax.training.loop import Diverged, fit, make_trainer, variables_of
 from gt_jax.training.step import evaluate
 from gt_jax.typing import Tree
 
@@ -49,7 +48,7 @@ def verify(
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "json_lines": tuple(json_lines),
                              "tasks": tuple(tasks), "mix": tuple(mix), "tokenizer": tokenizer}
 
-    def prepare() -> tuple[Checkpoint, Checkpoint, Text | Data, Plan | None, str | None]:
+    def prepare() -> tuple[Checkpoint, Checkpoint, Text | Data, TrainConfig | None, Plan | None, str | None]:
         if batches < 1:
             raise Refused(f"--batches is {batches}; at least one is needed")
         if curve < 0:
@@ -58,9 +57,10 @@ def verify(
         refuse_all(incomparable(shallow, deep, tokenizer), f"{source} and {target} cannot be compared:")
         reading = open_data(data_config(shallow.metadata, named, source))
         _refuse_rows(reading, shallow, deep, rows, jacobian_iterations)
-        return shallow, deep, reading, *plan_between(shallow, deep)
+        train = _training(shallow, deep, curve) if curve else None  # may be refused: before the minutes of work
+        return shallow, deep, reading, train, *plan_between(shallow, deep)
 
-    shallow, deep, reading, plan, reason = group.agree(prepare)
+    shallow, deep, reading, train, plan, reason = group.agree(prepare)
     held_out, rules, variables = held_out_rows(reading, batches), Rules(), deep.load()
     result = compare_models(
         shallow.config, shallow.load(), deep.config, variables, plan, held_out, rules, say=say,
@@ -69,11 +69,12 @@ def verify(
     known = [text_note(one.metadata, reading, one.path, names_text(named) or one is deep) for one in (shallow, deep)]
     notes = [*(note for note in (reason, *known) if note is not None), *result.pop("notes")]
     more: dict[str, Any] = {}
-    if curve:
+    if train is not None:
         position = position_of(reading, shallow, deep)
-        more["curve"] = train_curve(
-            deep.config, variables, reading, position, curve, held_out.batches, _rate(shallow, curve), say
-        )  # fmt: skip
+        try:
+            more["curve"] = train_curve(deep.config, variables, reading, position, held_out.batches, train, say)
+        except Diverged as error:  # what was compared stands
+            notes.append(f"there is no curve, training on diverged: {error}")
     whole = {"source": str(source), "target": str(target), "text": reading.summary(), "notes": notes, **result, **more}
     return json_values(whole)
 
@@ -97,24 +98,26 @@ def position_of(reading: Text | Data, source: Checkpoint, target: Checkpoint) ->
     return reading.position_after(run.get("data") for run in runs)
 
 
-def _rate(source: Checkpoint, steps: int) -> OptimizerConfig:
-    """That of `steps` steps that go on where the source stood, the default for a source without a run."""
-    run, at = newest(source.metadata, "run"), standing(source.metadata)
-    if run is None:
-        return OptimizerConfig()
-    before = RunConfig.from_json(run).train
-    return before.optimizer if at is None else gone_on(before, at.step, steps).optimizer
+def _training(source: Checkpoint, target: Checkpoint, steps: int) -> TrainConfig:
+    """That of `steps` steps that go on where the source stood, the default for a source without a run; an adaptive
+    target's price is that of its own run, or its source's."""
+    run, own, at = newest(source.metadata, "run"), newest(target.metadata, "run"), standing(source.metadata)
+    train = TrainConfig(steps=steps)
+    if run is not None:
+        before = RunConfig.from_json(run).train
+        train = before.replace(steps=steps, thaw=None) if at is None else gone_on(before, at.step, steps)
+    return train if own is None else train.replace(price=RunConfig.from_json(own).train.price)
 
 
 def train_curve(
-    config: ModelConfig, variables: Tree, text: Text | Data, position: dict[str, Any] | None, steps: int,
-    held_out: Sequence[Any], optimizer: OptimizerConfig, say: Say = lambda line: None,
+    config: ModelConfig, variables: Tree, text: Text | Data, position: dict[str, Any] | None, held_out: Sequence[Any],
+    train: TrainConfig, say: Say = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Training losses of `steps` steps with a fresh optimizer on the batches after `position`, and the loss after them.
-
-    The schedule is `optimizer`'s over these steps, warm-up included. The variables are used up.
+    """Training losses of the steps of `train` with a fresh optimizer on the batches after `position`, and the loss
+    after them. The schedule is that over these steps, warm-up included. The variables are used up.
     """
-    rules, trainer = Rules(), make_trainer(config, TrainConfig(steps=steps, optimizer=optimizer))
+    rules, steps = Rules(), train.steps
+    trainer = make_trainer(config, TrainConfig(steps=steps, optimizer=train.optimizer, price=train.price))
     batches = (global_batch(batch, rules) for batch in text.train(position))
     losses: list[list[float]] = []
 
@@ -125,4 +128,4 @@ def train_curve(
 
     state = fit(trainer, trainer.new_state(variables), batches, steps, record=record)
     after = evaluate(trainer.evaluation, variables_of(state), [global_batch(batch, rules) for batch in held_out])
-    return {"steps": steps, "learning_rate": optimizer.learning_rate, "loss": losses, "held_out_loss": after}
+    return {"steps": steps, "learning_rate": train.optimizer.learning_rate, "loss": losses, "held_out_loss": after}

@@ -18,8 +18,11 @@ def whole_spread(counts: Repetition) -> float | None:
     return math.fsum(share * size for share, size in pairs) / total if total > 0 else None
 
 
-def spread_line(counts: Repetition | None, plan: Plan) -> str | None:
-    """What the plan makes of it, for a reader; None where nothing was measured."""
+def spread_line(counts: Repetition | None, plan: Plan, whole_passes: bool = False) -> str | None:
+    """What the plan makes of it, for a reader; None where nothing was measured.
+
+    `whole_passes`: the source gives a token a pass whole or not at all (weights "hard").
+    """
     if counts is None or (whole := whole_spread(counts)) is None:
         return None
     said = f"spread: {100 * whole:.2g} % of what the source's passes add (mean squares) differs between tokens"
@@ -30,5 +33,8 @@ def spread_line(counts: Repetition | None, plan: Plan) -> str | None:
     _, layer, index = max(
         (share * size, layer, index) for layer, one in enumerate(counts.layers)
         for index, (share, size) in enumerate(zip(one.spread or (), one.update_square or (), strict=True)))
+    if plan.options.get("coefficient") == "schedule":
+        return f"{said}, most of it in pass {index + 1} of layer {layer}; --keep-gates keeps it"
+    more = "; whole passes for all tokens, as the source's are for some: --coefficient schedule" if whole_passes else ""
     return (f"{said}, most of it in pass {index + 1} of layer {layer}; mean strengths cannot give it, --keep-gates "
-            "keeps it")
+            f"keeps it{more}")

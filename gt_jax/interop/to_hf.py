@@ -122,17 +122,21 @@ def plan_export(opened: Opened, approximate: bool = False) -> Export:
     tensors = {name: Info(shape, dtype_named(forms.get(name, {}).get(
         "dtype", dtypes.get(kinds[name], config.param_dtype)))) for name, shape in shapes.items()}  # fmt: skip
     bits = {name: form["bits"] for name, form in forms.items() if "bits" in form}
-    return Export(family, _config(config, family, origin.get("config", {}) if own else {}), found, tensors, bits, gains)
+    made = config_file(config, family, origin.get("config", {}) if own else {})
+    return Export(family, made, found, tensors, bits, gains)
 
 
-def _config(config: ModelConfig, family: Family, origin: Mapping[str, Any]) -> Json:
+def config_file(config: ModelConfig, family: Family, origin: Mapping[str, Any]) -> Json:
     """config.json: what the source had, with what the model is now; of a multimodal source its text model's."""
     base = dict(origin.get("text_config", origin) if origin.get("model_type") == family.wrapper else origin)
     rope = {**(base.get("rope_scaling") or {}), **(base.get("rope_parameters") or {})}
     made = {**base, **family.write(config), **depth_fields(config)}
     made["rope_parameters"] = {**rope, **made["rope_parameters"]}
-    for old in ("rope_scaling", "rope_theta", "partial_rotary_factor", "full_attention_interval", "torch_dtype"):
+    for old in ("rope_scaling", "full_attention_interval", "torch_dtype"):
         made.pop(old, None)
+    for old in ("rope_theta", "partial_rotary_factor"):  # where readers of before transformers 5 look
+        if old in made:
+            made[old] = made["rope_parameters"].get(old, made[old])
     if "mtp_num_hidden_layers" in made:
         made["mtp_num_hidden_layers"] = 0  # their tensors do not go out
     return {**made, "model_type": family.model_type, "architectures": [family.architecture],

@@ -40,7 +40,7 @@ from gt_jax.interop.inferred_config import infer
 from gt_jax.interop.shards import Source, summary
 from gt_jax.interop.tensor_files import Info, groups
 from gt_jax.interop.tensor_names import Leaf
-from gt_jax.text.tokenizers import chosen_tokenizer
+from gt_jax.text.tokenizers import chosen_tokenizer, known_tokenizer, open_tokenizer
 
 Progress = Callable[[str], None]
 
@@ -51,9 +51,10 @@ def to_orbax(sources: Sequence[StrPath], target: StrPath, *, overrides: Mapping[
     """Write the checkpoint `target` from the origin's files; returns a report.
 
     `overrides` are config fields; `step` is what the metadata say (else what the file says, else 0); `tokens` the
-    bytes of every token, for a Kronecker embedding (else the default of `text.token_bytes`); `tokenizer` is noted, for
-    the commands that read text. What a file of ours says of how its model came to be is kept as the `lineage`. Raises
-    `Refused` that lists everything that does not fit, with nothing written.
+    bytes of every token, for a Kronecker embedding (else those of the tokenizer that is named or came along, else the
+    default of `text.token_bytes`, which is said); `tokenizer` is noted, for the commands that read text. What a file of
+    ours says of how its model came to be is kept as the `lineage`. Raises `Refused` that lists everything that does not
+    fit, with nothing written.
     """
     say = progress or (lambda line: None)
     started = time.monotonic()
@@ -71,6 +72,8 @@ def to_orbax(sources: Sequence[StrPath], target: StrPath, *, overrides: Mapping[
         metadata[LINEAGE] = source.lineage
     if tokenizer is not None:
         metadata["tokenizer"] = chosen_tokenizer(metadata, tokenizer, ", ".join(map(str, sources)))
+    if tokens is None and expected.tokens:
+        tokens = _texts(metadata, tokenizer, ", ".join(map(str, sources)), say)
     own = _own(expected, config, tokens)
     checksums = all(file.has_checksums for file in source.files)
     if not checksums:
@@ -114,6 +117,15 @@ def _forms(source: Source, written: Mapping[str, Info]) -> dict[str, list[Any]]:
     return {name: [str(info.dtype), list(info.shape)] for name, info in source.tensors.items() if info != written[name]}
 
 
+def _texts(metadata: Mapping[str, Any], tokenizer: str | None, sources: str, say: Progress) -> list[bytes] | None:
+    """The bytes of the tokens of the tokenizer that is named, or that came along; None, and a word, where none did."""
+    if tokenizer is None and known_tokenizer(metadata) is None:
+        say("nothing says which bytes the tokens have, which the embedding reads: token i below 256 is taken for byte "
+            "i; --tokenizer or --tokens say otherwise")
+        return None
+    return open_tokenizer(chosen_tokenizer(metadata, tokenizer, sources)).texts()
+
+
 def _own(expected: Expected, config: ModelConfig, tokens: Sequence[bytes] | None) -> dict[str, np.ndarray]:
     """The leaves that the origin does not have: gains of 1, and the bytes of the tokens."""
     made = {path: np.ones(expected.tensors[path].shape, expected.tensors[path].dtype) for path in expected.gains}
@@ -121,11 +133,11 @@ def _own(expected: Expected, config: ModelConfig, tokens: Sequence[bytes] | None
         if tokens is not None:
             raise Refused("token texts have no meaning for this model; its embedding is a plain table")
         return made
-    from gt_jax.text.token_bytes import default_texts, token_table
+    from gt_jax.text.token_bytes import filled, token_table
 
-    if tokens is not None and len(tokens) != config.vocab:
+    if tokens is not None and len(tokens) > config.vocab:
         raise Refused(f"there are {len(tokens)} token texts; the model has a vocabulary of {config.vocab}")
-    texts = default_texts(config.vocab) if tokens is None else tokens
+    texts = filled(tokens or (), config.vocab)
     return made | dict(zip(TOKENS, map(np.asarray, token_table(texts, config.embedding.token_bytes)), strict=True))
 
 

@@ -43,7 +43,7 @@ from gt_jax.interop.to_orbax import Progress, refuse_existing
 _VARIANTS = {  # fields without a tensor that change what a layer computes
     "deltanet": ("rope", "conv_bias", "read_scale", "skip", "activation_on", "decay_floor", "beta_max"),
     "gsa": ("rope", "score_scale", "variance"),
-    "adaptive": ("halting", "features", "state_width", "by_pass", "logit_bound"),
+    "adaptive": ("halting", "features", "state_width", "by_pass", "logit_bound", "weights"),
 }
 
 
@@ -57,7 +57,7 @@ def to_safetensors(source: StrPath, target: StrPath, *, progress: Progress | Non
     place = refuse_existing(target)
     opened = open_checkpoint(source)
     where, config, metadata = opened.folder, opened.config, opened.metadata
-    _refuse_other_models(where, config)
+    refuse_other_models(where, config)
     expected = _check(where, opened.model, config)
     tensors = _as_they_came(origin_infos(expected, config), metadata)
     step = metadata.get("step")
@@ -87,14 +87,15 @@ def _refuse_foreign(unfinished: Path, place: Path) -> None:
                       "move it away")
 
 
-def _refuse_other_models(where: Path, config: ModelConfig) -> None:
+def refuse_other_models(where: Path, config: ModelConfig) -> None:
     """Raise `Refused` for parts of the config that the origin does not have."""
     types = config.depth.types
     absent = {
         "S layers": "S" in types, "A layers": "A" in types, "B layers": "B" in types,
         "a dense MLP (moe is null)": config.moe is None, "exit": config.exit is not None,
         "copies that keep their gates (gated_copies)": config.gated_copies is not None,
-        "the lambda stack": config.stack.kind == "lambda",
+        "the lambda stack": config.stack.kind == "lambda", "the midpoint stack": config.stack.kind == "midpoint",
+        "a tied embedding": config.embedding.tied,
         "deltanet.variant 'groundthink'": "D" in types and config.deltanet is not None
         and config.deltanet.variant != "gated",
         "deltanet.head_gate_bias false": config.deltanet is not None and not config.deltanet.head_gate_bias,

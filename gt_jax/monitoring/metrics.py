@@ -182,6 +182,7 @@ class Recorder:
             self._bar.update(step - self._bar.n)
             return
         due = step // self._every > self._step // self._every or step == self._total or len(self._recent) == 1
+        due = due or "held_out_loss" in values  # it has the step of the training line before it
         if self._stream is not None and due:
             if rate and self._total and step < self._total:
                 shown.append(f"{_duration((self._total - step) / rate)} left")

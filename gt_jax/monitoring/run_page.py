@@ -94,7 +94,7 @@ def summary(run: Run) -> dict[str, str]:
         "hours": f"{seconds_of(run.records) / 3600:.2f}" if run.records else ABSENT,
         "alerts": str(len(run.found)),
     }
-    plain = run.config.model.adaptive is None
+    plain = run.config.model.halting is None
     of_depth = (*MEASURES.values(), "price", "the price aims at")
     return {**rows, **dict.fromkeys(of_depth, ABSENT)} if plain else rows
 
@@ -117,7 +117,7 @@ def _by_layer(records: Sequence[Mapping[str, Any]], name: str) -> str:
 
 def drawable(run: Run) -> list[dict[str, Any]]:
     """The records as they are drawn: without what the passes of an audit change, or the depth of a plain model."""
-    course, adaptive = Course(run.config), run.config.model.adaptive is not None
+    course, adaptive = Course(run.config), run.config.model.halting is not None
 
     def left_out(record: Mapping[str, Any]) -> tuple[str, ...]:
         if not adaptive:

@@ -26,6 +26,11 @@ def default_texts(vocab: int) -> list[bytes]:
     return [bytes([i]) for i in range(min(vocab, 256))] + [b"<%d>" % i for i in range(256, vocab)]
 
 
+def filled(texts: Sequence[bytes], vocab: int) -> list[bytes]:
+    """A text for each id of a vocabulary that may be larger than the tokenizer: behind its texts the default ones."""
+    return [*texts, *default_texts(vocab)[len(texts) :]]
+
+
 def _cut(text: bytes, width: int) -> bytes:
     try:
         text.decode()

@@ -38,7 +38,7 @@ from gt_jax.monitoring.metrics import Recorder
 from gt_jax.monitoring.tensorboard import TensorBoard, writer_module
 from gt_jax.text.batches import Text
 from gt_jax.text.data import Data, open_data, short_parts
-from gt_jax.text.token_bytes import default_texts, token_table
+from gt_jax.text.token_bytes import filled, token_table
 from gt_jax.training.budget import BudgetState
 from gt_jax.training.divisibility import refuse_indivisible
 from gt_jax.training.moments import carried_moments
@@ -392,8 +392,7 @@ def with_token_bytes(variables: Tree, config: RunConfig, text: Text | Data) -> T
     embedding = config.model.embedding
     if embedding.kind == "table" or config.data.tokenizer == BYTES:
         return variables
-    texts = text.tokenizer.texts()
-    texts += default_texts(config.model.vocab)[len(texts) :]
+    texts = filled(text.tokenizer.texts(), config.model.vocab)
     tables = dict(zip(("token_bytes", "token_length"), token_table(texts, embedding.token_bytes), strict=True))
     old = variables["statistics"]["embedding"]
     new = {name: jax.device_put(table, old[name].sharding) for name, table in tables.items()}

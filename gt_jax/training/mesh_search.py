@@ -70,11 +70,13 @@ class Candidate:
         return self.seconds[self.bound]
 
 
-def candidates(job: Job, devices: int, parameters: int, machine: Machine, slices: int = 1) -> list[Candidate]:
+def candidates(
+    job: Job, devices: int, parameters: int, machine: Machine, slices: int = 1, fixed: bool = False
+) -> list[Candidate]:
     """Meshes on which the model and a part of the batch divide evenly: those that seem to fit, the fastest first.
 
     `tensor` and `expert` are powers of two up to 8, `fsdp` 16 to 256 where there are as many devices. `accumulate` of
-    the job, if above 1, is kept. `data` is a multiple of `slices`.
+    the job is kept where it is `fixed`, or above 1. `data` is a multiple of `slices`.
     """
     found = []
     for tensor, expert in itertools.product((1, 2, 4, 8), repeat=2):
@@ -85,19 +87,19 @@ def candidates(job: Job, devices: int, parameters: int, machine: Machine, slices
             sizes = dict(zip(MESH_AXES, (rest // fsdp, fsdp, expert, tensor), strict=True))
             if sizes["data"] % slices:
                 continue
-            tried = [estimate(job, sizes, parts, parameters, machine) for parts in parts_of(job, rest)
+            tried = [estimate(job, sizes, parts, parameters, machine) for parts in parts_of(job, rest, fixed)
                      if not indivisible_fields(job.model, job.batch // parts, sizes, Rules())]  # fmt: skip
             fitting = [one for one in tried if one.memory <= machine.memory]
             found += (fitting or tried[-1:])[:1]
     return sorted(found, key=lambda c: (c.memory > machine.memory, c.cost, sum(c.seconds.values())))
 
 
-def parts_of(job: Job, shards: int) -> list[int]:
+def parts_of(job: Job, shards: int, fixed: bool = False) -> list[int]:
     """Numbers of parts with at most `TOKENS` tokens a device, each whole rows of every device, the fewest first."""
     if job.batch % shards:
         return []
     rows = job.batch // shards
-    if job.accumulate > 1:
+    if fixed or job.accumulate > 1:
         return [job.accumulate] if rows % job.accumulate == 0 else []
     fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n * job.sequence <= TOKENS]
     return fitting or [rows]

@@ -59,6 +59,8 @@ def test_meshes_divide_what_they_cut_and_those_that_fit_come_in_the_order_of_the
     assert slow[0].bound == "links" and slow[0].cost > found[0].cost
     small = mesh_search.candidates(job, 64, 8_309_921_685, machine(memory=20 << 30))
     assert small[0].memory < 20 << 30 < found[0].memory and small[0].accumulate > found[0].accumulate
+    whole = mesh_search.candidates(job, 64, 8_309_921_685, machine(memory=20 << 30), fixed=True)
+    assert {one.accumulate for one in whole} == {1}  # --accumulate 1 means one part, even where none fits
     fit = [one.memory < 20 << 30 for one in small]
     assert fit == sorted(fit, reverse=True) and not fit[-1]  # those that seem too large come last
 

@@ -105,6 +105,15 @@ def test_every_carry_with_noise_and_another_dtype_passes(folder, tmp_path, carry
         check_growth(folder / "stranger", tmp_path / "swapped")
 
 
+def test_losses_that_are_no_numbers_are_shown():
+    """JSON has them as words."""
+    nothing = {name: {"value": "NaN", "low": None, "high": None} for name in ("gap", "kl", "same_top1")}
+    said = {"source_loss": "NaN", "target_loss": "Infinity", "tokens": 8, "verdict": "no number", "intervals": nothing,
+            "units": {"count": 1, "kind": "document"}}  # fmt: skip
+    lines = check_lines({"files": 1, "bytes": 1, "order": "kept", "predictions": said})
+    assert "loss nan -> inf, gap +nan %, no number" in lines[1]
+
+
 def test_the_command_says_what_it_costs_before_it_writes_and_looks_at_the_child_after(folder, tmp_path, capsys):
     arguments = [str(folder / "source"), "--plan", "identity", "--noise-std", "0", "--json"]
     assert grow([*arguments[:1], str(tmp_path / "a"), *arguments[1:]]) == 0

@@ -46,6 +46,9 @@ def test_counts_carry_it_and_those_from_before_have_none():
     plan = make_plan("layer", counts, parse("D"))
     said = spread_line(counts, plan)
     assert said is not None and "12 %" in said and "pass 2 of layer 0" in said and "--keep-gates" in said
+    assert "--coefficient schedule" not in said and "--coefficient schedule" in str(spread_line(counts, plan, True))
+    full = make_plan("layer", counts, parse("D"), coefficient="schedule")
+    assert "mean strengths" in said and "mean strengths" not in str(spread_line(counts, full, True))
     assert "the gates keep it" in str(spread_line(counts, keeping_gates(plan, counts.alpha)))
     before = {name: value for name, value in LAYERS["layer0"].items() if name not in ("spread", "update_square")}
     assert whole_spread(from_json({"layer0": before})) is None

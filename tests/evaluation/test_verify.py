@@ -16,8 +16,7 @@ from gt_jax import verify
 from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import AdaptiveConfig, EmbeddingConfig, MoEConfig
-from gt_jax.configs.optimizer import OptimizerConfig
-from gt_jax.configs.run import RunConfig
+from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.devices.sharding import Rules, mesh_for_rows, put_like
 from gt_jax.errors import Refused
 from gt_jax.evaluation import pieces, verification
@@ -264,7 +263,7 @@ def test_a_curve_of_training_on(monkeypatch, tmp_path):
     stream, said = text.train(), []
     next(stream)
     found = verification.train_curve(
-        SOURCE, {"params": 0}, text, stream.state(), 12, text.held_out(1), OptimizerConfig(), said.append,
+        SOURCE, {"params": 0}, text, stream.state(), text.held_out(1), TrainConfig(steps=12), said.append,
     )  # fmt: skip
     sums = np.cumsum([next(stream)["tokens"].sum() for _ in range(12)])
     assert found["loss"] == [[number, 1 / total] for number, total in enumerate(sums.tolist(), 1)]

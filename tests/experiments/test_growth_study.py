@@ -268,8 +268,13 @@ def test_flops_follow_the_parameters():
         assert 1.0 < once[layer] / (2 * matrices[kind]) < 1.8, kind
     unembedding = 2 * source.width * source.vocab
     assert flops.forward_flops(source, 128, [2.0] * 8) == pytest.approx(2 * once.sum() + unembedding)
-    assert flops.training_flops(source.plain, 128) == pytest.approx(3 * (once.sum() + unembedding))
-    assert flops.training_flops(source, 128) - 3 * flops.forward_flops(source, 128) == unembedding
+    kept = source.replace(remat="none")
+    plain, first = flops.training_flops(kept.plain, 128), flops.training_flops(kept, 128, reads_first=True)
+    assert plain == pytest.approx(3 * (once.sum() + unembedding)) and first - plain == unembedding
+    # computed again: under remat, and every pass under context "alive"
+    alive = kept.replace(adaptive=kept.adaptive.replace(context="alive"))
+    for config in (alive, source.replace(remat="layer")):
+        assert flops.training_flops(config, 128) - plain == pytest.approx(once.sum())
     rows = flops.passes_by_step({2: [1.0, 2.0], 4: [3.0, 2.0]}, 5, lambda step: 2 if step == 1 else 0)
     assert rows.tolist() == [[2, 2], [1, 2], [2, 2], [3, 2], [3, 2]]
 

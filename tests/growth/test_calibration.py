@@ -199,6 +199,7 @@ def test_models_that_do_not_belong_together_are_refused(grown):
 
     refused("for a source of layout", 0, small_model("D*3"))
     refused("is adaptive", 2, SOURCE)
+    refused("is a lambda stack", 2, child.replace(stack=child.stack.replace(kind="lambda")))
     refused("not what the plan makes", 2, child.replace(mlp_width=64))
     refused("not what the plan makes", 4, identity_plan(SOURCE.depth))
     refused("no batches", 5, [])

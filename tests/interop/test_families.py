@@ -14,6 +14,7 @@ import pytest
 from gt_jax.configs.model import MTPConfig
 from gt_jax.configs.presets import PRESETS, preset
 from gt_jax.errors import Refused
+from gt_jax.interop import to_hf
 from gt_jax.interop.families.registry import FAMILIES, family_for, recognised
 from gt_jax.interop.families.rows import LINEAR, PLUS_ONE, TAPS, Part, Unit, flat_start
 from gt_jax.interop.from_hf import _lost_bits, with_bits
@@ -84,6 +85,12 @@ def test_configs_go_both_ways(name):
     assert family_for(config, None).cannot_express(config) == []
     assert family.cannot_express(config.replace(layout="D*3,A*2")) == []
     assert family.cannot_express(config.replace(gsa=preset("tiny").gsa)) == []  # of layers that it does not have
+    old = {"rope_theta": 5.0, "partial_rotary_factor": 0.125, "rope_scaling": None}  # as transformers 4 wrote them
+    made = to_hf.config_file(config, family, old)
+    rope = made["rope_parameters"]
+    assert (made["rope_theta"], made["partial_rotary_factor"]) == (
+        rope["rope_theta"], rope.get("partial_rotary_factor", 0.125))  # fmt: skip
+    assert "rope_theta" not in to_hf.config_file(config, family, {}) and "rope_scaling" not in made
     defaults = family.config({"rope_parameters": {"rope_theta": 1e7}} if "qwen" in name else {})
     assert defaults.replace(param_dtype="bfloat16", compute_dtype="bfloat16") == config
 

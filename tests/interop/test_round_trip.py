@@ -1,6 +1,7 @@
 """There and back, bit for bit, whatever the dtypes, the components and the depth."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,9 +12,10 @@ from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.lineage import chain, tree_lines
 from gt_jax.configs.model import EmbeddingConfig, ModelConfig
+from gt_jax.errors import Refused
 from gt_jax.interop.shards import Source
 from gt_jax.interop.to_orbax import to_orbax
-from gt_jax.interop.to_safetensors import to_safetensors
+from gt_jax.interop.to_safetensors import refuse_other_models, to_safetensors
 from gt_jax.models import language_model
 from gt_jax.text.token_bytes import default_texts, token_table
 from tests.interop import origin
@@ -128,6 +130,14 @@ def test_a_checkpoint_of_ours_goes_there_and_comes_back_with_its_own_config(tmp_
     assert steps[0]["run"] == metadata["run"] and steps[1]["exported"] == {"source": str(tmp_path / "run" / "40")}
     assert [line.strip(" └─").split(" from")[0] for line in tree_lines(checkpoint.describe(tmp_path / "back")[1])
             if " from " in line][:2] == ["converted at step 40", "exported at step 40"]
+
+
+def test_a_tied_embedding_and_a_midpoint_stack_have_no_place_in_the_origin():
+    config = origin.CONFIG.replace(layout="DDDG", embedding=origin.CONFIG.embedding.replace(kind="table", tied=True))
+    other = origin.CONFIG.replace(adaptive=None, stack=origin.CONFIG.stack.replace(kind="midpoint"))
+    for model, words in ((config, "it has a tied embedding"), (other, "it has the midpoint stack")):
+        with pytest.raises(Refused, match=words):
+            refuse_other_models(Path("ours"), model)
 
 
 def test_metadata_say_where_it_came_from(tmp_path):

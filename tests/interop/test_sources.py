@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.tree_paths import flatten
@@ -146,8 +148,18 @@ def test_token_files(tmp_path):
 def test_tokens_become_the_bytes_of_the_embedding(tmp_path):
     source = origin.write(tmp_path / "a.safetensors", origin.state())
     texts = [b"<%d>" % token for token in range(264)]
-    with pytest.raises(Refused, match="there are 3 token texts; the model has a vocabulary of 264"):
-        to_orbax([source], tmp_path / "ours", tokens=texts[:3])
+    with pytest.raises(Refused, match="there are 265 token texts; the model has a vocabulary of 264"):
+        to_orbax([source], tmp_path / "ours", tokens=[*texts, b"one more"])
+    said: list[str] = []
+    to_orbax([source], tmp_path / "default", progress=said.append)
+    assert sum("nothing says which bytes the tokens have" in line for line in said) == 1
+    # those of the tokenizer that is named, and behind its tokens what fills a padded vocabulary
+    file = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer(BPE(vocab={letter: n for n, letter in enumerate("cab")}, merges=[]))
+    tokenizer.save(str(file))
+    to_orbax([source], tmp_path / "named", tokenizer=str(file))
+    found = checkpoint.load(tmp_path / "named")["statistics"]["embedding"]
+    assert bytes(found["token_bytes"][:3, 0]) == b"cab" and bytes(found["token_bytes"][97])[:1] == b"a"
     to_orbax([source], tmp_path / "ours", tokens=texts)
     found = checkpoint.load(tmp_path / "ours")["statistics"]["embedding"]
     assert bytes(found["token_bytes"][17]) == b"<17>" + bytes(28) and found["token_length"][17] == 4

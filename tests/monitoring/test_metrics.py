@@ -210,6 +210,15 @@ def test_a_plain_line_is_due_although_steps_are_skipped():
     assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["101", "112", "124"]
 
 
+def test_a_held_out_loss_is_shown_though_its_step_was_shown_before():
+    stream = io.StringIO()
+    with metrics.Recorder(None, total_steps=100, stream=stream) as recorder:
+        for step in (49, 50):
+            recorder.log(step, loss=1.0)
+        recorder.log(50, held_out_loss=2.0)
+    assert stream.getvalue().splitlines()[-1].startswith("step 50/100  held_out_loss 2")
+
+
 def test_a_bar_on_a_terminal(tmp_path):
     stream = Terminal()
     with metrics.Recorder(tmp_path / "m.jsonl", total_steps=40, tokens_per_step=512, resume_step=10, stream=stream,

@@ -17,7 +17,7 @@ _CLAIMS = {
     "below both at equal FLOPs": "at equal FLOPs below the source trained on and the model from scratch",
     "below the shallow one too": "and below the source's layers run once each, from scratch",
     "below what was stacked": "below a source whose layers ran once, stacked at full strength",
-    "half of scratch's tokens": "at the loss of the model from scratch with half of its tokens or fewer",
+    "half of scratch's tokens": "at the loss of the model from scratch, after growth, with half of its tokens or fewer",
 }
 
 
@@ -141,7 +141,7 @@ def sentences(one: Mapping[str, Any]) -> Iterator[str]:
         if STACKED in claims:
             yield difference(mine, "a source run once and stacked, at equal FLOPs", claims[STACKED])
         times = Times(tuple(claims["tokens"]["shares"]), tuple(claims["tokens"]["ends"]))
-        yield (f"{mine}: to the loss of the model from scratch, in tokens of that model, by seed: "
+        yield (f"{mine}: from growth to the loss of the model from scratch, in tokens of that model, by seed: "
                f"{times.text('{:.2f}')}; {times.reached} of {len(times.times)} reached it")  # fmt: skip
     for name, found in one["controls"].items():
         yield f"{name}: at step 0 {text_of(found['step0'], pattern)} beside the grown model of its point"

@@ -2,13 +2,15 @@
 
 - Model FLOPs, as PaLM (arXiv 2204.02311, appendix B) counts them: a multiply and an add are two, the products of the
   forward pass count once and those of the backward pass twice. What is computed again to save memory, the attention to
-  keys that a mask removes, padding, norms and other elementwise work are not counted.
+  keys that a mask removes, norms and other elementwise work are not counted.
 - With adaptive depth, or where tokens leave the stack early, a layer counts as often as a token runs it, a mean over
   tokens (`passes_run`). That a pass is computed for the whole batch while one token is alive (`passes_computed`) is the
   machine's waste and not the model's work: a chip that is busy with finished tokens is not well used. The second
   unembedding, by which the price hears what the later passes gain, is not counted either.
 - A row is one document: packed rows attend to less. Of an expert's picks the share is counted that the null loss aims
   at.
+- Tokens a second are positions of rows: the padding behind the instances of a task, and in rows of JSON lines, is among
+  them, so that utilisation is an upper bound there. Text is packed without.
 - Utilisation is against the chip's bfloat16 peak, whatever the compute dtype, and against all devices of the mesh.
 
     MFU = tokens a second * 3 * forward FLOPs a token / (devices * peak of a device)

@@ -112,8 +112,8 @@ def _fitted(
     run_source, run_target = make_evaluation(shallow, rules), make_evaluation(deep, rules)
     loss, before, after = (evaluate(*pair, held_out) for pair in (
         (run_source, shallow_variables), (run_target, deep_variables), (run_target, result)))  # fmt: skip
-    losses = {"source": loss, "before": before, "after": after, "gap_before": before / loss - 1,
-              "gap_after": after / loss - 1}  # fmt: skip
+    gaps = {f"gap_{when}": of / loss - 1 if loss else None for when, of in (("before", before), ("after", after))}
+    losses = {"source": loss, "before": before, "after": after, **gaps}
     if after > before:
         say(f"note: the held-out loss rises from {before:.4f} to {after:.4f}; the {len(fitted)} batches of the fit "
             "say too little of the held-out part: give more --batches, or keep GROWN as it is")
@@ -177,13 +177,14 @@ def report_lines(result: dict[str, Any], target: Path) -> list[str]:
     from gt_jax.monitoring.metrics import table
 
     losses, held, gains = result["losses"], result["held_out"], result["gains"]
+    before, after = ("no gap to 0" if (gap := losses[f"gap_{when}"]) is None else f"{100 * gap:+.2f} %"
+                     for when in ("before", "after"))  # fmt: skip
     sync = [[one["target"], one["source"], f"{one['before']:.4f}", f"{one['after']:.4f}"] for one in held["sync"]]
     rows = [[layer, f"{before:.4f}", f"{after:.4f}"]
             for layer, (before, after) in enumerate(zip(gains["before"], gains["after"], strict=True))]  # fmt: skip
     return [
         f"held-out loss of the source {losses['source']:.4f}, of the grown model {losses['before']:.4f} "
-        f"({100 * losses['gap_before']:+.2f} %), calibrated {losses['after']:.4f} "
-        f"({100 * losses['gap_after']:+.2f} %)",
+        f"({before}), calibrated {losses['after']:.4f} ({after})",
         f"KL to the source {held['kl']['before']:.5f} -> {held['kl']['after']:.5f} nats a token",
         f"objective {result['objective']}, {result['iterations']} steps on {result['fitted']['tokens']} tokens of "
         f"{result['text']}",

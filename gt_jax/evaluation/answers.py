@@ -63,7 +63,9 @@ def asked(batches: Sequence[Batch]) -> Asked:
         rows, tokens = np.nonzero(here)
         places.append(np.stack([np.full_like(rows, number), rows, tokens], axis=1))
         difficulty.append(np.asarray(batch["difficulty"])[here].astype(np.int64))
-        keys.append(_instances(np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"]))[here])
+        own = batch.get("unit")  # of documents, which may be one unit without being alike, as answers to one prompt are
+        of = _instances(np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"])) if own is None else own
+        keys.append(np.asarray(of).astype(np.uint64)[here])
     together = np.concatenate(keys)
     if together.size == 0:
         raise ValueError("nothing is asked in these batches: no token has a difficulty above 0 and a target")

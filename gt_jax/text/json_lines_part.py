@@ -23,7 +23,8 @@ _HELD_OUT_SEED = 0  # whatever the run's seed
 
 
 class JsonLinesPart:
-    """The documents of a file in the shape that `config` says; held-out batches carry the `difficulty` of each answer.
+    """The documents of a file in the shape that `config` says; held-out batches carry the `difficulty` of each answer,
+    and the `unit` of each token.
 
     Raises `Refused` for a file that cannot be read, and for one without a document for each part that is asked for.
     """
@@ -47,11 +48,13 @@ class JsonLinesPart:
         return DocumentRows(self._of(TRAINING), self.config.sequence_length, self.config.seed, endless=True)
 
     def held_out(self, batches: int | None = None) -> list[Batch]:
-        """Held-out batches, at most `batches`, with `difficulty`: the same whatever the seed, the last one padded.
+        """Held-out batches, at most `batches`, with `difficulty` and `unit`: the same whatever the seed, the last one
+        padded.
 
         Fewer rows than there are lie evenly over all of them.
         """
-        return self._batches("held-out", HELD_OUT, batches)
+        rows = self._batches("held-out", HELD_OUT, batches)
+        return [{**batch, "unit": unit} for batch, unit in zip(rows, self.held_out_units(batches), strict=True)]
 
     def tuning(self, batches: int | None = None) -> list[Batch]:
         """The batches of the tuning part, likewise."""

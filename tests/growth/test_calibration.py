@@ -241,6 +241,9 @@ def test_the_command_writes_a_checkpoint_that_differs_in_gains_only(folder, caps
     assert newest(new, "grown_from") == old["grown_from"] and new["config"] == old["config"]
     assert new["calibrated"] == {name: value for name, value in result.items() if name != "target"}
     assert "written to" in calibrate.report_lines(new["calibrated"], folder / "calibrated")[-1]
+    solved = {**new["calibrated"], "losses": {"source": 0.0, "before": 0.1, "after": 0.1, "gap_before": None,
+                                              "gap_after": None}}  # fmt: skip
+    assert "0.1000 (no gap to 0)" in calibrate.report_lines(solved, folder / "calibrated")[0]
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")

@@ -9,6 +9,7 @@ import pytest
 
 from gt_jax.configs.data import DataConfig
 from gt_jax.errors import Refused
+from gt_jax.evaluation.answers import asked
 from gt_jax.text.data import open_data
 from gt_jax.text.document_rows import DocumentRows
 from gt_jax.text.json_lines import read_documents
@@ -98,7 +99,9 @@ def test_the_held_out_part_is_of_whole_documents_and_no_seed(part):
     held = {tuple(one.tokens.tolist()) for one in part._of(1)}
     trained = {tuple(one.tokens.tolist()) for one in part._of(0)}
     assert len(held) == 9 and len(trained) == 81 and not held & trained
-    assert set(batches[0]) == {"tokens", "targets", "segment_ids", "difficulty"}
+    assert set(batches[0]) == {"tokens", "targets", "segment_ids", "difficulty", "unit"}
+    for batch, unit in zip(batches, units, strict=True):
+        np.testing.assert_array_equal(batch["unit"], unit)
     assert all(value.shape == (3, ROW) and value.dtype == np.int32 for batch in batches for value in batch.values())
     other = JsonLinesPart(part.path, part.config.replace(seed=9), BYTES)
     np.testing.assert_equal(other.held_out(), batches)
@@ -176,3 +179,17 @@ def test_files_without_documents_are_refused(tmp_path):
     path = lines_file(tmp_path, [{"prompt": "a", "answer": "b"}] * 5)
     with pytest.raises(Refused, match="has 1 different documents; there must be at least 2"):
         open_data(DataConfig(json_lines=(path,), sequence_length=ROW))
+
+
+def test_answers_to_one_prompt_are_one_instance(tmp_path):
+    """Of the loss and of right answers alike: a prompt that is asked ten times says no more than its answers do."""
+    lines = [{"prompt": f"{n // 2}?", "answer": str(n), "difficulty": 1} for n in range(80)]
+    path = lines_file(tmp_path, lines)
+    config = DataConfig(json_lines=(path,), sequence_length=ROW, batch_size=3, held_out=0.2)
+    part = JsonLinesPart(path, config, BYTES)
+    batches = part.held_out()
+    found, units = asked(batches), part.held_out_units()
+    here = np.concatenate([unit[(batch["difficulty"] > 0) & (batch["targets"] >= 0)]
+                           for batch, unit in zip(batches, units, strict=True)])  # fmt: skip
+    np.testing.assert_array_equal(np.unique(here, return_inverse=True)[1], found.instance)
+    assert len(np.unique(found.instance)) * 2 <= len(found.instance)

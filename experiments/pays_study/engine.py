@@ -29,6 +29,7 @@ from experiments.pays_study.study import (
     CONTROL,
     GROWN,
     ON,
+    ON_FORCED,
     ONCE_SOURCE,
     SCRATCH,
     SHALLOW,
@@ -62,7 +63,7 @@ TENTH = 0.1
 def make(work: Path, text: tuple[str, ...], wanted: Wanted) -> dict[str, Any]:
     """The unit: what the model is, what it cost, its curve, and what it says at its end."""
     makers = {SOURCE: _source, ONCE_SOURCE: _source, SCRATCH: _scratch, SHALLOW: _scratch, GROWN: _grown,
-              STACKED: _grown, CONTROL: _grown, ON: _on}  # fmt: skip
+              STACKED: _grown, CONTROL: _grown, ON: _on, ON_FORCED: _on}  # fmt: skip
     began = time.monotonic()
     row = makers[wanted.kind](_Place(work, text, wanted))
     last = row["final"]
@@ -105,6 +106,12 @@ class _Place(NamedTuple):
         """What stands for a model whose loss was no number: it sorts last."""
         answers = {"accuracy_all": 0.0, "accuracy": {}} if isinstance(self.setting, TaskSetting) else {}
         return {"nats": NO_LOSS, **answers}
+
+    @property
+    def forced(self) -> int | None:
+        """The passes that every token runs, in training and where it is asked; None leaves them to the gates."""
+        adaptive = self.setting.source.adaptive
+        return adaptive.max_passes if self.wanted.kind == ON_FORCED and adaptive is not None else None
 
     def source(self) -> dict[str, Any]:
         """The record of the source that this one is made from."""
@@ -160,7 +167,7 @@ def _train(at: _Place, config: ModelConfig, trainer: Trainer, state: TrainState,
         ran.append(np.asarray(metrics["passes_run"] if adaptive else ones, np.float64).tolist())
 
     def after(step: int, state: TrainState, last: bool) -> None:
-        asked[step] = figures(config, variables_of(state), held_out)
+        asked[step] = figures(config, variables_of(state), held_out, at.forced)
         curve.append(point_of(step, spent(), asked[step]))
 
     try:
@@ -234,6 +241,9 @@ def _further(at: _Place, config: ModelConfig, start: Path, variables: Tree, spen
     """Train on from `start`, its moments carried, on what follows in the source's data."""
     setting, source = at.setting, at.source()
     train = setting.further(source["steps"], at.wanted.own or at.wanted.rate, steps, decay)
+    if at.forced is not None:  # to the end, and none of them is paid for: what a child has
+        train = train.replace(price=train.price.replace(value=0.0, forced_passes=at.forced, forced_until=1.0,
+                                                        price_from=1.0, clipped_until=1.0))  # fmt: skip
     trainer = _trainer(config, train)
     state = trainer.new_state(jax.tree.map(jnp.array, variables))  # copies: the step donates its state
     stored = checkpoint.describe(start)[0]
@@ -245,10 +255,11 @@ def _further(at: _Place, config: ModelConfig, start: Path, variables: Tree, spen
     stream = open_data(data).train(None)
     stream.restore({**stream.state(), "batches": read})
     tenth = min(steps, max(1, round(TENTH * source["steps"])))
-    first = figures(config, variables_of(state), at.held_out())
+    first = figures(config, variables_of(state), at.held_out(), at.forced)
     trained = _train(at, config, trainer, state, stream, steps, spent, (tenth,))
     trained.curve.insert(0, point_of(0, spent, first))
-    tuning = NO_LOSS if trained.diverged else figures(config, variables_of(trained.state), at.tuning())["nats"]
+    last = variables_of(trained.state)
+    tuning = NO_LOSS if trained.diverged else figures(config, last, at.tuning(), at.forced)["nats"]
     row = _row(at, config, steps, trained, step0=first, tuning_nats=tuning, **more)
     if tenth in trained.asked:
         row["tenth"] = {"steps": tenth, **trained.asked[tenth]}
@@ -260,11 +271,15 @@ def _spent(source: dict[str, Any]) -> Spent:
 
 
 def _on(at: _Place) -> dict[str, Any]:
-    """The source trained on: from the last point to the end of the budget, from others for a tenth at its rate."""
+    """The source trained on: from the last point to the end of the budget, from others for a tenth at its rate.
+
+    Its gates free and its passes paid for, or all of them forced.
+    """
     setting, point, source = at.setting, at.wanted.point, at.source()
     variables = checkpoint.load(at.source_place, abstract(setting.source))
     whole = point == setting.points[-1]
     passes = budget.with_audits(setting, _computed(source))
+    passes = passes if at.forced is None else np.full(len(passes), float(at.forced))
     steps = budget.further_steps(setting, _spent(source), passes) if whole else round(TENTH * source["steps"])
     decay = setting.fall(point) if whole else 0.0
     return _further(at, setting.source, at.source_place, variables, _spent(source), max(1, steps), decay, whole=whole)

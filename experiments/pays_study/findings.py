@@ -7,6 +7,8 @@
 - Where the shallow model was trained from scratch too, each layer once, that has a line of its own: it is what somebody
   without adaptive depth and without growth would do. So has a source whose layers ran once, stacked at full strength:
   what somebody would do who grows without adaptive depth.
+- Free gates shake, and go on paying for their passes, which no child does. So a source of a task is trained on with all
+  passes forced and none paid for, too.
 - In tokens: how much of the tokens of the model from scratch a grown model reads until a point of its curve is at or
   below that one's final loss. A point of a curve is the first that was looked at, so the tokens are at most those.
 - In a setting with three points the better of several is not chosen: each has its own line.
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.growth_study.inference import Times, mean
-from experiments.pays_study.study import CONTROL, GROWN, ON, SCRATCH, SHALLOW, SOURCE, STACKED
+from experiments.pays_study.study import CONTROL, GROWN, ON, ON_FORCED, SCRATCH, SHALLOW, SOURCE, STACKED
 
 Row = Mapping[str, Any]
 NEAR_POINTS, NEAR_LOSS = 1.0, 0.3
@@ -33,9 +35,9 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def comparisons(found: Mapping[str, Any]) -> int:
-    """How many differences are judged in a summary: three to five of each point, one of each control."""
+    """How many differences are judged in a summary: three to six of each point, one of each control."""
     points = [point for one in found.values() for point in one["grown"].values()]
-    judged = sum(3 + (SHALLOW in point) + (STACKED in point) for point in points)
+    judged = sum(3 + sum(other in point for other in (SHALLOW, STACKED, ON_FORCED)) for point in points)
     return judged + sum(len(one["controls"]) for one in found.values())
 
 
@@ -56,7 +58,8 @@ def _of_setting(rows: Sequence[Row]) -> dict[str, Any]:
         "below both at equal FLOPs": [point for point, one in grown.items() if one["pays"]],
         "below the shallow one too": [point for point, one in grown.items()
                                       if one["pays"] and one.get(SHALLOW, {}).get("every_seed")],
-        "below what was stacked": [point for point, one in grown.items() if one.get(STACKED, {}).get("every_seed")],
+        **{name: [point for point, one in grown.items() if one.get(other, {}).get("every_seed")]
+           for name, other in (("below it with passes forced", ON_FORCED), ("below what was stacked", STACKED))},
         "half of scratch's tokens": [point for point, one in grown.items() if one["half"]],
     }
     models = {name: _of_model([row for row in rows if row["model"] == name])
@@ -99,6 +102,8 @@ def _of_point(rows: Sequence[Row], point: float, last: float) -> dict[str, Any]:
         found[SHALLOW] = _below(mine, shallow, _final)
     if stacked := select(rows, STACKED, point):
         found[STACKED] = _below(mine, stacked, _final)
+    if forced := select(rows, ON_FORCED, last):
+        found[ON_FORCED] = _below(mine, forced, _final)
     found["pays"] = found["on"]["every_seed"] and found["scratch"]["every_seed"]
     times = tokens_to(mine, scratch)
     found["tokens"] = {"shares": list(times.times), "ends": list(times.ends)}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.pays_study.findings import is_task, select
-from experiments.pays_study.study import GROWN, ON, SCRATCH, SHALLOW, SOURCE, STACKED
+from experiments.pays_study.study import GROWN, ON, ON_FORCED, SCRATCH, SHALLOW, SOURCE, STACKED
 from gt_jax.monitoring.plots import COLOURS, new_figure, save_png
 
 Row = Mapping[str, Any]
@@ -41,10 +41,12 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, over: str) -> None:
     shown += [(f"{STACKED} at {point:g}", found, {}) for point in points if (found := select(rows, STACKED, point))]
     shown += [(f"{SOURCE} to {point:g}", select(rows, SOURCE, point), {"linestyle": ":"}) for point in points]
     shown += [(f"{ON} from {points[-1]:g}", select(rows, ON, points[-1]), {})]
+    shown += [(ON_FORCED, found, {"linestyle": "--"})] if (found := select(rows, ON_FORCED, points[-1])) else []
     shown += [(f"grown at {point:g}", select(rows, GROWN, point), {"linewidth": 2.2}) for point in points]
     colours = dict(zip([SCRATCH, ON, *map(str, points), SHALLOW, STACKED], COLOURS, strict=False))
     for label, of, look in shown:
         kind = next(iter(of.values()))["kind"]
+        kind = ON if kind == ON_FORCED else kind
         key = kind if kind in (SCRATCH, ON, SHALLOW, STACKED) else str(next(iter(of.values()))["point"])
         curves = [curve(row, over, right) for row in of.values() if row["diverged"] is None]
         if not curves:

@@ -8,7 +8,7 @@ from typing import Any
 from experiments.growth_study.inference import Times, read, text_of, verdict
 from experiments.pages import earlier_runs, markdown_table
 from experiments.pays_study.findings import comparisons
-from experiments.pays_study.study import CONTROL, GROWN, SHALLOW, STACKED
+from experiments.pays_study.study import CONTROL, GROWN, ON_FORCED, SHALLOW, STACKED
 
 NAME = "growth_pays"
 _CLAIMS = {
@@ -16,6 +16,7 @@ _CLAIMS = {
     "better after a tenth": "after a tenth more steps below the source trained on",
     "below both at equal FLOPs": "at equal FLOPs below the source trained on and the model from scratch",
     "below the shallow one too": "and below the source's layers run once each, from scratch",
+    "below it with passes forced": "below the source trained on with all passes forced and none paid for",
     "below what was stacked": "below a source whose layers ran once, stacked at full strength",
     "half of scratch's tokens": "at the loss of the model from scratch, after growth, with half of its tokens or fewer",
 }
@@ -69,7 +70,8 @@ def _overview(found: Mapping[str, Any]) -> list[str]:
 
 
 def _points(one: Mapping[str, Any], claim: str) -> str:
-    other = {"below the shallow one too": SHALLOW, "below what was stacked": STACKED}.get(claim)
+    other = {"below the shallow one too": SHALLOW, "below what was stacked": STACKED,
+             "below it with passes forced": ON_FORCED}.get(claim)  # fmt: skip
     if other is not None and not any(other in point for point in one["grown"].values()):
         return "not trained"
     return ", ".join(one["claims"][claim]) or "at no point"
@@ -138,6 +140,8 @@ def sentences(one: Mapping[str, Any]) -> Iterator[str]:
         yield difference(mine, "the model from scratch, at equal FLOPs", claims["scratch"])
         if SHALLOW in claims:
             yield difference(mine, "the source's layers run once each, at equal FLOPs", claims[SHALLOW])
+        if ON_FORCED in claims:
+            yield difference(mine, "the source trained on with passes forced, at equal FLOPs", claims[ON_FORCED])
         if STACKED in claims:
             yield difference(mine, "a source run once and stacked, at equal FLOPs", claims[STACKED])
         times = Times(tuple(claims["tokens"]["shares"]), tuple(claims["tokens"]["ends"]))

@@ -19,6 +19,7 @@ from gt_jax.errors import Refused, refuse_all
 
 SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "control", "from scratch"
 SHALLOW = "shallow, from scratch"
+ON_FORCED = "source trained on, passes forced"
 ONCE_SOURCE, STACKED = "source run once", "source run once, stacked"
 
 JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=1200)
@@ -105,8 +106,9 @@ class Wanted(NamedTuple):
         """What it is called in tables."""
         if self.kind in (SCRATCH, SHALLOW):
             return self.kind
-        what = {SOURCE: "source to", GROWN: "grown at", ON: f"{ON} from", CONTROL: f"{self.recipe}, at",
-                ONCE_SOURCE: f"{ONCE_SOURCE}, to", STACKED: f"{STACKED} at"}  # fmt: skip
+        what = {SOURCE: "source to", GROWN: "grown at", CONTROL: f"{self.recipe}, at", ON: f"{ON} from",
+                ON_FORCED: f"{ON_FORCED}, from", ONCE_SOURCE: f"{ONCE_SOURCE}, to",
+                STACKED: f"{STACKED} at"}  # fmt: skip
         return f"{what[self.kind]} {self.point:g}"
 
     @property
@@ -180,6 +182,8 @@ def second_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wante
     found = [Wanted(setting, kind, seed, its, point, own=then)
              for point in setting.points for kind, (its, then) in made.items()
              for seed in seeds]  # fmt: skip
+    if isinstance(setting, TaskSetting):
+        found += [Wanted(setting, ON_FORCED, seed, rate, setting.points[-1]) for seed in seeds]
     return found + [Wanted(setting, CONTROL, seed, rate, setting.middle, one.name, own=own) for one in setting.controls
                     for seed in seeds]  # fmt: skip
 

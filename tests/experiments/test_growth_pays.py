@@ -23,6 +23,7 @@ from experiments.pays_study.study import (
     GROWN,
     JUMPS,
     ON,
+    ON_FORCED,
     ONCE_SOURCE,
     SCALES,
     SCRATCH,
@@ -290,14 +291,15 @@ def test_a_rate_at_which_a_seed_diverges_is_not_taken_for_any():
 def test_claims_are_made_where_every_seed_says_so():
     rows = rows_of(0.895, 0.5, (0.28, 0.29, 0.29))
     others = [row(kind, seed, 0.3, point, right=0.9, step0=(1.0, 0.5)) for kind, point in
-              ((SHALLOW, 1.0), (STACKED, 0.5)) for seed in range(3)]  # fmt: skip
+              ((SHALLOW, 1.0), (STACKED, 0.5), (ON_FORCED, 0.5)) for seed in range(3)]  # fmt: skip
     found = summary([*rows, *others])["jumps"]
     one = found["grown"]["0.5"]
     assert found["claims"] == {name: ["0.5"] for name in found["claims"]}
     alone = summary(rows)
-    none: dict[str, list[str]] = {"below the shallow one too": [], "below what was stacked": []}
+    none: dict[str, list[str]] = {"below the shallow one too": [], "below what was stacked": [],
+                                  "below it with passes forced": []}  # fmt: skip
     assert alone["jumps"]["claims"] == {**found["claims"], **none}
-    assert comparisons(alone) == 4 and comparisons({"jumps": found}) == 6
+    assert comparisons(alone) == 4 and comparisons({"jumps": found}) == 7
     assert one["step0_points"]["mean"] == pytest.approx(-0.5) and one["on"]["every_seed"]
     assert one["scratch"]["mean"] == pytest.approx(np.mean([0.28 - 0.40, 0.29 - 0.41, 0.29 - 0.42]))
     assert one["tokens"]["shares"] == pytest.approx([0.3] * 3) and found["deeper"] == ["2"]

@@ -17,6 +17,7 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +123,7 @@ def plan_export(opened: Opened, approximate: bool = False) -> Export:
     tensors = {name: Info(shape, dtype_named(forms.get(name, {}).get(
         "dtype", dtypes.get(kinds[name], config.param_dtype)))) for name, shape in shapes.items()}  # fmt: skip
     bits = {name: form["bits"] for name, form in forms.items() if "bits" in form}
-    made = config_file(config, family, origin.get("config", {}) if own else {})
+    made = config_file(config, family, origin.get("config", {}) if own else {}) | {"dtype": commonest(tensors)}
     return Export(family, made, found, tensors, bits, gains)
 
 
@@ -139,8 +140,15 @@ def config_file(config: ModelConfig, family: Family, origin: Mapping[str, Any]) 
             made[old] = made["rope_parameters"].get(old, made[old])
     if "mtp_num_hidden_layers" in made:
         made["mtp_num_hidden_layers"] = 0  # their tensors do not go out
-    return {**made, "model_type": family.model_type, "architectures": [family.architecture],
-            "dtype": config.param_dtype}  # fmt: skip
+    return {**made, "model_type": family.model_type, "architectures": [family.architecture]}
+
+
+def commonest(tensors: Mapping[str, Info]) -> str:
+    """The dtype of most values that go out: what a reader loads the model in."""
+    values: Counter[str] = Counter()
+    for info in tensors.values():
+        values[str(info.dtype)] += math.prod(info.shape)
+    return values.most_common(1)[0][0]
 
 
 def _gains(opened: Opened) -> dict[int, float]:

@@ -91,6 +91,8 @@ def test_configs_go_both_ways(name):
     assert (made["rope_theta"], made["partial_rotary_factor"]) == (
         rope["rope_theta"], rope.get("partial_rotary_factor", 0.125))  # fmt: skip
     assert "rope_theta" not in to_hf.config_file(config, family, {}) and "rope_scaling" not in made
+    half, whole = np.dtype(np.float16), np.dtype(np.float32)
+    assert to_hf.commonest({"a": Info((3, 4), half), "b": Info((5,), whole), "c": Info((2,), whole)}) == "float16"
     defaults = family.config({"rope_parameters": {"rope_theta": 1e7}} if "qwen" in name else {})
     assert defaults.replace(param_dtype="bfloat16", compute_dtype="bfloat16") == config
 

@@ -134,9 +134,8 @@ def mismatches(source: ModelConfig, target: ModelConfig, plan: Plan) -> list[str
         return ["the grown model is adaptive; calibration is for one whose layers run once"]
     if target.gated_copies is not None:
         return ["the grown model keeps its gates: its strengths are each token's own, there is no mean to fit"]
-    if target.stack.kind == "lambda":
-        return ["the grown model is a lambda stack, whose layers also mix in the embedding; what a layer then needs is "
-                "not what calibration fits"]
+    if target.stack.skips or source.stack.skips:
+        return ["the models have skips between their layers, which calibration does not run"]
     try:
         grown = target_config(source, plan)
     except Refused as error:

@@ -70,7 +70,8 @@ def states_after(
     """X after each of the `layers` (rising), [layers, b, t, *n, d] in the compute dtype, in evaluation mode.
 
     `batch` holds tokens and segment_ids [b, t]; rows longer than the chunk of a memory stream run chunk by chunk.
-    Residual stacks only. Differentiable in the gains, twice, though not along what a memory stream carries.
+    Residual stacks, and lambda stacks without skips. Differentiable in the gains, twice, though not along what a memory
+    stream carries.
     """
     config = config.twice_differentiable
     network = LanguageModel(config, rules)
@@ -101,8 +102,8 @@ def _run(
     config: ModelConfig, rules: Rules, variables: Tree, layers: Sequence[int], x: State, place: Place,
     control: PassControl,
 ) -> tuple[States, State]:
-    """(X after each of `layers`, X after the last layer of all)."""
-    depth, first = config.depth, 0
+    """(X after each of `layers`, X after the last layer of all); `x` is X before the first."""
+    depth, first, x0 = config.depth, 0, x
     found: dict[int, Array] = {}
     forced = jnp.broadcast_to(jnp.asarray(control.forced, jnp.int32), (len(depth),))
     for index, segment in enumerate(depth.segments):
@@ -110,7 +111,7 @@ def _run(
         stored = {kind: tree[name] for kind, tree in variables.items() if name in tree}
         wanted = {layer: depth.position(layer)[1:] for layer in layers if own.start <= layer < own.stop}
         slots = tuple(sorted({slot for _, slot in wanted.values()}))
-        body = _block(config, rules, segment, slots, place, control)
+        body = _block(config, rules, segment, slots, place, control, x0)
         x, kept = jax.lax.scan(body, x, (stored, forced[own].reshape(segment.repeats, len(segment.pattern))))
         found |= {layer: kept[slots.index(slot)][block] for layer, (block, slot) in wanted.items()}
         first = own.stop
@@ -118,7 +119,8 @@ def _run(
 
 
 def _block(
-    config: ModelConfig, rules: Rules, segment: Segment, slots: tuple[int, ...], place: Place, control: PassControl
+    config: ModelConfig, rules: Rules, segment: Segment, slots: tuple[int, ...], place: Place, control: PassControl,
+    x0: State,
 ) -> Callable[..., Any]:
     """The body of the scan over a segment's blocks: X -> (X, X after each of the `slots`)."""
     layers = [Layer(kind, config, rules, parent=None) for kind in segment.pattern]
@@ -127,9 +129,12 @@ def _block(
         stored, forced = xs
         link, kept = None, []
         for slot, layer in enumerate(layers):
+            own = slot_variables(stored, slot)
+            if config.stack.kind == "lambda":
+                x = cast(Array, layer.apply(own, x, x0, method=Layer.mixed))
             given = (x, place, control._replace(forced=forced[slot]), None, link)
             apply = jax.checkpoint(layer.apply, prevent_cse=False) if config.remat == "layer" else layer.apply
-            x, _, _, _, new_link = apply(slot_variables(stored, slot), *given)  # type: ignore[misc]
+            x, _, _, _, new_link = apply(own, *given)  # type: ignore[misc]
             link = new_link or link
             kept += [x] if slot in slots else []
         return x, kept

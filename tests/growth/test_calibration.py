@@ -17,7 +17,7 @@ from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.layout import parse
 from gt_jax.configs.lineage import newest
-from gt_jax.configs.model import HyperConfig, MemoryConfig
+from gt_jax.configs.model import HyperConfig, MemoryConfig, StackConfig
 from gt_jax.devices.sharding import Rules, make_mesh, mesh_for_rows, put_like
 from gt_jax.errors import Refused
 from gt_jax.growth import calibration, layer_states
@@ -157,6 +157,16 @@ def test_states_are_those_of_the_model():
     assert np.abs(want).max() > 0.1
 
 
+def test_states_of_a_lambda_stack_have_the_embedding_mixed_in():
+    config = small_model("DG", False, stack=StackConfig("lambda"))
+    variables = put_like(perturbed(config, 0.3), abstract(config))
+    one = {name: jnp.asarray(rows) for name, rows in batch(5).items()}
+    last = layer_states.states_after(config, Rules(), variables, (0, 1), one, free_passes())[1]
+    got = LanguageModel(config).apply(variables, last, method=LanguageModel.unembed)
+    want, _ = forward_rows(LanguageModel(config), variables, *one.values(), free_passes())
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def brute_force(sources: list[int | None], layers: int) -> set[tuple[int, int]]:
     """Cut the list anywhere: left must be all of 0..m, right nothing of it; a cut goes as far right as it can."""
     found = {}
@@ -199,7 +209,7 @@ def test_models_that_do_not_belong_together_are_refused(grown):
 
     refused("for a source of layout", 0, small_model("D*3"))
     refused("is adaptive", 2, SOURCE)
-    refused("is a lambda stack", 2, child.replace(stack=child.stack.replace(kind="lambda")))
+    refused("have skips between their layers", 2, child.replace(stack=StackConfig("lambda", skips=((0, 2),))))
     refused("not what the plan makes", 2, child.replace(mlp_width=64))
     refused("not what the plan makes", 4, identity_plan(SOURCE.depth))
     refused("no batches", 5, [])

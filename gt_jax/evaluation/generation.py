@@ -62,7 +62,7 @@ def sample(
     temperature: float = 0.8,
     top_k: int | None = 40,
     top_p: float = 1.0,
-    seed: int | Sequence[int] | Int[np.ndarray, " b"] = 0,
+    seed: ArrayLike | Sequence[Any] = 0,
     tokens: int | None = None,
     rules: Rules | None = None,
 ) -> Int[np.ndarray, "b n"]:
@@ -104,7 +104,7 @@ def sample_timed(
     temperature: float = 0.8,
     top_k: int | None = 40,
     top_p: float = 1.0,
-    seed: int | Sequence[int] | Int[np.ndarray, " b"] = 0,
+    seed: ArrayLike | Sequence[Any] = 0,
     tokens: int | None = None,
     rules: Rules | None = None,
 ) -> Drawn:
@@ -170,7 +170,7 @@ def sample_timed(
     return Drawn(np.asarray(found), reading, decoding)
 
 
-def _seeds(seed: int | Sequence[int] | Int[np.ndarray, " b"], rows: int) -> tuple[list[int], list[str]]:
+def _seeds(seed: ArrayLike | Sequence[Any], rows: int) -> tuple[list[int], list[str]]:
     """A seed a row, and what is wrong with what was given."""
     given = np.asarray(seed)
     if not np.issubdtype(given.dtype, np.integer) or given.ndim > 1:

@@ -74,7 +74,7 @@ def test_settings_that_mean_nothing_are_listed_at_once():
     with pytest.raises(Refused, match=r"(?s)there are 2 seeds; the prompt has 1 rows.*tokens is 999"):
         sample(CONFIG, None, np.array([[3]]), 1, seed=[1, 2], tokens=999)
     with pytest.raises(Refused, match=r"(?s)seed is \[0.7\]; a whole number"):  # which would draw as 0 does
-        sample(CONFIG, None, np.array([[3]]), 1, seed=np.array([0.7]).tolist())
+        sample(CONFIG, None, np.array([[3]]), 1, seed=[0.7])
 
 
 def test_rows_whose_passes_end_by_the_whole_batch_are_drawn_each_by_itself():

@@ -31,8 +31,11 @@ DEEPER = TaskSetting(
 )  # fmt: skip
 TEXT = TextSetting(name="text", budget=800, points=(0.25, 0.5))
 NARROW = TextSetting(name="text_narrow", width=24, heads=2, budget=2400, points=(0.5,), rates=(4e-3, 8e-3),
-                     child_rates=(4e-3, 8e-3), shallow=True, opened=0.85, held_out_batches=40)  # fmt: skip
+                     child_rates=(4e-3, 8e-3), shallow=True, opened=0.85, context="all", planned=2.5,
+                     held_out_batches=40)  # fmt: skip
 """A model so narrow that two cores show the deep one 25 tokens a parameter; its source's gates are let go late.
+
+Until then a step costs what a plain one does: under `context` "alive" its one pass would be computed again.
 
 All seeds are judged by one held-out part: of 6 batches it ranks models otherwise than the tuning part does.
 """

@@ -22,8 +22,7 @@ from experiments.growth_study.operators import with_random_layers
 from experiments.pays_study import budget
 from experiments.pays_study.ask import figures
 from experiments.pays_study.budget import Spent
-from experiments.pays_study.recipes import STACK, Recipe, plan_of, whole_passes
-from experiments.pays_study.recipes import STACKED as STACK_ONCE
+from experiments.pays_study.recipes import STACK, STACK_ONCE, Recipe, plan_of
 from experiments.pays_study.setting import Setting, TaskSetting
 from experiments.pays_study.study import (
     CONTROL,
@@ -318,7 +317,7 @@ def grown(at: _Place, recipe: Recipe, target: Path) -> tuple[ModelConfig, Tree]:
     """Grow the source into the checkpoint `target`, with the moments of its weights; returns config and variables."""
     setting, seed, source = at.setting, at.wanted.seed, at.setting.source
     stacked = recipe.kind == STACK
-    counts = whole_passes(1, 1) if stacked else repetition.from_json(at.source()["measured"])
+    counts = None if stacked else repetition.from_json(at.source()["measured"])
     plan = plan_of(recipe, counts, source.depth, setting.deep.depth)
     config = target_config(source.plain if stacked else source, plan)
     noise = 0.0 if recipe.kind == "once" else NOISE

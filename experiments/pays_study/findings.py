@@ -98,12 +98,9 @@ def _of_point(rows: Sequence[Row], point: float, last: float) -> dict[str, Any]:
     both = {seed: row for seed, row in mine.items() if "tenth" in row and "tenth" in on[seed]}
     found["tenth"] = _below(both, on, lambda row: float(row["tenth"]["nats"])) if both else {"every_seed": False}
     found["on"], found["scratch"] = _below(mine, longest, _final), _below(mine, scratch, _final)
-    if shallow := select(rows, SHALLOW):
-        found[SHALLOW] = _below(mine, shallow, _final)
-    if stacked := select(rows, STACKED, point):
-        found[STACKED] = _below(mine, stacked, _final)
-    if forced := select(rows, ON_FORCED, last):
-        found[ON_FORCED] = _below(mine, forced, _final)
+    for kind, at in ((SHALLOW, None), (STACKED, point), (ON_FORCED, last)):
+        if other := select(rows, kind, at):
+            found[kind] = _below(mine, other, _final)
     found["pays"] = found["on"]["every_seed"] and found["scratch"]["every_seed"]
     times = tokens_to(mine, scratch)
     found["tokens"] = {"shares": list(times.times), "ends": list(times.ends)}

@@ -32,18 +32,20 @@ DEALT = Recipe("dealt + expected + gain", "dealt")
 README = Recipe("readme: blocks, alpha into every weight", "block", "schedule", "weights")
 ONCE = Recipe("every layer once", "once")
 NEW = Recipe("random new layers", "block", "schedule", new=True)
-STACKED = Recipe("the whole stack again, at full strength", STACK, "schedule")
+STACK_ONCE = Recipe("the whole stack again, at full strength", STACK, "schedule")
 """Of a source whose layers ran once, which has no counts (arXiv 2405.15319)."""
 
 
-def plan_of(recipe: Recipe, counts: Repetition, source: Layout, target: Layout) -> Plan:
-    """The recipe's plan to the depth of `target`; raises `Refused` where it cannot reach that."""
+def plan_of(recipe: Recipe, counts: Repetition | None, source: Layout, target: Layout) -> Plan:
+    """The recipe's plan to the depth of `target`, of a source without counts where they are not read; raises `Refused`
+    where it cannot reach that."""
     times = len(target) // len(source)
     if recipe.kind == "once":
         return identity_plan(source)
     if recipe.kind == STACK:
         return make_plan(STACK, whole_passes(len(source), times), source, target_layers=len(target),
                          coefficient=recipe.coefficient)  # fmt: skip
+    assert counts is not None
     if recipe.kind == LAYER:
         order = [layer for layer in range(len(source)) for _ in range(times)]
         return make_plan("map", counts, source, layers=order, coefficient=recipe.coefficient, target_layout=target)

@@ -115,7 +115,7 @@ def wrong_cache(config: ModelConfig, cache: Tree, rows: int, tokens: int) -> lis
     wrong = [f"cache: {line}" for line in _differences(wanted, found)]
     if wrong or not rooms:
         return wrong
-    full = int(np.max(np.asarray(cache["position"]))) if _is_here(cache["position"]) else 0
+    full = _full(cache)
     if full + tokens <= room:
         return []
     return [f"the cache has room for {room} tokens, {full} are in it, and these are {tokens} more; make it longer"]
@@ -125,8 +125,7 @@ def wrong_chunk(config: ModelConfig, cache: Tree, tokens: int) -> list[str]:
     """Why these tokens, behind those in the cache, are no chunk of a model with a memory stream."""
     if config.memory is None:
         return []
-    known = isinstance(cache, Mapping) and "position" in cache and _is_here(cache["position"])
-    full = int(np.max(np.asarray(cache["position"]))) if known else 0
+    full = _full(cache) if isinstance(cache, Mapping) and "position" in cache else 0
     if full + tokens <= config.memory.chunk:
         return []
     behind = f" behind {full} in the cache" if full else ""
@@ -151,6 +150,11 @@ def wrong_passes(config: ModelConfig, control: PassControl) -> list[str]:
     if not _is_here(forced) or np.max(np.asarray(forced)) <= most:
         return []
     return [f"passes are {np.asarray(forced).tolist()}; a layer of this model runs {most} times at most"]
+
+
+def _full(cache: Tree) -> int:
+    """The most tokens that a row of the cache holds; 0 where that is traced."""
+    return int(np.max(np.asarray(cache["position"]))) if _is_here(cache["position"]) else 0
 
 
 def _rooms(config: ModelConfig) -> list[str]:

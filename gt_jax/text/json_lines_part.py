@@ -53,8 +53,8 @@ class JsonLinesPart:
 
         Fewer rows than there are lie evenly over all of them.
         """
-        rows = self._batches("held-out", HELD_OUT, batches)
-        return [{**batch, "unit": unit} for batch, unit in zip(rows, self.held_out_units(batches), strict=True)]
+        units = self._units[self._part == HELD_OUT].astype(np.int32)
+        return self._batches("held-out", HELD_OUT, batches, units)
 
     def tuning(self, batches: int | None = None) -> list[Batch]:
         """The batches of the tuning part, likewise."""
@@ -64,10 +64,7 @@ class JsonLinesPart:
 
     def held_out_units(self, batches: int | None = None) -> list[Int32[np.ndarray, "b t"]]:
         """The unit of every token of `held_out(batches)`: documents of one key, such as one prompt, are one unit."""
-        rows, chosen = self._chosen(HELD_OUT, batches)
-        units = self._units[self._part == HELD_OUT].astype(np.int32)
-        marked = [{"unit": units[rows.documents(number)]} for number in chosen]
-        return [batch["unit"] for batch in stacked(marked, self.config.batch_size)]
+        return [batch["unit"] for batch in self.held_out(batches)]
 
     def content_hash(self) -> str:
         """SHA-256 of the documents' tokens, targets and difficulties."""
@@ -102,8 +99,12 @@ class JsonLinesPart:
         count = len(rows) if batches is None else min(batches * self.config.batch_size, len(rows))
         return rows, (np.arange(count) * len(rows) // max(count, 1)).tolist()
 
-    def _batches(self, name: str, part: int, batches: int | None) -> list[Batch]:
+    def _batches(
+        self, name: str, part: int, batches: int | None, units: Int32[np.ndarray, " n"] | None = None
+    ) -> list[Batch]:
         if batches is not None and batches < 1:
             raise Refused(f"{name} batches is {batches}; it must be at least 1")
         rows, chosen = self._chosen(part, batches)
-        return stacked([rows[number] for number in chosen], self.config.batch_size)
+        made = [{**rows[number], **({} if units is None else {"unit": units[rows.documents(number)]})}
+                for number in chosen]  # fmt: skip
+        return stacked(made, self.config.batch_size)

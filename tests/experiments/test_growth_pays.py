@@ -14,8 +14,7 @@ from experiments.pays_study import budget
 from experiments.pays_study.budget import Spent
 from experiments.pays_study.findings import comparisons, summary
 from experiments.pays_study.picture import draw
-from experiments.pays_study.recipes import EXPECTED, FULL, README, plan_of
-from experiments.pays_study.recipes import STACKED as STACK_ONCE
+from experiments.pays_study.recipes import EXPECTED, FULL, README, STACK_ONCE, plan_of
 from experiments.pays_study.setting import runs
 from experiments.pays_study.study import (
     CONTROL,

@@ -43,7 +43,7 @@ from gt_jax.errors import Failed, Refused
 from gt_jax.growth import repetition
 from gt_jax.training.price import phase
 
-SMALL = JUMPS.replace(of=JUMPS.of.replace(width=16, rows=8), budget=60)
+SMALL = JUMPS.replace(of=JUMPS.of.replace(width=16, rows=8), budget=60, held_out_batches=6)
 POINTS = (0.25, 0.5, 0.75)
 
 
@@ -168,7 +168,9 @@ def test_text_grows_to_the_deep_model_by_each_recipe():
 
 def test_units_have_names_of_their_own_and_the_config_reads_back():
     study = scaled("hours", (0, 1), (), ())
-    assert {*scaled("small", (0, 1), (), ()).settings} < {*study.settings}
+    alike = [{one.replace(rates=(1.0,), curricula=(1.0,), tuned_at=1) if one.name != "text_narrow" else one
+              for one in scaled(scale, (0, 1), (), ()).settings if one.name != "text"} for scale in ("small", "hours")]
+    assert alike[0] == alike[1]  # but for what is tried, which the one takes from the other
     assert Study.from_json(json.loads(json.dumps(study.to_json()))) == study
     tried = tries(JUMPS, study.seeds)[SCRATCH]
     assert [(one.rate, one.curriculum) for (one,) in tried] == [(2e-3, None), (4e-3, None), (2e-3, 0.3), (4e-3, 0.3)]

@@ -51,14 +51,15 @@ def markdown(stored: Mapping[str, Any]) -> str:
 def _tuned(setting: Mapping[str, Any]) -> list[str]:
     """How rates were chosen, where it was not by the first seed alone and for sources and models from scratch; and by
     how much text models were judged."""
-    seeds, own = setting.get("tuned_at", 1), setting.get("child_rates", ())
-    lines = [f"Rates are the best by the mean loss of the first {seeds} seeds."] if seeds > 1 else []
+    seeds, own, rates = setting.get("tuned_at", 1), setting.get("child_rates", ()), setting["rates"]
+    lines = [f"All models have the rate {rates[0]:g}: none was tried on these seeds."] if len(rates) == 1 else []
+    lines += [f"Rates are the best by the mean loss of the first {seeds} seeds."] if seeds > 1 else []
     lines += [f"What is grown has a rate of its own, of {' and '.join(f'{one:g}' for one in own)}."] if own else []
-    if "tokens" in setting:
-        judged = setting["held_out_batches"] * setting["rows"] * setting["tokens"]
-        lines.append(f"All seeds are judged by the same {judged:,} bytes; intervals are over seeds, and say nothing of "
-                     "other bytes.")  # fmt: skip
-    return [" ".join(lines), ""] if lines else []
+    text, shape = "tokens" in setting, setting if "tokens" in setting else setting["of"]
+    judged = setting["held_out_batches"] * shape["rows"] * (setting["tokens"] if text else 1)
+    lines.append(f"All seeds are judged by the same {judged:,} {'bytes' if text else 'rows of held-out instances'}; "
+                 f"intervals are over seeds, and say nothing of other{' bytes' if text else 's'}.")  # fmt: skip
+    return [" ".join(lines), ""]
 
 
 def _overview(found: Mapping[str, Any]) -> list[str]:

@@ -43,6 +43,8 @@ def calibrate(
     that exists. Both models are laid out over the mesh of the context; every process of a `group` calls it.
     """
     from gt_jax.checkpoints import checkpoint
+    from gt_jax.checkpoints.folders import UNFINISHED
+    from gt_jax.checkpoints.leftovers import clear_save
     from gt_jax.checkpoints.lock import only_writer
     from gt_jax.devices.processes import ProcessGroup
 
@@ -55,6 +57,7 @@ def calibrate(
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "json_lines": tuple(json_lines),
                              "tasks": tuple(tasks), "mix": tuple(mix), "tokenizer": tokenizer}
     with only_writer(target):  # since before the minutes of the fit: of two jobs one would fit for nothing
+        group.on_first(lambda: clear_save(target.with_name(target.name + UNFINISHED)))
         return _fitted(source, grown, target, pair, named, batches, progress or (lambda line: None), group, **options)
 
 

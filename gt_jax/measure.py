@@ -8,6 +8,7 @@ batch), `survival` and the rest of GROWTH 1. The text defaults to the one traine
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gt_jax.checkpoints.folders import parent_made
 from gt_jax.devices.precision import add_precision_flag, computing
 from gt_jax.devices.program_cache import add_cache_flag, keep_programs
 from gt_jax.errors import Failed, Refused, deliver, run_command, say
@@ -39,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
 def _refuse_not_finite(checkpoint: Path, result: Mapping[str, Any]) -> None:
     """Raise `Refused` for a model that gives NaN: of NaN, `k_exec` would be all passes, which looks like a count."""
     layers = [one for name, one in result.items() if name != "_meta"]
+    if result["_meta"]["loss"] is None:
+        raise Refused(f"{checkpoint}: nothing is asked in these held-out rows, so there is no loss; give more "
+                      "--batches, or other data")
     numbers = [result["_meta"]["loss"], *(number for one in layers for number in (*one["alive"], *one["survival"]))]
     if not all(map(math.isfinite, numbers)):
         raise Refused(f"{checkpoint}: loss or passes are not finite (NaN or infinite), so there is nothing to count; "
@@ -53,15 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gt_jax.evaluation.measurement import measure_checkpoint
     from gt_jax.monitoring.metrics import json_values
 
-    if arguments.output is not None:
-        from gt_jax.checkpoints.checkpoint import prepare_parent
-
-        if os.path.lexists(arguments.output):
-            raise Refused(f"{arguments.output} exists; choose another -o")
-        prepare_parent(arguments.output)
-    with computing(arguments.matmul_precision):
-        result = measure_checkpoint(arguments.checkpoint, text_config(arguments), arguments.batches)
-    _refuse_not_finite(arguments.checkpoint, result)
+    if arguments.output is not None and os.path.lexists(arguments.output):
+        raise Refused(f"{arguments.output} exists; choose another -o")
+    with contextlib.nullcontext() if arguments.output is None else parent_made(arguments.output):
+        with computing(arguments.matmul_precision):
+            result = measure_checkpoint(arguments.checkpoint, text_config(arguments), arguments.batches)
+        _refuse_not_finite(arguments.checkpoint, result)
     for note in result["_meta"]["notes"]:
         say(f"note: {note}")
     text = json.dumps(json_values(result), indent=1, allow_nan=False) + "\n"

@@ -78,12 +78,11 @@ def _refuse_existing(place: Path, instead: str) -> None:
 
 def _publish(place: Path, write: Callable[[Path], T]) -> T:
     """What `write` returns of PLACE.unfinished, which has its own name when all of it is on the disk."""
-    from gt_jax.checkpoints.folders import prepare_parent, rename, sync_all
+    from gt_jax.checkpoints.folders import parent_made, rename, sync_all
     from gt_jax.checkpoints.lock import only_writer
 
     unfinished = place.with_name(place.name + ".unfinished")
-    prepare_parent(place)
-    with only_writer(place):
+    with parent_made(place), only_writer(place):
         if place.exists():
             raise Refused(f"{place} exists; another process has finished it meanwhile")
         with explain_full_disk(place, "do it again"):

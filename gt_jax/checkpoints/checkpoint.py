@@ -87,12 +87,34 @@ def save(path: StrPath, tree: Any, metadata: Mapping[str, Any], *, held: bool = 
         orbax_store.write(target, unfinished, work)
 
 
-def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callable[[], None]:
+class Writing(NamedTuple):
+    """A save that goes on in a thread of its own, and what went wrong in it."""
+
+    thread: threading.Thread
+    errors: list[Exception]
+
+    def join(self) -> None:
+        """Wait for this process's part of it, whatever becomes of it."""
+        self.thread.join()
+
+    def __call__(self) -> None:
+        """Wait for the end; raises what `save` would have raised, or `Failed` with what another process had to raise.
+
+        On several processes every process calls it.
+        """
+        self.join()
+        ProcessGroup().agree(self._outcome)
+
+    def _outcome(self) -> None:
+        if self.errors:
+            raise self.errors[0]
+
+
+def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Writing:
     """`save` that returns once the values are copied from the devices, and writes on beside the caller.
 
-    The function returned waits for the end of the writing and raises what `save` would have raised of it, or `Failed`
-    with what another process had to raise; a checkpoint is there, whole, from the moment the writing ends. On several
-    processes every process calls both. It is for the steps of a run: the caller holds the run's lock.
+    A checkpoint is there, whole, from the moment the writing ends. On several processes every process calls it. It is
+    for the steps of a run: the caller holds the run's lock.
     """
     target, unfinished, leaves, metadata, tokenizer = _prepare(path, tree, metadata)
     on_primary(lambda: _refuse_held(target))
@@ -113,16 +135,7 @@ def save_async(path: StrPath, tree: Any, metadata: Mapping[str, Any]) -> Callabl
 
     thread = threading.Thread(target=finish, name=f"saving {target.name}")
     thread.start()
-
-    def outcome() -> None:
-        if errors:
-            raise errors[0]
-
-    def wait() -> None:
-        thread.join()
-        ProcessGroup().agree(outcome)
-
-    return wait
+    return Writing(thread, errors)
 
 
 def _prepare(

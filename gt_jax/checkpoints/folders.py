@@ -5,13 +5,14 @@ Nothing here reads values, so that a look at a folder costs a few small files.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,20 @@ def prepare_parent(target: Path, of_run: bool = False) -> None:
         raise Refused(f"{target.parent} is not writable; choose another place for {target.name}")
     for folder in new:
         sync(folder.parent)
+
+
+@contextlib.contextmanager
+def parent_made(target: Path) -> Iterator[None]:
+    """`prepare_parent`; where what is done inside raises, the empty ones of the folders that it made are gone again."""
+    new = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
+    prepare_parent(target)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # something lies there by now
+            for folder in new:
+                folder.rmdir()
+        raise
 
 
 def damage(path: Path) -> str | None:

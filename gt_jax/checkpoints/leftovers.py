@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gt_jax.checkpoints.folders import CHECKSUMS, FILES, JOURNALS, TEMPORARY, UNFINISHED
 from gt_jax.checkpoints.lock import is_held
+from gt_jax.configs.tokenizer_file import NAMES
 from gt_jax.errors import Refused, refuse_all
 
 SAVE, GROWTH, ARRAYS, EMPTY = "save", "growth", "arrays", "nothing"
@@ -28,7 +29,9 @@ def kind_of(folder: Path) -> str | None:
     `EMPTY`: nothing yet. None for anything else, whose it may be."""
     if folder.is_symlink() or not folder.is_dir():
         return None
-    names = os.listdir(folder)
+    names = set(os.listdir(folder))
+    files = {name for name in names & set(NAMES) if (folder / name).is_file()}
+    names -= files if names - files else set()  # a tokenizer alone may be anybody's
     journals = {name for name in names if Path(name).match(f"{JOURNALS}*")}
     if {name.removesuffix(TEMPORARY) for name in names} - journals - {*_ORBAX, *_OURS}:
         return None
@@ -38,7 +41,15 @@ def kind_of(folder: Path) -> str | None:
         return GROWTH
     if any(not _DATABASE.fullmatch(name) for name in stored):
         return ARRAYS
-    return SAVE if stored or set(names) - {"state"} else EMPTY
+    return SAVE if stored or names - {"state"} else EMPTY
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder of ours; what may be anybody's goes first, so that what a kill leaves is still told as ours."""
+    for name in NAMES:
+        if (folder / name).is_file():
+            (folder / name).unlink()
+    shutil.rmtree(folder)
 
 
 def clear(folder: Path, kinds: Collection[str], what: str) -> None:
@@ -50,7 +61,7 @@ def clear(folder: Path, kinds: Collection[str], what: str) -> None:
         found = {GROWTH: "an unfinished growth", ARRAYS: "an unfinished growth or conversion",
                  SAVE: "a save that was interrupted"}.get(str(kind), "nothing that gt_jax has made")  # fmt: skip
         raise Refused(f"{folder} is {found}, and {what} needs that name; finish it, move it away, or delete it")
-    shutil.rmtree(folder)
+    delete(folder)
 
 
 def clear_save(unfinished: Path) -> None:
@@ -64,7 +75,7 @@ def clear_steps(run: Path) -> None:
     for entry in run.iterdir():
         step = _STEP.fullmatch(entry.name)
         if step and kind_of(entry) in (SAVE, EMPTY) and not is_held(entry.with_name(step[1])):
-            shutil.rmtree(entry)
+            delete(entry)
 
 
 def refuse_taken_names(run: Path, done: int, last: int) -> None:

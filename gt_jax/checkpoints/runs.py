@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +21,9 @@ from gt_jax.checkpoints.folders import (
     set_aside,
     step_folders,
 )
-from gt_jax.checkpoints.leftovers import clear_steps
+from gt_jax.checkpoints.leftovers import clear_steps, delete
 from gt_jax.devices.processes import ProcessGroup
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, say
 
 T = TypeVar("T")
 
@@ -44,7 +43,7 @@ class RunCheckpoints:
         self.root = Path(os.path.abspath(root))
         self.keep, self.always = keep, frozenset(always)
         self._warn = warn or (lambda message: None)
-        self._writing: Callable[[], None] | None = None
+        self._writing: checkpoint.Writing | None = None
 
     def save(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
         """Write RUN/<step>, then forget the steps that are too old; raises as `checkpoint.save` does."""
@@ -64,6 +63,14 @@ class RunCheckpoints:
             writing, self._writing = self._writing, None
             writing()
             on_primary(self._forget_old)
+
+    def leave(self) -> None:
+        """Until this process writes nothing any more, where an error ends it: the others may not come to a meeting."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.join()
+            for error in writing.errors:
+                say(f"the step that was being saved is not there: {error}")
 
     def steps(self) -> list[int]:
         """The complete steps, oldest first."""
@@ -132,7 +139,7 @@ class RunCheckpoints:
             if os.path.lexists(old):  # somebody's: what a save left there is cleared before the next one begins
                 continue
             os.rename(self.root / str(step), old)  # a kill while deleting must not leave half a step
-            shutil.rmtree(old)
+            delete(old)
 
 
 def _refuse_changed(folder: Path, group: ProcessGroup) -> None:

@@ -102,7 +102,7 @@ def carried_tokenizer(metadata: Mapping[str, Any]) -> TokenizerFile | None:
     known = known_tokenizer(metadata)
     if known is None or known.name == BYTES:
         return None
-    file = _opened.get(os.path.abspath(known.name)) if known.packed is None else _unpacked(known)
+    file = _opened.get(os.path.abspath(known.name)) if known.packed is None else unpacked(known)
     if file is None:
         try:
             file = read_tokenizer_file(known.name)
@@ -128,7 +128,8 @@ def packed(records: Sequence[Mapping[str, Any]], file: TokenizerFile | None) -> 
     return made
 
 
-def _unpacked(known: Known) -> TokenizerFile:
+def unpacked(known: Known) -> TokenizerFile:
+    """The tokenizer that is in the metadata themselves; raises `Refused` where it cannot be read."""
     try:
         return TokenizerFile(known.name, zlib.decompress(base64.b64decode(known.packed or "")))
     except (binascii.Error, ValueError, zlib.error) as error:

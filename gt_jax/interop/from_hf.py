@@ -138,10 +138,12 @@ def _lost_bits(weight: np.ndarray) -> str | None:
     return base64.b64encode(zlib.compress((_bits(back) ^ _bits(weight)).tobytes(), 9)).decode()
 
 
-def with_bits(weight: np.ndarray, kept: str) -> np.ndarray:
-    """The inverse of `_lost_bits`: the weight as it was."""
+def with_bits(weight: np.ndarray, kept: str, ours: np.ndarray) -> np.ndarray:
+    """The inverse of `_lost_bits`: the weight as it was where 1 + w still is what we hold, `ours`; else `weight`."""
     lost = np.frombuffer(zlib.decompress(base64.b64decode(kept)), np.uint8)
-    return (_bits(weight) ^ lost).view(weight.dtype).reshape(weight.shape)
+    before = (_bits(weight) ^ lost).view(weight.dtype).reshape(weight.shape)
+    same = PlusOne().to_ours(before, ours.shape).astype(ours.dtype) == ours
+    return np.where(same.reshape(weight.shape), before, weight)
 
 
 def _bits(value: np.ndarray) -> np.ndarray:

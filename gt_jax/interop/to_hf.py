@@ -251,7 +251,7 @@ class _Reader:
         if unit.cut:
             rows = -(-len(value) // len(unit.cut))
             value = value[rows * unit.cut.index(name) :][:rows]
-        yield with_bits(value, kept) if kept is not None else value
+        yield with_bits(value, kept, ours[0]) if kept is not None else value
 
     def compare(self) -> None:
         """Raise `Damaged` where what was read is not what was written."""

@@ -25,6 +25,7 @@ from gt_jax.checkpoints.leftovers import ARRAYS, EMPTY, clear
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.configs.lineage import LINEAGE
 from gt_jax.configs.model import ModelConfig
+from gt_jax.configs.tokenizer_file import unpacked
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.files import explain_full_disk
 from gt_jax.interop.expected_tensors import (
@@ -40,7 +41,7 @@ from gt_jax.interop.inferred_config import infer
 from gt_jax.interop.shards import Source, summary
 from gt_jax.interop.tensor_files import Info, groups
 from gt_jax.interop.tensor_names import Leaf
-from gt_jax.text.tokenizers import chosen_tokenizer, known_tokenizer, open_tokenizer
+from gt_jax.text.tokenizers import chosen_tokenizer, known_tokenizer, open_file, open_tokenizer
 
 Progress = Callable[[str], None]
 
@@ -119,10 +120,13 @@ def _forms(source: Source, written: Mapping[str, Info]) -> dict[str, list[Any]]:
 
 def _texts(metadata: Mapping[str, Any], tokenizer: str | None, sources: str, say: Progress) -> list[bytes] | None:
     """The bytes of the tokens of the tokenizer that is named, or that came along; None, and a word, where none did."""
-    if tokenizer is None and known_tokenizer(metadata) is None:
+    known = known_tokenizer(metadata)
+    if tokenizer is None and known is None:
         say("nothing says which bytes the tokens have, which the embedding reads: token i below 256 is taken for byte "
             "i; --tokenizer or --tokens say otherwise")
         return None
+    if tokenizer is None and known is not None and known.packed is not None:  # the file itself came along
+        return open_file(unpacked(known)).texts()
     return open_tokenizer(chosen_tokenizer(metadata, tokenizer, sources)).texts()
 
 

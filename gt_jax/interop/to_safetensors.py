@@ -43,7 +43,7 @@ from gt_jax.interop.to_orbax import Progress, refuse_existing
 _VARIANTS = {  # fields without a tensor that change what a layer computes
     "deltanet": ("rope", "conv_bias", "read_scale", "skip", "activation_on", "decay_floor", "beta_max"),
     "gsa": ("rope", "score_scale", "variance"),
-    "adaptive": ("halting", "features", "state_width", "by_pass", "logit_bound", "weights"),
+    "adaptive": ("halting", "context", "features", "state_width", "by_pass", "logit_bound", "weights"),
 }
 
 

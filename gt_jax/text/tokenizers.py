@@ -17,7 +17,14 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt
 
 from gt_jax.configs.data import BYTES
-from gt_jax.configs.tokenizer_file import Known, known_tokenizer, read_tokenizer_file, refuse_other_file
+from gt_jax.configs.tokenizer_file import (
+    Known,
+    TokenizerFile,
+    known_tokenizer,
+    read_tokenizer_file,
+    refuse_other_file,
+    unpacked,
+)
 from gt_jax.errors import Refused, say_once
 from gt_jax.text.vocabulary_files import tokens_by_id, unknown_token
 
@@ -233,7 +240,11 @@ def open_tokenizer(name: str) -> Tokenizer:
     """`bytes`, a tokenizer.json, a SentencePiece .model, or a folder that holds one; raises `Refused` for others."""
     if name == BYTES:
         return ByteTokenizer()
-    file = read_tokenizer_file(name)
+    return open_file(read_tokenizer_file(name))
+
+
+def open_file(file: TokenizerFile) -> Tokenizer:
+    """The tokenizer of a file that was read, or unpacked."""
     return _opened(file.content, file.path)
 
 
@@ -299,7 +310,8 @@ def _of_checkpoint(known: Known, path: object, flag: str) -> str:
 def _compare(known: Known, named: str, path: object, flag: str) -> None:
     """Raise `Refused` where the named tokenizer has other tokens than the known one; say what is not certain."""
     if BYTES in (known.name, named) or known.sha256 != read_tokenizer_file(named).sha256:
-        if other := vocabulary_difference(known.name, named):
+        own = None if known.packed is None else open_file(unpacked(known))
+        if other := vocabulary_difference(known.name, named, own):
             raise Refused(f"{path} was trained with another tokenizer: {other}; leave {flag} out")
         if known.sha256 is not None:
             say_once(f"warning: {flag} {named} is another file than the tokenizer that {path} was trained with; as "
@@ -309,15 +321,16 @@ def _compare(known: Known, named: str, path: object, flag: str) -> None:
                       f"nothing proves that {named} is that one")  # fmt: skip
 
 
-def vocabulary_difference(known: str, named: str) -> str | None:
-    """How the tokens of tokenizer `named` differ from those of `known`, in words; None where they do not.
+def vocabulary_difference(known: str, named: str, own: Tokenizer | None = None) -> str | None:
+    """How the tokens of tokenizer `named` differ from those of `known`, which is `own` where it lies in no file, in
+    words; None where they do not.
 
     None too where one of the two is not there any more: nothing can be said then.
     """
-    if known == named:
+    if known == named and own is None:
         return None
     try:
-        texts, others = open_tokenizer(known).texts(), open_tokenizer(named).texts()
+        texts, others = (own or open_tokenizer(known)).texts(), open_tokenizer(named).texts()
     except Refused:
         return None
     if texts == others:

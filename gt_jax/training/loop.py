@@ -285,8 +285,10 @@ def _train_run(
                 aloud = trainer._replace(step=telling(trainer.step, recorder.message))
                 state = fit(aloud, state, batches(), train.steps, record=record, due=due, after=after,
                             stop=termination.asked, patience=patience)  # fmt: skip
-            finally:
-                steps.wait()
+            except BaseException:
+                steps.leave()
+                raise
+            steps.wait()
         if termination.interrupted or int(state.step) < train.steps:
             raise Interrupted
         return state
@@ -381,7 +383,11 @@ def _price_of(
     wanted = {"price": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), fresh)}
     if not differences_of_trees(flatten(wanted), stored):
         return checkpoint.load(start, jax.tree.map(with_mesh_devices, wanted))["price"], "the compute price goes on"
-    value = newest(metadata, "price")
+    value, run = newest(metadata, "price"), newest(metadata, "run")
+    before = RunConfig.from_json(run) if run else None
+    paid = before is not None and before.model.adaptive is not None
+    if before is not None and paid and (rule := before.train.price.rule) != price.rule:
+        return fresh, f"the compute price begins anew: that of {start} is of rule {rule!r}"
     if isinstance(value, float) and isinstance(fresh, PriceState) and price.lowest <= value <= price.highest:
         return fresh._replace(value=jnp.full_like(fresh.value, value)), f"the compute price goes on at {value:.3g}"
     return fresh, f"the compute price begins anew: {start} holds none"

@@ -15,6 +15,7 @@ from gt_jax.configs.lineage import carried, exported
 from gt_jax.configs.run import RunConfig, differences
 from gt_jax.configs.tokenizer_file import carried_tokenizer, packed
 from gt_jax.errors import Refused, say_once
+from gt_jax.interop import to_orbax
 from gt_jax.models.language_model import abstract
 from gt_jax.text.tokenizers import chosen_tokenizer, open_tokenizer
 from tests.support import small_model
@@ -112,6 +113,21 @@ def test_a_file_of_another_format_carries_it_in_its_lineage(home):
     assert "zlib" not in json.dumps(back) and chosen_tokenizer(back, None, "back").endswith("back/tokenizer.json")
 
 
+def test_a_kronecker_model_of_another_format_gets_the_bytes_of_what_came_along(home, monkeypatch):
+    """From any folder, also one where another tokenizer.json lies."""
+    metadata = checkpoint.describe("model")[1]
+    lineage = packed(exported(metadata, "model"), carried_tokenizer(metadata))
+    texts = open_tokenizer("letters.json").texts()
+    (home / "elsewhere").mkdir()
+    monkeypatch.chdir(home / "elsewhere")
+    write_letters(home / "elsewhere" / "tokenizer.json", LETTERS[::-1])
+    known = {"kind": "converted", "config": {"vocab": 400}, "lineage": lineage}
+    assert to_orbax._texts(known, None, "x.safetensors", lambda line: None) == texts
+    with pytest.raises(Refused, match=r"x\.safetensors was trained with another tokenizer"):
+        to_orbax._texts(known, "tokenizer.json", "x.safetensors", lambda line: None)
+    assert to_orbax._texts(known, str(home / "letters.json"), "x.safetensors", lambda line: None) == texts
+
+
 def test_a_run_carries_what_it_opened_though_the_file_be_replaced_meanwhile(home):
     written = (home / "letters.json").read_bytes()
     open_tokenizer("letters.json")
@@ -137,6 +153,9 @@ def test_a_run_is_resumed_from_any_folder_with_its_own_tokenizer_and_moved_text(
     metadata = {"config": model.to_json(), "kind": "train", "step": 2, "run": config.to_json()}
     checkpoint.save(home / "run" / "2", values, metadata)
     assert resumed() == config
+    write_letters(home / "other.json", LETTERS[::-1])
+    with pytest.raises(Refused, match="was trained with another tokenizer"):  # which tasks would not know by their rows
+        resumed("--tokenizer", str(home / "other.json"))
     write_letters(home / "letters.json", LETTERS[::-1])
     assert resumed().data.tokenizer == str(home / "run" / "2" / "tokenizer.json")
     monkeypatch.chdir("/")

@@ -16,6 +16,8 @@ from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs import presets
 from gt_jax.configs.run import RunConfig
+from gt_jax.configs.tokenizer_file import NAMES
+from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Refused
 from gt_jax.files import unfinished_name, write_atomically
 from gt_jax.training.run_directory import config_to_train
@@ -161,6 +163,17 @@ def test_what_has_the_name_of_a_step_that_goes_keeps_it_and_ends_nothing(tmp_pat
     assert run.steps() == [8, 9] and (tmp_path / "8.unfinished" / "chapter1.txt").exists()
 
 
+def test_a_process_that_an_error_ends_writes_its_save_to_the_end_and_meets_nobody(tmp_path: Path, monkeypatch) -> None:
+    """The others may never come: it hung there, and nobody was told."""
+    run = RunCheckpoints(tmp_path, keep=1)
+    run.save(8, TREE, METADATA)
+    run.save_beside(9, TREE, METADATA)
+    monkeypatch.setattr(ProcessGroup, "agree", lambda *_: pytest.fail("waits for processes that have left"))
+    run.leave()
+    monkeypatch.undo()
+    assert run.steps() == [8, 9]
+
+
 def test_names_that_are_taken_are_refused_before_training(tmp_path: Path) -> None:
     somebody(tmp_path / "7.unfinished")
     growth(tmp_path / "6.unfinished")
@@ -210,6 +223,16 @@ def test_leftovers_are_told_by_what_is_in_them(tmp_path: Path) -> None:
         assert leftovers.kind_of(tmp_path / what.__name__) == kind
     checkpoint.save(tmp_path / "saved", TREE, METADATA)
     assert leftovers.kind_of(tmp_path / "saved") == leftovers.SAVE
+    for name in NAMES:  # what a save killed late has too, but alone may be anybody's
+        (tmp_path / "saved" / name).touch()
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        assert leftovers.kind_of(tmp_path / name) is None
+    assert leftovers.kind_of(tmp_path / "saved") == leftovers.SAVE
+    shutil.copytree(tmp_path / "saved", tmp_path / "7.unfinished")
+    leftovers.refuse_taken_names(tmp_path, 0, 9)
+    leftovers.clear_steps(tmp_path)
+    assert not (tmp_path / "7.unfinished").exists()
     (tmp_path / "begun" / "state").mkdir(parents=True)
     assert leftovers.kind_of(tmp_path / "begun") == leftovers.EMPTY
 

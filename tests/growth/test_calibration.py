@@ -289,7 +289,10 @@ def test_the_command_refuses_before_it_writes(folder):
         with pytest.raises(Refused, match=said):
             calibrate.main([*(str(folder / name) for name in (source, grown, target)), *words])
 
+    (folder / "taken.unfinished").mkdir()
+    (folder / "taken.unfinished" / "notes.txt").touch()
     there = {path.name for path in folder.iterdir()}
+    refused("taken.unfinished is nothing that gt_jax has made, and the save of taken needs", "source", "grown", "taken")
     refused("exists", "source", "grown", "plain")
     refused("lies inside", "source", "grown", "grown/deeper")
     refused("their hash differs", "source", "other", "new")

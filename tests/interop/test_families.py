@@ -74,7 +74,11 @@ def test_norms_come_back_bit_for_bit(dtype):
     back = PLUS_ONE.to_origin(held).astype(dtype)
     assert (PLUS_ONE.to_ours(back, back.shape) == held).all()  # nothing that either system computes with is lost
     kept = _lost_bits(weight)
-    assert kept is not None and with_bits(back, kept).tobytes() == weight.tobytes()
+    assert kept is not None and with_bits(back, kept, held).tobytes() == weight.tobytes()
+    held[:4] = 0.0, 1.01, 1.5, 2.0  # trained on since: what was lost is not that of another number
+    now = PLUS_ONE.to_origin(held).astype(dtype)
+    assert with_bits(now, kept, held)[:4].tobytes() == now[:4].tobytes()
+    assert with_bits(now, kept, held)[4:].tobytes() == weight[4:].tobytes()
     assert _lost_bits(np.array([0.25, -0.5], dtype)) is None
 
 

@@ -9,7 +9,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.lineage import LINEAGE
 from gt_jax.configs.model import AdaptiveConfig
 from gt_jax.configs.optimizer import OptimizerConfig
-from gt_jax.configs.price import PriceConfig
+from gt_jax.configs.price import PriceConfig, budget
 from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.evaluation.measurement import measure_checkpoint
 from gt_jax.growth import repetition
@@ -91,3 +91,7 @@ def test_the_price_of_a_model_made_from_another_goes_on_where_that_stood():
     assert float(price.value) == pytest.approx(0.02) and "0.02" in words
     price, words = loop._price_of("there", {}, {"kind": "converted"}, fresh, PriceConfig())
     assert price is fresh and "anew" in words
+    run = RunConfig(model=small_model(), train=TrainConfig(price=budget(None, value=0.02))).to_json()
+    price, words = loop._price_of("there", {}, {"kind": "grown", LINEAGE: [{**trained, "run": run}]}, fresh,
+                                  PriceConfig())  # fmt: skip
+    assert price is fresh and words.endswith("that of there is of rule 'budget'"), "nats a pass are no lambda"

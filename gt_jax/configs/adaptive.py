@@ -14,7 +14,7 @@ class AdaptiveConfig(Config):
     """Adaptive depth: up to `len(alpha)` passes a layer, pass k at strength alpha[k], while s >= `threshold`.
 
     With `weights` "soft" a pass counts by s, with "hard" whole while s >= threshold and then not at all; the gradient
-    is that of s (straight through), of finished tokens too.
+    is that of s (straight through), of finished tokens too where they are there: under `context` "all".
     `halting` "token": a token below the threshold is finished. "batch" (origin): all go on until at most `batch_share`
     of the tokens are at or above it. `features` says what the halting head sees of the mixer, its write gate, output
     gate and head spread: those of the mixer's own input, or (origin) of the mean over streams before any norm. With

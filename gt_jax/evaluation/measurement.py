@@ -92,7 +92,7 @@ def pass_counts(
         found.append(statistics)
         real.append(np.count_nonzero(np.asarray(batch["segment_ids"])))
     together = jax.tree.map(lambda *of: jnp.stack(of), *found)
-    mean = mean_over_tokens(together, jnp.asarray(real, jnp.float32), config.adaptive)
+    mean = mean_over_tokens(together, jnp.asarray(real, jnp.float32), config.adaptive, config.exit is not None)
     meta = {
         **meta,
         "tokens": int(count),

@@ -43,6 +43,8 @@ PEAKS = {
     "TPU v6e": 918e12,
     "TPU7x": 2307e12 / 2,
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }

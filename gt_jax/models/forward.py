@@ -15,6 +15,8 @@ from gt_jax.models.given import (
     checked_tokens,
     wrong_cache,
     wrong_chunk,
+    wrong_memory,
+    wrong_mtp,
     wrong_padding,
     wrong_passes,
     wrong_variables,
@@ -45,9 +47,9 @@ def forward(
     the vocabulary nor a cache that is full.
 
     Raises `Refused` for variables of another config, tokens and segments that are no whole numbers [b, t] of the
-    vocabulary, passes that the model's layers do not run, a cache that has no room, padding with a cache, and more
-    tokens than a chunk of a model with a memory stream, which takes one chunk at a time: `memory` is what the one
-    before gave, `.memory` of its output.
+    vocabulary, passes that the model's layers do not run, a cache that has no room, padding with a cache, `mtp` of a
+    model without it or with a cache, and more tokens than a chunk of a model with a memory stream, which takes one
+    chunk at a time: `memory` is what the one before gave, `.memory` of its output.
 
     >>> import gt_jax, jax.numpy as jnp
     >>> config = gt_jax.preset("tiny").replace(layout="DG")
@@ -60,7 +62,9 @@ def forward(
     ids, segments = checked_tokens(tokens, config.vocab, segment_ids)
     if control is not None:
         refuse_all(wrong_passes(config, control), HEADING)
-    refuse_all(wrong_chunk(config, cache, ids.shape[1]), HEADING)
+    wrong = wrong_chunk(config, cache, ids.shape[1])
+    wrong += [] if memory is None else wrong_memory(config, memory, ids.shape[0])
+    refuse_all(wrong + (wrong_mtp(config, cache) if mtp else []), HEADING)
     if cache is not None:
         refuse_all(wrong_cache(config, cache, *ids.shape) + wrong_padding(segments), HEADING)
     network = LanguageModel(config, rules or Rules())

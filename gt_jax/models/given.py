@@ -20,6 +20,7 @@ from gt_jax.devices.sharding import Rules
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.models.language_model import abstract, empty_cache
 from gt_jax.models.layers.adaptive_depth import PassControl
+from gt_jax.models.layers.memory_stream import Memory
 from gt_jax.typing import Tokens, Tree
 
 HEADING = "the model cannot run:"
@@ -141,9 +142,36 @@ def wrong_padding(segments: Tokens | None) -> list[str]:
     return ["segment_ids have padding (0), which a cache would count as tokens; give rows of one length, or one by one"]
 
 
-def wrong_passes(config: ModelConfig, control: PassControl) -> list[str]:
-    """Why the passes that are fixed are none of this model: of too many layers, or more than a layer runs."""
-    forced, layers = control.forced, len(config.depth)
+def wrong_mtp(config: ModelConfig, cache: Tree) -> list[str]:
+    """Why nobody can predict the token after the next: the model has no such layer, or that one keeps no cache."""
+    if config.mtp is None:
+        return ["mtp is asked for; the model has no multi-token prediction (config.mtp is None)"]
+    if cache is not None:
+        return ["mtp with a cache: its layer keeps none, and would see these tokens alone; give whole rows"]
+    return []
+
+
+def wrong_memory(config: ModelConfig, memory: Any, rows: int) -> list[str]:
+    """Why this is no memory that a chunk of so many rows left."""
+    if config.memory is None:
+        return ["memory is given; the model has no memory stream (config.memory is None)"]
+    if not isinstance(memory, Memory):
+        return [f"memory is a {type(memory).__name__}; `.memory` of the output of the chunk before is needed"]
+    wanted = {"value": (rows, config.width), "segment": (rows,)}
+    return [f"memory.{name} is of shape {np.shape(getattr(memory, name))}; {shape} is needed, that of the chunk before"
+            for name, shape in wanted.items() if np.shape(getattr(memory, name)) != shape]  # fmt: skip
+
+
+def wrong_passes(config: ModelConfig, control: Any) -> list[str]:
+    """Why the passes that are fixed are none of this model: of too many layers, more than a layer runs, or of layers
+    whose tokens go by their gates."""
+    if not isinstance(control, PassControl):
+        return [f"control is a {type(control).__name__}; `fixed_passes(2)` makes one, or None leaves it to the gates"]
+    forced, layers = as_array(control.forced, "control.forced"), len(config.depth)
+    by_gates = "config.gated_copies" if config.gated_copies is not None else "config.exit"
+    gated = config.gated_copies is not None or config.exit is not None
+    if gated and _is_here(forced) and np.any(np.asarray(forced)):
+        return [f"passes are fixed; with {by_gates} the gates say which layers a token runs, and nothing else does"]
     if forced.ndim and forced.shape != (layers,):
         return [f"passes are of shape {forced.shape}; one number is needed, or {layers}, one a layer"]
     most = 1 if config.adaptive is None else config.adaptive.max_passes

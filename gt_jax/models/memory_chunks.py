@@ -52,7 +52,7 @@ def over_chunks(
 def mean_over_chunks(statistics: PassStatistics, segment_ids: Tokens, model: ModelConfig) -> PassStatistics:
     """Statistics [l, p] of whole rows from those of their chunks [c, l, p], each weighed by its real tokens."""
     pieces = real_tokens(segment_ids).reshape(segment_ids.shape[0], statistics.alive.shape[0], -1)
-    return mean_over_tokens(statistics, jnp.sum(pieces, axis=(0, 2)), model.adaptive)
+    return mean_over_tokens(statistics, jnp.sum(pieces, axis=(0, 2)), model.adaptive, model.exit is not None)
 
 
 def forward_rows(

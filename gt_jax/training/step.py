@@ -145,7 +145,7 @@ def make_loss(
         tokens, later, real = (None, None, None) if counts is None else counts
         share = jnp.ones(()) if real is None else jnp.sum(seen) / jnp.maximum(real, 1.0)  # 1 where parts are alike
         ce, first, ahead = _mean(sums[0], tokens), _mean(sums[1], tokens), _mean(sums[2], later)
-        passes = mean_over_tokens(sums.passes, seen, model.adaptive)
+        passes = mean_over_tokens(sums.passes, seen, model.adaptive, model.exit is not None)
         charge = jnp.zeros((), jnp.float32)
         if model.adaptive is not None:
             charge = jnp.where(now.charged, share * price_loss(price, value, passes, ce, first), 0.0)
@@ -169,7 +169,7 @@ def token_counts(model: ModelConfig, batch: Batch) -> Counts:
 def of_parts(model: ModelConfig, reports: Mapping[str, Any], tokens: Float[Array, " parts"]) -> dict[str, Any]:
     """The report of a batch from those of its parts, each with its `tokens`: losses are counted so already."""
     losses = {name: jnp.mean(values, axis=0) for name, values in reports.items() if name != "passes"}
-    return {**losses, "passes": mean_over_tokens(reports["passes"], tokens, model.adaptive)}
+    return {**losses, "passes": mean_over_tokens(reports["passes"], tokens, model.adaptive, model.exit is not None)}
 
 
 def _mean(pair: tuple[Array, Array], count: Scalar | None) -> Scalar:
@@ -313,10 +313,14 @@ def evaluate(evaluation: Callable[..., Any], variables: Tree, batches: Sequence[
 def held_out_losses(
     evaluation: Callable[..., Any], variables: Tree, parts: Mapping[str, Sequence[Batch]]
 ) -> dict[str, float]:
-    """`held_out_loss`, nats a token over the batches of all parts, and of several `held_out_loss_PART` of each."""
-    sums = {name: [evaluation(variables, batch, None)[:2] for batch in batches] for name, batches in parts.items()}
+    """`held_out_loss`, nats a token over the batches of all parts, and of several `held_out_loss_PART` of each; nothing
+    of a part in whose batches nothing is asked."""
+    every = {name: [evaluation(variables, batch, None)[:2] for batch in batches] for name, batches in parts.items()}
+    sums = {name: pairs for name, pairs in every.items() if sum(float(pair[1]) for pair in pairs) > 0}
+    if not sums:
+        return {}
     found = {"held_out_loss": _nats_a_token([pair for of_part in sums.values() for pair in of_part])}
-    if len(sums) == 1:
+    if len(parts) == 1:
         return found
     return found | {f"held_out_loss_{name}": _nats_a_token(of_part) for name, of_part in sums.items()}
 

@@ -51,7 +51,8 @@ def causal_attention(
     q, k, v = (jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, past), (0, 0)]) for x in (scaled, k, v))
     segments = jnp.pad(positions.query_segment, [(0, 0), (0, past)], constant_values=-1)
     o = jax.vmap(lambda q, k, v, ids: attend(q, k, v, segment_ids=splash.SegmentIds(ids, ids)))(q, k, v, segments)
-    return o.swapaxes(1, 2)[:, :t].astype(q.dtype)
+    seen = (positions.query_segment != -1)[..., None, None]  # a key of segment -1 is visible to nobody
+    return jnp.where(seen, o.swapaxes(1, 2)[:, :t], 0.0).astype(q.dtype)
 
 
 def _kernel(tokens: int, heads: int, tile: int, interpret: bool) -> Callable[..., Array]:

@@ -144,7 +144,9 @@ def gated_delta_rule_step(
     S <- e^g S;  S <- S + beta k (v - S^T k)^T;  o = scale S^T q.  Raises ValueError listing every argument that does
     not fit. Source: arXiv 2412.06464, equation 10.
     """
-    tokens = [x[:, None] for x in (q, k, v, g, beta)]
+    given = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+    _raise(check_kinds(given, {}).problems)
+    tokens = [x[:, None] for x in given.values()]
     output, state = gated_delta_rule(*tokens, initial_state=state, scale=scale, return_state=True)
     return output[:, 0], state
 

@@ -21,6 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.arguments import check_kinds, whole_problems
 from pallas_kernels.hyper_connections import pallas_tpu, reference, xla
 from pallas_kernels.hyper_connections.reference import Coefficients, Settings, Weights
 from pallas_kernels.platform import target_device
@@ -103,7 +104,12 @@ def check_arguments(x: Float[Array, "..."], weights: Weights, settings: Settings
         others = ", ".join(other for other in IMPLEMENTATIONS if other != "pallas_tpu")
         problems.append(f"implementation 'pallas_tpu' needs a TPU, this is for {target_device()[0]}, where there are "
                         f"{others}")  # fmt: skip
-    if settings.rounds < 1:
+    wrong_rounds = whole_problems({"rounds": settings.rounds})
+    problems += wrong_rounds
+    kinds = check_kinds({"x": x, "weights.phi": weights.phi, "weights.bias": weights.bias}, {})
+    if not kinds.arrays:
+        _raise([*problems, *kinds.problems])
+    if not wrong_rounds and settings.rounds < 1:
         problems.append(f"rounds is {settings.rounds}; it must be at least 1")
     if not 0 < settings.floor < 1:
         problems.append(f"floor is {settings.floor}; it must lie in (0, 1)")
@@ -143,7 +149,9 @@ def _streams_and_width(opened: Opened) -> tuple[int, int]:
     return (shape[1] if isinstance(opened, pallas_tpu.Open) else shape[2]), shape[3]
 
 
-def _branch_problems(opened: Opened, y: Array) -> list[str]:
+def _branch_problems(opened: Opened, y: Any) -> list[str]:
+    if not (kinds := check_kinds({"y": y}, {})).arrays:
+        return kinds.problems
     b, *inner, d = opened.x.shape
     t = inner[1] if isinstance(opened, pallas_tpu.Open) else inner[0]
     if y.shape != (b, t, d) or y.dtype != opened.x.dtype:

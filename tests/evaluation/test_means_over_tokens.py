@@ -72,6 +72,9 @@ def test_what_is_of_alive_tokens_is_weighed_by_them():
     assert float(found.computed[0, 0]) == 0.5 and found.experts.shape == (1, 1, 3)
     batch = mean_over_tokens(given, jnp.array([10.0, 30.0]), CONFIG.adaptive.replace(halting="batch"))
     assert float(batch.update_ratio[0, 0]) == pytest.approx((10 * 0.4 + 30 * 0.2) / 40)
+    shown = given._replace(entropy=given.p_mean, computed=jnp.ones((2, 1, 1)))  # layers that tokens leave see 8 and 3
+    assert float(mean_over_tokens(shown, jnp.array([10.0, 30.0]), None, True).entropy[0, 0]) == pytest.approx(
+        (8 * 0.9 + 3 * 0.2) / 11)  # fmt: skip
     nobody = mean_over_tokens(given, jnp.zeros(2), CONFIG.adaptive)
     assert float(nobody.survival[0, 0]) == pytest.approx(0.3)
 

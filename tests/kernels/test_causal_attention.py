@@ -48,6 +48,17 @@ def test_tiles_are_the_dense_definition(window, together):
     chex.assert_trees_all_close(got, wanted, atol=1e-5)
 
 
+def test_tokens_of_no_segment_read_zeros_from_the_splash_kernels_too():
+    segments = jnp.asarray([[1, 1, -1, -1]] * 2, jnp.int32)
+    places = jnp.tile(jnp.arange(4)[None], (2, 1))
+    where, tensors = Positions(places, segments, places, segments), arguments(4, 1, 1, 128)
+    got, wanted = (value_and_gradients(lambda q, k, v, name=name: causal_attention(
+        q, k, v, where, same_tokens=True, implementation=name), *tensors)
+        for name in ("pallas_tpu_interpreted", "reference"))  # fmt: skip
+    chex.assert_trees_all_close(got, wanted, atol=1e-5)
+    assert np.all(np.asarray(got[0][:, 2:]) == 0) and all(np.all(np.asarray(g[:, 2:]) == 0) for g in got[1][1:])
+
+
 @pytest.mark.slow
 def test_the_splash_kernels_are_the_dense_definition():
     where, tensors = two_rows(140), arguments(140, 2, 1, 128)

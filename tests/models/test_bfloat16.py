@@ -7,6 +7,7 @@ is to round the factors of a float32 product to bfloat16.
 from __future__ import annotations
 
 import functools
+import types
 from collections import defaultdict
 
 import jax
@@ -28,8 +29,9 @@ from gt_jax.configs.model import (
 from gt_jax.configs.price import PriceConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.models.language_model import LanguageModel, abstract
-from gt_jax.models.layers import deltanet, groundthink
+from gt_jax.models.layers import deltanet, early_exit, groundthink
 from gt_jax.models.layers.adaptive_depth import LayerOutput, PassControl
+from gt_jax.models.layers.early_exit import ExitWeights
 from gt_jax.models.layers.mixer import MixerOutput, place_rows
 from gt_jax.models.layers.moe import MLPOutput
 from gt_jax.models.layers.primitives import add_scaled, scaled
@@ -111,6 +113,21 @@ SHAPE = (2, 2048, 128)
 FIRST = PassControl(jnp.ones((), jnp.int32), jnp.ones(()))
 
 
+def test_a_token_that_may_leave_the_stack_is_moved_with_one_rounding():
+    """A gain within 2^-9 of 1 is not lost: -1 + (1 + 2^-9) 1 is no 0."""
+    def delta(layer, x, segment_ids, positions, cache):
+        return (1 + 2.0**-9) * jnp.ones(x.shape, jnp.float32), None, None
+
+    ids = jnp.ones((1, 2), jnp.int32)
+    weights = ExitWeights(jnp.zeros((4, 2)), jnp.zeros(2), jnp.zeros((2, 1)), jnp.zeros(1))
+    begun = early_exit.start(-jnp.ones((1, 2, 4), jnp.bfloat16), ids)
+    layer = types.SimpleNamespace(is_initializing=lambda: True)  # then all tokens run as they stand
+    after, *_ = early_exit.exit_step(layer, delta, begun, ids, ids, weights=weights, threshold=1.0, last=False,
+                                     rules=Rules())  # fmt: skip
+    np.testing.assert_array_equal(after.x.astype(jnp.float32), 2.0**-9)
+    assert after.x.dtype == jnp.bfloat16
+
+
 class Constant(Layer):
     """A layer whose update is given, 2^19 numbers: what is left is gain and strength."""
 
@@ -149,13 +166,14 @@ def test_the_gradient_of_a_gain_is_a_float32_sum(adaptive):
     assert np.sum((after - before) * pulled) / wanted == pytest.approx(gain, abs=5e-4)
 
 
-@pytest.mark.parametrize("kind", ["residual", "midpoint"])
-def test_a_midpoint_stack_adds_what_is_not_rounded(kind):
-    config = small_model("D", False, width=128, compute_dtype="bfloat16", stack=StackConfig(kind))
+@pytest.mark.parametrize("kind", ["residual", "midpoint", "exit"])
+def test_what_is_added_and_rounded_later_is_not_rounded_before(kind):
+    leaving = {"exit": ExitConfig()} if kind == "exit" else {"stack": StackConfig(kind)}
+    config = small_model("D", False, width=128, compute_dtype="bfloat16", **leaving)
     place = place_rows(jnp.ones((2, 4), jnp.int32))
     shape = jax.eval_shape(lambda x: Constant("D", config, Rules()).init_with_output(
         jax.random.key(0), x, place, method=Layer.update)[0].value, noise(0)[:, :4])  # fmt: skip
-    assert shape.dtype == (jnp.float32 if kind == "midpoint" else jnp.bfloat16)
+    assert shape.dtype == (jnp.bfloat16 if kind == "residual" else jnp.float32)
 
 
 def test_a_sum_with_a_scaled_update_is_rounded_once():

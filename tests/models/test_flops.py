@@ -88,8 +88,8 @@ def test_passes_and_longer_rows_add_up():
 
 def test_the_device_kinds_of_jax_are_known():
     kinds = {"TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU7x": 1153.5e12,
-             "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "cpu": None,
-             "NVIDIA A100-SXM4-40GB": None}  # fmt: skip
+             "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200 NVL": 835e12,
+             "NVIDIA H200": 989e12, "cpu": None, "NVIDIA A100-SXM4-40GB": None}  # fmt: skip
     assert {kind: peak_flops(kind) for kind in kinds} == kinds
 
 

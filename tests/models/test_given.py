@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 import gt_jax
-from gt_jax.configs.model import AttentionConfig, MemoryConfig
+from gt_jax.configs.model import AttentionConfig, ExitConfig, MemoryConfig, MTPConfig
 from gt_jax.errors import Refused
 from gt_jax.growth import repetition
-from gt_jax.models.language_model import LanguageModel, empty_cache, fixed_passes
+from gt_jax.models.given import wrong_mtp, wrong_passes
+from gt_jax.models.language_model import LanguageModel, abstract, empty_cache, fixed_passes, free_passes
+from gt_jax.models.layers.memory_stream import no_memory
 from gt_jax.models.memory_chunks import forward_rows
+from tests.support import small_model
 
 CONFIG = gt_jax.preset("one_layer").replace(width=16, mlp_width=16)
 TOKENS = np.arange(32).reshape(2, 16)
@@ -93,6 +96,15 @@ def test_passes_that_no_layer_runs_are_refused(variables):
     ):
         with pytest.raises(Refused, match=words):
             gt_jax.forward(CONFIG, variables, TOKENS, control=fixed_passes(passes))
+    with pytest.raises(Refused, match=r"memory is given; the model has no memory stream"):
+        gt_jax.forward(CONFIG, variables, TOKENS, memory=no_memory(2, CONFIG.width, "float32"))
+    leaving = CONFIG.replace(adaptive=None, exit=ExitConfig())
+    assert wrong_passes(leaving, free_passes()) == [] and wrong_passes(leaving, fixed_passes(1))[0].startswith(
+        "passes are fixed; with config.exit the gates say")  # fmt: skip
+    assert wrong_passes(CONFIG, 2) == ["control is a int; `fixed_passes(2)` makes one, or None leaves it to the gates"]
+    ahead = small_model("DG", False, mtp=MTPConfig())
+    assert abstract(ahead.replace(exit=ExitConfig())), "a layer without a gain beside leaving ones"
+    assert wrong_mtp(ahead, None) == [] and "its layer keeps none" in wrong_mtp(ahead, {"position": 0})[0]
 
 
 def test_a_cache_without_room_is_refused():
@@ -126,6 +138,16 @@ def test_more_than_a_chunk_and_padding_with_a_cache_are_refused():
     full = gt_jax.forward(config, variables, x[:, :8], cache=empty_cache(config, 1, 8)).cache
     with pytest.raises(Refused, match="there are 1 tokens behind 8 in the cache"):
         gt_jax.forward(config, variables, x[:, :1], cache=full)
+    for memory, words in (
+        (first.memory._replace(value=first.memory.value[0]), r"memory.value is of shape \(16,\); \(1, 16\) is needed"),
+        (2, "memory is a int; `.memory` of the output"),
+    ):
+        with pytest.raises(Refused, match=words):
+            gt_jax.forward(config, variables, x[:, 8:], memory=memory)
+    with pytest.raises(Refused, match=r"memory.segment is of shape \(1,\); \(2,\) is needed"):
+        gt_jax.forward(config, variables, TOKENS[:, 8:], memory=first.memory)
+    with pytest.raises(Refused, match=r"mtp is asked for; the model has no multi-token prediction"):
+        gt_jax.forward(config, variables, x[:, :8], mtp=True)
     with pytest.raises(Refused, match=r"segment_ids have padding \(0\)"):
         gt_jax.forward(config, variables, x[:, :3], np.array([[1, 1, 0]]), cache=empty_cache(config, 1, 8))
 

@@ -244,15 +244,18 @@ def exit_step(
     rules: Rules,
     buckets: Sequence[int] | None = None,
 ) -> tuple[ExitState, Tree, Tree]:
-    """x <- x + Delta(x) for the living tokens, then `observe`: (state, extras, cache).
+    """x <- x + Delta(x) for the living tokens, rounded once, then `observe`: (state, extras, cache).
 
     delta(layer, x, segment_ids, positions, cache) -> (Delta(x) of x's shape, extras, cache); without a cache it gets
     None and the tokens are compacted. The halting unit too runs on living tokens alone.
     """
 
+    def moved(x: Array, step: Array) -> Array:
+        return (widen(x) + step).astype(x.dtype)
+
     def cached(layer: Any, x: Array, segment_ids: Array, positions: Array, cache: Tree) -> tuple[Tree, Tree, Tree]:
         step, extras, cache = delta(layer, x, segment_ids, positions, cache)
-        return (step, exit_probability(weights, x + step, rules)), extras, cache
+        return (step, exit_probability(weights, moved(x, step), rules)), extras, cache
 
     def plain(layer: Any, x: Array, segment_ids: Array, positions: Array) -> tuple[Tree, Tree]:
         return cached(layer, x, segment_ids, positions, None)[:2]
@@ -262,4 +265,4 @@ def exit_step(
         (step, p), extras = run_compacted(layer, plain, *where, rules=rules, buckets=buckets)
     else:
         (step, p), extras, cache = run_cached(layer, cached, *where, cache)
-    return observe(state._replace(x=state.x + step), p, threshold, last), extras, cache
+    return observe(state._replace(x=moved(state.x, step)), p, threshold, last), extras, cache

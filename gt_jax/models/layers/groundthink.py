@@ -203,7 +203,7 @@ def _pairs(start: Tree, now: Tree, value: Array) -> Pairs:
     """The pairs of a row from what its tokens are (`now`, [b, t, …]) and what the token before the first was."""
     before = {name: jnp.concatenate([start[name][:, None].astype(array.dtype), array[:, :-1]], axis=1)
               for name, array in now.items()}  # fmt: skip
-    follows = before["segment"] == now["segment"]
+    follows = (before["segment"] == now["segment"]) & (now["segment"] > 0)  # padding follows nothing, not even padding
     key = jnp.where(follows[..., None, None], before["key"], 0.0)
     beta = jnp.where(follows[..., None], before["beta"], 0.0)
     log_keep = jnp.where(follows[..., None], before["log_keep"], 0.0)

@@ -51,20 +51,21 @@ class PassStatistics(NamedTuple):
 
 
 def mean_over_tokens(
-    statistics: PassStatistics, tokens: Float[Array, " pieces"], adaptive: AdaptiveConfig | None
+    statistics: PassStatistics, tokens: Float[Array, " pieces"], adaptive: AdaptiveConfig | None, leaving: bool = False
 ) -> PassStatistics:  # fmt: skip
     """Statistics [l, p] of a text from those of its pieces [pieces, l, p]: what is a mean over tokens stays one.
 
         whole = sum_i n_i x_i / sum_i n_i,    n_i the `tokens` of piece i that x_i is a mean over
 
     Those are the real ones; for the gates those alive; for what mixer and MLP show, those that the pass was computed
-    for; for `experts` the picks of these that are real. `p_std` is of all tokens together, not a mean of deviations.
+    for, which are those alive where tokens leave the stack (`leaving`); for `experts` the picks of these that are real.
+    `p_std` is of all tokens together, not a mean of deviations.
     `computed` is a mean over pieces: each is a batch by itself, for which a pass runs or does not.
     """
     if (count := statistics.alive.shape[0]) == 1:
         return jax.tree.map(lambda a: a[0], statistics)
     moves_all = adaptive is not None and adaptive.halting == "batch"
-    alone = adaptive is not None and adaptive.context == "alive"
+    alone = leaving or (adaptive is not None and adaptive.context == "alive")
     everyone = jnp.broadcast_to(tokens[:, None, None], statistics.alive.shape)
     alive = everyone * statistics.alive
     shown = alive if alone else jnp.where(statistics.computed > 0, everyone, 0.0)

@@ -152,9 +152,11 @@ class Layer(nn.Module):
     def update(self, x: State, place: Place, cache: Tree = None, link: Tree = None) -> Update:
         """One plain pass: gain * Delta(X)."""
         one = self._pass(x, place, cache, link)
-        if self.config.stack.kind == "midpoint":  # whose sum is float32, and rounded once
+        if not self.with_gain:
+            return one
+        if self.config.stack.kind == "midpoint" or self.config.exit is not None:  # their sum is rounded once
             return one._replace(value=self.gain * widen(one.value))
-        return one._replace(value=scaled(one.value, self.gain)) if self.with_gain else one
+        return one._replace(value=scaled(one.value, self.gain))
 
     def _pass(self, x: State, place: Place, cache: Tree, link: Tree) -> Update:
         """One plain pass without the gain."""

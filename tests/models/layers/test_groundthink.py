@@ -85,6 +85,17 @@ def oracle(p, x, segment_ids):
     return out, np.stack(states)
 
 
+def test_padding_leaves_the_cache_as_it_is():
+    """Also behind other padding: a pass on living tokens alone ends in the projections of several finished ones."""
+    x = inputs(6)
+    empty = groundthink.empty_cache(CONFIG, 1, "float32")
+    short = go_on()(variables(), x[:, :3], jnp.ones((1, 3), jnp.int32), empty, jnp.zeros(1, jnp.int32)).cache
+    for padding in (1, 2, 3):
+        ids = jnp.asarray([[1] * 3 + [0] * padding])
+        padded = go_on()(variables(), x[:, : 3 + padding], ids, empty, jnp.zeros(1, jnp.int32)).cache
+        chex.assert_trees_all_close(padded, short, atol=1e-6)
+
+
 def test_float64_agrees_with_the_equations_token_by_token():
     x, ids = inputs(37), segments(3, 21, 1, 12)
     with jax.enable_x64(True):

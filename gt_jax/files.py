@@ -187,7 +187,7 @@ def json_of(text: str | bytes, **hooks: Any) -> Any:
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a number, and one that a float can hold, sums of many such ones too."""
     # The comparison, unlike math.isfinite, also takes an integer that no float can hold; bool is a kind of int.
-    return type(value) in (int, float) and -1e300 < value < 1e300
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def object_of_different_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -31,8 +31,8 @@ from gt_jax.configs.standing import standing
 from gt_jax.devices.flags import add_process_flags, is_distributed, wrong_process_flags
 from gt_jax.devices.precision import add_precision_flag, computing, products
 from gt_jax.devices.program_cache import add_cache_flag, keep_programs
-from gt_jax.errors import Refused, deliver, refuse_all, run_command, say
-from gt_jax.files import local_name, local_path, write_atomically
+from gt_jax.errors import Failed, Refused, deliver, first_line, refuse_all, run_command, say
+from gt_jax.files import local_name, local_path
 from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
 from gt_jax.growth.kept_gates import flags_without_gates, keeping_gates, wrong_order
@@ -139,6 +139,8 @@ def _wrong_processes(args: argparse.Namespace) -> list[str]:
 
 def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], first: bool = True) -> int:
     """Everything after the command line; `first` is whether this process prints and keeps results."""
+    from gt_jax.monitoring.plan_outputs import plan_writers
+
     source, plan, counts, warnings, options = agree(lambda: _prepare(args))
     cost = None if source is None else source.cost(plan, counts)
     at = None if source is None else source.stood
@@ -151,17 +153,26 @@ def _run(args: argparse.Namespace, agree: Callable[[Callable[[], Any]], Any], fi
     settings = {"carry": options["carry"], "recipe": args.recipe, "noise_std": args.noise_std, "seed": args.seed,
                 "dtype": args.dtype}
     if args.dry_run:
-        shown, lines = _dry_run(plan, counts, settings, source, warnings)
+        shown, lines = _dry_run(plan, counts, settings, source, warnings, not args.no_moments)
     else:
         assert source is not None  # `_check` refuses a growth without one
         shown, lines = _grow(args, source.folder, plan, counts, settings, agree, first)
+    unverified = None
+    if source is not None and args.verify_text:
+        from gt_jax.evaluation.growth_check import verify_growth
+        with products(args.matmul_precision):
+            shown["verify"], more, unverified = verify_growth(source.folder, args.target, args.verify_text,
+                                                              args.tokenizer)
+        lines += ["", *more] if more else []
     if cost is not None:
         shown["cost"] = cost.to_json()
     if at is not None:
         shown["stood"] = at.to_json()
     if first:
         deliver(json.dumps(shown, allow_nan=False) if args.json else "\n".join(lines),
-                _files(plan, counts, args.plan_out, args.picture))
+                plan_writers(plan, counts, args.plan_out, args.picture))
+    if unverified is not None:
+        raise Failed(f"{args.target} is whole, and was not verified ({first_line(unverified)})") from unverified
     return 0
 
 
@@ -182,11 +193,13 @@ def _prepare(
 
 
 class _Source:
-    """What a checkpoint says before it is read: config, shape and dtype of the model's tensors by path, gains."""
+    """What a checkpoint says before it is read: config, shape and dtype of the model's `tensors` and of all that are
+    `stored`, by path; gains."""
 
     config: ModelConfig
     folder: Path
     tensors: dict[str, jax.ShapeDtypeStruct]
+    stored: dict[str, jax.ShapeDtypeStruct]
     metadata: dict[str, Any]
 
     def __init__(self, path: Path) -> None:
@@ -194,6 +207,7 @@ class _Source:
         found = open_checkpoint(path)
         self.folder = found.folder  # for all that follows: a run that goes on may save another step meanwhile
         self.config, self.tensors, self.metadata = found.config, found.model, found.metadata
+        self.stored = found.tensors
         self.path, self.stood = path, standing(found.metadata)
         from gt_jax.growth.cost import stored_gains
         from gt_jax.growth.transform import by_no_plan
@@ -238,7 +252,10 @@ def _check(args: argparse.Namespace) -> None:
             wrong.append(f"--verify-text {path} is {'empty' if path.is_file() else 'not a file'}")
     if args.tokenizer is not None and not args.verify_text:
         wrong.append("--tokenizer reads --verify-text; there is none")
-    wrong += _wrong_plan(args) + (flags_without_gates(vars(args)) if args.keep_gates else []) + _wrong_files(args)
+    from gt_jax.monitoring.plan_outputs import wrong_outputs
+
+    wrong += _wrong_plan(args) + (flags_without_gates(vars(args)) if args.keep_gates else [])
+    wrong += wrong_outputs(args.target, args.plan_out, args.picture)
     refuse_all(wrong, "these arguments do not go together:")
     check_noise(args.noise_std, args.seed)
     memory_size(args.memory)
@@ -271,24 +288,6 @@ def _kind(args: argparse.Namespace) -> str:
     return str(args.plan)
 
 
-def _wrong_files(args: argparse.Namespace) -> list[str]:
-    """What keeps --plan-out and --picture from being written; they come last, when everything else is done."""
-    wrong, taken = [], {args.target.resolve()} if args.target else set()
-    for flag, path in (("--plan-out", args.plan_out), ("--picture", args.picture)):
-        if path is None:
-            continue
-        if os.path.lexists(path):
-            wrong.append(f"{flag} {path} exists; name a new file")
-        elif not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-            wrong.append(f"{flag} {path}: {path.parent} is not a folder that can be written to")
-        elif path.resolve() in taken:
-            wrong.append(f"{flag} {path} is also the name of another output")
-        elif flag == "--picture" and path.suffix.lower() != ".png":
-            wrong.append(f"--picture {path}: pictures are PNG; name it {path.with_suffix('.png').name}")
-        taken.add(path.resolve())
-    return wrong
-
-
 def _recipe(args: argparse.Namespace) -> dict[str, str]:
     """Coefficient, correction and carry: the recipe's, else the flags', else the defaults."""
     given = {name: value for name in DEFAULTS if (value := getattr(args, name)) is not None}
@@ -306,9 +305,10 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
     kind, warnings, counts = _kind(args), list[str](), None
     wanted = _target_layout(args.target_layout)
     if kind == "file":
-        plan, counts = plan_for(args.plan_file, source.config.depth if source else None)
+        plan, counts, there = plan_for(args.plan_file, source.config.depth if source else None)
         used = {name: getattr(args, name) for name in ("noise_std", "seed", "dtype", "recipe")}
-        warnings += [*_assumed(plan, counts, source), *unread(args.plan_file, {**used, "carry": options["carry"]})]
+        used["carry"] = options["carry"]
+        warnings += [*_assumed(plan, counts, source), *unread(args.plan_file, there, used)]
     elif kind == "identity":
         plan = identity_plan(source.config.depth if source else default_layout(reference()))
     else:
@@ -362,43 +362,28 @@ def _target_layout(text: str | None) -> Layout | None:
         raise Refused(f"--target-layout: {error}") from None
 
 
-def _files(plan: Plan, counts: Repetition | None, plan_out: Path | None,
-           picture: Path | None) -> dict[str, Callable[[], None]]:
-    """By their flags, what writes the plan and its picture where they are asked for."""
-    def write() -> None:
-        assert plan_out is not None
-        text = json.dumps(plan_json(plan, counts), indent=1, allow_nan=False)
-        write_atomically(plan_out, text + "\n", replace=False)
-
-    def draw() -> None:
-        from gt_jax.monitoring.picture_file import write_picture
-        from gt_jax.monitoring.plots import plot_plan
-        assert picture is not None
-        write_picture(lambda image: plot_plan(plan, image), picture)
-
-    asked = {f"--plan-out {plan_out}": write} if plan_out is not None else {}
-    return {**asked, f"--picture {picture}": draw} if picture is not None else asked
-
-
 def _dry_run(plan: Plan, counts: Repetition | None, settings: Mapping[str, Any], source: _Source | None,
-             warnings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The dry run's JSON object, and its lines."""
+             warnings: Sequence[str], moments: bool) -> tuple[dict[str, Any], list[str]]:
+    """The dry run's JSON object, and its lines; of a growth with `moments` or without."""
     shown = {**plan_json(plan, counts), **settings, "warnings": list(warnings)}
     lines = [*plan_table.plan_lines(plan), f"carry {settings['carry']}, noise {settings['noise_std']:g} with seed "
              f"{settings['seed']}, recipe {settings['recipe'] or 'none'}"]
     if source is not None:
+        from gt_jax.growth.moments import moment_leaves
         from gt_jax.growth.transform import child_abstract, match
         child = child_abstract(source.config, plan, settings["dtype"])
         leaves, dropped = match(source.tensors, child, plan, settings["carry"])
         tensors = [leaf.to_json() for leaf in leaves]
-        shown |= {"tensors": tensors, "dropped": list(dropped), "bytes": sum(row["bytes"] for row in tensors)}
-        lines += ["", *plan_table.tensor_lines(tensors, dropped)]
+        carried = sum(leaf.nbytes for leaf in moment_leaves(source.stored, leaves)) if moments else 0
+        shown |= {"tensors": tensors, "dropped": list(dropped), "moments": carried,
+                  "bytes": carried + sum(row["bytes"] for row in tensors)}
+        lines += ["", *plan_table.tensor_lines(tensors, dropped, carried)]
     return shown, lines
 
 
 def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition | None, settings: Mapping[str, Any],
           agree: Callable[[Callable[[], Any]], Any], first: bool) -> tuple[dict[str, Any], list[str]]:
-    """Grow, look at the child, verify it where text is given; the JSON object and the lines that show all three.
+    """Grow, and look at the child; the JSON object and the lines that show both.
 
     `source` is the checkpoint that SRC names.
     """
@@ -410,8 +395,7 @@ def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition
         counts=counts, moments=not args.no_moments, progress=say if first else None)
     shown: dict[str, Any] = {"source": str(args.source), "target": str(args.target), "plan": plan.to_json(),
                              **settings, "report": result}
-    size = plan_table.size(result["bytes"])
-    size += f" ({plan_table.size(result['moments'])} of it second moments)" if result["moments"] else ""
+    size = plan_table.with_moments(result["bytes"], result["moments"])
     lines = [*plan_table.plan_lines(plan), "", f"{args.target}: {result['tensors']} tensors, {size}, "
              f"{result['seconds']:.1f} s; {len(result['dropped'])} tensors dropped"]
     if not args.no_check:
@@ -421,15 +405,6 @@ def _grow(args: argparse.Namespace, source: Path, plan: Plan, counts: Repetition
             found = agree(lambda: check_growth(source, args.target, say, alone=alone) if first else None)
         shown["check"], more = (found, check_lines(found)) if first else (None, [])
         lines += ["", *more]
-    if args.verify_text:
-        from gt_jax.evaluation.verification import verify
-        from gt_jax.evaluation.verification_table import report_lines
-        from gt_jax.text.flags import file_fields
-        files = file_fields([str(path) for path in args.verify_text])
-        with products(args.matmul_precision):
-            shown["verify"] = verify(source, args.target, text=files["text"], json_lines=files["json_lines"],
-                                     tokenizer=args.tokenizer)
-        lines += ["", *report_lines(shown["verify"])]
     return shown, lines
 
 

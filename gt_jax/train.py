@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     """`base` (a RunConfig) with the flags that were given."""
+    from gt_jax.configs.run import differences
     from gt_jax.text.token_folder import own_tokenizer
 
     given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
@@ -123,6 +124,11 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     if (tokenizer := given.get("tokenizer", brought)) is not None:
         shape |= {"tokenizer": _from_anywhere("tokenizer", tokenizer)}
     data = with_curriculum(base.data.replace(**sources, **shape), arguments.curriculum, train.steps)
+    begun = start and not arguments.resume and arguments.curriculum is not None and data.curriculum_rows
+    if begun and not differences(base.data.replace(batch_size=data.batch_size), data):
+        raise Refused(f"--curriculum {arguments.curriculum}: that is over the {data.curriculum_rows:,} rows of the "
+                      "training of --start, in which it goes on where that stopped; leave it out, or draw other "
+                      "rows with --seed")  # fmt: skip
     return base.replace(model=model, train=train, data=data, **start)
 
 
@@ -213,7 +219,7 @@ def default_config(arguments: argparse.Namespace) -> Any:
     from gt_jax.configs.lineage import trainings
     from gt_jax.configs.presets import preset
     from gt_jax.configs.run import MomentsOf, RunConfig, TrainConfig, read_run_config
-    from gt_jax.configs.standing import gone_on, standing
+    from gt_jax.configs.standing import gone_on, standing, with_opening
     from gt_jax.models.language_model import abstract
     from gt_jax.text.tokenizers import chosen_tokenizer
     from gt_jax.training.moments import lacking_moments
@@ -244,47 +250,37 @@ def default_config(arguments: argparse.Namespace) -> Any:
     return RunConfig(model=model, data=before.data.replace(tokenizer=tokenizer), train=train, start=place)
 
 
-def with_opening(train: Any, metadata: Any) -> Any:
-    """`train` (a TrainConfig) with the schedule that opens the gates of a checkpoint that was retrofitted last.
-
-    It may have been written out and read back since.
-    """
-    from gt_jax.configs.lineage import chain
-    from gt_jax.configs.price import PriceConfig
-
-    steps = [step for step in chain(metadata) if step["kind"] not in ("exported", "converted")]
-    made = steps[-1].get("retrofitted_from") if steps else None
-    if made is None:
-        return train
-    price = PriceConfig.from_json(made["price"])
-    scale = 10.0 if price.rule == "budget" else 1.0
-    return train.replace(price=price, optimizer=train.optimizer.replace(halting_scale=scale))
-
-
 def resumed(stored: Any, arguments: argparse.Namespace) -> Any:
     """`stored` (a RunConfig) with text and tokenizer where its newest step has them: its own copy of the tokenizer
     where the file is another or not there, the text where it lay when that step was trained.
 
-    Raises `Refused` where other text is named for a run without a step: nothing would know that it is the same.
+    Raises `Refused` where other text is named for a run without a step: nothing would know that it is the same. And for
+    a tokenizer of other tokens.
     """
     from gt_jax.checkpoints.folders import Damaged
     from gt_jax.checkpoints.opened import open_checkpoint
     from gt_jax.configs.data import DataConfig
     from gt_jax.configs.lineage import TOKENIZER_FILE
     from gt_jax.configs.tokenizer_file import read_tokenizer_file
+    from gt_jax.text.tokenizers import chosen_tokenizer
 
     named = {**named_sources(arguments), **({"tokenizer": arguments.tokenizer} if arguments.tokenizer else {})}
     moved = [name for name in ("text", "json_lines", "tfds_dir", "tokenizer") if name in named
              and _from_anywhere(name, named[name]) != _from_anywhere(name, getattr(stored.data, name))]  # fmt: skip
     try:
         metadata = open_checkpoint(arguments.run).metadata
-    except Damaged:
+    except Damaged as error:
+        if "tokenizer" in moved:
+            raise Refused(f"--tokenizer {arguments.tokenizer}: {error}, so nothing says whether its tokens are those "
+                          "of the run; leave it out") from error
         return stored  # an older step may be whole: the training finds it
     except Refused:
         if moved:
             raise Refused(f"{arguments.run} has no step yet that would know whether data.{', data.'.join(moved)} hold "
                           "what they did; name them as it was started, or start another run") from None  # fmt: skip
         return stored
+    if arguments.tokenizer is not None:  # a position in a task knows nothing of the tokens that its symbols are
+        chosen_tokenizer(metadata, arguments.tokenizer, arguments.run)
     data = DataConfig.from_json(metadata["run"]["data"]) if isinstance(metadata.get("run"), dict) else stored.data
     if (file := metadata.get(TOKENIZER_FILE)) is not None:
         try:

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gt_jax.configs.lineage import trainings
+from gt_jax.configs.lineage import chain, trainings
+from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import MomentsOf, TrainConfig
 from gt_jax.errors import Refused
 
@@ -96,16 +97,31 @@ def gone_on(
     """
     plain, at, optimizer = TrainConfig(steps=steps), stood(before, step), before.optimizer
     left = optimizer.boundaries(before.steps)[0] - step if at.phase == "warm-up" else 0
-    rate = learning_rate or (at.peak if at.phase == "warm-up" else at.learning_rate)
-    if rate <= 0:
+    own = at.peak if at.phase == "warm-up" else at.learning_rate
+    rate = own if learning_rate is None else learning_rate
+    if rate <= 0 and learning_rate is None:
         raise Refused(f"the training that this goes on from stood {at.line()}; give --learning-rate")
     warm = min(steps, max(left, 1, min(REWARM, steps // 10) if moments == "fresh" else 1))
-    lowest = optimizer.final * (1.0 if learning_rate else at.peak / rate)
+    lowest = optimizer.final * (at.peak / rate if learning_rate is None else 1.0)
     return plain.replace(
         optimizer=optimizer.replace(learning_rate=rate, warmup=warm / steps, final=min(1.0, lowest)),
         price=before.price.after(step, before.steps, steps),
         moments=moments,
     )
+
+
+def with_opening(train: TrainConfig, metadata: Mapping[str, Any]) -> TrainConfig:
+    """`train` with the schedule that opens the gates of a checkpoint that was retrofitted last.
+
+    It may have been written out and read back since.
+    """
+    steps = [step for step in chain(metadata) if step["kind"] not in ("exported", "converted")]
+    made = steps[-1].get("retrofitted_from") if steps else None
+    if made is None:
+        return train
+    price = PriceConfig.from_json(made["price"])
+    scale = 10.0 if price.rule == "budget" else 1.0
+    return train.replace(price=price, optimizer=train.optimizer.replace(halting_scale=scale))
 
 
 def longer(train: TrainConfig, steps: int) -> TrainConfig:
@@ -135,5 +151,5 @@ def going_on(before: TrainConfig, train: TrainConfig, step: int, run: Path) -> l
         plateau = run / str(old.top)
         better = f"; a new run with --start {plateau} goes on from the end of the plateau instead"
         told.append(f"the rate rises again, from {old.learning_rate:.3g} to {new.learning_rate:.3g}: what the decay "
-                    f"had won is lost first{better if plateau.is_dir() else ''}")
+                    f"had won is lost first{better if plateau_end(before) is not None and plateau.is_dir() else ''}")
     return told

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from gt_jax.evaluation.held_out_rows import held_out_rows
 from gt_jax.evaluation.loading import data_config
 from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
 from gt_jax.evaluation.predictions import compare_predictions
+from gt_jax.evaluation.verification import verify
+from gt_jax.evaluation.verification_table import report_lines
 from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.provenance import stored_plan
 from gt_jax.growth.slices_on_host import grow_slice
@@ -35,6 +37,7 @@ from gt_jax.models.language_model import abstract
 from gt_jax.monitoring.metrics import json_values
 from gt_jax.text.batches import Text
 from gt_jax.text.data import Data, open_data
+from gt_jax.text.flags import file_fields
 
 BATCHES = 4
 SMALL = 4096  # values of a block that is made again: gains, norms, biases
@@ -72,6 +75,22 @@ def check_growth(
             raise
         return {**found, "not_compared": f"memory does not suffice ({error})"}
     return json_values({**found, "text": text.summary(), "predictions": compared})
+
+
+def verify_growth(
+    source: Path, target: Path, files: Sequence[Path], tokenizer: str | None
+) -> tuple[dict[str, Any] | None, list[str], Exception | None]:
+    """`verify` of a child that is whole, on text `files`: what it found, its lines, and what kept it from that.
+
+    What there is to say of the growth itself is not lost for it.
+    """
+    named = file_fields([str(path) for path in files])
+    try:
+        refuse_no_room(open_checkpoint(source), open_checkpoint(target))
+        found = verify(source, target, text=named["text"], json_lines=named["json_lines"], tokenizer=tokenizer)
+    except (Refused, Failed, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        return None, [], error
+    return found, report_lines(found), None
 
 
 def read_back(target: Path, command: str) -> Checked:

@@ -10,7 +10,7 @@ from gt_jax.configs.data import Weight
 from gt_jax.configs.lineage import newest, trainings
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.run import RunConfig, TrainConfig
-from gt_jax.configs.standing import gone_on, standing
+from gt_jax.configs.standing import gone_on, standing, with_opening
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.devices.sharding import Rules, current_sizes, global_batch
 from gt_jax.errors import Refused, refuse_all
@@ -100,13 +100,14 @@ def position_of(reading: Text | Data, source: Checkpoint, target: Checkpoint) ->
 
 def _training(source: Checkpoint, target: Checkpoint, steps: int) -> TrainConfig:
     """That of `steps` steps that go on where the source stood, the default for a source without a run; an adaptive
-    target's price is that of its own run, or its source's."""
+    target's price is that of its own run, or its source's, or opens the gates of one that was retrofitted last."""
     run, own, at = newest(source.metadata, "run"), newest(target.metadata, "run"), standing(source.metadata)
     train = TrainConfig(steps=steps)
     if run is not None:
         before = RunConfig.from_json(run).train
         train = before.replace(steps=steps, thaw=None) if at is None else gone_on(before, at.step, steps)
-    return train if own is None else train.replace(price=RunConfig.from_json(own).train.price)
+    train = train if own is None else train.replace(price=RunConfig.from_json(own).train.price)
+    return with_opening(train, target.metadata)
 
 
 def train_curve(

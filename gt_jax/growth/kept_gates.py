@@ -61,7 +61,8 @@ def wrong_order(plan: Plan, most: int) -> list[str]:
         if done[layer] < min(demand.k_exec, most):
             wrong.append(f"--keep-gates: source layer {layer} uses {demand.k_exec} passes, the plan holds "
                          f"{done[layer]} of them")
-    return [*wrong, "--plan layer holds every pass in order"] if wrong else []
+    better = "--plan layer, --from k_exec and --round up" if plan.kind == "layer" else "--plan layer"
+    return [*wrong, f"{better}: that is every pass in order"] if wrong else []
 
 
 def flags_without_gates(given: Mapping[str, Any]) -> list[str]:

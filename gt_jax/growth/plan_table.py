@@ -96,13 +96,14 @@ def silent_layers(plan: Plan, carry: str, streams: bool) -> list[str]:
     return warnings
 
 
-def tensor_lines(tensors: Sequence[dict[str, Any]], dropped: Sequence[str]) -> list[str]:
-    """Every target tensor with its source shape, its shape, rule and bytes, then the dropped tensors by name."""
+def tensor_lines(tensors: Sequence[dict[str, Any]], dropped: Sequence[str], moments: int = 0) -> list[str]:
+    """Every target tensor with its source shape, its shape, rule and bytes, then the dropped tensors by name; so many
+    bytes of second `moments` are written too."""
     rows = [[row["path"], _shape(row["old_shape"]), _shape(row["shape"]), row["dtype"], row["rule"],
              size(row["bytes"])] for row in tensors]
     total = sum(row["bytes"] for row in tensors)
     return [*table(["tensor", "old shape", "new shape", "dtype", "rule", "bytes"], rows),
-            f"{len(tensors)} tensors, {size(total)}", f"dropped: {len(dropped)} tensors",
+            f"{len(tensors)} tensors, {with_moments(total + moments, moments)}", f"dropped: {len(dropped)} tensors",
             *[f"  {path}" for path in dropped]]
 
 
@@ -118,6 +119,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
         return "  ".join(padded).rstrip()
 
     return [line(head), *map(line, cells)]
+
+
+def with_moments(total: int, moments: int) -> str:
+    """Bytes for a reader, and how many of them are second moments."""
+    return size(total) + (f" ({size(moments)} of it second moments)" if moments else "")
 
 
 def size(count: int) -> str:

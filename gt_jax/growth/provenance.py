@@ -62,4 +62,4 @@ def refuse_other_counts(counts: Repetition | None, content_hash: str, source: St
     if counts is not None and measured is not None and measured != content_hash:
         raise Refused(f"{counts.origin} was measured on a checkpoint of other values (_meta.content_hash "
                       f"{measured[:12]}, {counts.meta.get('source')} at step {counts.meta.get('step')}) than {source} "
-                      f"({content_hash[:12]}); measure this source. Nothing is left of this growth")
+                      f"({content_hash[:12]}); measure this source")

@@ -23,7 +23,7 @@ from typing import Any, TypeGuard
 
 from gt_jax.configs.layout import Layout, parse
 from gt_jax.errors import Refused, refuse_all
-from gt_jax.files import json_of, other_content
+from gt_jax.files import is_number, json_of, other_content
 from gt_jax.growth.plan_entries import depth_of
 
 ALPHA = (1.0, 0.7, 0.5, 0.35)
@@ -212,7 +212,7 @@ def _padded(survival: Sequence[float], passes: int) -> tuple[float, ...]:
 
 
 def _alpha(values: Any, wrong: list[str]) -> tuple[float, ...]:
-    if isinstance(values, list) and values and all(_number(value) and value > 0 for value in values):
+    if isinstance(values, list) and values and all(is_number(value) and value > 0 for value in values):
         return tuple(float(value) for value in values)
     wrong.append(f"_meta.alpha is {values!r}; a list of positive numbers is needed, for example {list(ALPHA)}")
     return ALPHA
@@ -297,7 +297,7 @@ def _between_tokens(
 
 
 def _sizes(values: Any) -> TypeGuard[list[float]]:
-    return isinstance(values, list) and all(_number(value) and value >= 0 for value in values)
+    return isinstance(values, list) and all(is_number(value) and value >= 0 for value in values)
 
 
 def _in_range(key: str, passes: float | None, wrong: list[str]) -> None:
@@ -314,29 +314,25 @@ def _rebuilt(key: str, k_exec: int, p_mu: float | None, warnings: list[str]) -> 
     return survival_from_probability(p_mu, k_exec)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _count(key: str, data: Mapping[str, Any], wrong: list[str]) -> int | None:
     if "k_exec" not in data:
         wrong.append(f"{key} is missing; a whole number from 1 to {MOST_PASSES} is needed")
         return None
     value = data["k_exec"]
-    if _number(value) and value == int(value) and 1 <= value <= MOST_PASSES:
+    if is_number(value) and value == int(value) and 1 <= value <= MOST_PASSES:
         return int(value)
     wrong.append(f"{key} is {value!r}; a whole number from 1 to {MOST_PASSES} is needed")
     return None
 
 
 def _share(value: Any) -> bool:
-    return _number(value) and 0 <= value <= 1 + _ROUNDING
+    return is_number(value) and 0 <= value <= 1 + _ROUNDING
 
 
 def _figure(key: str, value: Any, share: bool, wrong: list[str]) -> float | None:
     if value is None:
         return None
-    if _share(value) if share else _number(value):
+    if _share(value) if share else is_number(value):
         return min(float(value), 1.0) if share else float(value)
     wrong.append(f"{key} is {value!r}; a {'number from 0 to 1' if share else 'finite number'} is needed")
     return None

@@ -211,7 +211,7 @@ class _Growth:
         content = combine_digests({name: digests[name] for name in self.model})
         if whole is not None and (there := whole[self.record]["content_hash"]) != content:
             self.unfinished.refuse_another_source([f"content_hash: {there} there, {content} now"])
-        group.on_first(lambda: self._refuse_counts(content))
+        group.on_first(lambda: self._refuse_counts(content, bool(kept)))
         return len(kept), whole or {**self.metadata, self.record: {**self.made.record, "content_hash": content}}
 
     def describe(self, metadata: Mapping[str, Any]) -> None:
@@ -238,13 +238,19 @@ class _Growth:
                 self.unfinished.forget_journals()
             rename(self.unfinished.folder, self.target)
 
-    def _refuse_counts(self, content: str) -> None:
-        """Before anything has the target's name: only now is all of the source read, once."""
+    def _refuse_counts(self, content: str, resumed: bool) -> None:
+        """Before anything has the target's name: only now is all of the source read, once.
+
+        What an earlier call began with the same plan stays: the counts it had were others, and may be right.
+        """
         try:
             refuse_other_counts(self.counts, content, self.where)
-        except Refused:
+        except Refused as error:
+            if resumed:
+                raise Refused(f"{error}. What was grown is kept: --resume with the counts of this source finishes it "
+                              f"where they give the same plan; else delete {self.unfinished.folder}") from error
             self.unfinished.discard()
-            raise
+            raise Refused(f"{error}. Nothing is left of this growth") from error
 
     def _compare(self, group: ProcessGroup, kept: Collection[str], finished: Mapping[str, str],
                  say: Progress) -> dict[str, str]:

@@ -67,14 +67,17 @@ def compile_step(
     Bytes and FLOPs are those of one device and step, every loop counted as often as it runs; `bytes` are those to and
     from HBM, `links` those received from other devices, `launches` what a GPU executes. `link_seconds(group)` is the
     time of a byte that each device of a group receives. Where it does not fit, `short_by` says by how much, if the
-    compiler does. Raises `jax.errors.JaxRuntimeError` for what the compiler refuses otherwise.
+    compiler does. `device_rows` are those of a device at a time. Raises `jax.errors.JaxRuntimeError` for what the
+    compiler refuses otherwise.
     """
     rules = rules or Rules()
     with jax.set_mesh(mesh):
         start = time.monotonic()
         state, lowered = lower(job, rules)
         middle = time.monotonic()
-        found: dict[str, Any] = {"mesh": dict(mesh.shape), "accumulate": job.accumulate}
+        rows = job.batch // (job.accumulate * rules.shards("batch"))
+        found: dict[str, Any] = {"mesh": dict(mesh.shape), "accumulate": job.accumulate, "device_rows": rows,
+                                 "remat": job.model.remat}
         found |= {"replicated": replicated(state._asdict()), "state": device_bytes(state)}
         try:
             compiled = lowered.compile()

@@ -34,8 +34,8 @@ def add_price_flags(p: Any) -> None:
     p.add_argument("--halting-scale", type=float, metavar="X", help="how fast halting heads learn, times the rate "
                    "of other weights (1; 10 under --price-rule budget)")
     p.add_argument("--forced-passes", type=whole, metavar="N", help="passes that every token runs at first, before "
-                   "its gates decide (2; under --price-rule budget none); under --curriculum their number rises from "
-                   "1, as the difficulty does; 0 draws their number for each step anew, from 1 to all there are")
+                   "its gates decide (2; under --price-rule budget none); given with --curriculum their number rises "
+                   "from 1, as the difficulty does; 0 draws their number for each step anew, from 1 to all there are")
     p.add_argument("--forced-until", type=float, metavar="F", help="until this fraction of the run")
 
 
@@ -83,16 +83,20 @@ def with_price(price: Any, optimizer: Any, arguments: argparse.Namespace) -> tup
     if price.gates_opened and rule != price.rule:
         raise Refused(f"--price-rule {rule}: what the model starts from opens its gates by a schedule of rule "
                       f"{price.rule!r}; make it again with gt_jax.retrofit --price-rule {rule}")
-    of = {} if arguments.target_of is None else {"target_of": arguments.target_of}
-    refuse_all(fits_rule(rule, target, cost), "the price cannot be set so:")
+    wrong = fits_rule(rule, target, cost)
+    none = cost is not None or (price.target is None and rule == price.rule)
+    if arguments.target_of is not None and target is None and none:
+        wrong.append(f"target-of {arguments.target_of} says what a target is the mean of; a pass price has none")
+    refuse_all(wrong, "the price cannot be set so:")
+    kept = {} if price.target is None else {"target": price.target, "target_of": price.target_of}
     aim = {} if target is None else {"target": target}
+    aim |= {} if arguments.target_of is None else {"target_of": arguments.target_of}
     aim = {"target": None, "value": cost} if cost is not None else aim
-    if rule == "budget" and price.rule != "budget":  # its heads learn ten times as fast as other scalars
-        aim = {"target": price.target} | aim
-        return budget(**aim, **of), optimizer.replace(halting_scale=10.0)
-    if rule == "ouro" and price.rule != "ouro":
-        return type(price)(**aim, **of), optimizer.replace(halting_scale=1.0)
-    return price.replace(**aim, **of), optimizer
+    if rule == price.rule:
+        return price.replace(**aim), optimizer
+    if rule == "budget":  # its heads learn ten times as fast as other scalars
+        return budget(**{"target": None, **kept, **aim}), optimizer.replace(halting_scale=10.0)
+    return type(price)(**kept | aim), optimizer.replace(halting_scale=1.0)
 
 
 def with_forced_passes(price: Any, passes: int | None, until: float | None, curriculum: float | None) -> Any:
@@ -114,4 +118,5 @@ def with_forced_passes(price: Any, passes: int | None, until: float | None, curr
     if curriculum is not None and passes and curriculum > end:
         raise Refused(f"--curriculum {curriculum}: the difficulty rises for longer than passes are forced, which is "
                       f"until {end}; give --forced-until {curriculum} or more")
-    return price.replace(**{**fields, "forced_ramp": curriculum or 0.0 if passes else 0.0})
+    ramp = min(end, price.forced_ramp) if curriculum is None else curriculum
+    return price.replace(**{**fields, "forced_ramp": ramp if passes else 0.0})

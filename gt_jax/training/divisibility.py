@@ -26,6 +26,7 @@ def refuse_indivisible(model: ModelConfig, rows: int, sizes: dict[str, int], hea
 
 def indivisible_fields(model: ModelConfig, rows: int, sizes: Mapping[str, int], rules: Rules) -> list[str]:
     """What a mesh of these `sizes` cannot cut evenly, a line each: rows at a time, heads, MLP width, vocabulary."""
+    model = model.without_unused_mixers
     heads = {"deltanet": model.deltanet, "gsa": model.gsa, "sliding": model.sliding, "attention": model.attention,
              "resolvent": model.resolvent}  # fmt: skip
     named_heads = {f"{name}.heads": layer.heads for name, layer in heads.items() if layer is not None}

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import HyperConfig
 from gt_jax.configs.run import TrainConfig
 from gt_jax.configs.standing import stood
-from gt_jax.errors import Refused
+from gt_jax.errors import Failed, Refused
 from gt_jax.grow import main
 from gt_jax.growth.memory_size import memory_size
 from gt_jax.growth.plan_entries import Plan
@@ -143,7 +144,7 @@ def test_dry_run_with_a_source_adds_every_tensor(source, capsys):
         "path": "params/segment0/layer0/mlp/up/w", "old_shape": [2, 16, 16], "shape": [5, 16, 16],
         "dtype": "float32", "rule": "scaled", "bytes": 5 * 16 * 16 * 4}
     assert len(found["dropped"]) == 20 and all("/halting/" in path for path in found["dropped"])
-    assert found["bytes"] == sum(row["bytes"] for row in rows.values())
+    assert found["bytes"] == sum(row["bytes"] for row in rows.values()) and found["moments"] == 0
     assert main([str(source), "--dry-run"]) == 0
     assert "params/segment0/layer0/mlp/up/w" in capsys.readouterr().out
 
@@ -241,6 +242,12 @@ def test_every_plan_goes_out_as_json_and_picture_and_comes_in_again(tmp_path, ca
     assert Plan.from_json(found) == read_plan_file(dry)[0]
     main(["--dry-run", "--json", "--plan-file", str(dry), "--seed", "5"])  # said: it is not read
     assert any("says seed 0; the command line" in one for one in json.loads(capsys.readouterr().out)["warnings"])
+    reading, writing = os.pipe()  # which can be read once
+    os.write(writing, dry.read_bytes())
+    os.close(writing)
+    main(["--dry-run", "--json", "--plan-file", f"/dev/fd/{reading}"])
+    os.close(reading)
+    assert json.loads(capsys.readouterr().out)["layout"] == notation
 
 
 def test_a_plan_file_that_lost_the_order_is_refused_unless_it_is_a_map(tmp_path, capsys):
@@ -359,25 +366,26 @@ def test_bad_sources_and_targets(source, tmp_path):
 
 
 def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch, capsys):
-    given = {}
+    given, failing = {}, []
 
     def grow_checkpoint(source, target, **options):
         given.update(options, source=source, target=target)
         options["progress"]("half way")
         return {"tensors": 3, "bytes": 2048, "moments": 1024, "seconds": 0.5, "dropped": ["a"]}
 
-    def verify(source, target, *, text, tokenizer, json_lines=()):
-        return {"text": list(text), "tokenizer": tokenizer}
+    def verify_growth(source, target, files, tokenizer):
+        if failing:
+            return None, [], failing[0]
+        found = {"text": list(map(str, files)), "tokenizer": tokenizer}
+        return found, [f"verified {found}"], None
 
     def check_growth(source, target, say, *, alone):
         return {"looked at": str(target), "alone": alone}
 
     for name, members in (("gt_jax.growth.stream", {"grow_checkpoint": grow_checkpoint}),
                           ("gt_jax.evaluation.growth_check",
-                           {"check_growth": check_growth, "check_lines": lambda found: [f"checked {found}"]}),
-                          ("gt_jax.evaluation.verification", {"verify": verify}),
-                          ("gt_jax.evaluation.verification_table",
-                           {"report_lines": lambda result: [f"verified {result}"]})):
+                           {"check_growth": check_growth, "check_lines": lambda found: [f"checked {found}"],
+                            "verify_growth": verify_growth})):
         module = types.SimpleNamespace(**members)
         monkeypatch.setitem(sys.modules, name, module)
         package, _, leaf = name.rpartition(".")
@@ -404,6 +412,10 @@ def test_growing_passes_everything_on_and_reports(source, tmp_path, monkeypatch,
     assert "verified" in out and "coefficient mass kept in all" in out
     assert read_plan_file(tmp_path / "plan.json")[0].to_json() == found["plan"]
     assert (tmp_path / "plan.png").stat().st_size > 1000
+    failing.append(MemoryError("both models"))  # what was grown is said, and written beside, all the same
+    with pytest.raises(Failed, match=r"new is whole, and was not verified \(MemoryError: both models\)"):
+        main([*arguments, "--plan-out", str(tmp_path / "again.json")])
+    assert "3 tensors" in capsys.readouterr().out and (tmp_path / "again.json").exists()
 
 
 def test_a_growth_that_is_refused_writes_no_plan(source, tmp_path):

@@ -59,6 +59,8 @@ def test_a_rate_that_is_given_wins_and_a_rate_of_nothing_is_refused():
     ended = TRAIN.replace(optimizer=TRAIN.optimizer.replace(final=0.0))
     with pytest.raises(Refused, match="--learning-rate"):
         gone_on(ended, 400, 200)
+    with pytest.raises(Refused, match=r"learning_rate is -1\.0"):  # what was given, and is wrong
+        gone_on(TRAIN, 400, 200, learning_rate=-1.0)
     with pytest.raises(Refused, match="steps"):
         gone_on(TRAIN, 400, 0)
 
@@ -107,4 +109,6 @@ def test_what_more_steps_mean_is_said(tmp_path: Path) -> None:
     falls, rises = going_on(before, longer(before, 200), 100, tmp_path)
     assert "falls after step 160, not 80" in falls and "rises again, from 0.0003 to 0.003" in rises
     cosine = before.replace(optimizer=before.optimizer.replace(schedule="cosine"))
-    assert "the cosine of the learning rate ends there" in going_on(cosine, longer(cosine, 200), 100, tmp_path)[0]
+    (tmp_path / str(stood(cosine, 100).top)).mkdir()
+    ends, rises = going_on(cosine, longer(cosine, 200), 100, tmp_path)
+    assert "the cosine of the learning rate ends there" in ends and "plateau" not in rises, "it has none"

@@ -224,7 +224,7 @@ def test_one_process_hashes_the_source_and_a_newer_step_changes_nothing(folder, 
     assert fitted["grown"] == str(tmp_path / "run" / "0")
 
 
-def test_counts_of_other_values_grow_nothing_and_leave_nothing(folder, tmp_path, capsys):
+def test_counts_of_other_values_grow_nothing_and_leave_nothing(folder, tmp_path, capsys, monkeypatch):
     own = measure_checkpoint(folder / "source", None, 1)
     assert own["_meta"]["content_hash"] == checkpoint.content_hash(folder / "source", ("params", "statistics"))
     for name, meta in (("own", {}), ("other", {"content_hash": "0" * 64}), ("turned", {"layout": "G"})):
@@ -239,6 +239,13 @@ def test_counts_of_other_values_grow_nothing_and_leave_nothing(folder, tmp_path,
     with pytest.raises(Refused, match=r"turned.json was measured on a model of layout G; the source has D"):
         grow(words("turned"))
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("deep")]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # as the last name is given
+        patched.setattr("gt_jax.growth.stream.rename", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
+        grow(words("own"))
+    with pytest.raises(Refused, match="What was grown is kept: --resume with the counts of this source"):
+        grow([*words("other"), "--resume"])
+    assert (tmp_path / "deep.unfinished").is_dir()
+    shutil.rmtree(tmp_path / "deep.unfinished")
     capsys.readouterr()
     assert grow([*words("own"), "--no-check"]) == 0
     assert "content_hash" not in capsys.readouterr().err

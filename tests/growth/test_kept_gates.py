@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 
@@ -21,7 +22,7 @@ from gt_jax.errors import Refused
 from gt_jax.grow import main
 from gt_jax.growth.calibration import mismatches
 from gt_jax.growth.kept_gates import keeping_gates, wrong_order
-from gt_jax.growth.plan import identity_plan, make_plan
+from gt_jax.growth.plan import default_layout, identity_plan, make_plan
 from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.repetition import from_json, reference
 from gt_jax.growth.transform import grow, match, target_config
@@ -206,8 +207,11 @@ def test_the_command_plans_by_layer_and_refuses_what_has_no_meaning(capsys):
         main(["--dry-run", "--keep-gates", "--coefficient", "expected", "--correct", "mass", "--carry", "output"])
     for said in ("--coefficient", "--correct", "--carry output"):
         assert said in str(caught.value), said
-    with pytest.raises(Refused, match="would be in order"):
+    with pytest.raises(Refused, match=r"(?s)would be in order.*--plan layer: that is every pass in order"):
         main(["--dry-run", "--keep-gates", "--plan", "dealt"])
+    layered = make_plan("layer", reference(), default_layout(reference()))
+    short = dataclasses.replace(layered, demands=tuple(one._replace(k_exec=4) for one in layered.demands))
+    assert wrong_order(short, 4)[-1] == "--plan layer, --from k_exec and --round up: that is every pass in order"
 
 
 def test_a_budget_moves_no_gates_of_a_child_that_keeps_them(monkeypatch):

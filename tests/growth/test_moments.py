@@ -1,5 +1,7 @@
 """Second moments grow with their weights: by name, block by block; training on begins with them."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from gt_jax.checkpoints.moments import stored_moments
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.errors import Refused
+from gt_jax.grow import main
 from gt_jax.growth.plan import make_plan
 from gt_jax.growth.repetition import from_json
 from gt_jax.growth.stream import grow_checkpoint
@@ -78,9 +81,17 @@ def test_each_block_has_the_second_moment_of_the_weight_it_is_a_copy_of(folder):
     assert seen == len(flatten(params))
 
 
-def test_the_content_hash_is_of_the_model_alone(folder, tmp_path):
+def test_the_content_hash_is_of_the_model_alone_and_a_dry_run_says_the_bytes(folder, tmp_path, capsys):
     report = grow_checkpoint(folder / "source", tmp_path / "bare", plan=PLAN, moments=False)
     assert report["moments"] == 0
+    plan_file = tmp_path / "plan.json"
+    plan_file.write_text(json.dumps(PLAN.to_json()))
+    words = [str(folder / "source"), "--dry-run", "--json", "--plan-file", str(plan_file)]
+    for more, moments in (((), True), (("--no-moments",), False)):
+        assert main([*words, *more]) == 0
+        said, whole = json.loads(capsys.readouterr().out), grow_checkpoint(
+            folder / "source", tmp_path / f"again{moments}", plan=PLAN, moments=moments)
+        assert (said["bytes"], said["moments"]) == (whole["bytes"], whole["moments"])
     places, model = (tmp_path / "bare", folder / "grown"), ("params", "statistics")
     said = [checkpoint.describe(place)[1]["grown_from"]["content_hash"] for place in places]
     assert said == [checkpoint.content_hash(folder / "source", model)] * 2

@@ -16,7 +16,10 @@ from gt_jax.configs.data import DataConfig
 from gt_jax.configs.lineage import LINEAGE, exported, tree_lines
 from gt_jax.configs.price import opening
 from gt_jax.configs.run import RunConfig, TrainConfig
+from gt_jax.configs.standing import with_opening
 from gt_jax.errors import Refused
+from gt_jax.evaluation import verification
+from gt_jax.evaluation.model_files import open_checkpoint
 from gt_jax.growth import stream
 from gt_jax.growth.retrofit import closed, closed_heads, retrofit, retrofit_checkpoint, retrofitted_config
 from gt_jax.models.language_model import abstract
@@ -68,11 +71,13 @@ def test_the_command_writes_a_model_of_the_same_bits_that_training_knows_how_to_
     config = train.default_config(train.parser().parse_args(["run", "--start", str(target), "--steps", "100"]))
     assert config.train.price == PRICE and config.train.moments == "carried"
     assert config.train.optimizer.halting_scale == 10.0
+    curve = verification._training(open_checkpoint(source), open_checkpoint(target), 100)
+    assert curve.price == PRICE and curve.optimizer.halting_scale == 10.0, "verify --curve opens the gates too"
     assert config.model == retrofitted_config(PLAIN, STATE)
     moved = {"kind": "converted", "converted_from": {"source": "x"}, LINEAGE: exported(metadata, str(target))}
-    assert train.with_opening(TrainConfig(), moved).price == PRICE, "however often it was written out and read back"
+    assert with_opening(TrainConfig(), moved).price == PRICE, "however often it was written out and read back"
     trained = {"kind": "train", "run": {}, LINEAGE: exported(metadata, str(target))}
-    assert train.with_opening(TrainConfig(), trained) == TrainConfig()
+    assert with_opening(TrainConfig(), trained) == TrainConfig()
     again = train.parser().parse_args(["run", "--start", str(target), "--price-rule", "ouro"])
     with pytest.raises(Refused, match="make it again with"):
         train.run_config(again, config)

@@ -10,6 +10,8 @@ from gt_jax.configs.data import DataConfig, Weight
 from gt_jax.configs.presets import preset
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
+from gt_jax.tasks.registry import read_task
+from gt_jax.tasks.rows import HELD_OUT, TaskRows
 from gt_jax.text.batches import Text, open_text
 from gt_jax.text.data import Data, open_data
 from gt_jax.text.mixed_rows import BLOCK, MixedRows, quotas
@@ -191,7 +193,7 @@ def test_what_is_no_mix_is_refused(changes, says):
 
 def test_tasks_that_do_not_fit_are_refused_when_they_are_opened():
     for words, says in (("jumps", "task 'jumps' is not known"), ("p_hop:hardest=12", "hardest is 12"),
-                        ("p_hop", "rows of 32 tokens are too short"), ("group_words:group=Z2,hardest=1", "too few")):
+                        ("p_hop", "rows of 32 tokens are too short"), ("group_words:group=Z2,hardest=1", "too little")):
         with pytest.raises(Refused, match=says):
             open_data(DataConfig(tasks=(words,), sequence_length=32, held_out=1e-6))
     with pytest.raises(Refused, match="the weight of p_hop in the mix is 1e-05"):
@@ -261,4 +263,20 @@ def test_units_of_a_task_are_its_instances(files):
     assert all(len(tokens) == 4 * 32 for _, tokens in found)
     assert len({tokens for _, tokens in found}) == 16
     for batch, of in itertools.islice(zip(batches, units, strict=True), 1):
-        assert (np.diff(of[0]) == np.diff(batch["segment_ids"][0])).all()
+        assert ((np.diff(of[0]) != 0) == (np.diff(batch["segment_ids"][0]) != 0)).all()
+
+
+def test_copies_of_an_instance_are_one_unit():
+    part = open_data(DataConfig(tasks=("group_words:group=Z2,hardest=8",), sequence_length=64, batch_size=8)).parts
+    (words,) = part.values()
+    batches, units = words.held_out(4), words.held_out_units(4)
+    there = {bytes(batch["tokens"][row][batch["segment_ids"][row] == segment].astype(np.uint8))
+             for batch in batches for row in range(8) for segment in range(1, batch["segment_ids"][row].max() + 1)}
+    asked = np.concatenate([of[batch["targets"] >= 0] for batch, of in zip(batches, units, strict=True)])
+    assert len(np.unique(asked)) == len(there) < sum(int(batch["segment_ids"].max(axis=1).sum()) for batch in batches)
+
+
+def test_a_small_share_is_looked_for_as_long_as_it_takes():
+    rows = TaskRows(read_task(CHAINS), 64, 0, 1e-3, part=HELD_OUT)
+    assert rows._tries == 40_000
+    assert TaskRows(read_task(CHAINS), 64, 0, 0.05, part=HELD_OUT)._tries == 10_000

@@ -13,6 +13,7 @@ import pytest
 from gt_jax import train
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs import presets
+from gt_jax.configs.data import DataConfig
 from gt_jax.configs.model import ExitConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig, budget
@@ -182,6 +183,9 @@ def test_float32_weights_have_no_copies():
     assert not isinstance(in_float32(optax.adamw(1e-3)).init(params), Float32State)
 
 
+JUMPS = "pointer_jumps:hardest=2,symbols=4"
+
+
 def price_of(*words, base=None):
     made = train.run_config(train.parser().parse_args(["run", *words]), base or RunConfig(model=small_model()))
     return made.train.price, made.train.optimizer.halting_scale
@@ -195,7 +199,11 @@ def test_the_rule_of_the_price_brings_its_own_fields():
     before = RunConfig(model=small_model())
     before = before.replace(train=before.train.replace(price=budget(2.0, rate=3.0)))
     assert price_of("--target", "1.5", base=before)[0] == budget(1.5, rate=3.0), "a run's own rule stays"
-    assert price_of("--price-rule", "ouro", base=before) == (PriceConfig(), 1.0)
+    assert price_of("--price-rule", "ouro", base=before) == (PriceConfig(target=2.0), 1.0), "its target too"
+    by_passes = before.replace(train=before.train.replace(price=PriceConfig(target=1.5, target_of="passes_run")))
+    assert price_of("--price-rule", "budget", base=by_passes)[0] == budget(1.5, target_of="passes_run")
+    with pytest.raises(Refused, match="target-of passes_run says what a target is the mean of; a pass price has none"):
+        price_of("--price-rule", "budget", "--pass-price", "0.1", "--target-of", "passes_run")
     assert PriceConfig.from_json(budget(None, value=0.1).to_json()) == budget(None, value=0.1)
     with pytest.raises(Refused, match="needs price rule 'budget'"):
         price_of("--pass-price", "0.1")
@@ -240,17 +248,33 @@ def test_what_a_model_cannot_be_steered_to_is_refused(words, said):
 
 def test_the_options_of_forced_passes():
     words = ("--price-rule", "budget", "--forced-passes", "4")
-    jumps = ("--task", "pointer_jumps:hardest=2,symbols=4", "--curriculum", "0.6")
+    jumps = ("--task", JUMPS, "--curriculum", "0.6")
     made = price_of(*words, "--forced-until", "0.7", "--pass-price", "0.02", *jumps)[0]
     assert made == budget(None, value=0.02, forced_passes=4, forced_ramp=0.6, forced_until=0.7, price_from=0.7,
                           clipped_until=0.7)  # fmt: skip
     assert price_of(*words, "--forced-until", "0.5")[0].forced_ramp == 0.0, "no curriculum, no ramp"
     ouro = price_of("--forced-passes", "3", "--forced-until", "0.38")[0]
     assert ouro == PriceConfig(forced_passes=3, forced_until=0.38, price_from=0.38)
+    again = RunConfig(model=small_model())
+    again = again.replace(train=again.train.replace(price=made))
+    assert price_of("--forced-passes", "4", base=again)[0] == made, "to resume: what a left-out --curriculum was stays"
     with pytest.raises(Refused, match="free from the first step on"):
         price_of(*words)
     with pytest.raises(Refused, match="difficulty rises for longer"):
         price_of(*words, "--forced-until", "0.5", *jumps)
+
+
+def test_a_curriculum_is_not_begun_in_rows_that_had_one():
+    """A start goes on in the rows of its source, where difficulty has risen: the flag would do nothing."""
+    base = RunConfig(model=small_model(), data=DataConfig(tasks=(JUMPS,), curriculum_rows=48, batch_size=8))
+    words = ["run", "--start", "there/6", "--steps", "10", "--curriculum"]
+    with pytest.raises(Refused, match=r"--curriculum 0\.6: that is over the 48 rows of the training of --start"):
+        train.run_config(train.parser().parse_args([*words, "0.6"]), base)
+    with pytest.raises(Refused, match="that is over the 48 rows"):
+        train.run_config(train.parser().parse_args([*words, "0.3", "--batch-size", "16"]), base)
+    assert train.run_config(train.parser().parse_args([*words, "0.6", "--resume"]), base).data == base.data
+    assert train.run_config(train.parser().parse_args([*words, "0.5"]), base).data.curriculum_rows == 40
+    assert train.run_config(train.parser().parse_args([*words, "0.6", "--seed", "7"]), base).data.curriculum_rows == 48
 
 
 def test_an_audit_of_the_budget_finishes_no_token_and_is_charged():

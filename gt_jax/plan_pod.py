@@ -306,8 +306,10 @@ def advice(row: dict[str, Any]) -> list[str]:
         lines.append(f"  the state alone takes {row['state'] / GIB:.2f} GiB, more than half: more devices on fsdp, "
                      "tensor or expert")  # fmt: skip
     else:
-        parts = 2 * row["accumulate"]
-        lines.append(f"  what would help: --accumulate {parts}, more devices, or --remat layer")
+        halves = row.get("device_rows", 2) % 2 == 0  # a stored plan of before does not say
+        helps = [f"--accumulate {2 * row['accumulate']}"] if halves else []
+        helps += [] if row.get("remat") == "layer" else ["--remat layer"]
+        lines.append(f"  what would help: {', '.join([*helps, 'more devices', 'shorter rows'])}")
     return lines
 
 

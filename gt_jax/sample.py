@@ -93,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name, default in DRAWN.items()}  # fmt: skip
     refuse_all(wrong_settings(**settings), "cannot sample:")
     asks = None if arguments.prompt is not None else _questions(arguments, open_checkpoint(arguments.checkpoint))
+    if asks is None and arguments.instances is not None:
+        raise Refused(f"--instances {arguments.instances} is how many of a task are shown; {arguments.checkpoint} "
+                      "continues texts: name a task with --task, or leave it out")
     if asks is not None:
         refuse_all([f"--{name.replace('_', '-')} is of texts that are continued; answers are the likeliest tokens. "
                     "Leave it out, or continue a text: --prompt" for name in _OF_TEXT

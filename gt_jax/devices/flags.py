@@ -74,7 +74,7 @@ def mesh_of(arguments: argparse.Namespace) -> Any:
     if not is_distributed(arguments) and all(size is None for size in given.values()):
         return None
     devices = jax.devices()
-    expert, tensor = (given[axis] or 1 for axis in ("expert", "tensor"))
-    data = given["data"] or slice_count(devices)
-    rest = max(len(devices) // max(data * expert * tensor, 1), 1)
-    return make_mesh(data, rest if given["fsdp"] is None else given["fsdp"], expert, tensor)
+    sizes = {"data": slice_count(devices), "expert": 1, "tensor": 1}
+    sizes |= {axis: size for axis, size in given.items() if size is not None}
+    rest = max(len(devices) // max(sizes["data"] * sizes["expert"] * sizes["tensor"], 1), 1)
+    return make_mesh(sizes["data"], sizes.get("fsdp", rest), sizes["expert"], sizes["tensor"])

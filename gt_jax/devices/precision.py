@@ -47,8 +47,9 @@ def rounding(precision: MatmulPrecision) -> str | None:
     import jax
 
     device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", "0"))
-    if device.platform != "gpu" or precision == "highest" or int(capability.partition(".")[0]) < _FIRST_WITH_TF32:
+    capability = str(getattr(device, "compute_capability", "0")).partition(".")[0]
+    known = device.platform == "gpu" and capability.isdecimal()  # other makers' cards have names there
+    if not known or precision == "highest" or int(capability) < _FIRST_WITH_TF32:
         return None
     return (f"products of float32 numbers are rounded to TensorFloat-32 (10 bits) on this {device.device_kind}; "
             "--matmul-precision highest computes them in float32")  # fmt: skip

@@ -22,7 +22,7 @@ from gt_jax.evaluation.pieces import in_pieces
 from gt_jax.evaluation.token_passes import hidden_and_passes
 from gt_jax.models.language_model import LanguageModel
 from gt_jax.models.layers.adaptive_depth import PassControl
-from gt_jax.text.split import content_keys
+from gt_jax.text.task_part import instance_keys
 from gt_jax.training.step import Batch, shard_batch
 from gt_jax.typing import PerToken, Tree
 
@@ -64,22 +64,12 @@ def asked(batches: Sequence[Batch]) -> Asked:
         places.append(np.stack([np.full_like(rows, number), rows, tokens], axis=1))
         difficulty.append(np.asarray(batch["difficulty"])[here].astype(np.int64))
         own = batch.get("unit")  # of documents, which may be one unit without being alike, as answers to one prompt are
-        of = _instances(np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"])) if own is None else own
+        of = instance_keys(np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"])) if own is None else own
         keys.append(np.asarray(of).astype(np.uint64)[here])
     together = np.concatenate(keys)
     if together.size == 0:
         raise ValueError("nothing is asked in these batches: no token has a difficulty above 0 and a target")
     return Asked(np.concatenate(places), np.concatenate(difficulty), np.unique(together, return_inverse=True)[1])
-
-
-def _instances(tokens: Int[np.ndarray, "b t"], segment_ids: Int[np.ndarray, "b t"]) -> np.ndarray:
-    """The key of each token's instance: a hash of the tokens of its segment, [b, t]."""
-    found = np.zeros(tokens.shape, np.uint64)
-    for row, ids, keys in zip(tokens, segment_ids, found, strict=True):
-        names = np.unique(ids)
-        of = content_keys(row[ids == name].astype("<i4").tobytes() for name in names.tolist())
-        keys[:] = of[np.searchsorted(names, ids)]
-    return found
 
 
 @functools.lru_cache(maxsize=8)

@@ -9,11 +9,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from gt_jax.errors import Refused
 from gt_jax.text.batches import Batch, Text, spread_batches
 from gt_jax.text.data import Data
 from gt_jax.text.split import content_keys
@@ -47,6 +49,14 @@ def held_out_rows(data: Text | Data, batches: int | None = None) -> HeldOutRows:
     kinds = {one.kind for one in found}
     return HeldOutRows([batch for one in found for batch in one.batches], [of for one in found for of in one.units],
                        kinds.pop() if len(kinds) == 1 else "unit")
+
+
+def refuse_nothing_asked(batches: Sequence[Batch]) -> None:
+    """Raise `Refused` where no token of the batches is predicted: there is no loss of nothing."""
+    if not any((batch["targets"] >= 0).any() for batch in batches):
+        rows = sum(len(batch["targets"]) for batch in batches)
+        raise Refused(f"nothing is asked in these {rows} held-out rows: no token of them has a target; give more "
+                      "--batches, or a task that asks more, such as one with a smaller easiest")  # fmt: skip
 
 
 def _text_rows(text: Text, batches: int | None) -> HeldOutRows:

@@ -200,6 +200,7 @@ def _shared_file(readings: Sequence[Mapping[str, Any]], hashes: Sequence[set[str
 def load_for_text(source: Path, named: Mapping[str, Any] | None, batches: int) -> Loaded:
     """A checkpoint and `batches` held-out batches of the named text (None: the text it was trained on)."""
     from gt_jax.devices.sharding import Rules
+    from gt_jax.evaluation.held_out_rows import refuse_nothing_asked
     from gt_jax.evaluation.model_files import load
     from gt_jax.text.data import open_data, short_parts
 
@@ -211,4 +212,5 @@ def load_for_text(source: Path, named: Mapping[str, Any] | None, batches: int) -
     by_part = text.held_out_by_part(batches)
     notes = [*([] if note is None else [note]), *short_parts(text, batches, by_part)]
     held_out = [batch for of_part in by_part.values() for batch in of_part]
+    refuse_nothing_asked(held_out)
     return Loaded(config, variables, metadata, Rules(), held_out, text.summary(), notes)

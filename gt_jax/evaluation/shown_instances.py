@@ -78,7 +78,9 @@ def lines_of(name: str, number: int, instance: Instance, tokenizer: Tokenizer) -
     wrong = asked & (instance.said != instance.targets)
     columns = [(texts[token], texts[target] if here else "", texts[said] if here else "", "^" if bad else "")
                for token, target, said, here, bad in zip(*(a.tolist() for a in (*instance, asked, wrong)), strict=True)]
-    found = [f"{name}, held-out instance {number}: {int((asked & ~wrong).sum())} of {int(asked.sum())} answers right"]
+    counted = asked & (instance.targets != tokenizer.end_of_document)  # the end behind an answer is no answer
+    found = [f"{name}, held-out instance {number}: {int((counted & ~wrong).sum())} of {int(counted.sum())} answers "
+             "right"]  # fmt: skip
     for piece in _pieces(columns):
         found += [f"  {title:<8}{line}".rstrip() for title, line in zip(("tokens", "right", "model", "wrong"), piece,
                                                                         strict=True) if line.strip()]  # fmt: skip

@@ -6,6 +6,7 @@ finite in one layer says nothing of the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ RATIO_LOW = 1e-3  # in bfloat16 a smaller update (2^-9 is half a unit) is mostly
 ONE_PASS = 1.02  # passes run: at most 2 % of the tokens run a second pass, the share that `measure` ignores
 PRICE_AT_TOP = 0.99  # of the highest price; there one pass is what the price asks for
 ALL_PASSES = 0.98  # of what the cap on p allows
-GATE_SHARE = 0.99  # of the alive tokens at the floor: it clips p, and a clipped p has no gradient to leave it by
+GATE_SHARE = 0.99  # of the alive tokens at the floor
 GATE_EDGE = 0.005  # how near its cap the mean of p is, and how narrow its spread: sigmoid' < 0.5 % of its argument
 STARVED = 0.1  # of the fair share: the balance loss holds healthy experts within a factor of three
 NULL_EDGE = 0.005  # of 0 or of 1; healthy runs begin with null rates of 0.01 to 0.04
@@ -120,13 +121,16 @@ def gates(free: Sequence[Record], config: RunConfig, caps: Sequence[float]) -> F
     A gate at the end of its range is told as that, one that is not finite by `not_finite`; depth is judged in the other
     layers.
     """
-    found = _saturated(free, caps[-1])
+    found = _saturated(free, config, caps[-1])
     told = {place for record in free for place in _sick_layers(record)} | {place for _, place in found}
     return found | {key: words for key, words in _depth(free, config, caps).items() if key[1] not in told}
 
 
-def _saturated(free: Sequence[Record], cap: float) -> Found:
-    """The continue gate of a layer at the floor for all tokens, or at its cap."""
+def _saturated(free: Sequence[Record], config: RunConfig, cap: float) -> Found:
+    """The continue gate of a layer at the floor for all tokens, or at its top: the cap, or its bounded logit's."""
+    adaptive = config.model.adaptive
+    if adaptive is not None and adaptive.logit_bound:
+        cap = min(cap, 1 / (1 + math.exp(-adaptive.logit_bound)))
     floored, mean, spread = (_mean(free, f"gate_{name}") for name in ("floored", "mean", "std"))
     if floored is None or mean is None or spread is None:
         return {}
@@ -135,10 +139,10 @@ def _saturated(free: Sequence[Record], cap: float) -> Found:
         key, place = ("a gate saturates", f"layer {layer}"), f"the continue gate of layer {layer}"
         if floored[layer] > GATE_SHARE:
             found[key] = (f"{place} saturates: p is at its floor for {100 * floored[layer]:.0f} % of the tokens over "
-                          f"{PATIENCE} records; a clipped gate has no gradient and stays where it is")  # fmt: skip
+                          f"{PATIENCE} records; they run no further pass, so audits alone can raise it")  # fmt: skip
         elif mean[layer] > cap - GATE_EDGE and spread[layer] < GATE_EDGE:
             found[key] = (f"{place} saturates: p is {mean[layer]:.3f} for every token over {PATIENCE} records, its top "
-                          f"is {cap:g}; it no longer depends on the token")  # fmt: skip
+                          f"is {cap:.3g}; it no longer depends on the token")  # fmt: skip
     return found
 
 

@@ -94,9 +94,10 @@ def summary(run: Run) -> dict[str, str]:
         "hours": f"{seconds_of(run.records) / 3600:.2f}" if run.records else ABSENT,
         "alerts": str(len(run.found)),
     }
-    plain = run.config.model.halting is None
-    of_depth = (*MEASURES.values(), "price", "the price aims at")
-    return {**rows, **dict.fromkeys(of_depth, ABSENT)} if plain else rows
+    model = run.config.model
+    absent = (*(() if model.halting is not None else MEASURES.values()),
+              *(() if model.adaptive is not None else ("price", "the price aims at")))  # fmt: skip
+    return {**rows, **dict.fromkeys(absent, ABSENT)}
 
 
 def _free(run: Run, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -116,12 +117,15 @@ def _by_layer(records: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 def drawable(run: Run) -> list[dict[str, Any]]:
-    """The records as they are drawn: without what the passes of an audit change, or the depth of a plain model."""
-    course, adaptive = Course(run.config), run.config.model.halting is not None
+    """The records as they are drawn: without what the passes of an audit change, the depth of a plain model, or a price
+    that nothing pays."""
+    course, model = Course(run.config), run.config.model
 
     def left_out(record: Mapping[str, Any]) -> tuple[str, ...]:
-        if not adaptive:
+        if model.halting is None:
             return DEPTH
+        if model.adaptive is None:
+            return ("price",)
         return (*DEPTH, "delta_ratio", "update_ratio") if course.audit(record["step"]) else ()
 
     return [{name: value for name, value in record.items() if name not in left_out(record)} for record in run.records]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,8 @@ from gt_jax.tasks.task import Instance, Task
 TRAINING, HELD_OUT, TUNING = range(3)  # parts, and streams of draws
 _HASHES = 2**64
 _TRIES = 10_000
+_PATIENCE = 40.0  # draws times the share of a part after which it has none: wrong in e^-40 of cases
+_MOST = 1_000_000  # draws for one instance: some ten seconds
 
 Row = dict[str, Int32[np.ndarray, " t"]]
 Ids = Int32[np.ndarray, " 256"]
@@ -51,8 +54,8 @@ def rises(tasks: Sequence[str], curriculum_rows: int, batch_size: int) -> frozen
 class TaskRows:
     """Random access to rows {tokens, targets, segment_ids, difficulty}, int32 [row]; endless.
 
-    `ids` are the tokens of the 256 symbols. Raises `Refused` for rows that hold no instance, and where a part has
-    hardly any, since there are too few different ones.
+    `ids` are the tokens of the 256 symbols. Raises `Refused` for rows that hold no instance, for a part of next to
+    nothing, and where a part has hardly any instance, since there are too few different ones.
     """
 
     def __init__(
@@ -61,9 +64,15 @@ class TaskRows:
     ) -> None:  # fmt: skip
         if row < task.longest:
             raise Refused(f"rows of {row} tokens are too short for task {notation(task)}, whose instances have up to "
-                          f"{task.longest}; give a longer sequence, or a smaller task")  # fmt: skip
+                          f"{task.longest}; train has --sequence-length for longer ones, or take a smaller "
+                          "task")  # fmt: skip
         self._task, self._row, self._seed, self._shares = task, row, seed, (held_out, tuning)
         self._part, self._curriculum = part, curriculum
+        share = (1.0 - held_out - tuning, held_out, tuning)[part]
+        if 0 < share < _PATIENCE / _MOST:
+            raise Refused(f"a share of {share:g} of task {notation(task)} is too little to find an instance of; at "
+                          f"least {_PATIENCE / _MOST:g} is needed, and 0.01 is found in no time")  # fmt: skip
+        self._tries = max(_TRIES, math.ceil(_PATIENCE / share)) if share > 0 else _TRIES
         self._ids = np.arange(256, dtype=np.int32) if ids is None else ids
         self._longest = functools.cache(lambda hardest: dataclasses.replace(task, hardest=hardest).longest)
 
@@ -93,10 +102,10 @@ class TaskRows:
         return task.easiest + (task.hardest - task.easiest) * index // self._curriculum
 
     def _instance(self, draws: Draws, hardest: int) -> Instance:
-        for _ in range(_TRIES):
+        for _ in range(self._tries):
             instance = self._task.draw(draws, hardest)
             if part_of(instance, *self._shares) == self._part:
                 return instance
         part = ("is trained on", "is held out", "is for tuning")[self._part]
         raise Refused(f"task {notation(self._task)} with difficulties up to {hardest} has too few different instances: "
-                      f"none of {_TRIES:,} {part}; make it larger")  # fmt: skip
+                      f"none of {self._tries:,} {part}; make it larger")  # fmt: skip

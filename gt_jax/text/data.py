@@ -18,10 +18,12 @@ import numpy as np
 from jaxtyping import Int32
 
 from gt_jax.configs.data import TEXT, DataConfig
+from gt_jax.errors import say_once
 from gt_jax.tasks.registry import read_task
 from gt_jax.text.batches import Batch, RandomRows, Text, TrainStream, identity, open_text, position_after
 from gt_jax.text.json_lines_part import JsonLinesPart
 from gt_jax.text.mixed_rows import MixedRows, quotas
+from gt_jax.text.split import HELD_OUT, TRAINING
 from gt_jax.text.task_part import TaskPart
 from gt_jax.text.tokenizers import Tokenizer, open_tokenizer
 
@@ -150,5 +152,20 @@ def open_data(config: DataConfig) -> Text | Data:
     for words in config.tasks:
         task = read_task(words)
         parts[task.name] = TaskPart(task, config, tokenizer, round(config.curriculum_rows * shares[task.name]))
-    parts |= {Path(path).stem: JsonLinesPart(path, config, tokenizer) for path in config.json_lines}
-    return Data(config, tokenizer, parts)
+    answers = {Path(path).stem: JsonLinesPart(path, config, tokenizer) for path in config.json_lines}
+    for line in known_elsewhere(answers):
+        say_once(f"note: {line}")
+    return Data(config, tokenizer, parts | answers)
+
+
+def known_elsewhere(parts: Mapping[str, JsonLinesPart]) -> list[str]:
+    """A line for each file of whose held-out documents some are trained on in another: each is split by itself."""
+    found = []
+    for name, part in parts.items():
+        held_out = np.unique(part.keys[HELD_OUT])
+        for other in (other for other in parts if other != name):
+            if count := int(np.isin(held_out, parts[other].keys[TRAINING]).sum()):
+                found.append(f"{count} of {len(held_out)} held-out documents of {name} are trained on in {other}, "
+                             f"which is split by itself: held-out figures of {name} are of known answers; leave them "
+                             f"out of {other}, or put both in one file")
+    return found

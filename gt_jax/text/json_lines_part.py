@@ -24,7 +24,7 @@ _HELD_OUT_SEED = 0  # whatever the run's seed
 
 class JsonLinesPart:
     """The documents of a file in the shape that `config` says; held-out batches carry the `difficulty` of each answer,
-    and the `unit` of each token.
+    and the `unit` of each token. `keys` are what documents are told apart by, by part.
 
     Raises `Refused` for a file that cannot be read, and for one without a document for each part that is asked for.
     """
@@ -42,6 +42,7 @@ class JsonLinesPart:
             raise Refused(f"file {path!r} has {len(np.unique(keys))} different documents; there must be at least "
                           f"{needed}, one to train on and one held out{', one for tuning' * (needed == 3)}")
         _, self._units = np.unique(keys, return_inverse=True)
+        self.keys = {HELD_OUT: keys[self._part == HELD_OUT], TRAINING: keys[self._part == TRAINING]}
 
     def training_rows(self) -> DocumentRows:
         """The rows of the training part, endless."""

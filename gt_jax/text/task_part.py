@@ -14,14 +14,16 @@ import numpy as np
 from jaxtyping import Int32
 
 from gt_jax.configs.data import DataConfig
-from gt_jax.errors import Refused
+from gt_jax.errors import Refused, say_once
 from gt_jax.tasks.registry import notation
 from gt_jax.tasks.rows import HELD_OUT, TUNING, Ids, TaskRows
 from gt_jax.tasks.task import Task
 from gt_jax.text.batches import Batch, stacked
+from gt_jax.text.split import content_keys
 from gt_jax.text.tokenizers import Tokenizer
 
 WHOLE = 512  # rows of the held-out part where all of it is asked for; there is no end to it
+FEW = 0.01  # a held-out share below which drawing instances of it takes seconds, then hours
 _HELD_OUT_SEED = 0  # whatever the run's seed
 
 
@@ -35,6 +37,9 @@ class TaskPart:
         self._curriculum, self._ids = curriculum, symbol_ids(task, tokenizer, config.tokenizer)
         # A held-out instance takes 1 / held_out draws to find, and its rows are asked for again.
         self._row = functools.lru_cache(maxsize=4 * WHOLE)(lambda part, index: self._rows(part)[index])
+        if config.held_out < FEW:
+            say_once(f"note: {config.held_out:g} of task {task.name} is held out, so each instance that is asked of it "
+                     f"takes some {1 / config.held_out:,.0f} draws; training with a larger --held-out begins sooner")
         self.training_rows()[0], self._row(HELD_OUT, 0)  # where a curriculum has the fewest different instances
 
     def training_rows(self) -> TaskRows:
@@ -54,14 +59,11 @@ class TaskPart:
         return self._batches("tuning", TUNING, batches)
 
     def held_out_units(self, batches: int | None = None) -> list[Int32[np.ndarray, "b t"]]:
-        """The number of the instance of every token of `held_out(batches)`: instances are independent."""
-        found, first = [], 0
-        for batch in self.held_out(batches):
-            segments = batch["segment_ids"]
-            before = np.cumsum(segments.max(axis=1)) - segments.max(axis=1)
-            found.append((first + before[:, None] + np.maximum(segments - 1, 0)).astype(np.int32))
-            first += int(segments.max(axis=1).sum())
-        return found
+        """The number of the instance of every token of `held_out(batches)`: instances are independent, copies one."""
+        keys = [instance_keys(batch["tokens"], batch["segment_ids"]) for batch in self.held_out(batches)]
+        _, numbers = np.unique(np.concatenate(keys), return_inverse=True)
+        cuts = np.cumsum([len(one) for one in keys])[:-1]
+        return np.split(numbers.reshape(-1, keys[0].shape[1]).astype(np.int32), cuts)
 
     def content_hash(self) -> str:
         """SHA-256 of the task with all of its options."""
@@ -86,6 +88,16 @@ class TaskPart:
         return stacked([self._row(part, i) for i in range(WHOLE if batches is None else batches * size)], size)
 
 
+def instance_keys(tokens: Int32[np.ndarray, "b t"], segment_ids: Int32[np.ndarray, "b t"]) -> np.ndarray:
+    """The key of each token's instance: a hash of the tokens of its segment, uint64 [b, t]."""
+    found = np.zeros(tokens.shape, np.uint64)
+    for row, ids, keys in zip(tokens, segment_ids, found, strict=True):
+        names = np.unique(ids)
+        of = content_keys(row[ids == name].astype("<i4").tobytes() for name in names.tolist())
+        keys[:] = of[np.searchsorted(names, ids)]
+    return found
+
+
 def symbol_ids(task: Task, tokenizer: Tokenizer, name: str) -> Ids:
     """The token of each of the 256 symbols, 0 for those that the task does not use.
 
@@ -99,7 +111,7 @@ def symbol_ids(task: Task, tokenizer: Tokenizer, name: str) -> Ids:
     if missing:
         shown = ", ".join(repr(symbol.decode("latin-1")) for symbol in missing[:10])
         raise Refused(f"task {task.name} needs a token for each of its {len(symbols)} symbols; tokenizer {name} has "
-                      f"none for {len(missing)} of them ({shown}); take --tokenizer bytes, or fewer symbols")
+                      f"none for {len(missing)} of them ({shown}); take fewer symbols, or train with --tokenizer bytes")
     ids = np.zeros(256, np.int32)
     ids[list(task.alphabet)] = [found[symbol] for symbol in symbols]
     return ids

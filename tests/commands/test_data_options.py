@@ -156,6 +156,8 @@ def test_a_mix_is_trained_on_evaluated_and_sampled(folder, monkeypatch, capsys):
         sample(["run", "--task", CHAINS, "--stop", "x", "--length", "9"])
     with pytest.raises(Refused, match="--instances is how many of a task"):
         sample(["run", "--prompt", "Once", "--instances", "2"])
+    with pytest.raises(Refused, match="--instances 2 is how many of a task are shown; run continues texts"):
+        sample(["run", "--instances", "2"])
 
 
 def test_only_what_a_model_reads_goes_to_the_devices():

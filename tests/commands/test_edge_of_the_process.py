@@ -123,6 +123,12 @@ def test_counts_that_cannot_be_written_go_to_standard_output(tmp_path, monkeypat
     with pytest.raises(Failed, match=r"-o .*No space left on device.*standard output"):
         measure.main(["run", "-o", str(tmp_path / "counts.json")])
     assert json.loads(capsys.readouterr().out) == counts
+    for loss, words in ((None, "nothing is asked in these held-out rows"), (float("nan"), "not finite")):
+        found = {"_meta": {"loss": loss, "notes": []}, "layer0": layer}
+        monkeypatch.setattr("gt_jax.evaluation.measurement.measure_checkpoint", lambda *_, found=found: found)
+        with pytest.raises(Refused, match=words):
+            measure.main(["run", "-o", str(tmp_path / "new" / "deep" / "counts.json")])
+    assert not (tmp_path / "new").exists(), "what is refused leaves no folder"
 
 
 def test_too_little_memory_and_a_jax_that_cannot_be_set_up_are_said_in_a_line(capsys, monkeypatch):

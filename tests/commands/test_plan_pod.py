@@ -83,6 +83,8 @@ def test_what_does_not_divide_names_the_field_the_tensors_and_the_axis():
     waves = preset("tiny").replace(layout="B", resolvent=ResolventConfig(heads=2))
     assert "resolvent.heads is 2; the mesh cuts it in 4 (tensor)" in indivisible_fields(
         waves, 8, {"tensor": 4}, Rules())  # fmt: skip
+    unused = preset("tiny").replace(layout="D*8")
+    assert not indivisible_fields(unused, 8, {"tensor": 4}, Rules()), "heads of mixers that no layer has cut nothing"
     model = preset("tiny_3b").plain.replace(layout="DG")
     sizes = {"data": 1, "fsdp": 4, "expert": 3, "tensor": 2}
     with pytest.raises(Refused) as error, jax.set_mesh(make_mesh(fsdp=8)):  # whatever the mesh of the moment
@@ -151,7 +153,9 @@ def test_what_would_help():
     row = {"accumulate": 1, "memory": {"total": 3 << 30, "of": 2 << 30}, "short_by": 1 << 30, "state": 2 << 30}
     assert advice(row)[0] == "  1.00 GiB too much"
     assert advice(row)[1].startswith("  the state alone takes 2.00 GiB, more than half")
-    assert "--accumulate 2" in advice(row | {"state": 1 << 20})[-1]
+    small = row | {"state": 1 << 20}
+    assert "--accumulate 2" in advice(small)[-1] and "--remat layer" in advice(small)[-1]
+    assert advice(small | {"device_rows": 1, "remat": "layer"})[-1] == "  what would help: more devices, shorter rows"
 
 
 def test_what_the_compiler_says_of_missing_memory():

@@ -86,6 +86,7 @@ def test_a_gpu_that_rounds_to_tensorfloat_32_is_told_of_once(monkeypatch, capsys
     for platform, capability, asked, said in (
         ("gpu", "9.0", "default", True), ("gpu", "9.0", "high", True), ("gpu", "9.0", "highest", False),
         ("gpu", "7.5", "default", False), ("cpu", None, "default", False),
+        ("gpu", "gfx90a", "default", False),
     ):  # fmt: skip
         device = types.SimpleNamespace(platform=platform, device_kind="a card", compute_capability=capability)
         monkeypatch.setattr(jax, "devices", lambda found=device: [found])

@@ -29,6 +29,9 @@ def test_answers_stand_below_the_tokens_that_ask_and_wrong_ones_are_marked():
                      "  right          A B",
                      "  model          A C",
                      "  wrong            ^"]  # fmt: skip
+    ended = Instance(*(np.array(ids, np.int32) for ids in ([65, 66, 67], [-1, 68, BYTES.end_of_document],
+                                                           [0, 69, BYTES.end_of_document])))  # fmt: skip
+    assert lines_of("p", 1, ended, BYTES)[0].endswith("0 of 1 answers right"), "the end behind an answer is none"
     right = lines_of("p", 2, instance("ab", " c", "xc"), BYTES)
     assert right[0].endswith("instance 2: 1 of 1 answers right") and len(right) == 4, "no mark where nothing is wrong"
 

@@ -116,6 +116,15 @@ def test_each_sickness_is_told_once_and_ends(name):
     assert (alert.first == first) == at_once
 
 
+def test_a_gate_within_a_bound_has_its_top_there():
+    """With the logit bound at 5 no p comes near 1."""
+    bound = RUN.replace(model=RUN.model.replace(adaptive=RUN.model.adaptive.replace(logit_bound=5.0)))
+    stuck = changed(healthy(), 250, 310, gate_mean=at(2, 0.9925), gate_std=at(2, 0.001))
+    assert alerts.alerts(stuck, RUN) == []
+    (alert,) = alerts.alerts(stuck, bound)
+    assert (alert.sickness, alert.where) == ("a gate saturates", "layer 2") and "its top is 0.993" in alert.words
+
+
 def test_what_is_not_finite_in_one_layer_hides_nothing_in_another():
     sick = changed(healthy(), 250, 310, delta_ratio=lambda old: [old[0], np.nan, 2e-4, old[3]],
                    gate_floored=lambda old: [1.0, np.nan, *old[2:]])  # fmt: skip

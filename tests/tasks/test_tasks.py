@@ -323,5 +323,7 @@ def test_all_that_is_wrong_with_a_task_is_said_at_once():
 def test_rows_that_hold_no_instance_and_tasks_of_hardly_any_are_refused():
     with pytest.raises(Refused, match=r"rows of 83 tokens are too short for task pointer_jumps.*have up to 84"):
         TaskRows(read_task("pointer_jumps"), 83, 0, 0.05)
-    with pytest.raises(Refused, match="too few different instances: none of 10,000 is held out"):
-        TaskRows(read_task("group_words:group=Z2,hardest=1"), 8, 0, 1e-9, part=HELD_OUT)[0]
+    with pytest.raises(Refused, match="too few different instances: none of 40,000 is held out"):
+        TaskRows(read_task("group_words:group=Z2,hardest=1"), 8, 0, 1e-3, part=HELD_OUT)[0]
+    with pytest.raises(Refused, match=r"a share of 1e-09 of task group_words.* is too little .*at least 4e-05"):
+        TaskRows(read_task("group_words:group=Z2"), 99, 0, 1e-9, part=HELD_OUT)

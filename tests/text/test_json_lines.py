@@ -10,10 +10,11 @@ import pytest
 from gt_jax.configs.data import DataConfig
 from gt_jax.errors import Refused
 from gt_jax.evaluation.answers import asked
-from gt_jax.text.data import open_data
+from gt_jax.text.data import known_elsewhere, open_data
 from gt_jax.text.document_rows import DocumentRows
 from gt_jax.text.json_lines import read_documents
 from gt_jax.text.json_lines_part import JsonLinesPart
+from gt_jax.text.split import HELD_OUT, TRAINING
 from gt_jax.text.tokenizers import ByteTokenizer
 
 ROW = 32
@@ -130,6 +131,20 @@ def test_one_prompt_is_never_on_both_sides(tmp_path):
     assert len(np.unique(np.concatenate([of[batch["targets"] >= 0] for batch, of in zip(
         part.held_out(), part.held_out_units(), strict=True)]))) == 2, "answers to one prompt are one unit"
     assert len(part.tuning(1)) == 1
+
+
+def test_what_one_file_holds_out_and_another_trains_on_is_said(tmp_path, capsys):
+    lines = [{"prompt": f"question {number}?", "answer": f"answer {number}"} for number in range(100)]
+    paths = [tmp_path / name for name in ("all.jsonl", "easy.jsonl", "other.jsonl")]
+    for path, some in zip(paths, (lines, lines[::2], [{"text": f"{n}"} for n in range(30)]), strict=True):
+        path.write_text("".join(json.dumps(line) + "\n" for line in some))
+    config = DataConfig(json_lines=tuple(map(str, paths)), sequence_length=ROW, held_out=0.2)
+    parts = open_data(config).parts
+    said = [line for line in capsys.readouterr().err.splitlines() if "are trained on in" in line]
+    assert len(said) == len(known_elsewhere(parts)) == 2
+    known = set(parts["all"].keys[HELD_OUT].tolist()) & set(parts["easy"].keys[TRAINING].tolist())
+    assert 0 < len(known) < 20
+    assert f"note: {len(known)} of 20 held-out documents of all are trained on in easy" in said[0]
 
 
 WRONG = [

@@ -220,7 +220,9 @@ def default_config(arguments: argparse.Namespace) -> Any:
     from gt_jax.configs.presets import preset
     from gt_jax.configs.run import MomentsOf, RunConfig, TrainConfig, read_run_config
     from gt_jax.configs.standing import gone_on, standing, with_opening
+    from gt_jax.configs.tokenizer_file import known_tokenizer
     from gt_jax.models.language_model import abstract
+    from gt_jax.text.token_folder import own_tokenizer
     from gt_jax.text.tokenizers import chosen_tokenizer
     from gt_jax.training.moments import lacking_moments
 
@@ -234,7 +236,10 @@ def default_config(arguments: argparse.Namespace) -> Any:
     if arguments.preset is not None or arguments.layout or arguments.plain or arguments.model or arguments.gates:
         raise Refused("--start brings its own model; leave out --preset, --model, --layout, --gates and --plain")
     place, start = str(arguments.start), open_checkpoint(arguments.start)
-    tokenizer = chosen_tokenizer(start.metadata, arguments.tokenizer, f"--start {arguments.start}")
+    named = arguments.tokenizer
+    if named is None and known_tokenizer(start.metadata) is None:  # as of one converted without: that of the tokens
+        named = own_tokenizer(named_sources(arguments).get("text", ()))
+    tokenizer = chosen_tokenizer(start.metadata, named, f"--start {arguments.start}")
     model, runs = start.config, trainings(start.metadata)
     moments: MomentsOf = "fresh" if lacking_moments(abstract(model)["params"], start.tensors) else "carried"
     moments = arguments.moments or moments

@@ -5,21 +5,25 @@ import itertools
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from gt_jax import prepare, train
+from gt_jax.checkpoints import checkpoint
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.presets import preset
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.evaluation.held_out_rows import held_out_rows
 from gt_jax.evaluation.loading import data_config, text_note
+from gt_jax.models.language_model import abstract
 from gt_jax.text.batches import PackedRows, open_text
 from gt_jax.text.data import open_data
 from gt_jax.text.flags import NOTHING
 from gt_jax.text.token_folder import changed_content, own_tokenizer, read_folder
 from gt_jax.text.token_writer import write_tokens
+from tests.support import small_model
 
 ROW = 16
 WORDS = [f"Tale {i}: " + "deep " * (i % 23) + "end.\n" for i in range(90)]
@@ -333,6 +337,11 @@ def test_a_new_run_takes_the_tokenizer_of_its_tokens(tmp_path, bpe, monkeypatch)
     assert train.run_config(arguments, base).data.tokenizer == str(tmp_path / "y")
     arguments = train.parser().parse_args(["run", "--text", "y", "--tokenizer", bpe])
     assert train.run_config(arguments, base).data.tokenizer == bpe
+    model = small_model("D", False, vocab=512)  # of a checkpoint that knows none, as one converted without
+    values = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract(model))
+    checkpoint.save(tmp_path / "start", values, {"config": model.to_json(), "kind": "converted"})
+    arguments = train.parser().parse_args(["run", "--start", "start", "--text", "y"])
+    assert train.run_config(arguments, train.default_config(arguments)).data.tokenizer == str(tmp_path / "y")
 
 
 def test_a_text_of_any_bytes_comes_back_and_says_how_it_was_read(tmp_path):

@@ -238,7 +238,7 @@ def default_config(arguments: argparse.Namespace) -> Any:
     place, start = str(arguments.start), open_checkpoint(arguments.start)
     named = arguments.tokenizer
     if named is None and known_tokenizer(start.metadata) is None:  # as of one converted without: that of the tokens
-        named = own_tokenizer(named_sources(arguments).get("text", ()))
+        named = _from_anywhere("tokenizer", own_tokenizer(named_sources(arguments).get("text", ())))
     tokenizer = chosen_tokenizer(start.metadata, named, f"--start {arguments.start}")
     model, runs = start.config, trainings(start.metadata)
     moments: MomentsOf = "fresh" if lacking_moments(abstract(model)["params"], start.tensors) else "carried"

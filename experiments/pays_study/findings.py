@@ -26,19 +26,21 @@ Row = Mapping[str, Any]
 NEAR_POINTS, NEAR_LOSS = 1.0, 0.3
 """At growth: how many points of right answers, and how many percent of a text's loss, a child may be off."""
 HALF = 0.5
+OTHERS = ((STACKED, SCRATCH), (STACKED, SHALLOW), (SHALLOW, SCRATCH), (ON_FORCED, SCRATCH))
+"""What is held against each other of the contenders that were not grown from an adaptive source."""
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """By setting: `models` (means over seeds), `grown` (each point's claims), `controls`, `claims`."""
+    """By setting: `models` (means over seeds), `grown` (each point's claims), `controls`, `others`, `claims`."""
     names = sorted({row["task"] for row in rows})
     return {name: _of_setting([row for row in rows if row["task"] == name]) for name in names}
 
 
 def comparisons(found: Mapping[str, Any]) -> int:
-    """How many differences are judged in a summary: three to six of each point, one of each control."""
+    """How many differences are judged in a summary: three to six of each point, one of each control, the others."""
     points = [point for one in found.values() for point in one["grown"].values()]
     judged = sum(3 + sum(other in point for other in (SHALLOW, STACKED, ON_FORCED)) for point in points)
-    return judged + sum(len(one["controls"]) for one in found.values())
+    return judged + sum(len(one["controls"]) + len(one["others"]) for one in found.values())
 
 
 def select(rows: Iterable[Row], kind: str, point: float | None = None) -> dict[int, Row]:
@@ -64,8 +66,11 @@ def _of_setting(rows: Sequence[Row]) -> dict[str, Any]:
     }
     models = {name: _of_model([row for row in rows if row["model"] == name])
               for name in dict.fromkeys(row["model"] for row in rows)}  # fmt: skip
-    return {"task": is_task(rows), "models": models, "grown": grown, "controls": controls, "claims": claims,
-            "deeper": _asked_harder(rows)}  # fmt: skip
+    pairs = [(mine, other, select(rows, mine), select(rows, other)) for mine, other in OTHERS]
+    others = [{"mine": mine, "other": other, **_below(one, two, _final)}
+              for mine, other, one, two in pairs if one and two]  # fmt: skip
+    return {"task": is_task(rows), "models": models, "grown": grown, "controls": controls, "others": others,
+            "claims": claims, "deeper": _asked_harder(rows)}  # fmt: skip
 
 
 def is_task(rows: Sequence[Row]) -> bool:

@@ -152,3 +152,5 @@ def sentences(one: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: at step 0 {text_of(found['step0'], pattern)} beside the grown model of its point"
         if "tenth" in found:
             yield difference("the grown model, after a tenth more,", name, found["tenth"])
+    for pair in one["others"]:
+        yield difference(f"{pair['mine']}, at equal FLOPs,", pair["other"], pair)

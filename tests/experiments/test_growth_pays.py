@@ -300,7 +300,9 @@ def test_claims_are_made_where_every_seed_says_so():
     none: dict[str, list[str]] = {"below the shallow one too": [], "below what was stacked": [],
                                   "below it with passes forced": []}  # fmt: skip
     assert alone["jumps"]["claims"] == {**found["claims"], **none}
-    assert comparisons(alone) == 4 and comparisons({"jumps": found}) == 7
+    assert comparisons(alone) == 4 and comparisons({"jumps": found}) == 11
+    pairs = {(one["mine"], one["other"]): (one["mean"], one["every_seed"]) for one in found["others"]}
+    assert pairs[STACKED, SCRATCH] == (pytest.approx(0.3 - 0.41), True) and pairs[STACKED, SHALLOW] == (0.0, False)
     assert one["step0_points"]["mean"] == pytest.approx(-0.5) and one["on"]["every_seed"]
     assert one["scratch"]["mean"] == pytest.approx(np.mean([0.28 - 0.40, 0.29 - 0.41, 0.29 - 0.42]))
     assert one["tokens"]["shares"] == pytest.approx([0.3] * 3) and found["deeper"] == ["2"]

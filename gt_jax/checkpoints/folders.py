@@ -140,8 +140,9 @@ def refuse_step_of_run(target: Path) -> None:
         raise Refused(f"{target} would be taken for a step of the run {target.parent}; name another place")
 
 
-def prepare_parent(target: Path, of_run: bool = False) -> None:
-    """Make the folder `target` will lie in; raises `Refused` when that is not possible or it is not writable.
+def prepare_parent(target: Path, of_run: bool = False) -> list[Path]:
+    """Make the folder `target` will lie in, and return the folders that were made, the innermost first; raises
+    `Refused` when that is not possible or it is not writable.
 
     And for a `target` that is named as what is not finished, would lie in a checkpoint, or, where it is not `of_run`, a
     run's own save, would be one of its steps.
@@ -162,13 +163,13 @@ def prepare_parent(target: Path, of_run: bool = False) -> None:
         raise Refused(f"{target.parent} is not writable; choose another place for {target.name}")
     for folder in new:
         sync(folder.parent)
+    return new
 
 
 @contextlib.contextmanager
 def parent_made(target: Path) -> Iterator[None]:
     """`prepare_parent`; where what is done inside raises, the empty ones of the folders that it made are gone again."""
-    new = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
-    prepare_parent(target)
+    new = prepare_parent(target)
     try:
         yield
     except BaseException:

@@ -385,9 +385,8 @@ def _price_of(
         return checkpoint.load(start, jax.tree.map(with_mesh_devices, wanted))["price"], "the compute price goes on"
     value, run = newest(metadata, "price"), newest(metadata, "run")
     before = RunConfig.from_json(run) if run else None
-    paid = before is not None and before.model.adaptive is not None
-    if before is not None and paid and (rule := before.train.price.rule) != price.rule:
-        return fresh, f"the compute price begins anew: that of {start} is of rule {rule!r}"
+    if before is not None and before.model.adaptive is not None and before.train.price.rule != price.rule:
+        return fresh, f"the compute price begins anew: that of {start} is of rule {before.train.price.rule!r}"
     if isinstance(value, float) and isinstance(fresh, PriceState) and price.lowest <= value <= price.highest:
         return fresh._replace(value=jnp.full_like(fresh.value, value)), f"the compute price goes on at {value:.3g}"
     return fresh, f"the compute price begins anew: {start} holds none"

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gt_jax.files import local_name, local_path
+from experiments.text_files import add_text_flag
+from gt_jax.files import local_path
 from gt_jax.options import at_least
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     p.add_argument("--scale", default="small", help="minutes, small or accelerator (small)")
-    p.add_argument("--text", nargs="+", type=local_name, default=[],
-                   help="text files (the sources of Python's standard library)")
+    add_text_flag(p)
     p.add_argument("--task", nargs="*", default=None, help="tasks beside the text (the scale's: at small none)")
     p.add_argument("--seeds", default=None, help="whole numbers such as 0,1,2 (the scale's)")
     p.add_argument("--jobs", type=at_least(0), default=1, help="processes, each held to a core (1)")

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.growth_study.inference import text_of
 from experiments.pages import markdown_table, page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
 
@@ -100,12 +101,10 @@ def markdown(stored: Mapping[str, Any]) -> str:
 
 def _ends(found: Mapping[str, Any]) -> list[str]:
     """A line a variant: means over seeds at the end, with intervals."""
-    def told(one: Mapping[str, Any], digits: int) -> str:
-        return f"{one['mean']:.{digits}f} ({one['low']:.{digits}f} to {one['high']:.{digits}f})"
-
-    return [f"- {variant}: at the end {told(one['nats'], 4)} nats, {100 * one['accuracy_all']['mean']:.1f} % of all "
-            f"questions right, Spearman's correlation {told(one['spearman'], 2)}" for variant, one in found.items()
-            if variant != "forced"]  # fmt: skip
+    return [f"- {variant}: at the end {text_of(one['nats'], '{:.4f}')} nats, "
+            f"{100 * one['accuracy_all']['mean']:.1f} % of all questions right, Spearman's correlation "
+            f"{text_of(one['spearman'], '{:.2f}')}"
+            for variant, one in found.items() if variant != "forced"]  # fmt: skip
 
 
 def draw(stored: Mapping[str, Any], path: Path) -> None:

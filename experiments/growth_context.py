@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
-from gt_jax.files import local_name
+from experiments.text_files import add_text_flag
 
 if TYPE_CHECKING:
     from experiments.pays_study.context import ContextStudy, Of
@@ -34,8 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; accelerator (default small)")
     p.add_argument("--contexts", default="all,alive", help="separated by commas (default all,alive)")
-    p.add_argument("--text", nargs="+", type=local_name, default=(),
-                   help="text files instead of the Python library's sources")
+    add_text_flag(p)
     add_study_flags(p, NAME, "0,1,2")
     return p
 

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gt_jax.files import local_name, local_path
+from experiments.text_files import text_file
+from gt_jax.files import local_path
 from gt_jax.options import at_least
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", nargs="+", type=local_name,
+    what.add_argument("--text", nargs="+", type=text_file,
                       help="text files; a part of them is held out, another is for tuning")
     what.add_argument("--render", action="store_true", help="train nothing: read the results in --output, and write "
                       "their tables and picture anew")

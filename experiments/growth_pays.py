@@ -6,8 +6,8 @@
 
 - By setting, all at equal total FLOPs, the source's and the growth's included (pays_study/budget.py): the source
   trained on, grown after some of a quarter, half and three quarters of the budget, and the deep model from scratch
-  (pays_study/setting.py). Two tasks and text; at scale `hours` another text too, on an accelerator a task whose
-  questions get harder after growth.
+  (pays_study/setting.py). Two tasks; at scale `hours` text too, twice, on an accelerator a task whose questions get
+  harder after growth.
 - Asked of each: held-out loss, and right answers by difficulty, at growth beside the source's, on the way, at the end;
   after a tenth more training against the source trained on.
 - Interrupted, the same command goes on: every trained model is a file in --work. Another configuration is refused.
@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
-from gt_jax.errors import Failed
-from gt_jax.files import local_name
+from experiments.text_files import add_text_flag, refuse_short
+from gt_jax.errors import Failed, Refused
 
 if TYPE_CHECKING:
     from experiments.pays_study.setting import Setting
@@ -37,10 +37,9 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0].replace("\n", " "))
-    p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; hours: another text too, as the "
-                   "stored results; accelerator (small)")
-    p.add_argument("--text", nargs="+", type=local_name, default=(),
-                   help="text files instead of the Python library's sources")
+    p.add_argument("--scale", default="small", help="minutes: a try; small: the tasks, on two cores; hours: text too, "
+                   "as the stored results; tries: where rates of the tasks come from; accelerator (small)")
+    add_text_flag(p)
     p.add_argument("--only", default="", help="names of settings, separated by commas; all where none is given")
     p.add_argument("--keep", action="store_true",
                    help="keep the rows of OUTPUT/growth_pays.json whose setting, seeds and text are the same")
@@ -53,14 +52,20 @@ def configured(arguments: argparse.Namespace) -> Study:
     from experiments.pays_study.study import scaled
 
     only = tuple(filter(None, arguments.only.split(",")))
-    return scaled(arguments.scale, read_seeds(arguments.seeds), tuple(arguments.text), only)
+    study = scaled(arguments.scale, read_seeds(arguments.seeds), tuple(arguments.text), only)
+    if study.text and not study.texts:
+        raise Refused(f"--text is of settings of text; these are {', '.join(one.name for one in study.settings)}")
+    return study
 
 
 def content_hash(study: Study) -> str:
-    """Of the text that is read; "" where none is."""
+    """Of the text that is read; "" where none is. Raises `Refused` for less text than models are judged by."""
     from gt_jax.text.data import open_data
 
-    return "".join(open_data(one.data(0, 1, study.text)).content_hash() for one in study.texts[:1])
+    opened = [open_data(one.data(0, 1, study.text)) for one in study.texts]
+    for text, one in zip(opened, study.texts, strict=True):
+        refuse_short(text, {"held-out": one.held_out_batches, "tuning": one.held_out_batches})
+    return "".join(text.content_hash() for text in opened[:1])
 
 
 def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@
   `cases.py`, `registry.py`.
 * The XLA path of the same arguments is compiled beside the kernels; --kernels-only leaves it out, and says so.
 * --output keeps the rows as kernels_CHIP.json, in place of those of the same cases, and writes kernels.md from the
-  JSON of all chips there.
+  JSON of all chips there. Where another compiler made those of other cases it refuses; all of them take their place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ def main(dump: Path, arguments: Sequence[str] | None = None) -> int:
         print(f"kernel_report: --output {options.output} is no folder", file=sys.stderr)
         return 2
     report = _about(options.chip) | {"rows": []}
+    if options.output and (lost := _lost(options.output, report, {case.name for case in chosen} & set(cases))):
+        print(f"kernel_report: --output has rows of another compiler or JAX, which would go: {', '.join(lost)}; make "
+              "them anew too, or name another folder", file=sys.stderr)  # fmt: skip
+        return 2
     for case in chosen:
         report["rows"] += rows_of(case, options.chip, dump, with_xla=not options.kernels_only)
         if options.output:  # what is measured is kept, whatever comes after
@@ -77,6 +81,14 @@ def _about(chip: str) -> dict[str, Any]:
 def _stored(folder: Path, chip: str) -> dict[str, Any]:
     path = folder / f"kernels_{chip}.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _lost(folder: Path, report: dict[str, Any], chosen: Collection[str]) -> list[str]:
+    """The cases whose rows another compiler or JAX made and that are not chosen: figures of two are not set side by
+    side."""
+    before = _stored(folder, report["chip"])
+    same = all(before.get(key) == report[key] for key in ("libtpu", "jax"))
+    return [] if same else [row["case"] for row in before.get("rows", []) if row["case"] not in chosen]
 
 
 def _keep(folder: Path, report: dict[str, Any], names: Sequence[str]) -> None:

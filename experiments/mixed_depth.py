@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
-from gt_jax.files import local_name
+from experiments.text_files import add_text_flag, refuse_short
 
 if TYPE_CHECKING:
     from experiments.mixed_study.study import MixedStudy
@@ -34,8 +34,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     p.add_argument("--scale", choices=("minutes", "small"), default="small", help="minutes: a try (default small)")
-    p.add_argument("--text", nargs="+", type=local_name, default=(),
-                   help="text files instead of the Python library's sources")
+    add_text_flag(p)
     add_study_flags(p, NAME, "0,1,2")
     return p
 
@@ -46,7 +45,9 @@ def configured(arguments: argparse.Namespace) -> tuple[MixedStudy, str]:
     from gt_jax.text.data import open_data
 
     study = scaled(arguments.scale, read_seeds(arguments.seeds), tuple(arguments.text))
-    return study, open_data(study.data(0)).content_hash()
+    opened = open_data(study.data(0))
+    refuse_short(opened, {"held-out": study.of.held_out_batches})
+    return study, opened.content_hash()
 
 
 def all_rows(study: MixedStudy, workers: Workers) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.study_command import add_study_flags, read_seeds, run
-from gt_jax.errors import Refused
+from experiments.text_files import add_text_flag
+from gt_jax.errors import Refused, refuse_all
 
 if TYPE_CHECKING:
     from experiments.workers import Workers
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0].replace("\n", " "))
     p.add_argument("--part", choices=PARTS, default="state", help="what is asked (default state)")
     p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; accelerator (default small)")
-    p.add_argument("--text", nargs="+", default=(), metavar="FILE", help="text files; default the standard library")
+    add_text_flag(p)
     p.add_argument("--tokenizer", default="bytes", metavar="FILE", help="its tokens hold the needles' words")
     p.add_argument("--keep", action="store_true",
                    help="of state and mixers: keep the rows of arms that OUTPUT/recall_PART.json has")
@@ -109,6 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
+    if arguments.part == "machine":
+        refuse_all([f"--{name} is of the other parts; --part machine makes its own rows" for name, given in
+                    (("text", arguments.text), ("tokenizer", arguments.tokenizer != "bytes")) if given],
+                   "these arguments do not go together:")  # fmt: skip
     if arguments.keep and arguments.part not in ("state", "mixers"):
         raise Refused(f"--keep keeps arms; --part {arguments.part} has none")
     if arguments.work == Path(f"runs/{NAME}"):

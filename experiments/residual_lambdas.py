@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
+from experiments.text_files import add_text_flag
 
 if TYPE_CHECKING:
     from experiments.lambda_study.study import LambdaStudy
@@ -30,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0].replace("\n", " "))
     p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; accelerator (default small)")
-    p.add_argument("--text", nargs="+", default=(), metavar="FILE", help="text files; default the standard library")
+    add_text_flag(p)
     p.add_argument("--tokenizer", default="bytes", metavar="FILE", help="default a token a byte")
     add_study_flags(p, NAME, "0,1,2,3,4,5,6,7")
     return p

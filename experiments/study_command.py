@@ -102,13 +102,18 @@ def run(
         look_again()
     rows = contract.in_order({key: value for key, value in row.items() if key not in UNSTORED} for row in made)
     command = contract.command_line(f"experiments.{module or name}", words, files)
-    # as the command has them, files by their names alone
-    named = study.replace(text=tuple(Path(file).name for file in files)) if files else study
-    stored = contract.stored(command=command, config=named, machine=machine(), seconds=units.seconds, rows=rows,
+    stored = contract.stored(command=command, config=named(study), machine=machine(), seconds=units.seconds, rows=rows,
                              summary=summary(rows), content=content)  # fmt: skip
     contract.write(output / f"{name}.json", stored)
     print(write(output, stored))
     return 0
+
+
+def named(study: Config) -> Config:
+    """As the command has it, files by their names alone."""
+    files = {"text": lambda names: tuple(Path(name).name for name in names), "tokenizer": lambda name: Path(name).name}
+    return study.replace(**{field: short(getattr(study, field)) for field, short in files.items()
+                            if hasattr(study, field)})  # fmt: skip
 
 
 def _refuse_beside_render(words: Sequence[str]) -> None:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
-from gt_jax.files import local_name
+from experiments.text_files import add_text_flag, refuse_short
+from gt_jax.errors import Failed
 
 if TYPE_CHECKING:
     from experiments.text_study.study import TextGates
@@ -33,8 +34,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     p.add_argument("--scale", default="small", help="minutes: a try; small: two cores; accelerator (default small)")
-    p.add_argument("--text", nargs="+", type=local_name, default=(),
-                   help="text files instead of the Python library's sources")
+    add_text_flag(p)
     add_study_flags(p, NAME, "0,1,2")
     return p
 
@@ -45,7 +45,9 @@ def configured(arguments: argparse.Namespace) -> tuple[TextGates, str]:
     from gt_jax.text.data import open_data
 
     study = scaled(arguments.scale, read_seeds(arguments.seeds), tuple(arguments.text))
-    return study, open_data(study.data(0)).content_hash()
+    text = open_data(study.data(0))
+    refuse_short(text, {"held-out": study.held_out_batches, "tuning": study.held_out_batches})
+    return study, text.content_hash()
 
 
 def all_rows(study: TextGates, workers: Workers) -> list[dict[str, Any]]:
@@ -57,19 +59,31 @@ def all_rows(study: TextGates, workers: Workers) -> list[dict[str, Any]]:
     from experiments.text_study.engine import step_flops
     from experiments.text_study.study import DEFAULT, EQUAL, PLAIN, Wanted
 
-    first, *others = study.seeds
+    first = study.seeds[0]
 
     def made(wanted: Sequence[Wanted]) -> dict[Wanted, dict[str, Any]]:
         found = workers.all({one.name: one for one in wanted})
         return {one: found[one.name] for one in wanted}
 
-    def best(model: str, found: Mapping[Wanted, dict[str, Any]]) -> float:
-        return min((one for one in found if one.model == model), key=lambda one: found[one]["tuning_nats"]).rate
+    def settled(models: Sequence[str], tried: Mapping[Wanted, dict[str, Any]]) -> dict[Wanted, dict[str, Any]]:
+        """Of all seeds, each model at the best of its rates at which none diverges."""
+        lost: set[tuple[str, float]] = set()
+        while True:
+            best: list[Wanted] = []
+            for model in models:
+                left = [one for one in tried if one.model == model and (model, one.rate) not in lost]
+                if not left:
+                    raise Failed(f"{model} diverged at every rate that was tried, each time at some seed")
+                best.append(min(left, key=lambda one: tried[one]["tuning_nats"]))
+            found = made([one._replace(seed=seed) for one in best for seed in study.seeds])
+            gone = {(one.model, one.rate) for one, row in found.items() if row.get("diverged")}
+            if not gone:
+                return found
+            lost |= gone
 
     tried = made([Wanted(study, model, first, rate, study.steps) for model in (PLAIN, *study.adaptive)
                   for rate in study.rates])  # fmt: skip
-    chosen = made([Wanted(study, model, seed, best(model, tried), study.steps) for model in (PLAIN, *study.adaptive)
-                   for seed in (first, *others)])  # fmt: skip
+    chosen = settled((PLAIN, *study.adaptive), tried)
 
     def loss(model: str) -> float:
         return statistics.fmean(row["nats"] for one, row in chosen.items() if one.model == model)
@@ -80,8 +94,7 @@ def all_rows(study: TextGates, workers: Workers) -> list[dict[str, Any]]:
     step = step_flops(study, plain, [1.0] * len(plain.depth))
     spent = next(row["flops"] for one, row in chosen.items() if (one.model, one.seed) == (DEFAULT, first))
     steps = max(2, round(spent / step))
-    longer = made([Wanted(study, EQUAL, first, rate, steps) for rate in study.rates])
-    longer = made([Wanted(study, EQUAL, seed, best(EQUAL, longer), steps) for seed in study.seeds])
+    longer = settled((EQUAL,), made([Wanted(study, EQUAL, first, rate, steps) for rate in study.rates]))
     return [*chosen.values(), *longer.values()]
 
 

@@ -23,6 +23,8 @@ from gt_jax.files import unfinished_name, write_atomically
 from gt_jax.monitoring.metrics import json_values
 
 Unit = Mapping[str, Any]
+PLACES = ("text", "tokenizer")
+"""The fields of a config that name files: what they hold, a hash says."""
 
 
 class Units:
@@ -32,7 +34,7 @@ class Units:
     `Refused` for a directory of another study, or of something else.
     """
 
-    def __init__(self, root: Path, study: Config, content: str, places: Sequence[str] = ("text",)) -> None:
+    def __init__(self, root: Path, study: Config, content: str, places: Sequence[str] = PLACES) -> None:
         self.root = root
         self._began, self._before = time.monotonic(), 0.0
         file = root / "study.json"
@@ -84,7 +86,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def check_same(file: Path, study: Config, content: str, places: Sequence[str] = ("text",)) -> None:
+def check_same(file: Path, study: Config, content: str, places: Sequence[str] = PLACES) -> None:
     """Raise `Refused` with the differing fields where `file` holds another study's "config" or "content"."""
     there = read_object(file, "the study in")
     same = there.get("content") == content

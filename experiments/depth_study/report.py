@@ -50,14 +50,15 @@ def markdown(stored: Mapping[str, Any]) -> str:
         name = setting["task"].partition(":")[0]
         found = stored["summary"][name]
         mine = found["models"][ADAPTIVE]
-        lines += [f"## {setting['task']}", "", *_rates(setting), *earlier_runs(stored["rows"], name),
+        seeds = len(stored["config"]["seeds"])
+        lines += [f"## {setting['task']}", "", *_rates(setting, seeds), *earlier_runs(stored["rows"], name),
                   *_claims(found), "", *_models(found["models"]), "", *_forced(mine), "", *_cuts(mine), ""]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _rates(setting: Mapping[str, Any]) -> list[str]:
+def _rates(setting: Mapping[str, Any], all_seeds: int) -> list[str]:
     """How the adaptive model's rate was chosen, where that is another way than the others'."""
-    rates, seeds = setting.get("adaptive_rates"), setting.get("adaptive_tuned_at", 1)
+    rates, seeds = setting.get("adaptive_rates"), min(all_seeds, setting.get("adaptive_tuned_at", 1))
     if not rates:
         return []
     by = f"its mean loss on the tuning part over the first {seeds} seeds" if seeds > 1 else "its loss at the first seed"

@@ -141,9 +141,8 @@ def cannot_tell(study: ExitStudy) -> list[str]:
     if not study.text:
         lines.append("The text is the sources of Python's standard library, which repeat themselves: a part of the "
                      "held-out text stands in the text that is trained on.")  # fmt: skip
-    many = len(study.ponders) * len(study.thresholds)
     lines += [
-        f"Rates were tuned at seed {study.seeds[0]} alone, pairs of {many} were chosen on the tuning part by the mean "
+        f"Rates were tuned at seed {study.seeds[0]} alone, pairs were chosen on the tuning part by the mean "
         "of all seeds; losses are of the held-out part, which chose nothing.",
         "One model a ponder weight was trained, at threshold "
         f"{study.threshold:g}, and measured at every threshold; the models marked *trained at* were trained at their "

@@ -57,9 +57,9 @@ def markdown(study: ExitStudy, found: Mapping[str, Any]) -> str:
         "long, and than a dense model cut to the mean depth?", "",
         f"Made by `{found['command']}`, {found['seconds'] / 60:.0f} minutes, on "
         f"{', '.join(f'{key} {value}' for key, value in machine.items())}.", "",
-        f"Scale {study.scale}: width {study.width}, {study.layers} layers of kind D, {study.rows} rows of up "
-        f"to {study.sequence_length} tokens a step, {len(study.seeds)} seeds. Text, {study.steps} steps: {text}. "
-        f"Tasks, {study.task_steps} steps: {', '.join(f'`{words}`' for words in study.tasks) or 'none'}.",
+        f"Scale {study.scale}: width {study.width}, {study.layers} layers of kind D, {study.rows} rows of up to "
+        f"{max(map(study.length, study.sources))} tokens a step, {len(study.seeds)} seeds. Text, {study.steps} steps: "
+        f"{text}. Tasks, {study.task_steps} steps: {', '.join(f'`{words}`' for words in study.tasks) or 'none'}.",
         "", "## What the figures say", "",
         *(f"- {line}" for line in findings(study, of)), "",
         "## What they cannot tell", "", *(f"- {line}" for line in cannot_tell(study)), "",

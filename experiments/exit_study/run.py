@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments.exit_study.study import ExitStudy, Model
@@ -26,6 +26,10 @@ def make(units: Units, study: ExitStudy, argument: tuple[str, ...]) -> Unit:
     weights = {model.name: units.path(training(source, seed, model, rates[model.name]), ".npz")  # type: ignore[arg-type]
                for model in study.models if model.name in rates}  # fmt: skip
     return measured(study, source, seed, weights, rates)  # type: ignore[arg-type]
+
+
+def _rates(rates: Sequence[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 def training(source: str, seed: int, model: Model, rate: float) -> str:
@@ -63,8 +67,8 @@ def everything(
         lost = [f"{source}, seed {seed}" for source in study.sources for seed in study.seeds
                 if (source, seed, dense) not in kept]  # fmt: skip
         if lost:
-            raise Failed(f"{dense} diverged at every rate that was tried ({'; '.join(lost)}): all others are compared "
-                         "with it")  # fmt: skip
+            raise Failed(f"{dense} diverged at {'; '.join(lost)}, at the best of its rates ({_rates(study.rates)}) by "
+                         f"seed {first}: all others are compared with it")  # fmt: skip
         named: dict[str, Any] = {}
         for source in study.sources:
             for seed in study.seeds:

@@ -55,10 +55,11 @@ def farthest(found: Mapping[str, Any], what: str) -> float:
     return float(max(values, key=abs)) if values else 0.0
 
 
-def smallest_told(found: Mapping[str, Any]) -> float:
-    """Half the width of the widest interval at equal steps: an effect below it would not have been seen."""
+def smallest_told(found: Mapping[str, Any]) -> float | None:
+    """Half the width of the widest interval at equal steps: an effect below it would not have been seen. None of one
+    seed, which has no interval."""
     halves = [(one["at_equal_steps"]["high"] - one["at_equal_steps"]["low"]) / 2 for name, one in found.items()
               if name != PLAIN and one["at_equal_steps"]["low"] is not None]  # fmt: skip
-    return float(np.max(halves)) if halves else float("nan")
+    return float(np.max(halves)) if halves else None
 
 

@@ -51,7 +51,7 @@ def markdown(stored: Mapping[str, Any]) -> str:
         f"## What can be told apart, of {2 * len(others)} comparisons at 95 %", "",
         *(f"- {verdict(name, PLAIN, read(found[name]['at_equal_steps']))}; at equal time: "
           f"{verdict(name, PLAIN, read(found[name]['at_equal_time']))}." for name in others), "",
-        f"An effect below {smallest_told(found):.4f} nats could not have been seen in the widest of these. Neighbours "
+        f"{_seen(smallest_told(found))}Neighbours "
         f"report 0.005 to 0.01 nats of x0, and 0.001 of the start at 1.1. Of the latter *{LAMBDAS}* less *{FROM_ONE}* "
         f"says {start:+.4f} in the mean.", "",
         "## What was learned", "",
@@ -61,6 +61,13 @@ def markdown(stored: Mapping[str, Any]) -> str:
         f"Where a has 1/{OWN_RATE:.0f} of the rate of b, as was published, it can move by {most:.3f} at most in this "
         f"run, and moved by at most {moved:.3f}: what it says is its start. *{FREE}* gives it b's rate.",
     ]) + "\n"  # fmt: skip
+
+
+def _seen(effect: float | None) -> str:
+    """How small an effect could have been seen; nothing of one seed."""
+    if effect is None:
+        return ""
+    return f"An effect below {effect:.4f} nats could not have been seen in the widest of these. "
 
 
 def _range(values: list[Mapping[str, float]]) -> str:

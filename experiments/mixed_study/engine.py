@@ -82,7 +82,8 @@ def _passes(
     place = np.concatenate([places(batch["tokens"], batch["targets"])[batch["targets"] >= 0] for batch in text])
     nats = score(config, variables, text, free_passes(), Rules())
     unasked = [of(batch)[(batch["segment_ids"] > 0) & (batch["difficulty"] == 0)] for batch in task]
-    by_place = {str(one): place == one for one in range(LAST + 1)}
+    # a text of other letters than ASCII's has none at some places
+    by_place = {str(one): place == one for one in range(LAST + 1) if (place == one).any()}
     return {
         "text_passes": float(scored.mean()), "unasked_passes": float(np.concatenate(unasked).mean()),
         "text_shares": {str(k): float((scored == k).mean()) for k in range(1, int(scored.max()) + 1)},

@@ -58,13 +58,14 @@ def markdown(stored: Mapping[str, Any]) -> str:
               for name, one in found["models"].items()]  # fmt: skip
     head = ["model", "layers", "parameters", "rate", "steps", "FLOPs, 10^12", "text, nats a byte",
             *(f"right at {d}, %" for d in mine["accuracy"])]  # fmt: skip
+    places = {place: words for place, words in PLACES.items() if place in mine["passes_by_place"]}
     kinds = {
         "text": mine["text_passes"],
-        **{f"text: {words}": mine["passes_by_place"][place] for place, words in PLACES.items()},
+        **{f"text: {words}": mine["passes_by_place"][place] for place, words in places.items()},
         f"{of.name}: what asks nothing": mine["unasked_passes"],
         **{f"{of.name}: an answer of {d}": one for d, one in mine["passes"].items()},
     }
-    nats = {f"text: {words}": text_of(mine["nats_by_place"][place], "{:.2f}") for place, words in PLACES.items()}
+    nats = {f"text: {words}": text_of(mine["nats_by_place"][place], "{:.2f}") for place, words in places.items()}
     spent = [[kind, text_of(one, "{:.2f}"), nats.get(kind, "-")] for kind, one in kinds.items()]
     forced = [[k, text_of(mine["text_nats_forced"][k], "{:.4f}"), text_of(mine["forced_costs"][k], "{:+.4f}")]
               for k in mine["text_nats_forced"]]  # fmt: skip

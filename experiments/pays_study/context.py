@@ -47,7 +47,7 @@ class Of(NamedTuple):
 
 def scaled(scale: str, contexts: tuple[str, ...], seeds: tuple[int, ...], text: tuple[str, ...]) -> ContextStudy:
     """The study of a scale; raises `Refused` for one that is not known."""
-    settings = {name: texts[0] for name, (_, texts) in SCALES.items() if name != "hours"} | {"small": TEXT}
+    settings = {"minutes": SCALES["minutes"][1][0], "small": TEXT, "accelerator": SCALES["accelerator"][1][0]}
     if scale not in settings:
         raise Refused(f"--scale {scale} is not known; the scales are {', '.join(settings)}")
     return ContextStudy(setting=settings[scale], contexts=contexts, seeds=seeds, text=text)

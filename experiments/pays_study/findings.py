@@ -5,8 +5,8 @@
 - At equal FLOPs a grown model is held against the source trained on and the model from scratch: `pays` where it is
   below both at every seed. A loss of answers that are all right is a small number; its differences are as good as any.
 - Where the shallow model was trained from scratch too, each layer once, that has a line of its own: it is what somebody
-  without adaptive depth and without growth would do. So has a source whose layers ran once, stacked at full strength:
-  what somebody would do who grows without adaptive depth.
+  without adaptive depth and without growth would do: such a source, trained on. What is stacked of one at full strength
+  is what somebody would do who grows without adaptive depth; it `pays` where it is below both of these.
 - Free gates shake, and go on paying for their passes, which no child does. So a source of a task is trained on with all
   passes forced and none paid for, too.
 - In tokens: how much of the tokens of the model from scratch a grown model reads until a point of its curve is at or
@@ -26,21 +26,22 @@ Row = Mapping[str, Any]
 NEAR_POINTS, NEAR_LOSS = 1.0, 0.3
 """At growth: how many points of right answers, and how many percent of a text's loss, a child may be off."""
 HALF = 0.5
-OTHERS = ((STACKED, SCRATCH), (STACKED, SHALLOW), (SHALLOW, SCRATCH), (ON_FORCED, SCRATCH))
-"""What is held against each other of the contenders that were not grown from an adaptive source."""
+OTHERS = ((SHALLOW, SCRATCH), (ON_FORCED, SCRATCH))
+"""What is held against each other of the contenders that were not grown."""
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """By setting: `models` (means over seeds), `grown` (each point's claims), `controls`, `others`, `claims`."""
+    """By setting: `models` (means over seeds), `grown` and `stacked` (each point's), `controls`, `others`, `claims`."""
     names = sorted({row["task"] for row in rows})
     return {name: _of_setting([row for row in rows if row["task"] == name]) for name in names}
 
 
 def comparisons(found: Mapping[str, Any]) -> int:
-    """How many differences are judged in a summary: three to six of each point, one of each control, the others."""
+    """How many differences are judged in a summary: three to six of each point grown, two of each stacked, one of each
+    control, the others."""
     points = [point for one in found.values() for point in one["grown"].values()]
     judged = sum(3 + sum(other in point for other in (SHALLOW, STACKED, ON_FORCED)) for point in points)
-    return judged + sum(len(one["controls"]) + len(one["others"]) for one in found.values())
+    return judged + sum(len(one["controls"]) + len(one["others"]) + 2 * len(one["stacked"]) for one in found.values())
 
 
 def select(rows: Iterable[Row], kind: str, point: float | None = None) -> dict[int, Row]:
@@ -52,6 +53,8 @@ def select(rows: Iterable[Row], kind: str, point: float | None = None) -> dict[i
 def _of_setting(rows: Sequence[Row]) -> dict[str, Any]:
     points = sorted({row["point"] for row in rows if row["kind"] == GROWN})
     grown = {f"{point:g}": _of_point(rows, point, points[-1]) for point in points}
+    stacked = {f"{point:g}": _of_stacked(rows, point)
+               for point in sorted({row["point"] for row in rows if row["kind"] == STACKED})}  # fmt: skip
     names = sorted({row["recipe"] for row in rows if row["kind"] == CONTROL})
     controls = {name: _of_control(rows, name) for name in names}
     claims = {
@@ -63,14 +66,16 @@ def _of_setting(rows: Sequence[Row]) -> dict[str, Any]:
         **{name: [point for point, one in grown.items() if one.get(other, {}).get("every_seed")]
            for name, other in (("below it with passes forced", ON_FORCED), ("below what was stacked", STACKED))},
         "half of scratch's tokens": [point for point, one in grown.items() if one["half"]],
+        "stacked below both": [point for point, one in stacked.items() if one["pays"]],
+        "stacked, half of scratch's tokens": [point for point, one in stacked.items() if one["half"]],
     }
     models = {name: _of_model([row for row in rows if row["model"] == name])
               for name in dict.fromkeys(row["model"] for row in rows)}  # fmt: skip
     pairs = [(mine, other, select(rows, mine), select(rows, other)) for mine, other in OTHERS]
     others = [{"mine": mine, "other": other, **_below(one, two, _final)}
               for mine, other, one, two in pairs if one and two]  # fmt: skip
-    return {"task": is_task(rows), "models": models, "grown": grown, "controls": controls, "others": others,
-            "claims": claims, "deeper": _asked_harder(rows)}  # fmt: skip
+    return {"task": is_task(rows), "models": models, "grown": grown, "stacked": stacked, "controls": controls,
+            "others": others, "claims": claims, "deeper": _asked_harder(rows)}  # fmt: skip
 
 
 def is_task(rows: Sequence[Row]) -> bool:
@@ -107,10 +112,24 @@ def _of_point(rows: Sequence[Row], point: float, last: float) -> dict[str, Any]:
         if other := select(rows, kind, at):
             found[kind] = _below(mine, other, _final)
     found["pays"] = found["on"]["every_seed"] and found["scratch"]["every_seed"]
+    return found | _in_tokens(mine, scratch)
+
+
+def _of_stacked(rows: Sequence[Row], point: float) -> dict[str, Any]:
+    """What is claimed of what was stacked at one point; its source trained on is the shallow model."""
+    mine, scratch = select(rows, STACKED, point), select(rows, SCRATCH)
+    percent = [100 * (row["step0"]["nats"] / row["source"]["nats"] - 1) for row in mine.values()]
+    found = {"step0_percent": mean(percent), "scratch": _below(mine, scratch, _final),
+             SHALLOW: _below(mine, select(rows, SHALLOW), _final)}  # fmt: skip
+    found["pays"] = found["scratch"]["every_seed"] and found[SHALLOW]["every_seed"]
+    return found | _in_tokens(mine, scratch)
+
+
+def _in_tokens(mine: Mapping[int, Row], scratch: Mapping[int, Row]) -> dict[str, Any]:
+    """`tokens`, and `half`: whether half of the model from scratch's are enough for its loss, at every seed."""
     times = tokens_to(mine, scratch)
-    found["tokens"] = {"shares": list(times.times), "ends": list(times.ends)}
-    found["half"] = all(time is not None and time <= HALF for time in times.times)
-    return found
+    return {"tokens": {"shares": list(times.times), "ends": list(times.ends)},
+            "half": all(time is not None and time <= HALF for time in times.times)}  # fmt: skip
 
 
 def tokens_to(mine: Mapping[int, Row], scratch: Mapping[int, Row]) -> Times:

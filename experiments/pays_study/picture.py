@@ -33,16 +33,19 @@ def draw(stored: Mapping[str, Any], path: Path) -> None:
 
 
 def _panel(axes: Any, rows: Sequence[Row], name: str, over: str) -> None:
-    points = sorted({row["point"] for row in rows if row["kind"] == GROWN})
+    points, ons = (sorted({row["point"] for row in rows if row["kind"] in kinds})
+                   for kinds in ((GROWN, STACKED), (ON,)))  # fmt: skip
     right = is_task(rows)
     unit = {"flops": 1e12, "tokens": 1e3}[over]
     shown: list[tuple[str, dict[int, Row], dict[str, Any]]] = [(SCRATCH, select(rows, SCRATCH), {})]
     shown += [(SHALLOW, found, {})] if (found := select(rows, SHALLOW)) else []
     shown += [(f"{STACKED} at {point:g}", found, {}) for point in points if (found := select(rows, STACKED, point))]
-    shown += [(f"{SOURCE} to {point:g}", select(rows, SOURCE, point), {"linestyle": ":"}) for point in points]
-    shown += [(f"{ON} from {points[-1]:g}", select(rows, ON, points[-1]), {})]
+    shown += [(f"{SOURCE} to {point:g}", found, {"linestyle": ":"}) for point in points
+              if (found := select(rows, SOURCE, point))]  # fmt: skip
+    shown += [(f"{ON} from {point:g}", select(rows, ON, point), {}) for point in ons[-1:]]
     shown += [(ON_FORCED, found, {"linestyle": "--"})] if (found := select(rows, ON_FORCED, points[-1])) else []
-    shown += [(f"grown at {point:g}", select(rows, GROWN, point), {"linewidth": 2.2}) for point in points]
+    shown += [(f"grown at {point:g}", found, {"linewidth": 2.2}) for point in points
+              if (found := select(rows, GROWN, point))]  # fmt: skip
     colours = dict(zip([SCRATCH, ON, *map(str, points), SHALLOW, STACKED], COLOURS, strict=False))
     for label, of, look in shown:
         kind = next(iter(of.values()))["kind"]

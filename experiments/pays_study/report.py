@@ -19,6 +19,10 @@ _CLAIMS = {
     "below it with passes forced": "below the source trained on with all passes forced and none paid for",
     "below what was stacked": "below a source whose layers ran once, stacked at full strength",
     "half of scratch's tokens": "at the loss of the model from scratch, after growth, with half of its tokens or fewer",
+    "stacked below both": "what was stacked: at equal FLOPs below its source's layers trained on, once each, and the "
+                          "model from scratch",
+    "stacked, half of scratch's tokens": "what was stacked: at the loss of the model from scratch, after that, with "
+                                         "half of its tokens or fewer",
 }
 
 
@@ -39,7 +43,7 @@ def markdown(stored: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     lines += [*_overview(found), ""]
     config = stored["config"]
-    tuned = {one["name"]: _tuned(one) for one in (*config.get("tasks", ()), *config.get("texts", ()))}
+    tuned = {one["name"]: _tuned(one, len(seeds)) for one in (*config.get("tasks", ()), *config.get("texts", ()))}
     for name, one in found.items():
         lines += [f"## {name}", "", *tuned.get(name, []), *earlier_runs(stored["rows"], name), *_models(one), ""]
         if one["task"]:
@@ -48,10 +52,11 @@ def markdown(stored: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _tuned(setting: Mapping[str, Any]) -> list[str]:
+def _tuned(setting: Mapping[str, Any], all_seeds: int) -> list[str]:
     """How rates were chosen, where it was not by the first seed alone and for sources and models from scratch; and by
     how much text models were judged."""
-    seeds, own, rates = setting.get("tuned_at", 1), setting.get("child_rates", ()), setting["rates"]
+    seeds = min(all_seeds, setting.get("tuned_at", 1))
+    own, rates = setting.get("child_rates", ()), setting["rates"]
     lines = [f"All models have the rate {rates[0]:g}: none was tried on these seeds."] if len(rates) == 1 else []
     lines += [f"Rates are the best by the mean loss of the first {seeds} seeds."] if seeds > 1 else []
     lines += [f"What is grown has a rate of its own, of {' and '.join(f'{one:g}' for one in own)}."] if own else []
@@ -67,13 +72,14 @@ def _overview(found: Mapping[str, Any]) -> list[str]:
     for claim, words in _CLAIMS.items():
         points = [_points(one, claim) for one in found.values()]
         rows.append([words, *points])
-    return markdown_table(rows, ["at every seed, for the grown model of these points of the budget", *found])
+    return markdown_table(rows, ["at every seed, for what was grown at these points of the budget", *found])
 
 
 def _points(one: Mapping[str, Any], claim: str) -> str:
     other = {"below the shallow one too": SHALLOW, "below what was stacked": STACKED,
              "below it with passes forced": ON_FORCED}.get(claim)  # fmt: skip
-    if other is not None and not any(other in point for point in one["grown"].values()):
+    points = one["stacked" if claim.startswith("stacked") else "grown"].values()
+    if not points or (other is not None and not any(other in point for point in points)):
         return "not trained"
     return ", ".join(one["claims"][claim]) or "at no point"
 
@@ -145,12 +151,23 @@ def sentences(one: Mapping[str, Any]) -> Iterator[str]:
             yield difference(mine, "the source trained on with passes forced, at equal FLOPs", claims[ON_FORCED])
         if STACKED in claims:
             yield difference(mine, "a source run once and stacked, at equal FLOPs", claims[STACKED])
-        times = Times(tuple(claims["tokens"]["shares"]), tuple(claims["tokens"]["ends"]))
-        yield (f"{mine}: from growth to the loss of the model from scratch, in tokens of that model, by seed: "
-               f"{times.text('{:.2f}')}; {times.reached} of {len(times.times)} reached it")  # fmt: skip
+        yield _in_tokens(mine, claims)
+    for point, claims in one["stacked"].items():
+        mine = f"{STACKED} at {point},"
+        yield f"{mine} at step 0: {text_of(claims['step0_percent'], '{:+.2f}')} % of its source's loss"
+        yield difference(mine, "the model from scratch, at equal FLOPs", claims["scratch"])
+        yield difference(mine, "the source's layers trained on, once each, at equal FLOPs", claims[SHALLOW])
+        yield _in_tokens(mine, claims)
     for name, found in one["controls"].items():
         yield f"{name}: at step 0 {text_of(found['step0'], pattern)} beside the grown model of its point"
         if "tenth" in found:
             yield difference("the grown model, after a tenth more,", name, found["tenth"])
     for pair in one["others"]:
         yield difference(f"{pair['mine']}, at equal FLOPs,", pair["other"], pair)
+
+
+def _in_tokens(mine: str, claims: Mapping[str, Any]) -> str:
+    """When the loss of the model from scratch was reached."""
+    times = Times(tuple(claims["tokens"]["shares"]), tuple(claims["tokens"]["ends"]))
+    return (f"{mine.rstrip(',')}: from growth to the loss of the model from scratch, in tokens of that model, by seed: "
+            f"{times.text('{:.2f}')}; {times.reached} of {len(times.times)} reached it")  # fmt: skip

@@ -6,6 +6,7 @@ All contenders of a setting cost the same, the budget B, and lower their rate on
     grown at f          source for f B, grown from the plateau of its rate, then plain to B
     from scratch        the deep model for all of B; of a task also with a curriculum as short as a source's
     shallow             where asked for: the source's layers, once each, from scratch for all of B
+    stacked at f        beside it: such a source for f B, its whole stack put on itself, then plain to B
 
 The source's curriculum, forced passes and the freeing of its gates all happen within its own part.
 """
@@ -38,6 +39,7 @@ class Setting(Config, abc.ABC):
     """`budget` are the steps of the deep model that cost B; `points` the shares of B after which sources are grown.
 
     With `shallow` the source's layers, each run once, are trained from scratch too; on text in place of the controls.
+    Without `adapts` nothing else is: no adaptive source is trained, and none grown.
 
     Sources and the models from scratch are tried at `rates`, with as many of the study's first seeds as `tuned_at`
     says; what is grown goes on at its source's rate, or where there are `child_rates`, at the best of these. Curves
@@ -53,6 +55,7 @@ class Setting(Config, abc.ABC):
     evaluations: int = 6
     held_out_batches: int = 6
     shallow: bool = False
+    adapts: bool = True
     child_rates: tuple[float, ...] = ()
 
     def problems(self) -> list[str]:
@@ -63,6 +66,8 @@ class Setting(Config, abc.ABC):
         wrong += wrong_rates(self.rates)
         if self.child_rates and min(self.child_rates) <= 0:
             wrong.append(f"child_rates are {list(self.child_rates)}; positive learning rates are needed, or none")
+        if not (self.adapts or self.shallow):
+            wrong.append("adapts is false; shallow must be true then, or nothing is grown")
         if not 0 < self.decay < 1:
             wrong.append(f"decay is {self.decay}; it must lie between 0 and 1")
         return wrong

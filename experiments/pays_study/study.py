@@ -40,6 +40,10 @@ Until then a step costs what a plain one does: under `context` "alive" its one p
 
 All seeds are judged by one held-out part: of 6 batches it ranks models otherwise than the tuning part does.
 """
+LONG = NARROW.replace(name="text_long", budget=7200, adapts=False, child_rates=(4e-3,))
+"""Four times as long, where depth is worth its price: what a stack of layers run once is then."""
+_FROZEN = JUMPS.replace(rates=(4e-3,), curricula=(0.3,)), CHAINS.replace(rates=(2e-3,), tuned_at=1)
+"""Rates and curricula as scale `tries` chose them with seeds 0, 1, 2: nothing is tried on seeds to come."""
 _WIDE_CHAINS, _WIDE_JUMPS = DEPTH_SCALES["accelerator"]
 _LESS = {"budget": 24, "points": (0.5,), "evaluations": 2, "held_out_batches": 2, "rates": (4e-3,)}
 _LITTLE = {"width": 16, "rows": 8}
@@ -48,9 +52,9 @@ SCALES: dict[str, tuple[tuple[TaskSetting, ...], tuple[TextSetting, ...]]] = {
         tuple(one.replace(of=one.of.replace(**_LITTLE), **_LESS) for one in (JUMPS, CHAINS, DEEPER)),
         (TEXT.replace(**_LESS, **_LITTLE, tokens=64, target_layers=8),),
     ),
-    # rates and curricula of tasks as scale `hours` chose them with seeds 0, 1, 2: nothing is tried on seeds to come
-    "small": ((JUMPS.replace(rates=(4e-3,), curricula=(0.3,)), CHAINS.replace(rates=(2e-3,), tuned_at=1)), (NARROW,)),
-    "hours": ((JUMPS, CHAINS), (TEXT, NARROW)),
+    "small": (_FROZEN, ()),
+    "hours": (_FROZEN, (NARROW, LONG)),
+    "tries": ((JUMPS, CHAINS), (TEXT,)),
     "accelerator": (
         (
             JUMPS.replace(of=_WIDE_JUMPS, budget=16000),
@@ -151,8 +155,9 @@ def tries(setting: Setting, seeds: tuple[int, ...]) -> dict[str, list[list[Wante
     """What is trained at every rate, each with the first `tuned_at` of the seeds: the sources of the middle, and the
     models from scratch, the deep one also with every curriculum."""
     found = {SCRATCH: [Wanted(setting, SCRATCH, 0, rate, curriculum=eased) for eased in setting.scratch_curricula()
-                       for rate in setting.rates],
-             SOURCE: [Wanted(setting, SOURCE, 0, rate, setting.middle) for rate in setting.rates]}  # fmt: skip
+                       for rate in setting.rates]}  # fmt: skip
+    if setting.adapts:
+        found[SOURCE] = [Wanted(setting, SOURCE, 0, rate, setting.middle) for rate in setting.rates]
     if setting.shallow:
         found[SHALLOW] = [Wanted(setting, SHALLOW, 0, rate) for rate in setting.rates]
         found[ONCE_SOURCE] = [Wanted(setting, ONCE_SOURCE, 0, rate, setting.middle) for rate in setting.rates]
@@ -170,7 +175,7 @@ def first_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted
 def grown_tries(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted]) -> dict[str, list[list[Wanted]]]:
     """What is grown or stacked in the middle, at every one of its own rates, each with the first `tuned_at` of the
     seeds; nothing where rates are their source's."""
-    sources = {GROWN: best[SOURCE], **({STACKED: best[ONCE_SOURCE]} if ONCE_SOURCE in best else {})}
+    sources = {kind: best[of] for kind, of in ((GROWN, SOURCE), (STACKED, ONCE_SOURCE)) if of in best}
     return {kind: [[Wanted(setting, kind, seed, source.rate, setting.middle, own=None if own == source.rate else own)
                     for seed in seeds[: setting.tuned_at]] for own in setting.child_rates]
             for kind, source in sources.items() if setting.child_rates}  # fmt: skip
@@ -179,18 +184,27 @@ def grown_tries(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted
 def second_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wanted]) -> list[Wanted]:
     """What is made of the sources; at the rates of `best[GROWN]` and `best[STACKED]` what is grown and stacked, where
     that was tried."""
-    rate, own = best[SOURCE].rate, best[GROWN].own if GROWN in best else None
-    made = {GROWN: (rate, own), ON: (rate, None)}
+    made: dict[str, tuple[float, float | None]] = {}
     if ONCE_SOURCE in best:
         made[STACKED] = best[ONCE_SOURCE].rate, best[STACKED].own if STACKED in best else None
-    # seeds of one model follow each other: a worker has compiled it then
-    found = [Wanted(setting, kind, seed, its, point, own=then)
-             for point in setting.points for kind, (its, then) in made.items()
-             for seed in seeds]  # fmt: skip
+    if not setting.adapts:
+        return _made(setting, seeds, made)
+    rate, own = best[SOURCE].rate, best[GROWN].own if GROWN in best else None
+    made = {GROWN: (rate, own), ON: (rate, None), **made}
+    found = _made(setting, seeds, made)
     if isinstance(setting, TaskSetting):
         found += [Wanted(setting, ON_FORCED, seed, rate, setting.points[-1]) for seed in seeds]
     return found + [Wanted(setting, CONTROL, seed, rate, setting.middle, one.name, own=own) for one in setting.controls
                     for seed in seeds]  # fmt: skip
+
+
+def _made(
+    setting: Setting, seeds: tuple[int, ...], rates: Mapping[str, tuple[float, float | None]]
+) -> list[Wanted]:
+    """Of each kind, at its source's rate and its own, what is made of the sources of all points."""
+    # seeds of one model follow each other: a worker has compiled it then
+    return [Wanted(setting, kind, seed, rate, point, own=own)
+            for point in setting.points for kind, (rate, own) in rates.items() for seed in seeds]  # fmt: skip
 
 
 def unchanged(study: Study, found: Mapping[str, Any], content: str) -> list[dict[str, Any]]:

@@ -115,7 +115,7 @@ def test_a_rate_may_be_chosen_by_the_mean_over_several_seeds():
     rates = {name: {one["name"].partition(" at ")[2] for one in found if f"/{name} at" in one["name"]}
              for name in MODELS}  # fmt: skip
     assert rates[ADAPTIVE] == {"0.002"}, "0.25 and 0.5 in the mean, though the first seed says otherwise"
-    told = " ".join(report._rates(setting.to_json()))
+    told = " ".join(report._rates(setting.to_json(), 3))
     assert "the better of 0.002, 0.003 by its mean loss" in told and "first 2 seeds" in told
 
 

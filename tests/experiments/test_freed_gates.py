@@ -27,6 +27,8 @@ def test_a_line_a_variant_and_seed(tmp_path):
     page = freed_gates.markdown(stored)
     assert "| hard weights | 1 | 0.0200 | 0.1000 |" in page and "| 0.0050 | 80.0 | 1.20 | 2.10 | 0.80 |" in page
     assert stored["summary"][SOFT]["nats"]["mean"] == pytest.approx(0.5)
+    alone = {**stored, "rows": stored["rows"][::2], "summary": freed_gates.summary(stored["rows"][::2])}
+    assert f"- {HARD}: at the end 0.0050" in freed_gates.markdown(alone), "one seed has no interval"
     freed_gates.draw(stored, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -21,6 +21,8 @@ from experiments.pays_study.study import (
     DEEPER,
     GROWN,
     JUMPS,
+    LONG,
+    NARROW,
     ON,
     ON_FORCED,
     ONCE_SOURCE,
@@ -140,6 +142,15 @@ def test_the_shallow_model_from_scratch_costs_what_all_others_do():
     sources = {one.name for one in first_round(setting, (0, 1), best) if one.kind == ONCE_SOURCE}
     assert {one.source.name for one in stacked} == sources and len(sources) == 4
     assert budget.shallow_steps(setting, 0.5) == budget.shallow_steps(setting) // 2
+    # where nothing adapts, nothing else is trained
+    plain = setting.replace(adapts=False)
+    kinds = [{one.kind for one in units} for units in (
+        [one for units in tries(plain, (0,)).values() for at in units for one in at], first_round(plain, (0, 1), best),
+        second_round(plain, (0, 1), {ONCE_SOURCE: best[ONCE_SOURCE], STACKED: best[STACKED]}))]  # fmt: skip
+    assert kinds[0] == {SCRATCH, SHALLOW, ONCE_SOURCE} and kinds[2] == {STACKED}
+    assert set(grown_tries(plain, (0, 1), {ONCE_SOURCE: best[ONCE_SOURCE]})) == {STACKED}
+    with pytest.raises(Refused, match="adapts is false; shallow must be true then"):
+        TEXT.replace(adapts=False)
 
 
 def test_gates_that_are_let_go_late_cost_one_pass_until_then():
@@ -167,10 +178,13 @@ def test_text_grows_to_the_deep_model_by_each_recipe():
 
 
 def test_units_have_names_of_their_own_and_the_config_reads_back():
-    study = scaled("hours", (0, 1), (), ())
-    alike = [{one.replace(rates=(1.0,), curricula=(1.0,), tuned_at=1) if one.name != "text_narrow" else one
-              for one in scaled(scale, (0, 1), (), ()).settings if one.name != "text"} for scale in ("small", "hours")]
+    study = scaled("tries", (0, 1), (), ())
+    tasks = {scale: scaled(scale, (0, 1), (), ()).tasks for scale in ("small", "hours", "tries")}
+    assert tasks["small"] == tasks["hours"]
+    alike = [[one.replace(rates=(1.0,), curricula=(1.0,), tuned_at=1) for one in tasks[scale]]
+             for scale in ("small", "tries")]  # fmt: skip
     assert alike[0] == alike[1]  # but for what is tried, which the one takes from the other
+    assert LONG.replace(name=NARROW.name, budget=NARROW.budget, adapts=True, child_rates=NARROW.child_rates) == NARROW
     assert Study.from_json(json.loads(json.dumps(study.to_json()))) == study
     tried = tries(JUMPS, study.seeds)[SCRATCH]
     assert [(one.rate, one.curriculum) for (one,) in tried] == [(2e-3, None), (4e-3, None), (2e-3, 0.3), (4e-3, 0.3)]
@@ -189,7 +203,7 @@ def test_units_have_names_of_their_own_and_the_config_reads_back():
     with pytest.raises(Refused, match=r"(?s)points.*below 1.*deeper is"):
         DEEPER.replace(points=(0.5, 1.0), deeper="addition")
     assert {setting.name for tasks, texts in SCALES.values() for setting in (*tasks, *texts)} == {
-        "pointer_jumps", "variable_chains", "deeper_jumps", "text", "text_narrow"}  # fmt: skip
+        "pointer_jumps", "variable_chains", "deeper_jumps", "text", "text_narrow", "text_long"}  # fmt: skip
 
 
 def row(kind, seed, nats, point=1.0, flops=8e12, right=None, curve=(), **more):
@@ -291,18 +305,25 @@ def test_a_rate_at_which_a_seed_diverges_is_not_taken_for_any():
 
 def test_claims_are_made_where_every_seed_says_so():
     rows = rows_of(0.895, 0.5, (0.28, 0.29, 0.29))
-    others = [row(kind, seed, 0.3, point, right=0.9, step0=(1.0, 0.5)) for kind, point in
-              ((SHALLOW, 1.0), (STACKED, 0.5), (ON_FORCED, 0.5)) for seed in range(3)]  # fmt: skip
+    others = [row(kind, seed, nats, point, right=0.9, step0=(1.0, 0.5), source=(0.8, 0.5),
+                  curve=((500, 0.9), (900, 0.3)))
+              for kind, point, nats in ((SHALLOW, 1.0, 0.35), (STACKED, 0.5, 0.3), (ON_FORCED, 0.5, 0.3))
+              for seed in range(3)]  # fmt: skip
     found = summary([*rows, *others])["jumps"]
     one = found["grown"]["0.5"]
     assert found["claims"] == {name: ["0.5"] for name in found["claims"]}
     alone = summary(rows)
-    none: dict[str, list[str]] = {"below the shallow one too": [], "below what was stacked": [],
-                                  "below it with passes forced": []}  # fmt: skip
-    assert alone["jumps"]["claims"] == {**found["claims"], **none}
+    none: dict[str, list[str]] = {name: [] for name in found["claims"] if "stacked" in name or "it with" in name
+                                  or "shallow" in name}  # fmt: skip
+    assert alone["jumps"]["claims"] == {**found["claims"], **none} and len(none) == 5
     assert comparisons(alone) == 4 and comparisons({"jumps": found}) == 11
     pairs = {(one["mine"], one["other"]): (one["mean"], one["every_seed"]) for one in found["others"]}
-    assert pairs[STACKED, SCRATCH] == (pytest.approx(0.3 - 0.41), True) and pairs[STACKED, SHALLOW] == (0.0, False)
+    assert pairs[SHALLOW, SCRATCH] == (pytest.approx(0.35 - 0.41), True) and (ON_FORCED, SCRATCH) in pairs
+    stacked = found["stacked"]["0.5"]
+    assert stacked["scratch"]["mean"] == pytest.approx(0.3 - 0.41) and stacked["step0_percent"]["mean"] == 25
+    assert stacked["tokens"]["shares"] == pytest.approx([0.4] * 3) and stacked[SHALLOW]["every_seed"]
+    level = summary([*rows, *({**one, "final": {**one["final"], "nats": 0.35}} for one in others)])["jumps"]
+    assert level["claims"]["stacked below both"] == [] and level["stacked"]["0.5"]["scratch"]["every_seed"]
     assert one["step0_points"]["mean"] == pytest.approx(-0.5) and one["on"]["every_seed"]
     assert one["scratch"]["mean"] == pytest.approx(np.mean([0.28 - 0.40, 0.29 - 0.41, 0.29 - 0.42]))
     assert one["tokens"]["shares"] == pytest.approx([0.3] * 3) and found["deeper"] == ["2"]
@@ -323,13 +344,22 @@ def test_text_is_judged_by_its_loss_at_growth():
 
 def test_the_page_says_what_the_figures_decide(tmp_path):
     rows = rows_of(0.895, 0.5, (0.28, 0.29, 0.33))
+    # beside it a text of which nothing adapts
+    losses = {SHALLOW: 0.35, STACKED: 0.3, SCRATCH: 0.4, ONCE_SOURCE: 0.5}
+    rows += [{**row(kind, seed, nats + 0.01 * seed, 0.5 if "once" in kind else 1.0, step0=(2.0, None),
+                    source=(1.6, None), curve=((500, 0.9), (900, 0.3))), "task": "plain"}
+             for kind, nats in losses.items() for seed in range(3)]  # fmt: skip
     stored = {"command": "…", "config": {"seeds": [0, 1, 2]}, "machine": {"cores": 2, "device": "cpu"},
               "seconds": 60.0, "rows": rows, "summary": summary(rows), "content": ""}  # fmt: skip
     stored["config"]["texts"] = [TEXT.replace(name="jumps", child_rates=(1e-3, 2e-3)).to_json()]
     (tmp_path / "growth_pays.json").write_text(json.dumps(stored))
     assert growth_pays.main(["--render", "--output", str(tmp_path)]) == 0
     text = (tmp_path / "growth_pays.md").read_text()
-    assert "| at equal FLOPs below the source trained on and the model from scratch | at no point |" in text
+    below = "at equal FLOPs below the source trained on and the model from scratch"
+    assert f"| {below} | at no point | not trained |" in text
+    assert "once each, and the model from scratch | not trained | 0.5 |" in text
+    assert "stacked at 0.5, at step 0: +25.00 % of its source's loss" in text.replace("(+25.00 to +25.00) ", "")
+    assert "stacked at 0.5: from growth to the loss of the model from scratch, in tokens" in text
     assert "grown at 0.5 and the source trained on, at equal FLOPs cannot be told apart" in text
     assert "grown at 0.5 ends below the model from scratch, at equal FLOPs" in text and "d = 2 (new)" in text
     assert "rate of its own, of 0.001 and 0.002. All seeds are judged by the same 6,144 bytes" in text

@@ -150,6 +150,19 @@ def test_what_does_not_compile_has_its_error_in_the_report(tmp_path, monkeypatch
     assert "the kernels do not compile" in capsys.readouterr().err
 
 
+def test_figures_of_another_compiler_are_not_dropped_unasked(tmp_path, monkeypatch, capsys):
+    stored = {"chip": "v6e", "libtpu": "1", "jax": "2", "rows": [{"case": "plain"}, {"case": "other"}]}
+    (tmp_path / "kernels_v6e.json").write_text(json.dumps(stored))
+    now = {"chip": "v6e", "libtpu": "9", "jax": "2"}
+    assert kernel_report._lost(tmp_path, now, {"plain"}) == ["other"]
+    assert not kernel_report._lost(tmp_path, now, {"plain", "other"})
+    assert not kernel_report._lost(tmp_path, {**now, "libtpu": "1"}, {"plain"})
+    monkeypatch.setattr(kernel_report, "_about", lambda chip: now)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    assert kernel_report.main(tmp_path, ["--case", "plain", "--output", str(tmp_path)]) == 2
+    assert "which would go: other; make them anew too" in capsys.readouterr().err
+
+
 def test_the_command_without_the_compiler_and_with_wrong_words(tmp_path, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))

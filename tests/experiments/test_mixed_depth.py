@@ -36,6 +36,10 @@ def test_the_page_says_what_was_found(tmp_path):
     assert "| 1 | 1.5000 (1.5000 to 1.5000) | +0.2500" in page and "| 2 | 1.1250 (1.1250 to 1.1250) | -0.1250" in page
     draw(stored, tmp_path / "passes.png")
     assert (tmp_path / "passes.png").read_bytes().startswith(b"\x89PNG")
+    for one in rows:  # a text of other letters than ASCII's
+        one.update({key: {"0": 2.0} for key in ("passes_by_place", "nats_by_place") if key in one})
+    page = markdown({**stored, "rows": rows, "summary": summary(rows)})
+    assert "text: what is no letter" in page and "first letter" not in page
 
 
 def test_everyone_sees_the_same_rows_and_the_longer_one_costs_as_much():

@@ -229,6 +229,8 @@ def test_rows_of_arms_that_are_there_are_kept_and_none_is_lost(tmp_path):
     contract.check_kept(tmp_path, stored, kept, [arm.name for arm in more.settings], "model")
     with pytest.raises(Refused, match=r"it has rows of .* trained on text, which this study leaves out"):
         contract.check_kept(tmp_path, stored, kept[:1], [arms[1].name], "model")
+    elsewhere = more.replace(text=("/tmp/a.txt",), tokenizer="/tmp/b.model")  # the hash says what they hold
+    assert study.unchanged(elsewhere, {**stored, "config": {**stored["config"], "text": ["a.txt"]}}, "")
     with pytest.raises(Refused, match=r"steps of the stored rows is 600; this study has 7\n.*another text"):
         study.unchanged(more.replace(steps=7), stored, "else")
     assert "Rows of an earlier run" in report.write("state")(tmp_path, {**stored, "rows": kept})
@@ -252,5 +254,7 @@ def test_words_that_make_no_study_are_refused():
         recall_hybrids.configured(recall_hybrids.parser().parse_args(["--part", "machine", "--scale", "large"]))
     with pytest.raises(Refused, match="--part scaling has none"):
         recall_hybrids.main(["--part", "scaling", "--keep"])
+    with pytest.raises(Refused, match=r"(?s)--text is of the other parts.*--tokenizer is of the other parts"):
+        recall_hybrids.main(["--part", "machine", "--text", "a.txt", "--tokenizer", "b.model"])
     with pytest.raises(Refused, match="trainings has 'words'"):
         SMALL.of([Arm("D", 0.0, "words")])

@@ -25,7 +25,7 @@ from experiments.text_study.study import (
 )
 from gt_jax.configs.model import AdaptiveConfig
 from gt_jax.configs.price import PriceConfig
-from gt_jax.errors import Refused
+from gt_jax.errors import Failed, Refused
 
 STUDY = TextGates()
 MODELS = STUDY.models
@@ -78,6 +78,20 @@ def test_the_longer_plain_model_costs_what_the_presets_rule_did():
     asked.clear()
     found = text_gates.all_rows(STUDY, Made())
     assert not any(one.model == EQUAL for one in asked), "plain is ahead with as many steps, and so with more"
+    lost = {(DEFAULT, 2e-3), (EQUAL, 4e-3)}  # diverges at the last seed
+
+    class Breaks(Made):
+        def all(self, wanted):
+            asked.extend(wanted.values())
+            return {name: {**super(Breaks, self).all({name: one})[name], "at": (one.model, one.rate),
+                           "diverged": (one.model, one.rate) in lost and one.seed == 2} for name, one in wanted.items()}
+
+    nats = NATS
+    taken = {row["at"] for row in text_gates.all_rows(STUDY, Breaks())}
+    assert (DEFAULT, 4e-3) in taken and not taken & lost and (EQUAL, 2e-3) in taken
+    lost.add((DEFAULT, 4e-3))
+    with pytest.raises(Failed, match=f"{DEFAULT} diverged at every rate that was tried"):
+        text_gates.all_rows(STUDY, Breaks())
     assert "was not given more" in findings._equal(summary([row(m, s) for m in MODELS if m != EQUAL for s in (0, 1)]))
 
 

@@ -15,12 +15,25 @@ from pathlib import Path
 
 import pytest
 
-from experiments import contract, early_exit, recall_hybrids, workers
+from experiments import (
+    contract,
+    early_exit,
+    growth_context,
+    growth_operators,
+    growth_pays,
+    mixed_depth,
+    recall_hybrids,
+    residual_lambdas,
+    study_command,
+    text_gates,
+    workers,
+)
 from experiments.exit_study import run
 from experiments.exit_study.study import at_scale
 from experiments.exit_study.train import content
+from experiments.lambda_study.study import LambdaStudy
 from experiments.recall_study import machine
-from experiments.units import Units
+from experiments.units import Units, check_same
 from experiments.workers import Workers
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.configs.json_config import Config
@@ -216,6 +229,36 @@ def test_nobody_elses_page_is_written_over_and_an_edited_file_is_refused(tmp_pat
         contract.write(file, stored(*rows))
         with pytest.raises(Refused, match=why):
             contract.read(file)
+
+
+def test_a_study_of_text_reads_plain_text_and_enough_of_it(tmp_path, capsys):
+    lines = tmp_path / "stories.jsonl"
+    lines.write_text('{"text": "once"}\n')
+    for command in (growth_pays, text_gates, mixed_depth, growth_context, early_exit, recall_hybrids, residual_lambdas,
+                    growth_operators):  # fmt: skip
+        with pytest.raises(SystemExit) as left:
+            command.main(["--text", str(lines)])
+        assert left.value.code == 2 and "has JSON lines, and studies read plain text" in capsys.readouterr().err
+    short = tmp_path / "short.txt"
+    short.write_text("a line of text\n" * 4000)
+    for command, scale in ((growth_pays, "hours"), (text_gates, "small"), (mixed_depth, "small")):
+        with pytest.raises(Refused, match=r"rows, the study needs \d+; give more text with --text"):
+            command.main(["--text", str(short), "--scale", scale, "--output", str(tmp_path / "out")])
+    with pytest.raises(Refused, match="--text is of settings of text; these are pointer_jumps, variable_chains"):
+        growth_pays.main(["--text", str(short)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stored_config_names_text_and_tokenizer_each_by_its_own_name(tmp_path):
+    study = LambdaStudy(text=("/data/a.txt", "b.txt"), tokenizer="/data/words.model")
+    assert study_command.named(study) == LambdaStudy(text=("a.txt", "b.txt"), tokenizer="words.model")
+    assert study_command.named(Study()) == Study(text=("stories.txt",))
+    assert study_command.named(machine.MachineStudy()) == machine.MachineStudy()
+    file = tmp_path / "there.json"
+    file.write_text(json.dumps({"config": study_command.named(study).to_json(), "content": "hash"}))
+    check_same(file, study, "hash")
+    with pytest.raises(Refused, match=r"(?s)text:.*tokenizer:"):
+        check_same(file, study, "another")
 
 
 def test_two_studies_do_not_share_a_folder_and_words_that_are_not_looked_at_are_refused(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def _case(name: str, shape: Shape) -> Case:
         unit="chunk and value head",
         arguments=arguments,
         run=lambda chip: _both_ways(
-            shape, functools.partial(pallas_tpu.gated_delta_rule, matrix_unit=chip.matrix_unit)
+            shape, functools.partial(pallas_tpu.gated_delta_rule, most_beta=1.0, matrix_unit=chip.matrix_unit)
         ),
         beside=_both_ways(shape, xla.gated_delta_rule),
         kernels=lambda chip: _kernels(shape, chip),
@@ -87,7 +87,8 @@ def _kernels(shape: Shape, chip: Chip) -> Sequence[Kernel]:
     )
 
     def a_step(q: Any, v: Any) -> Any:
-        plan = layout.make_plan((q, q, v), shape.chunk, 1.0, shape.segments, chip.matrix_unit)
+        exact = shape.dtype != "bfloat16"
+        plan = layout.make_plan(q, v, shape.chunk, 1.0, exact, shape.segments, chip.matrix_unit)
         return jnp.zeros(plan.heads)
 
     heads = jax.eval_shape(a_step, q, v).size

@@ -70,8 +70,8 @@ def gated_delta_rule(
             these arguments, and XLA otherwise. For a topology that is not here the trace must stand in `shard_map` or
             under `jax.set_mesh` of its devices. The one for up to 8 tokens on a TPU writes the state where
             `initial_state` was: donate it, or carry it through the loop.
-        most_beta: what beta never exceeds, by the caller's word; at most 1 spares a GPU's kernels the passes that keep
-            a cancelling inverse exact.
+        most_beta: what beta never exceeds, by the caller's word; at most 1 spares the kernels the passes that keep a
+            cancelling inverse exact.
         debug: also look at the values, of g and beta, as `check_values` does.
 
     Returns:
@@ -95,7 +95,7 @@ def gated_delta_rule(
         output = token[:, None]
     else:
         run = IMPLEMENTATIONS[chosen]
-        if chosen.startswith("pallas_gpu"):
+        if chosen.startswith("pallas") and "decode" not in chosen:
             run = functools.partial(run, most_beta=most_beta)
         output, state = run(q, k, v, g, beta, initial_state, segment_ids, scale, chunk_size)
     return (output, state) if return_state else output

@@ -46,14 +46,17 @@ def gated_delta_rule(
     scale: float,
     chunk_size: int,
     *,
+    most_beta: float = 2.0,
     interpret: bool | pltpu.InterpretParams = False,
     heads_per_step: int | None = None,
     matrix_unit: int | None = None,
 ) -> tuple[Float[Array, "b t hv v"], Float[Array, "b hv k v"]]:
     """The outputs and the last state, differentiable.
 
-    Args as of the other implementations, and: `interpret` runs the kernels on any machine, slowly; `heads_per_step`
-    bounds the value heads of a grid step; `matrix_unit` is the width of the chip's, None that of the target.
+    Args as of the other implementations, and: `most_beta` is what beta never exceeds; above 1 the inverse cancels, and
+    bfloat16 arguments are computed, and saved, as float32 ones are. `interpret` runs the kernels on any machine,
+    slowly; `heads_per_step` bounds the value heads of a grid step; `matrix_unit` is the width of the chip's, None that
+    of the target.
 
     Raises:
         ValueError: listing what these kernels do not do.
@@ -63,7 +66,8 @@ def gated_delta_rule(
         raise ValueError("pallas_tpu:\n" + "\n".join(f"  - {problem}" for problem in problems))
     run = None if segment_ids is None else runs(segment_ids, chunk_size)
     matrix_unit = matrix_unit or matrix_unit_width(target_device()[1])
-    plan = layout.make_plan((q, k, v), chunk_size, scale, run is not None, matrix_unit, heads_per_step)
+    exact = most_beta > 1 or any(x.dtype != jnp.bfloat16 for x in (q, k, v))
+    plan = layout.make_plan(q, v, chunk_size, scale, exact, run is not None, matrix_unit, heads_per_step)
     call = _Call(plan, interpret)
     return _rule(call, (q, k, v, g, beta), initial_state.astype(jnp.float32), run)
 

@@ -90,7 +90,7 @@ from pallas_kernels.gated_delta_rule.api import gated_delta_rule
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[sys.argv[1]].topology).devices
 mesh = Mesh(np.array(devices[:1]), ("data",))
-rule = lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], return_state=True)
+rule = lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], return_state=True, most_beta=1.0)
 split = jax.shard_map(rule, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
 found = []
 for batch, length in ((1, 1), (8, 1), (256, 1), (8, 8)):

@@ -28,17 +28,17 @@ def padded_width(width: int) -> int:
 
 
 def make_plan(
-    arguments: tuple[Array, Array, Array],
+    q: Array,
+    v: Array,
     chunk: int,
     scale: float,
+    exact: bool,
     segmented: bool,
     matrix_unit: int,
     heads: int | None = None,
 ) -> Plan:
-    """As many value heads a step as divide those of (q, k, v), up to `heads`, 32, and what fits into VMEM."""
-    q, _, v = arguments
+    """As many value heads a step as divide those of v, up to `heads`, 32, and what fits into VMEM."""
     group = v.shape[2] // q.shape[2]
-    exact = any(x.dtype != jnp.bfloat16 for x in arguments)
     plan = Plan(
         chunk, 1, group, padded_width(q.shape[3]), padded_width(v.shape[3]), scale, exact, segmented, matrix_unit
     )

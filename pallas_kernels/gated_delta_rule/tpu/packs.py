@@ -29,7 +29,8 @@ MASKED = -1e30  # an exponent; -inf would make the difference of two masked ones
 class Plan:
     """What is fixed when a kernel is compiled; widths are padded to the lanes.
 
-    exact: float32 products for float32 inputs; otherwise the matrix unit's bfloat16, in one or three passes.
+    exact: float32 products, for float32 inputs and for beta above 1; otherwise the matrix unit's bfloat16, in one or
+        three passes.
     matrix_unit: its width, 128 or 256.
     """
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
-from experiments.text_files import add_text_flag
+from experiments.text_files import add_text_flag, refuse_short
 
 if TYPE_CHECKING:
     from experiments.pays_study.context import ContextStudy, Of
@@ -46,7 +46,9 @@ def configured(arguments: argparse.Namespace) -> tuple[ContextStudy, str]:
 
     study = scaled(arguments.scale, tuple(arguments.contexts.split(",")), read_seeds(arguments.seeds),
                    tuple(arguments.text))  # fmt: skip
-    return study, open_data(study.setting.data(0, 1, study.text)).content_hash()
+    text, count = open_data(study.setting.data(0, 1, study.text)), study.setting.held_out_batches
+    refuse_short(text, {"held-out": count, "tuning": count})
+    return study, text.content_hash()
 
 
 def make(work: Path, wanted: Of) -> dict[str, Any]:

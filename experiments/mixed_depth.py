@@ -46,7 +46,7 @@ def configured(arguments: argparse.Namespace) -> tuple[MixedStudy, str]:
 
     study = scaled(arguments.scale, read_seeds(arguments.seeds), tuple(arguments.text))
     opened = open_data(study.data(0))
-    refuse_short(opened, {"held-out": study.of.held_out_batches})
+    refuse_short(opened, {"held-out": study.of.held_out_batches, "tuning": study.of.held_out_batches})
     return study, opened.content_hash()
 
 

@@ -67,7 +67,7 @@ def all_rows(study: TextGates, workers: Workers) -> list[dict[str, Any]]:
 
     def settled(models: Sequence[str], tried: Mapping[Wanted, dict[str, Any]]) -> dict[Wanted, dict[str, Any]]:
         """Of all seeds, each model at the best of its rates at which none diverges."""
-        lost: set[tuple[str, float]] = set()
+        lost = {(one.model, one.rate) for one, row in tried.items() if row.get("diverged")}
         while True:
             best: list[Wanted] = []
             for model in models:

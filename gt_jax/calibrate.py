@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -43,7 +44,7 @@ def calibrate(
     that exists. Both models are laid out over the mesh of the context; every process of a `group` calls it.
     """
     from gt_jax.checkpoints import checkpoint
-    from gt_jax.checkpoints.folders import UNFINISHED
+    from gt_jax.checkpoints.folders import UNFINISHED, parent_made
     from gt_jax.checkpoints.leftovers import clear_save
     from gt_jax.checkpoints.lock import only_writer
     from gt_jax.devices.processes import ProcessGroup
@@ -53,10 +54,12 @@ def calibrate(
     # one step of a run for all that follows, in every process: a newer one may come between
     places = [Path(place) for place in group.gather(named_places)[0]]
     pair = group.agree(lambda: _belonging(source, grown, target, batches, places))
-    group.on_first(lambda: _refuse_other_values(pair.grown, grown, places[0]))
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "json_lines": tuple(json_lines),
                              "tasks": tuple(tasks), "mix": tuple(mix), "tokenizer": tokenizer}
-    with only_writer(target):  # since before the minutes of the fit: of two jobs one would fit for nothing
+    with contextlib.ExitStack() as stack:
+        group.agree(lambda: stack.enter_context(parent_made(target)))
+        group.on_first(lambda: _refuse_other_values(pair.grown, grown, places[0]))
+        stack.enter_context(only_writer(target))  # before the minutes of the fit: of two jobs one would fit for nothing
         group.on_first(lambda: clear_save(target.with_name(target.name + UNFINISHED)))
         return _fitted(source, grown, target, pair, named, batches, progress or (lambda line: None), group, **options)
 
@@ -145,7 +148,6 @@ def _refuse_mesh(rows: int, *paths: Path) -> None:
 
 def _belonging(source: Path, grown: Path, target: Path, batches: int, places: Sequence[Path]) -> _Pair:
     """SRC and GROWN, which `places` are; raises `Refused` for all that can be wrong before a value is read."""
-    from gt_jax.checkpoints import checkpoint
     from gt_jax.evaluation.model_files import open_checkpoint
     from gt_jax.growth.calibration import mismatches
     from gt_jax.growth.provenance import stored_plan
@@ -160,7 +162,6 @@ def _belonging(source: Path, grown: Path, target: Path, batches: int, places: Se
     shallow, deep = (open_checkpoint(place) for place in places)
     plan = stored_plan(deep.metadata, grown)
     refuse_all(mismatches(shallow.config, deep.config, plan), f"{grown} was not grown from {source}:")
-    checkpoint.prepare_parent(target)
     return _Pair(places, plan, shallow.metadata, deep.metadata)
 
 

@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--to", choices=("orbax", "safetensors", "hf"), default="orbax",
                       help="what DST becomes (orbax)")
     made.add_argument("--approximate", type=local_path, metavar="TEXT",
-                      help="with --to hf: fold gains that are neither 0 nor 1, and measure on this text what it costs")
+                      help="with --to hf: fold gains that are neither 0 nor 1, and measure on this text what that "
+                      "and rounding cost")
     made.add_argument("--config", type=local_path, metavar="FILE", help="config fields that the tensors do not tell")
     made.add_argument("--step", type=whole, metavar="N", help="the step to note (what SRC says, else 0)")
     made.add_argument("--tokens", type=local_path, metavar="FILE",
@@ -81,10 +82,20 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"beside it: {beside or 'neither tokenizer nor generation config'}")
     if report.get("zeroed"):
         lines.append(f"layers with gain 0, whose projections back to the stream are zeros: {report['zeroed']}")
-    if cost := report.get("cost"):
-        lines.append(f"gains of layers {list(report['folded'])} folded: on {cost['tokens']} tokens logits differ by up "
-                     f"to {cost['logits']:.2e} of the largest, loss {cost['loss']:.4f} -> {cost['loss_folded']:.4f}")
+    if report.get("cost") or report.get("rounded"):
+        lines.append(_loss_line(report))
     return [*lines, "config " + json.dumps(config)]
+
+
+def _loss_line(report: Mapping[str, Any]) -> str:
+    """What is not written as it is, and what that costs where a text was given to measure it on."""
+    done = [f"gains of layers {list(report['folded'])} folded"] if report["folded"] else []
+    done += [f"{count} tensors rounded to {dtype}" for dtype, count in report["rounded"].items()]
+    cost, what = report["cost"], ", ".join(done) or "nothing folded or rounded"
+    if cost is None:
+        return f"{what}, which such tensors came in or matrices have; --approximate TEXT says what it costs"
+    return (f"{what}: on {cost['tokens']} tokens logits differ by up to {cost['logits']:.2e} of the largest, loss "
+            f"{cost['loss']:.4f} -> {cost['loss_folded']:.4f}")
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:

@@ -58,14 +58,36 @@ def unfinished_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.gt_jax-tmp")
 
 
+def checkpoint_around(target: Path) -> Path | None:
+    """The checkpoint that a target would lie in, where only what was saved belongs; None where it lies in none."""
+    folders = Path(os.path.abspath(target)).parents
+    return next((folder for folder in folders if (folder / "_CHECKPOINT_METADATA").exists()), None)
+
+
+def wrong_place(path: Path) -> str | None:
+    """Why a command cannot write a file at `path`, in words after that name; None where it can."""
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
+        return f"{path.parent} is not a folder that can be written to"
+    around = checkpoint_around(path)
+    if around is not None:
+        return f"it would lie in the checkpoint {around}, which goes when it is old; name another place"
+    return None
+
+
+def behind_link(path: Path) -> Path:
+    """The place that a link names, at the end of all links; any other path as it is."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def write_atomically(path: Path, content: str | bytes, replace: bool = True) -> None:
     """Write under `unfinished_name`, then rename: what fails leaves the old file, or none; a kill leaves that name too.
 
     The bytes are on the disk before they get the name, and the name is when this returns. A file that is replaced keeps
-    its mode; without `replace` none is, also one that has come since somebody looked. Text is UTF-8; what is no
-    character, of a file name in another encoding, is escaped. Raises OSError, that of a full disk with the file's name,
-    and FileExistsError.
+    its mode, and a link to it stays one; without `replace` none is, also one that has come since somebody looked. Text
+    is UTF-8; what is no character, of a file name in another encoding, is escaped. Raises OSError, that of a full disk
+    with the file's name, and FileExistsError.
     """
+    path = behind_link(path) if replace else path
     unfinished = unfinished_name(path)
     try:
         with explain_full_disk(path, "do it again"):
@@ -78,7 +100,7 @@ def write_atomically(path: Path, content: str | bytes, replace: bool = True) -> 
                     os.chmod(unfinished, stat.S_IMODE(path.stat().st_mode))
                 os.replace(unfinished, path)
             else:
-                _name_anew(unfinished, path)
+                name_anew(unfinished, path)
     except BaseException:
         with contextlib.suppress(OSError):
             unfinished.unlink()
@@ -86,7 +108,7 @@ def write_atomically(path: Path, content: str | bytes, replace: bool = True) -> 
     sync(path.parent)
 
 
-def _name_anew(unfinished: Path, path: Path) -> None:
+def name_anew(unfinished: Path, path: Path) -> None:
     """Call a file `path`, which nothing is called; raises FileExistsError."""
     try:
         os.link(unfinished, path)

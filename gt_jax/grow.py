@@ -26,22 +26,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gt_jax.checkpoints.folders import damage
-from gt_jax.configs.layout import Layout, parse
+from gt_jax.configs.layout import Layout
 from gt_jax.configs.standing import standing
 from gt_jax.devices.flags import add_process_flags, is_distributed, wrong_process_flags
 from gt_jax.devices.precision import add_precision_flag, computing, products
 from gt_jax.devices.program_cache import add_cache_flag, keep_programs
-from gt_jax.errors import Failed, Refused, deliver, first_line, refuse_all, run_command, say
+from gt_jax.errors import Failed, deliver, first_line, refuse_all, run_command, say
 from gt_jax.files import local_name, local_path
 from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
 from gt_jax.growth.kept_gates import flags_without_gates, keeping_gates, wrong_order
 from gt_jax.growth.layer_map import EXAMPLE, read_map
 from gt_jax.growth.memory_size import memory_size
-from gt_jax.growth.plan import PASSES_FROM, PLANS, default_layout, fitted, identity_plan, make_plan
-from gt_jax.growth.plan_entries import Plan
+from gt_jax.growth.plan import PASSES_FROM, default_layout, fitted, identity_plan, make_plan
+from gt_jax.growth.plan_entries import Plan, depth_of
 from gt_jax.growth.plan_file import plan_for, plan_json, unread
-from gt_jax.growth.repetition import ALPHA, REFERENCE_COUNTS, Repetition, read, reference
+from gt_jax.growth.plan_options import RECIPES, coefficients_of, kind_of, layout_of, wrong_plan
+from gt_jax.growth.repetition import (
+    ALPHA,
+    MOST_PASSES,
+    REFERENCE_COUNTS,
+    Repetition,
+    read,
+    reference,
+    whole_passes,
+)
 from gt_jax.growth.rounding import ROUNDS
 from gt_jax.growth.rules import CARRIES, check_noise
 from gt_jax.growth.spread import spread_line
@@ -52,12 +61,6 @@ if TYPE_CHECKING:
 
     from gt_jax.configs.model import ModelConfig
     from gt_jax.growth.cost import GrowthCost
-
-DEFAULT_PLAN = "dealt"
-DEFAULTS = {"coefficient": "expected", "correct": "none", "carry": "gain"}
-RECIPES = {"readme": {"coefficient": "schedule", "correct": "none", "carry": "weights"}}
-KINDS = (*PLANS, "identity")
-
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -182,7 +185,7 @@ def _prepare(
     """Everything that can be refused before anything is written: source, plan and its counts, warnings, how
     coefficients enter."""
     _check(args)
-    options = _recipe(args)
+    options = coefficients_of(args)
     source = _Source(args.source) if args.source else None
     plan, counts, warnings = _plan(args, options, source)
     if source is not None and source.stood is not None:
@@ -254,56 +257,18 @@ def _check(args: argparse.Namespace) -> None:
         wrong.append("--tokenizer reads --verify-text; there is none")
     from gt_jax.monitoring.plan_outputs import wrong_outputs
 
-    wrong += _wrong_plan(args) + (flags_without_gates(vars(args)) if args.keep_gates else [])
+    wrong += wrong_plan(args) + (flags_without_gates(vars(args)) if args.keep_gates else [])
     wrong += wrong_outputs(args.target, args.plan_out, args.picture)
     refuse_all(wrong, "these arguments do not go together:")
     check_noise(args.noise_std, args.seed)
     memory_size(args.memory)
 
 
-def _wrong_plan(args: argparse.Namespace) -> list[str]:
-    """What is wrong with --plan itself, and the flags that its kind has no use for."""
-    kind, wrong = _kind(args), []
-    if args.plan is not None and args.plan not in KINDS:
-        is_file = args.plan.endswith(".json") or Path(args.plan).exists()
-        return [f"--plan {args.plan} is none of {', '.join(KINDS)}"
-                + (f"; a plan file is named by --plan-file {args.plan}" if is_file else "")]
-    if kind == "map" and args.map is None:
-        wrong.append(f"--plan map needs its list: --map {EXAMPLE}, or --map FILE.csv")
-    all_made = ("map", "repetition", "passes_from", "round", "target_layers", "coefficient", "correct", "recipe")
-    without = {"file": ("plan", *all_made), "identity": all_made, "map": ("round",)}.get(kind, ("map",))
-    named = f"--plan-file {args.plan_file}" if kind == "file" else f"--plan {kind}"
-    return wrong + [f"--{'from' if flag == 'passes_from' else flag.replace('_', '-')} has no meaning for {named}"
-                    for flag in without if getattr(args, flag) is not None]
-
-
-def _kind(args: argparse.Namespace) -> str:
-    """The kind of plan, `file` for one that is read from a file."""
-    if args.plan_file is not None:
-        return "file"
-    if args.keep_gates and args.plan is None and args.map is None:
-        return "layer"
-    if args.plan is None:
-        return "map" if args.map is not None else DEFAULT_PLAN if args.recipe is None else "block"
-    return str(args.plan)
-
-
-def _recipe(args: argparse.Namespace) -> dict[str, str]:
-    """Coefficient, correction and carry: the recipe's, else the flags', else the defaults."""
-    given = {name: value for name in DEFAULTS if (value := getattr(args, name)) is not None}
-    if args.recipe is None:
-        return DEFAULTS | given
-    fixed = RECIPES[args.recipe]
-    refuse_all([f"--{name} {value} contradicts it, it means --{name} {fixed[name]}" for name, value in given.items()
-                if value != fixed[name]], f"--recipe {args.recipe} is a fixed rule:")
-    return dict(fixed)
-
-
 def _plan(args: argparse.Namespace, options: Mapping[str, str],
           source: _Source | None) -> tuple[Plan, Repetition | None, tuple[str, ...]]:
     """The plan, the counts behind it, and what the user should know about them."""
-    kind, warnings, counts = _kind(args), list[str](), None
-    wanted = _target_layout(args.target_layout)
+    kind, warnings, counts = kind_of(args), list[str](), None
+    wanted = layout_of(args.target_layout)
     if kind == "file":
         plan, counts, there = plan_for(args.plan_file, source.config.depth if source else None)
         used = {name: getattr(args, name) for name in ("noise_std", "seed", "dtype", "recipe")}
@@ -312,7 +277,7 @@ def _plan(args: argparse.Namespace, options: Mapping[str, str],
     elif kind == "identity":
         plan = identity_plan(source.config.depth if source else default_layout(reference()))
     else:
-        counts, warnings = _counts(args, source)
+        counts, warnings = _counts(args, source, kind, wanted)
         depth = source.config.depth if source else default_layout(counts)
         layers = read_map(args.map, len(depth)) if kind == "map" else ()
         plan = make_plan(kind, counts, depth, round=args.round or "up", target_layers=args.target_layers,
@@ -342,8 +307,16 @@ def _alpha(source: _Source) -> tuple[float, ...] | None:
     return source.config.adaptive.alpha if source.config.adaptive else None
 
 
-def _counts(args: argparse.Namespace, source: _Source | None) -> tuple[Repetition, list[str]]:
-    """The pass counts, and what had to be assumed; raises `Refused` for counts measured at other strengths."""
+def _counts(args: argparse.Namespace, source: _Source | None, kind: str,
+            wanted: Layout | None) -> tuple[Repetition, list[str]]:
+    """The pass counts, and what had to be assumed; raises `Refused` for counts measured at other strengths.
+
+    A plain source is stacked whole, as often as the depth that is asked for has its layers, else twice.
+    """
+    if source and source.config.adaptive is None and kind == "stack" and not args.repetition:
+        depth = len(source.config.depth)
+        asked = args.target_layers or (depth_of(wanted) if wanted else 2 * depth)
+        return whole_passes(depth, min(MOST_PASSES, -(-asked // depth))), []
     alpha = (_alpha(source) if source else None) or ALPHA
     counts = read(args.repetition, alpha) if args.repetition else reference(alpha)
     warnings = list(counts.warnings)
@@ -351,15 +324,6 @@ def _counts(args: argparse.Namespace, source: _Source | None) -> tuple[Repetitio
         warnings.append(f"no --repetition: the reference counts {','.join(map(str, REFERENCE_COUNTS))} are used, not "
                         "this source's own; `python -m gt_jax.measure` writes those")
     return counts, warnings + (counts.unsaid(source.config.depth, _alpha(source)) if source else [])
-
-
-def _target_layout(text: str | None) -> Layout | None:
-    if text is None:
-        return None
-    try:
-        return parse(text)
-    except Refused as error:
-        raise Refused(f"--target-layout: {error}") from None
 
 
 def _dry_run(plan: Plan, counts: Repetition | None, settings: Mapping[str, Any], source: _Source | None,

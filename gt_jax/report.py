@@ -5,8 +5,8 @@
 
 - The page holds a table of the runs, the curves as a picture inside it, the alerts in words
   and the config fields in which the runs differ; it loads nothing from anywhere.
-- It reads config.json and metrics.jsonl alone, so a run may be going on: a half-written last line is left out, a run
-  without metrics says so.
+- It reads config.json and metrics.jsonl, and of a step where in its data the run began; so a run may be going on: a
+  half-written last line is left out, a run without metrics says so.
 - The same runs give the same bytes.
 """
 
@@ -17,8 +17,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from gt_jax.checkpoints.folders import batches_before
 from gt_jax.errors import Failed, Refused, first_line, refuse_all, run_command, say
-from gt_jax.files import local_path, write_atomically
+from gt_jax.files import behind_link, local_path, write_atomically, wrong_place
 from gt_jax.monitoring.alerts import texts
 from gt_jax.monitoring.run_page import Run, page, picture, read_run
 
@@ -36,7 +37,7 @@ def write_report(sources: Sequence[Path], output: Path, png: Path | None = None,
     if png is not None and png.suffix.lower() != ".png":
         wrong.append(f"--png {png}: pictures are PNG; name it {png.with_suffix('.png').name}")
     refuse_all(wrong, "the report cannot be written:")
-    runs = [read_run(source) for source in sources]
+    runs = [read_run(source, batches_before(source)) for source in sources]
     image, problem = _curves(runs)
     if png is not None and image is None and problem is None:
         raise Refused(f"--png {png}: no run has metrics to draw yet; leave it out, or come back later")
@@ -61,9 +62,10 @@ def _unwritable(flag: str, path: Path, overwrite: bool) -> list[str]:
         return [f"{flag} {path} is a folder; name a file in it"]
     if os.path.lexists(path) and not overwrite:
         return [f"{flag} {path} exists; name a new file, or replace it with --overwrite"]
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-        return [f"{flag} {path}: {path.parent} is not a folder that can be written to"]
-    return []
+    if path.exists() and not path.is_file():
+        return [f"{flag} {path} is a pipe or a device, which nothing can replace; name a file"]
+    problem = wrong_place(behind_link(path))
+    return [f"{flag} {path}: {problem}"] if problem else []
 
 
 def parser() -> argparse.ArgumentParser:

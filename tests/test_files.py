@@ -20,7 +20,8 @@ from gt_jax.configs.presets import tiny
 from gt_jax.configs.run import RunConfig
 from gt_jax.errors import Refused
 from gt_jax.files import parse_json, read_json, refuse_address, write_atomically
-from gt_jax.monitoring.picture_file import write_picture
+from gt_jax.monitoring.picture_file import refuse_picture, write_picture
+from gt_jax.monitoring.plan_outputs import wrong_outputs
 from gt_jax.monitoring.run_page import read_run
 from gt_jax.text.data import open_data
 from gt_jax.text.tokenizers import open_tokenizer
@@ -131,11 +132,25 @@ def test_a_run_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
     """The checkpoint goes when the run it is of has newer ones, and would take the other run with it."""
     checkpoint.save(tmp_path / "run" / "6", {"x": np.zeros(2, np.float32)}, {"config": {}})
     for place in (tmp_path / "run" / "6" / "new", tmp_path / "run" / "6" / "state" / "a" / "new"):
-        with pytest.raises(Refused, match=r"would lie in the checkpoint .*6, and go when that does"):
+        with pytest.raises(Refused, match=r"would lie in the checkpoint .*6, which goes when it is old"):
             config_to_train(place, RunConfig(model=tiny()), resume=False)
-        with pytest.raises(Refused, match=r"would lie in the checkpoint .*6, and go when that does"):
+        with pytest.raises(Refused, match=r"would lie in the checkpoint .*6, which goes when it is old"):
             prepare_parent(place)  # what every other command does before it writes
     config_to_train(tmp_path / "run" / "new", RunConfig(model=tiny()), resume=False)
+
+
+def test_pictures_and_plans_in_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    step = tmp_path / "run" / "6"
+    (step / "state").mkdir(parents=True)
+    (step / "_CHECKPOINT_METADATA").touch()
+    says = f"it would lie in the checkpoint {step}, which goes when it is old; name another place"
+    with pytest.raises(Refused) as refused:
+        refuse_picture(step / "state" / "a.png")
+    assert str(refused.value) == f"--picture {step / 'state' / 'a.png'}: {says}"
+    assert wrong_outputs(None, step / "plan.json", step / "a.png") == [
+        f"--plan-out {step / 'plan.json'}: {says}", f"--picture {step / 'a.png'}: {says}"]
+    refuse_picture(tmp_path / "run" / "a.png")
+    assert wrong_outputs(None, tmp_path / "run" / "plan.json", None) == []
 
 
 @pytest.mark.parametrize("values", [

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from gt_jax.configs.layout import Layout
 from gt_jax.growth.plan import identity_plan, make_plan
 from gt_jax.growth.plan_entries import Plan
-from gt_jax.growth.repetition import Repetition, from_json
+from gt_jax.growth.repetition import Repetition, whole_passes
 
 LAYER, STACK = "layer", "stack"
 
@@ -51,9 +51,3 @@ def plan_of(recipe: Recipe, counts: Repetition | None, source: Layout, target: L
         return make_plan("map", counts, source, layers=order, coefficient=recipe.coefficient, target_layout=target)
     return make_plan(recipe.kind, counts, source, round="balance", target_layers=len(target),
                      coefficient=recipe.coefficient)  # fmt: skip
-
-
-def whole_passes(layers: int, times: int) -> Repetition:
-    """Counts of `layers` that each run `times`, for every token, at full strength."""
-    layer = {"k_exec": times, "survival": [1.0] * times}
-    return from_json({"_meta": {"alpha": [1.0] * times}, **{f"layer{index}": layer for index in range(layers)}})

@@ -40,7 +40,7 @@ Until then a step costs what a plain one does: under `context` "alive" its one p
 
 All seeds are judged by one held-out part: of 6 batches it ranks models otherwise than the tuning part does.
 """
-LONG = NARROW.replace(name="text_long", budget=7200, adapts=False, child_rates=(4e-3,))
+LONG = NARROW.replace(name="text_long", budget=7200, adapts=False, points=(0.125, 0.5), child_rates=(4e-3,))
 """Four times as long, where depth is worth its price: what a stack of layers run once is then."""
 _FROZEN = JUMPS.replace(rates=(4e-3,), curricula=(0.3,)), CHAINS.replace(rates=(2e-3,), tuned_at=1)
 """Rates and curricula as scale `tries` chose them with seeds 0, 1, 2: nothing is tried on seeds to come."""

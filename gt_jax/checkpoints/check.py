@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.checksums import changed_files, noted
-from gt_jax.checkpoints.folders import CHECKSUMS, FILES, Damaged, step_folders
+from gt_jax.checkpoints.folders import CHECKSUMS, FILES, Damaged, holds_part, step_folders
 from gt_jax.checkpoints.slices import SliceReader
 from gt_jax.errors import Refused
 from gt_jax.files import parse_json
@@ -29,7 +29,7 @@ def check(path: Path) -> Checked:
     """
     if not path.is_dir():
         raise Refused(f"checkpoint {path} does not exist; --check takes a checkpoint, a run, or a file of convert")
-    if _is_checkpoint(path):
+    if holds_part(path) or (path / CHECKSUMS).exists():
         return _check(path)
     steps = step_folders(path)
     if not steps:
@@ -37,10 +37,6 @@ def check(path: Path) -> Checked:
     found = [_check(steps[step]) for step in sorted(steps)]
     return Checked(sum(one.checked for one in found), sum(one.bytes for one in found),
                    [line for one in found for line in one.damaged])
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return any((path / part).exists() for part in ("orbax.checkpoint", "_CHECKPOINT_METADATA", "state", CHECKSUMS))
 
 
 def _check(place: Path) -> Checked:

@@ -16,18 +16,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gt_jax.configs.tokenizer_file import NAMES
 from gt_jax.errors import Refused, say_once
-from gt_jax.files import parse_json, refuse_address, sync
+from gt_jax.files import checkpoint_around, parse_json, refuse_address, sync
 
 UNFINISHED = ".unfinished"  # a save that is under way, or was killed
 JOURNALS = "journal.*.jsonl"  # what a growth has finished so far, in the unfinished folder
 CONVERTING = ".converting"  # a conversion into our format that is under way, or was killed
+KEPT = ".kept"  # what somebody had put into a step that is gone
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for what it writes at this moment
 CHUNK = 2**24  # bytes of a stored chunk and of a slice read: below what malloc maps anew each time, yet few files
 FILES = "files.json"
 RUN_FILES = ("config.json", "metrics.jsonl")  # a folder with both is a run, whose steps lie in it by their numbers
 CHECKSUMS = "checksums.json"
 _NEEDED = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "state/_METADATA")
+_ORBAX = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "state")  # one of them: it is or was a checkpoint
 _DATABASE = "state/manifest.ocdbt"  # where arrays lie together in one database; else each has a folder of its own
 
 StrPath = str | os.PathLike[str]
@@ -51,7 +54,7 @@ def resolve(path: StrPath, warn: Callable[[str], None] | None = None) -> Path:
         raise Refused(f"{place} is a file; a checkpoint is a folder")
     if place.name.endswith((UNFINISHED, TEMPORARY)):
         raise Damaged(f"{place} is a save that was interrupted, not a checkpoint")
-    if any((place / part).exists() for part in ("orbax.checkpoint", "_CHECKPOINT_METADATA", "state")):
+    if holds_part(place):
         problem = damage(place)
         if problem:
             raise Damaged(f"checkpoint {place} is not usable: {problem}")
@@ -69,6 +72,21 @@ def resolve(path: StrPath, warn: Callable[[str], None] | None = None) -> Path:
             return steps[step]
         problems.append(f"step {step} in {place} is not usable: {problem}")
     raise Damaged("\n".join(["no step of this run is complete:", *problems]))
+
+
+def batches_before(run: Path) -> int:
+    """How many batches of its data lie before the first step of a run, since it starts from another; 0 where no step of
+    the run says so, as before its first is saved."""
+    for step, folder in step_folders(run).items() if run.is_dir() else ():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # half a step, or one of an earlier version
+            own = parse_json((folder / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+            return int(own["data"]["batches"]) - step
+    return 0
+
+
+def holds_part(folder: Path) -> bool:
+    """Whether a folder is a checkpoint or what is left of one."""
+    return any((folder / part).exists() for part in _ORBAX)
 
 
 def begun(place: Path) -> str:
@@ -128,10 +146,10 @@ def refuse_temporary_name(target: Path) -> None:
 
 
 def refuse_inside(target: Path) -> None:
-    """Raise `Refused` for a target inside a checkpoint, which goes as a whole when it is too old."""
-    for folder in Path(os.path.abspath(target)).parents:
-        if (folder / "_CHECKPOINT_METADATA").exists():
-            raise Refused(f"{target} would lie in the checkpoint {folder}, and go when that does; name another place")
+    """Raise `Refused` for a target inside a checkpoint, which goes when it is too old."""
+    folder = checkpoint_around(target)
+    if folder is not None:
+        raise Refused(f"{target} would lie in the checkpoint {folder}, which goes when it is old; name another place")
 
 
 def refuse_step_of_run(target: Path) -> None:
@@ -212,8 +230,15 @@ def _changed_files(path: Path) -> str | None:
 
 
 def step_folders(root: Path) -> dict[int, Path]:
-    """The folders of a run that are named like steps, complete or not."""
-    return {int(entry.name): entry for entry in root.iterdir() if entry.name.isdecimal() and entry.is_dir()}
+    """The steps of a run, complete or not: the folders that are named so but those that hold somebody's own alone."""
+    return {int(entry.name): entry for entry in root.iterdir() if entry.name.isdecimal() and _is_step(entry)}
+
+
+def _is_step(entry: Path) -> bool:
+    try:
+        return entry.is_dir() and ({*os.listdir(entry)} <= {FILES, CHECKSUMS, *NAMES} or holds_part(entry))
+    except OSError:  # whoever reads the step says so
+        return True
 
 
 def remove(unfinished: Path) -> bool:
@@ -225,9 +250,9 @@ def remove(unfinished: Path) -> bool:
     return bool(found)
 
 
-def set_aside(source: Path) -> Path:
+def set_aside(source: Path, ending: str = ".damaged") -> Path:
     """Rename a damaged checkpoint to SOURCE.damaged, or .damaged2 and so on where that is taken; returns the name."""
-    names = (source.with_name(f"{source.name}.damaged{number}") for number in itertools.chain([""], itertools.count(2)))
+    names = (source.with_name(f"{source.name}{ending}{number}") for number in itertools.chain([""], itertools.count(2)))
     target = next(name for name in names if not os.path.lexists(name))
     os.rename(source, target)
     return target

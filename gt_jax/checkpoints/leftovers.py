@@ -6,16 +6,28 @@ folder that somebody else gave such a name is never touched. Told by what is in 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from gt_jax.checkpoints.folders import CHECKSUMS, FILES, JOURNALS, TEMPORARY, UNFINISHED
+from gt_jax.checkpoints.folders import (
+    CHECKSUMS,
+    FILES,
+    JOURNALS,
+    KEPT,
+    TEMPORARY,
+    UNFINISHED,
+    damage,
+    set_aside,
+    step_folders,
+)
 from gt_jax.checkpoints.lock import is_held
 from gt_jax.configs.tokenizer_file import NAMES
 from gt_jax.errors import Refused, refuse_all
+from gt_jax.files import parse_json
 
 SAVE, GROWTH, ARRAYS, EMPTY = "save", "growth", "arrays", "nothing"
 _ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt", "orbax.checkpoint", "state")
@@ -52,6 +64,60 @@ def delete(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+def forget(step: Path, kept: Callable[[Path], None]) -> None:
+    """Remove a complete step of a run; what somebody put into it stays, as STEP.kept, of which `kept` hears first.
+
+    Of a link the link goes. A step whose temporary name is taken stays as it is. Raises OSError; where nothing was
+    removed by then the step has its own name again.
+    """
+    if step.is_symlink():
+        step.unlink()
+        return
+    theirs = _not_saved(step)
+    place = step.with_name(f"{step.name}{UNFINISHED}")
+    if theirs:
+        place = set_aside(step, KEPT)  # in the way of no save, also where a kill leaves half of the step beside
+        kept(place)
+    elif os.path.lexists(place):  # somebody's: what a save left there is cleared before the next one begins
+        return
+    else:
+        os.rename(step, place)  # a kill while deleting must not leave half a step
+    try:
+        if theirs:
+            _delete_all_but(place, theirs)
+        else:
+            delete(place)
+    except OSError:
+        if damage(place) is None:
+            os.rename(place, step)
+        raise
+
+
+def _not_saved(step: Path) -> set[str]:
+    """The files and links in a complete step that no save wrote: neither they nor anything below them is listed."""
+    listed = {FILES, CHECKSUMS, *parse_json((step / FILES).read_text())}
+    listed |= {str(folder) for name in listed for folder in Path(name).parents}  # one of which may be a link by now
+    return {name for name in _below(step) if name not in listed}
+
+
+def _below(folder: Path) -> list[str]:
+    """The files and links anywhere in a folder, by their paths there; no link is followed."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        names = [Path(place) / name for name in (*folders, *files)]
+        found += [str(name.relative_to(folder)) for name in names if name.is_symlink() or not name.is_dir()]
+    return found
+
+
+def _delete_all_but(folder: Path, theirs: Collection[str]) -> None:
+    for name in _below(folder):
+        if name not in theirs:
+            (folder / name).unlink()
+    for place, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):  # theirs lie in it
+            os.rmdir(place)
+
+
 def clear(folder: Path, kinds: Collection[str], what: str) -> None:
     """Delete what is there; raises `Refused`, naming it, when it is of none of these `kinds`. `what` wants the name."""
     if not os.path.lexists(folder):
@@ -70,12 +136,20 @@ def clear_save(unfinished: Path) -> None:
         clear(folder, (SAVE, EMPTY), f"the save of {unfinished.name.removesuffix(UNFINISHED)}")
 
 
-def clear_steps(run: Path) -> None:
-    """Delete what killed saves left in a run, <step>.unfinished; all else stays, also what another job writes there."""
+def clear_steps(run: Path, stays: Callable[[Path, OSError], None]) -> None:
+    """Delete what killed saves left in a run, <step>.unfinished; all else stays, also what another job writes there.
+
+    `stays` hears of what cannot be deleted, and why; it makes room for the step where it can.
+    """
     for entry in run.iterdir():
         step = _STEP.fullmatch(entry.name)
-        if step and kind_of(entry) in (SAVE, EMPTY) and not is_held(entry.with_name(step[1])):
-            delete(entry)
+        try:
+            if step and kind_of(entry) in (SAVE, EMPTY) and not is_held(entry.with_name(step[1])):
+                delete(entry)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                entry = set_aside(entry)
+            stays(entry, error)
 
 
 def refuse_taken_names(run: Path, done: int, last: int) -> None:
@@ -83,12 +157,12 @@ def refuse_taken_names(run: Path, done: int, last: int) -> None:
 
     Better before training than at a save in the middle of it.
     """
-    wrong = []
+    wrong, steps = [], step_folders(run)
     for entry in sorted(run.iterdir()):
         step = _STEP.fullmatch(entry.name)
         number = step[1] if step else entry.name
         if not number.isdecimal() or not done < int(number) <= last:
             continue
-        if kind_of(entry) not in (SAVE, EMPTY) if step else not entry.is_dir() or entry.is_symlink():
+        if kind_of(entry) not in (SAVE, EMPTY) if step else int(number) not in steps or entry.is_symlink():
             wrong.append(f"{entry} is no save of this run, which needs the name at step {number}; move it away")
     refuse_all(wrong, f"{run} cannot be trained on:")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,6 @@ from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.checkpoint import on_primary
 from gt_jax.checkpoints.checksums import changed_bytes, checked_files
 from gt_jax.checkpoints.folders import (
-    UNFINISHED,
     Damaged,
     StrPath,
     damage,
@@ -21,7 +21,7 @@ from gt_jax.checkpoints.folders import (
     set_aside,
     step_folders,
 )
-from gt_jax.checkpoints.leftovers import clear_steps, delete
+from gt_jax.checkpoints.leftovers import clear_steps, forget
 from gt_jax.devices.processes import ProcessGroup
 from gt_jax.errors import Refused, say
 
@@ -32,7 +32,8 @@ class RunCheckpoints:
     """The steps of one run, RUN/<step>/, the newest `keep` of them, and those named in `always`.
 
     An older step goes only after a newer one is complete and on the disk; what killed saves left behind is ignored and
-    cleared away by the next save. `warn` hears of damaged steps. The caller holds the run's lock.
+    cleared away by the next save. What cannot be removed stays, and no save is lost for it. `warn`, which may be set
+    anew, hears of that once, and of damaged steps. The caller holds the run's lock.
     """
 
     def __init__(
@@ -42,7 +43,8 @@ class RunCheckpoints:
             raise Refused(f"keep is {keep}; at least one checkpoint must stay")
         self.root = Path(os.path.abspath(root))
         self.keep, self.always = keep, frozenset(always)
-        self._warn = warn or (lambda message: None)
+        self.warn = warn or (lambda message: None)
+        self._staying: set[str] = set()  # the steps of which it was said
         self._writing: checkpoint.Writing | None = None
 
     def save(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
@@ -54,7 +56,7 @@ class RunCheckpoints:
         """`save` that writes beside the caller; what goes wrong in writing is raised by the next save or by `wait`."""
         self.wait()
         prepare_parent(self.root / str(step), of_run=True)
-        on_primary(functools.partial(clear_steps, self.root))
+        on_primary(functools.partial(clear_steps, self.root, self._stays))
         self._writing = checkpoint.save_async(self.root / str(step), tree, {**metadata, "step": step})
 
     def wait(self) -> None:
@@ -82,7 +84,7 @@ class RunCheckpoints:
         """The newest complete step; damaged newer ones are named to `warn`."""
         if not self.root.is_dir() or not step_folders(self.root):
             return None
-        return int(resolve(self.root, self._warn).name)
+        return int(resolve(self.root, self.warn).name)
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """(tree, metadata) of one step; raises `Damaged` when it cannot be read, `Refused` when it does not fit.
@@ -116,7 +118,7 @@ class RunCheckpoints:
         raise Damaged("\n".join([f"no step of the run {self.root} can be read:", *problems.values()]))
 
     def _set_aside(self, folder: Path, problem: str, used: int) -> None:
-        self._warn(f"{problem}; set aside as {set_aside(folder)}, step {used} is used")
+        self.warn(f"{problem}; set aside as {set_aside(folder)}, step {used} is used")
 
     @staticmethod
     def _together(group: ProcessGroup, work: Callable[[], T]) -> T:
@@ -132,14 +134,31 @@ class RunCheckpoints:
         return result  # type: ignore[return-value]
 
     def _forget_old(self) -> None:
-        for step in self.steps()[: -self.keep]:
+        complete = []
+        for step, folder in sorted(step_folders(self.root).items()):
+            with self._or_stays(folder):
+                complete += [(step, folder)] if damage(folder) is None else []
+        for step, folder in complete[: -self.keep]:
             if step in self.always:
                 continue
-            old = self.root / f"{step}{UNFINISHED}"
-            if os.path.lexists(old):  # somebody's: what a save left there is cleared before the next one begins
-                continue
-            os.rename(self.root / str(step), old)  # a kill while deleting must not leave half a step
-            delete(old)
+            with self._or_stays(folder):
+                forget(folder, functools.partial(self._kept, folder))
+
+    @contextlib.contextmanager
+    def _or_stays(self, folder: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._stays(folder, error)
+
+    def _stays(self, folder: Path, error: OSError) -> None:
+        step = folder.name.partition(".")[0]
+        if step not in self._staying:
+            self._staying.add(step)
+            self.warn(f"{folder} cannot be removed ({error}); what is left of it stays, and the run goes on")
+
+    def _kept(self, folder: Path, place: Path) -> None:
+        self.warn(f"{folder} is removed, as it is too old; what the run has not saved there is in {place}")
 
 
 def _refuse_changed(folder: Path, group: ProcessGroup) -> None:

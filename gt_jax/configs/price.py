@@ -16,13 +16,14 @@ class PriceConfig(Config):
     """What a pass costs, or the depth aimed at; the phases are fractions of the run (gt_jax/training/price.py).
 
     `target` is what the mean over layers of `target_of` is held at: `mean_weight`, the sum of a token's weights, or
-    `passes_run`, the passes that it runs. `rule` "ouro" (origin): the price makes depth dear, less a coupon for what
-    passes gain; every `audit_every`-th step forces passes. "budget": the price, in nats a pass, token and layer, goes
-    up and down within `lowest` .. `highest` until depth is at the target, or stays at `value` where there is none
-    (null); every `audit_every`-th step no token is finished. `forced_passes` 0 draws their number for each step anew,
-    a function of the step alone, from 1 to all there are; over the first `forced_ramp` of the run their number, or the
-    highest that is drawn, rises evenly from 1, as a curriculum's difficulty does. While passes are forced the last
-    bias of every halting head rises evenly, by `gates_opened` in all: so open closed gates (gt_jax.retrofit).
+    `passes_run`, the passes that it runs (under halting "batch" those that it enters above the threshold). `rule`
+    "ouro" (origin): the price makes depth dear, less a coupon for what passes gain; every `audit_every`-th step
+    forces passes. "budget": the price, in nats a pass, token and layer, goes up and down within `lowest` ..
+    `highest` until depth is at the target, or stays at `value` where there is none (null); every `audit_every`-th
+    step no token is finished. `forced_passes` 0 draws their number for each step anew, a function of the step
+    alone, from 1 to all there are; over the first `forced_ramp` of the run their number, or the highest that is
+    drawn, rises evenly from 1, as a curriculum's difficulty does. While passes are forced the last bias of every
+    halting head rises evenly, by `gates_opened` in all: so open closed gates (gt_jax.retrofit).
     `budget(...)` has the fields that suit this rule.
     """
 
@@ -113,9 +114,9 @@ OPEN = 2.0  # the logit of a gate that has opened: 0.88
 def opening(closed: float, passes: int, rule: Rule, target: float | None, **fields: object) -> PriceConfig:
     """The price of a retrofitted model of so many `passes`, whose gates start at the logit `closed` (gt_jax.retrofit).
 
-    All passes are forced over the first 70 % of the run, while the gates open: as a pass's weight is that of the gates
-    before it, what it adds grows with them. The gates choose, and the price moves, from there on. Drawing the number of
-    passes for each step, over 40 %, taught no pass but the first (experiments.retrofit).
+    All passes are forced over the first 70 % of the run, at full strength from the first step: there the training loss
+    jumps. The gates open meanwhile, so that little changes when they choose, and the price moves, from there on.
+    Drawing the number of passes for each step, over 40 %, taught no pass but the first (experiments.retrofit).
 
     >>> opening(-3.0, 4, "budget", 1.5, target_of="passes_run").gates_opened
     5.0

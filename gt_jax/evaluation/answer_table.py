@@ -180,13 +180,13 @@ def _cuts(
 ) -> tuple[Cut, ...]:
     """Each layer forced to one pass; where no token runs a second one that changes nothing, and is not run."""
     found = []
-    for layer, (kind, alive) in enumerate(zip(config.depth.types, base.alive, strict=True)):
+    for layer, (kind, ran) in enumerate(zip(config.depth.types, base.ran, strict=True)):
         right = base.right
-        if alive[1:].any():
+        if ran[1:].any():
             once = [int(other == layer) for other in range(len(config.depth))]
             right = run(f"layer {layer} cut", fixed_passes(once)).right
         cost, accuracy = units.cost(base.right, right), units.proportion(right, units.everyone)
-        found.append(Cut(layer, kind, k_exec(alive), float(alive.sum()), accuracy, cost))
+        found.append(Cut(layer, kind, k_exec(ran), float(ran.sum()), accuracy, cost))
     return tuple(found)
 
 

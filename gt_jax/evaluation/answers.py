@@ -43,13 +43,13 @@ class Asked(NamedTuple):
 class Answers(NamedTuple):
     """Of each answer that is asked: whether it is `right`, its loss in nats, the passes of its token by layer.
 
-    `alive` [l, p] is the share of all real tokens that run each pass, asked or not.
+    `ran` [l, p] is the share of all real tokens that run each pass, asked or not.
     """
 
     right: Bool[np.ndarray, " n"]
     nats: Float[np.ndarray, " n"]
     passes: Int[np.ndarray, "l n"]
-    alive: Float[np.ndarray, "l p"]
+    ran: Float[np.ndarray, "l p"]
 
 
 def asked(batches: Sequence[Batch]) -> Asked:

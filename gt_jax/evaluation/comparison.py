@@ -4,6 +4,7 @@
   it of itself: a token adds w_k alpha_k Delta, and nothing in a pass that it does not run. That is what the coefficient
   alpha_k times survival is the mean of. Without a plan the target's figures stand alone.
 - |dh|/|h| is of the update as it is added to the stream, gain, strength and weight included, a mean over real tokens.
+  Of each token |Delta|/|h| is cut at 10 before that; a figure of tokens that are nearly all cut is marked as one.
   It is also given with the source's passes fixed at k_exec, each at full alpha_k: what an exact growth by the
   coefficient alpha_k alone is equal to.
 - Router figures are of the probabilities over all slots, null experts included: entropy over log of the slots,
@@ -43,10 +44,13 @@ from gt_jax.evaluation.spread import WeightSpread, weight_spread
 from gt_jax.growth.layer_states import gains_of
 from gt_jax.growth.plan import Plan
 from gt_jax.models.language_model import LanguageModel, fixed_passes, free_passes
+from gt_jax.models.layers.adaptive_depth import RATIO_CLIP
 from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.stack import coefficients
 from gt_jax.training.step import Batch, shard_batch
 from gt_jax.typing import PerToken, Tree
+
+AT_CUT = 0.9 * RATIO_CLIP  # a mean over tokens of |Delta|/|h|, cut for each: from here on nearly all of them are
 
 Pass = tuple[int, int]
 """A layer of the source and one of its passes, both from 0."""
@@ -62,6 +66,8 @@ class Routing(NamedTuple):
 class Totals(NamedTuple):
     """What batches add up to. Ratios and weights are times the number of real tokens; routing is None for a dense MLP.
 
+    `source_delta` and `target_delta` are |Delta|/|h| as it is cut, without gain, strength and weight.
+
     `source_routing` and `router_kl` are by target layer that stands for a pass, in order.
     """
 
@@ -70,7 +76,9 @@ class Totals(NamedTuple):
     source_weight: Float[Array, "l p"]
     source_moments: Float[Array, "l p 4"]
     source_fixed_ratio: Float[Array, "l p"] | None
+    source_delta: Float[Array, "l p"]
     target_ratio: Float[Array, " l"]
+    target_delta: Float[Array, " l"]
     target_weight: Float[Array, " l"]
     source_routing: Routing | None
     target_routing: Routing | None
@@ -127,7 +135,8 @@ def make_comparison(
         grown, moved, after = run(deep, target_variables, ids, True)
         sides = (Predictor(shallow, source_variables, free), fixed, Predictor(deep, target_variables, grown))
         totals = Totals(count, ran.update_ratio * count, ran.survival * count, ran.weight_moments * count, fixed_ratio,
-                        moved.update_ratio[:, 0] * count, moved.survival[:, 0] * count,
+                        ran.delta_ratio * count, moved.update_ratio[:, 0] * count, moved.delta_ratio[:, 0] * count,
+                        moved.survival[:, 0] * count,
                         *_routings(source, target, before, after, stood, real))  # fmt: skip
         return agreement_in_pieces(*sides, batch["targets"], rules), totals, before, after
 
@@ -295,6 +304,8 @@ def _layers(
             "delta_ratio": after[layer] * float(sums.target_ratio[layer]) / real,
             "source_delta_ratio": of_pass(sums.source_ratio, at),
             "source_fixed_delta_ratio": of_pass(sums.source_fixed_ratio, at),
+            "delta_ratio_cut": float(sums.target_delta[layer]) >= AT_CUT * real,
+            "source_delta_ratio_cut": None if at is None else float(sums.source_delta[at]) >= AT_CUT * real,
             "spread": None if at is None else float(between.spread[at]),
             "jacobian": stretches[1].get((layer, 0)), "source_jacobian": None if at is None else stretches[0].get(at),
             "router_entropy": mean(own and own.entropy, layer),

@@ -53,7 +53,7 @@ def repetition(statistics: Any, types: str, meta: dict[str, Any]) -> dict[str, A
             "type": kind,
             "k_exec": k_exec(s["alive"][layer]),
             "mean_weight": weight,
-            "passes_run": float(s["alive"][layer].sum()),
+            "passes_run": float(s["ran"][layer].sum()),
             "passes_computed": float(s["computed"][layer].sum()),
             "s_fin": float(s["s_after"][layer][-1]),
             "entropy": entropy,

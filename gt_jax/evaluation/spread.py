@@ -5,6 +5,10 @@ alpha |Delta|/|h| of the token, it so misses (w - m) d:
 
     spread = E[((w - m) d)^2] / E[(w d)^2],    sd = sqrt(E[w^2] - m^2)
 
+|Delta|/|h| of a token counts as 10 at most. The first pass of the first layer, which makes the stream, reaches that,
+and is so most of the mean squares; uncut it would be more still. The share of all passes together is larger by that
+than it would be of what is really added.
+
 0 where every token has the same weight. Where few tokens live and the finished ones would move far it is above 1: the
 mean moves them too.
 """

@@ -27,7 +27,8 @@ def hidden_and_passes(
 
         passes of a token in a layer = sum over k of [pass k runs, and s_k >= threshold]
 
-    A plain layer runs once, one that a token has left (depth-wise ACT) not at all; padding has 0.
+    Under halting "batch" a pass that runs moves every token, below the threshold too, and counts for all. A plain layer
+    runs once, one that a token has left (depth-wise ACT) not at all; padding has 0.
     """
     config = network.config
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from gt_jax.evaluation.predictions import COSINE, GOOD, USABLE
+from gt_jax.models.layers.adaptive_depth import RATIO_CLIP
 from gt_jax.monitoring.metrics import table
 
 
@@ -42,6 +43,8 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         curve = result["curve"]
         lines.append(f"trained on for {curve['steps']} steps: training loss {float(curve['loss'][0][1]):.4f} to "
                      f"{float(curve['loss'][-1][1]):.4f}, held out {float(curve['held_out_loss']):.4f}")  # fmt: skip
+    if any(one.get(f"{key}_cut") for one in result["layers"] for key in ("delta_ratio", "source_delta_ratio")):
+        lines.append(_CUT)
     return [*lines, "", _layer_table(result)]
 
 
@@ -51,12 +54,18 @@ def _limits(interval: dict[str, Any], scale: float, form: str) -> str:
     return f" [{scale * float(interval['low']):{form}} to {scale * float(interval['high']):{form}}]"
 
 
+_CUT = (f">= before |dh|/|h|: at the cut, for a token counts as {RATIO_CLIP:g} at most, before gain and strength; the "
+        "true figure is larger, and equal ones do not say that the layers move alike")
+
 FIGURES = (("delta_ratio", "|dh|/|h|"), ("spread", "spread"), ("jacobian", "singular v."),
            ("router_entropy", "entropy"), ("router_kl", "KL"), ("null_rate", "nulls"))  # fmt: skip
 
 
 def _layer_table(result: dict[str, Any]) -> str:
-    """One line a target layer: each figure that the pair has, then that of the source's pass."""
+    """One line a target layer: each figure that the pair has, then that of the source's pass.
+
+    |dh|/|h| at its cut has ">=" before it: two such figures that are equal do not say that the layers move alike.
+    """
     layers = result["layers"]
     headers = ["layer", "type", "source", "coefficient"]
     rows = [[one["target"], one["type"], _stands_for(one),
@@ -68,7 +77,8 @@ def _layer_table(result: dict[str, Any]) -> str:
                 continue
             headers.append(title)
             for row, one in zip(rows, layers, strict=True):
-                row.append(None if one[key] is None else f"{float(one[key]):.3f}")
+                at_cut = ">=" if one.get(f"{key.replace('_fixed', '')}_cut") else ""
+                row.append(None if one[key] is None else f"{at_cut}{float(one[key]):.3f}")
     return table(rows, headers)
 
 

@@ -24,16 +24,16 @@ def plan_json(plan: Plan, counts: Repetition | None) -> dict[str, Any]:
     """`plan.to_json()`, and under `counts` the counts behind it: `origin`, the file's `sha256`, and its `values`."""
     if counts is None:
         return plan.to_json()
-    values = _spelled(counts.to_json())
+    values = finite_json(counts.to_json())
     return {**plan.to_json(), COUNTS: {"origin": counts.origin, "sha256": counts.sha256, "values": values}}
 
 
-def _spelled(value: Any) -> Any:
+def finite_json(value: Any) -> Any:
     """A JSON value whose numbers that are none, such as NaN, are texts."""
     if isinstance(value, Mapping):
-        return {name: _spelled(one) for name, one in value.items()}
+        return {name: finite_json(one) for name, one in value.items()}
     if isinstance(value, list):
-        return [_spelled(one) for one in value]
+        return [finite_json(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -10,6 +10,7 @@ from gt_jax.configs.lineage import newest
 from gt_jax.configs.standing import standing
 from gt_jax.errors import Refused
 from gt_jax.growth.plan_entries import Plan
+from gt_jax.growth.plan_file import finite_json
 from gt_jax.growth.repetition import Repetition
 
 
@@ -43,10 +44,14 @@ def changed_content_hash(metadata: Mapping[str, Any], source: StrPath) -> str | 
 
 
 def counts_record(counts: Repetition | None) -> dict[str, Any]:
-    """{"counts": where the counts behind a plan came from}, as a grown checkpoint keeps it; {} without counts."""
+    """{"counts": where the counts behind a plan came from}, as a grown checkpoint keeps it; {} without counts.
+
+    Numbers that are none, which a file of another program may have in its `_meta`, are texts, as in a plan file.
+    """
     if counts is None:
         return {}
-    record: dict[str, Any] = {"origin": counts.origin, "k_exec": list(counts.k_exec), "measured": dict(counts.meta)}
+    measured = finite_json(counts.meta)
+    record: dict[str, Any] = {"origin": counts.origin, "k_exec": list(counts.k_exec), "measured": measured}
     return {"counts": record if counts.sha256 is None else {**record, "sha256": counts.sha256}}
 
 

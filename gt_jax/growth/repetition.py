@@ -30,6 +30,9 @@ ALPHA = (1.0, 0.7, 0.5, 0.35)
 THRESHOLD = 0.10
 MOST_PASSES = 64
 REFERENCE_COUNTS = (2, 1, 2, 3, 2, 3, 4, 3)
+NOT_MEASURED = ("reference", "every layer once")
+"""What counts that no checkpoint was measured for say of themselves."""
+
 FILE_NAME = "layer_repetition_factor.json"
 EARLIER_FILE_NAME = "layer_repitation_factor.json"
 _LAYER_KEY = re.compile(r"layer(0|[1-9]\d*)")
@@ -41,8 +44,8 @@ class LayerRepetition:
     """One layer's use of depth; figures not measured are None.
 
     `survival[j]` is the mean weight of pass j + 1, `mean_weight` the sum over passes. `passes_run` is how many passes a
-    token runs, a mean over tokens. `spread[j]` is the share of what pass j + 1 adds that differs between tokens, of a
-    mean square `update_square[j]` (gt_jax.evaluation.spread).
+    token runs, a mean over tokens; under halting "batch" those of its batch. `spread[j]` is the share of what pass
+    j + 1 adds that differs between tokens, of a mean square `update_square[j]` (gt_jax.evaluation.spread).
     """
 
     k_exec: int
@@ -100,7 +103,7 @@ class Repetition:
             raise Refused(f"{self.origin}: _meta.alpha is {list(self.alpha)}, the source has {list(alpha)}; measure "
                           "this source")
         self.refuse_another_layout(depth)
-        if self.content_hash is not None or self.meta.get("source") == "reference":
+        if self.content_hash is not None or self.meta.get("source") in NOT_MEASURED:
             return []
         return [f"{self.origin} does not say which checkpoint was measured (no _meta.content_hash): whether it was "
                 "this source is not checked"]
@@ -194,7 +197,14 @@ def reference(alpha: Sequence[float] = ALPHA) -> Repetition:
     for count in REFERENCE_COUNTS:
         survival = _padded(survival_from_threshold(count), len(alpha))
         layers.append(LayerRepetition(count, survival, math.fsum(survival)))
-    return Repetition(tuple(layers), tuple(alpha), {"source": "reference"}, "the reference repetition")
+    return Repetition(tuple(layers), tuple(alpha), {"source": NOT_MEASURED[0]}, "the reference repetition")
+
+
+def whole_passes(layers: int, times: int) -> Repetition:
+    """`layers` that each run `times`, for every token, at full strength: what a model without recurrence is repeated
+    by, which has no counts of its own."""
+    layer = LayerRepetition(times, (1.0,) * times, float(times))
+    return Repetition((layer,) * layers, (1.0,) * times, {"source": NOT_MEASURED[1]}, "a plain model's passes")
 
 
 def survival_from_threshold(k_exec: int) -> tuple[float, ...]:

@@ -73,6 +73,10 @@ def retrofitted_config(source: ModelConfig, adaptive: AdaptiveConfig) -> ModelCo
     if adaptive.alpha[0] != 1.0:
         wrong.append(f"the strength of pass 1 would be {adaptive.alpha[0]:g}; it must be 1, or the model would compute "
                      "something else")
+    least = 1 / (1 + math.exp(min(adaptive.logit_bound, 700.0)))  # of a gate; more is no float
+    if adaptive.logit_bound and least >= adaptive.threshold:
+        wrong.append(f"with logit_bound {adaptive.logit_bound:g} no gate says less than {least:.3g}, which is not "
+                     f"below the threshold {adaptive.threshold:g}: none can be closed; raise one of them")
     refuse_all(wrong, "the model cannot be retrofitted:")
     return source.replace(adaptive=closed(adaptive), remat="pass" if source.remat == "layer" else source.remat)
 

@@ -28,7 +28,7 @@ import numpy as np
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.arrays import ArrayFiles
 from gt_jax.checkpoints.checksums import Written, changed_bytes, checked_files, note_checksums, sums_of_arrays
-from gt_jax.checkpoints.folders import Damaged, StrPath, begun, note_files, prepare_parent, rename
+from gt_jax.checkpoints.folders import Damaged, StrPath, begun, note_files, parent_made, rename
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.opened import Opened, open_checkpoint
 from gt_jax.checkpoints.slices import SliceReader
@@ -113,6 +113,7 @@ def write_target(source: StrPath, target: StrPath, kind: Kind, made: Callable[[P
     group, started = ProcessGroup(), time.monotonic()
     growth = group.agree(lambda: _Growth(source, target, kind, made, memory, resume, counts))
     with contextlib.ExitStack() as stack:
+        group.agree(lambda: stack.enter_context(parent_made(growth.target)))
         with explain_full_disk(growth.target):
             stack.enter_context(only_writer(growth.target))
         growth.check_files(group, progress or (lambda line: None))
@@ -177,7 +178,6 @@ class _Growth:
             LINEAGE: carried(opened.metadata)}
         self.identity = identity_of(self.metadata)
         self.described = False  # whether the unfinished folder is a checkpoint already
-        prepare_parent(self.target)
 
     def check_files(self, group: ProcessGroup, say: Progress) -> None:
         """Compare the files first, where of a tensor no checksum was noted that reading could compare with."""

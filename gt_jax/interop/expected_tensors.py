@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -96,7 +97,7 @@ def exact(found: np.dtype, wanted: Any) -> bool:
 
 def pass_strengths(source: Source) -> tuple[tuple[float, ...] | None, list[str]]:
     """alpha as the layers' buffers hold it, and the layers that hold another; None without buffers."""
-    names = [name for name in source.places if name.startswith("layers.") and name.split(".", 2)[2] == ALPHA]
+    names = [name for name in source.places if re.fullmatch(rf"layers\.[^.]*\.{re.escape(ALPHA)}", name)]
     held: dict[str, tuple[float, ...]] = {}
     problems = []
     for name in names:

@@ -1,6 +1,7 @@
-"""What it costs to fold gains into projections: logits and loss on a text, as the model is and as it goes out.
+"""What a model loses on the way out: logits and loss on a text, as it is and as it comes back from what is written.
 
-x + g Delta(x), Delta(x) = A(x) + M(x + A(x)), goes out as x + g A(x) + g M(x + g A(x)): the MLP reads another input.
+- x + g Delta(x), Delta(x) = A(x) + M(x + A(x)), goes out as x + g A(x) + g M(x + g A(x)): the MLP reads another input.
+- Tensors that go out in a narrower dtype than ours are rounded.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ def scaled_by(value: np.ndarray, gain: np.ndarray) -> np.ndarray:
     return (value.astype(np.float32) * gain.astype(np.float32)).astype(value.dtype)
 
 
-def fold_cost(opened: Opened, text: bytes, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def fold_cost(opened: Opened, text: bytes, back: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
+              say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """{"logits": largest difference by largest logit, "loss": nats a token, "loss_folded", "tokens"} on a text.
 
-    The whole model is held twice. Raises `Refused` for a text that the tokenizer does not take, or of fewer than two
-    tokens.
+    `back` gives the folded leaves, by path, as they come back from the dtypes that they go out in. The whole model is
+    held up to three times: as it is, as it comes back, and in the forward pass. Raises `Refused` for a text that the
+    tokenizer does not take, or of fewer than two tokens.
     """
     name = chosen_tokenizer(opened.metadata, None, opened.folder)
     tokenizer = open_tokenizer(name)
@@ -58,9 +61,10 @@ def fold_cost(opened: Opened, text: bytes, say: Callable[[str], None] = lambda l
     rows = jnp.asarray(ids[: len(ids) // length * length].reshape(-1, length))
     model = checkpoint.load_model(opened.folder)
     statistics = {"statistics": model.statistics} if model.statistics else {}
+    leaves = {f"params/{path}": leaf for path, leaf in flatten(folded(opened.config, model.params)).items()}
     before, after = (
-        forward(opened.config, jax.tree.map(jnp.asarray, {"params": params, **statistics}), rows).logits
-        for params in (model.params, folded(opened.config, model.params)))
+        forward(opened.config, jax.tree.map(jnp.asarray, {**variables, **statistics}), rows).logits
+        for variables in ({"params": model.params}, nest(back(leaves))))
     losses = [float(_loss(logits, rows)) for logits in (before, after)]
     difference = float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before)))
     return {"logits": difference, "loss": losses[0], "loss_folded": losses[1], "tokens": int(rows.size)}

@@ -24,7 +24,7 @@ import numpy as np
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.arrays import ArrayFiles
 from gt_jax.checkpoints.checksums import Written, note_checksums, sums_of_arrays
-from gt_jax.checkpoints.folders import CONVERTING, StrPath, prepare_parent, publish
+from gt_jax.checkpoints.folders import CONVERTING, StrPath, parent_made, publish
 from gt_jax.checkpoints.leftovers import ARRAYS, EMPTY, clear
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.configs.lineage import LINEAGE
@@ -73,8 +73,7 @@ def from_hf(source: StrPath, target: StrPath, *, step: int | None = None, tokeni
         metadata[LINEAGE] = lineage
     named = folder.tokenizer() if tokenizer is None else tokenizer
     metadata["tokenizer"] = chosen_tokenizer(metadata, named, folder.path)
-    prepare_parent(place)
-    with only_writer(place), explain_full_disk(place, "do it again"):
+    with parent_made(place), only_writer(place), explain_full_disk(place, "do it again"):
         refuse_existing(place)  # another process may have finished it meanwhile
         _write(folder, place, found, leaves, metadata, say)
     return {"source": [str(folder.path)], "target": str(place), "step": metadata["step"],

@@ -26,6 +26,7 @@ from gt_jax.interop.torch_files import TorchFile
 _INDEX = ".index.json"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS = (".safetensors",)
+_ARCHIVE = b"PK\x03\x04"  # of torch.save; two bytes of it also begin a header of safetensors of 19,280 bytes
 KINDS = (SAFETENSORS, _TORCH)
 _MOST_SHARDS = 100_000  # of a set: no model has more, and the names of as many as a file may claim fill the memory
 _SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d+)-of-(?P<count>\d+)(?P<rest>\.\w+)")
@@ -202,12 +203,12 @@ def _shards(file: Path) -> list[Path]:
 
 
 def _reader(path: Path) -> TensorFile:
-    """The reader of a file by its first bytes, or by its name where they say nothing."""
+    """The reader of a file: by its first bytes, an archive's or not, and by the endings of older torch files."""
     if (kind := other_kind(path)) is not None:
         raise Unreadable(f"{path} holds no tensors; it is {kind}")
     with open(path, "rb") as stream:
         start = stream.read(4)
-    if start[:2] == b"PK" or path.suffix in _TORCH:
+    if start == _ARCHIVE or path.suffix in _TORCH:
         return TorchFile(path)
     return SafetensorsFile(path)
 

@@ -1,7 +1,8 @@
 """From a checkpoint of ours to a folder that transformers opens: config.json, shards with an index, tokenizer.
 
 - A model goes out as the family it came from, whatever its depth is now; one of our own as the family that has it.
-- Tensors go out in the dtype they came in, and those of a conversion bit for bit as they came.
+- Tensors go out in the dtype they came in, and those of a conversion bit for bit as they came. What that dtype does
+  not hold is rounded, and the report counts it.
 - A gain of 1 needs nothing. A gain of 0 is exact: the layer's projections back to the stream, or the norms that come
   after them, are zeros. Others do not fold, since the MLP reads the mixer's output; with `approximate` each of the two
   is scaled by the gain (gt_jax/interop/fold_cost.py).
@@ -15,6 +16,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import shutil
 import time
 from collections import Counter
@@ -26,7 +28,7 @@ import numpy as np
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.checksums import combined, of_values, refuse_changed_values, usable
-from gt_jax.checkpoints.folders import UNFINISHED, StrPath, prepare_parent, rename, sync
+from gt_jax.checkpoints.folders import UNFINISHED, StrPath, parent_made, rename, sync
 from gt_jax.checkpoints.leftovers import EMPTY, clear
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.opened import Opened, open_checkpoint
@@ -36,8 +38,9 @@ from gt_jax.configs.lineage import exported, newest
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.tokenizer_file import carried_tokenizer, packed
 from gt_jax.errors import refuse_all
-from gt_jax.files import explain_full_disk, write_atomically
+from gt_jax.files import explain_full_disk, unfinished_name, write_atomically
 from gt_jax.interop import expected_tensors
+from gt_jax.interop.expected_tensors import exact
 from gt_jax.interop.families.family import Family, Json, depth_fields
 from gt_jax.interop.families.registry import family_for
 from gt_jax.interop.families.rows import SAME, Part, Unit, units, whole_shapes
@@ -46,6 +49,7 @@ from gt_jax.interop.from_hf import with_bits
 from gt_jax.interop.hf_folder import BESIDE, CONFIG
 from gt_jax.interop.safetensors import Writer
 from gt_jax.interop.tensor_files import Info
+from gt_jax.interop.tensor_transforms import Shape
 from gt_jax.interop.to_orbax import Progress, refuse_existing
 from gt_jax.interop.to_safetensors import dtype_named
 
@@ -64,12 +68,42 @@ class Export(NamedTuple):
     bits: Mapping[str, str]
     gains: Mapping[int, float]
 
+    def narrows(self, unit: Unit, stored: Mapping[str, Any]) -> bool:
+        """Whether a unit goes out in a dtype that does not hold every value of the dtype it is `stored` in."""
+        return any(not exact(np.dtype(stored[part.path].dtype), self.tensors[name].dtype)
+                   for part in unit.parts for name in unit.cut or (unit.name,))
+
+    def leaving(self, unit: Unit, name: str, ours: Sequence[np.ndarray], shapes: Mapping[str, Shape]) -> np.ndarray:
+        """The tensor, or its part, that a unit goes out as under a name, before it gets the dtype it has there."""
+        value = unit.to_theirs(ours).reshape(unit.shape(shapes))
+        if not unit.cut:
+            return value
+        rows = -(-len(value) // len(unit.cut))
+        return value[rows * unit.cut.index(name) :][:rows]
+
+    def back(self, leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Our leaves by path, those that are rounded on the way out as they come back."""
+        made, shapes = dict(leaves), {path: leaf.shape for path, leaf in leaves.items()}
+        for unit in self.found:
+            if not self.narrows(unit, leaves):
+                continue
+            ours = [made[part.path][part.place] for part in unit.parts]
+            wide = {name: self.leaving(unit, name, ours, shapes) for name in unit.cut or (unit.name,)}
+            there = [value.astype(self.tensors[name].dtype).astype(value.dtype) for name, value in wide.items()]
+            values = unit.to_ours(np.concatenate(there) if unit.cut else there[0], shapes)
+            for part, value in zip(unit.parts, values, strict=True):
+                if made[part.path] is leaves[part.path]:
+                    made[part.path] = leaves[part.path].copy()
+                made[part.path][part.place] = value
+        return made
+
 
 def to_hf(source: StrPath, target: StrPath, *, approximate: bytes | None = None, shard_bytes: int = SHARD,
           progress: Progress | None = None) -> dict[str, Any]:
     """Write the model of the checkpoint (or of a run's newest step) `source` as the folder `target`; returns a report.
 
-    `approximate` is a text: gains that are neither 0 nor 1 are folded, and the report says what that costs on it.
+    `approximate` is a text: gains that are neither 0 nor 1 are folded, and the report says as "cost" what that, and
+    the rounding to the dtypes that go out, costs on it. "rounded" are the tensors that were, counted by dtype.
     Raises `Refused` that lists everything that the family cannot express, with nothing written.
     """
     say = progress or (lambda line: None)
@@ -78,16 +112,16 @@ def to_hf(source: StrPath, target: StrPath, *, approximate: bytes | None = None,
     opened = open_checkpoint(source)
     export = plan_export(opened, approximate is not None)
     folded = {layer: gain for layer, gain in export.gains.items() if gain not in (0, 1)}
-    cost = fold_cost(opened, approximate, say) if folded and approximate is not None else None
-    prepare_parent(place)
-    with only_writer(place), explain_full_disk(place, "do it again"):
+    changes = folded or any(export.narrows(unit, opened.model) for unit in export.found)
+    cost = fold_cost(opened, approximate, export.back, say) if changes and approximate is not None else None
+    with parent_made(place), only_writer(place), explain_full_disk(place, "do it again"):
         refuse_existing(place)  # another process may have finished it meanwhile
         checksums = usable(opened.folder, say)
         stage = place.with_name(place.name + UNFINISHED)
         clear_export(stage, place)
         try:
             stage.mkdir()
-            files = _write(opened, export, stage, shard_bytes, say)
+            files, rounded = _write(opened, export, stage, shard_bytes, say)
             beside, tokenizer = _write_beside(opened, export, stage)
             sync(stage)
             rename(stage, place)
@@ -97,7 +131,7 @@ def to_hf(source: StrPath, target: StrPath, *, approximate: bytes | None = None,
             "family": export.family.model_type, "tensors": len(export.tensors), "files": files,
             "bytes": sum(map(_nbytes, export.tensors.values())), "beside": beside, "tokenizer": tokenizer,
             "zeroed": [layer for layer, gain in export.gains.items() if gain == 0], "folded": folded, "cost": cost,
-            "source_checksums": checksums, "seconds": time.monotonic() - started,
+            "rounded": rounded, "source_checksums": checksums, "seconds": time.monotonic() - started,
             "config": opened.config.to_json()}  # fmt: skip
 
 
@@ -167,7 +201,8 @@ def clear_export(stage: Path, place: Path) -> None:
     own = stage.is_dir() and not stage.is_symlink() and all(
         file.suffix in (".safetensors", ".json", ".jinja", ".model", ".tmp", ".gt_jax-tmp")
         for file in stage.iterdir())  # fmt: skip
-    if own and (stage / CONFIG).is_file():
+    first = unfinished_name(stage / CONFIG)  # alone where the kill came before all of it was written
+    if own and ((stage / CONFIG).is_file() or os.listdir(stage) == [first.name]):
         shutil.rmtree(stage)
     else:
         clear(stage, (EMPTY,), f"the export to {place.name}")
@@ -186,8 +221,12 @@ def shards_of(tensors: Mapping[str, Info], limit: int) -> list[list[str]]:
     return made
 
 
-def _write(opened: Opened, export: Export, stage: Path, limit: int, say: Progress) -> list[str]:
-    """config.json first, which marks the folder as ours, then shard by shard, then the index."""
+def _write(opened: Opened, export: Export, stage: Path, limit: int,
+           say: Progress) -> tuple[list[str], dict[str, int]]:
+    """config.json first, which marks the folder as ours, then shard by shard, then the index.
+
+    Returns the names of the files, and how many tensors were rounded, by the dtype that they went out in.
+    """
     write_atomically(stage / CONFIG, json.dumps(export.data, indent=2, sort_keys=True) + "\n")
     reader = _Reader(opened, export)
     by_name: dict[str, list[Unit]] = {}
@@ -213,7 +252,7 @@ def _write(opened: Opened, export: Export, stage: Path, limit: int, say: Progres
         index = {name: file for file, held in zip(names, shards, strict=True) for name in held}
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}, indent=2)
         write_atomically(stage / INDEX, text + "\n")
-    return names
+    return names, dict(Counter(str(export.tensors[name].dtype) for name in reader.rounded))
 
 
 def _write_beside(opened: Opened, export: Export, stage: Path) -> tuple[list[str], str | None]:
@@ -237,21 +276,26 @@ class _Reader:
         self._reader = SliceReader(opened.folder, opened.tensors)
         self._shapes = {path: tuple(leaf.shape) for path, leaf in opened.model.items()}
         self._sums: dict[str, dict[tuple[int, ...], tuple[int, int]]] = {}
+        self.rounded: set[str] = set()  # names of tensors whose values the dtype that they go out in does not hold
 
     def theirs(self, name: str, info: Info, unit: Unit) -> Iterator[np.ndarray]:
         """One unit, or its part of that name, in the dtype it goes out in: whole, or in parts where it lies alike."""
         kept = self._export.bits.get(name)
         part = unit.parts[0]
         if part.transform == SAME and not part.place and kept is None:
-            yield from (self._folded(unit, part, values).astype(info.dtype, copy=False) for values in self._flat(part))
+            yield from (self._cast(name, info, self._folded(unit, part, values)) for values in self._flat(part))
             return
         ours = [self._folded(unit, part, self._read(part)) for part in unit.parts]
-        value = unit.to_theirs(ours)
-        value = value.reshape(unit.shape(self._shapes)).astype(info.dtype, copy=False)
-        if unit.cut:
-            rows = -(-len(value) // len(unit.cut))
-            value = value[rows * unit.cut.index(name) :][:rows]
-        yield with_bits(value, kept, ours[0]) if kept is not None else value
+        value = self._export.leaving(unit, name, ours, self._shapes)
+        yield self._cast(name, info, value) if kept is None else with_bits(value.astype(info.dtype), kept, ours[0])
+
+    def _cast(self, name: str, info: Info, value: np.ndarray) -> np.ndarray:
+        """`value` in the dtype that it goes out in; notes the name where that rounds it."""
+        made = value.astype(info.dtype, copy=False)
+        if not exact(value.dtype, info.dtype) and name not in self.rounded and not np.array_equal(
+                made.astype(value.dtype), value, equal_nan=True):  # fmt: skip
+            self.rounded.add(name)
+        return made
 
     def compare(self) -> None:
         """Raise `Damaged` where what was read is not what was written."""

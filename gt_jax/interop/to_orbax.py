@@ -20,7 +20,7 @@ import numpy as np
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.arrays import ArrayFiles
 from gt_jax.checkpoints.checksums import Written, note_checksums, sums_of_arrays
-from gt_jax.checkpoints.folders import CONVERTING, StrPath, prepare_parent, publish
+from gt_jax.checkpoints.folders import CONVERTING, StrPath, parent_made, publish
 from gt_jax.checkpoints.leftovers import ARRAYS, EMPTY, clear
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.configs.lineage import LINEAGE
@@ -79,8 +79,7 @@ def to_orbax(sources: Sequence[StrPath], target: StrPath, *, overrides: Mapping[
     checksums = all(file.has_checksums for file in source.files)
     if not checksums:
         say("the source has no checksums; its values are taken as they are")
-    prepare_parent(place)
-    with only_writer(place), explain_full_disk(place, "do it again"):
+    with parent_made(place), only_writer(place), explain_full_disk(place, "do it again"):
         refuse_existing(place)  # another process may have finished it meanwhile
         _write(source, place, expected, own, metadata, say)
     return {"source": [str(path) for path in sources], "target": str(place), "step": metadata["step"],

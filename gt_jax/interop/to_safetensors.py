@@ -23,7 +23,7 @@ import numpy as np
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.checksums import usable
-from gt_jax.checkpoints.folders import UNFINISHED, StrPath, prepare_parent, rename
+from gt_jax.checkpoints.folders import UNFINISHED, StrPath, parent_made
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.opened import open_checkpoint
 from gt_jax.checkpoints.tree_paths import differences
@@ -32,7 +32,7 @@ from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.presets import preset
 from gt_jax.configs.tokenizer_file import carried_tokenizer, packed
 from gt_jax.errors import Failed, Refused, refuse_all
-from gt_jax.files import explain_full_disk
+from gt_jax.files import explain_full_disk, name_anew, sync
 from gt_jax.interop.expected_tensors import Expected, expect, origin_infos
 from gt_jax.interop.inferred_config import DEFAULTS
 from gt_jax.interop.safetensors import Writer, is_ours
@@ -62,8 +62,7 @@ def to_safetensors(source: StrPath, target: StrPath, *, progress: Progress | Non
     tensors = _as_they_came(origin_infos(expected, config), metadata)
     step = metadata.get("step")
     unfinished = place.with_name(place.name + UNFINISHED)
-    prepare_parent(place)
-    with only_writer(place), explain_full_disk(place, "do it again"):
+    with parent_made(place), only_writer(place), explain_full_disk(place, "do it again"):
         refuse_existing(place)  # another process may have finished it meanwhile
         _refuse_foreign(unfinished, place)
         checksums = usable(where, say)
@@ -71,12 +70,21 @@ def to_safetensors(source: StrPath, target: StrPath, *, progress: Progress | Non
             lineage = packed(exported(metadata, str(where)), carried_tokenizer(metadata))
             with Writer(unfinished, tensors, config.to_json(), step, lineage) as writer:
                 _write(where, expected, config, tensors, writer, say)
-            rename(unfinished, place)
+            _name(unfinished, place)
         finally:
             unfinished.unlink(missing_ok=True)
     return {"source": str(where), "target": str(place), "step": step, "tensors": len(tensors),
             "bytes": writer.nbytes, "dropped": [*expected.gains, *expected.tokens], "warnings": _variants(config),
             "source_checksums": checksums, "seconds": time.monotonic() - started, "config": config.to_json()}
+
+
+def _name(unfinished: Path, place: Path) -> None:
+    """Give the whole file its name, for good; raises `Refused` where something else has got it meanwhile."""
+    try:
+        name_anew(unfinished, place)
+    except FileExistsError as error:
+        raise Refused(f"target {place} has come meanwhile, and is left as it is; choose another target") from error
+    sync(place.parent)
 
 
 def _refuse_foreign(unfinished: Path, place: Path) -> None:

@@ -73,7 +73,7 @@ def model_flops(config: ModelConfig, tokens: int) -> ModelFlops:
     head = 2.0 * c.width * c.vocab
     outside = head
     if c.mtp is not None:
-        outside += 2.0 * 2 * c.width * c.width + _layer("G", c.plain, length) + head
+        outside += 2.0 * 2 * c.width * c.width + _layer("G", c.plain.replace(exit=None), length) + head
     return ModelFlops(outside, tuple(_layer(kind, c, length) for kind in c.depth.types))
 
 

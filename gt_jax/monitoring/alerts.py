@@ -72,9 +72,12 @@ class Course(NamedTuple):
 
 
 class Watch:
-    """Hears of records in order; calling it with one returns what there is to say about it, often nothing."""
+    """Hears of records in order; calling it with one returns what there is to say about it, often nothing.
 
-    def __init__(self, config: RunConfig) -> None:
+    A run that starts from another goes on in its data, `begun` batches behind their beginning.
+    """
+
+    def __init__(self, config: RunConfig, begun: int = 0) -> None:
         self._course = Course(config)
         self._seen: collections.deque[Record] = collections.deque(maxlen=WINDOW)
         self._free: collections.deque[Record] = collections.deque(maxlen=PATIENCE)
@@ -82,7 +85,7 @@ class Watch:
         self._open: dict[tuple[str, str], tuple[Alert, int]] = {}  # and for how many records it has not been seen
         self._closed: list[Alert] = []
         data = config.data
-        self._rises = rises(data.tasks, data.curriculum_rows, data.batch_size)
+        self._rises = {step - begun for step in rises(data.tasks, data.curriculum_rows, data.batch_size)}
 
     def __call__(self, record: Record) -> list[str]:
         """The alerts that begin or end with this record; a record without a training loss says nothing."""
@@ -155,9 +158,9 @@ class Watch:
         return said
 
 
-def alerts(records: Iterable[Record], config: RunConfig) -> list[Alert]:
-    """Every alert of a run's records, in the order in which they began."""
-    watch = Watch(config)
+def alerts(records: Iterable[Record], config: RunConfig, begun: int = 0) -> list[Alert]:
+    """Every alert of a run's records, in the order in which they began; `begun` as for `Watch`."""
+    watch = Watch(config, begun)
     for record in records:
         watch(record)
     return watch.alerts

@@ -149,7 +149,8 @@ def _saturated(free: Sequence[Record], config: RunConfig, cap: float) -> Found:
 def _depth(free: Sequence[Record], config: RunConfig, caps: Sequence[float]) -> Found:
     """Layers that run one pass for every token though the price does not ask for it, or all passes at full weight.
 
-    "All passes" is of what the price steers: where that is the weight, passes that weigh little may all be run.
+    "All passes" is of what the price steers: where that is the weight, passes that weigh little may all be run. Under
+    halting "batch" a token runs its batch's passes, which the price does not steer: nothing is said of them.
     Price rule "budget" has neither: there every gate has a gradient, and the price goes where it must.
     """
     adaptive, price = config.model.adaptive, config.train.price
@@ -165,7 +166,8 @@ def _depth(free: Sequence[Record], config: RunConfig, caps: Sequence[float]) -> 
     top = most if price.target_of == "mean_weight" else np.full_like(most, adaptive.max_passes)
     shut = (runs < ONE_PASS).all(axis=0) & (price.target > ONE_PASS) & (max(asked) < PRICE_AT_TOP * price.highest)
     level = 1 + ALL_PASSES * (top - 1)
-    wide = (steered >= np.maximum(level, price.target)).all(axis=0) & (adaptive.max_passes > 1)
+    told = adaptive.max_passes > 1 and not (adaptive.halting == "batch" and price.target_of == "passes_run")
+    wide = (steered >= np.maximum(level, price.target)).all(axis=0) & told
     for layer in np.flatnonzero(shut).tolist():
         place = f"layer {layer}"
         found["all tokens halt at once", place] = (

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gt_jax.errors import Refused
-from gt_jax.files import write_atomically
+from gt_jax.files import write_atomically, wrong_place
 
 
 def write_picture(draw: Callable[[io.BytesIO], object], path: Path) -> None:
@@ -19,12 +19,12 @@ def write_picture(draw: Callable[[io.BytesIO], object], path: Path) -> None:
 
 
 def refuse_picture(path: Path | None) -> None:
-    """Raise `Refused` for a `--picture` that exists, that is no .png, or whose folder cannot be written to."""
+    """Raise `Refused` for a `--picture` that exists, that is no .png, or that cannot be written where it would lie."""
     if path is None:
         return
     if os.path.lexists(path):
         raise Refused(f"--picture {path} exists; name a new file")
     if path.suffix.lower() != ".png":
         raise Refused(f"--picture {path}: pictures are PNG; name it {path.with_suffix('.png').name}")
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-        raise Refused(f"--picture {path}: {path.parent} is not a folder that can be written to")
+    if problem := wrong_place(path):
+        raise Refused(f"--picture {path}: {problem}")

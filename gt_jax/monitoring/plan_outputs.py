@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from gt_jax.files import write_atomically
+from gt_jax.files import write_atomically, wrong_place
 from gt_jax.growth.plan_entries import Plan
 from gt_jax.growth.plan_file import plan_json
 from gt_jax.growth.repetition import Repetition
@@ -21,8 +21,8 @@ def wrong_outputs(target: Path | None, plan_out: Path | None, picture: Path | No
             continue
         if os.path.lexists(path):
             wrong.append(f"{flag} {path} exists; name a new file")
-        elif not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-            wrong.append(f"{flag} {path}: {path.parent} is not a folder that can be written to")
+        elif problem := wrong_place(path):
+            wrong.append(f"{flag} {path}: {problem}")
         elif path.resolve() in taken:
             wrong.append(f"{flag} {path} is also the name of another output")
         elif flag == "--picture" and path.suffix.lower() != ".png":

@@ -39,15 +39,16 @@ class Run(NamedTuple):
     found: list[Alert]
 
 
-def read_run(path: Path) -> Run:
-    """A run directory, also one without metrics yet; raises `Refused` naming the file that is not as it should be."""
+def read_run(path: Path, begun: int = 0) -> Run:
+    """A run directory, also one without metrics yet, whose data began with batch `begun`; raises `Refused` naming the
+    file that is not as it should be."""
     if not (path / "config.json").is_file():
         there = "is no run directory: it has no config.json" if path.exists() else "does not exist"
         raise Refused(f"{path} {there}; name a directory that gt_jax.train has written")
     config, metrics = read_run_config(path), path / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.exists() else []
     refuse_all(_misfits(records)[:20], f"metrics file {str(metrics)!r} holds what no run writes:")
-    return Run(str(path), config, records, alerts(records, config))
+    return Run(str(path), config, records, alerts(records, config, begun))
 
 
 def _misfits(records: Sequence[Mapping[str, Any]]) -> list[str]:

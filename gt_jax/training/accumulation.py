@@ -47,7 +47,7 @@ def accumulate_gradients(
 
         with jax.named_scope("accumulation"):
             start = jax.tree.map(lambda p: jnp.zeros_like(widen(p)), params)
-        pieces = {name: _rows(array, parts, rules) for name, array in batch.items()}
+        pieces = {name: rows_in_parts(array, parts, rules) for name, array in batch.items()}
         numbers = jnp.arange(parts, dtype=jnp.int32)
         sums, (totals, reports, seen) = jax.lax.scan(one, start, (pieces, numbers))
         total = jnp.mean(totals, axis=0)
@@ -58,7 +58,7 @@ def accumulate_gradients(
     return run
 
 
-def _rows(array: Array, parts: int, rules: Rules) -> Array:
+def rows_in_parts(array: Array, parts: int, rules: Rules) -> Array:
     """[b, t] -> [parts, b / parts, t]; every part takes rows from every device, so that none of them moves."""
     rows = (array.shape[0] // parts, parts, array.shape[1])
     split = jnp.reshape(array, rows, out_sharding=on_mesh(rules.spec("batch", None, None)))

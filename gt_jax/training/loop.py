@@ -21,7 +21,7 @@ from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.checkpoints.tree_paths import differences as differences_of_trees
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.data import BYTES
-from gt_jax.configs.lineage import LINEAGE, carried, earlier, newest, trainings
+from gt_jax.configs.lineage import LINEAGE, carried, newest, trainings
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.configs.run import RunConfig, TrainConfig, read_run_config
@@ -44,7 +44,7 @@ from gt_jax.training.divisibility import refuse_indivisible
 from gt_jax.training.moments import carried_moments
 from gt_jax.training.optimizer import make_optimizer
 from gt_jax.training.price import PriceState
-from gt_jax.training.run_directory import SameFolder, config_to_train, lock, locked, mark, plateau_ends
+from gt_jax.training.run_directory import SameFolder, config_to_train, lock, locked, mark, past, plateau_ends
 from gt_jax.training.state import TrainState, new_state
 from gt_jax.training.step import Batch, held_out_losses, make_evaluation, make_step
 from gt_jax.training.stopping import Interrupted, Termination
@@ -72,7 +72,7 @@ def make_trainer(model: ModelConfig, train: TrainConfig, rules: Rules | None = N
     optimizer = make_optimizer(train.optimizer, train.steps)
     return Trainer(
         make_step(model, train.price, optimizer, train.steps, rules, train.seed, train.thaw, train.accumulate),
-        make_evaluation(model, rules),
+        make_evaluation(model, rules, train.accumulate),
         lambda variables: new_state(variables, optimizer, train.price),
     )
 
@@ -226,16 +226,18 @@ def _train_run(
         if config.train != before:
             group.on_first(lambda: mark(run, config))
     length, resumed = config.data.sequence_length, done if resume else None
+    begun = (position or {}).get("batches", done) - done
     recorder = Recorder(
         run / "metrics.jsonl" if group.first else None, total_steps=config.train.steps,
         tokens_per_step=config.data.batch_size * length, show=show and group.first, resume_step=resumed,
-        watch=Watch(config), utilisation=utilisation(config.model, length),
+        watch=Watch(config, begun), utilisation=utilisation(config.model, length),
         also=TensorBoard(run / "tensorboard", resumed) if tensorboard and group.first else None,
     )  # fmt: skip
     with explain_full_disk(run), SameFolder(run, group.first) as folder, recorder:
         rounded = rounding(config.train.matmul_precision) if config.model.compute_dtype == "float32" else None
         for note in filter(None, [*notes, *told, text.summary(), rounded]):
             recorder.message(note)
+        steps.warn = recorder.message
         train = config.train
         places: dict[int, Any] = {}
         unheard: list[OSError | Failed] = []
@@ -311,7 +313,7 @@ def _metadata(config: RunConfig, text: Text | Data, position: dict[str, Any], st
 
 
 class _Begun(NamedTuple):
-    """What a run begins or goes on with: its state, the lineage that its checkpoints keep, the position in the text,
+    """What a run begins or goes on with: its state, what its checkpoints keep of its past, the position in the text,
     and what there is to say about all three."""
 
     state: TrainState
@@ -334,8 +336,7 @@ def _start(
     restored = steps.restore_latest(jax.tree.map(with_mesh_devices, state._asdict()))
     if restored is not None:
         _, tree, metadata = restored
-        before = earlier(metadata)
-        return _Begun(TrainState(**tree), {LINEAGE: before} if before else {}, metadata.get("data"), [])
+        return _Begun(TrainState(**tree), past(metadata, config), metadata.get("data"), [])
     if config.start is None:
         fresh = initialise(config.model, config.train.seed, rules)
         return _Begun(trainer.new_state(with_token_bytes(fresh, config, text)), {}, None, [])

@@ -8,16 +8,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.folders import Damaged, refuse_inside, refuse_step_of_run, refuse_temporary_name
 from gt_jax.checkpoints.lock import lock_file, only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
-from gt_jax.configs.run import RunConfig, differences, read_run_config
+from gt_jax.configs.lineage import LINEAGE, earlier
+from gt_jax.configs.run import RunConfig, TrainConfig, differences, read_run_config
 from gt_jax.configs.standing import longer, plateau_end
 from gt_jax.errors import Failed, Refused, refuse_all
 from gt_jax.files import explain_full_disk, refuse_address, unfinished_name, write_atomically
+
+SHORTER = "shorter"
+"""What the checkpoints of a run that was given more steps call its training as it was before, each time: a list."""
 
 
 def config_to_train(run: Path, config: RunConfig, resume: bool) -> RunConfig:
@@ -27,6 +33,7 @@ def config_to_train(run: Path, config: RunConfig, resume: bool) -> RunConfig:
             "config.json.tmp"}  # by a kill, before the directory was a run; the last one up to version 0.2.0
     if resume:
         stored = read_run_config(run)
+        config = _as_lengthened(run, config, stored)
         if config.train.steps > stored.train.steps:
             asked = stored.train.replace(steps=config.train.steps)
             if config.train == asked:
@@ -43,6 +50,43 @@ def config_to_train(run: Path, config: RunConfig, resume: bool) -> RunConfig:
     refuse_inside(run)
     refuse_step_of_run(run)
     return config
+
+
+def _as_lengthened(run: Path, config: RunConfig, stored: RunConfig) -> RunConfig:
+    """`config`, what it says as the run did when it had fewer steps taken for what more steps made of that.
+
+    So the command that made a run longer can be given again, as it is after a kill.
+    """
+    steps, now = config.train.steps, stored.train.to_json()
+    if steps < stored.train.steps or config.train == stored.train.replace(steps=steps):
+        return config
+    asked = {**config.train.to_json(), "steps": stored.train.steps}
+    for step in reversed(RunCheckpoints(run).steps()):
+        with contextlib.suppress(Refused, OSError):  # whoever reads it says so
+            known = _shorter(checkpoint.describe(run / str(step))[1], stored)
+            if any(_is_either(asked, before, now) for before in known):
+                return config.replace(train=stored.train.replace(steps=steps))
+    return config
+
+
+def past(metadata: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """What the next checkpoints of a run keep of what came before its training as it is: nothing that is empty."""
+    kept = {LINEAGE: earlier(metadata), SHORTER: _shorter(metadata, config)}
+    return {name: value for name, value in kept.items() if value}
+
+
+def _shorter(metadata: Mapping[str, Any], config: RunConfig) -> list[dict[str, Any]]:
+    """The trainings, as JSON, that `config` was before its run was given more steps, as a checkpoint of it says."""
+    then = metadata.get("run")
+    found = [*metadata.get(SHORTER, ()), *([] if then is None else [RunConfig.from_json(then).train.to_json()])]
+    return [one for one in found if TrainConfig.from_json(one) != config.train]
+
+
+def _is_either(asked: Any, before: Any, now: Any) -> bool:
+    """Whether every value of a JSON object is that of one of the two others."""
+    if not isinstance(asked, dict) or not isinstance(before, dict) or not isinstance(now, dict):
+        return asked in (before, now)
+    return all(_is_either(value, before.get(name), now.get(name)) for name, value in asked.items())
 
 
 def locked(run: Path) -> Path:

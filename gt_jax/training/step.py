@@ -23,7 +23,7 @@ from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.pass_statistics import PassStatistics, mean_over_tokens, token_shares
 from gt_jax.models.layers.primitives import widen
 from gt_jax.models.memory_chunks import chunk_length, mean_over_chunks, over_chunks
-from gt_jax.training.accumulation import accumulate_gradients
+from gt_jax.training.accumulation import accumulate_gradients, rows_in_parts
 from gt_jax.training.budget import BudgetState, move_budget, with_gates_moved, with_last_biases_moved
 from gt_jax.training.loss import loss_if, unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State, at_step
@@ -33,8 +33,12 @@ from gt_jax.training.state import TrainState
 from gt_jax.training.thaw import keep_frozen
 from gt_jax.typing import Activations, Scalar, Tree
 
-DEPTH = {"mean_weight": "survival", "passes_run": "alive", "passes_computed": "computed"}
+DEPTH = {"mean_weight": "survival", "passes_run": "ran", "passes_computed": "computed"}
 """The metrics of depth, by layer, and the statistic whose sum over passes each is."""
+
+STEERED = {"mean_weight": "survival", "passes_run": "alive"}
+"""What the price steers, by its `target_of`: under halting "batch" too the tokens above the threshold, as the origin's
+does, though there each of them runs what its batch runs."""
 
 Counts = tuple[Scalar, Scalar, Scalar]
 
@@ -203,7 +207,7 @@ def make_step(
         (total, extra), grads = gradient(state.params, state.statistics, placed, state.price.value, now, state.step)
         statistics, report = extra["statistics"], extra["report"]
         depth = {name: jnp.sum(getattr(report["passes"], of), axis=-1) for name, of in DEPTH.items()}
-        steered = jnp.mean(depth[price.target_of])
+        steered = jnp.mean(jnp.sum(getattr(report["passes"], STEERED[price.target_of]), axis=-1))
         moved = state.price  # a budget is read off gates that it moves: not those of copies, whose layers all run
         if by_budget or price.rule != "budget":
             moved = _moved_price(price, state.price, report["passes"], grads, steered, now.moves, steps)
@@ -283,15 +287,15 @@ def _component_metrics(model: ModelConfig, report: Mapping[str, Any]) -> dict[st
 
 
 def make_evaluation(
-    model: ModelConfig, rules: Rules
+    model: ModelConfig, rules: Rules, parts: int = 1
 ) -> Callable[[Tree, Batch, PassControl | None], tuple[Scalar, Scalar, Any]]:
-    """The jitted evaluation(variables, batch, control) -> (summed cross-entropy, targets, pass statistics)."""
+    """The jitted evaluation(variables, batch, control) -> (summed cross-entropy, targets, pass statistics).
+
+    A batch runs in so many `parts`, one after the other, as that of a training step does: it needs no more memory.
+    """
     network = LanguageModel(model, rules)
 
-    def evaluation(variables: Tree, batch: Batch, control: PassControl | None = None) -> tuple[Scalar, Scalar, Any]:
-        placed = shard_batch(batch, rules)
-        passes = control or free_passes()
-
+    def of_rows(variables: Tree, placed: Batch, passes: PassControl) -> tuple[Scalar, Scalar, PassStatistics]:
         def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Any]:
             one = piece[0]
             ids = one["tokens"], one["segment_ids"]
@@ -301,6 +305,19 @@ def make_evaluation(
 
         _, (sums, statistics) = over_chunks(chunk, model, rules, (), placed)
         return jnp.sum(sums[0]), jnp.sum(sums[1]), mean_over_chunks(statistics, placed["segment_ids"], model)
+
+    def evaluation(variables: Tree, batch: Batch, control: PassControl | None = None) -> tuple[Scalar, Scalar, Any]:
+        placed, passes = shard_batch(batch, rules), control or free_passes()
+        if parts == 1:
+            return of_rows(variables, placed, passes)
+
+        def one(part: Batch) -> Any:
+            return of_rows(variables, part, passes), jnp.sum(real_tokens(part["segment_ids"]))
+
+        pieces = {name: rows_in_parts(array, parts, rules) for name, array in placed.items()}
+        (total, count, statistics), tokens = jax.lax.map(one, pieces)
+        whole = mean_over_tokens(statistics, tokens, model.adaptive, model.exit is not None)
+        return jnp.sum(total), jnp.sum(count), whole
 
     return jax.jit(evaluation)
 

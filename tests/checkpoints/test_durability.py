@@ -1,5 +1,6 @@
 """What is renamed is on the disk first, an older step goes last, and only leftovers of its own kind are cleared."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import pytest
 
 from gt_jax.checkpoints import checkpoint, leftovers
 from gt_jax.checkpoints.arrays import ArrayFiles
-from gt_jax.checkpoints.folders import publish, set_aside
+from gt_jax.checkpoints.folders import publish, resolve, set_aside
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs import presets
@@ -163,6 +164,79 @@ def test_what_has_the_name_of_a_step_that_goes_keeps_it_and_ends_nothing(tmp_pat
     assert run.steps() == [8, 9] and (tmp_path / "8.unfinished" / "chapter1.txt").exists()
 
 
+def test_an_old_step_that_cannot_be_removed_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that was due next was not saved, nor any after a resume."""
+    warned: list[str] = []
+    run = RunCheckpoints(tmp_path, keep=1, warn=warned.append)
+    run.save(8, TREE, METADATA)
+    for killed in ("7.unfinished", "9.unfinished"):  # the second has the name that is needed next
+        (tmp_path / killed).mkdir()
+
+    def denied(folder: Any, *rest: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", denied)
+        run.save(9, TREE, METADATA)
+        run.save(10, TREE, METADATA)
+        assert run.steps() == [8, 9, 10], "nothing was removed of it, so it is a step as before"
+    assert [line.split(" cannot be removed (")[0] for line in warned] == [
+        str(tmp_path / name) for name in ("7.unfinished.damaged", "9.unfinished.damaged", "8")]
+    assert f"Permission denied: '{tmp_path / '8.unfinished'}'" in warned[2]
+    run.save(11, TREE, METADATA)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["11", "7.unfinished.damaged", "9.unfinished.damaged"]
+    assert len(warned) == 3
+
+
+def test_of_a_step_that_is_a_link_the_link_goes(tmp_path: Path) -> None:
+    """It was moved to another disk. Its tokenizer was deleted there, and the run ended."""
+    warned: list[str] = []
+    run = RunCheckpoints(tmp_path / "run", keep=1, warn=warned.append)
+    run.save(8, TREE, METADATA)
+    (run.root / "8").rename(tmp_path / "moved")
+    (run.root / "8").symlink_to(tmp_path / "moved")
+    (tmp_path / "moved" / "tokenizer.json").touch()
+    before = sorted(tmp_path.glob("moved/**/*"))
+    run.save(9, TREE, METADATA)
+    assert [path.name for path in run.root.iterdir()] == ["9"] and not warned
+    assert sorted(tmp_path.glob("moved/**/*")) == before
+
+
+def test_what_a_user_put_into_a_step_stays_when_that_goes(tmp_path: Path) -> None:
+    warned: list[str] = []
+    run = RunCheckpoints(tmp_path, keep=1, warn=warned.append)
+    run.save(8, TREE, METADATA)
+    (tmp_path / "8" / "state" / "notes").mkdir()
+    (tmp_path / "8" / "state" / "notes" / "a.txt").write_text("mine")
+    (tmp_path / "8" / "report.html").write_text("mine too")
+    (tmp_path / "8" / "all").symlink_to(tmp_path)
+    run.save(9, TREE, METADATA)
+    kept = tmp_path / "8.kept"
+    said = f"{tmp_path / '8'} is removed, as it is too old; what the run has not saved there is in {kept}"
+    assert warned == [said]
+    assert {str(path.relative_to(kept)) for path in kept.rglob("*")} == {
+        "state", "state/notes", "state/notes/a.txt", "report.html", "all"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["8.kept", "9"] and run.steps() == [9]
+    RunCheckpoints(tmp_path, keep=2).save(8, TREE, METADATA)
+    assert run.steps() == [8, 9], "it is in the way of no save"
+    with pytest.raises(Refused):
+        resolve(kept)
+
+
+def test_a_folder_of_the_user_named_by_a_number_is_no_step(tmp_path: Path) -> None:
+    """The notes of a year were renamed as a damaged checkpoint."""
+    somebody(tmp_path / "2024")
+    warned: list[str] = []
+    run = RunCheckpoints(tmp_path, keep=1, warn=warned.append)
+    assert run.restore_latest(TREE) is None and run.latest() is None
+    run.save(8, TREE, METADATA)
+    found = run.restore_latest(TREE)
+    assert found is not None and found[0] == run.latest() == 8 and not warned
+    (tmp_path / "9").mkdir()  # of an interrupted copy
+    assert run.latest() == 8 and "step 9 in" in warned[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2024", "8", "9"]
+
+
 def test_a_process_that_an_error_ends_writes_its_save_to_the_end_and_meets_nobody(tmp_path: Path, monkeypatch) -> None:
     """The others may never come: it hung there, and nobody was told."""
     run = RunCheckpoints(tmp_path, keep=1)
@@ -179,12 +253,13 @@ def test_names_that_are_taken_are_refused_before_training(tmp_path: Path) -> Non
     growth(tmp_path / "6.unfinished")
     (tmp_path / "5.unfinished").mkdir()  # of a killed save
     (tmp_path / "8").write_text("notes of the eighth")
-    (tmp_path / "9").mkdir()  # is set aside
+    somebody(tmp_path / "9")
+    (tmp_path / "10" / "state").mkdir(parents=True)  # of a step, and would be set aside
     with pytest.raises(Refused) as refused:
         leftovers.refuse_taken_names(tmp_path, 4, 20)
     assert [line.split()[1].rsplit("/", 1)[1] for line in str(refused.value).splitlines()[1:]] == [
-        "6.unfinished", "7.unfinished", "8"]
-    leftovers.refuse_taken_names(tmp_path, 8, 20)  # steps that are done need no name
+        "6.unfinished", "7.unfinished", "8", "9"]
+    leftovers.refuse_taken_names(tmp_path, 9, 20)  # steps that are done need no name
     leftovers.refuse_taken_names(tmp_path, 4, 5)
 
 
@@ -231,7 +306,7 @@ def test_leftovers_are_told_by_what_is_in_them(tmp_path: Path) -> None:
     assert leftovers.kind_of(tmp_path / "saved") == leftovers.SAVE
     shutil.copytree(tmp_path / "saved", tmp_path / "7.unfinished")
     leftovers.refuse_taken_names(tmp_path, 0, 9)
-    leftovers.clear_steps(tmp_path)
+    leftovers.clear_steps(tmp_path, pytest.fail)
     assert not (tmp_path / "7.unfinished").exists()
     (tmp_path / "begun" / "state").mkdir(parents=True)
     assert leftovers.kind_of(tmp_path / "begun") == leftovers.EMPTY

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gt_jax.checkpoints import checkpoint
+from gt_jax.checkpoints.opened import open_checkpoint
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs import presets
 from gt_jax.configs.data import DataConfig
@@ -286,6 +287,31 @@ def test_the_tables_name_identities_and_means(capsys):
     assert ["0", "D", "1.32", "1"] in [line.split()[:4] for line in lines]
     assert any("got 12 layers that run and 4 dead layers" in line for line in lines)
     assert [line.split()[-1] for line in lines if line.split()[3:4] == ["-"]] == ["dead"] * 4
+
+
+def test_a_plain_model_is_stacked_whole_without_counts(tmp_path, capsys):
+    """It has no passes that could be measured: every copy has full strength, reference counts are not spoken of."""
+    config = presets.tiny().plain.replace(width=16, mlp_width=16, layout="DG")
+    leaves = sorted(flatten(language_model.abstract(config)).items())
+    values = {name: np.full(leaf.shape, index + 1, leaf.dtype) for index, (name, leaf) in enumerate(leaves)}
+    checkpoint.save(tmp_path / "plain", nest(values), {"config": config.to_json(), "step": 3, "kind": "train"})
+    words = [str(tmp_path / "plain"), str(tmp_path / "deep"), "--plan", "stack", "--noise-std", "0", "--no-check"]
+    assert main([*words, "--target-layers", "6"]) == 0
+    told = capsys.readouterr()
+    assert "reference counts" not in told.err and "2 -> 6 layers, none dead" in told.err
+    deep = open_checkpoint(tmp_path / "deep")
+    assert deep.config.layout == "DG*3" and deep.config.adaptive is None
+    for name, value in flatten(checkpoint.load(tmp_path / "deep", language_model.abstract(deep.config))).items():
+        first = values[name].ravel()[0]  # gains too: as strong as in the source
+        assert (np.asarray(value) == first).all(), name
+    said = refusal(words[0], tmp_path / "no", "--plan", "stack", "--target-layers", "5")
+    assert "--target-layers 5 is not what" in said and "any multiple of 2 from 2 (every layer once)" in said
+    assert main([words[0], "--plan", "stack", "--dry-run", "--plan-out", str(tmp_path / "p.json")]) == 0
+    assert main([words[0], "--plan-file", str(tmp_path / "p.json"), "--dry-run"]) == 0
+    assert "does not say which checkpoint" not in capsys.readouterr().err
+    plan = ["--plan", "stack", "--dry-run", "--json"]
+    assert main([words[0], *plan]) == 0 and json.loads(capsys.readouterr().out)["layout"] == "DG*2"
+    assert main([words[0], *plan, "--target-layout", "DG*4"]) == 0
 
 
 def test_a_layer_that_is_dead_in_the_source_is_dead_in_the_child(source, tmp_path, capsys):

@@ -67,7 +67,7 @@ def test_right_and_nats_are_those_of_the_dense_logits(monkeypatch):
     nats = np.log(np.exp(of).sum(-1)) - np.take_along_axis(of, target[:, None], 1)[:, 0]
     np.testing.assert_allclose(found.nats, nats, atol=2e-5)
     assert (found.passes == 2).all() and 0.2 < found.right.mean() < 0.8
-    np.testing.assert_array_equal(found.alive, [[1, 1, 0, 0]])
+    np.testing.assert_array_equal(found.ran, [[1, 1, 0, 0]])
 
 
 def test_what_is_asked_and_of_which_instance():

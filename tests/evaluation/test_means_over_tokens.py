@@ -63,6 +63,7 @@ def test_what_is_of_alive_tokens_is_weighed_by_them():
     shape = {name: jnp.zeros((2, 1, 1)) for name in PassStatistics._fields} | {"experts": jnp.zeros((2, 1, 1, 3))}
     given = PassStatistics(**shape)._replace(
         alive=jnp.array([0.8, 0.1]).reshape(2, 1, 1), survival=jnp.array([0.5, 0.1]).reshape(2, 1, 1),
+        ran=jnp.array([1.0, 0.0]).reshape(2, 1, 1),
         p_mean=jnp.array([0.9, 0.2]).reshape(2, 1, 1), computed=jnp.array([1.0, 0.0]).reshape(2, 1, 1),
         update_ratio=jnp.array([0.4, 0.2]).reshape(2, 1, 1))  # fmt: skip
     found = mean_over_tokens(given, jnp.array([10.0, 30.0]), CONFIG.adaptive)
@@ -72,6 +73,7 @@ def test_what_is_of_alive_tokens_is_weighed_by_them():
     assert float(found.computed[0, 0]) == 0.5 and found.experts.shape == (1, 1, 3)
     batch = mean_over_tokens(given, jnp.array([10.0, 30.0]), CONFIG.adaptive.replace(halting="batch"))
     assert float(batch.update_ratio[0, 0]) == pytest.approx((10 * 0.4 + 30 * 0.2) / 40)
+    assert float(batch.ran[0, 0]) == pytest.approx(10 / 40), "of the tokens, not of the batches as `computed`"
     shown = given._replace(entropy=given.p_mean, computed=jnp.ones((2, 1, 1)))  # layers that tokens leave see 8 and 3
     assert float(mean_over_tokens(shown, jnp.array([10.0, 30.0]), None, True).entropy[0, 0]) == pytest.approx(
         (8 * 0.9 + 3 * 0.2) / 11)  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 from gt_jax.configs.model import AdaptiveConfig, ExitConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.evaluation.intermediates import hidden_rows
+from gt_jax.evaluation.measurement import repetition
 from gt_jax.evaluation.token_passes import hidden_and_passes, passes_by_layer
 from gt_jax.models.language_model import LanguageModel, abstract, fixed_passes, free_passes
 from gt_jax.models.layers.adaptive_depth import HaltingHead, halting_features
@@ -116,10 +117,14 @@ def test_of_every_kind_of_model_their_mean_is_passes_run(config):
     network, low = LanguageModel(config), free_passes()._replace(p_max=jnp.float32(0.2))
     output, shown = jax.jit(lambda v: network.apply(v, TOKENS, IDS, control=low, mutable=[PASSES]))(uneven(config))
     passes, seen = np.asarray(passes_by_layer(config, shown, IDS)), output.statistics
-    np.testing.assert_allclose(passes[:, REAL].mean(axis=1), seen.alive.sum(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(passes[:, REAL].mean(axis=1), seen.ran.sum(axis=1), rtol=1e-5)
     assert not passes[:, ~REAL].any()
     if config.adaptive is None and config.exit is None:
         assert (passes[:, REAL] == 1).all()
+    elif config.adaptive is not None and config.adaptive.halting == "batch":
+        assert (passes[:, REAL] == 2).all() and (seen.alive.sum(axis=1) < 2).all(), "below the threshold they move too"
+        counts = repetition(seen, config.depth.types, {})
+        assert [counts[f"layer{i}"]["passes_run"] for i in range(len(config.depth))] == [2.0] * len(config.depth)
     else:
         assert len(np.unique(passes[:, REAL])) > 1
     if config.adaptive is not None:

@@ -113,6 +113,19 @@ def test_every_column_of_an_exact_growth_equals_that_of_the_source(grown):
         assert len({round(layer[name], 5) for layer in result["layers"]}) == 4
 
 
+def test_a_layer_that_makes_the_stream_is_marked_as_standing_at_the_cut(grown):
+    """Before the first pass there is hardly a stream, after it there is one."""
+    def faint(variables):
+        embedding = jax.tree.map(lambda leaf: leaf * 1e-3, variables["params"]["embedding"])
+        return {**variables, "params": {**variables["params"], "embedding": embedding}}
+
+    source, child = map(faint, grown[:2])
+    layers = compared(SOURCE, source, CHILD, child, PLAN)["layers"]
+    for name in ("delta_ratio_cut", "source_delta_ratio_cut"):
+        assert [one[name] for one in layers] == [True, False, False, False]
+    assert not any(one["delta_ratio_cut"] for one in grown[2]["layers"])
+
+
 def test_the_source_is_shown_as_it_runs_of_itself_and_with_fixed_passes(grown):
     """Tokens that halt: a child by mean weights is like the free source, where one at full strength is like k_exec.
 
@@ -313,6 +326,12 @@ def test_the_command_reports_draws_and_repeats_itself(pair, capsys):
     assert f"gap {100 * result['gap']:+.2f} %" in said and f"({result['verdict']}; below" in said
     assert all(name in lines[-6] for name in ("|dh|/|h|", "singular v.", "entropy", "KL", "nulls"))
     assert "0, pass 1" in lines[-4] and "1, pass 2" in lines[-1]
+    shown = {**result, "layers": [
+        {**one, "delta_ratio": ratio, "source_delta_ratio": ratio, "source_fixed_delta_ratio": ratio,
+         "delta_ratio_cut": at, "source_delta_ratio_cut": at}
+        for one, ratio, at in zip(result["layers"], (10.0, 9.0, 8.0, 0.5), (True, False, False, False), strict=True)]}
+    *above, _, _, _, first, second, third, last = "\n".join(report_lines(shown)).splitlines()
+    assert first.count(">=10.000") == 3 and ">=" not in second + third + last and ">= before |dh|/|h|" in above[-1]
 
 
 def test_a_pair_without_a_plan_says_why(pair, capsys, grown):

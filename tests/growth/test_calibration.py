@@ -295,12 +295,13 @@ def test_the_command_refuses_before_it_writes(folder):
     refused("taken.unfinished is nothing that gt_jax has made, and the save of taken needs", "source", "grown", "taken")
     refused("exists", "source", "grown", "plain")
     refused("lies inside", "source", "grown", "grown/deeper")
-    refused("their hash differs", "source", "other", "new")
+    refused("their hash differs", "source", "other", "new/deep/fitted")
     refused("was not grown", "source", "plain", "new")
     refused("was not grown from", "grown", "grown", "new")
     refused("does not exist", "nothing", "grown", "new")
     refused("--batches is 0", "source", "grown", "new", "--batches", "0")
-    refused("does not exist|cannot be read|no file", "source", "grown", "new", "--text", str(folder / "no.txt"))
+    no_text = ("--text", str(folder / "no.txt"))
+    refused("does not exist|cannot be read|no file", "source", "grown", "new/deep/fitted", *no_text)
     with only_writer(folder / "new"):  # by another job, whose fit has begun
         refused("new at this moment", "source", "grown", "new")
     assert {path.name for path in folder.iterdir()} == there

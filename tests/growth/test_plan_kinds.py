@@ -16,6 +16,7 @@ from gt_jax.growth.layer_map import read_map, spelled
 from gt_jax.growth.plan import PASSES_FROM, PLANS, fitted, identity_plan, make_plan
 from gt_jax.growth.plan_entries import Entry, Plan
 from gt_jax.growth.plan_file import plan_json, read_plan_file
+from gt_jax.growth.provenance import counts_record
 from gt_jax.growth.repetition import LayerRepetition, Repetition, from_json, reference
 
 ALPHA = (1.0, 0.7, 0.5, 0.35)
@@ -359,6 +360,8 @@ def test_counts_with_numbers_that_are_none_are_written_as_texts():
     counts = from_json({"_meta": {"note": [1.0, {"loss": math.nan}]}} | {f"layer{i}": {"k_exec": 1} for i in range(8)})
     found = plan_json(make_plan("block", counts, TWO), counts)
     assert json.loads(json.dumps(found, allow_nan=False))["counts"]["values"]["_meta"]["note"] == [1.0, {"loss": "nan"}]
+    assert json.loads(json.dumps(counts_record(counts), allow_nan=False))["counts"]["measured"]["note"][1] == {
+        "loss": "nan"}, "so does what a grown checkpoint keeps of them, and --json shows"
 
 
 def test_plan_files_of_before_asked_was_written_are_read(tmp_path):

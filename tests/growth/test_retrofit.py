@@ -123,6 +123,10 @@ def test_the_heads_are_what_the_config_declares_and_say_the_same_to_everyone():
 def test_what_cannot_be_retrofitted_is_said():
     with pytest.raises(Refused, match=r"adaptive already(.|\n)*strength of pass 1 would be 0\.5"):
         retrofitted_config(small_model("D"), AdaptiveConfig(alpha=(0.5, 0.5)))
+    bound = AdaptiveConfig().seeing_state.replace(logit_bound=2.0)
+    with pytest.raises(Refused, match=r"with logit_bound 2 no gate says less than 0\.119, .* threshold 0\.1"):
+        retrofitted_config(PLAIN, bound)
+    assert retrofitted_config(PLAIN, bound.replace(threshold=0.12)).adaptive.logit_bound == 2.0
     with pytest.raises(Refused, match="exclude each other"):
         retrofitted_config(PLAIN.replace(stack=PLAIN.stack.replace(kind="midpoint")), AdaptiveConfig())
     with pytest.raises(Refused, match=r"needs price rule(.|\n)*no list of numbers"):

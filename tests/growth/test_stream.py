@@ -118,7 +118,7 @@ def test_names_every_tensor_that_is_not_finite(case: Case, tmp_path: Path) -> No
     flat["params/segment0/layer0/halting/embedding"][0, 1] = -np.inf
     checkpoint.save(tmp_path / "source", nest(flat), {"config": CONFIG.to_json()})
     with pytest.raises(Refused) as refused:
-        grow(tmp_path / "source", tmp_path / "target")
+        grow(tmp_path / "source", tmp_path / "new" / "deep" / "target")
     assert "params/segment0/layer1/mlp/up/w holds nan at [1, 2, 3]" in str(refused.value)
     assert "params/segment0/layer0/halting/embedding holds -inf at [0, 1]" in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

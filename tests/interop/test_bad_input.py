@@ -70,6 +70,11 @@ def test_all_mismatches_at_once(tmp_path, state):
     assert "layers.3.layer_emb" not in said
 
 
+def test_a_list_of_parameters_called_layers_is_no_layer(tmp_path):
+    said = refusal(tmp_path, {f"layers.{name}": np.zeros(2, np.float32) for name in ("0", "1", "weight")})
+    assert "is this a checkpoint of the origin system?" in said
+
+
 def test_a_whole_layer_that_is_missing(tmp_path, state):
     said = refusal(tmp_path, {name: value for name, value in state.items() if not name.startswith("layers.2.")})
     assert "layers.2 has no tensor of a mixer, and the last layer is 7" in said

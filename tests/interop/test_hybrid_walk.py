@@ -158,6 +158,41 @@ def test_other_gains_go_out_only_when_asked_and_their_cost_is_said(tmp_path, mon
     assert not fold_cost.carries_gain("params/segment0/layer0/mlp/down/w", True)
 
 
+def test_what_is_rounded_on_the_way_out_is_said_and_its_cost_is_that_of_what_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = CONFIG.replace(layout="D", param_dtype="bfloat16")
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if path[-1].key == "gain" else (leaf * 1.003).astype(leaf.dtype), initialise(config, 0))
+    Tokenizer(BPE(vocab={chr(97 + i): i for i in range(26)}, merges=[])).save("tokenizer.json")
+    save("model", config, variables, {"tokenizer": str(tmp_path / "tokenizer.json")})
+    Path("text").write_text("abcdefghij" * 3)
+    convert.main(["model", "unmeasured", "--to", "hf"])
+    assert "tensors rounded to bfloat16, " in (said := capsys.readouterr().out) and "--approximate TEXT says" in said
+    convert.main(["model", "out", "--to", "hf", "--approximate", "text", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["folded"] == {} and list(report["rounded"]) == ["bfloat16"]
+    convert.main(["out", "back", "--json"])
+    back, tokens = load("back"), jnp.asarray([[ord(letter) - 97 for letter in "abcdefghij" * 3]])
+    before = flatten(variables)
+    rounded = {path for path, leaf in flatten(back.variables).items() if not np.array_equal(leaf, before[path])}
+    assert len(rounded) == report["rounded"]["bfloat16"] + 2, "q, k and v taps are one tensor there"
+    logits = [forward(config, one, tokens).logits for one in (variables, back.variables)]
+    difference = float(jnp.max(jnp.abs(logits[1] - logits[0])) / jnp.max(jnp.abs(logits[0])))
+    assert difference > 1e-5 and report["cost"]["logits"] == pytest.approx(difference, rel=1e-3)
+
+
+def test_an_export_that_was_killed_at_its_first_file_is_cleared(tmp_path):
+    stage = tmp_path / "deep.unfinished"
+    stage.mkdir()
+    (stage / ".config.json.gt_jax-tmp").write_text("{")
+    (stage / "notes.json").touch()
+    with pytest.raises(Refused, match=r"deep\.unfinished is nothing that gt_jax has made"):
+        to_hf.clear_export(stage, tmp_path / "deep")
+    (stage / "notes.json").unlink()
+    to_hf.clear_export(stage, tmp_path / "deep")
+    assert not stage.exists()
+
+
 EXPERTS = preset("qwen3_5_35b_a3b")
 MOE = EXPERTS.replace(
     layout="A", width=16, vocab=40, mlp_width=12, param_dtype="float32", compute_dtype="float32",

@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.errors import Refused
-from gt_jax.interop.shards import Source
+from gt_jax.interop.shards import Source, open_files
 from gt_jax.interop.to_orbax import to_orbax
 from gt_jax.text.vocabulary_files import read_tokens
 from tests.interop import origin
@@ -90,6 +90,17 @@ def test_folders_that_are_not_clear(tmp_path):
     assert "one of 99999999999 files; at most 100000" in refused(many)  # their names would not fit into memory
     (tmp_path / "_CHECKPOINT_METADATA").write_text("{}")
     assert "--to safetensors" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model"])
+def test_a_header_whose_length_begins_like_an_archive_is_a_header(tmp_path, name):
+    """19,280 bytes, as a little-endian number, begin with the letters PK."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode().ljust(19_280)
+    content = len(header).to_bytes(8, "little") + header + np.array([1, 2], np.float32).tobytes()
+    assert content.startswith(b"PK")
+    (tmp_path / name).write_bytes(content)
+    [file], _ = open_files([tmp_path / name])
+    np.testing.assert_array_equal(file.read("a"), [1, 2])
 
 
 def test_every_truncated_file_is_named(tmp_path):

@@ -86,6 +86,20 @@ def test_two_writers_and_a_target_that_appears(tmp_path, case):
         to_orbax.to_orbax([case[0]], tmp_path / "dangling")
 
 
+def test_a_file_that_another_program_writes_meanwhile_is_not_replaced(tmp_path, case, monkeypatch):
+    monkeypatch.setattr(expected_tensors, "model_leaves", origin.contract)
+    target, written = tmp_path / "new" / "theirs.safetensors", to_safetensors._write
+
+    def write(*arguments):
+        written(*arguments)
+        target.write_text("a download")
+
+    monkeypatch.setattr(to_safetensors, "_write", write)
+    with pytest.raises(Refused, match=r"theirs\.safetensors has come meanwhile, and is left as it is"):
+        to_safetensors.to_safetensors(case[1], target)
+    assert target.read_text() == "a download" and os.listdir(target.parent) == ["theirs.safetensors"]
+
+
 def flip(file, place):
     data = bytearray(file.read_bytes())
     data[place] ^= 1
@@ -156,10 +170,10 @@ def test_what_somebody_else_has_given_the_unfinished_name_stays(tmp_path, case, 
 
 
 def test_the_name_of_a_converted_file_is_on_the_disk(tmp_path, case, monkeypatch):
-    events, fsync, rename = [], os.fsync, os.rename
+    events, fsync, link = [], os.fsync, os.link
     monkeypatch.setattr(expected_tensors, "model_leaves", origin.contract)
     monkeypatch.setattr(os, "fsync", lambda file: (fsync(file), events.append(os.readlink(f"/proc/self/fd/{file}"))))
-    monkeypatch.setattr(os, "rename", lambda a, b: (rename(a, b), events.append(f"{a} to {b}")))
+    monkeypatch.setattr(os, "link", lambda a, b: (link(a, b), events.append(f"{a} to {b}")))
     to_safetensors.to_safetensors(case[1], tmp_path / "target")
     target = tmp_path / "target"
     assert events == [f"{target}.unfinished", f"{target}.unfinished to {target}", str(tmp_path)]

@@ -11,7 +11,7 @@ import pytest
 
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.attention import AttentionConfig
-from gt_jax.configs.model import DeltaNetConfig, GSAConfig, ModelConfig, MTPConfig
+from gt_jax.configs.model import DeltaNetConfig, ExitConfig, GSAConfig, ModelConfig, MTPConfig
 from gt_jax.configs.presets import preset
 from gt_jax.configs.resolvent import ResolventConfig
 from gt_jax.models.flops import PEAKS, model_flops, peak_flops, utilisation
@@ -84,6 +84,9 @@ def test_passes_and_longer_rows_add_up():
     assert [b - a for a, b in zip(flops.layers, raw.layers, strict=True)] == pytest.approx(again)
     ahead = model_flops(config.replace(mtp=MTPConfig()), 128).outside - flops.outside
     assert ahead > flops.layers[3] and ahead < flops.layers[3] + 2 * flops.outside
+    leaving = config.plain.replace(exit=ExitConfig())  # the layer of multi-token prediction is left by nobody
+    both = (model_flops(one.replace(mtp=MTPConfig()), 128).outside for one in (config.plain, leaving))
+    assert len(set(both)) == 1
 
 
 def test_the_device_kinds_of_jax_are_known():

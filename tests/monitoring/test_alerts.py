@@ -148,6 +148,17 @@ def test_one_pass_is_no_sickness_where_it_is_wanted():
     assert alerts.alerts(changed(healthy(PLAIN), 1, STEPS, **one), PLAIN) == []
 
 
+def test_under_batch_halting_passes_are_those_of_the_batch_and_not_what_is_steered():
+    every = {"passes_run": [4.0] * LAYERS, "mean_weight": [2.0] * LAYERS}
+    price = RUN.train.price.replace(target_of="passes_run")
+    by_token = RUN.replace(train=RUN.train.replace(price=price))
+    gates = RUN.model.adaptive.replace(halting="batch")
+    by_batch = by_token.replace(model=RUN.model.replace(adaptive=gates))
+    records = changed(healthy(), 200, STEPS, **every)
+    assert {one.sickness for one in alerts.alerts(records, by_token)} == {"no token halts"}
+    assert alerts.alerts(records, by_batch) == []
+
+
 def test_all_passes_under_a_capped_gate_are_all_there_are():
     price = RUN.train.price
     first, last = round(price.forced_until * STEPS) + 1, round(price.clipped_until * STEPS)
@@ -227,6 +238,9 @@ def test_harder_questions_are_no_divergence_and_a_solved_task_no_noise():
     harder = changed(changed(solved, 101, 130, loss=2.0, gradient_norm=3.0), 201, 240, loss=2.0, gradient_norm=3.0)
     assert alerts.alerts(harder, run) == []
     assert {one.sickness for one in alerts.alerts(harder, PLAIN)} >= {"the loss spikes", "the loss diverges"}
+    before = [{**record, "step": record["step"] - 60} for record in harder if record["step"] > 60]
+    started = run.replace(start="run/60")  # goes on in the rows of another run
+    assert alerts.alerts(before, started, 60) == [] != alerts.alerts(before, started)
     lost = changed(harder, 300, STEPS, loss=2.0)
     assert [one.first for one in alerts.alerts(lost, run)][:1] == [300], "what was learned and is lost is told"
 

@@ -6,6 +6,7 @@ import base64
 import html.parser
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from gt_jax import report
+from gt_jax.configs.data import DataConfig
 from gt_jax.errors import Refused
 from gt_jax.monitoring import run_page
 from gt_jax.monitoring.alerts import Course
@@ -127,6 +129,33 @@ def test_nothing_is_overwritten_unasked(folder, tmp_path):
         "out.html", "out.png"]  # fmt: skip
 
 
+def test_what_is_replaced_is_a_file_and_a_link_to_one_stays(folder, tmp_path):
+    page, link, pipe = tmp_path / "www" / "page.html", tmp_path / "link.html", tmp_path / "pipe.html"
+    page.parent.mkdir()
+    page.write_text("old")
+    link.symlink_to(page)
+    os.mkfifo(pipe)
+    words = [str(folder / "new"), "--overwrite", "-o"]
+    report.main([*words, str(link)])
+    assert link.is_symlink() and page.read_text().startswith("<!DOCTYPE html>")
+    with pytest.raises(Refused, match=r"pipe.html is a pipe or a device, which nothing can replace"):
+        report.main([*words, str(pipe)])
+    assert pipe.is_fifo() and sorted(one.name for one in tmp_path.iterdir()) == ["link.html", "pipe.html", "www"]
+
+
+def test_the_page_knows_where_in_its_curriculum_a_run_began(tmp_path):
+    """Where its questions become harder, told as a divergence otherwise."""
+    data = DataConfig(tasks=("pointer_jumps:hardest=3,symbols=8,queries=4",), batch_size=4, curriculum_rows=4 * 200)
+    solved = changed(healthy(PLAIN, steps=300), 1, 300, loss=lambda loss: 1e-5 * loss)
+    write_run(tmp_path / "run", PLAIN.replace(data=data, start="run/60"), changed(solved, 41, 70, loss=2.0))
+    words = [str(tmp_path / "run"), "-o", str(tmp_path / "page.html"), "--overwrite"]
+    assert len(report.write_report([tmp_path / "run"], tmp_path / "page.html")[0].found) > 0
+    (tmp_path / "run" / "100").mkdir()
+    own = {"custom_metadata": {"data": {"batches": 160}}}
+    (tmp_path / "run" / "100" / "_CHECKPOINT_METADATA").write_text(json.dumps(own))
+    assert report.main(words) == 0 and report.write_report([tmp_path / "run"], tmp_path / "b.html")[0].found == []
+
+
 @pytest.mark.parametrize(("words", "says"), [
     (("gone",), "gone does not exist; name a directory"),
     (("new/config.json",), "is no run directory: it has no config.json"),
@@ -135,6 +164,7 @@ def test_nothing_is_overwritten_unasked(folder, tmp_path):
     (("new", "--png", "x.jpg"), "name it x.png"),
     (("new", "-o", "new"), "new is a folder"),
     (("new", "-o", "gone/x.html"), "gone is not a folder"),
+    (("new", "-o", "step/x.html"), "it would lie in the checkpoint .*step, which goes when it is old"),
     (("broken",), "metrics.jsonl', line 1: not a JSON object"),
     (("strange",), "strange.config.json cannot be read"),
     (("edited",), r"(?s)edited.config.json cannot be read as a run's config: .*'init_std'"),
@@ -147,6 +177,8 @@ def test_what_cannot_be_reported_is_refused(folder, monkeypatch, words, says):
         write_run(folder / "broken", RUN, [], tail=b"rubbish\n{}\n")
         write_run(folder / "strange", RUN, [])
         (folder / "strange" / "config.json").write_text("{")
+        (folder / "step").mkdir()
+        (folder / "step" / "_CHECKPOINT_METADATA").touch()
         made = RUN.to_json()
         write_run(folder / "edited", RUN, [])
         (folder / "edited" / "config.json").write_text(json.dumps({**made, "model": {**made["model"], "init_std": []}}))

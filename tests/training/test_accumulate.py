@@ -29,6 +29,7 @@ from tests.support import GSA, perturbed, small_model
 ROWS, TOKENS, EMA = 8, 12, 0.002
 CONFIG = small_model("G", adaptive=False, mtp=MTPConfig(), memory=MemoryConfig(chunk=6, stream=0),
                      gsa=GSA.replace(implementation="reference"))  # fmt: skip
+PLAIN = small_model("D", adaptive=False, init_std=0.1)
 TRAIN = TrainConfig(steps=10, optimizer=OptimizerConfig(warmup=0.5, weight_decay=0.0))
 
 
@@ -123,6 +124,22 @@ def test_on_a_mesh_too():
     wanted = whole()
     with jax.set_mesh(make_mesh(data=2, tensor=2, devices=jax.devices()[:4])):
         assert_same_step(after_one_step(4), wanted)
+
+
+def test_held_out_batches_run_in_the_parts_of_the_step():
+    """A run that fits by its parts alone ended where it was evaluated, since that took whole batches."""
+    variables, rows = perturbed(PLAIN), batch()
+    evaluate, in_parts = (make_trainer(PLAIN, dataclasses.replace(TRAIN, accumulate=n)).evaluation for n in (1, 4))
+    want = jax.device_get(evaluate(variables, rows, None))
+    with jax.set_mesh(make_mesh(data=2, devices=jax.devices()[:2])):
+        got = jax.device_get(in_parts(put_like(variables, abstract(PLAIN)), rows, None))
+    assert got[1] == want[1] == (rows["targets"] >= 0).sum()
+    np.testing.assert_allclose(got[0], want[0], rtol=2e-5)
+    for name in ("alive", "delta_ratio", "update_ratio"):
+        np.testing.assert_allclose(getattr(got[2], name), getattr(want[2], name), rtol=2e-5, atol=1e-6, err_msg=name)
+    states = [f"[{count},{TOKENS},{PLAIN.width}]" for count in (ROWS, ROWS // 4)]
+    programs = [str(jax.make_jaxpr(one)(variables, rows, None)) for one in (evaluate, in_parts)]
+    assert [[state in program for state in states] for program in programs] == [[True, False], [False, True]]
 
 
 def test_a_batch_that_does_not_divide_is_refused():

@@ -319,6 +319,28 @@ def test_a_finished_run_takes_more_steps_and_says_what_they_mean(whole, tmp_path
     assert RunCheckpoints(run).steps() == [8, 12, 14, 16, 18, 20]  # 8 ended the plateau as it was
     assert read_run_config(run).train == longer(config.train, 20)
     train_run(run, read_run_config(run), resume=True, show=False)
+    # the same words once more, as of a job that is queued again after a kill; also when no step is left from before
+    shutil.rmtree(run / "8")
+    train_run(run, more, resume=True, show=False)
+    now, rate = read_run_config(run), config.train.price.rate
+    again = now.replace(train=now.train.replace(price=now.train.price.replace(rate=rate)))  # as by one flag
+    assert now.train.price.rate != rate
+    train_run(run, again, resume=True, show=False)
+    assert read_run_config(run) == now and checkpoint.describe(run / "20")[1]["shorter"] == [config.train.to_json()]
+    warmer = now.train.optimizer.replace(warmup=0.9)
+    for other in (config, again.replace(train=again.train.replace(optimizer=warmer))):
+        with pytest.raises(Refused, match=r"train\.(steps: 20 and 10|optimizer\.warmup: .* and 0\.9)"):
+            train_run(run, other, resume=True, show=False)
+
+
+def test_what_cannot_be_removed_is_said_while_the_run_goes_on(whole, tmp_path, monkeypatch, capsys):
+    def denied(folder, *rest, **options):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(shutil, "rmtree", denied)
+    train_run(tmp_path / "run", whole[0].replace(train=whole[0].train.replace(keep=1)))
+    assert RunCheckpoints(tmp_path / "run").steps() == [2, 4, 6, 8, 10]
+    assert capsys.readouterr().err.count(f"{tmp_path / 'run' / '2'} cannot be removed") == 1
 
 
 def test_a_run_that_is_being_trained_is_not_resumed_a_second_time(whole, tmp_path):

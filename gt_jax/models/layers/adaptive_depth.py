@@ -163,7 +163,10 @@ def stream_mean(x: State) -> Activations:
 
 
 def delta_ratio(delta: Activations, x: Activations) -> PerToken:
-    """|delta| / |x| per token, root mean squares, clipped at 10."""
+    """|delta| / |x| per token, root mean squares, clipped at 10: a feature of the halting heads, and what is reported.
+
+    Unclipped, the first pass of the first layer, which makes the stream, would outweigh all others in any mean.
+    """
     return jnp.minimum(_rms(delta) / jnp.maximum(_rms(x), 1e-6), RATIO_CLIP)
 
 
@@ -229,7 +232,7 @@ def _falls(s: PerToken, config: AdaptiveConfig, control: PassControl) -> Array:
 
 
 def _counted(s: PerToken, config: AdaptiveConfig, control: PassControl) -> Array:
-    """Which tokens this pass moves."""
+    """Which tokens this pass moves, halting by token."""
     return (s >= config.threshold) | (jnp.asarray(control.uncut) > 0)
 
 
@@ -240,7 +243,8 @@ def run_pass(
     """Pass `k` (from 0) of a layer for all tokens, each at its weight w_k: (carry, statistics, cache)."""
     x, s, slope, previous, first = carry
     real = real_tokens(place.segment_ids)
-    weight = _weight(s, config, control, _goes_on(s, config, control, real))
+    goes_on = _goes_on(s, config, control, real)
+    weight = _weight(s, config, control, goes_on)
     step, seen = delta(layer, x, place, cache)
     h, dh = stream_mean(x), stream_mean(step)
     strength = (gain * alpha * weight).reshape(*weight.shape, *[1] * (x.ndim - 2))
@@ -257,15 +261,18 @@ def run_pass(
     floored = masked_mean((p <= config.p_floor).astype(jnp.float32), alive)
     ratios = delta_ratio(dh, h)
     ratio = masked_mean(ratios, alive)
-    moving = real if config.halting == "batch" else alive  # there a pass that runs moves every token
+    batch = config.halting == "batch"
+    moving = real if batch else alive  # there a pass that runs moves every token
+    ran = jnp.where(goes_on, real, 0.0) if batch else alive
     added = jax.lax.stop_gradient(jnp.abs(gain) * alpha * masked_mean(weight * ratios, moving))
     moments = weight_moments(*jax.lax.stop_gradient((weight, jnp.abs(gain) * alpha * ratios)), real)
     free = jnp.where(control.forced > 0, 0.0, p * (1 - p))
     slope = jax.lax.stop_gradient(jnp.where(priced, slope * p + s * free, slope))
     s = jnp.where(priced, s * p, s)
     statistics = PassStatistics(
-        masked_mean(weight, real), masked_mean(alive, real), cost, cost_slope, jnp.ones((), jnp.float32),
-        masked_mean(s, real), p_mean, p_std, floored, ratio, added, moments, *seen.statistics,
+        masked_mean(weight, real), masked_mean(alive, real), masked_mean(ran, real), cost, cost_slope,
+        jnp.ones((), jnp.float32), masked_mean(s, real), p_mean, p_std, floored, ratio, added, moments,
+        *seen.statistics,
     )  # fmt: skip
     first = jnp.where(k == 0, jax.lax.stop_gradient(stream_mean(moved)), first)
     return Carry(moved, s, slope, jax.lax.stop_gradient(dh), first), statistics, seen.mixer.cache
@@ -324,8 +331,8 @@ def run_passes(
     def one_pass(layer: Any, carry: Carry, xs: tuple[Array, Array, Tree]) -> tuple[Carry, Any]:
         real = real_tokens(place.segment_ids)
         if asked_for(layer, PASSES):
-            runs = _counted(carry.s, config, control) & (real > 0) & _goes_on(carry.s, config, control, real)
-            sow(layer, "runs", runs, PASSES)
+            runs = _goes_on(carry.s, config, control, real) & (real > 0)
+            sow(layer, "runs", runs if config.halting == "batch" else runs & _counted(carry.s, config, control), PASSES)
         if config.context == "alive":
             carry, statistics, new_cache = of_living(layer, carry, *xs)
         elif every_pass:

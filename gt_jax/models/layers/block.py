@@ -184,7 +184,7 @@ class Block(nn.Module):
             threshold=exit.threshold, last=number == len(self.config.depth) - 1, rules=self.rules,
             buckets=None if training else bucket_lengths(place.segment_ids.shape[1]),
         )  # fmt: skip
-        return stream._replace(x=state.x, exit=state), seen._replace(survival=share, alive=share), new_cache
+        return stream._replace(x=state.x, exit=state), seen._replace(survival=share, alive=share, ran=share), new_cache
 
 
 def compiled_once(config: ModelConfig) -> bool:

@@ -71,9 +71,10 @@ def read_pairs(
     def local(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, segments: Array):
         return gated_delta_rule(
             q, k, v, g, beta, initial_state=state, segment_ids=segments, scale=1.0, chunk_size=chunk_size,
-            return_state=True, implementation=implementation,
+            return_state=True, implementation=implementation, most_beta=1.0,
         )  # fmt: skip
 
+    # beta / keep may exceed 1, but between two tokens stands beta keep_{i-1} .. keep_{j+1}, and that does not
     tokens, gates = rules.spec("batch", None, "heads", None), rules.spec("batch", None, "heads")
     states = rules.spec("batch", "heads", None, None)
     in_specs = (tokens, tokens, tokens, gates, gates, states, rules.spec("batch", None))

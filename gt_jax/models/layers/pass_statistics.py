@@ -16,21 +16,24 @@ from gt_jax.typing import PerToken
 class PassStatistics(NamedTuple):
     """Per pass [p], float32, means over tokens: what `measure` and the training metrics read.
 
-    `survival` is the mean weight w_k, `alive` the share of tokens with s_k >= threshold, `cost` the mean of
-    `smooth_count` for passes after the first and `cost_slope` its slope in a number added to the logits of all gates
-    of the layer, `computed` 1 where the pass was computed for the batch, else 0, `s_after` the mean s after the pass
-    (under soft weights finished tokens keep theirs), `p_mean`, `p_std` and `p_floored` (share at the floor) are of the
-    continue gate over alive tokens, `delta_ratio` is |dh|/|h| and `update_ratio` that times |gain| alpha_k w_k, the
+    `survival` is the mean weight w_k, `alive` the share of tokens with s_k >= threshold, `ran` of those that the pass
+    moves (these; under halting "batch" all, where it runs for the batch), `cost` the mean of `smooth_count` for passes
+    after the first and `cost_slope` its slope in a number added to the logits of all gates of the layer, `computed` 1
+    where the pass was computed for the batch, else 0, `s_after` the mean s after the pass (under soft weights finished
+    tokens keep theirs), `p_mean`, `p_std` and `p_floored` (share at the floor) are of the continue gate over alive
+    tokens, `delta_ratio` is |dh|/|h|, at most 10 for a token, and `update_ratio` that times |gain| alpha_k w_k, the
     size of what the pass adds, over alive tokens ("batch": over all, a pass moves them all); `weight_moments` [p, 4]
-    are the means of w^2, (w d)^2, w d^2 and d^2, d the size of what the pass would add at weight 1 (0 for tokens that
-    it is not shown, under `context` "alive"); the rest comes from mixer and MLP; `experts` [p, e] is the share of the
-    real picks that went to each expert, e = 0 for a dense MLP.
+    are the means of w^2, (w d)^2, w d^2 and d^2, d the size, cut alike, of what the pass would add at weight 1 (0 for
+    tokens that it is not shown, under `context` "alive"); the rest comes from mixer and MLP; `experts` [p, e] is the
+    share of the real picks that went to each expert, e = 0 for a dense MLP.
 
-    A layer's `mean_weight`, `passes_run` and `passes_computed` are the sums of the first three over passes.
+    A layer's `mean_weight`, `passes_run` and `passes_computed` are the sums of `survival`, `ran` and `computed` over
+    passes.
     """
 
     survival: Array
     alive: Array
+    ran: Array
     cost: Array
     cost_slope: Array
     computed: Array
@@ -104,7 +107,8 @@ def of_everyone(
     """
     share = masked_mean(living.astype(jnp.float32), real)
     means = {name: share * getattr(seen, name) for name in ("survival", "cost", "cost_slope", "weight_moments")}
-    return seen._replace(**means, alive=masked_mean(alive, real), computed=computed, s_after=masked_mean(s, real))
+    shares = dict.fromkeys(("alive", "ran"), masked_mean(alive, real))
+    return seen._replace(**means, **shares, computed=computed, s_after=masked_mean(s, real))
 
 
 def no_statistics(experts: int) -> PassStatistics:

@@ -245,4 +245,4 @@ def _single(ratio: Array, added: Array, seen: LayerOutput) -> PassStatistics:
     none = jnp.zeros((1, 4), jnp.float32)
     rest = [value[None] for value in seen.statistics]
     ratio, added = (jax.lax.stop_gradient(each)[None] for each in (ratio, added))
-    return PassStatistics(one, one, zero, zero, one, zero, zero, zero, zero, ratio, added, none, *rest)
+    return PassStatistics(one, one, one, zero, zero, one, zero, zero, zero, zero, ratio, added, none, *rest)

@@ -125,6 +125,12 @@ def child_steps(setting: Setting, spent: Spent) -> int:
     return max(1, int((whole(setting) - spent.flops) / deep_step(setting)))
 
 
+def left_steps(setting: Setting, point: float) -> int:
+    """Steps of the deep model that a source whose layers ran once leaves of B."""
+    step = cost_of(setting, setting.source.plain).computed(np.ones(len(setting.source.depth)))
+    return child_steps(setting, Spent(step * shallow_steps(setting, point)))
+
+
 def further_steps(setting: Setting, spent: Spent, passes: Passes) -> int:
     """Steps of the source that are left of B where each computes `passes`, audits among them; at least 1."""
     return max(1, int((whole(setting) - spent.flops) / cost_of(setting, setting.source).computed(passes)))

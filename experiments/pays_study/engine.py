@@ -25,6 +25,7 @@ from experiments.pays_study.budget import Spent
 from experiments.pays_study.recipes import STACK, STACK_ONCE, Recipe, plan_of
 from experiments.pays_study.setting import Setting, TaskSetting
 from experiments.pays_study.study import (
+    AGAIN,
     CONTROL,
     GROWN,
     ON,
@@ -62,7 +63,7 @@ TENTH = 0.1
 def make(work: Path, text: tuple[str, ...], wanted: Wanted) -> dict[str, Any]:
     """The unit: what the model is, what it cost, its curve, and what it says at its end."""
     makers = {SOURCE: _source, ONCE_SOURCE: _source, SCRATCH: _scratch, SHALLOW: _scratch, GROWN: _grown,
-              STACKED: _grown, CONTROL: _grown, ON: _on, ON_FORCED: _on}  # fmt: skip
+              STACKED: _grown, CONTROL: _grown, ON: _on, ON_FORCED: _on, AGAIN: _scratch}  # fmt: skip
     began = time.monotonic()
     row = makers[wanted.kind](_Place(work, text, wanted))
     last = row["final"]
@@ -222,11 +223,15 @@ def _source(at: _Place) -> dict[str, Any]:
 
 
 def _scratch(at: _Place) -> dict[str, Any]:
-    """The deep model from scratch, or the source's layers, once each."""
+    """The deep model from scratch, for all of B or what a source leaves of it, or the source's layers, once each."""
     setting, wanted = at.setting, at.wanted
-    deep = wanted.kind == SCRATCH
-    config, steps = (setting.deep, setting.budget) if deep else (setting.source.plain, budget.shallow_steps(setting))
-    trainer = _trainer(config, setting.scratch_train(wanted.rate, steps))
+    config = setting.source.plain if wanted.kind == SHALLOW else setting.deep
+    steps = {SCRATCH: setting.budget, SHALLOW: budget.shallow_steps(setting),
+             AGAIN: budget.left_steps(setting, wanted.point)}[wanted.kind]  # fmt: skip
+    train = setting.scratch_train(wanted.rate, steps)
+    if wanted.kind == AGAIN:
+        train = train.replace(optimizer=train.optimizer.replace(decay=setting.fall(wanted.point)))
+    trainer = _trainer(config, train)
     state = trainer.new_state(initialise(config, wanted.seed))
     batches = open_data(setting.scratch_data(wanted.seed, at.text, wanted.curriculum)).train(None)
     trained = _train(at, config, trainer, state, batches, steps, Spent())

@@ -6,7 +6,8 @@
   below both at every seed. A loss of answers that are all right is a small number; its differences are as good as any.
 - Where the shallow model was trained from scratch too, each layer once, that has a line of its own: it is what somebody
   without adaptive depth and without growth would do: such a source, trained on. What is stacked of one at full strength
-  is what somebody would do who grows without adaptive depth; it `pays` where it is below both of these.
+  is what somebody would do who grows without adaptive depth; it `pays` where it is below both of these. Who has the
+  source already asks otherwise: with what is left of B, is it below that trained on and a deep model started now?
 - Free gates shake, and go on paying for their passes, which no child does. So a source of a task is trained on with all
   passes forced and none paid for, too.
 - In tokens: how much of the tokens of the model from scratch a grown model reads until a point of its curve is at or
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.growth_study.inference import Times, mean
-from experiments.pays_study.study import CONTROL, GROWN, ON, ON_FORCED, SCRATCH, SHALLOW, SOURCE, STACKED
+from experiments.pays_study.study import AGAIN, CONTROL, GROWN, ON, ON_FORCED, SCRATCH, SHALLOW, SOURCE, STACKED
 
 Row = Mapping[str, Any]
 NEAR_POINTS, NEAR_LOSS = 1.0, 0.3
@@ -37,11 +38,12 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def comparisons(found: Mapping[str, Any]) -> int:
-    """How many differences are judged in a summary: three to six of each point grown, two of each stacked, one of each
-    control, the others."""
+    """How many differences are judged in a summary: three to six of each point grown, two or three of each stacked, one
+    of each control, the others."""
     points = [point for one in found.values() for point in one["grown"].values()]
     judged = sum(3 + sum(other in point for other in (SHALLOW, STACKED, ON_FORCED)) for point in points)
-    return judged + sum(len(one["controls"]) + len(one["others"]) + 2 * len(one["stacked"]) for one in found.values())
+    judged += sum(2 + (AGAIN in point) for one in found.values() for point in one["stacked"].values())
+    return judged + sum(len(one["controls"]) + len(one["others"]) for one in found.values())
 
 
 def select(rows: Iterable[Row], kind: str, point: float | None = None) -> dict[int, Row]:
@@ -67,6 +69,7 @@ def _of_setting(rows: Sequence[Row]) -> dict[str, Any]:
            for name, other in (("below it with passes forced", ON_FORCED), ("below what was stacked", STACKED))},
         "half of scratch's tokens": [point for point, one in grown.items() if one["half"]],
         "stacked below both": [point for point, one in stacked.items() if one["pays"]],
+        "stacked, its source at hand": [point for point, one in stacked.items() if one["at hand"]],
         "stacked, half of scratch's tokens": [point for point, one in stacked.items() if one["half"]],
     }
     models = {name: _of_model([row for row in rows if row["model"] == name])
@@ -122,6 +125,9 @@ def _of_stacked(rows: Sequence[Row], point: float) -> dict[str, Any]:
     found = {"step0_percent": mean(percent), "scratch": _below(mine, scratch, _final),
              SHALLOW: _below(mine, select(rows, SHALLOW), _final)}  # fmt: skip
     found["pays"] = found["scratch"]["every_seed"] and found[SHALLOW]["every_seed"]
+    if again := select(rows, AGAIN, point):
+        found[AGAIN] = _below(mine, again, _final)
+    found["at hand"] = found[SHALLOW]["every_seed"] and found.get(AGAIN, {}).get("every_seed", False)
     return found | _in_tokens(mine, scratch)
 
 

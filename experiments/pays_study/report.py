@@ -8,7 +8,7 @@ from typing import Any
 from experiments.growth_study.inference import Times, read, text_of, verdict
 from experiments.pages import earlier_runs, markdown_table
 from experiments.pays_study.findings import comparisons
-from experiments.pays_study.study import CONTROL, GROWN, ON_FORCED, SHALLOW, STACKED
+from experiments.pays_study.study import AGAIN, CONTROL, GROWN, ON_FORCED, SHALLOW, STACKED
 
 NAME = "growth_pays"
 _CLAIMS = {
@@ -21,6 +21,8 @@ _CLAIMS = {
     "half of scratch's tokens": "at the loss of the model from scratch, after growth, with half of its tokens or fewer",
     "stacked below both": "what was stacked: at equal FLOPs below its source's layers trained on, once each, and the "
                           "model from scratch",
+    "stacked, its source at hand": "what was stacked: below its source's layers trained on, and below the deep model "
+                                   "started then, with the FLOPs that are left",
     "stacked, half of scratch's tokens": "what was stacked: at the loss of the model from scratch, after that, with "
                                          "half of its tokens or fewer",
 }
@@ -79,6 +81,7 @@ def _points(one: Mapping[str, Any], claim: str) -> str:
     other = {"below the shallow one too": SHALLOW, "below what was stacked": STACKED,
              "below it with passes forced": ON_FORCED}.get(claim)  # fmt: skip
     points = one["stacked" if claim.startswith("stacked") else "grown"].values()
+    other = AGAIN if claim == "stacked, its source at hand" else other
     if not points or (other is not None and not any(other in point for point in points)):
         return "not trained"
     return ", ".join(one["claims"][claim]) or "at no point"
@@ -157,6 +160,8 @@ def sentences(one: Mapping[str, Any]) -> Iterator[str]:
         yield f"{mine} at step 0: {text_of(claims['step0_percent'], '{:+.2f}')} % of its source's loss"
         yield difference(mine, "the model from scratch, at equal FLOPs", claims["scratch"])
         yield difference(mine, "the source's layers trained on, once each, at equal FLOPs", claims[SHALLOW])
+        if AGAIN in claims:
+            yield difference(mine, "the deep model from scratch with the FLOPs that were left then", claims[AGAIN])
         yield _in_tokens(mine, claims)
     for name, found in one["controls"].items():
         yield f"{name}: at step 0 {text_of(found['step0'], pattern)} beside the grown model of its point"

@@ -7,6 +7,7 @@ All contenders of a setting cost the same, the budget B, and lower their rate on
     from scratch        the deep model for all of B; of a task also with a curriculum as short as a source's
     shallow             where asked for: the source's layers, once each, from scratch for all of B
     stacked at f        beside it: such a source for f B, its whole stack put on itself, then plain to B
+    started at f        beside it: the deep model from scratch for what that source leaves of B
 
 The source's curriculum, forced passes and the freeing of its gates all happen within its own part.
 """

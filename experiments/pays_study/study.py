@@ -21,6 +21,7 @@ SOURCE, GROWN, ON, CONTROL, SCRATCH = "source", "grown", "source trained on", "c
 SHALLOW = "shallow, from scratch"
 ON_FORCED = "source trained on, passes forced"
 ONCE_SOURCE, STACKED = "source run once", "source run once, stacked"
+AGAIN = "from scratch, started"
 
 JUMPS = TaskSetting(name="pointer_jumps", of=JUMPS_OF, budget=1200, held_out_batches=32)
 CHAINS = TaskSetting(name="variable_chains", budget=1800, of=CHAINS_OF.replace(adaptive_rates=(), adaptive_tuned_at=1),
@@ -40,7 +41,7 @@ Until then a step costs what a plain one does: under `context` "alive" its one p
 
 All seeds are judged by one held-out part: of 6 batches it ranks models otherwise than the tuning part does.
 """
-LONG = NARROW.replace(name="text_long", budget=7200, adapts=False, points=(0.125, 0.5), child_rates=(4e-3,))
+LONG = NARROW.replace(name="text_long", budget=7200, adapts=False, child_rates=(4e-3,))
 """Four times as long, where depth is worth its price: what a stack of layers run once is then."""
 _FROZEN = JUMPS.replace(rates=(4e-3,), curricula=(0.3,)), CHAINS.replace(rates=(2e-3,), tuned_at=1)
 """Rates and curricula as scale `tries` chose them with seeds 0, 1, 2: nothing is tried on seeds to come."""
@@ -97,7 +98,8 @@ class Study(Config):
 class Wanted(NamedTuple):
     """One unit: a model of `setting`; but for those from scratch it is, or was made from, the source of `point`.
 
-    What is stacked was made from a source that ran each layer once. `curriculum` is of the one from scratch, None where
+    What is stacked was made from a source that ran each layer once, and what was started at a point has what such a
+    source leaves of B. `curriculum` is of the one from scratch, None where
     it is the setting's; `own` is the rate of what was grown, None where it is its source's.
     """
 
@@ -117,7 +119,7 @@ class Wanted(NamedTuple):
             return self.kind
         what = {SOURCE: "source to", GROWN: "grown at", CONTROL: f"{self.recipe}, at", ON: f"{ON} from",
                 ON_FORCED: f"{ON_FORCED}, from", ONCE_SOURCE: f"{ONCE_SOURCE}, to",
-                STACKED: f"{STACKED} at"}  # fmt: skip
+                STACKED: f"{STACKED} at", AGAIN: f"{AGAIN} at"}  # fmt: skip
         return f"{what[self.kind]} {self.point:g}"
 
     @property
@@ -187,6 +189,7 @@ def second_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wante
     made: dict[str, tuple[float, float | None]] = {}
     if ONCE_SOURCE in best:
         made[STACKED] = best[ONCE_SOURCE].rate, best[STACKED].own if STACKED in best else None
+        made[AGAIN] = best[SCRATCH].rate, None
     if not setting.adapts:
         return _made(setting, seeds, made)
     rate, own = best[SOURCE].rate, best[GROWN].own if GROWN in best else None
@@ -201,7 +204,7 @@ def second_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wante
 def _made(
     setting: Setting, seeds: tuple[int, ...], rates: Mapping[str, tuple[float, float | None]]
 ) -> list[Wanted]:
-    """Of each kind, at its source's rate and its own, what is made of the sources of all points."""
+    """Of each kind, at its source's rate and its own, what is made at all points."""
     # seeds of one model follow each other: a worker has compiled it then
     return [Wanted(setting, kind, seed, rate, point, own=own)
             for point in setting.points for kind, (rate, own) in rates.items() for seed in seeds]  # fmt: skip

@@ -17,6 +17,7 @@ from experiments.pays_study.picture import draw
 from experiments.pays_study.recipes import EXPECTED, FULL, README, STACK_ONCE, plan_of
 from experiments.pays_study.setting import runs
 from experiments.pays_study.study import (
+    AGAIN,
     CONTROL,
     DEEPER,
     GROWN,
@@ -146,8 +147,9 @@ def test_the_shallow_model_from_scratch_costs_what_all_others_do():
     plain = setting.replace(adapts=False)
     kinds = [{one.kind for one in units} for units in (
         [one for units in tries(plain, (0,)).values() for at in units for one in at], first_round(plain, (0, 1), best),
-        second_round(plain, (0, 1), {ONCE_SOURCE: best[ONCE_SOURCE], STACKED: best[STACKED]}))]  # fmt: skip
-    assert kinds[0] == {SCRATCH, SHALLOW, ONCE_SOURCE} and kinds[2] == {STACKED}
+        second_round(plain, (0, 1), {kind: best[kind] for kind in (ONCE_SOURCE, STACKED, SCRATCH)}))]  # fmt: skip
+    assert kinds[0] == {SCRATCH, SHALLOW, ONCE_SOURCE} and kinds[2] == {STACKED, AGAIN}
+    assert abs(budget.left_steps(plain, 0.5) - plain.budget / 2) <= 1
     assert set(grown_tries(plain, (0, 1), {ONCE_SOURCE: best[ONCE_SOURCE]})) == {STACKED}
     with pytest.raises(Refused, match="adapts is false; shallow must be true then"):
         TEXT.replace(adapts=False)
@@ -307,7 +309,8 @@ def test_claims_are_made_where_every_seed_says_so():
     rows = rows_of(0.895, 0.5, (0.28, 0.29, 0.29))
     others = [row(kind, seed, nats, point, right=0.9, step0=(1.0, 0.5), source=(0.8, 0.5),
                   curve=((500, 0.9), (900, 0.3)))
-              for kind, point, nats in ((SHALLOW, 1.0, 0.35), (STACKED, 0.5, 0.3), (ON_FORCED, 0.5, 0.3))
+              for kind, point, nats in ((SHALLOW, 1.0, 0.35), (STACKED, 0.5, 0.3), (ON_FORCED, 0.5, 0.3),
+                                        (AGAIN, 0.5, 0.5))
               for seed in range(3)]  # fmt: skip
     found = summary([*rows, *others])["jumps"]
     one = found["grown"]["0.5"]
@@ -315,15 +318,16 @@ def test_claims_are_made_where_every_seed_says_so():
     alone = summary(rows)
     none: dict[str, list[str]] = {name: [] for name in found["claims"] if "stacked" in name or "it with" in name
                                   or "shallow" in name}  # fmt: skip
-    assert alone["jumps"]["claims"] == {**found["claims"], **none} and len(none) == 5
-    assert comparisons(alone) == 4 and comparisons({"jumps": found}) == 11
+    assert alone["jumps"]["claims"] == {**found["claims"], **none} and len(none) == 6
+    assert comparisons(alone) == 4 and comparisons({"jumps": found}) == 12
     pairs = {(one["mine"], one["other"]): (one["mean"], one["every_seed"]) for one in found["others"]}
     assert pairs[SHALLOW, SCRATCH] == (pytest.approx(0.35 - 0.41), True) and (ON_FORCED, SCRATCH) in pairs
     stacked = found["stacked"]["0.5"]
     assert stacked["scratch"]["mean"] == pytest.approx(0.3 - 0.41) and stacked["step0_percent"]["mean"] == 25
     assert stacked["tokens"]["shares"] == pytest.approx([0.4] * 3) and stacked[SHALLOW]["every_seed"]
     level = summary([*rows, *({**one, "final": {**one["final"], "nats": 0.35}} for one in others)])["jumps"]
-    assert level["claims"]["stacked below both"] == [] and level["stacked"]["0.5"]["scratch"]["every_seed"]
+    assert level["claims"]["stacked below both"] == level["claims"]["stacked, its source at hand"] == []
+    assert level["stacked"]["0.5"]["scratch"]["every_seed"] and stacked[AGAIN]["mean"] == pytest.approx(-0.2)
     assert one["step0_points"]["mean"] == pytest.approx(-0.5) and one["on"]["every_seed"]
     assert one["scratch"]["mean"] == pytest.approx(np.mean([0.28 - 0.40, 0.29 - 0.41, 0.29 - 0.42]))
     assert one["tokens"]["shares"] == pytest.approx([0.3] * 3) and found["deeper"] == ["2"]
@@ -345,8 +349,8 @@ def test_text_is_judged_by_its_loss_at_growth():
 def test_the_page_says_what_the_figures_decide(tmp_path):
     rows = rows_of(0.895, 0.5, (0.28, 0.29, 0.33))
     # beside it a text of which nothing adapts
-    losses = {SHALLOW: 0.35, STACKED: 0.3, SCRATCH: 0.4, ONCE_SOURCE: 0.5}
-    rows += [{**row(kind, seed, nats + 0.01 * seed, 0.5 if "once" in kind else 1.0, step0=(2.0, None),
+    losses = {SHALLOW: 0.35, STACKED: 0.3, SCRATCH: 0.4, ONCE_SOURCE: 0.5, AGAIN: 0.6}
+    rows += [{**row(kind, seed, nats + 0.01 * seed, 1.0 if kind in (SHALLOW, SCRATCH) else 0.5, step0=(2.0, None),
                     source=(1.6, None), curve=((500, 0.9), (900, 0.3))), "task": "plain"}
              for kind, nats in losses.items() for seed in range(3)]  # fmt: skip
     stored = {"command": "…", "config": {"seeds": [0, 1, 2]}, "machine": {"cores": 2, "device": "cpu"},
@@ -358,6 +362,8 @@ def test_the_page_says_what_the_figures_decide(tmp_path):
     below = "at equal FLOPs below the source trained on and the model from scratch"
     assert f"| {below} | at no point | not trained |" in text
     assert "once each, and the model from scratch | not trained | 0.5 |" in text
+    assert "started then, with the FLOPs that are left | not trained | 0.5 |" in text
+    assert "stacked at 0.5, ends below the deep model from scratch with the FLOPs that were left then (-0.3" in text
     assert "stacked at 0.5, at step 0: +25.00 % of its source's loss" in text.replace("(+25.00 to +25.00) ", "")
     assert "stacked at 0.5: from growth to the loss of the model from scratch, in tokens" in text
     assert "grown at 0.5 and the source trained on, at equal FLOPs cannot be told apart" in text

@@ -229,7 +229,7 @@ def test_rows_of_arms_that_are_there_are_kept_and_none_is_lost(tmp_path):
     contract.check_kept(tmp_path, stored, kept, [arm.name for arm in more.settings], "model")
     with pytest.raises(Refused, match=r"it has rows of .* trained on text, which this study leaves out"):
         contract.check_kept(tmp_path, stored, kept[:1], [arms[1].name], "model")
-    elsewhere = more.replace(text=("/tmp/a.txt",), tokenizer="/tmp/b.model")  # the hash says what they hold
+    elsewhere = more.replace(text=("elsewhere/a.txt",), tokenizer="elsewhere/b.model")  # the hash says what they hold
     assert study.unchanged(elsewhere, {**stored, "config": {**stored["config"], "text": ["a.txt"]}}, "")
     with pytest.raises(Refused, match=r"steps of the stored rows is 600; this study has 7\n.*another text"):
         study.unchanged(more.replace(steps=7), stored, "else")

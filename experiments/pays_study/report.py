@@ -79,9 +79,8 @@ def _overview(found: Mapping[str, Any]) -> list[str]:
 
 def _points(one: Mapping[str, Any], claim: str) -> str:
     other = {"below the shallow one too": SHALLOW, "below what was stacked": STACKED,
-             "below it with passes forced": ON_FORCED}.get(claim)  # fmt: skip
+             "below it with passes forced": ON_FORCED, "stacked, its source at hand": AGAIN}.get(claim)  # fmt: skip
     points = one["stacked" if claim.startswith("stacked") else "grown"].values()
-    other = AGAIN if claim == "stacked, its source at hand" else other
     if not points or (other is not None and not any(other in point for point in points)):
         return "not trained"
     return ", ".join(one["claims"][claim]) or "at no point"

@@ -23,6 +23,7 @@ from gt_jax.models.language_model import LanguageModel, apply_network
 from gt_jax.models.layers.adaptive_depth import PassControl
 from gt_jax.models.memory_chunks import over_chunks
 from gt_jax.text.tokenizers import Tokenizer
+from gt_jax.training.accumulation import parts_that_fit, rows_in_parts
 from gt_jax.training.loss import token_losses
 from gt_jax.training.step import Batch, shard_batch
 from gt_jax.typing import Tree
@@ -43,13 +44,12 @@ def make_scores(
 ) -> Callable[[Tree, Batch, PassControl], Float[Array, "b t"]]:
     """The jitted scores(variables, batch, control) -> nats of each target [b, t], 0 where there is none.
 
-    The same model gives the same compiled function: checkpoints of one run compile once.
+    A batch runs in as many parts as fit one device each. The same model gives the same compiled function: checkpoints
+    of one run compile once.
     """
     network = LanguageModel(model, rules)
 
-    def scores(variables: Tree, batch: Batch, control: PassControl) -> Float[Array, "b t"]:
-        placed = shard_batch(batch, rules)
-
+    def of_rows(variables: Tree, placed: Batch, control: PassControl) -> Float[Array, "b t"]:
         def chunk(carry: tuple[Tree, Any], piece: tuple[Batch, Array]) -> tuple[tuple[Tree, Any], Array]:
             one = piece[0]
             ids = one["tokens"], one["segment_ids"]
@@ -64,6 +64,15 @@ def make_scores(
         _, nats = over_chunks(chunk, model, rules, (), placed)
         whole = jnp.moveaxis(nats, 0, 1).reshape(placed["tokens"].shape)
         return reshard(whole, P(None, None))  # every process reads all of it
+
+    def scores(variables: Tree, batch: Batch, control: PassControl) -> Float[Array, "b t"]:
+        placed = shard_batch(batch, rules)
+        parts = parts_that_fit(placed["tokens"], model, rules)
+        if parts == 1:
+            return of_rows(variables, placed, control)
+        pieces = {name: rows_in_parts(array, parts, rules) for name, array in placed.items()}
+        nats = jax.lax.map(lambda part: of_rows(variables, part, control), pieces)
+        return jnp.moveaxis(nats, 0, 1).reshape(placed["tokens"].shape)
 
     return jax.jit(scores)
 

@@ -17,10 +17,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, on_mesh
 from gt_jax.models.layers.primitives import widen
 from gt_jax.training.running_means import floats, moved_once
 from gt_jax.typing import Scalar, Tree
+
+TOKENS = 16384  # of a part that is evaluated on one device, where a row has no more
 
 
 def accumulate_gradients(
@@ -56,6 +59,18 @@ def accumulate_gradients(
             return (total, extra), jax.tree.map(lambda s: s / parts, sums)
 
     return run
+
+
+def parts_that_fit(ids: Array, model: ModelConfig, rules: Rules) -> int:
+    """In how many parts a batch of `ids` [b, t] is evaluated: a device has at most `TOKENS` of each, or one row.
+
+    A batch that many devices trained on fits one of them so. Under halting "batch" tokens wait for each other: 1.
+    """
+    rows, length = ids.shape
+    here = rows // rules.shards("batch")
+    if model.halting is not None and model.halting.halting == "batch":
+        return 1
+    return next((parts for parts in range(1, here) if here % parts == 0 and here // parts * length <= TOKENS), here)
 
 
 def rows_in_parts(array: Array, parts: int, rules: Rules) -> Array:

@@ -23,7 +23,7 @@ from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.pass_statistics import PassStatistics, mean_over_tokens, token_shares
 from gt_jax.models.layers.primitives import widen
 from gt_jax.models.memory_chunks import chunk_length, mean_over_chunks, over_chunks
-from gt_jax.training.accumulation import accumulate_gradients, rows_in_parts
+from gt_jax.training.accumulation import accumulate_gradients, parts_that_fit, rows_in_parts
 from gt_jax.training.budget import BudgetState, move_budget, with_gates_moved, with_last_biases_moved
 from gt_jax.training.loss import loss_if, unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State, at_step
@@ -287,11 +287,12 @@ def _component_metrics(model: ModelConfig, report: Mapping[str, Any]) -> dict[st
 
 
 def make_evaluation(
-    model: ModelConfig, rules: Rules, parts: int = 1
+    model: ModelConfig, rules: Rules, parts: int | None = None
 ) -> Callable[[Tree, Batch, PassControl | None], tuple[Scalar, Scalar, Any]]:
     """The jitted evaluation(variables, batch, control) -> (summed cross-entropy, targets, pass statistics).
 
     A batch runs in so many `parts`, one after the other, as that of a training step does: it needs no more memory.
+    None: in as many as fit one device each (`parts_that_fit`).
     """
     network = LanguageModel(model, rules)
 
@@ -308,13 +309,14 @@ def make_evaluation(
 
     def evaluation(variables: Tree, batch: Batch, control: PassControl | None = None) -> tuple[Scalar, Scalar, Any]:
         placed, passes = shard_batch(batch, rules), control or free_passes()
-        if parts == 1:
+        number = parts_that_fit(placed["tokens"], model, rules) if parts is None else parts
+        if number == 1:
             return of_rows(variables, placed, passes)
 
         def one(part: Batch) -> Any:
             return of_rows(variables, part, passes), jnp.sum(real_tokens(part["segment_ids"]))
 
-        pieces = {name: rows_in_parts(array, parts, rules) for name, array in placed.items()}
+        pieces = {name: rows_in_parts(array, number, rules) for name, array in placed.items()}
         (total, count, statistics), tokens = jax.lax.map(one, pieces)
         whole = mean_over_tokens(statistics, tokens, model.adaptive, model.exit is not None)
         return jnp.sum(total), jnp.sum(count), whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -23,12 +24,13 @@ from gt_jax.evaluation import held_out
 from gt_jax.evaluation.confidence_intervals import ratio_interval
 from gt_jax.evaluation.held_out import evaluate_checkpoints
 from gt_jax.evaluation.held_out_rows import held_out_rows
-from gt_jax.evaluation.scoring import byte_lengths, score, targets_of
+from gt_jax.evaluation.scoring import byte_lengths, make_scores, score, targets_of
 from gt_jax.models.language_model import LanguageModel, fixed_passes, free_passes
 from gt_jax.models.memory_chunks import forward_rows
 from gt_jax.text.batches import open_text
 from gt_jax.text.data import open_data
 from gt_jax.text.tokenizers import ByteTokenizer
+from gt_jax.training import accumulation
 from tests.rarely import rarely
 from tests.support import perturbed, small_model
 
@@ -84,6 +86,23 @@ def test_nats_of_each_token_are_those_of_the_dense_definition(folder, config, co
     found = score(config, perturbed(config), batches, control, Rules())
     np.testing.assert_allclose(found, dense(config, perturbed(config), batches, control), atol=2e-5)
     assert len(found) == len(targets_of(batches))
+
+
+def test_rows_of_a_large_batch_are_scored_in_parts_that_a_device_can_hold(folder, monkeypatch):
+    """A batch that 64 devices trained on, 128 rows of 4,096 tokens, is evaluated on one of them."""
+    text = text_of(folder)
+    text = dataclasses.replace(text, config=text.config.replace(batch_size=6))
+    batches, variables = text.held_out(2), perturbed(PLAIN)
+    whole = score(PLAIN, variables, batches, free_passes(), Rules())
+    monkeypatch.setattr(accumulation, "TOKENS", 2 * ROW)
+    make_scores.cache_clear()  # the shapes are those of a compiled function
+    parts = functools.partial(accumulation.parts_that_fit, rules=Rules())
+    assert parts(jnp.zeros((6, ROW)), PLAIN) == 3
+    assert parts(jnp.zeros((5, ROW)), PLAIN) == 5  # which divide into single ones alone
+    origin = ADAPTIVE.replace(adaptive=ADAPTIVE.adaptive.replace(halting="batch"))
+    assert parts(jnp.zeros((6, ROW)), origin) == 1
+    np.testing.assert_allclose(score(PLAIN, variables, batches, free_passes(), Rules()), whole, atol=1e-6)
+    make_scores.cache_clear()
 
 
 def test_documents_are_told_apart_by_their_letters(folder):

@@ -11,6 +11,7 @@ from gt_jax.evaluation.intermediates import hidden_rows
 from gt_jax.evaluation.measurement import halting_entropy, pass_counts
 from gt_jax.models.language_model import LanguageModel, free_passes
 from gt_jax.models.layers.pass_statistics import PassStatistics, mean_over_tokens
+from gt_jax.training import accumulation
 from gt_jax.training.step import make_evaluation
 from tests.rarely import rarely
 from tests.support import perturbed, small_model, tokens
@@ -56,6 +57,19 @@ def test_a_batch_that_is_nearly_all_padding_weighs_its_tokens(variables):
     first, last, both = ([one[f"layer{layer}"]["mean_weight"] for layer in range(2)] for one in found)
     np.testing.assert_allclose(both, (CHUNK * np.array(first) + np.array(last)) / (CHUNK + 1), rtol=1e-5)
     assert np.abs(np.array(first) - last).max() > 1e-3
+
+
+def test_a_batch_in_parts_has_its_means(variables, monkeypatch):
+    """What `measure` runs of a batch too large for one device, a part of which may be padding alone."""
+    batch = rows(CHUNK, CHUNK, padded=2)
+    whole = pass_counts(make_evaluation(CONFIG, Rules()), variables, [batch], CONFIG)
+    monkeypatch.setattr(accumulation, "TOKENS", CHUNK)
+    found = pass_counts(make_evaluation(CONFIG, Rules()), variables, [batch], CONFIG)
+    assert found["_meta"]["loss"] == pytest.approx(whole["_meta"]["loss"], rel=1e-5)
+    for layer in ("layer0", "layer1"):
+        assert found[layer]["survival"][1] > 0.1
+        for name in ("survival", "alive", "mean_weight", "passes_run"):
+            np.testing.assert_allclose(found[layer][name], whole[layer][name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
 def test_what_is_of_alive_tokens_is_weighed_by_them():

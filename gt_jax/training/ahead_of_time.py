@@ -31,6 +31,7 @@ from gt_jax.typing import Tree
 
 MIB = 1 << 20
 REPLICATED = 64 * MIB  # bytes of a tensor that every device may hold whole
+_PASS = re.compile(r"[/.]one_pass/cond$")  # around a pass of an adaptive layer, which runs where somebody needs it
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*\bHBM\b", re.IGNORECASE)  # other memory is a kernel's
 _NEEDED = re.compile(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)|"
                      r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm")  # fmt: skip
@@ -67,8 +68,9 @@ def compile_step(
     Bytes and FLOPs are those of one device and step, every loop counted as often as it runs; `bytes` are those to and
     from HBM, `links` those received from other devices, `launches` what a GPU executes. `link_seconds(group)` is the
     time of a byte that each device of a group receives. Where it does not fit, `short_by` says by how much, if the
-    compiler does. `device_rows` are those of a device at a time. Raises `jax.errors.JaxRuntimeError` for what the
-    compiler refuses otherwise.
+    compiler does. `device_rows` are those of a device at a time. An adaptive step counts with all its passes; what it
+    costs with one in each layer is `one_pass`, and lies on a line with that. Raises `jax.errors.JaxRuntimeError` for
+    what the compiler refuses otherwise.
     """
     rules = rules or Rules()
     with jax.set_mesh(mesh):
@@ -99,7 +101,7 @@ def measured(
 ) -> dict[str, Any]:  # fmt: skip
     """Memory, work and communication of a compiled step, of one device."""
     stats, program = compiled.memory_analysis(), hlo.read(compiled.as_text())
-    done, links = count_flops(program), Links(program, link_seconds)
+    work, links = count_flops(program), Links(program, link_seconds)
     parts = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
@@ -111,21 +113,38 @@ def measured(
         "fits": total <= memory,
         **({"short_by": total - memory} if total > memory else {}),
         "memory": {**parts, "total": total, "of": memory, "free_share": round(1 - total / memory, 3)},
-        "flops": done.flops,
-        "flops_of_kernels": done.of_kernels,
-        "bytes": hbm_traffic(program).bytes,
-        "links": links.received,
+        **_costs(program, links),
+        "flops_of_kernels": work.of_kernels,
         **({"between_slices": received(program)} if slices > 1 else {}),
-        **({} if link_seconds is None else {"link_seconds": links.least_seconds}),
+        **one_pass(program, job.model, link_seconds),
         "parts": by_part(program, links, gpu),
         **({"launches": count_launches(program)} if gpu else {}),
         "kernels": sum(is_kernel(i) for i, _ in program.executed()),
-        "silent_kernels": done.silent_kernels,
+        "silent_kernels": work.silent_kernels,
         "collectives": collectives(links),
         "loops_counted_once": program.unknown_loops,
         "largest": largest(program),
         "whole_stacks": stack_gathers(program, job.model),
     }
+
+
+def _costs(program: hlo.Program, links: Links) -> dict[str, Any]:
+    found = {"flops": count_flops(program).flops, "bytes": hbm_traffic(program).bytes, "links": links.received}
+    return found | ({} if links.seconds is None else {"link_seconds": links.least_seconds})
+
+
+def one_pass(
+    program: hlo.Program, model: ModelConfig, link_seconds: Callable[[Sequence[int]], float] | None
+) -> dict[str, Any]:  # fmt: skip
+    """{"one_pass": what the step costs where each layer runs one of "of" passes}; {} of a model that cannot say.
+
+    A pass that no token of the batch needs is not run. Under `context` "alive" passes have any length: nothing is said.
+    """
+    if model.adaptive is None or model.adaptive.context == "alive":
+        return {}
+    passes = model.adaptive.max_passes
+    rare = dataclasses.replace(program, taken=lambda x: 1 / passes if _PASS.search(x.source) else None)
+    return {"one_pass": {"of": passes, **_costs(rare, Links(rare, link_seconds))}}
 
 
 def shortage(message: str) -> dict[str, int]:

@@ -121,7 +121,7 @@ def test_a_batch_that_no_mesh_divides_is_refused_with_one_that_has_a_mesh():
 @pytest.mark.slow
 def test_a_step_is_measured_where_it_is_compiled():
     """On the CPU's devices, as it would be for a pod."""
-    job = Job(small_model("D", adaptive=False), 8, 16, accumulate=2)
+    job = Job(small_model("D"), 8, 16, accumulate=2)
     mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
     row = compile_step(job, mesh, memory=1 << 30, link_seconds=lambda group: 1e-12 * len(group))
     assert row["fits"] and row["replicated"] == [] and row["whole_stacks"] == []
@@ -131,8 +131,12 @@ def test_a_step_is_measured_where_it_is_compiled():
     assert row["state"] <= memory["arguments"] and row["loops_counted_once"] == 0 and row["kernels"] == 0
     # the weights' products alone take forward and backward what the model counts; what XLA does beyond is recomputed,
     # masked, or work of the chunks
-    counted = model_flops(job.model, 16).training() * 8 * 16 / 4
+    flops, one = model_flops(job.model, 16), row["one_pass"]
+    counted, once = (flops.training([float(passes)]) * 8 * 16 / 4 for passes in (one["of"], 1))
     assert counted < row["flops"] < 4 * counted and row["bytes"] > memory["arguments"]
+    # three of four passes less: what they cost is what they are
+    assert one["of"] == 4 and once < one["flops"] < 4 * once and counted - once < row["flops"] - one["flops"]
+    assert all(0 < one[name] < row[name] for name in ("bytes", "links", "link_seconds"))
     row |= least_seconds(row, 2765e9, "TPU v5")
     assert row["least_seconds"] == {"flops": row["flops"] / 459e12, "bytes": row["bytes"] / 2765e9,
                                     "links": row["link_seconds"]}  # fmt: skip
@@ -145,6 +149,10 @@ def test_a_step_is_measured_where_it_is_compiled():
     result = {"preset": "small", "parameters": 1, "topology": "cpu", "devices": 4, "batch": 8, "sequence_length": 16,
               "tried": [row, row | {"fits": False}]}  # fmt: skip
     text = "\n".join(report_lines(json.loads(json.dumps(result))))
+    ends = (row["least_seconds"]["flops"] * share for share in (one["flops"] / row["flops"], 1))
+    first, last = (f"{end:.2g} / " for end in ends)
+    assert f"by passes a layer that are computed, least s by flops / bytes / links: 1: {first}" in text
+    assert f"; 4: {last}" in text
     assert "fits" in text and "DOES NOT FIT" in text and "--accumulate 4" in text
     assert f"{row['flops']:.3g} FLOP of matrix products, at least {row['flops'] / 459e12:.3g} s" in text
 

@@ -1,5 +1,6 @@
 """Reading compiled programs: loops counted out, bytes, products, collectives, beside XLA's counts and by hand."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -307,6 +308,8 @@ def test_the_branch_of_a_conditional_that_costs_more_counts():
 
     program = hlo.read(compiled(either, (8, 16), (16, 16), (16, 32)).as_text())
     assert count_flops(program).flops == 2 * 8 * 16 * 32
+    quarter = dataclasses.replace(program, taken=lambda x: 0.25 if x.opcode == "conditional" else None)
+    assert count_flops(quarter).flops == 2 * 8 * 16 * (0.25 * 32 + 0.75 * 16)
 
 
 def test_shared_computations_are_read_once():

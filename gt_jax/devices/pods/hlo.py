@@ -176,11 +176,15 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class Program:
-    """Computations by name, the name of the first, and on how many devices it runs."""
+    """Computations by name, the name of the first, and on how many devices it runs.
+
+    `taken` says of a conditional in what share of its runs it takes its costliest branch, else its cheapest; None: all.
+    """
 
     computations: dict[str, Computation]
     entry: str
     devices: int = 1
+    taken: Callable[[Instruction], float | None] = lambda x: None
 
     def executed(self) -> Iterator[tuple[Instruction, int]]:
         """Every instruction that runs, those inside fusions too, and how often."""
@@ -219,7 +223,7 @@ class Program:
         """`cost(computation, instruction)` of one run, added up over calls and operations `through` which it looks.
 
         Loops count as often as they run, those of unknown length `loop_length` times; a conditional is its costlier
-        branch.
+        branch, as often as it is `taken`.
         """
         return sum(self.shares(cost, lambda here, x: None, loop_length, through).values())
 
@@ -250,8 +254,9 @@ class Program:
                 length = self.length(x)
                 return [(loop_length if length is None else length, x.named("body") or "")]
             if x.opcode == "conditional":
-                dearest = max(x.called, key=lambda name: sum(of(name).values()), default=None)
-                return [] if dearest is None else [(1, dearest)]
+                branches = sorted(x.called, key=lambda name: sum(of(name).values()))
+                share = self.taken(x)
+                return [(1, branches[-1])] if share is None else [(share, branches[-1]), (1 - share, branches[0])]
             return [(1, name) for name in x.called] if descends(x) else []
 
         return of(self.entry)

@@ -13,8 +13,8 @@ bytes and FLOP of a device and step:
 
 - Tokens are not cut over `expert`: what is outside the experts is computed again on each of its devices.
 - A layer's weights are gathered whole where it uses them, its experts too: 0.5 GB of the 8B model's.
-- WHOLE + CUT is read from the plan of `8b` for v5p:4x4x4 (experiments/results); how much of it a tensor axis cuts, SUMS
-  and SPACE are of earlier plans. For other models they are guesses.
+- WHOLE and CUT are fitted to the four plans of `8b` (experiments/results), whose HBM bytes they give within a quarter;
+  SUMS and SPACE are of earlier plans. For other models they are guesses.
 - The compiler for TPU writes a gather over three axes of the torus as an all-reduce of zeros.
 """
 
@@ -32,7 +32,7 @@ from gt_jax.training.ahead_of_time import Job
 from gt_jax.training.divisibility import indivisible_fields
 
 TOKENS = 16384  # of a part on one device, at most: more only adds memory, fewer send weights more often
-WHOLE, CUT = 126, 118  # times that a layer reads or writes all streams' bytes: whatever the mesh, and cut over `tensor`
+WHOLE, CUT = 58, 112  # times that a layer reads or writes all streams' bytes: whatever the mesh, and cut over `tensor`
 SUMS = 18  # all-reduces of [T, d] a layer
 SPACE = 70  # streams of a part that are held at once, beside two of each layer
 

@@ -148,7 +148,21 @@ def part_lines(row: Json) -> list[str]:
                    of("links") / GB]  # fmt: skip
         counted = f"{of('kernels'):10.0f}" if "launches" in row else ""
         lines.append(f"    {part or 'together':26s}" + "".join(f"{number:10.3g}" for number in numbers) + counted)
+    if (seconds := part_by_part(row)) is not None:
+        exposed = seconds + row["least_seconds"].get("links", 0.0)
+        lines.append(f"    part by part, the larger of arithmetic and HBM: {seconds:.3g} s; {exposed:.3g} where "
+                     "nothing of what is received is hidden")  # fmt: skip
     return lines
+
+
+def part_by_part(row: Json) -> float | None:
+    """Seconds of a step whose parts follow one another, arithmetic and HBM hidden behind each other within each phase
+    of a part alone: between the largest of the least times and what a step takes. None where no times are told."""
+    least = row.get("least_seconds", {})
+    whole = {what: sums(row, what) for what in ("flops", "bytes")}
+    if not all(whole.values()) or not whole.keys() <= least.keys():
+        return None
+    return sum(max(least[what] * one[what] / whole[what] for what in whole) for one in row["parts"])
 
 
 def least_by_part(row: Json, bound: str) -> dict[str, float]:
@@ -174,6 +188,7 @@ def comparison_lines(plans: Mapping[str, Json]) -> list[str]:
         lines.append(_pair(words, *(row[name] / unit if name in row else None for row in rows)))
     for name in ("flops", "bytes", "links", *(["between_slices"] if several else [])):
         lines.append(_pair(f"least s by {name}", *(row.get("least_seconds", {}).get(name) for row in rows)))
+    lines.append(_pair("s part by part", *(part_by_part(row) for row in rows)))
     held = [row.get("memory", {}).get("total") for row in rows]
     lines.append(_pair("GiB of memory", *(None if size is None else size / 2**30 for size in held)))
     lines += [_pair("kernels executed", *launches)] if any(launches) else []

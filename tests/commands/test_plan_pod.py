@@ -22,7 +22,7 @@ from gt_jax.plan_pod import advice, chosen, least_seconds, main, mesh_sizes, par
 from gt_jax.training import mesh_search
 from gt_jax.training.ahead_of_time import OUT_OF_MEMORY, Job, compile_step, replicated, shortage, stack_gathers
 from gt_jax.training.divisibility import indivisible_fields, indivisible_tensors, refuse_indivisible
-from gt_jax.training.pod_plans import least_by_part
+from gt_jax.training.pod_plans import least_by_part, part_by_part, part_lines
 from tests.support import small_model
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +75,9 @@ def test_the_estimate_is_near_what_was_compiled():
         one = mesh_search.estimate(job, row["mesh"], row["accumulate"], plan["parameters"], machine())
         assert 0.75 < one.seconds["bytes"] * machine().bandwidth / row["bytes"] < 1.25, plan["topology"]
         assert 0.75 < one.memory / row["memory"]["total"] < 2, plan["topology"]  # rather too much: it has to fit
+        least, seconds = row["least_seconds"], part_by_part(row)
+        assert max(least["flops"], least["bytes"]) < seconds < least["flops"] + least["bytes"]
+        assert f"part by part, the larger of arithmetic and HBM: {seconds:.3g} s; " in part_lines(row)[-1]
 
 
 def test_public_hybrids_have_a_mesh_of_a_pod():

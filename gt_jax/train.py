@@ -95,6 +95,25 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def asked_config(arguments: argparse.Namespace) -> Any:
+    """The RunConfig that the words ask for.
+
+    To resume: words that say what the run said when it had fewer steps, or says now, ask for more --steps and nothing
+    else, whatever more steps have made of its fractions. So any command that made it can be given again.
+    """
+    from gt_jax.training.run_directory import trainings_before
+
+    base = default_config(arguments)
+    if arguments.resume and arguments.steps is not None:
+        for before in (base.train, *trainings_before(arguments.run, base)):
+            then = argparse.Namespace(**{**vars(arguments), "steps": before.steps})
+            begun = base.replace(train=before)
+            with contextlib.suppress(Refused):  # of fractions that the run has now; said below if nothing fits
+                if run_config(then, begun) == begun:
+                    return base.replace(train=base.train.replace(steps=arguments.steps))
+    return run_config(arguments, base)
+
+
 def run_config(arguments: argparse.Namespace, base: Any) -> Any:
     """`base` (a RunConfig) with the flags that were given."""
     from gt_jax.configs.run import differences
@@ -335,7 +354,7 @@ def _train(arguments: argparse.Namespace, group: Any) -> int:
     from gt_jax.training.stopping import Interrupted
 
     arguments.start = group.gather(group.agree(lambda: start_folder(arguments)))[0]
-    config = group.agree(lambda: run_config(arguments, default_config(arguments)))
+    config = group.agree(lambda: asked_config(arguments))
     asked = {axis: getattr(arguments, f"mesh_{axis}") for axis in MESH_AXES}
     given = {axis: size for axis, size in asked.items() if size is not None}
     mesh = group.agree(lambda: make_mesh(**given))

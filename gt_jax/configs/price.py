@@ -13,7 +13,8 @@ TargetOf = Literal["mean_weight", "passes_run"]
 
 @dataclasses.dataclass(frozen=True)
 class PriceConfig(Config):
-    """What a pass costs, or the depth aimed at; the phases are fractions of the run (gt_jax/training/price.py).
+    """What a pass costs, or the depth aimed at; the phases are fractions of the run (gt_jax/training/price.py), above 1
+    where a run is shorter than what an earlier one left of them: then they go on in the next.
 
     `target` is what the mean over layers of `target_of` is held at: `mean_weight`, the sum of a token's weights, or
     `passes_run`, the passes that it runs (under halting "batch" those that it enters above the threshold). `rule`
@@ -64,10 +65,10 @@ class PriceConfig(Config):
             wrong.append(f"0 <= forced_ramp {self.forced_ramp} <= forced_until {self.forced_until} does not hold")
         if self.gates_opened and not self.forced_until:
             wrong.append(f"gates_opened is {self.gates_opened} and forced_until 0; gates open while passes are forced")
-        if not 0 <= self.forced_until <= self.price_from <= self.clipped_until <= 1:
+        if not 0 <= self.forced_until <= self.price_from <= self.clipped_until:
             wrong.append(
                 f"0 <= forced_until {self.forced_until} <= price_from {self.price_from} <= "
-                f"clipped_until {self.clipped_until} <= 1 does not hold"
+                f"clipped_until {self.clipped_until} does not hold"
             )
         if self.audit_every < 2:
             wrong.append(f"audit_every is {self.audit_every}; it must be at least 2")
@@ -80,9 +81,9 @@ class PriceConfig(Config):
         over: all passes are forced from there on. Gates go on opening by what was left of it.
         """
         opening = self.forced_until * of
-        left = {name: min(1.0, max(0.0, getattr(self, name) * of - done) / steps)
+        left = {name: max(0.0, getattr(self, name) * of - done) / steps
                 for name in ("forced_until", "price_from", "clipped_until")}
-        left["forced_ramp"] = 0.0 if done else min(1.0, self.forced_ramp * of / steps)
+        left["forced_ramp"] = 0.0 if done else self.forced_ramp * of / steps
         left["gates_opened"] = self.gates_opened * max(0.0, opening - done) / opening if opening else 0.0
         return self.replace(**left, rate=self.rate * steps / of, settled_after=self.settled_after * of / steps)
 

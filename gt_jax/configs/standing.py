@@ -90,9 +90,10 @@ def gone_on(
 ) -> TrainConfig:  # fmt: skip
     """A training of `steps` steps that follows step `step` of `before`: its optimizer and price, gone on with.
 
-    rate = that of the next step of `before` (its peak, where it was warming up), with fresh moments after a short
-    warm-up; lowest rate = that of `before`; the share of the decay is kept. A `learning_rate` that is given is the peak
-    instead, and the lowest rate the same share of it as in `before`. All else is at its default. Raises `Refused` where
+    rate = that of the next step of `before` (its peak, where it was warming up, after a warm-up of the steps that were
+    left), with fresh moments after a short warm-up; lowest rate = that of `before`; the share of the decay is kept. A
+    `learning_rate` that is given is the peak instead, and the lowest rate the same share of it as in `before`. Parts of
+    a batch and the precision of products are those of `before`; all else is at its default. Raises `Refused` where
     `before` stood at 0.
     """
     plain, at, optimizer = TrainConfig(steps=steps), stood(before, step), before.optimizer
@@ -106,8 +107,8 @@ def gone_on(
     return plain.replace(
         optimizer=optimizer.replace(learning_rate=rate, warmup=warm / steps, final=min(1.0, lowest)),
         price=before.price.after(step, before.steps, steps),
-        moments=moments,
-    )
+        moments=moments, accumulate=before.accumulate, matmul_precision=before.matmul_precision,
+    )  # fmt: skip
 
 
 def with_opening(train: TrainConfig, metadata: Mapping[str, Any]) -> TrainConfig:

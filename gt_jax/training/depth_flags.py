@@ -102,6 +102,8 @@ def with_price(price: Any, optimizer: Any, arguments: argparse.Namespace) -> tup
 def with_forced_passes(price: Any, passes: int | None, until: float | None, curriculum: float | None) -> Any:
     """`price` (a PriceConfig) with --forced-passes and --forced-until; gates and price are free from there on."""
     fields: dict[str, Any] = {} if passes is None else {"forced_passes": passes}
+    if until is not None and not 0 <= until <= 1:
+        raise Refused(f"--forced-until is {until}; it is a fraction of the run, from 0 to 1, for example 0.7")
     if until is not None:
         fields |= {"forced_until": until, "price_from": max(until, price.price_from if price.rule == "ouro" else 0.0)}
         fields["clipped_until"] = max(fields["price_from"], price.clipped_until if price.rule == "ouro" else 0.0)

@@ -352,7 +352,7 @@ def _start(
         begun = begun._replace(optimizer=carried_moments(begun.optimizer, begun.params, start, stored))
     if config.model.adaptive is not None:
         price, words = _price_of(start, stored, metadata, begun.price, config.train.price)
-        begun, told = begun._replace(price=price), [*told, words]
+        begun, told = begun._replace(price=price), [*told, words, *_outlasting(config.train)]
     return _Begun(begun, {LINEAGE: carried(metadata)}, position, told)
 
 
@@ -371,6 +371,13 @@ def _continuing(config: RunConfig, position: dict[str, Any] | None, at: Standing
     if at.phase == "decay" and optimizer.learning_rate > 1.01 * at.learning_rate:
         told.append("the rate rises again: what its decay had won is lost first")
     return told
+
+
+def _outlasting(train: TrainConfig) -> list[str]:
+    """What is left of the price's phases when the run ends."""
+    left = {"passes are forced": train.price.forced_until, "the price has not begun": train.price.price_from}
+    return [f"{words} to the end of the run; the {round((until - 1) * train.steps)} steps that are left then come in "
+            "the run that starts from it" for words, until in left.items() if until > 1][:1]  # fmt: skip
 
 
 def _price_of(

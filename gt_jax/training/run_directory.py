@@ -61,12 +61,19 @@ def _as_lengthened(run: Path, config: RunConfig, stored: RunConfig) -> RunConfig
     if steps < stored.train.steps or config.train == stored.train.replace(steps=steps):
         return config
     asked = {**config.train.to_json(), "steps": stored.train.steps}
+    if any(_is_either(asked, before.to_json(), now) for before in trainings_before(run, stored)):
+        return config.replace(train=stored.train.replace(steps=steps))
+    return config
+
+
+def trainings_before(run: Path, stored: RunConfig) -> list[TrainConfig]:
+    """What `run`, now `stored`, was trained by when it had fewer steps, each time it was given more."""
+    found: list[TrainConfig] = []
     for step in reversed(RunCheckpoints(run).steps()):
         with contextlib.suppress(Refused, OSError):  # whoever reads it says so
-            known = _shorter(checkpoint.describe(run / str(step))[1], stored)
-            if any(_is_either(asked, before, now) for before in known):
-                return config.replace(train=stored.train.replace(steps=steps))
-    return config
+            known = map(TrainConfig.from_json, _shorter(checkpoint.describe(run / str(step))[1], stored))
+            found += [one for one in known if one not in found]
+    return found
 
 
 def past(metadata: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:

@@ -71,7 +71,10 @@ def test_what_is_left_of_the_prices_phases_lasts_as_many_steps_and_lambda_moves_
     after = price.after(done, of, steps)
     for name in ("forced_until", "price_from", "clipped_until"):
         left = max(0.0, getattr(price, name) * of - done)
-        assert getattr(after, name) * steps == pytest.approx(min(left, steps)), name
+        assert getattr(after, name) * steps == pytest.approx(left), name
+        # and in the run after that, however short this one is
+        then = after.after(steps, steps, 100)
+        assert getattr(then, name) * 100 == pytest.approx(max(0, left - steps), abs=1e-6), name
     assert after.rate / steps == pytest.approx(price.rate / of)
     assert after.settled_after * steps == pytest.approx(price.settled_after * of)
     assert after.target == price.target

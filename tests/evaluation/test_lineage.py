@@ -128,7 +128,7 @@ def test_a_changed_text_is_noticed(folder, tmp_path):
 def test_training_goes_on_in_the_same_text_where_the_source_stopped(folder, tmp_path):
     def started(*words):
         arguments = train.parser().parse_args([str(tmp_path / "run"), "--start", str(folder / "grown"), *words])
-        return train.run_config(arguments, train.default_config(arguments))
+        return train.asked_config(arguments)
 
     config = started("--steps", "1")
     source = RunConfig.from_json(metadata_of(folder / "source")["run"])

@@ -24,6 +24,8 @@ from gt_jax.configs.run import RunConfig, TrainConfig, read_run_config
 from gt_jax.configs.standing import longer
 from gt_jax.errors import Failed, Refused
 from gt_jax.monitoring.metrics import read_metrics
+from gt_jax.train import asked_config
+from gt_jax.train import parser as train_parser
 from gt_jax.training import loop
 from gt_jax.training.loop import Diverged, Patience, Trainer, fit, make_trainer, telling, train_run
 from gt_jax.training.price import initial_price
@@ -327,6 +329,11 @@ def test_a_finished_run_takes_more_steps_and_says_what_they_mean(whole, tmp_path
     assert now.train.price.rate != rate
     train_run(run, again, resume=True, show=False)
     assert read_run_config(run) == now and checkpoint.describe(run / "20")[1]["shorter"] == [config.train.to_json()]
+    # and as a command, with the fraction that the run began with, whatever it is of more steps
+    words, began = ("--resume", "--steps", "20", "--warmup"), config.train.optimizer.warmup
+    for there, of in ((place, config.replace(train=config.train.replace(steps=20))), (run, now)):
+        same, other = (asked_config(train_parser().parse_args([str(there), *words, f"{one}"])) for one in (began, 0.9))
+        assert same == of and other.train.optimizer.warmup == 0.9
     warmer = now.train.optimizer.replace(warmup=0.9)
     for other in (config, again.replace(train=again.train.replace(optimizer=warmer))):
         with pytest.raises(Refused, match=r"train\.(steps: 20 and 10|optimizer\.warmup: .* and 0\.9)"):

@@ -140,14 +140,43 @@ def gather_weight(w: Array, x: Array, rules: Rules, *axes: str | None) -> Array:
     Each device's share of its gradient is added up and scattered over the axes that cut the weight, then added up over
     the other axes of the batch. Two steps, which the types of the two layouts ask for: a gradient that is added up over
     all axes of the batch at once is an all-reduce of the whole weight, twice the bytes. For operations with a sharding
-    rule that know reduced operands, as `einsum` does; in `per_device` use `gather_own`.
+    rule that know reduced operands, as `einsum` does; in `per_device` use `gather_own`. One that is whole already
+    (`gather_for_passes`) stays as it is.
     """
-    if not has_mesh():
+    if not has_mesh() or is_whole(w, rules):
         return w
     batch = set(rules.mesh_axes("batch"))
     cut = {name for axis in axes if axis is not None for name in rules.mesh_axes(axis)}
     once = jax.sharding.reshard(_tied(w, x), P(*rules.spec(*axes), reduced=batch - cut))
     return jax.sharding.reshard(once, P(*rules.gathered(*axes), reduced=batch))
+
+
+def is_whole(w: Array, rules: Rules) -> bool:
+    """Whether a weight was gathered: each device then has its own share of the gradient, added up where it was."""
+    return bool(jax.typeof(w).sharding.spec.reduced) and has_mesh() and not embed_axes(w, rules)
+
+
+def embed_axes(w: Array, rules: Rules) -> set[str]:
+    """The mesh axes that cut a weight along "embed", by its type."""
+    return _cutting(w) & set(rules.mesh_axes("embed"))
+
+
+def _cutting(w: Array) -> set[str]:
+    parts = jax.typeof(w).sharding.spec.partitions
+    return {name for one in parts if one is not None for name in (one if isinstance(one, tuple) else (one,))}
+
+
+def gather_for_passes(w: Array, x: Array, rules: Rules) -> Array:
+    """`gather_weight` for all passes of a layer that begins with `x`: gathered once, its gradient added up once.
+
+    By the type of `w` alone, which stays as it is where "embed" does not cut it.
+    """
+    if not has_mesh() or not (embed := embed_axes(w, rules)):
+        return w
+    parts, batch = jax.typeof(w).sharding.spec.partitions, set(rules.mesh_axes("batch"))
+    once = jax.sharding.reshard(_tied(w, x), P(*parts, reduced=batch - _cutting(w)))
+    left = [None if set(one if isinstance(one, tuple) else (one,)) & embed else one for one in parts]
+    return jax.sharding.reshard(once, P(*left, reduced=batch))
 
 
 def gather_own(w: Array, x: Array, rules: Rules, *axes: str | None) -> Array:

@@ -21,6 +21,7 @@ from gt_jax.configs.model import (
     StackConfig,
 )
 from gt_jax.configs.price import PriceConfig
+from gt_jax.devices.pods import hlo
 from gt_jax.devices.sharding import Rules, make_mesh, put_like
 from gt_jax.errors import Refused
 from gt_jax.evaluation.generation import sample
@@ -195,10 +196,12 @@ def test_tokens_leave_the_stack_and_pay_for_what_they_use():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [
-    small_model("D", False, moe=FULL.moe, embedding=FULL.embedding, memory=FULL.memory.replace(stream=0)),
+    small_model("D", moe=FULL.moe, embedding=FULL.embedding, memory=FULL.memory.replace(stream=0)),
     rarely(full_model("D", adaptive=False)),  # streams, and the G layer of multi-token prediction
-], ids=["experts", "all"])  # fmt: skip
+    rarely(full_model("DG")),
+], ids=["experts", "all", "all, adaptive"])  # fmt: skip
 def test_a_mesh_gives_the_same_loss_and_gradients(config):
+    """And an adaptive layer, two chunks a row, gathers its weights once for its four passes, forward and backward."""
     x = tokens(24, rows=8)
     batch = {"tokens": x, "targets": (x + 1) % 257, "segment_ids": jnp.ones_like(x)}
     price = PriceConfig()
@@ -214,10 +217,14 @@ def test_a_mesh_gives_the_same_loss_and_gradients(config):
     (wanted, extra), gradient = jax.device_get(jax.jit(step)(v["params"], v["statistics"]))
     with jax.set_mesh(make_mesh(fsdp=2, expert=2, tensor=2)):  # rows are cut over fsdp too
         placed = put_like(v, abstract(config))
-        there = jax.jit(step)(placed["params"], placed["statistics"])
+        compiled = jax.jit(step).lower(placed["params"], placed["statistics"]).compile()
+        there = compiled(placed["params"], placed["statistics"])
         specs = jax.tree.map(lambda a: a.sharding.spec, placed["params"])
         assert jax.tree.map(lambda a: a.sharding.spec, there[1]) == specs
         (got, extra_there), gradient_there = jax.device_get(there)
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    executed = [(times, x.source) for x, times in hlo.read(compiled.as_text()).executed() if "all-gather" in x.opcode]
+    gathers = [(times, source) for times, source in executed if "hyper" not in source and "top_k" not in source]
+    assert len(gathers) > 4 and max(gathers)[0] == 2, gathers
     chex.assert_trees_all_close(gradient_there, gradient, atol=5e-5, rtol=1e-3)
     chex.assert_trees_all_close(extra_there["statistics"], extra["statistics"], atol=2e-5, rtol=2e-4)

@@ -25,10 +25,11 @@ from typing import Any, NamedTuple, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from gt_jax.configs.model import AdaptiveConfig
-from gt_jax.devices.sharding import Rules, on_mesh
+from gt_jax.devices.sharding import Rules, gather_for_passes, has_mesh, on_mesh
 from gt_jax.models.layers.compacted_passes import pass_lengths, run_on_living
 from gt_jax.models.layers.hyper_connections import from_streams
 from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
@@ -39,6 +40,7 @@ from gt_jax.models.layers.sow import INTERMEDIATES, PASSES, asked_for, sow
 from gt_jax.typing import Activations, PerToken, State, Tree
 
 FEATURES = 5
+BEGUN = "what a pass begins with"
 RATIO_CLIP = 10.0
 
 
@@ -278,6 +280,31 @@ def run_pass(
     return Carry(moved, s, slope, jax.lax.stop_gradient(dh), first), statistics, seen.mixer.cache
 
 
+def gathering_once(
+    passes: Callable[..., Any], layer: Any, x: State, rules: Rules, remat: bool
+) -> Callable[..., Any]:  # fmt: skip
+    """`passes(layer, start, xs)` on weights that are gathered once, and whose gradients are added up once, for all of
+    them. With `remat`, where what each pass begins with bears the name `BEGUN`, nothing else is kept: the backward pass
+    gathers them again.
+
+    Those that a module casts before it uses them, and those of hyper-connections, are gathered pass by pass as before.
+    """
+    if not has_mesh() or layer.is_initializing():
+        return passes
+    compute = jnp.dtype(layer.config.compute_dtype)
+
+    def gather(variables: Tree) -> Tree:
+        def one(path: Any, w: Array) -> Array:
+            apart = any("hyper" in str(getattr(key, "key", key)) for key in path)
+            return w if apart or w.dtype != compute else gather_for_passes(w, x, rules)
+
+        return jax.tree_util.tree_map_with_path(one, variables)
+
+    mapped = nn.map_variables(passes, "params", trans_in_fn=gather)
+    begun = jax.checkpoint_policies.save_only_these_names(BEGUN)
+    return nn.remat(mapped, prevent_cse=False, policy=begun) if remat else mapped
+
+
 def run_passes(
     layer: Any,
     x: State,
@@ -329,6 +356,7 @@ def run_passes(
         return new, of_everyone(seen, living, alive, real, new.s, computed), cache
 
     def one_pass(layer: Any, carry: Carry, xs: tuple[Array, Array, Tree]) -> tuple[Carry, Any]:
+        carry = Carry(*(checkpoint_name(one, BEGUN) for one in carry))
         real = real_tokens(place.segment_ids)
         if asked_for(layer, PASSES):
             runs = _goes_on(carry.s, config, control, real) & (real > 0)
@@ -355,5 +383,5 @@ def run_passes(
         check_constancy_invariants=layer.is_initializing(),  # traces the passes once more, and finds new parameters so
     )
     xs = (jnp.arange(passes, dtype=jnp.int32), jnp.asarray(config.alpha, jnp.float32), cache)
-    last, (statistics, caches) = scanned(layer, start, xs)
+    last, (statistics, caches) = gathering_once(scanned, layer, x, rules, remat)(layer, start, xs)
     return last.x, last.first, statistics, caches

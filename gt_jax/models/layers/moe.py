@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gt_jax.configs.model import MoEConfig
-from gt_jax.devices.sharding import Rules, gather_own, gather_weight, has_mesh, on_mesh, per_device
+from gt_jax.devices.sharding import Rules, gather_own, gather_weight, has_mesh, is_whole, on_mesh, per_device
 from gt_jax.models.layers.grouped_product import block_for, collect, dispatch, grouped_product, spread
 from gt_jax.models.layers.mixer import masked_mean
 from gt_jax.models.layers.primitives import SwiGLU, WeightSpec, float32_einsum, widen
@@ -188,17 +188,21 @@ class Experts(nn.Module):
         rules, inward, outward = self.rules, ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         expert_axes = rules.mesh_axes("experts") if has_mesh() else ()
         summed = (*expert_axes, *rules.mesh_axes("mlp")) if has_mesh() else ()
-        turned = has_mesh() and rules.shards("embed") > 1
+        weights = self.gate(), self.up(), self.down()
+        whole = all(is_whole(w, rules) for w in weights)
+        turned = has_mesh() and rules.shards("embed") > 1 and not whole
 
         def local(x: Array, routing: Routing, gate: Array, up: Array, down: Array) -> Array:
             # side by side the rows are read once and come back as one gradient, and one gather is one fewer; but the
-            # stored pieces are copied for it, which for the few rows of decoding is more than there is to read
-            many = x.size * routing.experts.shape[-1] >= 2 * gate.size
+            # stored pieces are copied for it, which for the few rows of decoding is more than there is to read, and
+            # gathered ones are much to copy
+            many = x.size * routing.experts.shape[-1] >= 2 * gate.size and not whole
             sides = [jnp.concatenate([gate, up], axis=2)] if many else [gate, up]
-            sides = [gather_own(w, x, rules, *inward) for w in sides]
             # a gather over the last axis is laid out in another way than a product reads, and would be copied for it
             down, axes = (jnp.swapaxes(down, 1, 2), inward) if turned else (down, outward)
-            down = gather_own(down, x, rules, *axes)
+            if not whole:
+                sides = [gather_own(w, x, rules, *inward) for w in sides]
+                down = gather_own(down, x, rules, *axes)
             own = down.shape[0]
             mine = routing.experts - (jax.lax.axis_index(expert_axes) * own if expert_axes else 0)
             mine = jnp.where((mine >= 0) & (mine < own), mine, own)
@@ -206,9 +210,9 @@ class Experts(nn.Module):
             return jax.lax.psum(y, summed) if summed else y
 
         tokens: Any = rules.spec("batch", None, None)
-        stored = (rules.spec(*inward), rules.spec(*inward), rules.spec(*outward))
+        stored = [jax.typeof(w).sharding.spec for w in weights]
         run = per_device(local, (tokens, Routing(tokens, tokens), *stored), tokens)
-        return run(x.astype(jnp.dtype(self.weights.compute)), routing, self.gate(), self.up(), self.down())
+        return run(x.astype(jnp.dtype(self.weights.compute)), routing, *weights)
 
 
 class SharedGate(nn.Module):

@@ -20,7 +20,8 @@ from gt_jax.files import write_atomically
 
 KEYS = ("command", "config", "machine", "seconds", "rows", "summary", "content")
 ORDER = ("task", "model", "seed")
-
+ANSWERS: dict[str, Any] = {"accuracy": {}, "passes": {}, "spearman": None, "accuracy_forced": {}}
+"""What every row of the studies of depth, of growth and of early exit says of answers; so where it was not asked."""
 
 Rows = Sequence[Mapping[str, Any]]
 PLACES = ("--work", "--output")

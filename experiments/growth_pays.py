@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments import contract
 from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
 from experiments.text_files import add_text_flag, refuse_short
@@ -96,7 +97,7 @@ def all_rows(study: Study, workers: Workers, lent: Sequence[Mapping[str, Any]] =
         found |= made([one for units in tried_children.values() for at in units for one in at])
         best[setting.name] |= {kind: min(units, key=loss)[0] for kind, units in tried_children.items()}
     then = made([one for setting in settings for one in second_round(setting, study.seeds, best[setting.name])])
-    return [*first.values(), *then.values(), *map(dict, lent)]
+    return [{**contract.ANSWERS, **row} for row in (*first.values(), *then.values(), *lent)]
 
 
 def _converging(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments import contract
 from experiments.exit_study.study import ExitStudy
 from experiments.growth_study.inference import Interval, interval
 
@@ -32,8 +33,7 @@ def rows_of(measured: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             row = {"task": unit["source"], "model": one["name"], "seed": unit["seed"]}
             row |= {key: one[key] for key in ("layers", "ponder", "threshold", "own", "rate", "loss", "tuning_loss",
                                               "layers_used", "layers_used_decoding")}  # fmt: skip
-            row |= {"accuracy": one.get("accuracy", {}), "passes": one.get("passes", {}),
-                    "spearman": one.get("spearman")}  # fmt: skip
+            row |= {name: one.get(name, empty) for name, empty in contract.ANSWERS.items()}
             for mode in MODES:
                 times, reference = (np.array(each[f"seconds_{mode}"]) for each in (one, dense))
                 row[f"seconds_{mode}"] = float(np.median(times))

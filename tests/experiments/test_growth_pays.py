@@ -262,7 +262,9 @@ def test_rates_are_chosen_by_as_many_seeds_as_the_setting_says_and_kept_rows_are
                              rows=[{"task": "other"}], summary={}, content="")  # fmt: skip
     kept = unchanged(study, stored, "")
     assert [one["task"] for one in kept] == ["other"] and not unchanged(study.replace(tasks=(SMALL,)), stored, "")
-    assert kept[0] in growth_pays.all_rows(study, Made(), kept) and not any(one.setting is other for one in asked)
+    rows = growth_pays.all_rows(study, Made(), kept)
+    assert {**kept[0], **contract.ANSWERS} in rows and all(row.keys() >= contract.ANSWERS.keys() for row in rows)
+    assert not any(one.setting is other for one in asked)
     with_text = study.replace(texts=(TEXT,))
     text = {**stored, "config": with_text.to_json()}
     with pytest.raises(Refused, match=r"(?s)of seeds \[0, 1, 2\].*of another text"):

@@ -92,7 +92,7 @@ def mesh_sizes(text: str, devices: int) -> dict[str, int]:
 
 def job_of(arguments: argparse.Namespace) -> Any:
     """The model and the batch that the words name."""
-    from gt_jax.configs.json_config import changed_by_file
+    from gt_jax.configs.json_config import changed_by_file, refuse_overruled
     from gt_jax.configs.presets import preset
     from gt_jax.training.ahead_of_time import Job
 
@@ -100,6 +100,7 @@ def job_of(arguments: argparse.Namespace) -> Any:
     if arguments.model is not None:
         model = changed_by_file(model, arguments.model)
     if arguments.remat is not None:
+        refuse_overruled(arguments.model, {f"--remat {arguments.remat}": {"remat": arguments.remat}})
         model = model.replace(remat=arguments.remat)
     length = arguments.sequence_length
     batch = arguments.batch if arguments.batch is not None else max(1, TOKENS // max(length, 1))

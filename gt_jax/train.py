@@ -152,16 +152,29 @@ def run_config(arguments: argparse.Namespace, base: Any) -> Any:
 
 
 def with_model_flags(model: Any, arguments: argparse.Namespace) -> Any:
-    """`model` (a ModelConfig) with --model, --layout, --remat, --dtype, --plain, --gates and --weights."""
-    given = {"layout": arguments.layout, "remat": arguments.remat, "compute_dtype": arguments.dtype}
-    fields = {name: value for name, value in given.items() if value is not None}
-    if arguments.model is not None:
-        from gt_jax.configs.json_config import changed_by_file
+    """`model` (a ModelConfig) with --model, --layout, --remat, --dtype, --plain, --gates and --weights.
 
+    Raises `Refused` where one of them would change a field that the file of --model names.
+    """
+    from gt_jax.configs.json_config import changed_by_file, refuse_overruled
+
+    given = {"layout": ("layout", arguments.layout), "remat": ("remat", arguments.remat),
+             "dtype": ("compute_dtype", arguments.dtype)}  # fmt: skip
+    fields = {field: value for field, value in given.values() if value is not None}
+    said = {f"--{flag} {value}": {field: value} for flag, (field, value) in given.items() if value is not None}
+    if arguments.model is not None:
         layout = {} if arguments.layout is None else {"layout": arguments.layout}  # the file's fields must fit it
         model = changed_by_file(model, arguments.model, **layout)
     model = model.replace(**fields)
-    return with_gates(model.plain if arguments.plain else model, arguments.gates, arguments.weights)
+    if arguments.plain:
+        model = model.plain
+        said["--plain"] = model.to_json()
+    for flag, sees, weights in (("gates", arguments.gates, None), ("weights", None, arguments.weights)):
+        model = with_gates(model, sees, weights)
+        if sees or weights:
+            said[f"--{flag} {sees or weights}"] = model.to_json()
+    refuse_overruled(arguments.model, said)
+    return model
 
 
 def named_sources(arguments: argparse.Namespace) -> dict[str, Any]:

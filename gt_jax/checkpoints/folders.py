@@ -154,7 +154,7 @@ def refuse_inside(target: Path) -> None:
 
 def refuse_step_of_run(target: Path) -> None:
     """Raise `Refused` for a target that would be taken for a step of the run that it lies in, the newest perhaps."""
-    if target.name.isdecimal() and all((target.parent / name).is_file() for name in RUN_FILES):
+    if is_step_name(target.name) and all((target.parent / name).is_file() for name in RUN_FILES):
         raise Refused(f"{target} would be taken for a step of the run {target.parent}; name another place")
 
 
@@ -231,7 +231,12 @@ def _changed_files(path: Path) -> str | None:
 
 def step_folders(root: Path) -> dict[int, Path]:
     """The steps of a run, complete or not: the folders that are named so but those that hold somebody's own alone."""
-    return {int(entry.name): entry for entry in root.iterdir() if entry.name.isdecimal() and _is_step(entry)}
+    return {int(entry.name): entry for entry in root.iterdir() if is_step_name(entry.name) and _is_step(entry)}
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a run saves a step under this name: 320, not 0320 or other digits, which somebody's copy may have."""
+    return name.isdecimal() and name == str(int(name))
 
 
 def _is_step(entry: Path) -> bool:

@@ -21,6 +21,8 @@ from gt_jax.checkpoints.folders import (
     TEMPORARY,
     UNFINISHED,
     damage,
+    holds_part,
+    is_step_name,
     set_aside,
     step_folders,
 )
@@ -33,7 +35,7 @@ SAVE, GROWTH, ARRAYS, EMPTY = "save", "growth", "arrays", "nothing"
 _ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt", "orbax.checkpoint", "state")
 _OURS = (FILES, CHECKSUMS, "metadata")  # the last one: what Orbax saves for the metadata alone
 _DATABASE = re.compile(r"d|manifest\.ocdbt.*|ocdbt\.process_\d+|array_metadatas|_.*")
-_STEP = re.compile(rf"(\d+){re.escape(UNFINISHED)}({re.escape(TEMPORARY)})?")
+_STEP = re.compile(rf"(0|[1-9][0-9]*){re.escape(UNFINISHED)}({re.escape(TEMPORARY)})?")
 
 
 def kind_of(folder: Path) -> str | None:
@@ -161,7 +163,10 @@ def refuse_taken_names(run: Path, done: int, last: int) -> None:
     for entry in sorted(run.iterdir()):
         step = _STEP.fullmatch(entry.name)
         number = step[1] if step else entry.name
-        if not number.isdecimal() or not done < int(number) <= last:
+        if not done and entry.name.isdecimal() and not is_step_name(entry.name) and holds_part(entry):
+            wrong.append(f"{entry} is a checkpoint, and no step of this run by its name; to go on from it, name it "
+                         f"{int(entry.name)}; else move it away")  # fmt: skip
+        if not is_step_name(number) or not done < int(number) <= last:
             continue
         if kind_of(entry) not in (SAVE, EMPTY) if step else int(number) not in steps or entry.is_symlink():
             wrong.append(f"{entry} is no save of this run, which needs the name at step {number}; move it away")

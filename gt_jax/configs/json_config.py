@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import numbers
 import typing
@@ -167,3 +168,30 @@ def changed_by_file(model: Any, path: Path, **more: Any) -> Any:
         return type(model).from_json(merged(model.to_json(), {**changes, **more}))
     except Refused as error:
         raise Refused(f"--model {path}: {error}") from error
+
+
+def refuse_overruled(path: Path | None, said: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `Refused` where a flag says otherwise of a field than the file of --model, which names it.
+
+    `said` has, by flag in their order, the JSON of what the config is after it, or of the fields that the flag sets.
+    """
+    if path is None:
+        return
+    named, found = read_object(path, "--model"), dict[str, str]()
+    for flag, fields in said.items():
+        for field, there, here in _other_values(named, fields):
+            found.setdefault(field, f"{field} is {json.dumps(there)} in {path}, and {flag} makes it "
+                                    f"{json.dumps(here)}; leave out one of them")  # fmt: skip
+    refuse_all(list(found.values()), "--model and other flags do not say the same:")
+
+
+def _other_values(named: Mapping[str, Any], fields: Mapping[str, Any], place: str = "") -> list[tuple[str, Any, Any]]:
+    """(path, value, other value) of what both JSON objects have, and have otherwise."""
+    found: list[tuple[str, Any, Any]] = []
+    for name in [name for name in named if name in fields]:
+        there, here = named[name], fields[name]
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            found += _other_values(there, here, f"{place}{name}.")
+        elif there != here:
+            found.append((f"{place}{name}", there, here))
+    return found

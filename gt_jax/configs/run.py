@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -76,6 +77,11 @@ class RunConfig(Config):
                          f"model.memory.chunk {memory.chunk}")
         if self.train.thaw is not None:
             wrong += self.train.thaw.misfits(self.model.depth)
+            opens = round(self.train.price.gates_opened, 6)  # less is rounding of what an earlier run has opened
+            if opens and self.model.adaptive is not None:
+                end = math.ceil(self.train.price.forced_until * self.train.steps - 1e-6)
+                wrong.append(f"train.thaw (--thaw) holds gates that train.price.gates_opened {opens} is still to open; "
+                             f"train without it until that is done, after {end} steps, then --start from there with it")
         return wrong
 
 

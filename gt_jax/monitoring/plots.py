@@ -6,7 +6,6 @@ matplotlib is imported where a picture is drawn, and drawn on a figure of its ow
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -241,14 +240,14 @@ def average(values: Sequence[float], points: int) -> list[float]:
     """The mean over a window of about `points`; unchanged for 0.
 
     Even-sided where the curve begins, so that neither a steep start nor the jump at growth is smoothed away; one-sided
-    where it ends, so that the last value is a mean too.
+    where it ends, so that the last value is a mean too. Each window is added up for itself: of running sums a spike of
+    1e16 would take all that is small behind it along.
     """
-    sums = [0.0, *itertools.accumulate(values)]
     result = []
     for place in range(len(values)):
         half = min(points // 2, place)
         first, stop = place - half, min(place + half + 1, len(values))
-        result.append((sums[stop] - sums[first]) / (stop - first))
+        result.append(sum(values[first:stop]) / (stop - first))
     return result
 
 

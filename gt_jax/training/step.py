@@ -30,7 +30,7 @@ from gt_jax.training.optimizer import Float32State, at_step
 from gt_jax.training.price import Phase, PriceState, move_price, phase, price_loss
 from gt_jax.training.running_means import floats, moved_once
 from gt_jax.training.state import TrainState
-from gt_jax.training.thaw import keep_frozen
+from gt_jax.training.thaw import keep_frozen, thawed
 from gt_jax.typing import Activations, Scalar, Tree
 
 DEPTH = {"mean_weight": "survival", "passes_run": "ran", "passes_computed": "computed"}
@@ -208,16 +208,17 @@ def make_step(
         statistics, report = extra["statistics"], extra["report"]
         depth = {name: jnp.sum(getattr(report["passes"], of), axis=-1) for name, of in DEPTH.items()}
         steered = jnp.mean(jnp.sum(getattr(report["passes"], STEERED[price.target_of]), axis=-1))
+        moves = now.moves if thaw is None or not by_budget else now.moves & thawed(thaw, state.step)
         moved = state.price  # a budget is read off gates that it moves: not those of copies, whose layers all run
         if by_budget or price.rule != "budget":
-            moved = _moved_price(price, state.price, report["passes"], grads, steered, now.moves, steps)
+            moved = _moved_price(price, state.price, report["passes"], grads, steered, moves, steps)
         if thaw is not None:
             grads = keep_frozen(thaw, model.depth, state.step, grads, jax.tree.map(jnp.zeros_like, grads))
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(grads, at_step(state.optimizer, state.step), state.params)
             params = optax.apply_updates(state.params, updates)
         if by_budget:
-            params = with_gates_moved(params, price, steered, now.moves)
+            params = with_gates_moved(params, price, steered, moves)
         if price.gates_opened and model.adaptive is not None:
             params = with_last_biases_moved(params, now.opens)
         if thaw is not None:

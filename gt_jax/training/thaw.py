@@ -9,6 +9,8 @@ With m = 1 for the chosen layers' slices of the stacked leaves [blocks, …], 0 
   first updates are 0.45, 0.61, 0.72 … of a fresh optimizer's at the usual b1 0.9 and b2 0.95: a short warm-up.
 - Values are chosen, not updates set to 0: weight decay does not reach a frozen tensor, and it keeps every bit (-0 + 0
   would be +0). The statistics of frozen layers stay too.
+- A price of rule "budget" stands meanwhile, and moves no gates: it steers the mean over all layers, and frozen ones
+  cannot follow. What it summed up of that would be let loose on all of them at the switch.
 - The step is a traced counter: the switch compiles nothing.
 """
 
@@ -45,9 +47,14 @@ def trainable_mask(tree: Tree, depth: Layout, layers: Sequence[int]) -> Tree:
     return jax.tree_util.tree_map_with_path(mask, tree)
 
 
+def thawed(thaw: ThawConfig, step: Array) -> Array:
+    """Whether `step` is past the restricted phase: then everything trains."""
+    return step >= thaw.steps
+
+
 def keep_frozen(thaw: ThawConfig, depth: Layout, step: Array, new: Tree, old: Tree) -> Tree:
     """`new` where the layer trains or `step` is past the restricted phase, else `old`, bit for bit."""
-    past = step >= thaw.steps
+    past = thawed(thaw, step)
 
     def choose(mask: np.ndarray, fresh: Array, before: Array) -> Array:
         return jnp.where(jnp.asarray(mask) | past, fresh, before)

@@ -12,7 +12,7 @@ import pytest
 
 from gt_jax.checkpoints import checkpoint, leftovers
 from gt_jax.checkpoints.arrays import ArrayFiles
-from gt_jax.checkpoints.folders import publish, resolve, set_aside
+from gt_jax.checkpoints.folders import publish, resolve, set_aside, step_folders
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.runs import RunCheckpoints
 from gt_jax.configs import presets
@@ -235,6 +235,22 @@ def test_a_folder_of_the_user_named_by_a_number_is_no_step(tmp_path: Path) -> No
     (tmp_path / "9").mkdir()  # of an interrupted copy
     assert run.latest() == 8 and "step 9 in" in warned[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2024", "8", "9"]
+
+
+def test_a_copy_of_a_step_under_another_number_is_no_step(tmp_path: Path) -> None:
+    """It was taken for the step itself: removed as too old, or the step's own folder was set aside."""
+    run = RunCheckpoints(tmp_path, keep=1)
+    run.save(8, TREE, METADATA)
+    for copy in ("08", "\u0668"):  # the second is 8 in Arabic digits
+        shutil.copytree(tmp_path / "8", tmp_path / copy)
+    shutil.copytree(tmp_path / "8", tmp_path / "07.unfinished")
+    assert step_folders(tmp_path) == {8: tmp_path / "8"}
+    run.save(9, TREE, METADATA)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["07.unfinished", "08", "9", "\u0668"]
+    leftovers.refuse_taken_names(tmp_path, 9, 20)
+    shutil.rmtree(tmp_path / "9")  # nothing is begun anew beside a step that was renamed
+    with pytest.raises(Refused, match=r"08 is a checkpoint, and no step .* name it 8;"):
+        leftovers.refuse_taken_names(tmp_path, 0, 20)
 
 
 def test_a_process_that_an_error_ends_writes_its_save_to_the_end_and_meets_nobody(tmp_path: Path, monkeypatch) -> None:

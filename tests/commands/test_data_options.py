@@ -66,6 +66,7 @@ def test_every_command_that_reads_data_takes_what_the_options_name():
     assert named["text"] == ("x.txt",) and named["json_lines"] == ("y.jsonl",) and named["tasks"] == (WHOLE,)
     assert [one.part for one in named["mix"]] == ["text", "y", "variable_chains"]
     assert text_config(parser().parse_args(["a", "b"])) is None
+    assert text_config(parser().parse_args(["a", "b", "--sequence-length", "64"]))["sequence_length"] == 64
     for function in (calibrate, verify):
         assert set(named) <= set(inspect.signature(function).parameters)
 
@@ -101,6 +102,28 @@ def test_a_run_is_resumed_with_the_words_that_made_its_model(tmp_path):
     for others in (words[:3], ["--preset", "small", *words[2:]]):
         with pytest.raises(Refused, match=f"does not train preset {others[1]}"):
             again(*others)
+
+
+@pytest.mark.parametrize(("file", "words", "says"), [
+    ({"adaptive": {"threshold": 0.3}}, ("--weights", "hard"), "adaptive.threshold is 0.3 in .*hard makes it 0.5"),
+    ({"adaptive": {"initial_bias": 0.0}}, ("--weights", "hard"), "initial_bias is 0.0 .*--weights hard makes it 2.0"),
+    ({"adaptive": {"state_width": 32}}, ("--gates", "state", "--weights", "hard"), "--gates state makes it 16"),
+    ({"adaptive": {"threshold": 0.3}}, ("--plain",), "--plain makes it null"),
+    ({"layout": "D*2", "remat": "none"}, ("--layout", "D*3", "--remat", "layer"),
+     r"(?s)layout is .*--layout D\*3 .*remat is .*--remat layer"),
+    ({"adaptive": {"weights": "hard", "threshold": 0.3}}, ("--weights", "hard"), None),
+    ({"adaptive": {"threshold": 0.5}, "compute_dtype": "bfloat16"}, ("--weights", "hard", "--dtype", "bfloat16"), None),
+    ({"width": 32}, ("--gates", "state", "--layout", "D*2"), None),
+])  # fmt: skip
+def test_a_flag_does_not_change_what_the_file_names(tmp_path, file, words, says):
+    (tmp_path / "c.json").write_text(json.dumps(file))
+    words = ("--model", str(tmp_path / "c.json"), *words)
+    if says is None:
+        adaptive = config_of(*words).model.to_json()["adaptive"]
+        assert adaptive | file.get("adaptive", {}) == adaptive
+        return
+    with pytest.raises(Refused, match=says):
+        config_of(*words)
 
 
 @pytest.mark.parametrize(("words", "says"), [

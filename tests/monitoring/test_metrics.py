@@ -314,3 +314,5 @@ def test_the_average_keeps_level_start_and_length():
     line = np.arange(30.0)
     np.testing.assert_allclose(plots.average(line.tolist(), 6)[:27], line[:27], atol=1e-9)  # no lag
     assert plots.average([1.0, 5.0], 0) == [1.0, 5.0]
+    spike = [0.5] * 5 + [3e16] + [0.5] * 6  # a gradient norm before it is clipped
+    assert plots.average(spike, 0) == spike and plots.average(spike, 2)[7:] == [0.5] * 5

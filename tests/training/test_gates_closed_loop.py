@@ -15,10 +15,12 @@ import numpy as np
 import optax
 import pytest
 
+from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import AdaptiveConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig, budget
 from gt_jax.configs.run import TrainConfig
+from gt_jax.configs.thaw import ThawConfig
 from gt_jax.devices.sharding import Rules
 from gt_jax.models.language_model import free_passes, initialise
 from gt_jax.models.layers.adaptive_depth import FEATURES, HaltingHead, LayerOutput, run_passes
@@ -168,6 +170,21 @@ def test_a_model_trains_under_a_budget(context):
     assert not any(one["bad"] for one in seen) and seen[-1]["loss"] < seen[0]["loss"]
     assert seen[1]["price"] != 0 and seen[3]["price"] == seen[2]["price"], "an audit moves no price"
     assert isinstance(state.price, BudgetState) and float(state.price.weight) > 0
+
+
+def test_a_budget_stands_while_layers_are_frozen():
+    """Frozen gates cannot follow: what it summed up of them was let loose on all layers at the switch."""
+    config = small_model("D*2").replace(adaptive=GATES)
+    thawing = TrainConfig(steps=4, price=budget(1.5, target_of="passes_run"), thaw=ThawConfig(layers=(0,), steps=3),
+                          optimizer=OptimizerConfig(learning_rate=1e-12))  # fmt: skip
+    seen, state = trained(config, thawing)
+    excess = seen[3]["passes_run"].mean() - 1.5
+    assert abs(excess) > 0.1 and [float(one["price"]) for one in seen] == [0.0] * 4 and float(state.price.value) != 0
+    np.testing.assert_allclose(state.price.integral, 0.08 * excess, rtol=1e-5)
+    for path, leaf in flatten(initialise(config, 0)["params"]).items():
+        if path.endswith("halting/output/b"):
+            moved = flatten(state.params)[path] - leaf
+            np.testing.assert_allclose(moved, np.full_like(moved, -0.2 * excess), rtol=1e-4)
 
 
 def trained(config, train):

@@ -16,6 +16,7 @@ from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.layout import parse
 from gt_jax.configs.optimizer import OptimizerConfig
+from gt_jax.configs.price import opening
 from gt_jax.configs.run import RunConfig, TrainConfig, differences
 from gt_jax.configs.thaw import ThawConfig
 from gt_jax.devices.sharding import Rules, make_mesh, put_like
@@ -150,6 +151,19 @@ def test_configs_of_runs_without_it_load_and_differ_by_name():
 def test_wrong_phases_are_refused(thaw, said):
     with pytest.raises(Refused, match=said):
         RunConfig(model=MODEL, train=TRAIN.replace(thaw=ThawConfig(**thaw)))
+
+
+def test_gates_that_are_still_to_open_are_not_held():
+    """Their biases rise by a schedule, of which frozen layers got nothing: they stayed shut for good."""
+    model, price = small_model("G*3"), opening(-3.0, 4, "budget", 1.5)
+    train_config = TRAIN.replace(price=price)
+    with pytest.raises(Refused, match=r"\(--thaw\) holds gates .*gates_opened 5.0 .* after 3 steps, then --start"):
+        RunConfig(model=model, train=train_config)
+    words = train.parser().parse_args(["run", "--thaw", "1"])
+    with pytest.raises(Refused, match="after 280 steps"):
+        train.run_config(words, RunConfig(model=model, train=TrainConfig(price=price)))
+    assert RunConfig(model=MODEL, train=train_config), "it has no gates"
+    assert RunConfig(model=model, train=TRAIN.replace(price=price.after(3, 4, 4))), "they are open"
 
 
 def plan(*copies: tuple[int, int, float], asked=(3, 1), mass=(2.2, 1.0)) -> Plan:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def calibrate(
     source: Path, grown: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None,
     tfds_dir: str | None = None, json_lines: Sequence[str] = (), tasks: Sequence[str] = (), mix: Sequence[Weight] = (),
-    tokenizer: str | None = None, batches: int = 8,
+    tokenizer: str | None = None, sequence_length: int | None = None, batches: int = 8,
     progress: Callable[[str], None] | None = None, group: ProcessGroup | None = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Fit on `batches` training batches, write `target`, and return the object it keeps under `calibrated`.
@@ -55,7 +55,8 @@ def calibrate(
     places = [Path(place) for place in group.gather(named_places)[0]]
     pair = group.agree(lambda: _belonging(source, grown, target, batches, places))
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "json_lines": tuple(json_lines),
-                             "tasks": tuple(tasks), "mix": tuple(mix), "tokenizer": tokenizer}
+                             "tasks": tuple(tasks), "mix": tuple(mix), "tokenizer": tokenizer,
+                             "sequence_length": sequence_length}
     with contextlib.ExitStack() as stack:
         group.agree(lambda: stack.enter_context(parent_made(target)))
         group.on_first(lambda: _refuse_other_values(pair.grown, grown, places[0]))

@@ -3,7 +3,8 @@
     python -m gt_jax.grow SRC DST --repetition layer_repetition_factor.json
     python -m gt_jax.grow --dry-run --json
 
-- Without --repetition the reference counts 2,1,2,3,2,3,4,3 stand in.
+- Without --repetition the reference counts 2,1,2,3,2,3,4,3 stand in. A plain model has no counts: it is grown by
+  --plan stack, or by a --repetition or --plan-file that is given.
 - Defaults: --plan dealt --from k_exec --round up --coefficient expected --correct none --carry gain, the recipe that
   the table of ways of growing in docs/studies.md supports. --recipe readme is the growth README's rule: block,
   schedule, none, weights.
@@ -31,7 +32,7 @@ from gt_jax.configs.standing import standing
 from gt_jax.devices.flags import add_process_flags, is_distributed, wrong_process_flags
 from gt_jax.devices.precision import add_precision_flag, computing, products
 from gt_jax.devices.program_cache import add_cache_flag, keep_programs
-from gt_jax.errors import Failed, deliver, first_line, refuse_all, run_command, say
+from gt_jax.errors import Failed, Refused, deliver, first_line, refuse_all, run_command, say
 from gt_jax.files import local_name, local_path
 from gt_jax.growth import plan_table
 from gt_jax.growth.coefficients import COEFFICIENTS, CORRECTIONS
@@ -311,9 +312,14 @@ def _counts(args: argparse.Namespace, source: _Source | None, kind: str,
             wanted: Layout | None) -> tuple[Repetition, list[str]]:
     """The pass counts, and what had to be assumed; raises `Refused` for counts measured at other strengths.
 
-    A plain source is stacked whole, as often as the depth that is asked for has its layers, else twice.
+    A plain source is stacked whole, as often as the depth that is asked for has its layers, else twice. For another
+    plan of it counts must be given: the reference ones are of a recurrence that it does not have.
     """
-    if source and source.config.adaptive is None and kind == "stack" and not args.repetition:
+    if source and source.config.adaptive is None and not args.repetition:
+        if kind != "stack":
+            raise Refused(f"{args.source} is a plain model, which has no pass counts: --plan stack repeats it whole "
+                          "(--plan identity as it is), --repetition FILE or --plan-file FILE says what to copy and how "
+                          "strongly, or `python -m gt_jax retrofit` makes it adaptive first, and its passes countable")
         depth = len(source.config.depth)
         asked = args.target_layers or (depth_of(wanted) if wanted else 2 * depth)
         return whole_passes(depth, min(MOST_PASSES, -(-asked // depth))), []

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--price-rule", choices=get_args(Rule), default="budget",
                    help="what steers the depth once the gates are open (budget)")
     p.add_argument("--target", type=float, help=f"depth of a layer that the price aims at ({TARGET})")
-    p.add_argument("--target-of", choices=get_args(TargetOf), default="passes_run", help="what that is the mean of: "
+    p.add_argument("--target-of", choices=get_args(TargetOf), help="what that is the mean of: "
                    "the passes that a token runs, or their summed weights (passes_run)")
     p.add_argument("--pass-price", type=float, metavar="NATS", help="instead of a target: what one more pass of a "
                    "token in a layer costs (--price-rule budget)")
@@ -89,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _settings(args: argparse.Namespace) -> tuple[AdaptiveConfig, PriceConfig, int]:
     """What the flags ask for; raises `Refused` that lists all that is wrong with them."""
     wrong = fits_rule(args.price_rule, args.target, args.pass_price)
+    priced = args.pass_price is not None
+    if priced and args.target_of is not None:
+        wrong.append(f"target-of {args.target_of} says what a target is the mean of; a pass price has none")
     if args.resume and args.dry_run:
         wrong.append("--resume has no meaning in a --dry-run")
     if not 0 <= args.seed < 2**32:
@@ -102,8 +105,7 @@ def _settings(args: argparse.Namespace) -> tuple[AdaptiveConfig, PriceConfig, in
     base = AdaptiveConfig(alpha=alpha, context=args.context)
     from gt_jax.growth.retrofit import closed
     adaptive = closed(base.seeing_state if args.gates == "state" else base)
-    priced = args.pass_price is not None
-    more = {"value": args.pass_price} if priced else {"target_of": args.target_of}
+    more = {"value": args.pass_price} if priced else {"target_of": args.target_of or "passes_run"}
     target = None if priced else TARGET if args.target is None else args.target
     if target is not None and target > len(adaptive.alpha):
         raise Refused(f"--target is {target:g}; with --strengths {','.join(f'{one:g}' for one in adaptive.alpha)} a "

@@ -37,9 +37,13 @@ class Slice:
 
 
 class SliceReader:
-    """The arrays of the checkpoint `where`; `leaves` are their shapes and dtypes by path."""
+    """The arrays of the checkpoint `where`; `leaves` are their shapes and dtypes by path.
 
-    def __init__(self, where: Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    Of what was read last up to `kept` bytes of chunks are held, for slices that are less than a chunk: the next one
+    does not read it again.
+    """
+
+    def __init__(self, where: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], kept: int = 0) -> None:
         self.where, self.leaves = where, leaves
         self.noted = noted(where)
         self._stores: dict[str, Any] = {}
@@ -51,7 +55,7 @@ class SliceReader:
         self._driver = "zarr3" if zarr3 else "zarr"
         self._base: dict[str, str] = {"driver": "file", "path": f"{state}/"}
         self._ocdbt = (state / "manifest.ocdbt").is_file()
-        self._context = tensorstore.Context()
+        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": kept}})
 
     def slices(self, name: str, limit: int = CHUNK) -> Iterator[Slice]:
         """All of an array in order: slices of at most `limit` bytes, or of the fewest rows that chunks allow."""

@@ -19,6 +19,7 @@ from gt_jax.text.flags import NOTHING, add_source_flags, source_fields
 
 # what decides what is held out, beside the tokenizer, which is the checkpoint's own wherever it lies
 SAME_TEXT = ("text", "tfds", "tfds_dir", "sequence_length", "held_out", "tuning", "split")
+_SHAPE = ("tokenizer", "sequence_length")  # what a command may name beside the data
 _SPLIT = ("held_out", "sequence_length", "tuning", "split")  # those of them that a position names, beside the content
 HELD_OUT_BATCHES = 8  # of the run's own shape, where a command is not told how many
 
@@ -42,23 +43,31 @@ def add_text_arguments(p: argparse.ArgumentParser, part: str = "their held-out p
                      "on)")  # fmt: skip
     p.add_argument("--tokenizer", type=local_name,
                    help="bytes, a file or a folder (default: what the checkpoint was trained with)")
+    p.add_argument("--sequence-length", type=whole, metavar="TOKENS",
+                   help="tokens of a row (default: those of the training; of a model without one 256)")
     p.add_argument("--batches", type=whole, default=HELD_OUT_BATCHES, help=f"{batches} ({HELD_OUT_BATCHES})")
 
 
 def text_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The DataConfig fields that name the data and its tokenizer, None when no flag does."""
+    """The DataConfig fields that name the data, its tokenizer and the length of rows, None when no flag does."""
     named = {**NOTHING, **source_fields(arguments), "tokenizer": arguments.tokenizer}
     del named["curriculum_rows"]  # of a training alone
-    return named if any(named.values()) else None
+    rows = arguments.sequence_length
+    return {**named, "sequence_length": rows} if any(named.values()) or rows is not None else None
 
 
 def names_text(named: Mapping[str, Any] | None) -> bool:
-    """Whether these fields name data, and not the tokenizer alone."""
-    return any(value for name, value in (named or {}).items() if name != "tokenizer")
+    """Whether these fields name data, and not the tokenizer and the length of rows alone."""
+    return bool(_sources(named))
+
+
+def _sources(named: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Those of the fields that name data."""
+    return {name: value for name, value in (named or {}).items() if value and name not in _SHAPE}
 
 
 def data_config(metadata: Mapping[str, Any], named: Mapping[str, Any] | None, path: object = "the checkpoint") -> Any:
-    """The data of the newest training in the lineage, or the named data in the same shape.
+    """The data of the newest training in the lineage, or the named data in the same shape; rows as long as is named.
 
     Text files that hold what an earlier training read, byte for byte, are read as that training read them: in its order
     and with its split. Tasks alone get rows a whole number of times as long where their instances need it. A model that
@@ -71,17 +80,18 @@ def data_config(metadata: Mapping[str, Any], named: Mapping[str, Any] | None, pa
     tokenizer = chosen_tokenizer(metadata, (named or {}).get("tokenizer"), path)
     runs = trainings(metadata)
     base = DataConfig.from_json(runs[0]["run"]["data"]) if runs else DataConfig()
-    base = base.replace(tokenizer=tokenizer)
-    if not names_text(named):
+    asked = (named or {}).get("sequence_length")
+    rows = {} if asked is None else {"sequence_length": asked}
+    base = base.replace(tokenizer=tokenizer, **rows)
+    if not (sources := _sources(named)):
         return base
-    sources = {name: value for name, value in (named or {}).items() if name != "tokenizer" and value}
     if sources.keys() == {"mix"}:
         return base.replace(**sources)
     data = base.replace(**{**NOTHING, **sources})
     if data.text:
         read = _as_trained_on(runs, data.text, tokenizer, path)
         shape, text = (base, data.text) if read is None else (read, read.text)
-        return shape.replace(**{**NOTHING, **sources, "text": text})
+        return shape.replace(**{**NOTHING, **sources, **rows, "text": text})
     if len(data.tasks) < len(data.parts):
         return data
     from gt_jax.tasks.registry import read_task

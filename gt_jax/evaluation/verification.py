@@ -34,8 +34,9 @@ Say = Callable[[str], None]
 def verify(
     source: Path, target: Path, *, text: Sequence[str] = (), tfds: str | None = None, tfds_dir: str | None = None,
     json_lines: Sequence[str] = (), tasks: Sequence[str] = (), mix: Sequence[Weight] = (),
-    tokenizer: str | None = None, batches: int = 8, jacobian_rows: int | None = None,
-    jacobian_iterations: int = 20, curve: int = 0, say: Say = lambda line: None, group: ProcessGroup | None = None,
+    tokenizer: str | None = None, sequence_length: int | None = None, batches: int = 8,
+    jacobian_rows: int | None = None, jacobian_iterations: int = 20, curve: int = 0, say: Say = lambda line: None,
+    group: ProcessGroup | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare two checkpoints on held-out text (default: the source's own); numbers that are not finite as strings.
 
@@ -46,7 +47,8 @@ def verify(
     group = group or ProcessGroup()
     rows = Rules().shards("batch") if jacobian_rows is None else jacobian_rows
     named: dict[str, Any] = {"text": tuple(text), "tfds": tfds, "tfds_dir": tfds_dir, "json_lines": tuple(json_lines),
-                             "tasks": tuple(tasks), "mix": tuple(mix), "tokenizer": tokenizer}
+                             "tasks": tuple(tasks), "mix": tuple(mix), "tokenizer": tokenizer,
+                             "sequence_length": sequence_length}
 
     def prepare() -> tuple[Checkpoint, Checkpoint, Text | Data, TrainConfig | None, Plan | None, str | None]:
         if batches < 1:

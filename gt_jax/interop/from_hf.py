@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import shutil
 import time
@@ -112,14 +113,15 @@ def _check(folder: HFFolder, found: Sequence[Unit], leaves: Mapping[str, Any]) -
 
 def _dtypes(folder: HFFolder, found: Sequence[Unit]) -> tuple[dict[str, str], dict[str, Any]]:
     """The dtype of each kind of tensor, and the tensors that have another, or bits that 1 + w does not hold."""
+    tensors = folder.tensors  # once: it is made anew at each call, of tens of thousands where experts lie apart
     by_kind: dict[str, Counter[str]] = {}
     for unit in found:
-        by_kind.setdefault(unit.kind, Counter())[str(folder.tensors[(unit.cut or (unit.name,))[0]].dtype)] += 1
+        by_kind.setdefault(unit.kind, Counter())[str(tensors[(unit.cut or (unit.name,))[0]].dtype)] += 1
     dtypes = {kind: count.most_common(1)[0][0] for kind, count in by_kind.items()}
     forms: dict[str, Any] = {}
     for unit in found:
         for name in unit.cut or (unit.name,):
-            dtype = str(folder.tensors[name].dtype)
+            dtype = str(tensors[name].dtype)
             form: dict[str, Any] = {} if dtype == dtypes[unit.kind] else {"dtype": dtype}
             if isinstance(unit.parts[0].transform, PlusOne) and (kept := _lost_bits(folder.read(name))) is not None:
                 form["bits"] = kept
@@ -165,9 +167,8 @@ def _write(folder: HFFolder, place: Path, found: Sequence[Unit], leaves: Mapping
             array.create()
             if path.endswith(_GAIN):
                 array.write(0, np.ones(array.shape, array.dtype), written)
-        for unit in found:
-            there = np.concatenate(list(map(folder.read, unit.cut))) if unit.cut else folder.read(unit.name)
-            values = unit.to_ours(there if unit.expert is None else there[unit.expert], shapes)
+        for unit, there in _read(folder, found):
+            values = unit.to_ours(there, shapes)
             for part, value in zip(unit.parts, values, strict=True):
                 array = arrays[part.path]
                 start = flat_start(part, array.shape)
@@ -186,6 +187,16 @@ def _write(folder: HFFolder, place: Path, found: Sequence[Unit], leaves: Mapping
         publish(stage, place)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _read(folder: HFFolder, found: Sequence[Unit]) -> Iterator[tuple[Unit, np.ndarray]]:
+    """Every unit with its values there; a tensor that experts share is read, and so compared, once for all of them."""
+    for _, same in itertools.groupby(found, lambda unit: unit.name):
+        first, *others = same
+        there = np.concatenate(list(map(folder.read, first.cut))) if first.cut else folder.read(first.name)
+        for unit in (first, *others):
+            yield unit, there if unit.expert is None else there[unit.expert]
+        del there
 
 
 def _slabs(value: np.ndarray, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:

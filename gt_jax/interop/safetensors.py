@@ -69,7 +69,8 @@ class SafetensorsFile(TensorFile):
         return [name for name in self.tensors if not self._is_as_written(name, self._mapped(name))]
 
     def _is_as_written(self, name: str, value: np.ndarray) -> bool:
-        return self._sums.get(name) in (None, f"{checksum(value):08x}")
+        noted = self._sums.get(name)
+        return noted is None or noted == f"{checksum(value):08x}"
 
     def _mapped(self, name: str) -> np.ndarray:
         shape, dtype = self.tensors[name]

@@ -6,7 +6,8 @@
 - A gain of 1 needs nothing. A gain of 0 is exact: the layer's projections back to the stream, or the norms that come
   after them, are zeros. Others do not fold, since the MLP reads the mixer's output; with `approximate` each of the two
   is scaled by the gain (gt_jax/interop/fold_cost.py).
-- Held at a time: one tensor, of experts one expert's; of those that lie as they lie here a part.
+- Held at a time: one tensor, of experts one expert's; of those that lie as they lie here a part. Beside it
+  `_KEPT` bytes of chunks, since one chunk holds several experts.
 - TARGET is there when it is whole; a kill leaves TARGET.unfinished, which the next try clears.
 """
 
@@ -28,7 +29,7 @@ import numpy as np
 
 from gt_jax.checkpoints import checkpoint
 from gt_jax.checkpoints.checksums import combined, of_values, refuse_changed_values, usable
-from gt_jax.checkpoints.folders import UNFINISHED, StrPath, parent_made, rename, sync
+from gt_jax.checkpoints.folders import CHUNK, UNFINISHED, StrPath, parent_made, rename, sync
 from gt_jax.checkpoints.leftovers import EMPTY, clear
 from gt_jax.checkpoints.lock import only_writer
 from gt_jax.checkpoints.opened import Opened, open_checkpoint
@@ -56,6 +57,7 @@ from gt_jax.interop.to_safetensors import dtype_named
 SHARD = 4 * 2**30  # bytes of tensors in a shard
 INDEX = "model.safetensors.index.json"
 _GAIN = "/gain"
+_KEPT = 4 * CHUNK  # gate and up of an expert are read in turn, and both must stay
 
 
 class Export(NamedTuple):
@@ -273,7 +275,7 @@ class _Reader:
 
     def __init__(self, opened: Opened, export: Export) -> None:
         self._opened, self._export = opened, export
-        self._reader = SliceReader(opened.folder, opened.tensors)
+        self._reader = SliceReader(opened.folder, opened.tensors, _KEPT)
         self._shapes = {path: tuple(leaf.shape) for path, leaf in opened.model.items()}
         self._sums: dict[str, dict[tuple[int, ...], tuple[int, int]]] = {}
         self.rounded: set[str] = set()  # names of tensors whose values the dtype that they go out in does not hold

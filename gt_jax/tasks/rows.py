@@ -64,8 +64,8 @@ class TaskRows:
     ) -> None:  # fmt: skip
         if row < task.longest:
             raise Refused(f"rows of {row} tokens are too short for task {notation(task)}, whose instances have up to "
-                          f"{task.longest}; train has --sequence-length for longer ones, or take a smaller "
-                          "task")  # fmt: skip
+                          f"{task.longest}; train and the evaluating commands have --sequence-length for longer "
+                          "ones, or take a smaller task")  # fmt: skip
         self._task, self._row, self._seed, self._shares = task, row, seed, (held_out, tuning)
         self._part, self._curriculum = part, curriculum
         share = (1.0 - held_out - tuning, held_out, tuning)[part]

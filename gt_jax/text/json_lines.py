@@ -98,7 +98,7 @@ def _document(fields: dict[str, Any], tokenizer: Tokenizer, row: int) -> Documen
     made = _READERS[min(names)](fields, tokenizer)
     if made.whole and made.tokens.size > row:
         raise _Wrong(f"an answer longer than a row: with its prompt it has {made.tokens.size} tokens, rows have {row}; "
-                     "train has --sequence-length for longer ones")
+                     "train and the evaluating commands have --sequence-length for longer ones")
     return made
 
 

@@ -11,12 +11,13 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from gt_jax.checkpoints import arrays, checkpoint, orbax_store
 from gt_jax.checkpoints.arrays import ArrayFiles, chunk_shape
 from gt_jax.checkpoints.folders import Damaged, publish
-from gt_jax.checkpoints.slices import SliceReader, cut
+from gt_jax.checkpoints.slices import Slice, SliceReader, cut
 from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.growth.bounded_work import BoundedExecutor, Group
 from gt_jax.growth.pipeline import pieces
@@ -114,6 +115,22 @@ def test_chunks_of_large_arrays_are_runs_in_order(tmp_path: Path, monkeypatch: p
     reader = SliceReader(tmp_path / "saved", checkpoint.describe(tmp_path / "saved")[0])
     for name in values:
         assert max(part.count for part in reader.slices(name, 2**12)) * 4 <= 2**12, name
+
+
+def test_parts_of_a_chunk_that_is_kept_read_it_once(tmp_path: Path) -> None:
+    """As the experts of a layer are read for an export, gate and up in turn, eight of them in a chunk."""
+    values = {f"params/{name}": np.random.default_rng(0).normal(size=(1, 8, 2**12)) for name in ("gate", "up")}
+    place = write(tmp_path / "unfinished", values)
+
+    def bytes_read() -> int:
+        metric, = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+        return metric["values"][0]["value"]
+
+    reader, before = SliceReader(place, checkpoint.describe(place)[0], kept=2**20), bytes_read()
+    for expert, name in itertools.product(range(8), values):
+        part = reader.read(Slice(name, 0, 2**12, (0, expert)))()
+        np.testing.assert_array_equal(part, values[name][0, expert])
+    assert bytes_read() - before < 1.1 * sum(value.nbytes for value in values.values())
 
 
 def test_what_cannot_be_read_is_damaged(tmp_path: Path, small: None) -> None:

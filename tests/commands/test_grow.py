@@ -309,6 +309,13 @@ def test_a_plain_model_is_stacked_whole_without_counts(tmp_path, capsys):
     assert main([words[0], "--plan", "stack", "--dry-run", "--plan-out", str(tmp_path / "p.json")]) == 0
     assert main([words[0], "--plan-file", str(tmp_path / "p.json"), "--dry-run"]) == 0
     assert "does not say which checkpoint" not in capsys.readouterr().err
+    for kind in ([], ["--plan", "layer"], ["--map", "1-2,1-2"], ["--keep-gates"]):
+        said = refusal(words[0], "--dry-run", *kind)
+        assert "is a plain model, which has no pass counts: --plan stack repeats" in said
+        assert all(way in said for way in ("--plan identity", "--repetition", "--plan-file", "gt_jax retrofit"))
+    asked = ["--plan", "layer", "--repetition", str(counts(tmp_path, [1, 2]))]
+    assert main([words[0], "--dry-run", *asked]) == main([words[0], "--dry-run", "--plan", "identity"]) == 0
+    capsys.readouterr()
     plan = ["--plan", "stack", "--dry-run", "--json"]
     assert main([words[0], *plan]) == 0 and json.loads(capsys.readouterr().out)["layout"] == "DG*2"
     assert main([words[0], *plan, "--target-layout", "DG*4"]) == 0

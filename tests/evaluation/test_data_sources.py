@@ -65,6 +65,24 @@ def test_named_data_are_in_the_shape_of_the_training_and_nothing_else_of_it(fold
     assert both.parts == ("text", "p_hop") and both.text == text.text
 
 
+def test_rows_are_as_long_as_is_named(folder):
+    long = folder / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "a" * 200, "answer": "b" * 120}) + "\n" + '{"prompt": "c", "answer": "d"}')
+    named, converted = {"json_lines": (str(long),), "tokenizer": "bytes"}, {"kind": "converted"}
+    with pytest.raises(Refused, match="321 tokens, rows have 256; train and the evaluating commands have --seq"):
+        open_data(data_config(converted, named))
+    data = data_config(converted, {**named, "sequence_length": 384})
+    assert data.sequence_length == 384 and open_data(data).parts["long"].held_out(1)[0]["tokens"].shape == (8, 384)
+    metadata = trained(folder)
+    own = data_config(metadata, {"sequence_length": 64})
+    assert own == data_config(metadata, None).replace(sequence_length=64), "of the data of the training too"
+    text = data_config(metadata, {"text": (str(folder / "story.txt"),), "sequence_length": 64})
+    assert text.sequence_length == 64
+    assert "with another part held out" in text_note(metadata, open_data(text), "run", True)
+    with pytest.raises(Refused, match="sequence_length is 0; it must be at least 2"):
+        data_config(metadata, {"sequence_length": 0})
+
+
 def test_longer_instances_than_were_trained_on_get_longer_rows(folder):
     metadata = trained(folder)
     long = data_config(metadata, {"tasks": ("variable_chains:hardest=10,chains=4",)})

@@ -131,6 +131,11 @@ def test_what_cannot_be_retrofitted_is_said():
         retrofitted_config(PLAIN.replace(stack=PLAIN.stack.replace(kind="midpoint")), AdaptiveConfig())
     with pytest.raises(Refused, match=r"needs price rule(.|\n)*no list of numbers"):
         command.main(["a", "b", "--strengths", "1,x", "--price-rule", "ouro", "--pass-price", "0.1"])
+    with pytest.raises(Refused, match="target-of mean_weight says what a target is the mean of; a pass price"):
+        command.main(["a", "b", "--pass-price", "0.1", "--target-of", "mean_weight"])
+    settings = [command._settings(command.parser().parse_args(["a", "b", *words]))[1].target_of
+                for words in ([], ["--target-of", "mean_weight"])]  # fmt: skip
+    assert settings == ["passes_run", "mean_weight"]
     with pytest.raises(Refused, match=r"--target is 9; .* a layer runs 4 times at most"):
         command.main(["a", "b", "--target", "9"])
     with pytest.raises(Refused, match="nowhere"):

@@ -25,11 +25,11 @@ from gt_jax.checkpoints.tree_paths import flatten, nest
 from gt_jax.configs.presets import preset
 from gt_jax.devices import sharding
 from gt_jax.errors import Refused
-from gt_jax.interop import expected_tensors, fold_cost, to_hf
+from gt_jax.interop import expected_tensors, fold_cost, safetensors, to_hf
 from gt_jax.interop.from_hf import from_hf
 from gt_jax.interop.hf_folder import HFFolder
 from gt_jax.interop.safetensors import Writer
-from gt_jax.interop.tensor_files import Info
+from gt_jax.interop.tensor_files import Info, checksum
 from gt_jax.models.language_model import abstract
 from gt_jax.text.tokenizers import open_tokenizer
 from tests.support import perturbed
@@ -229,9 +229,15 @@ def downloaded_experts(place):
     return place / "fused", tensors
 
 
-def test_fused_experts_come_in_as_single_ones_do_and_go_out_fused(tmp_path):
+def test_fused_experts_come_in_as_single_ones_do_and_go_out_fused(tmp_path, monkeypatch):
     fused, tensors = downloaded_experts(tmp_path)
-    from_hf(fused, tmp_path / "ours")
+    summed, asked, all_tensors = [], [], HFFolder.tensors
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors, "checksum", lambda value: summed.append(value.ndim) or checksum(value))
+        patch.setattr(HFFolder, "tensors", property(lambda self: asked.append(self) or all_tensors.fget(self)))
+        from_hf(fused, tmp_path / "ours")
+    assert summed.count(3) == 2, "what experts share is compared once, not once an expert"
+    assert len(asked) < 6, "the table of all tensors is not made anew for each of them"
     got = flatten(checkpoint.load(tmp_path / "ours"))
     for path, value in random_experts().items():
         np.testing.assert_allclose(got[path], value, rtol=0, atol=1e-7 * path.endswith("/scale"), err_msg=path)  # 1 + w

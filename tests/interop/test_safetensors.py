@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gt_jax.interop import tensor_files
+from gt_jax.interop import safetensors, tensor_files
 from gt_jax.interop.safetensors import SafetensorsFile, Writer
 from gt_jax.interop.tensor_files import Info, Unreadable, checksum, groups, in_order, let_go, pieces, same_bytes
 from tests.interop import origin
@@ -118,6 +118,16 @@ def test_tensors_that_are_not_aligned_are_read(tmp_path):
     data = b"x" + np.arange(3, dtype=np.float32).tobytes()
     path = write(tmp_path / "a.safetensors", {"u": entry([1], 0, 1, "U8"), "f": entry([3], 1, 13)}, data)
     np.testing.assert_array_equal(SafetensorsFile(path).read("f"), [0, 1, 2])
+
+
+def test_a_tensor_is_summed_where_there_is_a_sum_to_compare_with(tmp_path, monkeypatch):
+    summed = []
+    monkeypatch.setattr(safetensors, "checksum", lambda value: summed.append(value) or checksum(value))
+    foreign = SafetensorsFile(write(tmp_path / "a.safetensors", {"f": entry([3], 0, 12)}, bytes(12)))
+    assert not foreign.has_checksums and not foreign.read("f").any() and foreign.damaged() == [] and not summed
+    own = SafetensorsFile(origin.write(tmp_path / "b.safetensors", {"f": np.ones(3, np.float32)}))
+    summed.clear()
+    assert own.read("f").all() and len(summed) == 1
 
 
 def test_a_changed_bit_anywhere_in_a_file_of_ours_is_found(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, over: str) -> None:
     shown += [(ON_FORCED, found, {"linestyle": "--"})] if (found := select(rows, ON_FORCED, points[-1])) else []
     shown += [(f"grown at {point:g}", found, {"linewidth": 2.2}) for point in points
               if (found := select(rows, GROWN, point))]  # fmt: skip
-    colours = dict(zip([SCRATCH, ON, *map(str, points), SHALLOW, STACKED], COLOURS, strict=False))
+    keys: dict[str, None] = {}
+    for label, of, _ in shown:
+        keys.setdefault(_hue(label, next(iter(of.values()))))
+    colours = dict(zip(keys, itertools.cycle(COLOURS)))
     for label, of, look in shown:
-        kind = next(iter(of.values()))["kind"]
-        kind = ON if kind == ON_FORCED else kind
-        key = kind if kind in (SCRATCH, ON, SHALLOW, STACKED) else str(next(iter(of.values()))["point"])
+        key = _hue(label, next(iter(of.values())))
         curves = [curve(row, over, right) for row in of.values() if row["diverged"] is None]
         if not curves:
             continue
@@ -66,6 +68,14 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, over: str) -> None:
     axes.set_xlabel("FLOPs, 1e12" if over == "flops" else "thousand tokens")
     axes.set_ylabel("right answers, %" if right else "held-out loss, nats a token")
     axes.legend(frameon=False, fontsize=8)
+
+
+def _hue(label: str, row: Row) -> str:
+    """What has one colour: a source and what is grown from it, the source trained on with its passes free or forced."""
+    kind = row["kind"]
+    if kind in (ON, ON_FORCED):
+        return ON
+    return str(row["point"]) if kind in (SOURCE, GROWN) else label
 
 
 def curve(row: Row, over: str, right: bool) -> Curve:

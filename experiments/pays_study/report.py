@@ -36,10 +36,11 @@ def markdown(stored: Mapping[str, Any]) -> str:
         "# Does growth pay?", "", f"`{stored['command']}`", "",
         f"{len(seeds)} seed{'s' * (len(seeds) != 1)}, {stored['seconds'] / 60:.0f} minutes on "
         f"{stored['machine']['cores']} cores ({stored['machine']['device']}). Figures are means over seeds, in "
-        "brackets the 95 % interval by Student's t; differences are seed by seed. Every model trained at the better of "
+        "brackets the 95 % interval by Student's t; differences are seed by seed. Every model trained at the best of "
         "its rates, by the loss on the tuning part at the first seed or few, the one from scratch also with the better "
-        "curriculum; children go on at their source's rate, where not said otherwise. Figures are of the held-out "
-        "part. FLOPs and tokens are all that led to a model, its source's among them. "
+        "curriculum; children go on at their source's rate, where not said otherwise, and one that is started at a "
+        "point has that of the one from scratch. Figures are of the held-out part. FLOPs and tokens are all that led "
+        "to a model, its source's among them. "
         f"{count} differences are judged: without any, {0.05 * count:.1f} would lie outside their interval by chance. "
         f"![curves]({NAME}.png)", "",
     ]  # fmt: skip
@@ -61,7 +62,8 @@ def _tuned(setting: Mapping[str, Any], all_seeds: int) -> list[str]:
     own, rates = setting.get("child_rates", ()), setting["rates"]
     lines = [f"All models have the rate {rates[0]:g}: none was tried on these seeds."] if len(rates) == 1 else []
     lines += [f"Rates are the best by the mean loss of the first {seeds} seeds."] if seeds > 1 else []
-    lines += [f"What is grown has a rate of its own, of {' and '.join(f'{one:g}' for one in own)}."] if own else []
+    lines += [f"What is grown has a rate of its own, of {' and '.join(f'{one:g}' for one in own)}."] if own[1:] else []
+    lines += [f"What is grown has the rate {own[0]:g}: no other was tried."] if len(own) == 1 else []
     text, shape = "tokens" in setting, setting if "tokens" in setting else setting["of"]
     judged = setting["held_out_batches"] * shape["rows"] * (setting["tokens"] if text else 1)
     lines.append(f"All seeds are judged by the same {judged:,} {'bytes' if text else 'rows of held-out instances'}; "

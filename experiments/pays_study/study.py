@@ -41,8 +41,12 @@ Until then a step costs what a plain one does: under `context` "alive" its one p
 
 All seeds are judged by one held-out part: of 6 batches it ranks models otherwise than the tuning part does.
 """
-LONG = NARROW.replace(name="text_long", budget=7200, adapts=False, child_rates=(4e-3,))
-"""Four times as long, where depth is worth its price: what a stack of layers run once is then."""
+LONG = NARROW.replace(name="text_long", budget=7200, adapts=False, points=(0.03125, 0.125, 0.5),
+                      rates=(4e-3, 8e-3, 1.6e-2), child_rates=(8e-3,))  # fmt: skip
+"""Four times as long, where depth is worth its price: what a stack of layers run once is then, early and late.
+
+What is stacked is tried at no rate but that of the deep model from scratch, so that it has no advantage of it.
+"""
 _FROZEN = JUMPS.replace(rates=(4e-3,), curricula=(0.3,)), CHAINS.replace(rates=(2e-3,), tuned_at=1)
 """Rates and curricula as scale `tries` chose them with seeds 0, 1, 2: nothing is tried on seeds to come."""
 _WIDE_CHAINS, _WIDE_JUMPS = DEPTH_SCALES["accelerator"]
@@ -187,14 +191,16 @@ def second_round(setting: Setting, seeds: tuple[int, ...], best: dict[str, Wante
     """What is made of the sources; at the rates of `best[GROWN]` and `best[STACKED]` what is grown and stacked, where
     that was tried."""
     made: dict[str, tuple[float, float | None]] = {}
+    again: list[Wanted] = []
     if ONCE_SOURCE in best:
         made[STACKED] = best[ONCE_SOURCE].rate, best[STACKED].own if STACKED in best else None
-        made[AGAIN] = best[SCRATCH].rate, None
+        # who has an early source has spent so little that starting over is training from scratch for all of B
+        again = [Wanted(setting, AGAIN, seed, best[SCRATCH].rate, setting.points[-1]) for seed in seeds]
     if not setting.adapts:
-        return _made(setting, seeds, made)
+        return _made(setting, seeds, made) + again
     rate, own = best[SOURCE].rate, best[GROWN].own if GROWN in best else None
     made = {GROWN: (rate, own), ON: (rate, None), **made}
-    found = _made(setting, seeds, made)
+    found = _made(setting, seeds, made) + again
     if isinstance(setting, TaskSetting):
         found += [Wanted(setting, ON_FORCED, seed, rate, setting.points[-1]) for seed in seeds]
     return found + [Wanted(setting, CONTROL, seed, rate, setting.middle, one.name, own=own) for one in setting.controls

@@ -186,7 +186,11 @@ def test_units_have_names_of_their_own_and_the_config_reads_back():
     alike = [[one.replace(rates=(1.0,), curricula=(1.0,), tuned_at=1) for one in tasks[scale]]
              for scale in ("small", "tries")]  # fmt: skip
     assert alike[0] == alike[1]  # but for what is tried, which the one takes from the other
-    assert LONG.replace(name=NARROW.name, budget=NARROW.budget, adapts=True, child_rates=NARROW.child_rates) == NARROW
+    same = ("name", "budget", "adapts", "points", "rates", "child_rates")
+    assert LONG.replace(**{field: getattr(NARROW, field) for field in same}) == NARROW
+    best = {kind: units[0][0] for kind, units in tries(LONG, (3, 4)).items()}
+    made = second_round(LONG, (3, 4), best)  # no adaptive source; started over is only what half of the budget leaves
+    assert {(one.kind, one.point) for one in made} == {*((STACKED, point) for point in LONG.points), (AGAIN, 0.5)}
     assert Study.from_json(json.loads(json.dumps(study.to_json()))) == study
     tried = tries(JUMPS, study.seeds)[SCRATCH]
     assert [(one.rate, one.curriculum) for (one,) in tried] == [(2e-3, None), (4e-3, None), (2e-3, 0.3), (4e-3, 0.3)]

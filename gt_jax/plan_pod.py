@@ -285,7 +285,6 @@ def _work_lines(row: dict[str, Any]) -> list[str]:
         f"  received over links: {row['links'] / GIB:.3g} GiB{by_links}",
         *([] if between is None else [f"  received from other slices: {between / GIB:.3g} GiB{by_network}"]),
         *([f"  bound by {BOUNDS[row['bound']]}; assumed of links: {row.get('assumed', ASSUMED)}"] if least else []),
-        *([_passes_line(row)] if least and "one_pass" in row else []),
         f"  {row['kernels']} kernels in the program, {row['flops_of_kernels']:.3g} of the FLOP",
     ]
     if launches := row.get("launches"):
@@ -296,20 +295,6 @@ def _work_lines(row: dict[str, Any]) -> list[str]:
     if row["loops_counted_once"]:
         lines.append(f"  {row['loops_counted_once']} loops of unknown length are counted as if they ran once")
     return lines
-
-
-def _passes_line(row: dict[str, Any]) -> str:
-    """What the step takes at least by how many passes a layer are computed: each costs the same."""
-    one, all_of = row["one_pass"], row["one_pass"]["of"]
-    least = row["least_seconds"]
-    first = {name: least[name] * one[key] / row[key] if row[key] else 0.0
-             for name, key in (("flops", "flops"), ("bytes", "bytes"), ("links", "link_seconds")) if name in least}
-    words = []
-    for passes in dict.fromkeys((1, 1.3, 2, all_of)):
-        share = (passes - 1) / max(all_of - 1, 1)
-        times = (f"{at + share * (least[name] - at):.2g}" for name, at in first.items())
-        words.append(f"{passes:g}: {' / '.join(times)}")
-    return f"  by passes a layer that are computed, least s by {' / '.join(first)}: {'; '.join(words)}"
 
 
 def advice(row: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 _ROW = {"mesh": dict, "accumulate": int, "fits": bool, "bytes": int, "flops": int, "collectives": dict}
 _NUMBERS: dict[str, type | tuple[type, ...]] = {
-    "mesh": int, "memory": (int, float), "least_seconds": (int, float), "launches": int,
+    "mesh": int, "memory": (int, float), "least_seconds": (int, float), "launches": int, "one_pass": (int, float),
 }  # fmt: skip
 _SUMS = ("bytes", "flops", "links", "between_slices", "link_seconds", "kernels")
 _PART = {"part": str, "phase": str, "bytes": (int, float), "flops": (int, float), "links": (int, float)}
@@ -152,7 +152,23 @@ def part_lines(row: Json) -> list[str]:
         exposed = seconds + row["least_seconds"].get("links", 0.0)
         lines.append(f"    part by part, the larger of arithmetic and HBM: {seconds:.3g} s; {exposed:.3g} where "
                      "nothing of what is received is hidden")  # fmt: skip
-    return lines
+    return lines + _passes_lines(row)
+
+
+def _passes_lines(row: Json) -> list[str]:
+    """What an adaptive step takes at least, by how many passes of each layer are computed: each costs the same."""
+    one, least = row.get("one_pass", {}), row.get("least_seconds", {})
+    counts = {"flops": "flops", "bytes": "bytes", "links": "link_seconds"}
+    first = {name: least[name] * one[key] / row[key] if row[key] else 0.0 for name, key in counts.items()
+             if name in least and key in one and key in row}  # fmt: skip
+    if not first or one.get("of", 1) <= 1:
+        return []
+    words = []
+    for passes in dict.fromkeys((1, 1.3, 2, one["of"])):
+        share = (passes - 1) / (one["of"] - 1)
+        times = (f"{at + share * (least[name] - at):.2g}" for name, at in first.items())
+        words.append(f"{passes:g}: {' / '.join(times)}")
+    return [f"    by passes a layer that are computed, least s by {' / '.join(first)}: {'; '.join(words)}"]
 
 
 def part_by_part(row: Json) -> float | None:

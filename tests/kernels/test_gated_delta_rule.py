@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule
+from pallas_kernels.gated_delta_rule.common.chunks import decays
 from tests.kernels.delta_rule_cases import (
     HARD_CASES,
     RESULTS,
@@ -159,3 +160,16 @@ def test_equal_ids_that_do_not_touch_are_two_segments(implementation):
     results = [run(inputs, cotangents, ids, implementation=implementation) for ids in (there_and_back, onwards)]
     for name in RESULTS:
         np.testing.assert_array_equal(results[0][name], results[1][name])
+
+
+def test_decays_behind_many_emptied_states_are_exact():
+    """Sums of -110 and less in a chunk: differences of two of them must not lose the decay between two tokens."""
+    for chunk, emptied in ((64, 40), (128, 80), (256, 200), (1024, 900)):
+        small = np.random.default_rng(0).uniform(0.001, 0.02, chunk).astype(np.float32)
+        g = np.where(np.arange(chunk) < emptied, -np.inf, -small).astype(np.float32)
+        found = decays(jnp.asarray(g)[None, None], None, jnp.asarray(0))
+        sums = np.cumsum(-small[emptied:].astype(np.float64))
+        exact = np.exp(np.tril(sums[:, None] - sums[None, :]))
+        np.testing.assert_allclose(np.tril(found.pair[0, 0, emptied:, emptied:]), np.tril(exact), rtol=1e-6)
+        np.testing.assert_allclose(found.lam[0, 0, emptied:], np.exp(sums[-1] - sums), rtol=1e-6)
+        assert float(jnp.max(found.gamma)) == float(jnp.max(found.pair[0, 0, emptied:, : emptied - 1])) == 0.0

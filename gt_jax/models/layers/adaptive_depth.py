@@ -47,8 +47,9 @@ RATIO_CLIP = 10.0
 class PassControl(NamedTuple):
     """How many passes: `forced` [] or [l] int32, 0 for the halting heads' choice; `p_max` [] caps the continue gate.
 
-    Where `uncut` [] is above 0, no token is finished: every pass runs and counts with s_k, however small. So a gate far
-    below the threshold still has a gradient, which training needs now and then.
+    Where `uncut` [] is above 0, no token is finished: every pass runs and counts with s_k, however small, with hard
+    weights as it did, by its gradient alone. So a gate far below the threshold still has a gradient, which training
+    needs now and then.
     """
 
     forced: Array

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 _MASKED = -1e30  # an exponent; -inf would make the difference of two masked ones nan
-_LOWEST_DECAY = -1000.0  # e^-1000 is 0 in float32 and in float64
+_LOWEST_DECAY = {"float32": -110.0, "float64": -1000.0}  # e to that is 0; a sum of many must stay small enough
 _COARSE = 256.0
 
 
@@ -55,9 +55,11 @@ def decays(g: Float[Array, "b hv c"], run: Int[Array, "b padded"] | None, index:
     """The decays inside chunk `index`; every exponent is at most 0."""
     chunk = g.shape[-1]
     visible = jnp.tril(jnp.ones((chunk, chunk), g.dtype))
-    g = jnp.maximum(g, _LOWEST_DECAY)
-    # Two sums, the coarse one exact: differences of large sums stay accurate in float32.
-    coarse = jnp.round(g * _COARSE) / _COARSE
+    g = jnp.maximum(g, _LOWEST_DECAY[g.dtype.name])
+    # Two sums, the coarse one exact: differences of large sums stay accurate in float32. Up to 512 tokens their sums
+    # are below 2^24 of its steps.
+    grid = _COARSE * min(1.0, 512 / chunk)
+    coarse = jnp.round(g * grid) / grid
     sums = [
         jnp.einsum("bhd,cd->bhc", part, visible, precision=jax.lax.Precision.HIGHEST) for part in (coarse, g - coarse)
     ]

@@ -58,9 +58,10 @@ def configured(arguments: argparse.Namespace) -> tuple[Any, str]:
     text = tuple(map(str, arguments.text))
     if arguments.part == "scaling":
         sizes = scaling.scaled(arguments.scale, seeds, text, arguments.tokenizer)
-        return sizes, content(text, arguments.tokenizer, sizes.length, sizes.rows)
+        both = {"held-out": sizes.held_out_batches, "tuning": sizes.held_out_batches}
+        return sizes, content(text, arguments.tokenizer, sizes.length, sizes.rows, both)
     found = study.scaled(arguments.part, arguments.scale, seeds, text, arguments.tokenizer)
-    return found, content(text, arguments.tokenizer, found.row, found.rows)
+    return found, content(text, arguments.tokenizer, found.row, found.rows, {"held-out": found.held_out_batches})
 
 
 def make(wanted: Any) -> dict[str, Any]:

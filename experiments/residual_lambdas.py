@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.pages import page_writer
 from experiments.study_command import add_study_flags, read_seeds, run
-from experiments.text_files import add_text_flag
+from experiments.text_files import add_text_flag, refuse_short
 
 if TYPE_CHECKING:
     from experiments.lambda_study.study import LambdaStudy
@@ -44,7 +44,9 @@ def configured(arguments: argparse.Namespace) -> tuple[LambdaStudy, str]:
 
     text = tuple(map(str, arguments.text))
     study = scaled(arguments.scale, read_seeds(arguments.seeds), text, arguments.tokenizer)
-    return study, source_of(study).text.content_hash()
+    opened = source_of(study).text
+    refuse_short(opened, {"held-out": study.held_out_batches, "tuning": study.held_out_batches})
+    return study, opened.content_hash()
 
 
 def all_rows(study: LambdaStudy, workers: Workers) -> list[dict[str, Any]]:

@@ -18,13 +18,13 @@ import numpy as np
 from experiments.exit_study.study import ExitStudy, Model
 from experiments.growth_study.engine import NO_LOSS, paced
 from experiments.growth_study.study import separation
+from experiments.text_files import refuse_short
 from gt_jax.checkpoints.folders import prepare_parent
 from gt_jax.checkpoints.tree_paths import flatten
 from gt_jax.configs.model import ModelConfig
 from gt_jax.configs.optimizer import OptimizerConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.devices.sharding import Rules, model_inputs
-from gt_jax.errors import refuse_all
 from gt_jax.files import write_atomically
 from gt_jax.models.language_model import LanguageModel, abstract
 from gt_jax.text.batches import Text
@@ -55,15 +55,10 @@ class Losses(NamedTuple):
 def material(study: ExitStudy, source: str, seed: int) -> Material:
     """Open a source's data; raises `Refused` for too little of it, or files whose held-out part is trained on too."""
     data = open_data(study.data(source, seed))
-    found = {"tuning": data.tuning(study.tuning_batches), "held-out": data.held_out(study.evaluation_batches)}
-    wanted = {"tuning": study.tuning_batches, "held-out": study.evaluation_batches}
-    tokens = study.rows * study.length(source)
-    wrong = [f"{len(found[part])} {part} batches of {tokens} tokens, the study needs {count}; give more with --text"
-             for part, count in wanted.items() if len(found[part]) < count]  # fmt: skip
-    refuse_all(wrong, f"{data.summary()}:")
+    refuse_short(data, {"tuning": study.tuning_batches, "held-out": study.evaluation_batches})
     if isinstance(data, Text) and study.text:  # Python's library repeats itself, which the report says
         separation(data)
-    return Material(data, found["tuning"], found["held-out"])
+    return Material(data, data.tuning(study.tuning_batches), data.held_out(study.evaluation_batches))
 
 
 def content(study: ExitStudy) -> str:

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.seeds_and_rates import wrong_seeds
+from experiments.text_files import refuse_short
 from gt_jax.configs.data import DataConfig
 from gt_jax.configs.json_config import Config, below
 from gt_jax.configs.model import DeltaNetConfig, GSAConfig, ModelConfig
 from gt_jax.configs.presets import tiny
 from gt_jax.configs.price import PriceConfig
-from gt_jax.errors import Failed, Refused, refuse_all
+from gt_jax.errors import Failed, Refused
 from gt_jax.text.batches import Text, open_text
 
 Batch = dict[str, np.ndarray]
@@ -134,15 +135,11 @@ def open_material(study: StudyConfig, seed: int) -> Material:
     text = open_text(study.data(seed))
     first = study.measuring_batches
     second = first + study.calibration_batches
-    wanted = {"tuning": second + study.tuning_batches, "held-out": study.evaluation_batches}
-    found = {"tuning": text.tuning(wanted["tuning"]), "held-out": text.held_out(wanted["held-out"])}
-    wrong = [f"{len(found[part])} {part} batches of {study.tokens_per_step} bytes, the study needs {count}; give more "
-             "text with --text" for part, count in wanted.items() if len(found[part]) < count]  # fmt: skip
     if not study.tuning_batches:
-        wrong.append("tuning_batches is 0; the rates would be tuned on the text that they are judged by")
-    refuse_all(wrong, f"{text.summary()}:")
-    tuning = found["tuning"]
-    return Material(text, tuning[:first], tuning[first:second], tuning[second:], found["held-out"], separation(text))
+        raise Refused("tuning_batches is 0; the rates would be tuned on the text that they are judged by")
+    refuse_short(text, {"tuning": second + study.tuning_batches, "held-out": study.evaluation_batches})
+    tuning, held_out = text.tuning(second + study.tuning_batches), text.held_out(study.evaluation_batches)
+    return Material(text, tuning[:first], tuning[first:second], tuning[second:], held_out, separation(text))
 
 
 def separation(text: Text) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Int64
 
 from experiments.recall_study.needles import Vocabulary, beside_bytes, vocabulary
 from experiments.several_seeds import held_out_nats
+from experiments.text_files import refuse_short
 from gt_jax.configs.data import BYTES, DataConfig
 from gt_jax.configs.model import ModelConfig
 from gt_jax.evaluation.scoring import byte_lengths
@@ -69,7 +70,9 @@ def training_rows(text: tuple[str, ...], tokenizer: str, length: int, rows: int,
     return PackedRows(opened.tokens, opened.training_spans, length, seed, True)
 
 
-def content(text: tuple[str, ...], tokenizer: str, length: int, rows: int) -> str:
-    """A hash of the text in these tokens, and of the words' tokens."""
+def content(text: tuple[str, ...], tokenizer: str, length: int, rows: int, wanted: Mapping[str, int]) -> str:
+    """A hash of the text in these tokens, and of the words' tokens; raises `Refused` where a part has fewer batches
+    than `wanted`."""
     found = material(text, tokenizer, length, rows)
+    refuse_short(found.text, wanted)
     return hashlib.sha256(found.text.content_hash().encode() + found.words.ids.tobytes()).hexdigest()

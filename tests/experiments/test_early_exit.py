@@ -160,7 +160,7 @@ def test_every_scale_is_a_study_and_other_words_are_refused(tmp_path):
     with pytest.raises(Refused, match="cannot be read"):
         content(STUDY.replace(text=(str(tmp_path / "missing.txt"),)))
     (tmp_path / "short.txt").write_text("a story\n" * 200)
-    with pytest.raises(Refused, match=r"(?s)tuning batches.*held-out batches"):
+    with pytest.raises(Refused, match=r"(?s)tuning rows.*held-out rows"):
         content(STUDY.replace(text=(str(tmp_path / "short.txt"),)))
 
 

@@ -138,7 +138,7 @@ def test_held_out_text_is_apart(text):
     for changed in ({"held_out_spans": spans[:1]}, {"tuning_spans": spans[:1]}):
         with pytest.raises(Failed, match="in two of the training, tuning and held-out parts"):
             separation(dataclasses.replace(material.text, **changed))
-    with pytest.raises(Refused, match=r"(?s)tuning batches.*held-out batches"):
+    with pytest.raises(Refused, match=r"(?s)tuning rows, the study needs.*held-out rows, the study needs"):
         open_material(study.replace(evaluation_batches=999, tuning_batches=999), 0)
     with pytest.raises(Refused, match="tuned on the text that they are judged by"):
         open_material(study.replace(tuning_batches=0), 0)

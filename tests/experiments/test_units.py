@@ -242,7 +242,8 @@ def test_a_study_of_text_reads_plain_text_and_enough_of_it(tmp_path, capsys):
     short = tmp_path / "short.txt"
     short.write_text("a line of text\n" * 4000)
     for command, scale in ((growth_pays, "hours"), (text_gates, "small"), (mixed_depth, "small"),
-                           (growth_context, "small")):  # fmt: skip
+                           (growth_context, "small"), (early_exit, "small"), (recall_hybrids, "small"),
+                           (residual_lambdas, "small")):  # fmt: skip
         with pytest.raises(Refused, match=r"rows, the study needs \d+; give more text with --text"):
             command.main(["--text", str(short), "--scale", scale, "--output", str(tmp_path / "out")])
     with pytest.raises(Refused, match="--text is of settings of text; these are pointer_jumps, variable_chains"):

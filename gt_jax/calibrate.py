@@ -82,6 +82,7 @@ def _fitted(
     from gt_jax.checkpoints import checkpoint
     from gt_jax.configs.lineage import LINEAGE, carried
     from gt_jax.devices.sharding import Rules, global_batch
+    from gt_jax.evaluation.held_out_rows import refuse_nothing_asked
     from gt_jax.evaluation.loading import data_config, names_text, text_note
     from gt_jax.evaluation.model_files import load
     from gt_jax.growth.calibration import calibrate_gains
@@ -103,6 +104,7 @@ def _fitted(
 
     reading = group.agree(prepare)
     by_part = reading.held_out_by_part(batches)
+    refuse_nothing_asked([batch for of_part in by_part.values() for batch in of_part])
     for note in (text_note(source_metadata, reading, source, names_text(named)),
                  text_note(metadata, reading, grown, True), *short_parts(reading, batches, by_part)):  # fmt: skip
         if note is not None:  # a grown model may have been trained on, on another part of the text

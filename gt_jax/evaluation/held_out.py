@@ -22,7 +22,7 @@ from gt_jax.devices.sharding import Rules, mesh_for_rows
 from gt_jax.errors import Refused, refuse_all
 from gt_jax.evaluation.answer_table import AnswerTable, answer_table
 from gt_jax.evaluation.confidence_intervals import Interval, ratio_interval, sums_by_unit
-from gt_jax.evaluation.held_out_rows import held_out_rows, refuse_nothing_asked
+from gt_jax.evaluation.held_out_rows import held_out_rows
 from gt_jax.evaluation.loading import HELD_OUT_BATCHES, data_config, names_text, text_note
 from gt_jax.evaluation.model_files import Checkpoint, open_checkpoint
 from gt_jax.evaluation.pairs import incomparable
@@ -78,7 +78,6 @@ def evaluate_checkpoints(
     first = opened[0]
     held_out = held_out_rows(text, batches)
     rows = held_out.batches
-    refuse_nothing_asked(rows)
     asked = group.agree(lambda: answers_asked(text, batches, by_difficulty))
     covered = _covered(held_out.kind, held_out.scored_units(), targets_of(rows), tokenizer)
     sums, tables = [], []

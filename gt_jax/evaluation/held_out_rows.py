@@ -36,9 +36,14 @@ class HeldOutRows(NamedTuple):
 
 
 def held_out_rows(data: Text | Data, batches: int | None = None) -> HeldOutRows:
-    """`data.held_out(batches)` with the units of its tokens; raises `Refused` for fewer batches than one."""
-    if isinstance(data, Text):
-        return _text_rows(data, batches)
+    """`data.held_out(batches)` with the units of its tokens; raises `Refused` for fewer batches than one, and where no
+    token of them has a target."""
+    found = _text_rows(data, batches) if isinstance(data, Text) else _rows_of_parts(data, batches)
+    refuse_nothing_asked(found.batches)
+    return found
+
+
+def _rows_of_parts(data: Data, batches: int | None) -> HeldOutRows:
     found, first = [], 0
     for name, count in data.held_out_counts(batches).items():
         part = data.parts[name]

@@ -136,3 +136,12 @@ def test_units_are_numbered_through_all_parts(folder):
     assert len(by_part["variable_chains"]) == 2 and len(by_part["sums"]) > 2
     task = held_out_rows(open_data(data.config.replace(text=(), json_lines=(), mix=())), 2)
     assert task.kind == "instance" and len(set(task.scored_units().tolist())) == 4
+
+
+def test_a_held_out_part_in_which_nothing_is_asked_has_no_loss(folder, monkeypatch):
+    """Not 0: `verify`, `calibrate` and `evaluate` read it all."""
+    data = open_data(DataConfig(text=(str(folder / "story.txt"),), sequence_length=ROW, batch_size=2, held_out=0.2))
+    quiet = [{**batch, "targets": np.full_like(batch["targets"], -1)} for batch in data.held_out(2)]
+    monkeypatch.setattr(type(data), "held_out", lambda self, batches: quiet)
+    with pytest.raises(Refused, match="nothing is asked in these 4 held-out rows"):
+        held_out_rows(data, 2)

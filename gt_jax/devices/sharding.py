@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
@@ -177,6 +178,31 @@ def gather_for_passes(w: Array, x: Array, rules: Rules) -> Array:
     once = jax.sharding.reshard(_tied(w, x), P(*parts, reduced=batch - _cutting(w)))
     left = [None if set(one if isinstance(one, tuple) else (one,)) & embed else one for one in parts]
     return jax.sharding.reshard(once, P(*left, reduced=batch))
+
+
+def gather_compute_weights(weights: Any, x: Array, rules: Rules, dtype: str, kind: str) -> Any:
+    """The weights of a layer of this kind by `gather_for_passes`, each under the scope that its use has.
+
+    But those that a module casts before it uses them, which are not of `dtype`, and those of hyper-connections: they
+    are gathered where they are used.
+    """
+
+    def one(path: Any, w: Array) -> Array:
+        names = [str(getattr(key, "key", key)) for key in path]
+        if w.dtype != jnp.dtype(dtype) or any("hyper" in name for name in names):
+            return w
+        with jax.named_scope("/".join(f"mixer_{kind}" if name == "mixer" else name for name in names)):
+            return gather_for_passes(w, x, rules)
+
+    return jax.tree_util.tree_map_with_path(one, weights)
+
+
+def zero_gradient(w: Array) -> Array:
+    """Zeros laid out as the gradient of `w`: of a weight that was gathered, each device's own share."""
+    if not has_mesh():
+        return jnp.zeros_like(w)
+    spec = jax.typeof(w).sharding.spec
+    return jnp.zeros(w.shape, w.dtype, out_sharding=P(*spec.partitions, unreduced=spec.reduced))
 
 
 def gather_own(w: Array, x: Array, rules: Rules, *axes: str | None) -> Array:

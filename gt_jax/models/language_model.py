@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import numbers
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -36,6 +36,7 @@ from gt_jax.models.layers.mixer import Place, place_rows, real_tokens
 from gt_jax.models.layers.mtp import MultiTokenPrediction
 from gt_jax.models.layers.pass_statistics import PassStatistics
 from gt_jax.models.layers.primitives import Einsum, RMSNorm, WeightSpec
+from gt_jax.models.layers.replay import Entered
 from gt_jax.models.layers.reversible import reversible_stack
 from gt_jax.models.layers.reversible import start as start_pair
 from gt_jax.models.layers.sow import INTERMEDIATES, PASSES
@@ -67,6 +68,14 @@ class ModelOutput(NamedTuple):
     mtp_loss: Scalar | None = None
     memory: Memory | None = None
     ponder: Scalar | None = None
+
+
+class Begun(NamedTuple):
+    """What the first layer is given, X and where its tokens stand, and the embedded tokens."""
+
+    x: State
+    embedded: Activations
+    place: Place
 
 
 class LanguageModel(nn.Module):
@@ -122,32 +131,59 @@ class LanguageModel(nn.Module):
         before gave; `mtp` asks for the logits of the token after the next; `key` is given in training and draws what
         is dropped.
         """
+        begun = self.begin(tokens, segment_ids, memory, None if cache is None else cache["position"], key)
+        if self._reversible(cache):
+            (stream, statistics), new_cache = self._run_reversible(begun.x, begun.place), None
+        else:
+            stream, statistics, new_cache = self._run(begun.x, begun.place, control or free_passes(), cache)
+        if new_cache is not None:
+            new_cache["position"] = cache["position"] + tokens.shape[1]
+        ponder = None if stream.exit is None else early_exit.ponder(stream.exit, real_tokens(begun.place.segment_ids))
+        return self.finish(stream.x, stream.first, statistics, begun, mtp)._replace(cache=new_cache, ponder=ponder)
+
+    def begin(
+        self, tokens: Tokens, segment_ids: Tokens | None = None, memory: Memory | None = None, start: Any = None,
+        key: Array | None = None,
+    ) -> Begun:  # fmt: skip
+        """What the first layer is given: the embedded tokens, with the memory; `start` [b] is a cache's position."""
         c, rows = self.config, self.rules.spec("batch", None)
         tokens = reshard(tokens, rows)
         segment_ids = reshard(jnp.ones_like(tokens) if segment_ids is None else segment_ids, rows)
-        start = None if cache is None else cache["position"]
         place = place_rows(segment_ids, start, key, self.rules)
         embedded = self.embedding(tokens)
         x: State = embedded if c.hyper is None else to_streams(embedded, c.hyper.streams)
         if c.memory is not None:
             x = self.memory(x, embedded, segment_ids, memory, c.memory.stream)
-        if self._reversible(cache):
-            (stream, statistics), new_cache = self._run_reversible(x, place), None
-        else:
-            stream, statistics, new_cache = self._run(x, place, control or free_passes(), cache)
-        if new_cache is not None:
-            new_cache["position"] = cache["position"] + tokens.shape[1]
-        final = stream_mean(stream.x)
+        return Begun(x, embedded, place)
+
+    def finish(
+        self, x: State, first: Activations, statistics: PassStatistics, begun: Begun, mtp: bool = False
+    ) -> ModelOutput:
+        """What the model gives where X left the last layer, and `first` had that run one pass."""
+        c, final = self.config, stream_mean(x)
         hidden = self.final_norm(final)
         ahead: tuple[Array | None, Array | None, Array | None] = (None, None, None)
         if c.mtp is not None and (mtp or self.is_initializing()):
-            state, loss = self.mtp(hidden, embedded, place)
+            state, loss = self.mtp(hidden, begun.embedded, begun.place)
             ahead = (self.unembed(state), state, loss)
-        carried = None if c.memory is None else carry_memory(stream.x, segment_ids, c.memory.stream)
-        ponder = None if stream.exit is None else early_exit.ponder(stream.exit, real_tokens(segment_ids))
-        return ModelOutput(self._logits(hidden), final, stream.first, statistics, new_cache, *ahead, carried, ponder)
+        carried = None if c.memory is None else carry_memory(x, begun.place.segment_ids, c.memory.stream)
+        return ModelOutput(self._logits(hidden), final, first, statistics, None, *ahead, carried)
 
-    def _run(self, x: State, place: Place, control: PassControl, cache: Tree) -> tuple[Stream, PassStatistics, Tree]:
+    def record(
+        self, tokens: Tokens, segment_ids: Tokens, memory: Memory | None, entered: Entered
+    ) -> tuple[State, Memory, Entered, PassStatistics]:
+        """The layers of one chunk, for a backward pass that is a replay: (X after the last, memory it leaves, `entered`
+        with what entered each layer, statistics [l, p])."""
+        c, begun = self.config, self.begin(tokens, segment_ids, memory)
+        assert c.memory is not None
+        stream, statistics, _ = self._run(begun.x, begun.place, free_passes(), None, entered)
+        assert stream.entered is not None
+        carried = carry_memory(stream.x, begun.place.segment_ids, c.memory.stream)
+        return stream.x, carried, stream.entered, statistics
+
+    def _run(
+        self, x: State, place: Place, control: PassControl, cache: Tree, entered: Entered | None = None
+    ) -> tuple[Stream, PassStatistics, Tree]:
         """All layers, segment after segment."""
         c = self.config
         depth = len(c.depth)
@@ -156,7 +192,7 @@ class LanguageModel(nn.Module):
         mixing = jax.tree.map(jnp.asarray, coefficients(depth, c.stack.mixing, c.stack.step))
         common = Common(place, control, x, self.skips if c.stack.skips else None, None)
         previous = x if c.stack.kind == "midpoint" else None
-        stream = Stream(x, stream_mean(x), previous, empty_buffer(x, c.stack.skips), None)
+        stream = Stream(x, stream_mean(x), previous, empty_buffer(x, c.stack.skips), None, entered=entered)
         if c.gated_copies is not None:
             stream = stream._replace(gates=empty_registers(x, c.gated_copies))
         if c.exit is not None:

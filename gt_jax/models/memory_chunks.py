@@ -44,9 +44,23 @@ def over_chunks(
     if tokens == size:
         carry, one = body((statistics, memory), (batch, jnp.zeros((), jnp.int32)))
         return carry, jax.tree.map(lambda a: a[None], one)
-    pieces = {name: jnp.moveaxis(a.reshape(count, -1, size), 1, 0) for name, a in batch.items()}
     numbers = jnp.arange(tokens // size, dtype=jnp.int32)
-    return jax.lax.scan(body, (statistics, memory), (pieces, numbers))
+    return jax.lax.scan(body, (statistics, memory), (in_chunks(batch, size), numbers))
+
+
+def in_chunks(batch: Mapping[str, Array], size: int) -> dict[str, Array]:
+    """[b, t] -> [c, b, size]: the chunks of a batch in order."""
+    return {name: jnp.moveaxis(a.reshape(a.shape[0], -1, size), 1, 0) for name, a in batch.items()}
+
+
+def whole_rows(chunks: Array) -> Array:
+    """[c, b, size, …] -> [b, t, …]: the inverse of `in_chunks`, of one array."""
+    return jnp.moveaxis(chunks, 0, 1).reshape(chunks.shape[1], -1, *chunks.shape[3:])
+
+
+def floats(statistics: Tree) -> Tree:
+    """The running statistics that move, None for the others (the bytes of the tokens), which no chunk need hand on."""
+    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None, statistics)
 
 
 def mean_over_chunks(statistics: PassStatistics, segment_ids: Tokens, model: ModelConfig) -> PassStatistics:
@@ -67,5 +81,4 @@ def forward_rows(
 
     rows = {"tokens": tokens, "segment_ids": segment_ids}
     _, (logits, statistics) = over_chunks(chunk, network.config, network.rules, (), rows)
-    whole = jnp.moveaxis(logits, 0, 1).reshape(*tokens.shape, logits.shape[-1])
-    return whole, mean_over_chunks(statistics, segment_ids, network.config)
+    return whole_rows(logits), mean_over_chunks(statistics, segment_ids, network.config)

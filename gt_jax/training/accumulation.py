@@ -20,7 +20,8 @@ from jaxtyping import Array
 from gt_jax.configs.model import ModelConfig
 from gt_jax.devices.sharding import Rules, on_mesh
 from gt_jax.models.layers.primitives import widen
-from gt_jax.training.running_means import floats, moved_once
+from gt_jax.models.memory_chunks import floats
+from gt_jax.training.running_means import moved_once
 from gt_jax.typing import Scalar, Tree
 
 TOKENS = 16384  # of a part that is evaluated on one device, where a row has no more

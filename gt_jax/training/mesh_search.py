@@ -2,13 +2,14 @@
 
 With D parameters outside the experts and E in them, A and B of these that a token meets, T tokens a device and step, n
 parts, c chunks of the memory stream in a row, L layers of width d with s streams, W = D / tensor + E / (tensor expert),
-bytes and FLOP of a device and step:
+b chunks that run backward apart (c, or 1 where a row's chunks run backward together), bytes and FLOP of a device and
+step:
 
     products, again in the backward pass       8 T (A / tensor + B / (tensor expert))
-    HBM: weights written and read a pass       3 n c 4 W
+    HBM: weights written and read a pass       n (c + 2 b) 4 W
          streams and activations               2 T L s d (WHOLE + CUT / tensor)
-    links: weights gathered, gradients back    3 n c 2 W (1 - 1 / fsdp), twice over three axes of the torus
-           gradients over `data`               n c 4 W / fsdp (1 - 1 / data)
+    links: weights gathered, gradients back    n (c + 2 b) 2 W (1 - 1 / fsdp), twice over three axes of the torus
+           gradients over `data`               n b 4 W / fsdp (1 - 1 / data)
            sums over `tensor` and `expert`     4 SUMS L T d (1 - 1 / (tensor expert))
 
 - Tokens are not cut over `expert`: what is outside the experts is computed again on each of its devices.
@@ -27,6 +28,7 @@ from collections.abc import Callable, Mapping
 
 from gt_jax.devices.meshes import MESH_AXES
 from gt_jax.devices.sharding import Rules
+from gt_jax.models.layers.block import replays
 from gt_jax.models.memory_chunks import chunk_length
 from gt_jax.training.ahead_of_time import Job
 from gt_jax.training.divisibility import indivisible_fields
@@ -115,17 +117,19 @@ def estimate(job: Job, sizes: dict[str, int], parts: int, parameters: int, machi
     weights = (parameters - experts) / tensor + experts / (tensor * expert)
     stream = 2 * tokens * width * (1 if model.hyper is None else model.hyper.streams)
     links = machine.links(sizes)
-    runs = parts * (job.sequence // chunk_length(model, job.sequence))
+    forward = parts * (job.sequence // chunk_length(model, job.sequence))
+    backward = parts if replays(model) else forward
+    moved = forward + 2 * backward
     twice = 2 if links["fsdp"][1] > 2 else 1
     received = {
-        "fsdp": 6 * runs * weights * (1 - 1 / fsdp) * twice,
-        "data": 4 * runs * weights / fsdp * (1 - 1 / data),
+        "fsdp": 2 * moved * weights * (1 - 1 / fsdp) * twice,
+        "data": 4 * backward * weights / fsdp * (1 - 1 / data),
         "tensor": 4 * SUMS * layers * tokens * width * (1 - 1 / tensor),
         "expert": 4 * SUMS / 2 * layers * tokens * width * (1 - 1 / expert),
     }
     seconds = {
         "flops": 8 * tokens * ((parameters - experts) / tensor + met / (tensor * expert)) / machine.flops,
-        "bytes": (12 * runs * weights + layers * stream * (WHOLE + CUT / tensor)) / machine.bandwidth,
+        "bytes": (4 * moved * weights + layers * stream * (WHOLE + CUT / tensor)) / machine.bandwidth,
         "links": sum(size / links[axis][0] for axis, size in received.items()),
     }
     held = stream / parts * (2 * layers + SPACE) + 2 * weights / layers

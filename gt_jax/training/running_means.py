@@ -15,11 +15,6 @@ from jaxtyping import Array, Float
 from gt_jax.typing import Tree
 
 
-def floats(statistics: Tree) -> Tree:
-    """The leaves that move, None for the others (the bytes of the tokens), which no piece need hand on."""
-    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None, statistics)
-
-
 def moved_once(start: Tree, moved: Tree, tokens: Float[Array, " pieces"]) -> Tree:
     """`start` with the mean of the leaves of `moved` [pieces, …] by `tokens`; as it is where no piece has any."""
     total = jnp.sum(tokens)

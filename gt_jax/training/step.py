@@ -22,13 +22,14 @@ from gt_jax.models.layers.memory_stream import Memory
 from gt_jax.models.layers.mixer import real_tokens
 from gt_jax.models.layers.pass_statistics import PassStatistics, mean_over_tokens, token_shares
 from gt_jax.models.layers.primitives import widen
-from gt_jax.models.memory_chunks import chunk_length, mean_over_chunks, over_chunks
+from gt_jax.models.memory_chunks import chunk_length, floats, mean_over_chunks, over_chunks, whole_rows
+from gt_jax.models.replayed_rows import replayed_rows, runs_replayed
 from gt_jax.training.accumulation import accumulate_gradients, parts_that_fit, rows_in_parts
 from gt_jax.training.budget import BudgetState, move_budget, with_gates_moved, with_last_biases_moved
 from gt_jax.training.loss import loss_if, unembedded_cross_entropy
 from gt_jax.training.optimizer import Float32State, at_step
 from gt_jax.training.price import Phase, PriceState, move_price, phase, price_loss
-from gt_jax.training.running_means import floats, moved_once
+from gt_jax.training.running_means import moved_once
 from gt_jax.training.state import TrainState
 from gt_jax.training.thaw import keep_frozen, thawed
 from gt_jax.typing import Activations, Scalar, Tree
@@ -106,17 +107,47 @@ def chunk_sums(
     )  # fmt: skip
     measured = functools.partial(losses, network)
     first = ahead = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    auxiliary = jnp.sum(output.statistics.auxiliary_loss) + jnp.sum(output.statistics.router_loss)
     if charged is not None:
         states = jax.lax.stop_gradient((variables, output.first_pass_hidden))
         first = loss_if(charged, functools.partial(measured, *states, targets))
     if output.mtp_hidden is not None and output.mtp_loss is not None:
         ahead = measured(variables, output.mtp_hidden, after_next_targets(targets, batch["segment_ids"]))
-        auxiliary += output.mtp_loss
-    if output.ponder is not None and model.exit is not None:
-        auxiliary += model.exit.ponder * output.ponder
-    sums = Sums(measured(variables, output.hidden, targets), first, ahead, auxiliary, output.statistics)
+    next_token = measured(variables, output.hidden, targets)
+    sums = Sums(next_token, first, ahead, auxiliary_loss(model, output), output.statistics)
     return (moved.get("statistics", variables["statistics"]), output.memory), sums
+
+
+def auxiliary_loss(model: ModelConfig, output: ModelOutput) -> Scalar:
+    """What the layers of one chunk charge for themselves: indexers, routers, and the ponder cost of leaving early."""
+    charged = jnp.sum(output.statistics.auxiliary_loss) + jnp.sum(output.statistics.router_loss)
+    if output.mtp_loss is not None:
+        charged += output.mtp_loss
+    if output.ponder is not None and model.exit is not None:
+        charged += model.exit.ponder * output.ponder
+    return charged
+
+
+def replayed_sums(network: LanguageModel, variables: Tree, batch: Batch) -> tuple[Tree, Sums, Array]:
+    """(moved statistics [c, …], sums, real tokens [c]) of rows whose chunks run backward together.
+
+    The losses are of whole rows: the unembedding is gathered, and its gradient added up, once for all chunks. What is
+    no loss of tokens has an axis of chunks.
+    """
+    model, zero = network.config, jnp.zeros((), jnp.float32)
+
+    def measure(output: ModelOutput, one: Batch) -> tuple[Any, ...]:
+        of_chunk = auxiliary_loss(model, output), output.statistics, jnp.sum(real_tokens(one["segment_ids"]))
+        return output.hidden, output.mtp_hidden, *of_chunk
+
+    moved, measured = replayed_rows(network, variables, batch, model.mtp is not None, measure)
+    hidden, ahead_hidden, auxiliary, passes, seen = measured
+    ahead = (zero, zero)
+    if ahead_hidden is not None:
+        size = chunk_length(model, batch["tokens"].shape[1])
+        targets = after_next_targets(batch["targets"], batch["segment_ids"], size)
+        ahead = losses(network, variables, whole_rows(ahead_hidden), targets)
+    next_token = losses(network, variables, whole_rows(hidden), batch["targets"])
+    return moved, Sums(next_token, (zero, zero), ahead, auxiliary, passes), seen
 
 
 def make_loss(
@@ -145,7 +176,11 @@ def make_loss(
             (moved, memory), sums = chunk_sums(network, given, memory, piece[0], now.control, one, charged)
             return (start, memory), (sums, floats(moved), jnp.sum(real_tokens(piece[0]["segment_ids"])))
 
-        _, (sums, moved, seen) = over_chunks(chunk, model, rules, statistics, batch)
+        if runs_replayed(network, batch["tokens"].shape[1]):
+            given = {"params": params, "statistics": statistics}
+            moved, sums, seen = replayed_sums(network, given, batch)
+        else:
+            _, (sums, moved, seen) = over_chunks(chunk, model, rules, statistics, batch)
         tokens, later, real = (None, None, None) if counts is None else counts
         share = jnp.ones(()) if real is None else jnp.sum(seen) / jnp.maximum(real, 1.0)  # 1 where parts are alike
         ce, first, ahead = _mean(sums[0], tokens), _mean(sums[1], tokens), _mean(sums[2], later)

@@ -25,11 +25,11 @@ _SCOPES = (  # the first that fits; the scopes are those of gt_jax.models and gt
     ("gradients summed", r"/accumulation/"),
     ("loss", r"[/(]loss[/)]"),
     ("hyper-connections", r"/(mixer|mlp)_hyper[./]|/hyper_(read|write)"),
-    ("halting", r"/halting/"),
-    ("mixer", r"/mixer_([A-Z])/"),  # with its letter
-    ("router", r"/mlp/(router|route)/"),
-    ("experts", r"/mlp/(\w+/)?experts/|ragged-dot"),
-    ("MLP", r"/mlp/"),
+    ("halting", r"[/(]halting/"),
+    ("mixer", r"[/(]mixer_([A-Z])/"),  # with its letter
+    ("router", r"[/(]mlp/(router|route)/"),
+    ("experts", r"[/(]mlp/(\w+/)?experts/|ragged-dot"),
+    ("MLP", r"[/(]mlp/"),
     ("embedding", r"/embedding/"),
     ("norms", r"/\w*norm/"),
     ("memory", r"[/(]memory[/)]"),

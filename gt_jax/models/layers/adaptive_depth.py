@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from gt_jax.configs.model import AdaptiveConfig
-from gt_jax.devices.sharding import Rules, gather_for_passes, has_mesh, on_mesh
+from gt_jax.devices.sharding import Rules, gather_compute_weights, has_mesh, on_mesh
 from gt_jax.models.layers.compacted_passes import pass_lengths, run_on_living
 from gt_jax.models.layers.hyper_connections import from_streams
 from gt_jax.models.layers.mixer import MixerOutput, Place, masked_mean, real_tokens
@@ -288,18 +288,13 @@ def gathering_once(
     them. With `remat`, where what each pass begins with bears the name `BEGUN`, nothing else is kept: the backward pass
     gathers them again.
 
-    Those that a module casts before it uses them, and those of hyper-connections, are gathered pass by pass as before.
+    Those that `gather_compute_weights` leaves are gathered pass by pass.
     """
     if not has_mesh() or layer.is_initializing():
         return passes
-    compute = jnp.dtype(layer.config.compute_dtype)
 
     def gather(variables: Tree) -> Tree:
-        def one(path: Any, w: Array) -> Array:
-            apart = any("hyper" in str(getattr(key, "key", key)) for key in path)
-            return w if apart or w.dtype != compute else gather_for_passes(w, x, rules)
-
-        return jax.tree_util.tree_map_with_path(one, variables)
+        return gather_compute_weights(variables, x, rules, layer.config.compute_dtype, layer.kind)
 
     mapped = nn.map_variables(passes, "params", trans_in_fn=gather)
     begun = jax.checkpoint_policies.save_only_these_names(BEGUN)

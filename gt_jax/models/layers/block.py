@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +23,7 @@ from gt_jax.models.layers.early_exit import alive, alive_share, exit_step
 from gt_jax.models.layers.gated_copies import Registers, places_of, read_register, write_register
 from gt_jax.models.layers.mixer import Place, real_tokens
 from gt_jax.models.layers.pass_statistics import PassStatistics
+from gt_jax.models.layers.replay import Entered, LayerStep, Steps, runs_of
 from gt_jax.models.layers.residual import Layer, Update, moved_variance
 from gt_jax.models.layers.reversible import Delta
 from gt_jax.models.layers.sow import INTERMEDIATES, PASSES, asked_for, sow
@@ -37,7 +37,7 @@ class Stream(NamedTuple):
     """What goes from layer to layer: X, the mean stream after a first pass, and what the kind of stack needs.
 
     `previous` is p_{l-1} of the midpoint stack, `exit` the `ExitState`; None elsewhere. `gates` are the registers of
-    gated copies, none elsewhere.
+    gated copies, none elsewhere. `entered` keeps what enters each layer where the backward pass is a replay.
     """
 
     x: State
@@ -46,6 +46,7 @@ class Stream(NamedTuple):
     skips: SkipBuffer
     exit: Any
     gates: Registers = ()
+    entered: Entered | None = None
 
 
 class Common(NamedTuple):
@@ -106,8 +107,7 @@ class Block(nn.Module):
         alone = self.is_initializing() or looked_into or caches is not None
         if alone or c.exit is not None or not compiled_once(c):
             return [range(slot, slot + 1) for slot in slots]
-        starts = [slot for slot in slots if slot == 0 or self.pattern[slot - 1 : slot + 1] != "DD"]
-        return [range(start, stop) for start, stop in itertools.pairwise([*starts, len(slots)])]
+        return [range(start, stop) for start, stop in runs_of(self.pattern)]
 
     def _alike(
         self, slots: range, stream: Stream, common: Common, given: tuple[Array, Array, Coefficients]
@@ -159,9 +159,10 @@ class Block(nn.Module):
             x, seen, new_cache, gate = layer.gated(x, place, read_register(stream.gates, reads, x), k, cache)
             gates = write_register(stream.gates, writes, gate)
             return stream._replace(x=x, first=stream_mean(x), gates=gates), seen, new_cache, None
+        entered = None if stream.entered is None else stream.entered.kept(stream.x, number)
         x, first, seen, new_cache, new_link = layer(x, place, common.control._replace(forced=forced), cache, link)
         kept = record(x, stream.skips, number, skips)
-        return stream._replace(x=x, first=first, skips=kept), seen, new_cache, new_link
+        return stream._replace(x=x, first=first, skips=kept, entered=entered), seen, new_cache, new_link
 
     def _leaving(
         self, layer: Layer, stream: Stream, common: Common, number: Array, cache: Tree
@@ -225,6 +226,33 @@ def layer_delta(kind: str, slot: int, config: ModelConfig, rules: Rules) -> Delt
         return one.value, one.statistics
 
     return delta
+
+
+def replays(config: ModelConfig) -> bool:
+    """Whether a row's chunks run backward together, layer by layer: where a layer is computed again anyway, in a plain
+    residual stack, whose layers hand on nothing but X."""
+    c = config
+    plain = c.adaptive is None and c.exit is None and c.gated_copies is None and c.sliding is None
+    residual = c.stack.kind == "residual" and not c.stack.skips
+    return c.memory is not None and c.remat == "layer" and plain and residual
+
+
+def replayed_steps(pattern: str, config: ModelConfig, rules: Rules) -> Steps:
+    """What `replay` needs of a segment of this pattern."""
+
+    def step(kind: str, slot: int) -> LayerStep:
+        layer = Layer(kind, config, rules, parent=None, name=f"layer{slot}")
+        unread = PassControl(jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32))  # a plain layer has one pass
+
+        def run(variables: Tree, x: State, place: Place) -> tuple[State, PassStatistics]:
+            moved, _, seen, _, _ = cast(tuple[Any, ...], layer.apply(variables, x, place, unread))
+            return moved, seen
+
+        return run
+
+    runs = runs_of(pattern) if compiled_once(config) else tuple((slot, slot + 1) for slot in range(len(pattern)))
+    layers = tuple(step(kind, slot) for slot, kind in enumerate(pattern))
+    return Steps(pattern, layers, runs, config.compute_dtype, rules)
 
 
 def observed(statistics: Tree, seen: PassStatistics, pattern: str, keep: float) -> Tree:

@@ -18,6 +18,7 @@ from gt_jax.models.language_model import LanguageModel, abstract
 from gt_jax.models.replayed_rows import runs_replayed
 from gt_jax.training.price import phase
 from gt_jax.training.step import make_loss
+from gt_jax.training.step_parts import part_of, phase_of
 from tests.support import perturbed, small_model, tokens
 
 CHUNKS = 3
@@ -64,11 +65,13 @@ def test_a_weight_is_gathered_once_a_chunk_forward_and_once_backward():
         specs = jax.tree.map(lambda a: a.sharding.spec, placed["params"])
         assert jax.tree.map(lambda a: a.sharding.spec, got) == specs
     chex.assert_trees_all_close(jax.device_get(got), wanted, atol=5e-6, rtol=1e-3)
-    layers, of_layers = len(config.depth), Counter()
+    layers, gathered = len(config.depth), Counter()
     for x, times in hlo.read(compiled.as_text()).executed():
-        if "all-gather" in x.opcode and "mlp" in x.source:
-            of_layers["backward" if "transpose" in x.source else "forward"] += times
-    assert of_layers == {"forward": 3 * CHUNKS * layers, "backward": 3 * layers}  # gate, up and down
+        if "all-gather" in x.opcode:
+            gathered[part_of(x.source), phase_of(x.source)] += times
+    assert gathered["MLP", "forward"] == 3 * CHUNKS * layers  # gate, up and down
+    assert gathered["MLP", "backward"] == 3 * layers and gathered["MLP", "again"] == 0
+    assert gathered["D mixers", "forward"] == CHUNKS * gathered["D mixers", "backward"] > 0
 
 
 @pytest.mark.parametrize("changes", [

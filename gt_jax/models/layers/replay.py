@@ -1,4 +1,4 @@
-"""Layers whose forward pass has run: it is handed on, and the backward pass takes all chunks of a row at once.
+"""Layers that have run forward: what they gave is handed on, and they run backward for all chunks of a row at once.
 
     forward    (X_{l+1}, statistics) as they were recorded; nothing is computed
     backward   for l = last … first:  gather W_l;  for every chunk c: one vjp of layer l at the recorded X_l[c];
@@ -153,7 +153,8 @@ def _layer_backward(
     with jax.named_scope("accumulation"):
         start = jax.tree.map(zero_gradient, weights)
     (total, before), _ = jax.lax.scan(chunk, (start, after), (indices, recorded.place, to_seen))
-    return before, scatter(total)[0]
+    with jax.named_scope("accumulation"):
+        return before, scatter(total)[0]
 
 
 replay.defvjp(_forward, _backward)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -185,3 +186,18 @@ def test_every_interval_of_a_study_in_the_docs_stands_in_its_report(page, start,
         digits = min(len(word.split(".")[1]) for word in match)
         wanted = tuple(float(word) for word in match)
         assert any(tuple(round(x, digits) for x in one) == wanted for one in known), f"{page}: {' '.join(match)}"
+
+
+BOUNDS = {"flops": "arithmetic", "bytes": "memory", "links": "links"}
+ROW = re.compile(r"^\|.*\(\.\./(experiments/results/plan_pod_\w+\.json)\)(.*)\|$", re.M)
+PLANS = ROW.findall(text_of(ROOT / "docs/pods.md"))
+
+
+@pytest.mark.parametrize("file, row", PLANS, ids=[Path(file).stem for file, _ in PLANS])
+def test_every_figure_of_a_plan_in_the_docs_is_that_of_the_stored_one(file, row):
+    plan = json.loads((ROOT / file).read_text())["tried"][0]
+    cells = [cell.split(";")[0].strip() for cell in row.split("|")]  # of two variants the first is stored
+    at = next(number for number, cell in enumerate(cells) if cell.count(" / ") == 2)
+    assert cells[at] == " / ".join(f"{plan['least_seconds'][name]:.2f}" for name in BOUNDS)
+    assert cells[at - 1 : at + 2 : 2] == [f"{plan['links'] / 1e9:.0f}", BOUNDS[plan["bound"]]]
+    assert f"{plan['memory']['total'] / 2**30:.1f}" in re.findall(r"[\d.]+", " ".join(cells[1:]))

@@ -22,7 +22,7 @@ from gt_jax.devices.pods.program_flops import flops_of
 COPIES, LAYER, OTHER = "saved states and copies", "rest of a layer", "other"
 _SCOPES = (  # the first that fits; the scopes are those of gt_jax.models and gt_jax.training
     ("optimizer", r"/optimizer/"),
-    ("gradients summed", r"/accumulation/"),
+    ("gradients summed", r"/accumulation/|/closed_call/reshard$"),  # the compiler keeps no more of a scatter's name
     ("loss", r"[/(]loss[/)]"),
     ("hyper-connections", r"/(mixer|mlp)_hyper[./]|/hyper_(read|write)"),
     ("halting", r"[/(]halting/"),

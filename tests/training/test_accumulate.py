@@ -20,14 +20,14 @@ from gt_jax.configs.run import RunConfig, TrainConfig
 from gt_jax.devices.sharding import make_mesh, put_like
 from gt_jax.errors import Refused
 from gt_jax.models.language_model import LanguageModel, abstract, free_passes
-from gt_jax.models.memory_chunks import forward_rows
+from gt_jax.models.memory_chunks import floats, forward_rows
 from gt_jax.training.loop import make_trainer
 from gt_jax.training.optimizer import learning_rate
-from gt_jax.training.running_means import floats, moved_once
+from gt_jax.training.running_means import moved_once
 from tests.support import GSA, perturbed, small_model
 
 ROWS, TOKENS, EMA = 8, 12, 0.002
-CONFIG = small_model("G", adaptive=False, mtp=MTPConfig(), memory=MemoryConfig(chunk=6, stream=0),
+CONFIG = small_model("G", adaptive=False, remat="layer", mtp=MTPConfig(), memory=MemoryConfig(chunk=6, stream=0),
                      gsa=GSA.replace(implementation="reference"))  # fmt: skip
 PLAIN = small_model("D", adaptive=False, init_std=0.1)
 TRAIN = TrainConfig(steps=10, optimizer=OptimizerConfig(warmup=0.5, weight_decay=0.0))

@@ -14,8 +14,8 @@ step:
 
 - Tokens are not cut over `expert`: what is outside the experts is computed again on each of its devices.
 - A layer's weights are gathered whole where it uses them, its experts too: 0.5 GB of the 8B model's.
-- WHOLE and CUT are fitted to the four plans of `8b` (experiments/results), whose HBM bytes they give within a quarter;
-  SUMS and SPACE are of earlier plans. For other models they are guesses.
+- WHOLE, CUT and SPACE are fitted to the four plans of `8b` (experiments/results): HBM bytes within a quarter, memory at
+  least as much as it is, at most twice; SUMS is of earlier plans. For other models they are guesses.
 - The compiler for TPU writes a gather over three axes of the torus as an all-reduce of zeros.
 """
 
@@ -36,7 +36,7 @@ from gt_jax.training.divisibility import indivisible_fields
 TOKENS = 16384  # of a part on one device, at most: more only adds memory, fewer send weights more often
 WHOLE, CUT = 58, 112  # times that a layer reads or writes all streams' bytes: whatever the mesh, and cut over `tensor`
 SUMS = 18  # all-reduces of [T, d] a layer
-SPACE = 70  # streams of a part that are held at once, beside two of each layer
+SPACE = 50  # streams of a part that are held at once, beside two of each layer
 
 
 @dataclasses.dataclass(frozen=True)

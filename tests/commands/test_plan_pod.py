@@ -57,11 +57,11 @@ def test_meshes_divide_what_they_cut_and_those_that_fit_come_in_the_order_of_the
     assert found[0].sizes["tensor"] == found[0].sizes["expert"] == 1 and found[0].bound == "flops"
     slow = mesh_search.candidates(job, 64, 8_309_921_685, machine(link=2e9))
     assert slow[0].bound == "links" and slow[0].cost > found[0].cost
-    small = mesh_search.candidates(job, 64, 8_309_921_685, machine(memory=20 << 30))
-    assert small[0].memory < 20 << 30 < found[0].memory and small[0].accumulate > found[0].accumulate
-    whole = mesh_search.candidates(job, 64, 8_309_921_685, machine(memory=20 << 30), fixed=True)
+    small = mesh_search.candidates(job, 64, 8_309_921_685, machine(memory=14 << 30))
+    assert small[0].memory < 14 << 30 < found[0].memory and small[0].accumulate > found[0].accumulate
+    whole = mesh_search.candidates(job, 64, 8_309_921_685, machine(memory=14 << 30), fixed=True)
     assert {one.accumulate for one in whole} == {1}  # --accumulate 1 means one part, even where none fits
-    fit = [one.memory < 20 << 30 for one in small]
+    fit = [one.memory < 14 << 30 for one in small]
     assert fit == sorted(fit, reverse=True) and not fit[-1]  # those that seem too large come last
 
 
@@ -74,7 +74,7 @@ def test_the_estimate_is_near_what_was_compiled():
         job = Job(preset("8b"), plan["batch"], plan["sequence_length"])
         one = mesh_search.estimate(job, row["mesh"], row["accumulate"], plan["parameters"], machine())
         assert 0.75 < one.seconds["bytes"] * machine().bandwidth / row["bytes"] < 1.25, plan["topology"]
-        assert 0.75 < one.memory / row["memory"]["total"] < 2, plan["topology"]  # rather too much: it has to fit
+        assert 1 < one.memory / row["memory"]["total"] < 2, plan["topology"]  # rather too much: it has to fit
         least, seconds = row["least_seconds"], part_by_part(row)
         assert max(least["flops"], least["bytes"]) < seconds < least["flops"] + least["bytes"]
         assert f"part by part, the larger of arithmetic and HBM: {seconds:.3g} s; " in part_lines(row)[-1]

@@ -116,10 +116,12 @@ def test_sigterm_is_a_wish_while_it_is_awaited_and_what_it_was_after():
 
 @pytest.fixture
 def keyboard():
-    """SIGINT as at a terminal, though the tests themselves may run in the background, where it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """SIGINT and SIGHUP as at a terminal: in the background, or under nohup, one of them is ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_the_first_ctrl_c_is_a_wish_and_the_second_leaves_at_once(keyboard, monkeypatch):

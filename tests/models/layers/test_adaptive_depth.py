@@ -173,7 +173,9 @@ def test_hard_weights_are_whole_or_nothing_and_learn_as_s_does():
     got, (moved, seen) = jax.jit(jax.grad(loss, has_aux=True))(params, control)
     wanted, by_hand = jax.jit(jax.grad(reference, has_aux=True))(params)
     np.testing.assert_allclose(moved, by_hand, atol=2e-5)
-    chex.assert_trees_all_close(got, wanted, rtol=2e-4, atol=2e-4)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        # sums of terms as large as the leaf: compiled or not, the loop itself differs by 2.4e-6 of that
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
     assert (jnp.abs(got["halting"]["output"]["b"]) > 0).all() and 0 < seen.alive[1] < 1
     np.testing.assert_array_equal(seen.survival, seen.alive)
     skipped, (same, _) = jax.jit(jax.grad(loss, has_aux=True))(params, FREE)

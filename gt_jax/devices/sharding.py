@@ -170,9 +170,10 @@ def _cutting(w: Array) -> set[str]:
 def gather_for_passes(w: Array, x: Array, rules: Rules) -> Array:
     """`gather_weight` for all passes of a layer that begins with `x`: gathered once, its gradient added up once.
 
-    By the type of `w` alone, which stays as it is where "embed" does not cut it.
+    By the type of `w` alone, which stays as it is where "embed" does not cut it, and on a mesh of one device, where JAX
+    cannot lower what `per_device` gives for a share of a gradient.
     """
-    if not has_mesh() or not (embed := embed_axes(w, rules)):
+    if math.prod(current_sizes().values()) == 1 or not (embed := embed_axes(w, rules)):
         return w
     parts, batch = jax.typeof(w).sharding.spec.partitions, set(rules.mesh_axes("batch"))
     once = jax.sharding.reshard(_tied(w, x), P(*parts, reduced=batch - _cutting(w)))

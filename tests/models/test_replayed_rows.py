@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gt_jax.configs.model import ExitConfig, HyperConfig, MemoryConfig, MTPConfig, StackConfig
+from gt_jax.configs.model import ExitConfig, HyperConfig, MemoryConfig, MoEConfig, MTPConfig, StackConfig
 from gt_jax.configs.price import PriceConfig
 from gt_jax.devices.pods import hlo
 from gt_jax.devices.sharding import Rules, make_mesh, put_like
@@ -72,6 +72,16 @@ def test_a_weight_is_gathered_once_a_chunk_forward_and_once_backward():
     assert gathered["MLP", "forward"] == 3 * CHUNKS * layers  # gate, up and down
     assert gathered["MLP", "backward"] == 3 * layers and gathered["MLP", "again"] == 0
     assert gathered["D mixers", "forward"] == CHUNKS * gathered["D mixers", "backward"] > 0
+
+
+def test_experts_are_lowered_on_a_mesh_of_one_device():
+    """What `train` runs on one device: JAX lowers no share of a gradient there."""
+    config = small_model("D", False, remat="layer", memory=MemoryConfig(chunk=12, stream=0),
+                         moe=MoEConfig(experts=4, expert_width=16))  # fmt: skip
+    v = perturbed(config)
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        placed = put_like(v, abstract(config))
+        assert "while" in jax.jit(gradient_of(config)).lower(placed["params"], {}).as_text()
 
 
 @pytest.mark.parametrize("changes", [
